@@ -1,0 +1,327 @@
+"""The thin autograd Functions, and the registered custom ops that they call.
+
+The two ops are the chunk loop with a signature that PyTorch's dispatcher understands: tensors in one list, everything
+static in one string, which compilers treat as a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import chunks, objective
+from .chunks import NOTHING, Job, Needs, Scaling, TokenRows
+from .heads import LinearHead, Logits
+from .rowops import GradientWeights, Stat, select_backend
+
+# ------------------------------------------------------------------------------------------- a job as tensors + text
+
+_HEADS = ("student", "teacher", "ref")
+_VECTORS = ("reward_scale", "token_ids", "teacher_logprobs", "ref_logprobs", "old_logprobs")
+
+
+def _pack(job: Job) -> tuple[list[Tensor | None], str]:
+    """The tensors of a job in a fixed order (three a head, the vectors, the live rows), and the rest as JSON."""
+    tensors: list[Tensor | None] = []
+    heads: list[dict[str, Any] | None] = []
+    for name in _HEADS:
+        head = getattr(job, name)
+        if head is None:
+            tensors += [None] * 3
+            heads.append(None)
+            continue
+        tensors += [head.hidden, head.weight, head.bias] if isinstance(head, LinearHead) else [head.logits, None, None]
+        heads.append({k: getattr(head, k) for k in ("logit_scale", "softcap", "temperature")})
+    values = [getattr(job, name) for name in _VECTORS]
+    tensors += [v if isinstance(v, Tensor) else None for v in values] + [job.rows.index]
+    static = {
+        "heads": heads,
+        "token_dims": len(job.rows.shape),
+        "vocab_size": job.vocab_size,
+        "chunk_size": job.chunk_size,
+        "backend": job.ops.name,
+        "estimator": job.estimator,
+        "divergence": job.divergence,
+        "beta": job.beta,
+        "reward_scale": None if isinstance(job.reward_scale, Tensor) else job.reward_scale,
+        "clip": job.clip,
+    }
+    return tensors, json.dumps(static)
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(static: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(static))
+
+
+def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
+    options = _parse(static)
+    heads: dict[str, Any] = {}
+    for i, (name, transform) in enumerate(zip(_HEADS, options["heads"], strict=True)):
+        data, weight, bias = tensors[3 * i : 3 * i + 3]
+        if transform is None:
+            heads[name] = None
+        else:
+            assert data is not None
+            heads[name] = Logits(data, **transform) if weight is None else LinearHead(data, weight, bias, **transform)
+    vectors: dict[str, Any] = dict(zip(_VECTORS, tensors[9:14], strict=True))
+    scale = vectors.pop("reward_scale")
+    student = heads.pop("student")
+    assert tensors[0] is not None
+    shape = tensors[0].shape[: options["token_dims"]]
+    dtypes = {t.dtype for t in tensors[:9] if t is not None}
+    job = Job(
+        TokenRows(shape, tensors[14]),
+        options["vocab_size"],
+        options["chunk_size"],
+        select_backend(options["backend"], tensors[0].device, dtypes),
+        student,
+        estimator=options["estimator"],
+        divergence=options["divergence"],
+        beta=options["beta"],
+        reward_scale=options["reward_scale"] if scale is None else scale,
+        clip=None if options["clip"] is None else tuple(options["clip"]),
+    )
+    return dataclasses.replace(job, **heads, **vectors)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """The loop chooses its own precision: autocast would turn its float32 GEMMs on a CPU into bfloat16 ones."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _dense(gradients: chunks.Gradients, like: Tensor) -> list[Tensor]:
+    """An op returns tensors: an empty one stands for a gradient that nobody needs."""
+    return [like.new_empty(0) if g is None else g for g in gradients]
+
+
+@torch.library.custom_op("fused_gopd::forward", mutates_args=())
+def _forward_op(
+    tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Statistics, and with ``relative`` the student's gradients too (see :func:`fused_gopd.chunks.run`)."""
+    job = _unpack(tensors, static)
+    with _no_autocast(job.device):
+        statistics, gradients = chunks.run(job, Needs(*needs), relative=relative)
+    return [statistics, *_dense(gradients, statistics)]
+
+
+@torch.library.custom_op("fused_gopd::backward", mutates_args=())
+def _backward_op(
+    tensors: Sequence[Tensor | None],
+    static: str,
+    statistics: Tensor,
+    divergence_weights: Tensor | None,
+    token_weights: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The student's gradients for complete weights per token, from the statistics of an earlier forward."""
+    job = _unpack(tensors, static)
+    weights = GradientWeights(divergence_weights, token_weights)
+    with _no_autocast(job.device):
+        _, gradients = chunks.run(job, Needs(*needs), statistics=statistics, weights=weights)
+    return _dense(gradients, statistics)
+
+
+def _fake_gradients(job: Job, needs: Needs) -> list[Tensor]:
+    student, empty = job.student, torch.empty(0, dtype=job.dtype, device=job.device)
+    source = student.hidden if isinstance(student, LinearHead) else student.logits
+    out = [source.new_empty(job.rows.shape.numel(), source.shape[-1]) if needs.rows else empty]
+    for needed, shape in ((needs.weight, "weight"), (needs.bias, "bias")):
+        if needed and isinstance(student, LinearHead):
+            full = student.weight.shape if shape == "weight" else student.weight.shape[:1]
+            out.append(torch.empty(full, dtype=job.dtype, device=job.device))
+        else:
+            out.append(empty.clone())
+    return out
+
+
+@_forward_op.register_fake
+def _(tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    job = _unpack(tensors, static)
+    statistics = torch.empty(len(Stat), job.rows.count, dtype=job.dtype, device=job.device)
+    return [statistics, *_fake_gradients(job, Needs(*needs) if relative is not None else NOTHING)]
+
+
+@_backward_op.register_fake
+def _(
+    tensors: Sequence[Tensor | None],
+    static: str,
+    statistics: Tensor,
+    divergence_weights: Tensor | None,
+    token_weights: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _fake_gradients(_unpack(tensors, static), Needs(*needs))
+
+
+# ------------------------------------------------------------------------------------------------------- token values
+
+
+def token_values(job: Job, statistics: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Token losses and, for ``full``, KL(p || target): (n,) each."""
+    if job.estimator == "sampled":
+        return job.policy_term(statistics).loss, None
+    has = (job.teacher is not None, job.ref is not None)
+    return objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, has)
+
+
+def _student_tensors(job: Job) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    student = job.student
+    if isinstance(student, LinearHead):
+        return student.hidden, student.weight, student.bias
+    return student.logits, None, None
+
+
+def _apply(gradients: Sequence[Tensor], job: Job, needs: Needs) -> tuple[Tensor | None, ...]:
+    """Gradients as the loop leaves them, in the shapes and dtypes of the student's tensors."""
+    out: list[Tensor | None] = []
+    for gradient, needed, source in zip(gradients, needs, _student_tensors(job), strict=True):
+        if not needed:
+            out.append(None)
+        else:
+            assert source is not None
+            out.append(gradient.reshape(source.shape).to(source.dtype))
+    return tuple(out)
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether multiplying by x changes nothing, where that can be seen without waiting for a device."""
+    return x.device.type == "cpu" and x.item() == 1.0
+
+
+def _scale_(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Multiply in place: the buffers belong to us, and a copy of [V, H] would cost as much memory again."""
+    return [g if not g.numel() or _is_one(f) else g.mul_(f) for g, f in zip(gradients, factors, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------- Functions
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """sum_i w_i loss_i with the gradients computed in the forward, each GEMM once.
+
+    The backward hands out the forward's buffers, scaled in place by the upstream gradient: no second copy of them ever
+    exists. A second backward (``retain_graph``) finds them gone and computes them anew, to the same bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors, static = _pack(job)
+        needs = Needs(*(ctx.needs_input_grad[:3]))
+        scaling = Scaling.of(job, weights)
+        statistics, *gradients = _forward_op(tensors, static, scaling.relative if any(needs) else None, needs)
+        token_loss, _ = token_values(job, statistics)
+        loss = (token_loss * weights).sum()
+        ctx.job, ctx.scaling, ctx.needs, ctx.gradients = job, scaling, needs, gradients
+        # only so that an in-place change of an input is noticed by a second backward
+        ctx.save_for_backward(rows, weight, bias)
+        ctx.mark_non_differentiable(token_loss, statistics)
+        ctx.set_materialize_grads(False)
+        return loss, token_loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 5
+        gradients: list[Tensor] | None = ctx.gradients
+        ctx.gradients = None
+        if gradients is None:
+            _ = ctx.saved_tensors
+            tensors, static = _pack(ctx.job)
+            gradients = _forward_op(tensors, static, ctx.scaling.relative, ctx.needs)[1:]
+        scaling: Scaling = ctx.scaling
+        rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
+        return (*_apply(_scale_(gradients, (rows, rest, rest)), ctx.job, ctx.needs), None, None)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """loss_i for every live token, for any upstream gradient; the backward recomputes the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
+        tensors, static = _pack(job)
+        statistics = _forward_op(tensors, static, None, NOTHING)[0]
+        token_loss, _ = token_values(job, statistics)
+        ctx.job, ctx.needs = job, Needs(*(ctx.needs_input_grad[:3]))
+        ctx.save_for_backward(rows, weight, bias, statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return token_loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 4
+        job: Job = ctx.job
+        statistics = ctx.saved_tensors[3]
+        upstream = upstream.to(job.dtype).contiguous()
+        divergence, token = upstream, None
+        if job.estimator == "sampled":
+            divergence, token = None, -job.policy_term(statistics).dlogprob * upstream
+        gradients = _backward_op(*_pack(job), statistics, divergence, token, ctx.needs)
+        return (*_apply(gradients, job, ctx.needs), None)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p of the given tokens and the entropy, for any upstream gradients; the backward recomputes the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
+        tensors, static = _pack(job)
+        statistics = _forward_op(tensors, static, None, NOTHING)[0]
+        ctx.job, ctx.needs = job, Needs(*(ctx.needs_input_grad[:3]))
+        ctx.save_for_backward(rows, weight, bias, statistics)
+        ctx.set_materialize_grads(False)
+        return job.model_logprobs(statistics)[0], objective.entropy(statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, upstream_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None and upstream_entropy is None:
+            return (None,) * 4
+        job: Job = ctx.job
+        # d log p[y] / dz = 1[y] - p and dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's two terms
+        token, divergence = (None if g is None else -g.to(job.dtype).contiguous() for g in (upstream, upstream_entropy))
+        gradients = _backward_op(*_pack(job), ctx.saved_tensors[3], divergence, token, ctx.needs)
+        return (*_apply(gradients, job, ctx.needs), None)
+
+
+def _call(function: Any, job: Job, *rest: Tensor) -> Any:
+    return function.apply(*_student_tensors(job), job, *rest)
+
+
+def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, token losses (n,) and statistics (len(Stat), n), for weights () or (n,) that are known now.
+
+    A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
+    is the size of all logits, is rounded once with all factors applied.
+    """
+    if isinstance(job.student, Logits) and job.student.logits.dtype in (torch.float16, torch.bfloat16):
+        token_loss, statistics = _call(_TokenLosses, job)
+        return (token_loss * weights).sum(), token_loss.detach(), statistics
+    loss, token_loss, statistics = _call(_WeightedLoss, job, weights)
+    return loss, token_loss, statistics
+
+
+def token_losses(job: Job) -> tuple[Tensor, Tensor]:
+    """Differentiable token losses (n,) and the statistics."""
+    token_loss, statistics = _call(_TokenLosses, job)
+    return token_loss, statistics
+
+
+def token_logprobs(job: Job) -> tuple[Tensor, Tensor]:
+    """Differentiable log-probs (n,) of ``job.token_ids`` under the student, and its entropies."""
+    logprobs, entropies = _call(_TokenLogProbs, job)
+    return logprobs, entropies

@@ -1,0 +1,216 @@
+"""What a model brings to the loss: hidden states with a head, logits, or log-probs computed elsewhere.
+
+Each type checks its own fields when it is made, so that a mistake is reported where it was written. Checks that need
+several models (shapes, devices, vocabularies) are in :mod:`fused_gopd.loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require_float(name: str, value: object) -> None:
+    """Raise TypeError unless value is a tensor of a supported floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a float tensor (float32, bfloat16, float16 or float64), got {value.dtype}")
+
+
+def _require_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    for name, number in (("logit_scale", logit_scale), ("temperature", temperature), ("softcap", softcap)):
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a Python float, got {type(number).__name__}")
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if logit_scale <= 0:
+        raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Hidden states and the language-model head that turns them into logits.
+
+    ``z = cap(logit_scale * (hidden @ weight.T + bias)) / temperature`` with ``cap(x) = softcap * tanh(x / softcap)``.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 or float64. As the student, gradients flow to it.
+        weight: (V, H), same dtype and device as hidden. As the student, gradients flow to it if it requires them.
+        bias: (V,) or None, any floating dtype; trainable as the student's.
+        logit_scale: factor on the logits before the softcap (Cohere, Granite and others have one).
+        softcap: Gemma-style final logit softcapping, or None.
+        temperature: the sampling temperature; all log-probs are those of the tempered distribution.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what was found.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        require_float("hidden", hidden)
+        require_float("weight", weight)
+        if hidden.ndim < 1:
+            raise ValueError(f"hidden must have shape (..., H), got a scalar of shape {tuple(hidden.shape)}")
+        if weight.ndim != 2:
+            raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"hidden and weight must agree in H: hidden is {tuple(hidden.shape)}, weight is {tuple(weight.shape)}"
+            )
+        if weight.shape[0] == 0:
+            raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(weight.shape)}")
+        if hidden.dtype != weight.dtype:
+            raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+        if hidden.device != weight.device:
+            raise ValueError(f"hidden and weight must be on one device, got {hidden.device} and {weight.device}")
+        if bias is not None:
+            require_float("bias", bias)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+            if bias.device != weight.device:
+                raise ValueError(f"bias must be on weight's device {weight.device}, got {bias.device}")
+        _require_transform(logit_scale, softcap, temperature)
+        for name, value in (
+            ("hidden", hidden),
+            ("weight", weight),
+            ("bias", bias),
+            ("logit_scale", float(logit_scale)),
+            ("softcap", None if softcap is None else float(softcap)),
+            ("temperature", float(temperature)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"hidden": self.hidden, "weight": self.weight}
+        return named if self.bias is None else {**named, "bias": self.bias}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits that exist already: ``z = cap(logit_scale * logits) / temperature``.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64. As the student, gradients flow to it.
+        logit_scale, softcap, temperature: as in :class:`LinearHead`.
+    """
+
+    logits: Tensor
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        require_float("logits", logits)
+        if logits.ndim < 1 or logits.shape[-1] == 0:
+            raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+        _require_transform(logit_scale, softcap, temperature)
+        object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "logit_scale", float(logit_scale))
+        object.__setattr__(self, "softcap", None if softcap is None else float(softcap))
+        object.__setattr__(self, "temperature", float(temperature))
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"logits": self.logits}
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """Log-probs of the sampled tokens, computed elsewhere; for a teacher or reference of ``estimator="sampled"``.
+
+    Args:
+        logprobs: (...) of the token shape, floating, <= 0; entries at masked positions are ignored.
+    """
+
+    logprobs: Tensor
+
+    def __post_init__(self) -> None:
+        require_float("logprobs", self.logprobs)
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.logprobs.shape
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"logprobs": self.logprobs}
+
+
+@dataclass(frozen=True)
+class TopKLogProbs:
+    """The k most likely tokens and their log-probs, as an inference server returns them.
+
+    No estimator takes it yet: ``estimator="topk"`` is not part of this version and asking for it raises.
+
+    Args:
+        token_ids: (..., K) integer.
+        logprobs: (..., K) floating.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+
+    def __post_init__(self) -> None:
+        require_float("logprobs", self.logprobs)
+        if not isinstance(self.token_ids, Tensor) or self.token_ids.is_floating_point():
+            raise TypeError("token_ids must be an integer torch.Tensor")
+        if self.token_ids.shape != self.logprobs.shape:
+            raise ValueError(
+                f"token_ids and logprobs must have one shape (..., K), got {tuple(self.token_ids.shape)} and "
+                f"{tuple(self.logprobs.shape)}"
+            )
+
+
+Head = LinearHead | Logits
+Source = LinearHead | Logits | TokenLogProbs

@@ -1,0 +1,600 @@
+"""The public calls: check the input, drop masked tokens, run the loop, reduce.
+
+The checks are one function, :func:`prepare`, which the dense :mod:`fused_gopd.reference` shares, so that both accept
+and refuse the same input. Nothing here has a vocabulary axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, objective
+from .chunks import Job, TokenRows, chunk_size_for, logits_buffers
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
+from .objective import DIVERGENCES, ESTIMATORS, REDUCTIONS, Divergence, Estimator, Reduction
+from .rowops import select_backend
+from .rowops.torch import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class GOPDOutput:
+    """What :func:`gopd_loss` returns. ``(...)`` is the token shape; entries of masked tokens are 0.
+
+    Attributes:
+        loss: scalar, or (...) with ``reduction="none"``. The only differentiable field.
+        token_loss: (...) per-token losses before any weighting, detached.
+        advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
+            place of log p where they are given); positive makes the token likelier. None without ``token_ids``.
+        student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. In
+            ``full`` all three are normalised over the joint support.
+        entropy: (...) of the student, in nats.
+        kl: (...) KL(student || target) >= 0, ``full`` only.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    advantages: Tensor | None
+    student_logprobs: Tensor | None
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    entropy: Tensor
+    kl: Tensor | None
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _require_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _require_source(name: str, value: object, estimator: Estimator) -> None:
+    if isinstance(value, (LinearHead, Logits)):
+        return
+    if isinstance(value, TopKLogProbs):
+        raise TypeError(f"{name} is TopKLogProbs, which no estimator of this version takes (estimator={estimator!r})")
+    if isinstance(value, TokenLogProbs):
+        if name == "student":
+            raise TypeError("student must be a LinearHead or Logits: TokenLogProbs carry no gradient")
+        if estimator != "sampled":
+            raise TypeError(
+                f"{name} is TokenLogProbs, which estimator='sampled' alone can use; estimator={estimator!r} needs a "
+                "LinearHead or Logits"
+            )
+        return
+    raise TypeError(f"{name} must be a LinearHead, Logits or TokenLogProbs, got {type(value).__name__}")
+
+
+def _require_shape(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have the token shape {tuple(shape)} of {owner}, got {tuple(x.shape)}")
+
+
+def _require_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the student's device {device}, got {x.device}")
+
+
+def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    _require_shape("mask", mask, shape, "student")
+    _require_device("mask", mask, device)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or 0/1 integer, got {mask.dtype}")
+    if mask.dtype == torch.bool:
+        return mask
+    if device.type == "cpu":
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(f"mask must hold 0 and 1 only, got {wrong[0].item()}")
+    return mask != 0
+
+
+def _live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
+    if mask is None:
+        return TokenRows(shape)
+    # the one host sync that dropping masked rows costs: how many are live
+    index = mask.reshape(-1).nonzero()[:, 0]
+    return TokenRows(shape, None if index.shape[0] == shape.numel() else index)
+
+
+def _check_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
+    """The live token ids, int64. Out of range: IndexError on a CPU, a device-side assert (no host sync) on a GPU."""
+    live = rows.take(ids).to(torch.int64).contiguous()
+    wrong = (live < 0) | (live >= vocab_size)
+    if live.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked")
+    elif bool(wrong.any()):
+        value = int(live[wrong][0])
+        if value == -100 and not masked:
+            raise ValueError(
+                "token_ids contains -100 but no mask is given: pass mask=(token_ids != -100), since ids alone never "
+                "mask a token here"
+            )
+        raise IndexError(f"token_ids must be in [0, {vocab_size}) where not masked, got {value}")
+    return live
+
+
+def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device) -> Tensor:
+    require_float(name, x)
+    assert isinstance(x, Tensor)
+    _require_shape(name, x, shape, "student")
+    _require_device(name, x, device)
+    return x.detach()
+
+
+def _check_reward_scale(value: object, shape: torch.Size, device: torch.device) -> float | Tensor:
+    """lambda as a Python float, or expanded to the token shape."""
+    if not isinstance(value, Tensor):
+        return _require_number("reward_scale", value)
+    require_float("reward_scale", value)
+    _require_device("reward_scale", value, device)
+    value = value.detach()
+    if value.shape == shape or value.ndim == 0:
+        return value.expand(shape)
+    if len(shape) > 1 and value.shape == shape[:1]:
+        return value.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
+    raise ValueError(
+        f"reward_scale must be a Python float, a tensor of the token shape {tuple(shape)}, or one value per sequence "
+        f"{tuple(shape[:1])}, got shape {tuple(value.shape)}"
+    )
+
+
+def _check_clip(clip: object, estimator: Estimator, has_old: bool) -> tuple[float, float] | None:
+    if clip is None:
+        return None
+    if estimator != "sampled":
+        raise ValueError(f"clip is an option of estimator='sampled', got estimator={estimator!r}")
+    if not has_old:
+        raise ValueError("clip needs old_logprobs: without them every ratio is 1 and there is nothing to clip")
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise TypeError(f"clip must be a pair (epsilon_low, epsilon_high), got {clip!r}")
+    low, high = (_require_number("clip", x) for x in clip)
+    if not 0 <= low <= 1 or high < 0:
+        raise ValueError(f"clip must satisfy 0 <= epsilon_low <= 1 and epsilon_high >= 0, got {clip!r}")
+    return low, high
+
+
+def _check_normalizer(
+    normalizer: object, sequence_lengths: Tensor | None, reduction: Reduction, shape: torch.Size, device: torch.device
+) -> tuple[Tensor | float | None, Tensor | None]:
+    if reduction.startswith("seq-") and len(shape) < 2:
+        raise ValueError(f"reduction={reduction!r} needs a token shape (B, T) to tell sequences, got {tuple(shape)}")
+    if sequence_lengths is not None:
+        if reduction != "seq-mean-token-mean":
+            raise ValueError(f"sequence_lengths is an option of 'seq-mean-token-mean', got reduction={reduction!r}")
+        if not isinstance(sequence_lengths, Tensor):
+            raise TypeError(f"sequence_lengths must be a torch.Tensor, got {type(sequence_lengths).__name__}")
+        if sequence_lengths.shape != shape[:1]:
+            raise ValueError(
+                f"sequence_lengths must have shape ({shape[0]},), one per sequence, got {tuple(sequence_lengths.shape)}"
+            )
+        _require_device("sequence_lengths", sequence_lengths, device)
+    if normalizer is None:
+        return None, sequence_lengths
+    if reduction in ("sum", "none"):
+        raise ValueError(f"normalizer is an option of the mean reductions, got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be a number or one element, got shape {tuple(normalizer.shape)}")
+        return normalizer.detach(), sequence_lengths
+    number = _require_number("normalizer", normalizer)
+    if number <= 0:
+        raise ValueError(f"normalizer must be positive, got {number}")
+    return number, sequence_lengths
+
+
+def _joint_vocab_size(models: dict[str, Source | None], vocab_size: int | None) -> int:
+    sizes = {name: m.vocab_size for name, m in models.items() if isinstance(m, (LinearHead, Logits))}
+    smallest = min(sizes.values())
+    if vocab_size is None:
+        return smallest
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= smallest:
+        raise ValueError(f"vocab_size must be between 1 and {smallest} (the smallest of {sizes}), got {vocab_size}")
+    return vocab_size
+
+
+def _check_chunk_size(chunk_size: int | None) -> int | None:
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    return chunk_size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked input of one call, in token shape; models that cancel are out of ``needed``."""
+
+    student: Head
+    teacher: Source | None  # None also where it has cancelled
+    ref: Source | None
+    cancelled: dict[str, Source]  # "teacher" or "ref", given but not needed
+    rows: TokenRows
+    mask: Tensor | None
+    vocab_size: int
+    reward_scale: float | Tensor  # tensor: (n,) of the live tokens, in the accumulation dtype
+    token_ids: Tensor | None  # (n,)
+    old_logprobs: Tensor | None  # (n,)
+    clip: tuple[float, float] | None
+    weights: Tensor  # () or (n,)
+    dtype: torch.dtype  # of accumulation and of the outputs
+    device: torch.device
+
+
+def prepare(
+    student: Head,
+    teacher: Source | None,
+    ref: Source | None,
+    token_ids: Tensor | None,
+    *,
+    mask: Tensor | None,
+    reward_scale: float | Tensor,
+    estimator: Estimator,
+    divergence: Divergence,
+    beta: float,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+    sequence_lengths: Tensor | None,
+    old_logprobs: Tensor | None,
+    clip: tuple[float, float] | None,
+    vocab_size: int | None,
+) -> Prepared:
+    """Every check of SPEC section 6, before any work."""
+    _one_of("estimator", estimator, ESTIMATORS)
+    _one_of("divergence", divergence, DIVERGENCES)
+    _one_of("reduction", reduction, REDUCTIONS)
+    if estimator == "sampled" and divergence != "reverse_kl":
+        raise ValueError(f"divergence={divergence!r} needs estimator='full'; 'sampled' estimates the reverse KL alone")
+    beta = _require_number("beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
+    _require_source("student", student, estimator)
+    models: dict[str, Source | None] = {"student": student, "teacher": teacher, "ref": ref}
+    shape = student.token_shape
+    device = next(iter(student.tensors.values())).device
+    for name in ("teacher", "ref"):
+        model = models[name]
+        if model is None:
+            continue
+        _require_source(name, model, estimator)
+        if model.token_shape != shape:
+            raise ValueError(
+                f"{name} must have the token shape {tuple(shape)} of student, got {tuple(model.token_shape)}"
+            )
+        for field, tensor in model.tensors.items():
+            _require_device(f"{name}.{field}", tensor, device)
+    lam = _check_reward_scale(reward_scale, shape, device)
+    if isinstance(lam, Tensor):
+        for name in ("teacher", "ref"):
+            if models[name] is None:
+                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
+    elif lam != 0 and teacher is None:
+        raise ValueError(f"teacher must be given for reward_scale={lam}: only reward_scale=0 does without it")
+    elif lam != 1 and ref is None:
+        raise ValueError(f"ref must be given for reward_scale={lam}: only reward_scale=1 does without a reference")
+    if token_ids is None:
+        if estimator == "sampled":
+            raise ValueError("token_ids must be given for estimator='sampled'")
+    else:
+        if not isinstance(token_ids, Tensor):
+            raise TypeError(f"token_ids must be a torch.Tensor, got {type(token_ids).__name__}")
+        if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+            raise TypeError(f"token_ids must be an integer tensor, got {token_ids.dtype}")
+        _require_shape("token_ids", token_ids, shape, "student")
+        _require_device("token_ids", token_ids, device)
+    if old_logprobs is not None:
+        if estimator != "sampled":
+            raise ValueError(f"old_logprobs is an option of estimator='sampled', got estimator={estimator!r}")
+        old_logprobs = _check_vector("old_logprobs", old_logprobs, shape, device)
+    clip = _check_clip(clip, estimator, old_logprobs is not None)
+    normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, shape, device)
+    live_mask = None if mask is None else _check_mask(mask, shape, device)
+    joint = _joint_vocab_size(models, vocab_size)
+    rows = _live_rows(live_mask, shape)
+    ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
+    dtype = accumulation_dtype(*(t for m in models.values() if m is not None for t in m.tensors.values()))
+    weights = objective.token_weights(reduction, live_mask, shape, normalizer, sequence_lengths, dtype, device)
+    cancelled = {} if isinstance(lam, Tensor) else {0.0: {"teacher": teacher}, 1.0: {"ref": ref}}.get(lam, {})
+    return Prepared(
+        student,
+        None if "teacher" in cancelled else teacher,
+        None if "ref" in cancelled else ref,
+        {name: model for name, model in cancelled.items() if model is not None},
+        rows,
+        live_mask,
+        joint,
+        rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam,
+        ids,
+        None if old_logprobs is None else rows.take(old_logprobs).to(dtype).contiguous(),
+        clip,
+        rows.take(weights).contiguous() if weights.ndim else weights,
+        dtype,
+        device,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+
+def _detached(model: Source | None) -> Source | None:
+    """Teacher and reference never receive gradients."""
+    return None if model is None else replace(model, **{name: t.detach() for name, t in model.tensors.items()})
+
+
+def _job(
+    p: Prepared, estimator: Estimator, divergence: Divergence, beta: float, chunk: int | None, backend: str
+) -> Job:
+    teacher, ref = _detached(p.teacher), _detached(p.ref)
+    heads = [m for m in (p.student, teacher, ref) if isinstance(m, (LinearHead, Logits))]
+    dtypes = {t.dtype for m in heads for t in m.tensors.values()}
+
+    def logprobs(model: Source | None) -> Tensor | None:
+        if not isinstance(model, TokenLogProbs):
+            return None
+        return p.rows.take(model.logprobs).to(p.dtype).contiguous()
+
+    linear = sum(isinstance(m, LinearHead) for m in heads)
+    auto = chunk_size_for(p.vocab_size, max(1, logits_buffers(estimator, linear)), p.device.type, p.dtype.itemsize)
+    return Job(
+        p.rows,
+        p.vocab_size,
+        chunk or auto,
+        select_backend(backend, p.device, dtypes),
+        p.student,
+        teacher if isinstance(teacher, (LinearHead, Logits)) else None,
+        ref if isinstance(ref, (LinearHead, Logits)) else None,
+        estimator,
+        divergence,
+        beta,
+        p.reward_scale,
+        p.token_ids,
+        logprobs(teacher),
+        logprobs(ref),
+        p.old_logprobs,
+        p.clip,
+    )
+
+
+def _score_alone(model: Source, job: Job, p: Prepared) -> Tensor:
+    """log-probs (n,) of the sampled tokens under a model that the loss does not need, forward only."""
+    if isinstance(model, TokenLogProbs):
+        return p.rows.take(model.logprobs).to(p.dtype)
+    alone = Job(p.rows, p.vocab_size, job.chunk_size, job.ops, model, token_ids=p.token_ids)
+    return autograd.token_logprobs(alone)[0]
+
+
+def gopd_loss(
+    student: Head,
+    teacher: Source | None,
+    ref: Source | None = None,
+    token_ids: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reward_scale: float | Tensor = 1.0,
+    estimator: Estimator = "sampled",
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    reduction: Reduction = "token-mean",
+    normalizer: float | Tensor | None = None,
+    sequence_lengths: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    score_cancelled: bool = False,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> GOPDOutput:
+    """The G-OPD loss of three models, without a [tokens, vocabulary] tensor ever existing.
+
+    Maximises E sum_t [lambda (log q - log r) - (log p - log r)] for a student p, teacher q and reference r: the
+    optimum is log p = lambda log q + (1 - lambda) log r + const. lambda = 1 is ordinary on-policy distillation and
+    never touches the reference; lambda > 1 extrapolates beyond the teacher.
+
+    Shapes: ``(...)`` is the token shape, usually (B, T) or (N,). ``hidden[t]`` or ``logits[t]`` scores
+    ``token_ids[t]``: the caller shifts. Outputs are float32, float64 where any input is float64.
+
+    Args:
+        student: LinearHead or Logits; gradients flow to its hidden states, weight and bias, or to its logits.
+        teacher, ref: LinearHead, Logits or (``sampled``) TokenLogProbs of the same token shape; hidden sizes,
+            vocabulary sizes and kinds may differ. Never receive gradients.
+        token_ids: (...) integer, the sampled tokens. Required by ``sampled``; in ``full`` only for reporting.
+        mask: (...) bool or 0/1 integer; tokens with 0 cost no work and touch nothing, whatever is in them.
+        reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
+        estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
+            ``"full"``, the exact divergence over the vocabulary.
+        divergence: of ``full``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"`` KL(target || p), or
+            ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m), m = beta target + (1 - beta) p.
+        reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0),
+            ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, all others do not.
+        normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
+            or one-element tensor. Default: this call's own count.
+        sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``.
+        old_logprobs: (...) log-probs under the policy that sampled, for the ratio p / p_old (``sampled``).
+        clip: (epsilon_low, epsilon_high) for PPO's clipped surrogate (``sampled``, needs old_logprobs).
+        score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
+        vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
+        chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
+        backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
+
+    Memory: beyond inputs and gradients, chunk buffers of chunk_size x V per model, independent of the number of
+    tokens, and one float32 V x H accumulator where a low-precision weight is trainable.
+
+    Work: 3 student GEMMs and one for each other model that is needed; 2 fewer GEMMs without gradients, one fewer for
+    a frozen weight or frozen hidden states.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
+        RuntimeError: a backend that was asked for by name is not available.
+    """
+    _one_of("backend", backend, ("auto", "torch", "native", "triton"))
+    chunk_size = _check_chunk_size(chunk_size)
+    p = prepare(
+        student,
+        teacher,
+        ref,
+        token_ids,
+        mask=mask,
+        reward_scale=reward_scale,
+        estimator=estimator,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+        normalizer=normalizer,
+        sequence_lengths=sequence_lengths,
+        old_logprobs=old_logprobs,
+        clip=clip,
+        vocab_size=vocab_size,
+    )
+    job = _job(p, estimator, divergence, beta, chunk_size, backend)
+    if reduction == "none":
+        token_loss, statistics = autograd.token_losses(job)
+        loss = p.rows.scatter(token_loss)
+    else:
+        loss, token_loss, statistics = autograd.weighted_loss(job, p.weights)
+    with torch.no_grad():
+        advantages: Tensor | None = None
+        student_logprobs: Tensor | None = None
+        others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
+        if job.token_ids is not None:
+            student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
+            behaviour = student_logprobs if job.old_logprobs is None else job.old_logprobs
+            advantages, _ = objective.advantage(job.reward_scale, behaviour, others["teacher"], others["ref"])
+            if score_cancelled:
+                for name, model in p.cancelled.items():
+                    others[name] = _score_alone(model, job, p)
+        kl = autograd.token_values(job, statistics)[1]
+
+        def full_shape(x: Tensor | None) -> Tensor | None:
+            return None if x is None else p.rows.scatter(x.detach())
+
+        return GOPDOutput(
+            loss,
+            p.rows.scatter(token_loss.detach()),
+            full_shape(advantages),
+            full_shape(student_logprobs),
+            full_shape(others["teacher"]),
+            full_shape(others["ref"]),
+            p.rows.scatter(objective.entropy(statistics)),
+            full_shape(kl),
+        )
+
+
+def token_logprobs(
+    head: Head,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log-probs of given tokens under one model, and its entropy, at the memory bound of :func:`gopd_loss`.
+
+    What a trainer scores teacher, reference and old policy with. Both results are differentiable in the head's
+    tensors; the backward recomputes the logits. Under ``torch.no_grad()`` it is one GEMM and nothing is kept.
+
+    Args:
+        head: LinearHead or Logits with token shape (...).
+        token_ids: (...) integer; ``hidden[t]`` scores ``token_ids[t]``.
+        mask: (...) bool or 0/1 integer; masked tokens give 0 and cost nothing.
+        return_entropy: also return the entropy in nats.
+        vocab_size: entries past it are padding; default all.
+        chunk_size, backend: as in :func:`gopd_loss`.
+
+    Returns:
+        (...) log-probs <= 0, or the pair (log-probs, entropies); float32, float64 for float64 inputs.
+    """
+    _one_of("backend", backend, ("auto", "torch", "native", "triton"))
+    chunk_size = _check_chunk_size(chunk_size)
+    if not isinstance(head, (LinearHead, Logits)):
+        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
+    if token_ids is None:
+        raise ValueError("token_ids must be given")
+    p = prepare(
+        head,
+        None,
+        # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes the call complete
+        head,
+        token_ids,
+        mask=mask,
+        reward_scale=0.0,
+        estimator="sampled",
+        divergence="reverse_kl",
+        beta=0.5,
+        reduction="none",
+        normalizer=None,
+        sequence_lengths=None,
+        old_logprobs=None,
+        clip=None,
+        vocab_size=vocab_size,
+    )
+    job = _job(replace(p, ref=None), "sampled", "reverse_kl", 0.5, chunk_size, backend)
+    logprobs, entropy = autograd.token_logprobs(job)
+    result = p.rows.scatter(logprobs)
+    return (result, p.rows.scatter(entropy)) if return_entropy else result
+
+
+class GOPDLoss(nn.Module):
+    """:func:`gopd_loss` with its options held in a module.
+
+    Args:
+        **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
+            ``estimator``, ``divergence``, ``beta``, ``reduction``, ``clip``, ``score_cancelled``, ``vocab_size``,
+            ``chunk_size``, ``backend``.
+
+    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``mask``, ``old_logprobs``,
+    ``normalizer``, ``sequence_lengths``, and ``reward_scale`` to override the module's.
+    """
+
+    _BATCH = frozenset({"mask", "old_logprobs", "normalizer", "sequence_lengths", "reward_scale"})
+    _OPTIONS = frozenset(
+        {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip"}
+        | {"score_cancelled", "vocab_size", "chunk_size", "backend"}
+    )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._refuse(options, self._OPTIONS, "option of GOPDLoss")
+        self.options = options
+
+    @staticmethod
+    def _refuse(given: dict[str, Any], allowed: frozenset[str], what: str) -> None:
+        unknown = sorted(set(given) - allowed)
+        if unknown:
+            raise TypeError(f"{unknown[0]} is not an {what}; expected one of {', '.join(sorted(allowed))}")
+
+    def forward(
+        self,
+        student: Head,
+        teacher: Source | None,
+        ref: Source | None = None,
+        token_ids: Tensor | None = None,
+        **batch: Any,
+    ) -> GOPDOutput:
+        self._refuse(batch, self._BATCH, "argument of GOPDLoss.forward")
+        return gopd_loss(student, teacher, ref, token_ids, **{**self.options, **batch})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,193 @@
+"""Dense G-OPD in plain PyTorch: what the fused loss computes, written out, and the naive baseline.
+
+Holds all [tokens, vocabulary] tensors and lets autograd differentiate. In float64 it is an oracle; in a model's own
+dtype it is what a trainer does without this package: logits in that dtype, upcast, log-softmax.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import objective
+from .heads import Head, LinearHead, Source, TokenLogProbs
+from .loss import GOPDOutput, Prepared, prepare
+from .objective import Divergence, Estimator, Reduction
+
+
+def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Transformed logits over the joint vocabulary, (..., V), in ``dtype``."""
+    if isinstance(head, LinearHead):
+        z = (head.hidden @ head.weight[:vocab_size].T).to(dtype)
+        if head.bias is not None:
+            z = z + head.bias[:vocab_size].to(dtype)
+    else:
+        z = head.logits[..., :vocab_size].to(dtype)
+    if head.logit_scale != 1.0:
+        z = z * head.logit_scale
+    if head.softcap is not None:
+        gone = z == -math.inf
+        # masked before and after tanh: its own gradient at -inf is fine, a later where's is not
+        z = (head.softcap * torch.tanh(z.masked_fill(gone, 0) / head.softcap)).masked_fill(gone, -math.inf)
+    return z / head.temperature if head.temperature != 1.0 else z
+
+
+def _log_softmax(z: Tensor, support: Tensor | None = None) -> Tensor:
+    """Over the support; -inf outside it, and 0 gradients (not NaN) for a row without any."""
+    if support is None:
+        support = z != -math.inf
+    empty = ~support.any(-1, keepdim=True)
+    out = z.masked_fill(~support, -math.inf).masked_fill(empty, 0).log_softmax(-1)
+    return out.masked_fill(empty, -math.inf)
+
+
+def _gather(logp: Tensor, ids: Tensor) -> Tensor:
+    return logp.gather(-1, ids[:, None])[:, 0]
+
+
+def _live_logits(p: Prepared, model: Source | None) -> Tensor | None:
+    """(n, V) logits of the live tokens."""
+    if model is None or isinstance(model, TokenLogProbs):
+        return None
+    z = logits_of(model, p.vocab_size, p.dtype)
+    flat = z.reshape(-1, p.vocab_size)
+    return flat if p.rows.index is None else flat.index_select(0, p.rows.index)
+
+
+def _full(
+    p: Prepared, divergence: Divergence, beta: float, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
+    lam = p.reward_scale
+    column = lam[:, None] if isinstance(lam, Tensor) else lam
+    support = z != -math.inf
+    for other, cancelled_at in ((z_q, 0.0), (z_r, 1.0)):
+        if other is not None:
+            matters = other == -math.inf
+            if isinstance(column, Tensor):
+                matters = matters & (column != cancelled_at)
+            support = support & ~matters
+    log_p = _log_softmax(z, support)
+
+    def other_logp(other: Tensor | None, cancelled_at: float) -> Tensor | None:
+        if other is None:
+            return None
+        if isinstance(column, Tensor):
+            other = other.masked_fill(column == cancelled_at, 0)
+        return _log_softmax(other, support)
+
+    log_q, log_r = other_logp(z_q, 0.0), other_logp(z_r, 1.0)
+    inside = [None if x is None else x.masked_fill(~support, 0) for x in (log_q, log_r)]
+    mix = objective.mix(column, *inside)
+    log_p_in = log_p.masked_fill(~support, 0)
+    log_t = _log_softmax(mix, support)
+    log_t_in = log_t.masked_fill(~support, 0)
+    prob = log_p_in.exp().masked_fill(~support, 0)
+    target = log_t_in.exp().masked_fill(~support, 0)
+    kl = (prob * (log_p_in - log_t_in)).sum(-1)
+    if divergence == "reverse_kl":
+        value = (prob * (log_p_in - mix)).sum(-1)
+    elif divergence == "forward_kl":
+        value = (target * (log_t_in - log_p_in)).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_t_in + math.log(beta), log_p_in + math.log1p(-beta))
+        value = beta * (target * (log_t_in - log_m)).sum(-1) + (1 - beta) * (prob * (log_p_in - log_m)).sum(-1)
+    return value, kl, log_p, log_q, log_r
+
+
+def gopd_loss(
+    student: Head,
+    teacher: Source | None,
+    ref: Source | None = None,
+    token_ids: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reward_scale: float | Tensor = 1.0,
+    estimator: Estimator = "sampled",
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    reduction: Reduction = "token-mean",
+    normalizer: float | Tensor | None = None,
+    sequence_lengths: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    score_cancelled: bool = False,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> GOPDOutput:
+    """:func:`fused_gopd.gopd_loss` in dense PyTorch: same arguments, same result, [tokens, V] memory.
+
+    ``chunk_size`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
+    """
+    p = prepare(
+        student,
+        teacher,
+        ref,
+        token_ids,
+        mask=mask,
+        reward_scale=reward_scale,
+        estimator=estimator,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+        normalizer=normalizer,
+        sequence_lengths=sequence_lengths,
+        old_logprobs=old_logprobs,
+        clip=clip,
+        vocab_size=vocab_size,
+    )
+    z = _live_logits(p, p.student)
+    assert z is not None
+    with torch.no_grad():
+        z_q, z_r = _live_logits(p, p.teacher), _live_logits(p, p.ref)
+
+    def given(model: Source | None) -> Tensor | None:
+        return p.rows.take(model.logprobs).to(p.dtype).detach() if isinstance(model, TokenLogProbs) else None
+
+    kl = None
+    lp, lq, lr = None, given(p.teacher), given(p.ref)
+    if estimator == "full":
+        token_loss, kl, log_p, log_q, log_r = _full(p, divergence, beta, z, z_q, z_r)
+    else:
+        log_p, log_q, log_r = _log_softmax(z), *(None if x is None else _log_softmax(x) for x in (z_q, z_r))
+    if p.token_ids is not None:
+        lp = _gather(log_p, p.token_ids)
+        lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
+    advantages = None
+    if lp is not None:
+        behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
+        advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
+        if estimator == "sampled":
+            log_ratio = torch.where(finite, lp, 0) - torch.where(finite, behaviour, 0)
+            token_loss = -advantages * log_ratio.exp()
+            if clip is not None:
+                low, high = clip
+                token_loss = torch.maximum(token_loss, -advantages * log_ratio.exp().clamp(1 - low, 1 + high))
+    loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
+    with torch.no_grad():
+        if score_cancelled and p.token_ids is not None:
+            for name, model in p.cancelled.items():
+                scored = given(model)
+                if scored is None:
+                    other = _live_logits(p, model)
+                    assert other is not None
+                    scored = _gather(_log_softmax(other), p.token_ids)
+                lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
+        weighted = log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)
+
+        def full_shape(x: Tensor | None) -> Tensor | None:
+            return None if x is None else p.rows.scatter(x.detach())
+
+        return GOPDOutput(
+            loss,
+            p.rows.scatter(token_loss.detach()),
+            full_shape(advantages),
+            full_shape(lp),
+            full_shape(lq),
+            full_shape(lr),
+            p.rows.scatter(-weighted.sum(-1)),
+            full_shape(kl),
+        )

@@ -1,0 +1,197 @@
+"""Operations on one chunk of logits: the seam between the mathematics and the machine.
+
+Everything that touches a ``[C, V]`` buffer of logits is a *row operation* and lives in this package, once per
+backend and under the same names. A backend is a module with a class that follows :class:`RowOps`.
+
+Notation of the formulas here and in every backend, for one row (one token):
+
+    z, z_q, z_r   transformed logits of student, teacher and reference over the joint vocabulary of V entries
+    u             lambda z_q + (1 - lambda) z_r, the logits of the target; computed as z_r + lambda (z_q - z_r), so that
+                  three equal models give exactly u = z
+    S             the support: entries where no model that the row needs has -inf. A row needs the teacher unless
+                  lambda = 0 and the reference unless lambda = 1; NaN and +inf stay inside S and poison the row
+    p, t          softmax of z and of u over S
+    m             beta t + (1 - beta) p
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+# By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
+from torch import Tensor, bfloat16, device, dtype, float16, float32
+
+RowDivergence = Literal["none", "reverse_kl", "forward_kl", "jsd"]
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """``z = cap(scale * (x + bias)) / temperature`` with ``cap(x) = softcap * tanh(x / softcap)``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    bias: Tensor | None = None  # (>= V,), any floating dtype, contiguous
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """The raw logits of one model for the rows of a chunk."""
+
+    raw: Tensor  # (C, >= V), floating; unit stride along the vocabulary, any stride (0 too) along the rows
+    transform: LogitTransform
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """What a row operation computes on: up to three models on the same C tokens.
+
+    ``divergence="none"`` is a single model: teacher and ref are None, u is absent and d = z. Otherwise at least one of
+    teacher and ref is given; where one is None it has cancelled (lambda = 1 without ref, lambda = 0 without teacher).
+    """
+
+    vocab_size: int  # V, the joint vocabulary: columns past it do not exist
+    student: ModelRows
+    teacher: ModelRows | None = None
+    ref: ModelRows | None = None
+    reward_scale: float | Tensor = 1.0  # lambda; a tensor is (C,) in the accumulation dtype and needs both models
+    token_ids: Tensor | None = None  # (C,) int64
+    divergence: RowDivergence = "none"
+    beta: float = 0.5
+
+    @property
+    def rows(self) -> int:
+        return self.student.raw.shape[0]
+
+
+class Stat(enum.IntEnum):
+    """Rows of the (len(Stat), C) statistics tensor. What a problem does not have (a model, token ids) is 0.
+
+    All can be merged over slices of the vocabulary: log-sum-exps by ``logaddexp``, means by their softmax weights,
+    token logits by picking the slice that holds the token.
+    """
+
+    LSE_STUDENT = 0  # log sum_S exp z; -inf where S is empty
+    LSE_TEACHER = 1  # log sum_S exp z_q (0 where lambda = 0: its values do not matter)
+    LSE_REF = 2  # log sum_S exp z_r (0 where lambda = 1)
+    LSE_TARGET = 3  # log sum_S exp u
+    MEAN_LOGIT = 4  # sum_S p z, so that the entropy is LSE_STUDENT - MEAN_LOGIT
+    MEAN_GAP = 5  # sum_S p (z - u)
+    STUDENT_PART = 6  # jsd only: KL(p || m)
+    TARGET_PART = 7  # forward_kl: sum_S t (u - z); jsd: KL(t || m)
+    LOGIT_STUDENT = 8  # z[token]; -inf where the token is outside S, NaN where the id is outside [0, V)
+    LOGIT_TEACHER = 9  # z_q[token], likewise (0 where lambda = 0)
+    LOGIT_REF = 10  # z_r[token], likewise (0 where lambda = 1)
+
+
+@dataclass(frozen=True)
+class GradientWeights:
+    """The coefficients per token of the gradient with respect to z (see :meth:`RowOps.gradient`); None is 0."""
+
+    divergence: Tensor | None = None  # (C,) in the accumulation dtype, weight of the divergence's gradient
+    token: Tensor | None = None  # (C,) likewise, weight of p - 1[v = token]
+
+
+class RowOps(Protocol):
+    """One backend's row operations.
+
+    Statistics and arithmetic are float32, or float64 where a model's raw logits are float64. No operation reads or
+    writes outside the first ``vocab_size`` columns of its buffers, none synchronises with the device, and two calls
+    give the same bits.
+    """
+
+    name: str
+
+    def statistics(self, problem: RowProblem) -> Tensor:
+        """All of :class:`Stat` for every row: ``(len(Stat), C)``. Reads each model's logits, writes none."""
+
+    def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
+        """Write the gradient with respect to the student's raw logits into ``out`` (C, >= V), any floating dtype.
+
+        With w_d and w_y the two weights, for v in S:
+
+            g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token])          dx_v = g_v dz_v/dx_v
+
+            none:        d = z                            D = MEAN_LOGIT
+            reverse_kl:  d = z - u                        D = MEAN_GAP
+            jsd:         d = (1 - beta)(log p - log m)    D = (1 - beta) STUDENT_PART
+            forward_kl:  w_d (p_v - t_v) in place of the first term
+
+        and 0 outside S and in a row without support. A weight that is exactly 0 switches its term off, whatever the
+        other factors are, NaN included. ``out`` may be ``problem.student.raw`` itself, or a tensor of a narrower
+        dtype whose row i starts at the same address as row i of ``student.raw``.
+        """
+
+    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        """Both, for weights that do not depend on the statistics; the same bits as the two calls in turn."""
+
+    def linear_statistics(
+        self,
+        hidden: Tensor,  # (C, H)
+        weight: Tensor,  # (>= V, H), same dtype
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,  # (C,) int64
+    ) -> Tensor | None:
+        """``statistics`` of a single model (divergence "none") straight from hidden states.
+
+        The logits stay on chip. Returns None where the backend has no such kernel for this input; the caller then
+        computes the logits of the chunk and calls ``statistics``.
+        """
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why the backend of this name cannot be used here at all; None if it can."""
+    if name == "torch":
+        return None
+    if name == "native":
+        from . import native
+
+        return native.unavailable_reason()
+    if name == "triton":
+        from . import triton
+
+        return triton.unavailable_reason()
+    raise ValueError(f"backend must be one of 'auto', 'torch', 'native', 'triton', got {name!r}")
+
+
+def select_backend(name: str, device: device, dtypes: set[dtype]) -> RowOps:
+    """The row operations for a backend name, a device and the dtypes of the inputs.
+
+    ``"auto"`` takes Triton on a GPU and the C++ kernels on a CPU, and plain PyTorch where those are not available or
+    cannot take the dtypes (float64). A backend asked for by name is used or refused with its reason, never replaced.
+    """
+    from . import torch as torch_backend
+
+    slow_dtypes = dtypes - {float32, bfloat16, float16}
+    if name == "auto":
+        preferred = {"cuda": "triton", "cpu": "native"}.get(device.type)
+        if preferred is None or slow_dtypes or unavailable_reason(preferred) is not None:
+            return torch_backend.TorchRowOps()
+        name = preferred
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} is not available: {reason}")
+    if name == "torch":
+        return torch_backend.TorchRowOps()
+    if slow_dtypes:
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in slow_dtypes))
+        raise ValueError(
+            f"backend={name!r} takes float32, bfloat16 and float16, got {found}; "
+            "backend='torch' takes any floating dtype"
+        )
+    if name == "native":
+        from . import native
+
+        if device.type != "cpu":
+            raise ValueError(f"backend='native' runs on CPU tensors, got tensors on {device}")
+        return native.NativeRowOps()
+    from . import triton
+
+    if device.type != "cuda" and not triton.interpreted():
+        raise ValueError(
+            f"backend='triton' runs on GPU tensors, got tensors on {device} (set TRITON_INTERPRET=1 to interpret)"
+        )
+    return triton.TritonRowOps()

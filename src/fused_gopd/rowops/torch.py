@@ -1,0 +1,239 @@
+"""The row operations in plain PyTorch: any device, any floating dtype, the slow truth.
+
+Rows are taken a few at a time, so that the temporaries stay small beside the chunk's own buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+
+# Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
+# below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any input is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Transformed logits and what follows from them, for a few rows; entries outside the support are -inf."""
+
+    z: Tensor  # (c, V)
+    u: Tensor | None
+    teacher: Tensor | None  # 0 in rows with lambda = 0
+    ref: Tensor | None  # 0 in rows with lambda = 1
+    support: Tensor  # bool
+    use_teacher: Tensor | None  # (c, 1) bool, None where there is no teacher
+    use_ref: Tensor | None
+
+
+class TorchRowOps:
+    """See :class:`fused_gopd.rowops.RowOps` for the formulas."""
+
+    name = "torch"
+
+    def statistics(self, problem: RowProblem) -> Tensor:
+        dtype = _dtype(problem)
+        out = torch.zeros(len(Stat), problem.rows, dtype=dtype, device=problem.student.raw.device)
+        for rows, part in _blocks(problem):
+            _statistics(part, _load(part, dtype), out[:, rows])
+        return out
+
+    def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
+        dtype = _dtype(problem)
+        for rows, part in _blocks(problem):
+            part_weights = GradientWeights(_cut(weights.divergence, rows), _cut(weights.token, rows))
+            grad = _gradient(part, _load(part, dtype), statistics[:, rows], part_weights)
+            out[rows, : problem.vocab_size].copy_(grad)
+
+    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        statistics = self.statistics(problem)
+        self.gradient(problem, statistics, weights, out)
+        return statistics
+
+    def linear_statistics(
+        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+    ) -> Tensor | None:
+        return None
+
+
+def _dtype(problem: RowProblem) -> torch.dtype:
+    models = (problem.student, problem.teacher, problem.ref)
+    return accumulation_dtype(*(m.raw for m in models if m is not None))
+
+
+def _cut(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _blocks(problem: RowProblem) -> Iterator[tuple[slice, RowProblem]]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, problem.vocab_size))
+    for start in range(0, problem.rows, step):
+        rows = slice(start, min(start + step, problem.rows))
+
+        def part(model: ModelRows | None, rows: slice = rows) -> ModelRows | None:
+            return None if model is None else ModelRows(model.raw[rows], model.transform)
+
+        student = part(problem.student)
+        assert student is not None
+        lam = problem.reward_scale
+        yield (
+            rows,
+            dataclasses.replace(
+                problem,
+                student=student,
+                teacher=part(problem.teacher),
+                ref=part(problem.ref),
+                reward_scale=lam[rows] if isinstance(lam, Tensor) else lam,
+                token_ids=_cut(problem.token_ids, rows),
+            ),
+        )
+
+
+def _transform(model: ModelRows, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    t = model.transform
+    x = model.raw[:, :vocab_size].to(dtype)
+    if t.bias is not None:
+        x = x + t.bias[:vocab_size].to(dtype)
+    if t.scale != 1.0:
+        x = x * t.scale
+    if t.softcap is not None:
+        # tanh would turn -inf into -softcap, a token that exists
+        x = torch.where(x == -math.inf, x, t.softcap * torch.tanh(x / t.softcap))
+    return x / t.temperature if t.temperature != 1.0 else x
+
+
+def _dz_dx(model: ModelRows, z: Tensor) -> Tensor | float:
+    """Derivative of the transform, from its value: cap'(x) = 1 - tanh(x)^2 and tanh(x) = z temperature / softcap."""
+    t = model.transform
+    slope = t.scale / t.temperature
+    if t.softcap is None:
+        return slope
+    tanh = z * (t.temperature / t.softcap)
+    return slope * (1.0 - tanh * tanh)
+
+
+def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
+    V = problem.vocab_size
+    z = _transform(problem.student, V, dtype)
+    support = z != -math.inf
+    lam = problem.reward_scale
+    lam_column = lam.to(dtype)[:, None] if isinstance(lam, Tensor) else torch.full_like(z[:, :1], float(lam))
+
+    def needed(model: ModelRows | None, use: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if model is None:
+            return None, None
+        x = _transform(model, V, dtype)
+        return torch.where(use, x, torch.zeros_like(x)), use
+
+    teacher, use_teacher = needed(problem.teacher, lam_column != 0)
+    ref, use_ref = needed(problem.ref, lam_column != 1)
+    for x in (teacher, ref):
+        if x is not None:
+            support = support & (x != -math.inf)
+    u = None
+    if teacher is not None and ref is not None:
+        assert use_teacher is not None and use_ref is not None
+        # masked before the subtraction: -inf - -inf would be NaN in values that must not matter
+        q, r = (torch.where(support, x, torch.zeros_like(x)) for x in (teacher, ref))
+        u = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)
+    elif teacher is not None or ref is not None:
+        u = teacher if teacher is not None else ref
+
+    def outside(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.masked_fill(~support, -math.inf)
+
+    masked_z = outside(z)
+    assert masked_z is not None
+    return _Rows(masked_z, outside(u), outside(teacher), outside(ref), support, use_teacher, use_ref)
+
+
+def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:
+    """sum over the support of weights * values, where values may be anything outside it."""
+    return (weights * torch.where(support, values, torch.zeros_like(values))).sum(-1)
+
+
+def _probabilities(logits: Tensor, lse: Tensor, support: Tensor) -> Tensor:
+    return torch.where(support, (logits - lse[:, None]).exp(), torch.zeros_like(logits))
+
+
+def _log_mixture(problem: RowProblem, x: _Rows, lse_p: Tensor, lse_u: Tensor) -> Tensor:
+    """log m. In log space: probabilities below exp(-104) are 0 in float32 and would give log 0."""
+    assert x.u is not None
+    log_p, log_t = x.z - lse_p[:, None], x.u - lse_u[:, None]
+    return torch.logaddexp(log_t + math.log(problem.beta), log_p + math.log1p(-problem.beta))
+
+
+def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
+    lse_p = torch.logsumexp(x.z, -1)
+    p = _probabilities(x.z, lse_p, x.support)
+    out[Stat.LSE_STUDENT] = lse_p
+    out[Stat.MEAN_LOGIT] = _weighted(p, x.z, x.support)
+    for model, use, lse in ((x.teacher, x.use_teacher, Stat.LSE_TEACHER), (x.ref, x.use_ref, Stat.LSE_REF)):
+        if model is not None and use is not None:
+            out[lse] = torch.where(use[:, 0], torch.logsumexp(model, -1), torch.zeros_like(lse_p))
+    if x.u is not None:
+        lse_u = torch.logsumexp(x.u, -1)
+        out[Stat.LSE_TARGET] = lse_u
+        gap = x.z - x.u
+        out[Stat.MEAN_GAP] = _weighted(p, gap, x.support)
+        if problem.divergence == "forward_kl":
+            out[Stat.TARGET_PART] = _weighted(_probabilities(x.u, lse_u, x.support), -gap, x.support)
+        elif problem.divergence == "jsd":
+            log_m = _log_mixture(problem, x, lse_p, lse_u)
+            t = _probabilities(x.u, lse_u, x.support)
+            out[Stat.STUDENT_PART] = _weighted(p, x.z - lse_p[:, None] - log_m, x.support)
+            out[Stat.TARGET_PART] = _weighted(t, x.u - lse_u[:, None] - log_m, x.support)
+    if problem.token_ids is not None:
+        inside = (problem.token_ids >= 0) & (problem.token_ids < problem.vocab_size)
+        ids = torch.where(inside, problem.token_ids, torch.zeros_like(problem.token_ids))[:, None]
+        for model, use, stat in (
+            (x.z, None, Stat.LOGIT_STUDENT),
+            (x.teacher, x.use_teacher, Stat.LOGIT_TEACHER),
+            (x.ref, x.use_ref, Stat.LOGIT_REF),
+        ):
+            if model is not None:
+                value = torch.where(inside, model.gather(1, ids)[:, 0], torch.full_like(lse_p, math.nan))
+                out[stat] = value if use is None else torch.where(use[:, 0], value, torch.zeros_like(value))
+
+
+def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: GradientWeights) -> Tensor:
+    lse_p = statistics[Stat.LSE_STUDENT]
+    p = _probabilities(x.z, lse_p, x.support)
+    grad = torch.zeros_like(p)
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    if weights.divergence is not None:
+        w = weights.divergence[:, None]
+        if problem.divergence == "forward_kl":
+            assert x.u is not None
+            term = p - _probabilities(x.u, statistics[Stat.LSE_TARGET], x.support)
+        else:
+            if problem.divergence == "none":
+                d, mean = x.z, statistics[Stat.MEAN_LOGIT]
+            elif problem.divergence == "reverse_kl":
+                assert x.u is not None
+                d, mean = x.z - x.u, statistics[Stat.MEAN_GAP]
+            else:
+                log_m = _log_mixture(problem, x, lse_p, statistics[Stat.LSE_TARGET])
+                d = (1.0 - problem.beta) * (x.z - lse_p[:, None] - log_m)
+                mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
+            term = p * torch.where(x.support, d - mean[:, None], zero)
+        grad = grad + torch.where(w == 0, zero, w * term)
+    if weights.token is not None:
+        assert problem.token_ids is not None
+        w = weights.token[:, None]
+        vocabulary = torch.arange(problem.vocab_size, device=p.device)
+        hit = (vocabulary == problem.token_ids[:, None]) & x.support
+        grad = grad + torch.where(w == 0, zero, w * (p - hit.to(p.dtype)))
+    slope = _dz_dx(problem.student, torch.where(x.support, x.z, zero))
+    return torch.where(x.support, grad * slope, zero)
