@@ -223,7 +223,7 @@ class _WeightedLoss(torch.autograd.Function):
         token_loss, _ = token_values(job, statistics)
         loss = (token_loss * weights).sum()
         ctx.job, ctx.scaling, ctx.needs, ctx.gradients = job, scaling, needs, gradients
-        # only so that an in-place change of an input is noticed by a second backward
+        # only so that a second backward notices an input that was changed in place
         ctx.save_for_backward(rows, weight, bias)
         ctx.mark_non_differentiable(token_loss, statistics)
         ctx.set_materialize_grads(False)
@@ -237,7 +237,7 @@ class _WeightedLoss(torch.autograd.Function):
         gradients: list[Tensor] | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            _ = ctx.saved_tensors
+            ctx.saved_tensors  # noqa: B018 raises where the graph was freed or an input changed
             tensors, static = _pack(ctx.job)
             gradients = _forward_op(tensors, static, ctx.scaling.relative, ctx.needs)[1:]
         scaling: Scaling = ctx.scaling
@@ -267,10 +267,10 @@ class _TokenLosses(torch.autograd.Function):
         job: Job = ctx.job
         statistics = ctx.saved_tensors[3]
         upstream = upstream.to(job.dtype).contiguous()
-        divergence, token = upstream, None
+        weights = GradientWeights(divergence=upstream)
         if job.estimator == "sampled":
-            divergence, token = None, -job.policy_term(statistics).dlogprob * upstream
-        gradients = _backward_op(*_pack(job), statistics, divergence, token, ctx.needs)
+            weights = GradientWeights(token=-job.policy_term(statistics).dlogprob * upstream)
+        gradients = _backward_op(*_pack(job), statistics, weights.divergence, weights.token, ctx.needs)
         return (*_apply(gradients, job, ctx.needs), None)
 
 

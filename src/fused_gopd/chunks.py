@@ -239,7 +239,10 @@ class _Sink:
             make = torch.empty if everywhere else torch.zeros
             self.rows = make(job.rows.shape.numel(), source.shape[-1], dtype=source.dtype, device=source.device)
         if isinstance(student, LinearHead) and needs.weight:
-            self.weight = torch.zeros(student.weight.shape, dtype=job.dtype, device=job.device)
+            # the first chunk overwrites the joint vocabulary's part; the padding past it is never written
+            make = torch.empty if job.rows.count else torch.zeros
+            self.weight = make(student.weight.shape, dtype=job.dtype, device=job.device)
+            self.weight[job.vocab_size :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
             self.bias = torch.zeros(student.weight.shape[0], dtype=job.dtype, device=job.device)
 
@@ -268,7 +271,7 @@ class _Sink:
                 # on the hidden states, not on the logit gradient, which has to stay at unit scale
                 scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
                 hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
-            gemm.add_dweight_(self.weight[:V], dlogits, hidden)
+            gemm.add_dweight_(self.weight[:V], dlogits, hidden, first=start == 0)
         if self.bias is not None:
             scale = dlogits.new_ones((), dtype=self.bias.dtype) if weight_scale is None else weight_scale
             self.bias[:V] += scale.expand(dlogits.shape[0]) @ dlogits.to(self.bias.dtype)

@@ -78,10 +78,13 @@ def add_dweight_(
     accumulator: Tensor,  # (V, H) float32, float64 for float64 operands
     dlogits: Tensor,  # (C, V) of gradient_dtype(weight)
     hidden: Tensor,  # (C, H)
+    *,
+    first: bool = False,  # overwrite whatever is in the accumulator: saves a pass of V x H to zero it
 ) -> Tensor:
     """accumulator += dlogits.T @ hidden"""
+    beta = 0 if first else 1
     if accumulates_low_precision(dlogits):
         return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
-            accumulator, dlogits.T, hidden, torch.float32, out=accumulator
+            accumulator, dlogits.T, hidden, torch.float32, beta=beta, out=accumulator
         )
-    return accumulator.addmm_(dlogits.T, _wide(hidden))
+    return accumulator.addmm_(dlogits.T, _wide(hidden), beta=beta)

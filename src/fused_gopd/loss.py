@@ -339,7 +339,10 @@ def prepare(
 
 def _detached(model: Source | None) -> Source | None:
     """Teacher and reference never receive gradients."""
-    return None if model is None else replace(model, **{name: t.detach() for name, t in model.tensors.items()})
+    if model is None:
+        return None
+    detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
+    return replace(model, **detached)
 
 
 def _job(

