@@ -132,7 +132,7 @@ def _backward_op(
 
 def _fake_gradients(job: Job, needs: Needs) -> list[Tensor]:
     student, empty = job.student, torch.empty(0, dtype=job.dtype, device=job.device)
-    source = student.hidden if isinstance(student, LinearHead) else student.logits
+    source = student.rows
     out = [source.new_empty(job.rows.shape.numel(), source.shape[-1]) if needs.rows else empty]
     for needed, shape in ((needs.weight, "weight"), (needs.bias, "bias")):
         if needed and isinstance(student, LinearHead):
@@ -180,15 +180,22 @@ def _student_tensors(job: Job) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return student.logits, None, None
 
 
-def _apply(gradients: Sequence[Tensor], job: Job, needs: Needs) -> tuple[Tensor | None, ...]:
+_Meta = tuple[torch.Size, torch.dtype]
+
+
+def _meta(tensors: Sequence[Tensor | None]) -> list[_Meta | None]:
+    return [None if t is None else (t.shape, t.dtype) for t in tensors]
+
+
+def _like(gradients: Sequence[Tensor], needs: Needs, sources: Sequence[_Meta | None]) -> tuple[Tensor | None, ...]:
     """Gradients as the loop leaves them, in the shapes and dtypes of the student's tensors."""
     out: list[Tensor | None] = []
-    for gradient, needed, source in zip(gradients, needs, _student_tensors(job), strict=True):
-        if not needed:
-            out.append(None)
-        else:
+    for gradient, needed, source in zip(gradients, needs, sources, strict=True):
+        if needed:
             assert source is not None
-            out.append(gradient.reshape(source.shape).to(source.dtype))
+            out.append(gradient.reshape(source[0]).to(source[1]))
+        else:
+            out.append(None)
     return tuple(out)
 
 
@@ -221,69 +228,79 @@ class _WeightedLoss(torch.autograd.Function):
         scaling = Scaling.of(job, weights)
         statistics, *gradients = _forward_op(tensors, static, scaling.relative if any(needs) else None, needs)
         token_loss, _ = token_values(job, statistics)
-        loss = (token_loss * weights).sum()
-        ctx.job, ctx.scaling, ctx.needs, ctx.gradients = job, scaling, needs, gradients
-        # only so that a second backward notices an input that was changed in place
-        ctx.save_for_backward(rows, weight, bias)
+        ctx.static, ctx.scaling, ctx.needs, ctx.gradients = static, scaling, needs, gradients
+        ctx.meta = _meta((rows, weight, bias))
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(token_loss, statistics)
         ctx.set_materialize_grads(False)
-        return loss, token_loss, statistics
+        return (token_loss * weights).sum(), token_loss, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
+        scaling: Scaling = ctx.scaling
         gradients: list[Tensor] | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            ctx.saved_tensors  # noqa: B018 raises where the graph was freed or an input changed
-            tensors, static = _pack(ctx.job)
-            gradients = _forward_op(tensors, static, ctx.scaling.relative, ctx.needs)[1:]
-        scaling: Scaling = ctx.scaling
+            gradients = _forward_op(ctx.saved_tensors, ctx.static, scaling.relative, ctx.needs)[1:]
         rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
-        return (*_apply(_scale_(gradients, (rows, rest, rest)), ctx.job, ctx.needs), None, None)
+        return (*_like(_scale_(gradients, (rows, rest, rest)), ctx.needs, ctx.meta), None, None)
 
 
-class _TokenLosses(torch.autograd.Function):
-    """loss_i for every live token, for any upstream gradient; the backward recomputes the logits."""
+class _Recomputed(torch.autograd.Function):
+    """What the two Functions below share: statistics in the forward, the student's logits again in the backward."""
+
+    @staticmethod
+    def statistics(ctx: Any, job: Job) -> Tensor:
+        tensors, static = _pack(job)
+        statistics: Tensor = _forward_op(tensors, static, None, NOTHING)[0]
+        ctx.static, ctx.needs, ctx.meta = static, Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
+        ctx.save_for_backward(*tensors, statistics)
+        ctx.set_materialize_grads(False)
+        return statistics
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple[Job, Tensor]:
+        *tensors, statistics = ctx.saved_tensors
+        return _unpack(tensors, ctx.static), statistics
+
+    @staticmethod
+    def gradients(ctx: Any, weights: GradientWeights) -> tuple[Tensor | None, ...]:
+        *tensors, statistics = ctx.saved_tensors
+        out = _backward_op(tensors, ctx.static, statistics, weights.divergence, weights.token, ctx.needs)
+        return (*_like(out, ctx.needs, ctx.meta), None)
+
+
+class _TokenLosses(_Recomputed):
+    """loss_i for every live token, for any upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-        tensors, static = _pack(job)
-        statistics = _forward_op(tensors, static, None, NOTHING)[0]
-        token_loss, _ = token_values(job, statistics)
-        ctx.job, ctx.needs = job, Needs(*(ctx.needs_input_grad[:3]))
-        ctx.save_for_backward(rows, weight, bias, statistics)
+        statistics = _Recomputed.statistics(ctx, job)
         ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        return token_loss, statistics
+        return token_values(job, statistics)[0], statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 4
-        job: Job = ctx.job
-        statistics = ctx.saved_tensors[3]
+        job, statistics = _Recomputed.saved(ctx)
         upstream = upstream.to(job.dtype).contiguous()
         weights = GradientWeights(divergence=upstream)
         if job.estimator == "sampled":
             weights = GradientWeights(token=-job.policy_term(statistics).dlogprob * upstream)
-        gradients = _backward_op(*_pack(job), statistics, weights.divergence, weights.token, ctx.needs)
-        return (*_apply(gradients, job, ctx.needs), None)
+        return _Recomputed.gradients(ctx, weights)
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """log p of the given tokens and the entropy, for any upstream gradients; the backward recomputes the logits."""
+class _TokenLogProbs(_Recomputed):
+    """log p of the given tokens and the entropy, for any upstream gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-        tensors, static = _pack(job)
-        statistics = _forward_op(tensors, static, None, NOTHING)[0]
-        ctx.job, ctx.needs = job, Needs(*(ctx.needs_input_grad[:3]))
-        ctx.save_for_backward(rows, weight, bias, statistics)
-        ctx.set_materialize_grads(False)
+        statistics = _Recomputed.statistics(ctx, job)
         return job.model_logprobs(statistics)[0], objective.entropy(statistics)
 
     @staticmethod
@@ -291,15 +308,18 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, upstream_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None and upstream_entropy is None:
             return (None,) * 4
-        job: Job = ctx.job
+        job, _ = _Recomputed.saved(ctx)
         # d log p[y] / dz = 1[y] - p and dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's two terms
         token, divergence = (None if g is None else -g.to(job.dtype).contiguous() for g in (upstream, upstream_entropy))
-        gradients = _backward_op(*_pack(job), ctx.saved_tensors[3], divergence, token, ctx.needs)
-        return (*_apply(gradients, job, ctx.needs), None)
+        return _Recomputed.gradients(ctx, GradientWeights(divergence, token))
 
 
 def _call(function: Any, job: Job, *rest: Tensor) -> Any:
-    return function.apply(*_student_tensors(job), job, *rest)
+    tensors = _student_tensors(job)
+    if not torch.is_grad_enabled():
+        # a Function under no_grad is still told that its inputs require gradients, and would compute them in vain
+        tensors = tuple(None if t is None else t.detach() for t in tensors)  # type: ignore[assignment]
+    return function.apply(*tensors, job, *rest)
 
 
 def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,7 +328,7 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
     is the size of all logits, is rounded once with all factors applied.
     """
-    if isinstance(job.student, Logits) and job.student.logits.dtype in (torch.float16, torch.bfloat16):
+    if isinstance(job.student, Logits) and job.student.rows.dtype in (torch.float16, torch.bfloat16):
         token_loss, statistics = _call(_TokenLosses, job)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
     loss, token_loss, statistics = _call(_WeightedLoss, job, weights)

@@ -132,28 +132,27 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The accumulation dtype."""
-        heads = (self.student, self.teacher, self.ref)
-        return accumulation_dtype(*(t for head in heads if head is not None for t in head.tensors.values()))
+        """The accumulation dtype: float64 if any model's hidden states or logits are, else float32."""
+        return accumulation_dtype(*(head.rows for head in (self.student, self.teacher, self.ref) if head is not None))
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.student.tensors.values())).device
+        return self.student.rows.device
 
     def model_logprobs(
         self, statistics: Tensor, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
 
-        def of(head: Head | None, given: Tensor | None, logit: Stat, lse: Stat) -> Tensor | None:
+        def of(head: Head | None, given: Tensor | None, logit: Stat, logsum: Stat) -> Tensor | None:
             if head is None:
                 return None if given is None else given[rows]
-            return objective.token_logprob(statistics[logit, rows], statistics[lse, rows])
+            return objective.token_logprob(statistics[logit, rows], statistics[logsum, rows])
 
-        student = of(self.student, None, Stat.LOGIT_STUDENT, Stat.LSE_STUDENT)
+        student = of(self.student, None, Stat.LOGIT_STUDENT, Stat.LOGSUM_STUDENT)
         assert student is not None
-        teacher = of(self.teacher, self.teacher_logprobs, Stat.LOGIT_TEACHER, Stat.LSE_TEACHER)
-        return student, teacher, of(self.ref, self.ref_logprobs, Stat.LOGIT_REF, Stat.LSE_REF)
+        teacher = of(self.teacher, self.teacher_logprobs, Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER)
+        return student, teacher, of(self.ref, self.ref_logprobs, Stat.LOGIT_REF, Stat.LOGSUM_REF)
 
     def scale_of(self, rows: slice) -> float | Tensor:
         """lambda of some of the live tokens."""
@@ -231,7 +230,7 @@ class _Sink:
         self._job, student = job, job.student
         self.rows = self.weight = self.bias = None
         if needs.rows:
-            source = student.hidden if isinstance(student, LinearHead) else student.logits
+            source = student.rows
             # zeroed only where the loop does not write: masked tokens, and logits past the joint vocabulary
             everywhere = job.rows.index is None and (
                 isinstance(student, LinearHead) or student.vocab_size == job.vocab_size
@@ -241,10 +240,10 @@ class _Sink:
         if isinstance(student, LinearHead) and needs.weight:
             # the first chunk overwrites the joint vocabulary's part; the padding past it is never written
             make = torch.empty if job.rows.count else torch.zeros
-            self.weight = make(student.weight.shape, dtype=job.dtype, device=job.device)
+            self.weight = make(student.weight.shape, dtype=accumulation_dtype(student.weight), device=job.device)
             self.weight[job.vocab_size :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
-            self.bias = torch.zeros(student.weight.shape[0], dtype=job.dtype, device=job.device)
+            self.bias = student.weight.new_zeros(student.vocab_size, dtype=accumulation_dtype(student.weight))
 
     @property
     def wanted(self) -> bool:
@@ -273,8 +272,8 @@ class _Sink:
                 hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
             gemm.add_dweight_(self.weight[:V], dlogits, hidden, first=start == 0)
         if self.bias is not None:
-            scale = dlogits.new_ones((), dtype=self.bias.dtype) if weight_scale is None else weight_scale
-            self.bias[:V] += scale.expand(dlogits.shape[0]) @ dlogits.to(self.bias.dtype)
+            scale = self.bias.new_ones(()) if weight_scale is None else weight_scale
+            gemm.add_dbias_(self.bias[:V], dlogits, scale)
 
     def logits_buffer(self, start: int, stop: int) -> Tensor:
         """Where the gradient of a chunk of ``Logits`` goes: straight into the result, unless rows are missing."""
@@ -391,18 +390,18 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
 
 def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
     """Teacher and reference of the sampled estimator, before the student needs their buffer."""
-    for head, lse, logit in (
-        (job.teacher, Stat.LSE_TEACHER, Stat.LOGIT_TEACHER),
-        (job.ref, Stat.LSE_REF, Stat.LOGIT_REF),
+    for head, logsum, logit in (
+        (job.teacher, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
+        (job.ref, Stat.LOGSUM_REF, Stat.LOGIT_REF),
     ):
         if head is not None:
             scored = _score(job, head, buffers, start, stop)
-            statistics[lse, start:stop] = scored[Stat.LSE_STUDENT]
+            statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
 
 
 # What the sampled estimator takes from the row operation on the student; the other rows hold teacher and reference.
-_STUDENT_STATS = [Stat.LSE_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT]
+_STUDENT_STATS = [Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat.MAX_STUDENT]
 
 
 def _store(job: Job, statistics: Tensor, chunk: Tensor, start: int, stop: int) -> None:

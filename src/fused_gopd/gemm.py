@@ -88,3 +88,20 @@ def add_dweight_(
             accumulator, dlogits.T, hidden, torch.float32, beta=beta, out=accumulator
         )
     return accumulator.addmm_(dlogits.T, _wide(hidden), beta=beta)
+
+
+def add_dbias_(
+    accumulator: Tensor,  # (V,) float32, float64 for float64 operands
+    dlogits: Tensor,  # (C, V) of gradient_dtype(weight)
+    scale: Tensor,  # () or (C,)
+) -> Tensor:
+    """accumulator += scale @ dlogits"""
+    C, V = dlogits.shape
+    rows = scale.to(accumulator.dtype).expand(C)
+    if dlogits.dtype == accumulator.dtype:
+        return accumulator.add_(rows @ dlogits)
+    step = max(1, _WIDEN_ELEMENTS // max(1, C))
+    for start in range(0, V, step):
+        columns = slice(start, min(start + step, V))
+        accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
+    return accumulator

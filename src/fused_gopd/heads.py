@@ -7,6 +7,7 @@ several models (shapes, devices, vocabularies) are in :mod:`fused_gopd.loss`.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ def _require_transform(logit_scale: float, softcap: float | None, temperature: f
     for name, number in (("logit_scale", logit_scale), ("temperature", temperature), ("softcap", softcap)):
         if number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"{name} must be a Python float, got {type(number).__name__}")
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}")
@@ -108,6 +109,11 @@ class LinearHead:
             object.__setattr__(self, name, value)
 
     @property
+    def rows(self) -> Tensor:
+        """What has one row per token."""
+        return self.hidden
+
+    @property
     def token_shape(self) -> torch.Size:
         return self.hidden.shape[:-1]
 
@@ -151,6 +157,11 @@ class Logits:
         object.__setattr__(self, "logit_scale", float(logit_scale))
         object.__setattr__(self, "softcap", None if softcap is None else float(softcap))
         object.__setattr__(self, "temperature", float(temperature))
+
+    @property
+    def rows(self) -> Tensor:
+        """What has one row per token."""
+        return self.logits
 
     @property
     def token_shape(self) -> torch.Size:

@@ -7,6 +7,7 @@ and refuse the same input. Nothing here has a vocabulary axis.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,7 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _require_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -116,7 +117,7 @@ def _live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
 
 def _check_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
     """The live token ids, int64. Out of range: IndexError on a CPU, a device-side assert (no host sync) on a GPU."""
-    live = rows.take(ids).to(torch.int64).contiguous()
+    live = rows.take(ids.to(torch.int64)).contiguous()
     wrong = (live < 0) | (live >= vocab_size)
     if live.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked")
@@ -181,9 +182,10 @@ def _check_normalizer(
             raise ValueError(f"sequence_lengths is an option of 'seq-mean-token-mean', got reduction={reduction!r}")
         if not isinstance(sequence_lengths, Tensor):
             raise TypeError(f"sequence_lengths must be a torch.Tensor, got {type(sequence_lengths).__name__}")
-        if sequence_lengths.shape != shape[:1]:
+        if sequence_lengths.ndim and sequence_lengths.shape != shape[:1]:
             raise ValueError(
-                f"sequence_lengths must have shape ({shape[0]},), one per sequence, got {tuple(sequence_lengths.shape)}"
+                f"sequence_lengths must have shape ({shape[0]},), one per sequence, or be 0-d, got "
+                f"{tuple(sequence_lengths.shape)}"
             )
         _require_device("sequence_lengths", sequence_lengths, device)
     if normalizer is None:
@@ -272,7 +274,7 @@ def prepare(
     _require_source("student", student, estimator)
     models: dict[str, Source | None] = {"student": student, "teacher": teacher, "ref": ref}
     shape = student.token_shape
-    device = next(iter(student.tensors.values())).device
+    device = student.rows.device
     for name in ("teacher", "ref"):
         model = models[name]
         if model is None:
@@ -313,7 +315,7 @@ def prepare(
     joint = _joint_vocab_size(models, vocab_size)
     rows = _live_rows(live_mask, shape)
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
-    dtype = accumulation_dtype(*(t for m in models.values() if m is not None for t in m.tensors.values()))
+    dtype = accumulation_dtype(*(m.rows for m in models.values() if isinstance(m, (LinearHead, Logits))))
     weights = objective.token_weights(reduction, live_mask, shape, normalizer, sequence_lengths, dtype, device)
     cancelled = {} if isinstance(lam, Tensor) else {0.0: {"teacher": teacher}, 1.0: {"ref": ref}}.get(lam, {})
     return Prepared(
@@ -350,7 +352,7 @@ def _job(
 ) -> Job:
     teacher, ref = _detached(p.teacher), _detached(p.ref)
     heads = [m for m in (p.student, teacher, ref) if isinstance(m, (LinearHead, Logits))]
-    dtypes = {t.dtype for m in heads for t in m.tensors.values()}
+    dtypes = {m.rows.dtype for m in heads}
 
     def logprobs(model: Source | None) -> Tensor | None:
         if not isinstance(model, TokenLogProbs):
@@ -489,11 +491,12 @@ def gopd_loss(
         kl = autograd.token_values(job, statistics)[1]
 
         def full_shape(x: Tensor | None) -> Tensor | None:
-            return None if x is None else p.rows.scatter(x.detach())
+            # cloned: scatter may return a view, and no output shares memory with another or with an input
+            return None if x is None else p.rows.scatter(x.detach().clone())
 
         return GOPDOutput(
             loss,
-            p.rows.scatter(token_loss.detach()),
+            p.rows.scatter(token_loss.detach().clone()),
             full_shape(advantages),
             full_shape(student_logprobs),
             full_shape(others["teacher"]),

@@ -109,16 +109,19 @@ def policy_term(
 # -------------------------------------------------------------------------------------------- from row statistics
 
 
-def token_logprob(logit: Tensor, lse: Tensor) -> Tensor:
-    """log-prob of the sampled token from its logit and the normaliser: never positive, -inf outside the support."""
-    return torch.where(torch.isneginf(logit), logit, logit - lse)
+def token_logprob(logit: Tensor, logsum: Tensor) -> Tensor:
+    """log-prob of the sampled token from its logit and the normaliser, both relative to the row's maximum.
+
+    Never positive; -inf outside the support, NaN in a poisoned row.
+    """
+    return torch.where(torch.isneginf(logsum), logsum, logit - logsum)
 
 
 def entropy(statistics: Tensor) -> Tensor:
     """Entropy in nats; 0 for a row without support. Rounding cannot make it negative."""
-    lse = statistics[Stat.LSE_STUDENT]
-    value = (lse - statistics[Stat.MEAN_LOGIT]).clamp_min(0)
-    return torch.where(torch.isneginf(lse), torch.zeros_like(value), value)
+    logsum = statistics[Stat.LOGSUM_STUDENT]
+    value = (logsum - statistics[Stat.MEAN_LOGIT]).clamp_min(0)
+    return torch.where(torch.isneginf(logsum), torch.zeros_like(value), value)
 
 
 def divergence_value(
@@ -128,17 +131,17 @@ def divergence_value(
 
     ``has`` says whether teacher and reference are in the statistics.
     """
-    lse_p, lse_u, gap = (statistics[s] for s in (Stat.LSE_STUDENT, Stat.LSE_TARGET, Stat.MEAN_GAP))
-    kl = (gap + (lse_u - lse_p)).clamp_min(0)
+    logsum_p, logsum_u, gap = (statistics[s] for s in (Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET, Stat.MEAN_GAP))
+    kl = (gap + (logsum_u - logsum_p)).clamp_min(0)
     if divergence == "reverse_kl":
-        teacher = statistics[Stat.LSE_TEACHER] if has[0] else None
-        ref = statistics[Stat.LSE_REF] if has[1] else None
-        value = gap + (mix(reward_scale, teacher, ref) - lse_p)
+        teacher = statistics[Stat.LOGSUM_TEACHER] if has[0] else None
+        ref = statistics[Stat.LOGSUM_REF] if has[1] else None
+        value = gap + (mix(reward_scale, teacher, ref) - logsum_p)
     elif divergence == "forward_kl":
-        value = (statistics[Stat.TARGET_PART] + (lse_p - lse_u)).clamp_min(0)
+        value = (statistics[Stat.TARGET_PART] + (logsum_p - logsum_u)).clamp_min(0)
     else:
         value = (beta * statistics[Stat.TARGET_PART] + (1.0 - beta) * statistics[Stat.STUDENT_PART]).clamp_min(0)
-    empty = torch.isneginf(lse_p)
+    empty = torch.isneginf(logsum_p)
     zero = torch.zeros_like(value)
     return torch.where(empty, zero, value), torch.where(empty, zero, kl)
 
@@ -151,7 +154,7 @@ def token_weights(
     mask: Tensor | None,  # token shape, bool; None is all live
     token_shape: torch.Size,
     normalizer: Tensor | float | None,
-    sequence_lengths: Tensor | None,  # (B,)
+    sequence_lengths: Tensor | None,  # (B,) or ()
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
@@ -162,21 +165,21 @@ def token_weights(
     one = torch.ones((), dtype=dtype, device=device)
     if reduction in ("sum", "none"):
         return one
+    # Python numbers divide as they are: a tensor made of one would be copied to the device, which waits for it
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(device, dtype).reshape(())
     if reduction == "token-mean":
         if normalizer is None:
-            normalizer = token_shape.numel() if mask is None else mask.sum().to(dtype)
-            return one / torch.as_tensor(normalizer, device=device).clamp_min(1)
-        return one / torch.as_tensor(normalizer, dtype=dtype, device=device).reshape(())
-    per_sequence = token_shape[1:].numel()
-    if mask is None:
-        counts = torch.full((token_shape[0],), per_sequence, dtype=dtype, device=device)
-    else:
-        counts = mask.reshape(token_shape[0], per_sequence).sum(1).to(dtype)
+            normalizer = max(1, token_shape.numel()) if mask is None else mask.sum().clamp_min(1)
+        return one / normalizer
+    counts = torch.ones(token_shape, dtype=torch.bool, device=device) if mask is None else mask
+    lengths = counts.reshape(token_shape[0], -1).sum(1) if token_shape.numel() else counts.new_zeros(token_shape[0])
     if normalizer is None:
-        normalizer = (counts > 0).sum().clamp_min(1)
-    weight = one / torch.as_tensor(normalizer, dtype=dtype, device=device).reshape(())
+        normalizer = (lengths > 0).sum().clamp_min(1)
+    weight = one / normalizer
     if reduction == "seq-mean-token-sum":
         return weight
-    lengths = counts if sequence_lengths is None else sequence_lengths.to(dtype)
-    weights = weight / lengths.clamp_min(1)
+    if sequence_lengths is not None:
+        lengths = sequence_lengths.expand(token_shape[0])
+    weights = weight / lengths.to(dtype).clamp_min(1)
     return weights.reshape(-1, *([1] * (len(token_shape) - 1))).expand(token_shape)

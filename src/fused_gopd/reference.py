@@ -34,13 +34,25 @@ def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
     return z / head.temperature if head.temperature != 1.0 else z
 
 
-def _log_softmax(z: Tensor, support: Tensor | None = None) -> Tensor:
-    """Over the support; -inf outside it, and 0 gradients (not NaN) for a row without any."""
+def _all_finite(*logits: Tensor | None) -> bool:
+    """Whether no masking is needed. By sums, so that a baseline without -inf pays no [tokens, V] mask for those with."""
+    return all(bool(torch.isfinite(z.detach().sum())) for z in logits if z is not None)
+
+
+def _log_softmax(z: Tensor, support: Tensor | None) -> Tensor:
+    """Over the support (None is everything); -inf outside it, and 0 gradients (not NaN) for a row without any."""
     if support is None:
-        support = z != -math.inf
+        return z.log_softmax(-1)
     empty = ~support.any(-1, keepdim=True)
-    out = z.masked_fill(~support, -math.inf).masked_fill(empty, 0).log_softmax(-1)
-    return out.masked_fill(empty, -math.inf)
+    # log_softmax would give -inf, a token of probability 0, beside a +inf: that row is NaN
+    infinite = (support & (z == math.inf)).any(-1, keepdim=True)
+    inside = z.masked_fill(~support, -math.inf).masked_fill(empty, 0).masked_fill(infinite, math.nan)
+    return inside.log_softmax(-1).masked_fill(empty, -math.inf)
+
+
+def _own_log_softmax(z: Tensor) -> Tensor:
+    """Of one model on its own, over its own support."""
+    return _log_softmax(z, None if _all_finite(z) else z != -math.inf)
 
 
 def _gather(logp: Tensor, ids: Tensor) -> Tensor:
@@ -62,38 +74,39 @@ def _full(
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
     lam = p.reward_scale
     column = lam[:, None] if isinstance(lam, Tensor) else lam
-    support = z != -math.inf
-    for other, cancelled_at in ((z_q, 0.0), (z_r, 1.0)):
-        if other is not None:
-            matters = other == -math.inf
-            if isinstance(column, Tensor):
-                matters = matters & (column != cancelled_at)
-            support = support & ~matters
-    log_p = _log_softmax(z, support)
+    support: Tensor | None = None
+    if not _all_finite(z, z_q, z_r):
+        support = z != -math.inf
+        for other, cancelled_at in ((z_q, 0.0), (z_r, 1.0)):
+            if other is not None:
+                gone = other == -math.inf
+                support = support & ~(gone & (column != cancelled_at) if isinstance(column, Tensor) else gone)
 
     def other_logp(other: Tensor | None, cancelled_at: float) -> Tensor | None:
         if other is None:
             return None
-        if isinstance(column, Tensor):
+        if isinstance(column, Tensor) and support is not None:
             other = other.masked_fill(column == cancelled_at, 0)
         return _log_softmax(other, support)
 
-    log_q, log_r = other_logp(z_q, 0.0), other_logp(z_r, 1.0)
-    inside = [None if x is None else x.masked_fill(~support, 0) for x in (log_q, log_r)]
-    mix = objective.mix(column, *inside)
-    log_p_in = log_p.masked_fill(~support, 0)
-    log_t = _log_softmax(mix, support)
-    log_t_in = log_t.masked_fill(~support, 0)
-    prob = log_p_in.exp().masked_fill(~support, 0)
-    target = log_t_in.exp().masked_fill(~support, 0)
-    kl = (prob * (log_p_in - log_t_in)).sum(-1)
+    def inside(x: Tensor) -> Tensor:
+        """0 outside the support, before any arithmetic that would make a NaN there."""
+        return x if support is None else x.masked_fill(~support, 0)
+
+    log_p, log_q, log_r = _log_softmax(z, support), other_logp(z_q, 0.0), other_logp(z_r, 1.0)
+    mix = objective.mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
+    log_p_in, log_t = inside(log_p), inside(_log_softmax(mix, support))
+    prob = inside(log_p_in.exp())
+    with torch.no_grad():  # reported only: autograd would keep its [tokens, V] terms
+        kl = (prob * (log_p_in - log_t)).sum(-1)
     if divergence == "reverse_kl":
         value = (prob * (log_p_in - mix)).sum(-1)
     elif divergence == "forward_kl":
-        value = (target * (log_t_in - log_p_in)).sum(-1)
+        value = (inside(log_t.exp()) * (log_t - log_p_in)).sum(-1)
     else:
-        log_m = torch.logaddexp(log_t_in + math.log(beta), log_p_in + math.log1p(-beta))
-        value = beta * (target * (log_t_in - log_m)).sum(-1) + (1 - beta) * (prob * (log_p_in - log_m)).sum(-1)
+        log_m = torch.logaddexp(log_t + math.log(beta), log_p_in + math.log1p(-beta))
+        value = beta * (inside(log_t.exp()) * (log_t - log_m)).sum(-1)
+        value = value + (1 - beta) * (prob * (log_p_in - log_m)).sum(-1)
     return value, kl, log_p, log_q, log_r
 
 
@@ -152,7 +165,7 @@ def gopd_loss(
     if estimator == "full":
         token_loss, kl, log_p, log_q, log_r = _full(p, divergence, beta, z, z_q, z_r)
     else:
-        log_p, log_q, log_r = _log_softmax(z), *(None if x is None else _log_softmax(x) for x in (z_q, z_r))
+        log_p, log_q, log_r = _own_log_softmax(z), *(None if x is None else _own_log_softmax(x) for x in (z_q, z_r))
     if p.token_ids is not None:
         lp = _gather(log_p, p.token_ids)
         lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
@@ -174,7 +187,7 @@ def gopd_loss(
                 if scored is None:
                     other = _live_logits(p, model)
                     assert other is not None
-                    scored = _gather(_log_softmax(other), p.token_ids)
+                    scored = _gather(_own_log_softmax(other), p.token_ids)
                 lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
         weighted = log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)
 

@@ -6,10 +6,12 @@ backend and under the same names. A backend is a module with a class that follow
 Notation of the formulas here and in every backend, for one row (one token):
 
     z, z_q, z_r   transformed logits of student, teacher and reference over the joint vocabulary of V entries
-    u             lambda z_q + (1 - lambda) z_r, the logits of the target; computed as z_r + lambda (z_q - z_r), so that
-                  three equal models give exactly u = z
     S             the support: entries where no model that the row needs has -inf. A row needs the teacher unless
                   lambda = 0 and the reference unless lambda = 1; NaN and +inf stay inside S and poison the row
+    z', q', r'    the same relative to their maxima over S, z' = z - max_S z: float32 would lose a common offset of the
+                  logits from every log-prob otherwise (at an offset of 1e4 a log-prob would be off by 5e-4)
+    u             lambda q' + (1 - lambda) r', the logits of the target; computed as r' + lambda (q' - r'), so that
+                  three equal models give exactly u = z'
     p, t          softmax of z and of u over S
     m             beta t + (1 - beta) p
 """
@@ -48,7 +50,7 @@ class ModelRows:
 class RowProblem:
     """What a row operation computes on: up to three models on the same C tokens.
 
-    ``divergence="none"`` is a single model: teacher and ref are None, u is absent and d = z. Otherwise at least one of
+    ``divergence="none"`` is a single model: teacher and ref are None, u is absent and d = z'. Otherwise at least one of
     teacher and ref is given; where one is None it has cancelled (lambda = 1 without ref, lambda = 0 without teacher).
     """
 
@@ -69,21 +71,26 @@ class RowProblem:
 class Stat(enum.IntEnum):
     """Rows of the (len(Stat), C) statistics tensor. What a problem does not have (a model, token ids) is 0.
 
-    All can be merged over slices of the vocabulary: log-sum-exps by ``logaddexp``, means by their softmax weights,
-    token logits by picking the slice that holds the token.
+    All can be merged over slices of the vocabulary: maxima by max, log-sums by ``logaddexp`` after moving them to the
+    common maximum, means by their softmax weights, token logits by picking the slice that holds the token.
+
+    A row with NaN or +inf in its support has LOGSUM NaN. A row without support has LOGSUM -inf and MAX 0.
     """
 
-    LSE_STUDENT = 0  # log sum_S exp z; -inf where S is empty
-    LSE_TEACHER = 1  # log sum_S exp z_q (0 where lambda = 0: its values do not matter)
-    LSE_REF = 2  # log sum_S exp z_r (0 where lambda = 1)
-    LSE_TARGET = 3  # log sum_S exp u
-    MEAN_LOGIT = 4  # sum_S p z, so that the entropy is LSE_STUDENT - MEAN_LOGIT
-    MEAN_GAP = 5  # sum_S p (z - u)
+    LOGSUM_STUDENT = 0  # log sum_S exp z', >= 0
+    LOGSUM_TEACHER = 1  # log sum_S exp q' (0 where lambda = 0: its values do not matter)
+    LOGSUM_REF = 2  # log sum_S exp r' (0 where lambda = 1)
+    LOGSUM_TARGET = 3  # log sum_S exp u
+    MEAN_LOGIT = 4  # sum_S p z', so that the entropy is LOGSUM_STUDENT - MEAN_LOGIT
+    MEAN_GAP = 5  # sum_S p (z' - u)
     STUDENT_PART = 6  # jsd only: KL(p || m)
-    TARGET_PART = 7  # forward_kl: sum_S t (u - z); jsd: KL(t || m)
-    LOGIT_STUDENT = 8  # z[token]; -inf where the token is outside S, NaN where the id is outside [0, V)
-    LOGIT_TEACHER = 9  # z_q[token], likewise (0 where lambda = 0)
-    LOGIT_REF = 10  # z_r[token], likewise (0 where lambda = 1)
+    TARGET_PART = 7  # forward_kl: sum_S t (u - z'); jsd: KL(t || m)
+    LOGIT_STUDENT = 8  # z'[token]; -inf where the token is outside S, NaN where the id is outside [0, V)
+    LOGIT_TEACHER = 9  # q'[token], likewise (0 where lambda = 0)
+    LOGIT_REF = 10  # r'[token], likewise (0 where lambda = 1)
+    MAX_STUDENT = 11  # max_S z
+    MAX_TEACHER = 12  # max_S z_q (0 where lambda = 0)
+    MAX_REF = 13  # max_S z_r (0 where lambda = 1)
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,12 @@ class RowOps(Protocol):
 
             g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token])          dx_v = g_v dz_v/dx_v
 
-            none:        d = z                            D = MEAN_LOGIT
-            reverse_kl:  d = z - u                        D = MEAN_GAP
+            none:        d = z'                           D = MEAN_LOGIT
+            reverse_kl:  d = z' - u                       D = MEAN_GAP
             jsd:         d = (1 - beta)(log p - log m)    D = (1 - beta) STUDENT_PART
             forward_kl:  w_d (p_v - t_v) in place of the first term
+
+            p = exp(z' - LOGSUM_STUDENT), t = exp(u - LOGSUM_TARGET), z' and u formed with the MAX statistics
 
         and 0 outside S and in a row without support. A weight that is exactly 0 switches its term off, whatever the
         other factors are, NaN included. ``out`` may be ``problem.student.raw`` itself, or a tensor of a narrower

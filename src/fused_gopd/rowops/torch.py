@@ -26,7 +26,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Transformed logits and what follows from them, for a few rows; entries outside the support are -inf."""
+    """Transformed logits relative to their maxima, for a few rows; entries outside the support are -inf."""
 
     z: Tensor  # (c, V)
     u: Tensor | None
@@ -35,6 +35,8 @@ class _Rows:
     support: Tensor  # bool
     use_teacher: Tensor | None  # (c, 1) bool, None where there is no teacher
     use_ref: Tensor | None
+    maxima: dict[Stat, Tensor]  # (c,) each
+    slope: Tensor | float  # dz/dx of the student, (c, V) or a number
 
 
 class TorchRowOps:
@@ -141,21 +143,29 @@ def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
     for x in (teacher, ref):
         if x is not None:
             support = support & (x != -math.inf)
-    u = None
+    empty = ~support.any(-1)
+
+    def relative(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x - max over the support, -inf outside it, and the maximum."""
+        inside = x.masked_fill(~support, -math.inf)
+        maximum = inside.amax(-1).masked_fill(empty, 0)
+        return inside - maximum[:, None], maximum
+
+    slope = _dz_dx(problem.student, torch.where(support, z, torch.zeros_like(z)))
+    maxima: dict[Stat, Tensor] = {}
+    z, maxima[Stat.MAX_STUDENT] = relative(z)
+    if teacher is not None:
+        teacher, maxima[Stat.MAX_TEACHER] = relative(teacher)
+    if ref is not None:
+        ref, maxima[Stat.MAX_REF] = relative(ref)
+    u = teacher if teacher is not None else ref
     if teacher is not None and ref is not None:
         assert use_teacher is not None and use_ref is not None
         # masked before the subtraction: -inf - -inf would be NaN in values that must not matter
         q, r = (torch.where(support, x, torch.zeros_like(x)) for x in (teacher, ref))
-        u = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)
-    elif teacher is not None or ref is not None:
-        u = teacher if teacher is not None else ref
-
-    def outside(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.masked_fill(~support, -math.inf)
-
-    masked_z = outside(z)
-    assert masked_z is not None
-    return _Rows(masked_z, outside(u), outside(teacher), outside(ref), support, use_teacher, use_ref)
+        mixed = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)
+        u = mixed.masked_fill(~support, -math.inf)
+    return _Rows(z, u, teacher, ref, support, use_teacher, use_ref, maxima, slope)
 
 
 def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:
@@ -163,37 +173,45 @@ def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:
     return (weights * torch.where(support, values, torch.zeros_like(values))).sum(-1)
 
 
-def _probabilities(logits: Tensor, lse: Tensor, support: Tensor) -> Tensor:
-    return torch.where(support, (logits - lse[:, None]).exp(), torch.zeros_like(logits))
+def _logsum(logits: Tensor) -> Tensor:
+    """log sum exp of logits whose maximum is 0; NaN where any is NaN (a row with +inf, relative to itself, has one)."""
+    return logits.exp().sum(-1).log()
 
 
-def _log_mixture(problem: RowProblem, x: _Rows, lse_p: Tensor, lse_u: Tensor) -> Tensor:
+def _probabilities(logits: Tensor, logsum: Tensor, support: Tensor) -> Tensor:
+    return torch.where(support, (logits - logsum[:, None]).exp(), torch.zeros_like(logits))
+
+
+def _log_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> Tensor:
     """log m. In log space: probabilities below exp(-104) are 0 in float32 and would give log 0."""
     assert x.u is not None
-    log_p, log_t = x.z - lse_p[:, None], x.u - lse_u[:, None]
+    log_p, log_t = x.z - logsum_p[:, None], x.u - logsum_u[:, None]
     return torch.logaddexp(log_t + math.log(problem.beta), log_p + math.log1p(-problem.beta))
 
 
 def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
-    lse_p = torch.logsumexp(x.z, -1)
-    p = _probabilities(x.z, lse_p, x.support)
-    out[Stat.LSE_STUDENT] = lse_p
+    logsum_p = _logsum(x.z)
+    p = _probabilities(x.z, logsum_p, x.support)
+    out[Stat.LOGSUM_STUDENT] = logsum_p
     out[Stat.MEAN_LOGIT] = _weighted(p, x.z, x.support)
-    for model, use, lse in ((x.teacher, x.use_teacher, Stat.LSE_TEACHER), (x.ref, x.use_ref, Stat.LSE_REF)):
+    for stat, maximum in x.maxima.items():
+        out[stat] = maximum
+    for model, use, logsum in ((x.teacher, x.use_teacher, Stat.LOGSUM_TEACHER), (x.ref, x.use_ref, Stat.LOGSUM_REF)):
         if model is not None and use is not None:
-            out[lse] = torch.where(use[:, 0], torch.logsumexp(model, -1), torch.zeros_like(lse_p))
+            out[logsum] = torch.where(use[:, 0], _logsum(model), torch.zeros_like(logsum_p))
     if x.u is not None:
-        lse_u = torch.logsumexp(x.u, -1)
-        out[Stat.LSE_TARGET] = lse_u
+        # u is at most 0 but its maximum need not be: with lambda > 1 all of it can be far below
+        logsum_u = torch.logsumexp(x.u, -1)
+        out[Stat.LOGSUM_TARGET] = logsum_u
         gap = x.z - x.u
         out[Stat.MEAN_GAP] = _weighted(p, gap, x.support)
         if problem.divergence == "forward_kl":
-            out[Stat.TARGET_PART] = _weighted(_probabilities(x.u, lse_u, x.support), -gap, x.support)
+            out[Stat.TARGET_PART] = _weighted(_probabilities(x.u, logsum_u, x.support), -gap, x.support)
         elif problem.divergence == "jsd":
-            log_m = _log_mixture(problem, x, lse_p, lse_u)
-            t = _probabilities(x.u, lse_u, x.support)
-            out[Stat.STUDENT_PART] = _weighted(p, x.z - lse_p[:, None] - log_m, x.support)
-            out[Stat.TARGET_PART] = _weighted(t, x.u - lse_u[:, None] - log_m, x.support)
+            log_m = _log_mixture(problem, x, logsum_p, logsum_u)
+            t = _probabilities(x.u, logsum_u, x.support)
+            out[Stat.STUDENT_PART] = _weighted(p, x.z - logsum_p[:, None] - log_m, x.support)
+            out[Stat.TARGET_PART] = _weighted(t, x.u - logsum_u[:, None] - log_m, x.support)
     if problem.token_ids is not None:
         inside = (problem.token_ids >= 0) & (problem.token_ids < problem.vocab_size)
         ids = torch.where(inside, problem.token_ids, torch.zeros_like(problem.token_ids))[:, None]
@@ -203,20 +221,20 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
             (x.ref, x.use_ref, Stat.LOGIT_REF),
         ):
             if model is not None:
-                value = torch.where(inside, model.gather(1, ids)[:, 0], torch.full_like(lse_p, math.nan))
+                value = torch.where(inside, model.gather(1, ids)[:, 0], torch.full_like(logsum_p, math.nan))
                 out[stat] = value if use is None else torch.where(use[:, 0], value, torch.zeros_like(value))
 
 
 def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: GradientWeights) -> Tensor:
-    lse_p = statistics[Stat.LSE_STUDENT]
-    p = _probabilities(x.z, lse_p, x.support)
+    logsum_p = statistics[Stat.LOGSUM_STUDENT]
+    p = _probabilities(x.z, logsum_p, x.support)
     grad = torch.zeros_like(p)
     zero = torch.zeros((), dtype=p.dtype, device=p.device)
     if weights.divergence is not None:
         w = weights.divergence[:, None]
         if problem.divergence == "forward_kl":
             assert x.u is not None
-            term = p - _probabilities(x.u, statistics[Stat.LSE_TARGET], x.support)
+            term = p - _probabilities(x.u, statistics[Stat.LOGSUM_TARGET], x.support)
         else:
             if problem.divergence == "none":
                 d, mean = x.z, statistics[Stat.MEAN_LOGIT]
@@ -224,8 +242,8 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
                 assert x.u is not None
                 d, mean = x.z - x.u, statistics[Stat.MEAN_GAP]
             else:
-                log_m = _log_mixture(problem, x, lse_p, statistics[Stat.LSE_TARGET])
-                d = (1.0 - problem.beta) * (x.z - lse_p[:, None] - log_m)
+                log_m = _log_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])
+                d = (1.0 - problem.beta) * (x.z - logsum_p[:, None] - log_m)
                 mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
             term = p * torch.where(x.support, d - mean[:, None], zero)
         grad = grad + torch.where(w == 0, zero, w * term)
@@ -235,5 +253,4 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
         vocabulary = torch.arange(problem.vocab_size, device=p.device)
         hit = (vocabulary == problem.token_ids[:, None]) & x.support
         grad = grad + torch.where(w == 0, zero, w * (p - hit.to(p.dtype)))
-    slope = _dz_dx(problem.student, torch.where(x.support, x.z, zero))
-    return torch.where(x.support, grad * slope, zero)
+    return torch.where(x.support, grad * x.slope, zero)
