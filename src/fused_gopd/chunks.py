@@ -297,7 +297,7 @@ class _Buffers:
 
     def __init__(self, job: Job, chunk_size: int) -> None:
         self._job, self._chunk_size = job, chunk_size
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def load(self, head: Head, slot: str, start: int, stop: int) -> ModelRows:
         """The raw logits of rows [start, stop) of a model."""
@@ -306,10 +306,10 @@ class _Buffers:
             raw = job.rows.take(head.logits, start, stop)
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), _transform(head))
         hidden = job.rows.take(head.hidden, start, stop)
-        if slot not in self._buffers:
-            dtype = accumulation_dtype(head.weight)
-            self._buffers[slot] = torch.empty(self._chunk_size, job.vocab_size, dtype=dtype, device=hidden.device)
-        out = self._buffers[slot][: stop - start]
+        key = (slot, accumulation_dtype(head.weight))
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._chunk_size, job.vocab_size, dtype=key[1], device=hidden.device)
+        out = self._buffers[key][: stop - start]
         gemm.logits_(out, hidden, head.weight[: job.vocab_size])
         return ModelRows(out, _transform(head))
 
@@ -381,7 +381,7 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
         buffers.load(job.student, "student", start, stop),
         buffers.load(job.teacher, "teacher", start, stop) if full and job.teacher is not None else None,
         buffers.load(job.ref, "ref", start, stop) if full and job.ref is not None else None,
-        job.scale_of(slice(start, stop)),
+        job.scale_of(slice(start, stop)) if full else 1.0,
         None if job.token_ids is None else job.token_ids[start:stop],
         job.divergence if full else "none",
         job.beta,
