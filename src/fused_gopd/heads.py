@@ -26,7 +26,7 @@ def require_float(name: str, value: object) -> None:
 
 def _require_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
     for name, number in (("logit_scale", logit_scale), ("temperature", temperature), ("softcap", softcap)):
-        if number is None:
+        if number is None and name == "softcap":
             continue
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"{name} must be a Python float, got {type(number).__name__}")

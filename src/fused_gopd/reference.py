@@ -46,7 +46,9 @@ def _log_softmax(z: Tensor, support: Tensor | None) -> Tensor:
     empty = ~support.any(-1, keepdim=True)
     # log_softmax would give -inf, a token of probability 0, beside a +inf: that row is NaN
     infinite = (support & (z == math.inf)).any(-1, keepdim=True)
-    inside = z.masked_fill(~support, -math.inf).masked_fill(empty, 0).masked_fill(infinite, math.nan)
+    # added, not filled in: so that the gradient is NaN too
+    poison = torch.zeros_like(z[:, :1]).masked_fill(infinite, math.nan).detach()
+    inside = z.masked_fill(~support, -math.inf).masked_fill(empty, 0) + poison
     return inside.log_softmax(-1).masked_fill(empty, -math.inf)
 
 
