@@ -33,7 +33,8 @@ class GOPDOutput:
         advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
             place of log p where they are given); positive makes the token likelier. None without ``token_ids``.
         student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. In
-            ``full`` all three are normalised over the joint support.
+            ``full`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
+            model.
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0, ``full`` only.
     """

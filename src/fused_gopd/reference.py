@@ -171,6 +171,10 @@ def gopd_loss(
     if p.token_ids is not None:
         lp = _gather(log_p, p.token_ids)
         lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
+        if estimator == "full" and isinstance(p.reward_scale, Tensor):
+            # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
+            assert lq is not None and lr is not None
+            lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
     advantages = None
     if lp is not None:
         behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
