@@ -230,8 +230,10 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
     p = _probabilities(x.z, logsum_p, x.support)
     grad = torch.zeros_like(p)
     zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    live = torch.zeros_like(p[:, :1], dtype=torch.bool)
     if weights.divergence is not None:
         w = weights.divergence[:, None]
+        live = live | (w != 0)
         if problem.divergence == "forward_kl":
             assert x.u is not None
             term = p - _probabilities(x.u, statistics[Stat.LOGSUM_TARGET], x.support)
@@ -250,7 +252,9 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
     if weights.token is not None:
         assert problem.token_ids is not None
         w = weights.token[:, None]
+        live = live | (w != 0)
         vocabulary = torch.arange(problem.vocab_size, device=p.device)
         hit = (vocabulary == problem.token_ids[:, None]) & x.support
         grad = grad + torch.where(w == 0, zero, w * (p - hit.to(p.dtype)))
-    return torch.where(x.support, grad * x.slope, zero)
+    # with both weights 0 a row is 0 even where the slope is NaN
+    return torch.where(x.support & live, grad * x.slope, zero)

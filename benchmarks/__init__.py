@@ -1,0 +1,1 @@
+"""Benchmarks of fused-gopd: ``python -m benchmarks`` runs them, ``python benchmarks/report.py`` prints the tables."""

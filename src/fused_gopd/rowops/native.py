@@ -1,0 +1,188 @@
+"""The row operations as C++ kernels for CPU (``csrc/``): float32, bfloat16 and float16, accumulated in float32.
+
+One call walks each row twice (three times for ``jsd``): statistics, then the gradient while the row is still in the
+cache. The kernels exist once per instruction set and the best that the machine has is taken; ``FUSED_GOPD_ISA``
+(``baseline``, ``avx2`` or ``avx512``), read at the first use in a process, asks for another one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
+_DIVERGENCES = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "jsd": 3}  # enum Divergence
+
+# From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
+# reads it next, and the stores need not fetch what they overwrite.
+_STREAM_BYTES = 1 << 24
+
+
+def _load() -> Any:
+    return importlib.import_module("fused_gopd._native")
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used in this installation; None if they can."""
+    try:
+        _load()
+    except ImportError as error:
+        return (
+            f"the compiled extension fused_gopd._native could not be imported ({error}); "
+            "installing the package with pip builds it and needs a C++17 compiler"
+        )
+    return None
+
+
+class NativeRowOps:
+    """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads."""
+
+    name = "native"
+
+    def statistics(self, problem: RowProblem) -> Tensor:
+        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32)
+        with _Job(problem, statistics) as job:
+            job.handle.request_statistics()
+        return statistics
+
+    def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
+        expected = (len(Stat), problem.rows)
+        if tuple(statistics.shape) != expected:
+            raise ValueError(f"statistics must be {expected}, got {tuple(statistics.shape)}")
+        with _Job(problem, _vector("statistics", statistics, statistics.shape)) as job:
+            job.request_gradient(weights, out)
+
+    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32)
+        with _Job(problem, statistics) as job:
+            job.handle.request_statistics()
+            job.request_gradient(weights, out)
+        return statistics
+
+    def linear_statistics(
+        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+    ) -> Tensor | None:
+        return None
+
+
+class _Job:
+    """A validated problem as addresses, and the tensors that keep the addresses alive. Runs on leaving the context."""
+
+    def __init__(self, problem: RowProblem, statistics: Tensor) -> None:
+        self._native = _load()
+        self._problem = problem
+        self._alive: list[Tensor] = []
+        rows = (problem.rows,)
+        if problem.vocab_size < 0:
+            raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
+        if problem.divergence not in _DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {problem.divergence!r}")
+        if problem.divergence != "none" and problem.teacher is None and problem.ref is None:
+            raise ValueError(f"divergence={problem.divergence!r} needs a teacher or a reference")
+        scale, scales = problem.reward_scale, None
+        if isinstance(scale, Tensor):
+            scale, scales = 1.0, _vector("reward_scale", scale, rows)
+            if problem.teacher is None or problem.ref is None:
+                raise ValueError("a reward_scale tensor needs both teacher and ref")
+        elif (problem.teacher is None and problem.ref is not None and scale == 1) or (
+            problem.ref is None and problem.teacher is not None and scale == 0
+        ):
+            raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
+        ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
+        self.handle = self._native.Job(
+            rows=problem.rows,
+            vocab=problem.vocab_size,
+            student=self._model("student", problem.student),
+            teacher=self._model("teacher", problem.teacher),
+            ref=self._model("ref", problem.ref),
+            reward_scale=float(scale),
+            reward_scales=self._address(scales),
+            token_ids=self._address(ids),
+            divergence=_DIVERGENCES[problem.divergence],
+            beta=problem.beta,
+            statistics=self._address(statistics),
+        )
+
+    def request_gradient(self, weights: GradientWeights, out: Tensor) -> None:
+        problem = self._problem
+        _check_rows("out", out, problem)
+        if out.stride(0) < problem.vocab_size and problem.rows > 1:
+            raise ValueError(f"the rows of out overlap: row stride {out.stride(0)}, vocabulary {problem.vocab_size}")
+        if weights.token is not None and problem.token_ids is None:
+            raise ValueError("token weights need token_ids")
+        vectors = (weights.divergence, weights.token)
+        divergence, token = (None if w is None else _vector("weights", w, (problem.rows,)) for w in vectors)
+        in_place = out.data_ptr() == problem.student.raw.data_ptr()
+        size = problem.rows * problem.vocab_size * out.element_size()
+        self._alive.append(out)
+        self.handle.request_gradient(
+            divergence_weights=self._address(divergence),
+            token_weights=self._address(token),
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            out_dtype=_DTYPES[out.dtype],
+            stream=size >= _STREAM_BYTES and not in_place,
+        )
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # autograd cannot see the kernel's stores
+
+    def _model(self, name: str, model: ModelRows | None) -> Any:
+        if model is None:
+            return None
+        raw, transform = model.raw, model.transform
+        _check_rows(name, raw, self._problem)
+        bias = transform.bias
+        if bias is not None:
+            if bias.dim() != 1 or bias.shape[0] < self._problem.vocab_size or bias.device.type != "cpu":
+                raise ValueError(
+                    f"the bias of {name} must be (>= {self._problem.vocab_size},) on the CPU, "
+                    f"got {tuple(bias.shape)} on {bias.device}"
+                )
+            bias = bias.detach().to(torch.float32).contiguous()
+        softcap = transform.softcap
+        return self._native.Model(
+            # an empty tensor has no address, and none is the mark of a model that is not there
+            raw=self._address(raw) or 1,
+            row_stride=raw.stride(0),
+            dtype=_DTYPES[raw.dtype],
+            bias=self._address(bias),
+            input_scale=transform.scale / (transform.temperature if softcap is None else softcap),
+            output_scale=1.0 if softcap is None else softcap / transform.temperature,
+            softcap=softcap is not None,
+        )
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._alive.append(tensor)
+        return tensor.data_ptr()
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._native.run(self.handle, threads=torch.get_num_threads())
+
+
+def _check_rows(name: str, x: Tensor, problem: RowProblem) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 for backend='native', got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU for backend='native', got {x.device}")
+    if x.dim() != 2 or x.shape[0] != problem.rows or x.shape[1] < problem.vocab_size:
+        raise ValueError(f"{name} must be ({problem.rows}, >= {problem.vocab_size}), got {tuple(x.shape)}")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(f"{name} must have unit stride along the vocabulary, got {x.stride(1)}")
+
+
+def _vector(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """``x`` as contiguous memory of a dtype; the caller's own where it is that already."""
+    if tuple(x.shape) != tuple(shape) or x.device.type != "cpu":
+        raise ValueError(f"{name} must be {tuple(shape)} on the CPU, got {tuple(x.shape)} on {x.device}")
+    return x.detach().to(dtype).contiguous()

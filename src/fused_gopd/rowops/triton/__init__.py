@@ -1,0 +1,394 @@
+"""The row operations as Triton kernels, for NVIDIA and AMD GPUs.
+
+``rows.py`` holds the kernel over rows of logits, ``linear.py`` the one that takes the statistics from hidden states;
+this file decides what they are launched with. Importing it needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+_launches = 0
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were first imported)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from . import rows
+
+    return not isinstance(rows.row_kernel, importlib.import_module("triton").JITFunction)
+
+
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used here; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.is_available() or interpreted():
+        return None
+    return "PyTorch sees no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def launches() -> int:
+    """How many kernels this process has launched, so that a test can see that they ran."""
+    return _launches
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of tiles may depend on: properties of the device model, never its state."""
+
+    warp_size: int = 32
+    multiprocessors: int = 132
+    amd: bool = False
+    capability: int = 90  # CUDA compute capability, major * 10 + minor; 0 on AMD
+
+    @staticmethod
+    def of(device: torch.device) -> Device:
+        if device.type != "cuda":  # the interpreter: any number will do, a small one makes fewer programs
+            return Device(multiprocessors=4)
+        properties = torch.cuda.get_device_properties(device)
+        amd = torch.version.hip is not None
+        return Device(
+            warp_size=getattr(properties, "warp_size", 64 if amd else 32),
+            multiprocessors=properties.multi_processor_count,
+            amd=amd,
+            capability=0 if amd else 10 * properties.major + properties.minor,
+        )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tile of the row kernel: [repeat, lanes, vector] columns, lanes being the threads of a program."""
+
+    repeat: int
+    lanes: int
+    vector: int
+    num_warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """The tile of the linear kernel: rows, vocabulary entries and hidden units; ``group`` row tiles share L2."""
+
+    rows: int
+    vocabulary: int
+    hidden: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+def _row_stages() -> int:
+    """Two, but one for Triton 3.2, whose compiler asserts on prefetching blocks of three dimensions."""
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return 2 if (int(major), int(minor)) >= (3, 3) else 1
+
+
+def tiles(problem: RowProblem, device: Device) -> Tiles:
+    """The row kernel's tile, from dtypes and alignment of the logits alone: `statistics` and `gradient` agree on it.
+
+    A thread loads 16 bytes at a time where every row starts on a multiple of 16 elements, single elements otherwise,
+    and has 8 columns per tile. 256 threads: three models then take 64 to 80 registers without spills, so three
+    programs of 8 warps fit on a multiprocessor and one waits for loads or the barrier while another computes (with 512
+    threads it is 95 registers and one program). Two stages: the statistics passes prefetch the next tile into 24 KiB
+    of shared memory. From compile-time resources (tests/triton_resources.py), not yet measured on a GPU; there, try
+    1024 threads for a single model in 16 bits, whose rows in flight would then fit into L2 for the second pass.
+    """
+    raws = [m.raw for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    itemsize = max(raw.element_size() for raw in raws)
+    aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
+    vector = 16 // itemsize if aligned else 1
+    threads = 256
+    return Tiles(8 // vector, threads, vector, threads // device.warp_size, _row_stages())
+
+
+def linear_tiles(
+    hidden: Tensor, weight: Tensor, transform: LogitTransform, input_precision: str, device: Device
+) -> LinearTiles:
+    """The linear kernel's tile, the largest that compiles without spills for what the epilogue and operands need.
+
+    Hopper's tensor cores want 256 columns (with 128, the operands' traffic through shared memory exceeds its
+    bandwidth): 128 x 256 accumulators over 8 warps leave registers for an epilogue without softcap and bias. From
+    compile-time resources (tests/triton_resources.py), not yet measured on a GPU.
+    """
+    rows, H = hidden.shape
+    if input_precision == "ieee" and hidden.dtype == torch.float32:
+        # No tensor core: the operands pass through registers.
+        return LinearTiles(64, 64, 16, 16, 256 // device.warp_size, 2)
+    aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    if not aligned or H % 64 != 0:
+        # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
+        return LinearTiles(64, 64, 32, 16, 4, 2)
+    depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
+    stages = 2 if device.amd else 3
+    if rows <= 16:
+        return LinearTiles(16, 64, depth, 16, 4, stages)
+    if rows <= 64:
+        return LinearTiles(64, 128, depth, 16, 4, stages)
+    if device.amd:
+        return LinearTiles(128, 128, depth, 16, 4, stages)
+    plain_epilogue = transform.softcap is None and transform.bias is None
+    return LinearTiles(128, 256 if device.capability == 90 and plain_epilogue else 128, depth, 16, 8, stages)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: everything but the device. Tests compile these for GPUs that are not there."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]  # tensors, numbers and None
+    constants: dict[str, Any]  # tl.constexpr parameters
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, device: torch.device) -> None:
+        global _launches
+        _launches += 1
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device:  # Triton launches on the current device
+            self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
+
+
+def _transform_arguments(transform: LogitTransform) -> tuple[int, float, float]:
+    """(kind, pre, post) of a transform, see rows.py. With a softcap tanh's argument and result absorb the constants."""
+    from . import rows
+
+    if transform.softcap is not None:
+        pre, post = transform.scale / transform.softcap, transform.softcap / transform.temperature
+        return rows.SOFTCAPPED.value, pre, post
+    scale = transform.scale / transform.temperature
+    return (rows.PLAIN.value if scale == 1.0 else rows.SCALED.value), scale, 1.0
+
+
+def _bias(transform: LogitTransform) -> Tensor | None:
+    return None if transform.bias is None else transform.bias.detach().contiguous()
+
+
+def _model_arguments(name: str, model: ModelRows | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of one model; None and neutral numbers where it is absent."""
+    if model is None:
+        absent = {f"{name}_ptr": None, f"{name}_stride": 0, f"{name}_bias": None, f"{name}_pre": 1.0}
+        return absent | {f"{name}_post": 1.0}, {f"{name.upper()}_KIND": 0}
+    if model.raw.dtype not in _FLOATING:
+        raise ValueError(f"backend='triton' takes float32, bfloat16 and float16 logits, got {model.raw.dtype}")
+    if model.raw.shape[1] > 1 and model.raw.stride(1) != 1:
+        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {model.raw.stride()}")
+    kind, pre, post = _transform_arguments(model.transform)
+    arguments = {
+        f"{name}_ptr": model.raw.detach(),
+        f"{name}_stride": model.raw.stride(0),
+        f"{name}_bias": _bias(model.transform),
+        f"{name}_pre": pre,
+        f"{name}_post": post,
+    }
+    return arguments, {f"{name.upper()}_KIND": kind}
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def row_launch(
+    problem: RowProblem,
+    statistics: Tensor,
+    write_statistics: bool,
+    weights: GradientWeights,
+    out: Tensor | None,
+    tile: Tiles,
+) -> Launch:
+    """The row kernel for a problem; ``out`` None leaves out the gradient."""
+    from . import rows
+
+    lam = problem.reward_scale
+    teacher, ref = problem.teacher, problem.ref
+    if not isinstance(lam, Tensor) and teacher is not None and ref is not None:
+        # cancelled models are not read, as with a tensor
+        teacher, ref = (None if lam == 0 else teacher), (None if lam == 1 else ref)
+    arguments: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for name, model in (("student", problem.student), ("teacher", teacher), ("ref", ref)):
+        model_arguments, model_constants = _model_arguments(name, model)
+        arguments |= model_arguments
+        constants |= model_constants
+    models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
+    transform = problem.student.transform
+    arguments |= {
+        "reward_scale": 0.0 if isinstance(lam, Tensor) else float(lam),
+        "reward_scale_ptr": _vector(lam) if isinstance(lam, Tensor) else None,
+        "token_ptr": None if problem.token_ids is None else problem.token_ids.contiguous(),
+        "stats_ptr": statistics,
+        "stats_stride": statistics.stride(0),
+        "divergence_weight_ptr": None if out is None else _vector(weights.divergence),
+        "token_weight_ptr": None if out is None else _vector(weights.token),
+        "out_ptr": out,
+        "out_stride": 0 if out is None else out.stride(0),
+        "slope": transform.scale / transform.temperature,
+        "tanh_of_z": 0.0 if transform.softcap is None else transform.temperature / transform.softcap,
+        "V": problem.vocab_size,
+        "beta": problem.beta,
+    }
+    constants |= {
+        "DIVERGENCE": problem.divergence,
+        "STATISTICS": write_statistics,
+        "ALIASED": out is not None and any(_share_memory(out, raw) for raw in models),
+        "REPEAT": tile.repeat,
+        "LANES": tile.lanes,
+        "VECTOR": tile.vector,
+        "STAGES": tile.stages,
+    }
+    # Without FMA contraction, see rows.py.
+    options = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
+    return Launch(rows.row_kernel, problem.rows, arguments, constants, options)
+
+
+def linear_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    vocab_size: int,
+    token_ids: Tensor,
+    partial: Tensor,
+    statistics: Tensor,
+    tile: LinearTiles,
+    input_precision: str,
+    widen: bool,
+) -> tuple[Launch, Launch]:
+    """The linear kernel with the kernel that merges its splits; ``partial`` is (splits, 4, C)."""
+    from . import linear
+
+    kind, pre, post = _transform_arguments(transform)
+    rows, splits = hidden.shape[0], partial.shape[0]
+    gemm = Launch(
+        linear.linear_kernel,
+        math.ceil(rows / tile.rows) * splits,
+        {
+            "hidden_ptr": hidden.detach(),
+            "hidden_stride": hidden.stride(0),
+            "hidden_stride_h": hidden.stride(1),
+            "weight_ptr": weight.detach(),
+            "weight_stride": weight.stride(0),
+            "weight_stride_h": weight.stride(1),
+            "bias_ptr": _bias(transform),
+            "pre": pre,
+            "post": post,
+            "token_ptr": token_ids.contiguous(),
+            "partial_ptr": partial,
+            "C": rows,
+            "V": vocab_size,
+            "H": hidden.shape[1],
+            "splits": splits,
+        },
+        {
+            "KIND": kind,
+            "INPUT_PRECISION": input_precision,
+            "WIDEN": widen,
+            "EVEN_H": hidden.shape[1] % tile.hidden == 0,
+            "BLOCK_C": tile.rows,
+            "BLOCK_V": tile.vocabulary,
+            "BLOCK_H": tile.hidden,
+            "GROUP": tile.group,
+        },
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+    block = 128  # rows per program of the merge: C * splits * 16 bytes in all, too little to matter
+    merge = Launch(
+        linear.merge_kernel,
+        math.ceil(rows / block),
+        {"partial_ptr": partial, "stats_ptr": statistics, "C": rows, "splits": splits},
+        {"STATS": len(Stat), "BLOCK_C": block},
+        {"num_warps": 4},
+    )
+    return gemm, merge
+
+
+def splits(rows: int, vocab_size: int, tile: LinearTiles, device: Device) -> int:
+    """Slices of the vocabulary in :func:`linear_launches`: enough that a group of row tiles fills the device."""
+    group = min(math.ceil(rows / tile.rows), tile.group)
+    return max(1, min(device.multiprocessors // group, math.ceil(vocab_size / tile.vocabulary)))
+
+
+def _input_precision(dtype: torch.dtype, device: Device) -> str:
+    """float32 products are float32 unless the user's PyTorch settings allow TF32. AMD's TF32 is left out."""
+    if dtype != torch.float32 or device.amd:
+        return "ieee"
+    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
+
+
+class TritonRowOps:
+    """See :class:`fused_gopd.rowops.RowOps` for the formulas; ``tile`` and ``linear_tile`` override the tables."""
+
+    name = "triton"
+
+    def __init__(self, tile: Tiles | None = None, linear_tile: LinearTiles | None = None) -> None:
+        self._tile = tile
+        self._linear_tile = linear_tile
+
+    def statistics(self, problem: RowProblem) -> Tensor:
+        statistics = self._empty(problem.student.raw)
+        self._launch(problem, statistics, True, GradientWeights(), None)
+        return statistics
+
+    def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
+        if statistics.stride(1) != 1:
+            statistics = statistics.contiguous()
+        self._launch(problem, statistics, False, weights, out)
+
+    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        statistics = self._empty(problem.student.raw)
+        self._launch(problem, statistics, True, weights, out)
+        return statistics
+
+    def linear_statistics(
+        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+    ) -> Tensor | None:
+        """None where the dtypes differ or are not float32, bfloat16 or float16, and below compute capability 8.0."""
+        if hidden.dtype != weight.dtype or hidden.dtype not in _FLOATING:
+            return None
+        device = Device.of(hidden.device)
+        if not device.amd and device.capability < 80:  # no bfloat16, and not a target the tiles were compiled for
+            return None
+        statistics = self._empty(hidden)
+        if hidden.shape[0] == 0:
+            return statistics
+        precision = _input_precision(hidden.dtype, device)
+        tile = self._linear_tile or linear_tiles(hidden, weight, transform, precision, device)
+        parts = splits(hidden.shape[0], vocab_size, tile, device)
+        partial = torch.empty(parts, 4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        widen = interpreted() and hidden.dtype == torch.bfloat16
+        for launch in linear_launches(
+            hidden, weight, transform, vocab_size, token_ids, partial, statistics, tile, precision, widen
+        ):
+            launch.run(hidden.device)
+        return statistics
+
+    @staticmethod
+    def _empty(like: Tensor) -> Tensor:
+        return torch.empty(len(Stat), like.shape[0], dtype=torch.float32, device=like.device)
+
+    def _launch(
+        self, problem: RowProblem, statistics: Tensor, write: bool, weights: GradientWeights, out: Tensor | None
+    ) -> None:
+        if problem.rows == 0:
+            return
+        device = problem.student.raw.device
+        tile = self._tile or tiles(problem, Device.of(device))
+        row_launch(problem, statistics, write, weights, out, tile).run(device)

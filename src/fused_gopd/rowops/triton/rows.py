@@ -1,0 +1,504 @@
+# mypy: ignore-errors
+"""The row kernel: statistics and gradient of one row of logits per program.
+
+One source serves ``statistics``, ``gradient`` and ``statistics_and_gradient``; absent models, biases, token ids and
+weights are None arguments, which Triton compiles away. It is launched without FMA contraction (see ``Launch``), every
+fused multiply-add here is written out. So the same expression rounds alike wherever it stands: equal models give equal
+statistics, and the one call gives the bits of the two.
+
+Layout of a tile: [REPEAT, LANES, VECTOR]. LANES is the number of threads, VECTOR what one thread loads with one
+16-byte instruction, REPEAT how many such loads it has in flight per model. Axes 0 and 2 lie within a thread, so the
+running maximum and sums are kept per lane, [LANES], and rescaled once per tile: no shuffle, no barrier in the loop.
+The alternatives cost more: a maximum per tile over all threads is a cross-warp reduction and two barriers for each of
+four log-sum-exps in every tile, an online accumulator per element REPEAT * VECTOR times the registers and exponentials.
+The lanes are merged once, at the end of the row.
+
+Every lane keeps its sums relative to its own running maxima, z - m, q - m_q, r - m_r, and u formed from these: an
+offset common to all logits of a model is gone before it can cost digits. When maxima move by d, d_q, d_r, then z' moves
+by -d and u by -delta, delta = target(d_q, d_r), which shifts the weighted sums by multiples of the plain ones. Merging
+lanes is the same step once more, to the maxima of the row.
+"""
+
+import triton
+import triton.language as tl
+
+# Values of Stat (fused_gopd.rowops.Stat), which a kernel cannot read from an enum.
+LOGSUM_STUDENT = tl.constexpr(0)
+LOGSUM_TEACHER = tl.constexpr(1)
+LOGSUM_REF = tl.constexpr(2)
+LOGSUM_TARGET = tl.constexpr(3)
+MEAN_LOGIT = tl.constexpr(4)
+MEAN_GAP = tl.constexpr(5)
+STUDENT_PART = tl.constexpr(6)
+TARGET_PART = tl.constexpr(7)
+LOGIT_STUDENT = tl.constexpr(8)
+LOGIT_TEACHER = tl.constexpr(9)
+LOGIT_REF = tl.constexpr(10)
+MAX_STUDENT = tl.constexpr(11)
+MAX_TEACHER = tl.constexpr(12)
+MAX_REF = tl.constexpr(13)
+
+# Kinds of logit transform: z = x, z = pre x, z = post tanh(pre x), each of x + bias where there is a bias.
+PLAIN = tl.constexpr(0)
+SCALED = tl.constexpr(1)
+SOFTCAPPED = tl.constexpr(2)
+
+
+@triton.jit
+def tanh(x):
+    """tanh without libdevice, which the interpreter and some backends lack.
+
+    Below 0.625 the odd polynomial of Cephes' tanhf (1 - 2 / (e^2x + 1) would cancel there), above it the exponential,
+    whose overflow to inf gives exactly 1. NaN fails the comparison and passes through the exponential.
+    """
+    square = x * x
+    poly = tl.fma(square, -5.70498872745e-3, 2.06390887954e-2)
+    poly = tl.fma(square, poly, -5.37397155531e-2)
+    poly = tl.fma(square, poly, 1.33314422036e-1)
+    poly = tl.fma(square, poly, -3.33332819422e-1)
+    small = tl.fma(poly * square, x, x)
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def transform(x, bias_ptr, columns, mask, pre, post, KIND: tl.constexpr):
+    """Transformed logits, fp32, of raw ones, any dtype. -inf stays -inf through the softcap."""
+    z = x.to(tl.float32)
+    if bias_ptr is not None:
+        if mask is None:
+            z += tl.load(bias_ptr + columns).to(tl.float32)
+        else:
+            z += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if KIND == SCALED:
+        z = z * pre
+    elif KIND == SOFTCAPPED:
+        z = z * pre
+        z = tl.where(z == float("-inf"), z, post * tanh(z))
+    return z
+
+
+@triton.jit
+def model_logits(row_ptr, bias_ptr, columns, V, needed, pre, post, KIND: tl.constexpr, TAIL: tl.constexpr):
+    """z of one model for a tile; -inf past the vocabulary.
+
+    ``needed`` is None, or a scalar 0 or 1: where it is 0 the model's values do not matter, are not read, and are 0.
+    """
+    if needed is not None:
+        # an integer comparison of a splat: the compiler sees that the mask is uniform and keeps 16-byte loads (and the
+        # interpreter cannot combine a scalar bool with a block)
+        used = columns * 0 + needed != 0
+    if TAIL:
+        inside = columns < V
+        if needed is None:
+            x = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
+        else:
+            x = tl.load(row_ptr + columns, mask=inside & used, other=float("-inf"))
+        z = transform(x, bias_ptr, columns, inside, pre, post, KIND)
+    else:
+        if needed is None:  # noqa: SIM108, as in every kernel: a branch the compiler resolves
+            x = tl.load(row_ptr + columns)
+        else:
+            x = tl.load(row_ptr + columns, mask=used, other=0.0)
+        z = transform(x, bias_ptr, columns, None, pre, post, KIND)
+    if needed is not None:
+        z = tl.where(used, z, 0.0)
+    if TAIL:
+        # after the transform: a negative scale would have turned the padding into +inf
+        z = tl.where(inside, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def problem_logits(
+    student_row, student_bias, student_pre, student_post, STUDENT_KIND: tl.constexpr,
+    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND: tl.constexpr,
+    ref_row, ref_bias, ref_pre, ref_post, REF_KIND: tl.constexpr,
+    needs_teacher, needs_ref, columns, V, TAIL: tl.constexpr,
+):  # fmt: skip
+    """z, z_q, z_r and the support S for a tile (or one column). Values outside S are arbitrary."""
+    z = model_logits(student_row, student_bias, columns, V, None, student_pre, student_post, STUDENT_KIND, TAIL)
+    support = z != float("-inf")
+    q = z
+    r = z
+    if teacher_row is not None:
+        q = model_logits(
+            teacher_row, teacher_bias, columns, V, needs_teacher, teacher_pre, teacher_post, TEACHER_KIND, TAIL
+        )
+        support = support & (q != float("-inf"))
+    if ref_row is not None:
+        r = model_logits(ref_row, ref_bias, columns, V, needs_ref, ref_pre, ref_post, REF_KIND, TAIL)
+        support = support & (r != float("-inf"))
+    return z, q, r, support
+
+
+@triton.jit
+def target(q, r, lam, needs_teacher, needs_ref, TEACHER: tl.constexpr, REF: tl.constexpr):
+    """u = lambda q + (1 - lambda) r, the only place that forms it, of logits and of shifts alike.
+
+    As fma(lambda, q - r, r): equal models have q - r = 0 and u = r to the bit, so that a gap of 0 is exactly 0.
+    """
+    if TEACHER and REF:
+        u = tl.fma(lam, q - r, r)
+        if needs_teacher is not None:
+            u = tl.where(needs_teacher != 0, tl.where(needs_ref != 0, u, q), r)
+    elif TEACHER:
+        u = q
+    else:
+        u = r
+    return u
+
+
+@triton.jit
+def lane_max(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def lane_sum(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def moved(maximum, base):
+    """By how much a running maximum moves up to ``base``: 0 where there was none, so -inf - -inf never happens."""
+    return tl.where(maximum == float("-inf"), 0.0, base - maximum)
+
+
+@triton.jit
+def finite(maximum):
+    """A maximum to subtract: 0 in place of -inf, where there is no support (yet)."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def online(maximum, total, x):
+    """Take a tile into (maximum, sum of exp(x - maximum)) of each lane; x is -inf outside the support.
+
+    Returns them with x - maximum, its exponential, how far the maximum moved, and the factor for sums from before.
+    A maximum instruction may drop NaN; the sum does not.
+    """
+    new = tl.maximum(maximum, lane_max(x))
+    base = finite(new)
+    move = moved(maximum, base)
+    rescale = tl.exp(-move)
+    x = x - base[None, :, None]
+    e = tl.exp(x)
+    return new, tl.fma(total, rescale, lane_sum(e)), x, e, move, rescale
+
+
+@triton.jit
+def merged(maximum, total):
+    """The row's maximum (0 without support), and for each lane how far its own is from it and the factor that makes.
+
+    Last the row's sum: at least 1, 0 without support, NaN in a poisoned row.
+    """
+    base = finite(tl.max(maximum, axis=0))
+    move = moved(maximum, base)
+    scale = tl.exp(-move)
+    return base, move, scale, tl.sum(total * scale, axis=0)
+
+
+@triton.jit
+def mean_of(weighted, scale, total):
+    """Weighted sums of the lanes over the total weight; 0 without support."""
+    return tl.where(total == 0.0, 0.0, tl.sum(weighted * scale, axis=0) / total)
+
+
+@triton.jit
+def mixture_log_ratios(gap, logsum_difference, beta):
+    """log p - log m and log t - log m, for gap = z' - u and logsum_difference = LOGSUM_TARGET - LOGSUM_STUDENT.
+
+    With delta = log t - log p: log p - log m = -log((1 - beta) + beta e^delta), rewritten for delta > 0 so that no
+    exponential overflows; no probability is formed, which would be 0 in fp32 below e^-104.
+    """
+    delta = -gap - logsum_difference
+    e = tl.exp(-tl.abs(delta))
+    mixture = tl.log(tl.where(delta > 0.0, tl.fma(1.0 - beta, e, beta), tl.fma(beta, e, 1.0 - beta)))
+    # minimum and maximum may drop NaN; the exponential inside the mixture keeps it
+    return -tl.maximum(delta, 0.0) - mixture, tl.minimum(delta, 0.0) - mixture
+
+
+@triton.jit
+def row_kernel(
+    student_ptr, student_stride, student_bias, student_pre, student_post,
+    teacher_ptr, teacher_stride, teacher_bias, teacher_pre, teacher_post,
+    ref_ptr, ref_stride, ref_bias, ref_pre, ref_post,
+    reward_scale, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
+    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta,
+    STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
+    STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row: its statistics (``Stat``), its gradient (``RowOps.gradient``), or both. The grid is (C,).
+
+    student_ptr, teacher_ptr, ref_ptr   (C, >= V) raw logits, any floating dtype, row strides in elements
+    *_bias                              (>= V,) any floating dtype, or None
+    reward_scale, reward_scale_ptr      lambda as a float, or (C,) fp32; the float is ignored where the pointer is given
+    token_ptr                           (C,) int64 or None
+    stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise
+    divergence_weight_ptr, token_weight_ptr   (C,) fp32 or None
+    out_ptr                             (C, >= V) any floating dtype, or None: no gradient
+    slope, tanh_of_z                    dz/dx = slope (1 - (tanh_of_z z)^2), the second factor with a softcap only
+
+    Bytes per row: statistics read each model's V logits once (jsd twice), the gradient reads them once more, from L2
+    where the rows in flight fit into it, and writes V gradients. Nothing else is of the order of V.
+    """
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    student_row = student_ptr + row64 * student_stride
+    teacher_row = None
+    ref_row = None
+    if teacher_ptr is not None:
+        teacher_row = teacher_ptr + row64 * teacher_stride
+    if ref_ptr is not None:
+        ref_row = ref_ptr + row64 * ref_stride
+    lam = reward_scale
+    needs_teacher = None
+    needs_ref = None
+    if reward_scale_ptr is not None:
+        lam = tl.load(reward_scale_ptr + row)
+        needs_teacher = tl.where(lam != 0.0, 1, 0)
+        needs_ref = tl.where(lam != 1.0, 1, 0)
+
+    HAS_TEACHER: tl.constexpr = teacher_ptr is not None
+    HAS_REF: tl.constexpr = ref_ptr is not None
+    HAS_TARGET: tl.constexpr = HAS_TEACHER or HAS_REF
+    BLOCK_V: tl.constexpr = REPEAT * LANES * VECTOR
+    repeat = tl.arange(0, REPEAT)[:, None, None] * (LANES * VECTOR)
+    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
+    tile = repeat + lane + tl.arange(0, VECTOR)[None, None, :]
+    if VECTOR == 1:
+        # Left to itself the compiler sees LANES contiguous columns and deals several to a thread, across warps.
+        tile = tl.max_contiguous(tile, [1, 1, 1])
+    # Full tiles go without masks, the last one alone pays for them: a mask at V would also break up the 16-byte loads
+    # wherever V is not a multiple of 16.
+    full = V // BLOCK_V * BLOCK_V
+    stats_row = stats_ptr + row
+
+    if STATISTICS:
+        # The token's own logits first: in place, the gradient below overwrites them.
+        logit_z = 0.0
+        logit_q = 0.0
+        logit_r = 0.0
+        if token_ptr is not None:
+            token = tl.load(token_ptr + row)
+            valid = (token >= 0) & (token < V)
+            # an invalid id reads column 0 and is then overruled by NaN
+            column = tl.where(valid, token, 0)
+            logit_z, logit_q, logit_r, present = problem_logits(
+                student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                needs_teacher, needs_ref, column, V, False,
+            )  # fmt: skip
+
+        max_z = tl.full([LANES], float("-inf"), tl.float32)
+        max_q = max_z
+        max_r = max_z
+        max_u = max_z
+        sum_z = tl.zeros([LANES], tl.float32)
+        sum_q = sum_z
+        sum_r = sum_z
+        sum_u = sum_z
+        weighted_logit = sum_z  # sum e^z' z'
+        weighted_gap = sum_z  # sum e^z' (z' - u)
+        weighted_target = sum_z  # sum e^u (u - z')
+        for tail in tl.static_range(2):
+            for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
+                z, q, r, support = problem_logits(
+                    student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                    ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                    needs_teacher, needs_ref, start + tile, V, tail == 1,
+                )  # fmt: skip
+                old_sum = sum_z
+                max_z, sum_z, z, e, move_z, rescale = online(max_z, sum_z, tl.where(support, z, float("-inf")))
+                weighted_logit = tl.fma(
+                    tl.fma(-move_z, old_sum, weighted_logit), rescale, lane_sum(e * tl.where(support, z, 0.0))
+                )
+                if HAS_TARGET:
+                    move_q = move_z
+                    move_r = move_z
+                    if HAS_TEACHER:
+                        old_target_sum = sum_q
+                        max_q, sum_q, q, e_u, move_q, rescale_u = online(
+                            max_q, sum_q, tl.where(support, q, float("-inf"))
+                        )
+                    if HAS_REF:
+                        old_target_sum = sum_r
+                        max_r, sum_r, r, e_u, move_r, rescale_u = online(
+                            max_r, sum_r, tl.where(support, r, float("-inf"))
+                        )
+                    u = target(q, r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                    move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                    gap = tl.where(support, z - u, 0.0)
+                    weighted_gap = tl.fma(tl.fma(move_u - move_z, old_sum, weighted_gap), rescale, lane_sum(e * gap))
+                    if HAS_TEACHER and HAS_REF:
+                        # u has a maximum of its own: with lambda > 1 it is not 0 where those of q' and r' are
+                        old_target_sum = sum_u
+                        max_u, sum_u, u, e_u, _move, rescale_u = online(
+                            max_u - move_u, sum_u, tl.where(support, u, float("-inf"))
+                        )
+                    if DIVERGENCE == "forward_kl":
+                        weighted_target = tl.fma(
+                            tl.fma(move_z - move_u, old_target_sum, weighted_target), rescale_u, lane_sum(e_u * -gap)
+                        )
+
+        max_student, move_z, scale, total = merged(max_z, sum_z)
+        logsum_z = tl.log(total)
+        mean_logit = mean_of(tl.fma(-move_z, sum_z, weighted_logit), scale, total)
+        max_teacher = 0.0
+        max_ref = 0.0
+        logsum_q = 0.0
+        logsum_r = 0.0
+        logsum_u = 0.0
+        mean_gap = 0.0
+        student_part = 0.0
+        target_part = 0.0
+        if HAS_TARGET:
+            move_q = move_z
+            move_r = move_z
+            if HAS_TEACHER:
+                max_teacher, move_q, scale_u, total_u = merged(max_q, sum_q)
+                logsum_q = tl.log(total_u)
+                logsum_u = logsum_q
+                sum_target = sum_q
+            if HAS_REF:
+                max_ref, move_r, scale_u, total_u = merged(max_r, sum_r)
+                logsum_r = tl.log(total_u)
+                logsum_u = logsum_r
+                sum_target = sum_r
+            move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+            mean_gap = mean_of(tl.fma(move_u - move_z, sum_z, weighted_gap), scale, total)
+            if HAS_TEACHER and HAS_REF:
+                max_target, _move, scale_u, total_u = merged(max_u - move_u, sum_u)
+                logsum_u = max_target + tl.log(total_u)
+                sum_target = sum_u
+            if DIVERGENCE == "forward_kl":
+                target_part = mean_of(tl.fma(move_z - move_u, sum_target, weighted_target), scale_u, total_u)
+            if needs_teacher is not None:
+                logsum_q = tl.where(needs_teacher != 0, logsum_q, 0.0)
+                logsum_r = tl.where(needs_ref != 0, logsum_r, 0.0)
+
+        if DIVERGENCE == "jsd":
+            # A second round: the mixture needs both normalisers.
+            student_sum = tl.zeros([LANES], tl.float32)
+            target_sum = student_sum
+            for tail in tl.static_range(2):
+                for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
+                    z, q, r, support = problem_logits(
+                        student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                        teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                        ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                        needs_teacher, needs_ref, start + tile, V, tail == 1,
+                    )  # fmt: skip
+                    z = z - max_student
+                    u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                    log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
+                    student_sum += lane_sum(tl.where(support, tl.exp(z - logsum_z) * log_pm, 0.0))
+                    target_sum += lane_sum(tl.where(support, tl.exp(u - logsum_u) * log_tm, 0.0))
+            student_part = tl.sum(student_sum, axis=0)
+            target_part = tl.sum(target_sum, axis=0)
+
+        if token_ptr is not None:
+            logit_z = tl.where(valid, tl.where(present, logit_z - max_student, float("-inf")), float("nan"))
+            if HAS_TEACHER:
+                logit_q = tl.where(valid, tl.where(present, logit_q - max_teacher, float("-inf")), float("nan"))
+                if needs_teacher is not None:
+                    logit_q = tl.where(needs_teacher != 0, logit_q, 0.0)
+            else:
+                logit_q = 0.0
+            if HAS_REF:
+                logit_r = tl.where(valid, tl.where(present, logit_r - max_ref, float("-inf")), float("nan"))
+                if needs_ref is not None:
+                    logit_r = tl.where(needs_ref != 0, logit_r, 0.0)
+            else:
+                logit_r = 0.0
+
+        tl.store(stats_row + LOGSUM_STUDENT * stats_stride, logsum_z)
+        tl.store(stats_row + LOGSUM_TEACHER * stats_stride, logsum_q)
+        tl.store(stats_row + LOGSUM_REF * stats_stride, logsum_r)
+        tl.store(stats_row + LOGSUM_TARGET * stats_stride, logsum_u)
+        tl.store(stats_row + MEAN_LOGIT * stats_stride, mean_logit)
+        tl.store(stats_row + MEAN_GAP * stats_stride, mean_gap)
+        tl.store(stats_row + STUDENT_PART * stats_stride, student_part)
+        tl.store(stats_row + TARGET_PART * stats_stride, target_part)
+        tl.store(stats_row + LOGIT_STUDENT * stats_stride, logit_z)
+        tl.store(stats_row + LOGIT_TEACHER * stats_stride, logit_q)
+        tl.store(stats_row + LOGIT_REF * stats_stride, logit_r)
+        tl.store(stats_row + MAX_STUDENT * stats_stride, max_student)
+        tl.store(stats_row + MAX_TEACHER * stats_stride, max_teacher)
+        tl.store(stats_row + MAX_REF * stats_stride, max_ref)
+    elif out_ptr is not None:
+        logsum_z = tl.load(stats_row + LOGSUM_STUDENT * stats_stride)
+        logsum_u = tl.load(stats_row + LOGSUM_TARGET * stats_stride)
+        mean_logit = tl.load(stats_row + MEAN_LOGIT * stats_stride)
+        mean_gap = tl.load(stats_row + MEAN_GAP * stats_stride)
+        student_part = tl.load(stats_row + STUDENT_PART * stats_stride)
+        max_student = tl.load(stats_row + MAX_STUDENT * stats_stride)
+        max_teacher = tl.load(stats_row + MAX_TEACHER * stats_stride)
+        max_ref = tl.load(stats_row + MAX_REF * stats_stride)
+
+    if out_ptr is not None:
+        out_row = out_ptr + row64 * out_stride
+        divergence_weight = 0.0
+        token_weight = 0.0
+        token_column = -1
+        if divergence_weight_ptr is not None:
+            divergence_weight = tl.load(divergence_weight_ptr + row)
+        if token_weight_ptr is not None:
+            token_weight = tl.load(token_weight_ptr + row)
+            token_column = tl.load(token_ptr + row)
+        live = (divergence_weight != 0.0) | (token_weight != 0.0)
+        for tail in tl.static_range(2):
+            for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
+                columns = start + tile
+                z, q, r, support = problem_logits(
+                    student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                    ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                    needs_teacher, needs_ref, columns, V, tail == 1,
+                )  # fmt: skip
+                if STUDENT_KIND == SOFTCAPPED:
+                    tanh_x = z * tanh_of_z
+                z = z - max_student
+                if HAS_TARGET:
+                    u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                p = tl.exp(z - logsum_z)
+                grad = tl.zeros([REPEAT, LANES, VECTOR], tl.float32)
+                if divergence_weight_ptr is not None:
+                    if DIVERGENCE == "none":
+                        term = p * (z - mean_logit)
+                    elif DIVERGENCE == "reverse_kl":
+                        term = p * (z - u - mean_gap)
+                    elif DIVERGENCE == "forward_kl":
+                        term = p - tl.exp(u - logsum_u)
+                    else:
+                        log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
+                        term = p * ((1.0 - beta) * (log_pm - student_part))
+                    # A weight of exactly 0 switches its term off, NaN included.
+                    grad = tl.where(divergence_weight == 0.0, 0.0, divergence_weight * term)
+                if token_weight_ptr is not None:
+                    term = p - tl.where(columns == token_column, 1.0, 0.0)
+                    grad += tl.where(token_weight == 0.0, 0.0, token_weight * term)
+                if STUDENT_KIND == SOFTCAPPED:
+                    grad = grad * (slope * (1.0 - tanh_x * tanh_x))
+                elif STUDENT_KIND == SCALED:
+                    grad = grad * slope
+                # With both weights 0 the row is 0 even where the softcap's slope is NaN.
+                grad = tl.where(support, tl.where(live, grad, 0.0), 0.0).to(out_ptr.dtype.element_ty)
+                if ALIASED:
+                    # out may lie on the logits, in a narrower dtype even: row i of both starts at the same address, so
+                    # the store of columns [v, v + B) covers bytes [b v, b (v + B)) of the row with b no wider than a
+                    # logit: this tile's logits or, narrower, earlier ones, never a later tile's. Earlier tiles are
+                    # done with. Within the tile another thread may still have to read what this one is about to
+                    # overwrite, hence the barrier: all loads of the tile are in registers behind it. (It orders the
+                    # first tile's stores after the statistics passes too. Prefetching the next tile's logits across
+                    # it is harmless, by the same addresses.)
+                    tl.debug_barrier()
+                if tail == 1:
+                    tl.store(out_row + columns, grad, mask=columns < V)
+                else:
+                    tl.store(out_row + columns, grad)

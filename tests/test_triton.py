@@ -1,0 +1,663 @@
+"""The Triton kernels against the plain PyTorch row operations in float64.
+
+They run on a GPU where there is one, or in Triton's interpreter. The interpreter is chosen when the kernels are first
+imported, so the default suite runs this file once more in a process of its own with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import triton as backend
+from fused_gopd.rowops.torch import TorchRowOps
+from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RUNNABLE = INTERPRETED or DEVICE == "cuda"
+INF, NAN = math.inf, math.nan
+
+# 128 columns: a V of 211 is one full tile and a tail. The interpreter's time goes by tiles, not by columns.
+SMALL = Tiles(repeat=2, lanes=16, vector=4, num_warps=1, stages=1)
+SMALL_LINEAR = LinearTiles(rows=16, vocabulary=32, hidden=16, group=2, num_warps=4, num_stages=2)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and NaN in the interpreter
+
+
+@pytest.fixture
+def ops() -> Iterator[TritonRowOps]:
+    """The backend; a test that asks for it must have launched a kernel."""
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    before = backend.launches()
+    yield TritonRowOps(SMALL, SMALL_LINEAR) if INTERPRETED else TritonRowOps()
+    assert backend.launches() > before, "no kernel was launched"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20260602)
+
+
+def test_interpreted_suite_passes() -> None:
+    """This file, interpreted, in its own process."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed, run.stdout[-2000:]
+    assert int(passed[1]) > 50, run.stdout[-2000:]
+
+
+def test_kernels_number_the_statistics_as_the_interface_does() -> None:
+    from fused_gopd.rowops.triton import rows
+
+    assert {stat.name: int(stat) for stat in Stat} == {stat.name: getattr(rows, stat.name).value for stat in Stat}
+
+
+# --- builders and comparison -----------------------------------------------------------------------------------------
+
+
+def make(
+    divergence: str = "reverse_kl",
+    *,
+    rows: int = 4,
+    V: int = 211,
+    lam: float | Tensor = 1.25,
+    dtype: torch.dtype = torch.float32,
+    models: str = "student teacher ref",
+    transform: LogitTransform | None = None,
+    beta: float = 0.3,
+) -> RowProblem:
+    """A problem with logits of a language model's spread; one token id per row, one of them the last column."""
+    transform = transform or LogitTransform()
+    shared = torch.randn(rows, V, device=DEVICE) * 3
+    names = "student" if divergence == "none" else models
+
+    def model(name: str) -> ModelRows | None:
+        if name not in names:
+            return None
+        return ModelRows((shared + torch.randn(rows, V, device=DEVICE)).to(dtype), transform)
+
+    student = model("student")
+    assert student is not None
+    ids = torch.randint(V, (rows,), device=DEVICE)
+    ids[-1] = V - 1
+    return RowProblem(V, student, model("teacher"), model("ref"), lam, ids, divergence, beta)  # type: ignore[arg-type]
+
+
+def weights_of(rows: int) -> GradientWeights:
+    return GradientWeights(torch.rand(rows, device=DEVICE) + 0.5, torch.randn(rows, device=DEVICE))
+
+
+def in_float64(problem: RowProblem) -> RowProblem:
+    def model(m: ModelRows | None) -> ModelRows | None:
+        return None if m is None else dataclasses.replace(m, raw=m.raw.double())
+
+    lam = problem.reward_scale
+    student = model(problem.student)
+    assert student is not None
+    return dataclasses.replace(
+        problem,
+        student=student,
+        teacher=model(problem.teacher),
+        ref=model(problem.ref),
+        reward_scale=lam.double() if isinstance(lam, Tensor) else lam,
+    )
+
+
+def in_float32(problem: RowProblem) -> RowProblem:
+    problem64 = in_float64(problem)
+
+    def model(m: ModelRows | None) -> ModelRows | None:
+        return None if m is None else dataclasses.replace(m, raw=m.raw.float())
+
+    student = model(problem64.student)
+    assert student is not None
+    return dataclasses.replace(problem, student=student, teacher=model(problem64.teacher), ref=model(problem64.ref))
+
+
+def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str) -> None:
+    """No further from the float64 truth than four times the plain float32 path, plus 16 units of float32 rounding.
+
+    Both add about log2(V) roundings of the largest magnitude in a row, in different orders: the worst entries of two
+    such sums differ by small factors. NaN and infinities must sit where the float32 path has them.
+    """
+    actual, truth, naive = actual.double(), truth.double(), naive.double()
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        assert torch.equal(test(actual), test(naive)), f"{what}: {kind} in other places"
+    finite = torch.isfinite(naive) & torch.isfinite(truth)
+    if not finite.any():
+        return
+    error = (actual - truth)[finite].abs().max().item()
+    allowed = 4 * (naive - truth)[finite].abs().max().item()
+    allowed += 16 * torch.finfo(torch.float32).eps * max(truth[finite].abs().max().item(), 1e-2)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_statistics_close(actual: Tensor, truth: Tensor, naive: Tensor) -> None:
+    """Of a model whose row is poisoned only LOGSUM is defined (NaN): its maximum and token logit are left out."""
+    for stat in Stat:
+        model = stat.name.partition("_")[2]
+        defined = torch.ones_like(naive[stat], dtype=torch.bool)
+        if stat.name.startswith(("LOGIT", "MAX")):
+            defined = ~naive[Stat[f"LOGSUM_{model}"]].isnan()
+        assert_close(actual[stat][defined], truth[stat][defined], naive[stat][defined], stat.name)
+
+
+def check(
+    ops: TritonRowOps, problem: RowProblem, weights: GradientWeights | None = None, separately: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Statistics and gradient agree with float64; if asked, two calls in turn give the bits of the one."""
+    weights = weights or weights_of(problem.rows)
+    weights64 = GradientWeights(*(None if w is None else w.double() for w in (weights.divergence, weights.token)))
+    slow = TorchRowOps()
+    out = torch.full((problem.rows, problem.vocab_size), 7.0, device=DEVICE)
+    out32, out64 = torch.empty_like(out), torch.empty_like(out, dtype=torch.float64)
+    statistics = ops.statistics_and_gradient(problem, weights, out)
+    naive = slow.statistics_and_gradient(in_float32(problem), weights, out32)
+    truth = slow.statistics_and_gradient(in_float64(problem), weights64, out64)
+    assert_statistics_close(statistics, truth, naive)
+    assert_close(out, out64, out32, "gradient")
+    if separately:
+        assert same_bits(ops.statistics(problem), statistics)
+        again = torch.full_like(out, 7.0)
+        ops.gradient(problem, statistics, weights, again)
+        assert same_bits(again, out)
+    return statistics, out
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN included (whose payload no one promises)."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.0, INF, -INF), b.nan_to_num(0.0, INF, -INF))
+
+
+DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
+
+
+# --- statistics and gradient -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agrees_with_float64(ops: TritonRowOps, divergence: str, dtype: torch.dtype) -> None:
+    check(ops, make(divergence, dtype=dtype), separately=True)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+@pytest.mark.parametrize("lam", [0.5, 1.5])
+def test_reward_scale_as_a_float(ops: TritonRowOps, divergence: str, lam: float) -> None:
+    check(ops, make(divergence, lam=lam))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_reward_scale_per_token_cancels_models_exactly(ops: TritonRowOps, divergence: str) -> None:
+    """lambda = 0 must not read the teacher and lambda = 1 not the reference: both hold NaN and -inf there."""
+    lam = torch.tensor([0.0, 1.0, 1.25, 0.3, -0.5], device=DEVICE)
+    problem = make(divergence, rows=5, lam=lam)
+    assert problem.teacher is not None
+    assert problem.ref is not None
+    problem.teacher.raw[0, ::2], problem.teacher.raw[0, 1::2] = NAN, -INF
+    problem.ref.raw[1, ::2], problem.ref.raw[1, 1::2] = -INF, NAN
+    statistics, grad = check(ops, problem, separately=True)
+    assert grad.isfinite().all()
+    assert statistics.isfinite().all()
+    assert statistics[Stat.LOGSUM_TEACHER, 0] == 0
+    assert statistics[Stat.LOGIT_TEACHER, 0] == 0
+    assert statistics[Stat.LOGSUM_REF, 1] == 0
+    assert statistics[Stat.LOGIT_REF, 1] == 0
+
+
+@pytest.mark.parametrize(("models", "lam"), [("student teacher", 1.0), ("student ref", 0.0)])
+def test_cancelled_model_may_be_absent(ops: TritonRowOps, models: str, lam: float) -> None:
+    problem = make("reverse_kl", models=models, lam=lam)
+    statistics, _ = check(ops, problem)
+    assert torch.equal(
+        statistics[Stat.LOGSUM_REF if lam == 1.0 else Stat.LOGSUM_TEACHER], torch.zeros(4, device=DEVICE)
+    )
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_cancelled_model_may_be_given_and_hold_anything(ops: TritonRowOps, lam: float) -> None:
+    problem = make("reverse_kl", lam=lam)
+    cancelled = problem.teacher if lam == 0.0 else problem.ref
+    assert cancelled is not None
+    cancelled.raw.fill_(NAN)
+    check(ops, problem)
+
+
+def transforms() -> dict[str, LogitTransform]:
+    bias = torch.randn(300)
+    return {
+        "temperature": LogitTransform(temperature=0.7),
+        "scale": LogitTransform(scale=0.25),
+        "softcap": LogitTransform(softcap=5.0),
+        "bias": LogitTransform(bias=bias),
+        "all": LogitTransform(1.7, 3.0, 1.3, bias.bfloat16()),
+    }
+
+
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("name", list(transforms()))
+def test_transforms(ops: TritonRowOps, divergence: str, name: str) -> None:
+    transform = transforms()[name]
+    if transform.bias is not None:
+        transform = dataclasses.replace(transform, bias=transform.bias.to(DEVICE))
+    problem = make(divergence, transform=transform)
+    problem.student.raw[1, 5] = -INF  # stays outside the support through the softcap
+    problem.student.raw[2, 7] = 300.0 if transform.softcap else 30.0  # where tanh is 1
+    check(ops, problem)
+
+
+def test_softcap_is_accurate_near_zero(ops: TritonRowOps) -> None:
+    """1 - 2 / (e^2x + 1) would lose all digits of logits far below the softcap."""
+    problem = make("none", transform=LogitTransform(softcap=1000.0))
+    check(ops, dataclasses.replace(problem, student=dataclasses.replace(problem.student, raw=problem.student.raw / 64)))
+
+
+def test_models_may_differ_in_dtype_and_transform(ops: TritonRowOps) -> None:
+    problem = make("reverse_kl")
+    assert problem.teacher is not None
+    assert problem.ref is not None
+    teacher = ModelRows(problem.teacher.raw.bfloat16(), LogitTransform(softcap=20.0))
+    ref = ModelRows(problem.ref.raw.half(), LogitTransform(temperature=2.0))
+    check(ops, dataclasses.replace(problem, teacher=teacher, ref=ref))
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.25, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_models_give_exactly_zero(ops: TritonRowOps, lam: float, dtype: torch.dtype) -> None:
+    """u = fma(lambda, 0, z_r) = z: the gap and the gradient are 0, not small, and all log-sum-exps are equal."""
+    transform = LogitTransform(scale=0.9, temperature=0.7)
+    problem = make("reverse_kl", lam=lam, dtype=dtype, transform=transform)
+    copies = [dataclasses.replace(problem.student, raw=problem.student.raw.clone()) for _ in range(2)]
+    problem = dataclasses.replace(problem, teacher=copies[0], ref=copies[1])
+    out = torch.full((problem.rows, problem.vocab_size), 7.0, device=DEVICE)
+    weights = GradientWeights(divergence=torch.ones(problem.rows, device=DEVICE))
+    statistics = ops.statistics_and_gradient(problem, weights, out)
+    assert not statistics[Stat.MEAN_GAP].any()
+    assert not out.any()
+    for stat in (Stat.LOGSUM_TEACHER, Stat.LOGSUM_REF, Stat.LOGSUM_TARGET):
+        assert torch.equal(statistics[stat], statistics[Stat.LOGSUM_STUDENT])
+    for divergence in ("forward_kl", "jsd"):
+        other = dataclasses.replace(problem, divergence=divergence)  # type: ignore[arg-type]
+        statistics = ops.statistics_and_gradient(other, weights, out)
+        assert out.abs().max() <= 4e-7
+        assert statistics[Stat.TARGET_PART].abs().max() <= 4e-7
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity_leaves_the_support_of_all_models(ops: TritonRowOps, divergence: str) -> None:
+    problem = make(divergence, rows=6)
+    models = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    for i, model in enumerate(models):
+        model.raw[i, i::3] = -INF
+        model.raw[3, : 128 + i] = -INF  # a whole tile
+        model.raw[4, 1:] = -INF  # one entry left
+        model.raw[5] = -INF  # none left
+    assert problem.token_ids is not None
+    problem.token_ids[4] = 3  # outside the support
+    statistics, grad = check(ops, problem)
+    assert grad.isfinite().all()
+    assert not grad[5].any()
+    assert statistics[Stat.LOGSUM_STUDENT, 5] == -INF
+    assert statistics[Stat.LOGIT_STUDENT, 4] == -INF
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_only_very_negative_logits(ops: TritonRowOps, divergence: str) -> None:
+    """A running maximum that starts at 0 would underflow every exponential."""
+    problem = make(divergence)
+    for model in (problem.student, problem.teacher, problem.ref):
+        if model is not None:
+            model.raw.sub_(torch.tensor([1e4, 300.0, 0.0, 200.0], device=DEVICE)[:, None])
+    statistics, grad = check(ops, problem)
+    assert statistics.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_common_offset_costs_no_digits(ops: TritonRowOps, divergence: str) -> None:
+    """Logits near 1e4 are 1e-3 apart, and what is formed from their differences is exact all the same."""
+    problem = make(divergence)
+    offsets = [1e4, -2e4, 3e4]
+    models = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    for model, offset in zip(models, offsets, strict=False):
+        model.raw.add_(offset)
+    check(ops, problem)
+    shifted = dataclasses.replace(problem, student=dataclasses.replace(problem.student, raw=models[0].raw - 1e4))
+    before, after = ops.statistics(problem), ops.statistics(shifted)
+    assert torch.equal(before[Stat.LOGSUM_STUDENT], after[Stat.LOGSUM_STUDENT])
+
+
+@pytest.mark.parametrize(
+    ("divergence", "softcap"), [(d, None) for d in DIVERGENCES] + [("reverse_kl", 5.0), ("jsd", 5.0)]
+)
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_nan_and_infinity_poison_their_row_alone(
+    ops: TritonRowOps, divergence: str, softcap: float | None, poison: float
+) -> None:
+    problem = make(divergence, transform=LogitTransform(softcap=softcap))
+    models = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    for i, model in enumerate(models):
+        model.raw[i, 150] = poison
+    _, grad = check(ops, problem)
+    if not (softcap and poison == INF):  # a softcap makes +inf an ordinary logit
+        assert grad[: len(models)].isnan().any(1).all()
+    assert grad[len(models) :].isfinite().all()
+
+
+def test_a_row_of_nothing_but_nan(ops: TritonRowOps) -> None:
+    """A maximum that drops NaN must not make the row look empty."""
+    problem = make("reverse_kl")
+    problem.student.raw[1] = NAN
+    statistics, grad = check(ops, problem)
+    assert statistics[Stat.LOGSUM_STUDENT, 1].isnan()
+    assert grad[1].isnan().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_weight_of_zero_switches_its_term_off(ops: TritonRowOps, divergence: str) -> None:
+    problem = make(divergence)
+    problem.student.raw[:3, 7] = NAN
+    zero_one = torch.tensor([0.0, 1.0, 0.0, 0.0], device=DEVICE)
+    one_zero = torch.tensor([0.0, 0.0, 1.0, 1.0], device=DEVICE)
+    _, grad = check(ops, problem, GradientWeights(zero_one, one_zero))
+    assert not grad[0].any()
+    assert grad[1:3].isnan().any(1).all()
+    assert grad[3].isfinite().all()
+    problem.student.raw[:3, 7] = 0.0
+    check(ops, problem, GradientWeights(None, zero_one))
+    check(ops, problem, GradientWeights(zero_one, None))
+    _, grad = check(ops, problem, GradientWeights(None, None))
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("V", [1, 7, 128, 1000, 4099])
+def test_any_vocabulary_size(ops: TritonRowOps, V: int) -> None:
+    if INTERPRETED and V > 1000:
+        ops = TritonRowOps(Tiles(4, 64, 4, 1, 1))
+    check(ops, make("reverse_kl", V=V, rows=2))
+    check(ops, make("jsd", V=V, rows=2))
+
+
+def test_single_loads_where_rows_are_not_aligned(ops: TritonRowOps) -> None:
+    if INTERPRETED:
+        ops = TritonRowOps(Tiles(8, 16, 1, 1, 1))
+    check(ops, make("reverse_kl", V=211))
+
+
+def test_rows_with_strides(ops: TritonRowOps) -> None:
+    """Row strides beyond V, the same row for all tokens (stride 0), and columns past V that do not exist."""
+    problem = make("reverse_kl", V=240)
+    assert problem.teacher is not None
+    assert problem.ref is not None
+    assert problem.token_ids is not None
+    wide = torch.full((8, 400), NAN, device=DEVICE)
+    wide[::2, :240] = problem.student.raw
+    student = ModelRows(wide[::2], problem.student.transform)
+    teacher = ModelRows(problem.teacher.raw[:1].expand(4, -1), problem.teacher.transform)
+    ids = problem.token_ids.clamp(max=200).repeat_interleave(3)[::3]
+    problem = dataclasses.replace(problem, vocab_size=211, student=student, teacher=teacher, token_ids=ids)
+    weights = GradientWeights(torch.rand(8, device=DEVICE)[::2], torch.ones(1, device=DEVICE).expand(4))
+    check(ops, problem, weights)
+    out = torch.full((4, 240), 7.0, device=DEVICE)
+    ops.statistics_and_gradient(problem, weights, out)
+    assert (out[:, 211:] == 7).all()
+    assert not (out[:, :211] == 7).any()
+
+
+def test_statistics_may_be_a_slice(ops: TritonRowOps) -> None:
+    problem, weights = make("reverse_kl"), weights_of(4)
+    statistics = ops.statistics(problem)
+    wide = torch.full((len(Stat), 9), NAN, device=DEVICE)
+    wide[:, 3:7] = statistics
+    out, expected = (torch.empty(4, 211, device=DEVICE) for _ in range(2))
+    ops.gradient(problem, statistics, weights, expected)
+    ops.gradient(problem, wide[:, 3:7], weights, out)
+    assert torch.equal(out, expected)
+
+
+def test_token_ids_out_of_range(ops: TritonRowOps) -> None:
+    """NaN in their row's token logits, no probability mass moved, and never a read outside the row."""
+    problem = make("reverse_kl", rows=5)
+    ids = torch.tensor([-1, 211, 2**40 + 3, -100, 3], device=DEVICE)
+    statistics, grad = check(ops, dataclasses.replace(problem, token_ids=ids))
+    for stat in (Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF):
+        assert statistics[stat, :4].isnan().all()
+        assert statistics[stat, 4].isfinite()
+    assert grad.isfinite().all()
+
+
+def test_no_token_ids(ops: TritonRowOps) -> None:
+    problem = dataclasses.replace(make("reverse_kl"), token_ids=None)
+    statistics, _ = check(ops, problem, GradientWeights(torch.ones(4, device=DEVICE), None))
+    assert not statistics[Stat.LOGIT_STUDENT : Stat.LOGIT_REF + 1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ["none", "jsd"])
+def test_gradient_on_the_logits_themselves(ops: TritonRowOps, dtype: torch.dtype, divergence: str) -> None:
+    problem, weights = make(divergence, dtype=dtype), weights_of(4)
+    expected = torch.empty(4, 211, dtype=dtype, device=DEVICE)
+    statistics = ops.statistics_and_gradient(problem, weights, expected)
+    before = problem.student.raw.clone()
+    assert same_bits(ops.statistics_and_gradient(problem, weights, problem.student.raw), statistics)
+    assert torch.equal(problem.student.raw, expected)
+    problem.student.raw.copy_(before)
+    ops.gradient(problem, statistics, weights, problem.student.raw)
+    assert torch.equal(problem.student.raw, expected)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_narrow_gradient_over_float32_logits(ops: TritonRowOps, narrow: torch.dtype, divergence: str) -> None:
+    problem, weights = make(divergence, V=300), weights_of(4)
+    expected = torch.empty(4, 300, dtype=narrow, device=DEVICE)
+    statistics = ops.statistics_and_gradient(problem, weights, expected)
+    out = problem.student.raw.view(narrow)[:, :300]
+    assert out.data_ptr() == problem.student.raw.data_ptr()
+    assert same_bits(ops.statistics_and_gradient(problem, weights, out), statistics)
+    assert torch.equal(out, expected)
+
+
+def test_teacher_in_the_student_buffer(ops: TritonRowOps) -> None:
+    """Self-distillation may pass one buffer twice; writing the gradient there must not disturb the teacher's reads."""
+    problem, weights = make("reverse_kl", models="student teacher", lam=1.0), weights_of(4)
+    problem = dataclasses.replace(problem, teacher=problem.student)
+    expected = torch.empty(4, 211, device=DEVICE)
+    ops.statistics_and_gradient(problem, weights, expected)
+    ops.statistics_and_gradient(problem, weights, problem.student.raw)
+    assert torch.equal(problem.student.raw, expected)
+
+
+def test_two_runs_give_the_same_bits(ops: TritonRowOps) -> None:
+    problem, weights = make("jsd", rows=3), weights_of(3)
+    runs = []
+    for _ in range(2):
+        out = torch.empty(3, 211, device=DEVICE)
+        runs.append((ops.statistics_and_gradient(problem, weights, out), out))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_float64_and_strided_vocabulary_are_refused() -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    problem = make("none")
+    with pytest.raises(ValueError, match="float64"):
+        TritonRowOps().statistics(in_float64(problem))
+    raw = problem.student.raw.t().contiguous().t()
+    with pytest.raises(ValueError, match="unit stride"):
+        TritonRowOps().statistics(dataclasses.replace(problem, student=ModelRows(raw, LogitTransform())))
+
+
+def test_no_rows() -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    problem = make("reverse_kl", rows=1)
+    none = dataclasses.replace(
+        problem,
+        student=dataclasses.replace(problem.student, raw=problem.student.raw[:0]),
+        teacher=None,
+        ref=dataclasses.replace(problem.student, raw=problem.student.raw[:0]),
+        reward_scale=0.0,
+        token_ids=torch.empty(0, dtype=torch.int64, device=DEVICE),
+    )
+    out = torch.empty(0, 211, device=DEVICE)
+    weights = weights_of(0)
+    assert TritonRowOps().statistics_and_gradient(none, weights, out).shape == (len(Stat), 0)
+
+
+# --- statistics from hidden states -----------------------------------------------------------------------------------
+
+
+def check_linear(
+    ops: TritonRowOps,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    transform: LogitTransform | None = None,
+    V: int | None = None,
+) -> Tensor:
+    transform, V = transform or LogitTransform(), V or weight.shape[0]
+    actual = ops.linear_statistics(hidden, weight, transform, V, ids)
+    assert actual is not None
+    logits64 = hidden.double() @ weight.double().T
+    naive_logits = hidden.float() @ weight.float().T
+    slow = TorchRowOps()
+    truth = slow.statistics(RowProblem(V, ModelRows(logits64, transform), token_ids=ids))
+    naive = slow.statistics(RowProblem(V, ModelRows(naive_logits, transform), token_ids=ids))
+    assert_statistics_close(actual, truth, naive)
+    return actual
+
+
+def linear_inputs(rows: int, H: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(rows, H, device=DEVICE)
+    weight = torch.randn(V, H, device=DEVICE) * (4 / math.sqrt(H))
+    ids = torch.randint(V, (rows,), device=DEVICE)
+    return hidden.to(dtype), weight.to(dtype), ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "H", "V"), [(1, 16, 32), (37, 48, 211), (50, 33, 100), (3, 7, 1)])
+def test_linear_statistics_agree_with_float64(ops: TritonRowOps, dtype: torch.dtype, rows: int, H: int, V: int) -> None:
+    check_linear(ops, *linear_inputs(rows, H, V, dtype))
+
+
+@pytest.mark.parametrize("name", list(transforms()))
+def test_linear_transforms(ops: TritonRowOps, name: str) -> None:
+    transform = transforms()[name]
+    if transform.bias is not None:
+        bias = transform.bias.to(DEVICE)
+        bias[5] = -INF
+        transform = dataclasses.replace(transform, bias=bias)
+    check_linear(ops, *linear_inputs(18, 32, 99), transform)
+
+
+def test_linear_strides_and_padding_rows(ops: TritonRowOps) -> None:
+    hidden, weight, ids = linear_inputs(20, 32, 120)
+    wide_hidden = torch.full((40, 50), NAN, device=DEVICE)
+    wide_weight = torch.full((120, 41), NAN, device=DEVICE)
+    wide_hidden[::2, 3:35] = hidden
+    wide_weight[:, 2:34] = weight
+    weight = wide_weight[:, 2:34]
+    weight[100:] = NAN  # rows past the joint vocabulary
+    ids = ids.clamp(max=99)
+    actual = check_linear(ops, wide_hidden[::2, 3:35], weight, ids, V=100)
+    column_major = wide_weight[:, 2:34].t().contiguous().t()
+    assert torch.equal(check_linear(ops, hidden, column_major, ids, V=100), actual)
+
+
+def test_linear_token_ids_out_of_range(ops: TritonRowOps) -> None:
+    hidden, weight, ids = linear_inputs(20, 16, 70)
+    ids[:4] = torch.tensor([-1, 70, 2**40 + 3, -100], device=DEVICE)
+    assert check_linear(ops, hidden, weight, ids)[Stat.LOGIT_STUDENT, :4].isnan().all()
+
+
+def test_linear_poison_and_empty_rows(ops: TritonRowOps) -> None:
+    hidden, weight, ids = linear_inputs(20, 16, 70)
+    hidden[2] = NAN
+    hidden[3, 0] = INF
+    actual = check_linear(ops, hidden, weight, ids)
+    assert actual[:, 2].isnan().any()
+    assert actual[Stat.LOGSUM_STUDENT, 3].isnan()
+    nothing = LogitTransform(bias=torch.full((70,), -INF, device=DEVICE))
+    hidden[2:4] = 0.0
+    empty = check_linear(ops, hidden, weight, ids, nothing)
+    assert (empty[Stat.LOGSUM_STUDENT] == -INF).all()
+    assert not empty[Stat.MEAN_LOGIT].any()
+
+
+def test_linear_splits_do_not_change_the_result_beyond_rounding(ops: TritonRowOps) -> None:
+    hidden, weight, ids = linear_inputs(33, 32, 300)
+    narrow = LinearTiles(32, 32, 32, 1, 4, 2)
+    wide = LinearTiles(16, 128, 16, 4, 4, 2)
+    results = [
+        check_linear(TritonRowOps(linear_tile=tile), hidden, weight, ids) for tile in (narrow, wide, SMALL_LINEAR)
+    ]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=2e-6, atol=2e-5)
+    check_linear(ops, hidden, weight, ids)
+
+
+def test_linear_statistics_decline_what_they_cannot_take() -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    hidden, weight, ids = linear_inputs(3, 16, 20)
+    decline = TritonRowOps().linear_statistics
+    assert decline(hidden.double(), weight.double(), LogitTransform(), 20, ids) is None
+    assert decline(hidden, weight.bfloat16(), LogitTransform(), 20, ids) is None
+    none = decline(hidden[:0], weight, LogitTransform(), 20, ids[:0])
+    assert none is not None
+    assert none.shape == (len(Stat), 0)
+
+
+# --- only where there is a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("V", [151936, 50257])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_full_vocabulary(ops: TritonRowOps, V: int, divergence: str) -> None:
+    check(ops, make(divergence, rows=64, V=V))
+    problem, weights = make(divergence, rows=300, V=V), weights_of(300)
+    expected = torch.empty(300, V, dtype=torch.bfloat16, device=DEVICE)
+    ops.statistics_and_gradient(problem, weights, expected)
+    out = problem.student.raw.view(torch.bfloat16)[:, :V]
+    ops.statistics_and_gradient(problem, weights, out)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_more_than_two_to_the_31_logits(ops: TritonRowOps) -> None:
+    V, rows = 151936, 14400  # 2.19e9 elements
+    raw = torch.randn(1, V, device=DEVICE, dtype=torch.bfloat16).repeat(rows, 1)
+    ids = torch.full((rows,), V - 1, device=DEVICE)
+    problem = RowProblem(V, ModelRows(raw, LogitTransform()), token_ids=ids)
+    statistics = ops.statistics_and_gradient(problem, GradientWeights(None, torch.ones(rows, device=DEVICE)), raw)
+    assert torch.equal(statistics[:, 0], statistics[:, -1])
+    assert torch.equal(raw[0], raw[-1])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_full_size(ops: TritonRowOps, dtype: torch.dtype) -> None:
+    check_linear(ops, *linear_inputs(300, 2048, 32003, dtype))

@@ -1,0 +1,294 @@
+"""Compile the Triton kernels for GPUs that are not there and read what they cost.
+
+    python tests/triton_resources.py [--target sm_90 ...] [--kernel linear ...]
+
+prints a table of registers, spills and shared memory per kernel and target. The launches are the ones production makes
+(``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here.
+TRITON_INTERPRET must be unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import triton as backend
+from fused_gopd.rowops.triton import Device, Launch
+
+# V of the Qwen family and a chunk of 1024 tokens, the shapes the tiles are meant for.
+V, C, H = 151936, 1024, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    device: Device
+    shared_limit: int  # bytes one program may use: CUDA programming guide, table of compute capabilities; LDS of CDNA3
+    backend: str
+    arch: int | str
+
+
+TARGETS = {
+    "sm_80": Target(Device(32, 108, False, 80), 163 * 1024, "cuda", 80),
+    "sm_90": Target(Device(32, 132, False, 90), 227 * 1024, "cuda", 90),
+    "sm_100": Target(Device(32, 148, False, 100), 227 * 1024, "cuda", 100),
+    "gfx942": Target(Device(64, 304, True, 0), 64 * 1024, "hip", "gfx942"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    kernel: str
+    target: str
+    warps: int
+    registers: int  # per thread; on AMD vector registers, accumulation registers included
+    spills: int  # into memory. NVIDIA: stack and local bytes and local-memory instructions; AMD: registers and bytes
+    scalar_spills: int  # AMD only: scalar registers kept in lanes of vector registers; they touch no memory
+    shared: int  # bytes
+    instructions: int  # of the machine code, to compare two versions of a kernel
+    assembly: str = dataclasses.field(repr=False)  # PTX on NVIDIA, AMD's own otherwise
+    ttgir: str = dataclasses.field(repr=False)
+
+
+def _logits(dtype: torch.dtype, stride: int = V) -> torch.Tensor:
+    return torch.empty(C, stride, dtype=dtype, device="meta")
+
+
+def _row(
+    device: Device,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    transform: LogitTransform | None = None,
+    divergence: str = "none",
+    per_token_scale: bool = False,
+    out: torch.dtype | None = None,
+    in_place: bool = False,
+    weights: str = "divergence token",
+    write: bool = True,
+    stride: int = V,
+) -> Launch:
+    transform = transform or LogitTransform()
+    models = [ModelRows(_logits(d, stride), transform) for d in dtypes] + [None, None]
+    vector = torch.empty(C, device="meta")
+    problem = RowProblem(
+        V if stride == V else stride,
+        models[0],  # type: ignore[arg-type]
+        models[1],
+        models[2],
+        vector if per_token_scale else 1.25,
+        torch.empty(C, dtype=torch.int64, device="meta"),
+        divergence,  # type: ignore[arg-type]
+    )
+    grad = None
+    if out is not None:
+        grad = problem.student.raw if in_place else torch.empty(C, 2 * stride, dtype=out, device="meta")
+    launch = backend.row_launch(
+        problem,
+        torch.empty(len(Stat), C, device="meta"),
+        write,
+        GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None),
+        grad,
+        backend.tiles(problem, device),
+    )
+    if out is not None:
+        launch.constants["ALIASED"] = True  # production's case: the gradient lies on the logits
+    return launch
+
+
+def _linear(
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    transform: LogitTransform | None = None,
+    precision: str = "ieee",
+    rows: int = C,
+    hidden: int = H,
+) -> tuple[Launch, Launch]:
+    transform = transform or LogitTransform()
+    x = torch.empty(rows, hidden, dtype=dtype, device="meta")
+    weight = torch.empty(V, hidden, dtype=dtype, device="meta")
+    tile = backend.linear_tiles(x, weight, transform, precision, device)
+    parts = backend.splits(rows, V, tile, device)
+    return backend.linear_launches(
+        x,
+        weight,
+        transform,
+        V,
+        torch.empty(rows, dtype=torch.int64, device="meta"),
+        torch.empty(parts, 4, rows, device="meta"),
+        torch.empty(len(Stat), rows, device="meta"),
+        tile,
+        precision,
+        False,
+    )
+
+
+def launches(target: Target) -> dict[str, Launch]:
+    """The configurations production uses, by name."""
+    d = target.device
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    capped = LogitTransform(0.5, 30.0, 0.7, torch.empty(V, dtype=bf16, device="meta"))
+    found = {
+        "full fp32, bf16 gradient on the logits": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16),
+        "full fp32, lambda per token": _row(
+            d, (f32,) * 3, divergence="reverse_kl", out=bf16, per_token_scale=True, weights="divergence"
+        ),
+        "full fp32, statistics": _row(d, (f32,) * 3, divergence="reverse_kl"),
+        "full fp32, gradient": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, write=False),
+        "full bf16, in place": _row(d, (bf16,) * 3, divergence="reverse_kl", out=bf16, in_place=True),
+        "full fp32 student, bf16 others": _row(d, (f32, bf16, bf16), divergence="reverse_kl", out=bf16),
+        "forward_kl fp32": _row(d, (f32,) * 3, divergence="forward_kl", out=bf16),
+        "jsd fp32": _row(d, (f32,) * 3, divergence="jsd", out=bf16),
+        "jsd bf16, softcap and bias": _row(d, (bf16,) * 3, divergence="jsd", out=bf16, in_place=True, transform=capped),
+        "full fp32, softcap and bias": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped),
+        "full fp32, unaligned rows": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, stride=50257),
+        "opd (no reference) fp32": _row(d, (f32,) * 2, divergence="reverse_kl", out=bf16),
+        "sampled fp32": _row(d, (f32,), out=bf16, weights="token"),
+        "sampled bf16, in place": _row(d, (bf16,), out=bf16, in_place=True, weights="token"),
+        "sampled fp16, statistics": _row(d, (f16,)),
+    }
+    for name, dtype in (("bf16", bf16), ("fp16", f16), ("fp32", f32)):
+        found[f"linear {name}"], found["linear merge"] = _linear(d, dtype)
+    found["linear bf16, softcap and bias"] = _linear(d, bf16, transform=capped)[0]
+    found["linear bf16, scaled"] = _linear(d, bf16, transform=LogitTransform(temperature=0.7))[0]
+    found["linear bf16, H = 1040"] = _linear(d, bf16, hidden=1040)[0]
+    found["linear bf16, H = 1000"] = _linear(d, bf16, hidden=1000)[0]
+    found["linear bf16, 64 rows"] = _linear(d, bf16, rows=64)[0]
+    found["linear bf16, 1 row"] = _linear(d, bf16, rows=1)[0]
+    if not d.amd:
+        found["linear tf32"] = _linear(d, f32, precision="tf32")[0]
+    return found
+
+
+def compile_launch(kernel: str, target_name: str) -> Resources:
+    """Compile one launch as Triton's launcher would specialise it on that GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[target_name]
+    launch = launches(target)[kernel]
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        divisible = False
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64"}
+            signature[name] = "*" + names[str(value.dtype).removeprefix("torch.")]
+            divisible = True
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    gpu = GPUTarget(target.backend, target.arch, target.device.warp_size)
+    compiled = triton.compile(source, target=gpu, options=launch.options)
+    read = _nvidia if target.backend == "cuda" else _amd
+    registers, spills, scalar_spills, instructions, assembly = read(compiled.asm)
+    return Resources(
+        kernel,
+        target_name,
+        launch.options["num_warps"],
+        registers,
+        spills,
+        scalar_spills,
+        compiled.metadata.shared,
+        instructions,
+        assembly,
+        compiled.asm["ttgir"],
+    )
+
+
+def _nvidia(asm: dict) -> tuple[int, int, int, int, str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    # a spill shows as a stack frame and as local-memory instructions in the machine code
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    spills = int(found[2]) + int(found[3]) + local
+    return int(found[1]), spills, 0, len(re.findall(r"/\*[0-9a-f]{4,5}\*/", sass)), asm["ptx"]
+
+
+def _amd(asm: dict) -> tuple[int, int, int, int, str]:
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    return (
+        field("vgpr_count"),
+        spills,
+        field("sgpr_spill_count"),
+        len(re.findall(r"^\t[svdgb]\w*_\w+", text, re.M)),
+        text,
+    )
+
+
+def resources(pairs: list[tuple[str, str]], processes: int | None = None) -> Iterator[Resources]:
+    """Compile (kernel, target) pairs in parallel processes, in order."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "the interpreter compiles nothing"
+    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+        yield from pool.map(compile_launch, *zip(*pairs, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--kernel", action="append", help="part of a kernel's name")
+    parser.add_argument("--dump", type=Path, help="folder for assembly and TTGIR")
+    options = parser.parse_args()
+    pairs = [
+        (kernel, target)
+        for target in options.target or TARGETS
+        for kernel in launches(TARGETS[target])
+        if not options.kernel or any(part in kernel for part in options.kernel)
+    ]
+    print(
+        f"{'kernel':42}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}",
+        flush=True,
+    )
+    for r in resources(pairs):
+        print(
+            f"{r.kernel:42}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
+            f"{r.instructions:8}",
+            flush=True,
+        )
+        if options.dump:
+            options.dump.mkdir(parents=True, exist_ok=True)
+            stem = re.sub(r"\W+", "_", f"{r.kernel}_{r.target}")
+            (options.dump / f"{stem}.asm").write_text(r.assembly)
+            (options.dump / f"{stem}.ttgir").write_text(r.ttgir)
+
+
+if __name__ == "__main__":
+    main()
