@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gemm, objective
+from . import gemm, memory, objective
 from .heads import Head, LinearHead, Logits
 from .objective import Divergence, Estimator
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat
@@ -31,6 +31,8 @@ CHUNK_FLOOR = {"cpu": 32, "gpu": 1024}
 # More tokens than this make no GEMM faster.
 CHUNK_CEILING = 8192
 _CHUNK_MULTIPLE = 16
+# Elements that the row stride of a logits buffer is a multiple of: 64 bytes of float32, 32 of bfloat16 over it.
+_ROW_MULTIPLE = 16
 
 
 def chunk_size_for(vocab_size: int, buffers: int, device_type: str, element_bytes: int = 4) -> int:
@@ -235,13 +237,13 @@ class _Sink:
             everywhere = job.rows.index is None and (
                 isinstance(student, LinearHead) or student.vocab_size == job.vocab_size
             )
-            make = torch.empty if everywhere else torch.zeros
-            self.rows = make(job.rows.shape.numel(), source.shape[-1], dtype=source.dtype, device=source.device)
+            self.rows = memory.empty((job.rows.shape.numel(), source.shape[-1]), source.dtype, source.device)
+            if not everywhere:
+                self.rows.zero_()
         if isinstance(student, LinearHead) and needs.weight:
             # the first chunk overwrites the joint vocabulary's part; the padding past it is never written
-            make = torch.empty if job.rows.count else torch.zeros
-            self.weight = make(student.weight.shape, dtype=accumulation_dtype(student.weight), device=job.device)
-            self.weight[job.vocab_size :].zero_()
+            self.weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), job.device)
+            self.weight[job.vocab_size if job.rows.count else 0 :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
             self.bias = student.weight.new_zeros(student.vocab_size, dtype=accumulation_dtype(student.weight))
 
@@ -308,8 +310,10 @@ class _Buffers:
         hidden = job.rows.take(head.hidden, start, stop)
         key = (slot, accumulation_dtype(head.weight))
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(self._chunk_size, job.vocab_size, dtype=key[1], device=hidden.device)
-        out = self._buffers[key][: stop - start]
+            # rows start on aligned addresses, so that kernels can load whole vectors
+            width = -(-job.vocab_size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            self._buffers[key] = memory.empty((self._chunk_size, width), key[1], hidden.device)
+        out = self._buffers[key][: stop - start, : job.vocab_size]
         gemm.logits_(out, hidden, head.weight[: job.vocab_size])
         return ModelRows(out, _transform(head))
 

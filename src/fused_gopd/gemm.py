@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of the buffer that a low-precision weight is widened into. 2^20 float32 are 4 MiB; on two AVX-512 cores blocks
-# of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the time of a float32 weight.
+# Elements of the buffer that a low-precision weight is widened into. 2^20 float32 are 4 MiB; on two AVX-512 cores
+# blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the time of a float32 weight.
 _WIDEN_ELEMENTS = 1 << 20
 
 

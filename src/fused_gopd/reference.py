@@ -35,7 +35,7 @@ def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _all_finite(*logits: Tensor | None) -> bool:
-    """Whether no masking is needed. By sums, so that a baseline without -inf pays no [tokens, V] mask for those with."""
+    """Whether no masking is needed. By sums: a baseline without -inf pays no [tokens, V] mask for those that have it."""
     return all(bool(torch.isfinite(z.detach().sum())) for z in logits if z is not None)
 
 
@@ -173,7 +173,8 @@ def gopd_loss(
         lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
         if estimator == "full" and isinstance(p.reward_scale, Tensor):
             # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
-            assert lq is not None and lr is not None
+            assert lq is not None
+            assert lr is not None
             lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
     advantages = None
     if lp is not None:
