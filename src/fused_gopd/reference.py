@@ -35,7 +35,7 @@ def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _all_finite(*logits: Tensor | None) -> bool:
-    """Whether no masking is needed. By sums: a baseline without -inf pays no [tokens, V] mask for those that have it."""
+    """Whether no masking is needed. By sums: a baseline without -inf pays for no [tokens, V] mask."""
     return all(bool(torch.isfinite(z.detach().sum())) for z in logits if z is not None)
 
 
