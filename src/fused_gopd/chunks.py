@@ -356,9 +356,6 @@ def run(
     sink = _Sink(job, needs if relative is not None or weights is not None else NOTHING)
     out = torch.zeros(len(Stat), n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, step)
-    shared = None
-    if weights is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
-        shared = _power_of_two(torch.stack([w for w in (weights.divergence, weights.token) if w is not None]))
     for start in range(0, n, step):
         stop = min(start + step, n)
         if statistics is None and (job.estimator == "sampled"):
@@ -369,11 +366,7 @@ def run(
             assert relative is not None
             _fused_chunk(job, buffers, sink, out, relative, start, stop)
         else:
-            _gradient_chunk(job, buffers, sink, out, weights, shared, start, stop)
-    if shared is not None:
-        for total in (sink.weight, sink.bias):
-            if total is not None:
-                total.mul_(shared)
+            _gradient_chunk(job, buffers, sink, out, weights, start, stop)
     return out, sink.result()
 
 
@@ -458,7 +451,6 @@ def _gradient_chunk(
     sink: _Sink,
     statistics: Tensor,
     weights: GradientWeights,
-    shared: Tensor | None,
     start: int,
     stop: int,
 ) -> None:
@@ -477,8 +469,7 @@ def _gradient_chunk(
     unit = GradientWeights(*(None if w is None else w / safe for w in (divergence, token)))
     dlogits = _gradient_buffer(job.student, problem.student.raw)
     job.ops.gradient(problem, chunk, unit, dlogits)
-    hidden = job.rows.take(job.student.hidden, start, stop)
-    sink.add(dlogits, hidden, size, size if shared is None else size / shared, start, stop)
+    sink.add(dlogits, job.rows.take(job.student.hidden, start, stop), size, size, start, stop)
 
 
 def _gradient_buffer(head: LinearHead, logits: Tensor) -> Tensor:

@@ -261,6 +261,7 @@ def prepare(
     sequence_lengths: Tensor | None,
     old_logprobs: Tensor | None,
     clip: tuple[float, float] | None,
+    score_cancelled: bool,
     vocab_size: int | None,
 ) -> Prepared:
     """Every check of SPEC section 6, before any work."""
@@ -272,6 +273,10 @@ def prepare(
     beta = _require_number("beta", beta)
     if divergence == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
+    if divergence != "jsd" and beta != 0.5:
+        raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+    if score_cancelled and token_ids is None:
+        raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
     _require_source("student", student, estimator)
     models: dict[str, Source | None] = {"student": student, "teacher": teacher, "ref": ref}
     shape = student.token_shape
@@ -470,6 +475,7 @@ def gopd_loss(
         sequence_lengths=sequence_lengths,
         old_logprobs=old_logprobs,
         clip=clip,
+        score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
     job = _job(p, estimator, divergence, beta, chunk_size, backend)
@@ -555,6 +561,7 @@ def token_logprobs(
         sequence_lengths=None,
         old_logprobs=None,
         clip=None,
+        score_cancelled=False,
         vocab_size=vocab_size,
     )
     job = _job(replace(p, ref=None), "sampled", "reverse_kl", 0.5, chunk_size, backend)

@@ -152,6 +152,7 @@ def gopd_loss(
         sequence_lengths=sequence_lengths,
         old_logprobs=old_logprobs,
         clip=clip,
+        score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
     z = _live_logits(p, p.student)
@@ -188,7 +189,8 @@ def gopd_loss(
                 token_loss = torch.maximum(token_loss, -advantages * log_ratio.exp().clamp(1 - low, 1 + high))
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
     with torch.no_grad():
-        if score_cancelled and p.token_ids is not None:
+        if score_cancelled:
+            assert p.token_ids is not None
             for name, model in p.cancelled.items():
                 scored = given(model)
                 if scored is None:

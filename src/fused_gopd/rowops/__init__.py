@@ -74,8 +74,8 @@ class Stat(enum.IntEnum):
     All can be merged over slices of the vocabulary: maxima by max, log-sums by ``logaddexp`` after moving them to the
     common maximum, means by their softmax weights, token logits by picking the slice that holds the token.
 
-    A row with NaN or +inf in a model's support has that model's LOGSUM NaN, and its other statistics mean nothing. A row
-    without support has LOGSUM -inf and MAX 0.
+    A row with NaN or +inf in a model's support has that model's LOGSUM NaN, and its other statistics mean nothing. A
+    row without support has LOGSUM -inf and MAX 0.
     """
 
     LOGSUM_STUDENT = 0  # log sum_S exp z', >= 0

@@ -160,7 +160,8 @@ def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
         ref, maxima[Stat.MAX_REF] = relative(ref)
     u = teacher if teacher is not None else ref
     if teacher is not None and ref is not None:
-        assert use_teacher is not None and use_ref is not None
+        assert use_teacher is not None
+        assert use_ref is not None
         # masked before the subtraction: -inf - -inf would be NaN in values that must not matter
         q, r = (torch.where(support, x, torch.zeros_like(x)) for x in (teacher, ref))
         mixed = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)

@@ -1,0 +1,275 @@
+"""Dense float64 G-OPD, one token at a time, written from the formulas and independent of the package it checks.
+
+Every token's vocabulary is cut to its support before any arithmetic, so that no infinity is ever computed with and no
+``where`` is needed; autograd differentiates what is left. A model is any object with ``hidden`` and ``weight`` (and
+``bias``, ``logit_scale``, ``softcap``, ``temperature``), or with ``logits``, or with ``logprobs``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Result:
+    """Values of the token shape, 0 where masked; ``loss`` is the reduced scalar (or the token losses for "none")."""
+
+    loss: Tensor
+    token_loss: Tensor
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+    entropy: Tensor
+    kl: Tensor
+
+
+def logits_of(model: Any) -> Tensor:
+    """z = cap(scale (h W^T + b)) / temperature, cap(x) = softcap tanh(x / softcap), -inf kept."""
+    if hasattr(model, "logits"):
+        x = model.logits.double()
+    else:
+        x = model.hidden.double() @ model.weight.double().T
+        if model.bias is not None:
+            x = x + model.bias.double()
+    x = x * model.logit_scale
+    if model.softcap is not None:
+        gone = x == -math.inf
+        x = (model.softcap * torch.tanh(x.masked_fill(gone, 0.0) / model.softcap)).masked_fill(gone, -math.inf)
+    return x / model.temperature
+
+
+def _log_normalise(x: Tensor) -> Tensor:
+    return x - torch.logsumexp(x, -1)
+
+
+def _row(x: Tensor | None, t: int) -> Tensor | None:
+    return None if x is None else x[t]
+
+
+def _full_token(
+    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, KL(p || target), entropy of p, and (3, V) log-probs over the joint support, for one token."""
+    used = [x for x, wanted in ((z, True), (z_q, lam != 0), (z_r, lam != 1)) if wanted]
+    assert all(x is not None for x in used)
+    inside = torch.stack([x != -math.inf for x in used]).all(0)
+    logp = torch.full((3, z.shape[0]), -math.inf, dtype=torch.float64)
+    zero = z.new_zeros(())
+    if not inside.any():
+        return zero, zero, zero, logp
+    log_p = _log_normalise(z[inside])
+    log_q = _log_normalise(z_q[inside]) if lam != 0 else torch.zeros_like(log_p)
+    log_r = _log_normalise(z_r[inside]) if lam != 1 else torch.zeros_like(log_p)
+    mixed = lam * log_q + (1 - lam) * log_r
+    log_t = _log_normalise(mixed)
+    p, t = log_p.exp(), log_t.exp()
+    kl = (p * (log_p - log_t)).sum()
+    if divergence == "reverse_kl":
+        value = (p * (log_p - mixed)).sum()
+    elif divergence == "forward_kl":
+        value = (t * (log_t - log_p)).sum()
+    else:
+        log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_p)
+        value = beta * (t * (log_t - log_m)).sum() + (1 - beta) * (p * (log_p - log_m)).sum()
+    for row, x in zip(logp, (log_p, log_q, log_r), strict=True):
+        row[inside] = x.detach()
+    return value, kl, -(p * log_p).sum(), logp
+
+
+def _token_logprob(z: Tensor, token: int) -> Tensor:
+    inside = z != -math.inf
+    if not inside[token]:
+        return z.new_tensor(-math.inf)
+    return z[token] - torch.logsumexp(z[inside], -1)
+
+
+def _entropy(z: Tensor) -> Tensor:
+    log_p = _log_normalise(z[z != -math.inf])
+    return -(log_p.exp() * log_p).sum()
+
+
+def advantage(lam: float, behaviour: float, log_q: float, log_r: float) -> float | None:
+    """A = lambda log q + (1 - lambda) log r - log p, None where it is not finite."""
+    terms = [behaviour] + [x for x, wanted in ((log_q, lam != 0), (log_r, lam != 1)) if wanted]
+    if -math.inf in terms:
+        return None
+    return (lam * log_q if lam != 0 else 0.0) + ((1 - lam) * log_r if lam != 1 else 0.0) - behaviour
+
+
+def _sampled_token(log_p: Tensor, adv: float | None, old: float | None, clip: tuple[float, float] | None) -> Tensor:
+    if adv is None:
+        return log_p.new_zeros(())
+    ratio = (log_p - (log_p.detach() if old is None else old)).exp()
+    if clip is None:
+        return -adv * ratio
+    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip[0], 1 + clip[1]))
+
+
+def reduce(
+    token_loss: Tensor,
+    mask: Tensor,
+    reduction: str,
+    normalizer: float | None = None,
+    sequence_lengths: Tensor | None = None,
+) -> Tensor:
+    """token_loss is 0 where masked; sequences are dim 0."""
+    if reduction == "none":
+        return token_loss
+    if reduction == "sum":
+        return token_loss.sum()
+    if reduction == "token-mean":
+        return token_loss.sum() / (max(1, int(mask.sum())) if normalizer is None else normalizer)
+    total, sequences = token_loss.new_zeros(()), 0
+    for b in range(token_loss.shape[0]):
+        live = int(mask[b].sum())
+        if not live:
+            continue
+        sequences += 1
+        length = live if sequence_lengths is None else float(sequence_lengths[b])
+        total = total + token_loss[b].sum() / (length if reduction == "seq-mean-token-mean" else 1)
+    return total / (max(1, sequences) if normalizer is None else normalizer)
+
+
+def gopd(
+    student: Any,
+    teacher: Any,
+    ref: Any,
+    token_ids: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    reward_scale: float | Tensor = 1.0,
+    estimator: str = "sampled",
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    reduction: str = "token-mean",
+    normalizer: float | None = None,
+    sequence_lengths: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    vocab_size: int | None = None,
+) -> Result:
+    """The whole loss. Differentiable in whatever the student's tensors are."""
+    models = (student, teacher, ref)
+    given: list[Tensor | None] = [None, None, None]
+    z: list[Tensor | None] = [None, None, None]
+    for i, model in enumerate(models):
+        if hasattr(model, "logprobs"):
+            given[i] = model.logprobs.double()
+        elif model is not None:
+            z[i] = logits_of(model)
+    vocab = vocab_size or min(x.shape[-1] for x in z if x is not None)
+    assert z[0] is not None
+    shape = z[0].shape[:-1]
+    z = [None if x is None else x[..., :vocab].reshape(-1, vocab) for x in z]
+    z[1:] = [None if x is None else x.detach() for x in z[1:]]
+    given = [None if x is None else x.detach().reshape(-1) for x in given]
+    live = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    lam_all = torch.as_tensor(reward_scale, dtype=torch.float64)
+    if lam_all.ndim == 1 and len(shape) > 1:
+        lam_all = lam_all.reshape(-1, *([1] * (len(shape) - 1)))
+    lams = lam_all.expand(shape).reshape(-1).tolist()
+    olds = None if old_logprobs is None else old_logprobs.double().reshape(-1).tolist()
+    ids = None if token_ids is None else token_ids.reshape(-1).tolist()
+    names = ("token_loss", "student", "teacher", "ref", "advantages", "entropy", "kl")
+    columns: dict[str, list[Tensor]] = {name: [] for name in names}
+    for t, alive in enumerate(live.reshape(-1).tolist()):
+        values = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
+        if alive:
+            values.update(_token(t, z, given, lams[t], ids, olds, estimator, divergence, beta, clip))
+        for name in names:
+            columns[name].append(values[name])
+    out = {
+        name: torch.stack(column).reshape(shape) if column else torch.zeros(shape, dtype=torch.float64)
+        for name, column in columns.items()
+    }
+    token_loss = out.pop("token_loss")
+    loss = reduce(token_loss, live, reduction, normalizer, sequence_lengths)
+    return Result(
+        loss,
+        token_loss.detach(),
+        out["student"].detach(),
+        out["teacher"],
+        out["ref"],
+        out["advantages"],
+        out["entropy"].detach(),
+        out["kl"].detach(),
+    )
+
+
+def _token(
+    t: int,
+    z: list[Tensor | None],
+    given: list[Tensor | None],
+    lam: float,
+    ids: list[int] | None,
+    olds: list[float] | None,
+    estimator: str,
+    divergence: str,
+    beta: float,
+    clip: tuple[float, float] | None,
+) -> dict[str, Tensor]:
+    """All values of one live token."""
+    values: dict[str, Tensor] = {}
+    rows = [_row(x, t) for x in z]
+    assert rows[0] is not None
+    if estimator == "full":
+        value, values["kl"], values["entropy"], logp = _full_token(rows[0], rows[1], rows[2], lam, divergence, beta)
+        values["token_loss"] = value
+        if ids is None:
+            return values
+        scored = [row[ids[t]] for row in logp]
+    else:
+        assert ids is not None
+        values["entropy"] = _entropy(rows[0])
+        scored = [
+            given[i][t] if given[i] is not None else None if row is None else _token_logprob(row, ids[t])
+            for i, row in enumerate(rows)
+        ]
+    for name, x in zip(("student", "teacher", "ref"), scored, strict=True):
+        if x is not None:
+            values[name] = x
+    old = None if olds is None else olds[t]
+    behaviour = scored[0].item() if old is None else old
+    adv = advantage(lam, behaviour, *(0.0 if x is None else x.item() for x in scored[1:]))
+    values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
+    if estimator == "sampled":
+        values["token_loss"] = _sampled_token(scored[0], adv, old, clip)
+    return values
+
+
+def row_statistics(
+    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, beta: float, token: int
+) -> dict[str, float]:
+    """The statistics that a row operation leaves for one row, straight from their definitions.
+
+    z' is z less its maximum over the support; likewise q' and r'. u = lambda q' + (1 - lambda) r'.
+    """
+    rows = {"STUDENT": z, "TEACHER": None if lam == 0 else z_q, "REF": None if lam == 1 else z_r}
+    rows = {name: x for name, x in rows.items() if x is not None}
+    inside = torch.stack([x != -math.inf for x in rows.values()]).all(0)
+    out: dict[str, Any] = {}
+    shifted = {}
+    for name, x in rows.items():
+        top = x[inside].max() if inside.any() else torch.tensor(0.0)
+        shifted[name] = x[inside] - top
+        out[f"MAX_{name}"] = top
+        out[f"LOGSUM_{name}"] = shifted[name].logsumexp(-1)
+        out[f"LOGIT_{name}"] = x[token] - top if inside[token] else -math.inf
+    zs = shifted["STUDENT"]
+    p = zs.softmax(-1)
+    out["MEAN_LOGIT"] = (p * zs).sum()
+    if len(rows) > 1 or z_q is not None or z_r is not None:
+        u = lam * shifted.get("TEACHER", torch.zeros_like(zs)) + (1 - lam) * shifted.get("REF", torch.zeros_like(zs))
+        t = u.softmax(-1)
+        m = beta * t + (1 - beta) * p
+        out["LOGSUM_TARGET"], out["MEAN_GAP"] = u.logsumexp(-1), (p * (zs - u)).sum()
+        out["forward_kl TARGET_PART"] = (t * (u - zs)).sum()
+        out["jsd TARGET_PART"] = (t * (t.log() - m.log())).sum()
+        out["jsd STUDENT_PART"] = (p * (p.log() - m.log())).sum()
+    return {k: float(v) for k, v in out.items()}

@@ -1,0 +1,102 @@
+"""The memory plan and the selection of live rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import assert_close, generator
+from fused_gopd import chunks
+from fused_gopd.chunks import TokenRows
+
+SIZES = st.integers(1, 300_000)
+
+
+@given(vocab=SIZES, buffers=st.integers(1, 3), device=st.sampled_from(["cpu", "cuda"]))
+def test_chunk_buffers_fit_the_budget_unless_the_floor_forbids(vocab, buffers, device):
+    kind = "cpu" if device == "cpu" else "gpu"
+    chunk = chunks.chunk_size_for(vocab, buffers, device)
+    floor = chunks.CHUNK_FLOOR[kind]
+    assert floor <= chunk <= chunks.CHUNK_CEILING
+    assert chunk == floor or chunk * buffers * vocab * 4 <= chunks.CHUNK_BUDGET_BYTES[kind]
+
+
+def test_wider_elements_make_smaller_chunks():
+    assert chunks.chunk_size_for(150_000, 1, "cpu", 8) < chunks.chunk_size_for(150_000, 1, "cpu", 4)
+
+
+@given(rows=st.integers(1, 20_000), chunk=st.integers(1, 9000))
+def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk):
+    even = chunks._balanced(rows, chunk)
+    assert 1 <= even <= chunk
+    assert -(-rows // even) <= -(-rows // chunk)  # no chunk more
+    assert even * (-(-rows // even)) - rows < even  # and all but the last are full
+
+
+def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
+    assert chunks.logits_buffers("full", 3) == 3
+    assert chunks.logits_buffers("sampled", 3) == 1
+    assert chunks.logits_buffers("sampled", 0) == 0
+
+
+def test_all_live_rows_of_a_contiguous_tensor_are_a_view():
+    x = torch.randn(3, 4, 5)
+    got = TokenRows(x.shape[:2]).take(x, 2, 9)
+    assert got.data_ptr() == x[0, 2].data_ptr()
+    assert torch.equal(got, x.view(12, 5)[2:9])
+
+
+@pytest.mark.parametrize("index", [None, [0, 3, 4, 10]])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "expanded"])
+@pytest.mark.parametrize("trailing", [(), (5,)])
+def test_rows_are_taken_in_token_order_whatever_the_layout(index, layout, trailing):
+    g = generator(0)
+    x = {
+        "contiguous": lambda: torch.randn(3, 4, *trailing, generator=g),
+        "sliced": lambda: torch.randn(3, 6, *trailing, generator=g)[:, 1:5],
+        "transposed": lambda: torch.randn(4, 3, *trailing, generator=g).transpose(0, 1),
+        "expanded": lambda: torch.randn(3, 1, *trailing, generator=g).expand(3, 4, *trailing),
+    }[layout]()
+    rows = TokenRows(x.shape[:2], None if index is None else torch.tensor(index))
+    every = x.reshape(12, *trailing)
+    every = every if index is None else every[index]
+    assert torch.equal(rows.take(x), every)
+    assert torch.equal(rows.take(x, 1, 3), every[1:3])
+
+
+def test_put_and_scatter_are_the_inverse_of_take():
+    rows = TokenRows(torch.Size((2, 3)), torch.tensor([1, 4]))
+    out = torch.zeros(6, 2)
+    rows.put(out, torch.ones(1, 2), 1, 2)
+    assert out.sum() == 2
+    assert (out[4] == 1).all()
+    values = torch.tensor([5.0, 7.0], requires_grad=True)
+    spread = rows.scatter(values)
+    assert spread.tolist() == [[0, 5, 0], [0, 7, 0]]
+    (g,) = torch.autograd.grad((spread * torch.arange(6.0).reshape(2, 3)).sum(), values)
+    assert g.tolist() == [1, 4]
+
+
+@given(x=st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=5))
+def test_the_shared_scale_is_a_power_of_two_just_above_the_largest(x):
+    values = torch.tensor(x, dtype=torch.float32)
+    scale = float(chunks._power_of_two(values))
+    largest = float(values.abs().max())
+    mantissa = torch.frexp(torch.tensor(scale, dtype=torch.float64)).mantissa
+    assert mantissa == 0.5
+    if largest > 1e-30:
+        assert scale / 2 <= largest <= scale
+
+
+@pytest.mark.parametrize("x", [[0.0], [float("inf")], [float("nan")]])
+def test_the_shared_scale_of_nothing_useful_is_one(x):
+    assert chunks._power_of_two(torch.tensor(x)) == 1
+
+
+def test_a_power_of_two_divides_exactly():
+    values = torch.rand(50, generator=generator(1)) * 1e-5
+    scale = chunks._power_of_two(values)
+    assert torch.equal(values / scale * scale, values)
+    assert_close((values / scale).amax(), torch.tensor(0.75), 0.34)  # between 1/2 and 1

@@ -1,0 +1,326 @@
+"""Bad input (SPEC section 6): each case raises before any work and names the argument, what was expected and found."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import fused_gopd as fg
+from builders import make_batch, why_not
+
+F32 = torch.float32
+zeros = torch.zeros
+
+
+# ------------------------------------------------------------------------------------------------------------- heads
+
+HIDDEN, WEIGHT = zeros(2, 3, 4), zeros(7, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"hidden": [1.0]}, TypeError, "hidden must be a torch.Tensor, got list"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a float tensor.*torch.int64"),
+        ({"weight": WEIGHT.bool()}, TypeError, "weight must be a float tensor.*torch.bool"),
+        ({"weight": WEIGHT.to(torch.complex64)}, TypeError, "weight must be a float tensor.*torch.complex64"),
+        ({"hidden": zeros(())}, ValueError, r"hidden must have shape \(..., H\)"),
+        ({"weight": zeros(4)}, ValueError, r"weight must have shape \(V, H\), got \(4,\)"),
+        ({"weight": zeros(1, 7, 4)}, ValueError, r"weight must have shape \(V, H\), got \(1, 7, 4\)"),
+        ({"weight": zeros(7, 5)}, ValueError, r"hidden.*weight.*\(2, 3, 4\).*\(7, 5\)"),
+        ({"weight": zeros(0, 4)}, ValueError, "weight must have at least one row"),
+        ({"weight": WEIGHT.bfloat16()}, TypeError, "hidden and weight.*torch.float32.*torch.bfloat16"),
+        ({"weight": zeros(7, 4, device="meta")}, ValueError, "hidden and weight.*device.*cpu.*meta"),
+        ({"bias": 0.0}, TypeError, "bias must be a torch.Tensor, got float"),
+        ({"bias": zeros(7).int()}, TypeError, "bias must be a float tensor.*torch.int32"),
+        ({"bias": zeros(8)}, ValueError, r"bias must have shape \(7,\).*\(8,\)"),
+        ({"bias": zeros(7, 1)}, ValueError, r"bias must have shape \(7,\).*\(7, 1\)"),
+        ({"bias": zeros(7, device="meta")}, ValueError, "bias must be on.*cpu.*meta"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive, got -1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be finite, got nan"),
+        ({"temperature": "1"}, TypeError, "temperature must be a Python float, got str"),
+        ({"temperature": zeros(())}, TypeError, "temperature must be a Python float, got Tensor"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive or None, got 0.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
+        ({"softcap": True}, TypeError, "softcap must be a Python float, got bool"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive, got 0.0"),
+        ({"logit_scale": None}, TypeError, "logit_scale"),
+        ({"temperature": None}, TypeError, "temperature"),
+        ({"logit_scale": -2.0}, ValueError, "logit_scale must be positive, got -2.0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_linear_head_checks_itself(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fg.LinearHead(**{"hidden": HIDDEN, "weight": WEIGHT, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fg.Logits([1.0]), TypeError, "logits must be a torch.Tensor, got list"),
+        (lambda: fg.Logits(zeros(2, 3).int()), TypeError, "logits must be a float tensor.*torch.int32"),
+        (lambda: fg.Logits(zeros(())), ValueError, r"logits must have shape \(..., V\)"),
+        (lambda: fg.Logits(zeros(2, 0)), ValueError, r"logits must have shape \(..., V\).*\(2, 0\)"),
+        (lambda: fg.Logits(zeros(2, 3), temperature=0), ValueError, "temperature must be positive"),
+        (lambda: fg.Logits(zeros(2, 3), softcap=-1), ValueError, "softcap must be positive"),
+        (lambda: fg.TokenLogProbs(zeros(2).long()), TypeError, "logprobs must be a float tensor.*torch.int64"),
+        (lambda: fg.TokenLogProbs(-1.0), TypeError, "logprobs must be a torch.Tensor, got float"),
+        (lambda: fg.TopKLogProbs(zeros(2, 3), zeros(2, 3)), TypeError, "token_ids must be an integer"),
+        (lambda: fg.TopKLogProbs(zeros(2, 3).long(), zeros(2, 4)), ValueError, r"\(2, 3\).*\(2, 4\)"),
+        (lambda: fg.TopKLogProbs(zeros(2, 3).long(), zeros(2, 3).long()), TypeError, "logprobs must be a float"),
+    ],
+)
+def test_the_other_heads_check_themselves(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# --------------------------------------------------------------------------------------------------------- gopd_loss
+
+B, T, V = 2, 3, 7
+BATCH = make_batch(0, shape=(B, T), vocab=(V, V, V), dtype=F32)
+S, Q, R = BATCH.models
+IDS, MASK = BATCH.token_ids, BATCH.mask
+SCORES = fg.TokenLogProbs(-torch.ones(B, T))
+OLD = -torch.ones(B, T)
+ONE_D = make_batch(1, shape=(5,), vocab=(V, V, V), dtype=F32)
+
+
+def meta(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to("meta")
+
+
+def swapped(value: int) -> torch.Tensor:
+    ids = IDS.clone()
+    ids[0, 0] = value  # live: make_batch keeps token 0 and masks token 1
+    return ids
+
+
+FULL = {"estimator": "full"}
+CASES = {
+    # models
+    "student missing": ({"student": None}, TypeError, "student must be a LinearHead.*NoneType"),
+    "student a tensor": ({"student": zeros(B, T, V)}, TypeError, "student must be a LinearHead.*Tensor"),
+    "student scores": ({"student": SCORES}, TypeError, "student must be a LinearHead or Logits"),
+    "teacher a tensor": ({"teacher": zeros(B, T, V)}, TypeError, "teacher must be a LinearHead.*Tensor"),
+    "ref a string": ({"ref": "base"}, TypeError, "ref must be a LinearHead.*str"),
+    "teacher scores in full": (dict(teacher=SCORES, **FULL), TypeError, "teacher is TokenLogProbs.*'full'"),
+    "ref scores in full": (dict(ref=SCORES, **FULL), TypeError, "ref is TokenLogProbs.*'full'"),
+    "teacher top-k": (
+        {"teacher": fg.TopKLogProbs(zeros(B, T, 2).long(), zeros(B, T, 2))},
+        TypeError,
+        "teacher is TopKLogProbs",
+    ),
+    "teacher shape": ({"teacher": fg.Logits(zeros(B, T + 1, V))}, ValueError, r"teacher must have.*\(2, 3\).*\(2, 4\)"),
+    "ref shape": ({"ref": fg.Logits(zeros(B * T, V))}, ValueError, r"ref must have.*\(2, 3\).*\(6,\)"),
+    "scores shape": ({"ref": fg.TokenLogProbs(zeros(B, 1))}, ValueError, r"ref must have.*\(2, 3\).*\(2, 1\)"),
+    "teacher device": (
+        {"teacher": fg.LinearHead(meta(Q.hidden), meta(Q.weight))},
+        ValueError,
+        "teacher.hidden must be on.*cpu.*meta",
+    ),
+    "ref device": ({"ref": fg.TokenLogProbs(meta(OLD))}, ValueError, "ref.logprobs must be on.*cpu.*meta"),
+    # lambda
+    "no reference": ({"ref": None, "reward_scale": 1.25}, ValueError, "ref must be given for reward_scale=1.25"),
+    "no reference at 0": ({"ref": None, "reward_scale": 0.0}, ValueError, "ref must be given for reward_scale=0.0"),
+    "no teacher": ({"teacher": None, "reward_scale": 0.5}, ValueError, "teacher must be given for reward_scale=0.5"),
+    "no teacher at 1": ({"teacher": None}, ValueError, "teacher must be given for reward_scale=1.0"),
+    "tensor lambda without reference": (
+        {"ref": None, "reward_scale": torch.tensor(1.0)},
+        ValueError,
+        "ref must be given when reward_scale is a tensor",
+    ),
+    "tensor lambda without teacher": (
+        {"teacher": None, "reward_scale": zeros(B, T)},
+        ValueError,
+        "teacher must be given when reward_scale is a tensor",
+    ),
+    "lambda shape": ({"reward_scale": zeros(T)}, ValueError, r"reward_scale.*\(2, 3\).*\(2,\).*got shape \(3,\)"),
+    "lambda dtype": ({"reward_scale": torch.ones(B, T).long()}, TypeError, "reward_scale must be a float tensor"),
+    "lambda device": ({"reward_scale": meta(OLD)}, ValueError, "reward_scale must be on.*cpu.*meta"),
+    "lambda nan": ({"reward_scale": float("nan")}, ValueError, "reward_scale must be finite, got nan"),
+    "lambda inf": ({"reward_scale": float("inf")}, ValueError, "reward_scale must be finite, got inf"),
+    "lambda bool": ({"reward_scale": True}, TypeError, "reward_scale must be a Python number, got bool"),
+    "lambda string": ({"reward_scale": "1"}, TypeError, "reward_scale must be a Python number, got str"),
+    "lambda none": ({"reward_scale": None}, TypeError, "reward_scale must be a Python number, got NoneType"),
+    # names and options
+    "estimator": ({"estimator": "magic"}, ValueError, "estimator must be one of 'sampled', 'full'.*'magic'"),
+    "divergence": (dict(divergence="tv", **FULL), ValueError, "divergence must be one of.*'jsd'.*'tv'"),
+    "divergence of sampled": ({"divergence": "jsd"}, ValueError, "divergence='jsd' needs estimator='full'"),
+    "reduction": ({"reduction": "mean"}, ValueError, "reduction must be one of.*'token-mean'.*'mean'"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of.*'triton'.*'cuda'"),
+    "beta 0": (dict(divergence="jsd", beta=0.0, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 0.0"),
+    "beta 1": (dict(divergence="jsd", beta=1, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 1.0"),
+    "beta type": (dict(divergence="jsd", beta="0.5", **FULL), TypeError, "beta must be a Python number, got str"),
+    "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    "chunk_size type": ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int or None, got float"),
+    "vocab_size too large": ({"vocab_size": V + 1}, ValueError, "vocab_size must be between 1 and 7.*got 8"),
+    "vocab_size 0": ({"vocab_size": 0}, ValueError, "vocab_size must be between 1 and 7.*got 0"),
+    "vocab_size type": ({"vocab_size": 7.0}, TypeError, "vocab_size must be an int, got float"),
+    "unknown keyword": ({"lam": 1.25}, TypeError, "lam"),
+    # token ids
+    "no token ids": ({"token_ids": None}, ValueError, "token_ids must be given for estimator='sampled'"),
+    "token ids list": ({"token_ids": [0] * 6}, TypeError, "token_ids must be a torch.Tensor, got list"),
+    "token ids float": ({"token_ids": IDS.float()}, TypeError, "token_ids must be an integer tensor.*float32"),
+    "token ids bool": ({"token_ids": IDS.bool()}, TypeError, "token_ids must be an integer tensor.*bool"),
+    "token ids shape": ({"token_ids": IDS[:, 1:]}, ValueError, r"token_ids.*\(2, 3\).*\(2, 2\)"),
+    "token ids device": ({"token_ids": meta(IDS)}, ValueError, "token_ids must be on.*cpu.*meta"),
+    "token id V": ({"token_ids": swapped(V)}, IndexError, r"token_ids must be in \[0, 7\).*got 7"),
+    "token id -1": ({"token_ids": swapped(-1)}, IndexError, r"token_ids must be in \[0, 7\).*got -1"),
+    "token id V in full": (dict(token_ids=swapped(V), **FULL), IndexError, r"token_ids.*\[0, 7\).*got 7"),
+    "token id past vocab_size": ({"token_ids": swapped(5), "vocab_size": 5}, IndexError, r"token_ids.*\[0, 5\).*got 5"),
+    "token id past the smallest model": (
+        {"token_ids": swapped(6), "ref": fg.Logits(zeros(B, T, 6))},
+        IndexError,
+        r"token_ids.*\[0, 6\).*got 6",
+    ),
+    "token id -100 live": ({"token_ids": swapped(-100)}, IndexError, "got -100"),
+    "token id -100 without a mask": ({"token_ids": swapped(-100), "mask": None}, ValueError, "-100.*mask"),
+    # mask
+    "mask list": ({"mask": [1] * 6}, TypeError, "mask must be a torch.Tensor, got list"),
+    "mask float": ({"mask": MASK.float()}, TypeError, "mask must be bool or 0/1 integer, got torch.float32"),
+    "mask shape": ({"mask": MASK[0]}, ValueError, r"mask.*\(2, 3\).*\(3,\)"),
+    "mask device": ({"mask": meta(MASK)}, ValueError, "mask must be on.*cpu.*meta"),
+    "mask values": ({"mask": MASK.long() * 2}, ValueError, "mask must hold 0 and 1 only, got 2"),
+    # old log-probs and clip
+    "old in full": (dict(old_logprobs=OLD, **FULL), ValueError, "old_logprobs is an option of estimator='sampled'"),
+    "old shape": ({"old_logprobs": OLD[:, 1:]}, ValueError, r"old_logprobs.*\(2, 3\).*\(2, 2\)"),
+    "old dtype": ({"old_logprobs": IDS}, TypeError, "old_logprobs must be a float tensor"),
+    "old type": ({"old_logprobs": -1.0}, TypeError, "old_logprobs must be a torch.Tensor, got float"),
+    "old device": ({"old_logprobs": meta(OLD)}, ValueError, "old_logprobs must be on.*cpu.*meta"),
+    "clip in full": (dict(clip=(0.2, 0.2), **FULL), ValueError, "clip is an option of estimator='sampled'"),
+    "clip without old": ({"clip": (0.2, 0.2)}, ValueError, "clip needs old_logprobs"),
+    "clip a number": ({"clip": 0.2, "old_logprobs": OLD}, TypeError, "clip must be a pair.*0.2"),
+    "clip of three": ({"clip": (0.1, 0.2, 0.3), "old_logprobs": OLD}, TypeError, "clip must be a pair"),
+    "clip low": ({"clip": (1.5, 0.2), "old_logprobs": OLD}, ValueError, "clip must satisfy"),
+    "clip negative": ({"clip": (0.2, -0.1), "old_logprobs": OLD}, ValueError, "clip must satisfy"),
+    "clip of strings": ({"clip": ("a", "b"), "old_logprobs": OLD}, TypeError, "clip must be a Python number"),
+    # reduction
+    "normalizer of sum": ({"normalizer": 5, "reduction": "sum"}, ValueError, "normalizer.*reduction='sum'"),
+    "normalizer of none": ({"normalizer": 5, "reduction": "none"}, ValueError, "normalizer.*reduction='none'"),
+    "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be positive, got 0"),
+    "normalizer negative": ({"normalizer": -2.0}, ValueError, "normalizer must be positive, got -2"),
+    "normalizer vector": ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be.*\(2,\)"),
+    "normalizer string": ({"normalizer": "8"}, TypeError, "normalizer must be a Python number, got str"),
+    "lengths of token-mean": (
+        {"sequence_lengths": zeros(B)},
+        ValueError,
+        "sequence_lengths is an option of 'seq-mean-token-mean'.*'token-mean'",
+    ),
+    "lengths of token-sum": (
+        {"sequence_lengths": zeros(B), "reduction": "seq-mean-token-sum"},
+        ValueError,
+        "sequence_lengths is an option",
+    ),
+    "lengths shape": (
+        {"sequence_lengths": zeros(T), "reduction": "seq-mean-token-mean"},
+        ValueError,
+        r"sequence_lengths.*\(2,\).*\(3,\)",
+    ),
+    "lengths list": (
+        {"sequence_lengths": [3, 3], "reduction": "seq-mean-token-mean"},
+        TypeError,
+        "sequence_lengths must be a.*list",
+    ),
+    "lengths device": (
+        {"sequence_lengths": meta(zeros(B)), "reduction": "seq-mean-token-mean"},
+        ValueError,
+        "sequence_lengths.*cpu.*meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
+def test_gopd_loss_names_what_is_wrong(function, case):
+    changes, error, message = CASES[case]
+    if function is fg.reference.gopd_loss and set(changes) & {"backend", "chunk_size"}:
+        pytest.skip("they choose how the fused loss computes")
+    arguments = {"student": S, "teacher": Q, "ref": R, "token_ids": IDS, "mask": MASK} | changes
+    with pytest.raises(error, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
+def test_packed_tokens_have_no_sequences_to_reduce_over(reduction):
+    with pytest.raises(ValueError, match=rf"reduction='{reduction}'.*\(B, T\).*\(5,\)"):
+        fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, reduction=reduction)
+
+
+def test_the_valid_call_that_every_case_breaks_is_valid():
+    assert fg.gopd_loss(S, Q, R, IDS, mask=MASK, backend="torch").loss.isfinite()
+    fg.gopd_loss(S, Q, R, IDS, mask=MASK, old_logprobs=OLD, clip=(0.2, 0.2), backend="torch")
+    fg.gopd_loss(S, SCORES, SCORES, IDS, mask=MASK, reward_scale=1.25, backend="torch")
+
+
+@pytest.mark.parametrize("name", ["torch", "native", "triton"])
+def test_a_backend_runs_or_says_why_not(name):
+    reason = why_not(name)
+    if reason is None:
+        assert fg.gopd_loss(S, Q, R, IDS, backend=name).loss.isfinite()
+    else:
+        with pytest.raises((RuntimeError, ImportError), match=re.escape(reason)):
+            fg.gopd_loss(S, Q, R, IDS, backend=name)
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("wide", ["student", "teacher"])
+def test_float64_is_refused_by_the_kernels(name, wide, monkeypatch):
+    monkeypatch.setattr("fused_gopd.rowops.unavailable_reason", lambda _: None)
+    batch = make_batch(2, dtype=F32)
+    head = getattr(batch, wide)
+    batch = batch.replaced(**{wide: fg.LinearHead(head.hidden.double(), head.weight.double())})
+    with pytest.raises(ValueError, match=f"backend='{name}'.*float64"):
+        fg.gopd_loss(*batch.models, batch.token_ids, backend=name)
+
+
+def test_nothing_is_computed_before_the_check(monkeypatch):
+    """The last thing to be checked is still checked before the first GEMM."""
+    monkeypatch.setattr("fused_gopd.chunks.run", lambda *a, **k: pytest.fail("work before the check"))
+    for case in ("token id V", "vocab_size too large", "mask values", "no reference"):
+        changes, error, _ = CASES[case]
+        with pytest.raises(error):
+            fg.gopd_loss(**({"student": S, "teacher": Q, "ref": R, "token_ids": IDS, "mask": MASK} | changes))
+
+
+# --------------------------------------------------------------------------------------- token_logprobs and GOPDLoss
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"head": SCORES}, TypeError, "head must be a LinearHead or Logits, got TokenLogProbs"),
+        ({"head": zeros(2, 3)}, TypeError, "head must be a LinearHead or Logits, got Tensor"),
+        ({"token_ids": None}, ValueError, "token_ids must be given"),
+        ({"token_ids": IDS.float()}, TypeError, "token_ids must be an integer tensor"),
+        ({"token_ids": IDS[:1]}, ValueError, r"token_ids.*\(2, 3\).*\(1, 3\)"),
+        ({"token_ids": swapped(V)}, IndexError, r"token_ids must be in \[0, 7\).*got 7"),
+        ({"token_ids": swapped(-100)}, ValueError, "-100.*mask"),
+        ({"mask": MASK[0]}, ValueError, r"mask.*\(2, 3\).*\(3,\)"),
+        ({"vocab_size": V + 1}, ValueError, "vocab_size must be between 1 and 7"),
+        ({"chunk_size": -1}, ValueError, "chunk_size must be at least 1"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_token_logprobs_names_what_is_wrong(changes, error, message):
+    with pytest.raises(error, match=message):
+        fg.token_logprobs(**{"head": S, "token_ids": IDS, **changes})
+
+
+def test_gopd_loss_module_refuses_unknown_options():
+    with pytest.raises(TypeError, match=r"lam is not an option of GOPDLoss; expected one of.*reward_scale"):
+        fg.GOPDLoss(lam=1.25)
+    with pytest.raises(TypeError, match="mask is not an option of GOPDLoss"):
+        fg.GOPDLoss(mask=MASK)
+
+
+def test_gopd_loss_module_refuses_unknown_batch_arguments():
+    with pytest.raises(TypeError, match=r"masks is not an argument of GOPDLoss.forward; expected one of.*mask"):
+        fg.GOPDLoss(backend="torch")(S, Q, R, IDS, masks=MASK)
+    with pytest.raises(TypeError, match="estimator is not an argument"):
+        fg.GOPDLoss(backend="torch")(S, Q, R, IDS, estimator="full")

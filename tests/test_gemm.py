@@ -1,0 +1,66 @@
+"""The three products of a head: float32 accumulation whatever the dtype, and no weight widened whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from builders import assert_close, generator
+from fused_gopd import gemm
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# A sum of n float32 products is off by at most n * 6e-8 of its terms' size, in practice by its square root.
+TOLERANCE = {torch.float64: 1e-14}
+
+
+def normal(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def wide_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.fixture(params=[1, 40, 1 << 20], ids=["block of 1 row", "blocks of 5 rows", "one block"])
+def widen_elements(request, monkeypatch):
+    """The blocks that a low-precision weight is widened in; H is 8 here."""
+    monkeypatch.setattr(gemm, "_WIDEN_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_the_product_in_wide_precision(dtype, widen_elements):
+    hidden, weight = normal(6, 8, dtype=dtype), normal(13, 8, dtype=dtype, seed=1)
+    out = torch.full((6, 20), torch.nan, dtype=wide_dtype(dtype))
+    gemm.logits_(out[:, :13], hidden, weight)
+    assert_close(out[:, :13], hidden.double() @ weight.double().T, TOLERANCE.get(dtype, 1e-6))
+    assert out[:, 13:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_hidden_is_the_product_in_wide_precision(dtype, widen_elements):
+    weight = normal(13, 8, dtype=dtype, seed=1)
+    dlogits = normal(6, 13, dtype=gemm.gradient_dtype(weight), seed=2)
+    got = gemm.dhidden(dlogits, weight)
+    assert got.dtype == wide_dtype(dtype)
+    assert_close(got, dlogits.double() @ weight.double(), TOLERANCE.get(dtype, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_the_weight_is_added_in_wide_precision(dtype):
+    hidden = normal(6, 8, dtype=dtype)
+    dlogits = normal(6, 13, dtype=wide_dtype(dtype), seed=2)
+    start = normal(13, 8, dtype=wide_dtype(dtype), seed=3)
+    got = gemm.add_dweight_(start.clone(), dlogits, hidden)
+    assert got.dtype == start.dtype
+    assert_close(got, start.double() + dlogits.double().T @ hidden.double(), TOLERANCE.get(dtype, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cpu_never_rounds_the_logit_gradient(dtype):
+    assert gemm.gradient_dtype(torch.zeros(1, 1, dtype=dtype)) == torch.float32
+    assert not gemm.accumulates_low_precision(torch.zeros(1, 1, dtype=dtype))
+
+
+def test_a_transposed_weight_is_multiplied_as_it_lies():
+    hidden, weight = normal(4, 8, dtype=torch.float32), normal(8, 13, dtype=torch.float32, seed=1).T
+    assert_close(gemm.logits_(torch.empty(4, 13), hidden, weight), hidden.double() @ weight.double().T, 1e-6)

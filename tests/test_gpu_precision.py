@@ -1,0 +1,91 @@
+"""The driver's handling of low-precision GEMM operands, which only a GPU's library has, emulated on the CPU.
+
+A GPU multiplies float16 and bfloat16 as they are and gives float32. Then the logit gradient is rounded to the weight's
+dtype over the logits' own memory, and a weight that tokens share is applied to the weight's gradient at the end. Here
+the products are those of the rounded operands in float32, so every decision of the driver is the GPU's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_gopd as fg
+from builders import OBJECTIVES, make_batch, relative_error, why_not, widened
+from fused_gopd import gemm
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["torch", "native"])
+def backend(request):
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def low_precision_products(monkeypatch):
+    def operands(*tensors):
+        assert {t.dtype for t in tensors} <= set(LOW), "a GPU's GEMM has both operands in the weight's dtype"
+        return [t.float() for t in tensors]
+
+    def logits_(out, hidden, weight):
+        h, w = operands(hidden, weight)
+        return out.copy_(h @ w.T)
+
+    def dhidden(dlogits, weight):
+        g, w = operands(dlogits, weight)
+        return g @ w
+
+    def add_dweight_(accumulator, dlogits, hidden, *, first=False):
+        g, h = operands(dlogits, hidden)
+        assert accumulator.dtype == torch.float32
+        return accumulator.addmm_(g.T, h, beta=0 if first else 1)
+
+    monkeypatch.setattr(gemm, "accumulates_low_precision", lambda x: x.dtype in LOW)
+    for function in (logits_, dhidden, add_dweight_):
+        monkeypatch.setattr(gemm, function.__name__, function)
+
+
+def gradients(batch, function=fg.gopd_loss, *, factor=1.0, upstream=None, **options):
+    """Gradients of factor * loss, or of sum upstream * loss for ``reduction="none"``."""
+    loss = function(*batch.models, batch.token_ids, mask=batch.mask, **options).loss
+    value = loss * factor if upstream is None else (loss * upstream).sum()
+    return torch.autograd.grad(value, batch.leaves)
+
+
+def bound(dtype):
+    """Rounded at three places at most: the logits' gradient, hidden states with their factor, the result.
+
+    Half a unit in the last place each, 1.5 eps in all; in the norm roundings average and stay below it.
+    """
+    return 1.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "sum", "none"])
+def test_gradients_are_rounded_at_three_places_at_most(dtype, objective, reduction, backend):
+    batch = make_batch(3, dtype=dtype)
+    upstream = torch.linspace(-1, 2, 10).reshape(2, 5) if reduction == "none" else None
+    options = dict(reward_scale=1.25, reduction=reduction, upstream=upstream, **objective)
+    got = gradients(batch, backend=backend, chunk_size=3, **options)
+    wide = batch.replaced(student=widened(batch.student), teacher=widened(batch.teacher), ref=widened(batch.ref))
+    want = gradients(wide, fg.reference.gopd_loss, **options)
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) <= bound(dtype)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=str)
+@pytest.mark.parametrize("normalizer", [1e5, 1e7])
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
+def test_float16_gradients_survive_tiny_token_weights(objective, reduction, normalizer, backend):
+    """float16 holds nothing below 6e-8; a loss scaler undoes the normaliser after the forward."""
+    batch = make_batch(4, dtype=torch.float16)
+    options = dict(reward_scale=1.25, reduction=reduction, backend=backend, **objective)
+    plain = gradients(batch, normalizer=1, **options)
+    scaled = gradients(batch, normalizer=normalizer, factor=normalizer, **options)
+    for a, b in zip(plain, scaled, strict=True):
+        assert relative_error(b, a) <= bound(torch.float16)

@@ -1,0 +1,60 @@
+"""What the head types say about themselves, and that they are immutable."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fused_gopd as fg
+
+
+def test_a_linear_head_knows_its_shapes():
+    hidden, weight, bias = torch.zeros(2, 3, 4), torch.zeros(7, 4), torch.zeros(7)
+    head = fg.LinearHead(hidden, weight, bias, logit_scale=2, softcap=30, temperature=1)
+    assert head.token_shape == (2, 3)
+    assert head.vocab_size == 7
+    assert head.tensors == {"hidden": hidden, "weight": weight, "bias": bias}
+    assert (head.logit_scale, head.softcap, head.temperature) == (2.0, 30.0, 1.0)
+    assert set(fg.LinearHead(hidden, weight).tensors) == {"hidden", "weight"}
+
+
+def test_logits_know_their_shapes():
+    logits = torch.zeros(2, 3, 7)
+    head = fg.Logits(logits)
+    assert head.token_shape == (2, 3)
+    assert head.vocab_size == 7
+    assert head.tensors == {"logits": logits}
+
+
+def test_scores_have_the_token_shape():
+    assert fg.TokenLogProbs(torch.zeros(2, 3)).token_shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("head", "field"),
+    [
+        (fg.LinearHead(torch.zeros(1, 2), torch.zeros(3, 2)), "temperature"),
+        (fg.Logits(torch.zeros(1, 3)), "logits"),
+        (fg.TokenLogProbs(torch.zeros(1)), "logprobs"),
+        (fg.TopKLogProbs(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2)), "token_ids"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_heads_are_immutable(head, field):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(head, field, None)
+
+
+def test_the_transform_is_keyword_only():
+    with pytest.raises(TypeError, match="positional"):
+        fg.Logits(torch.zeros(1, 3), 2.0)
+    with pytest.raises(TypeError, match="positional"):
+        fg.LinearHead(torch.zeros(1, 2), torch.zeros(3, 2), None, 2.0)
+
+
+def test_replacing_a_field_checks_it_again():
+    head = fg.LinearHead(torch.zeros(1, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="temperature"):
+        dataclasses.replace(head, temperature=0.0)

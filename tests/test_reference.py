@@ -1,0 +1,123 @@
+"""The dense reference: the same oracle, and the same refusals, as the fused loss."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+import fused_gopd as fg
+import oracle
+from builders import (
+    LAMBDAS,
+    OBJECTIVES,
+    REDUCTIONS,
+    assert_all_close,
+    assert_close,
+    expect,
+    make_batch,
+    minus_inf_batch,
+    run,
+    widened,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OBJECTIVE_IDS = [" ".join(map(str, o.values())) for o in OBJECTIVES]
+TOLERANCE = 1e-12
+
+
+def assert_same_as_oracle(batch, **options):
+    out, grads = run(batch, fg.reference.gopd_loss, **options)
+    want, want_grads = expect(batch, **options)
+    assert_close(out.token_loss, want.token_loss, TOLERANCE, "token_loss")
+    assert_close(out.loss, want.loss, TOLERANCE, "loss")
+    assert_all_close(grads, want_grads, TOLERANCE)
+    assert_close(out.entropy, want.entropy, TOLERANCE, "entropy")
+    for name in ("student_logprobs", "teacher_logprobs", "ref_logprobs", "advantages"):
+        got = getattr(out, name)
+        if got is not None:
+            assert_close(got, getattr(want, name), TOLERANCE, name)
+    if out.kl is not None:
+        assert_close(out.kl, want.kl, TOLERANCE, "kl")
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+def test_every_objective_is_its_formula(objective, lam):
+    transforms = [{"bias": True, "softcap": 5.0}, {"temperature": 0.7}, {"logit_scale": 1.5}]
+    assert_same_as_oracle(make_batch(1, vocab=(37, 40, 38), transforms=transforms), reward_scale=lam, **objective)
+
+
+@pytest.mark.parametrize("reduction", [*REDUCTIONS])
+def test_every_reduction_is_its_formula(reduction):
+    batch = make_batch(2, shape=(3, 4))
+    batch.mask[1] = False
+    assert_same_as_oracle(batch, reward_scale=1.25, reduction=reduction)
+
+
+@pytest.mark.parametrize("kinds", [("logits", "logprobs", "linear"), ("linear", "logits", "logprobs")])
+def test_kinds_of_models_mix(kinds):
+    assert_same_as_oracle(make_batch(3, kinds=kinds), reward_scale=1.25)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@pytest.mark.parametrize("transform", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
+def test_a_token_without_probability_leaves_the_support(objective, transform):
+    batch = minus_inf_batch(transform=transform)
+    lam = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.25, 0.0], dtype=torch.float64)
+    assert_same_as_oracle(batch, reward_scale=lam, **objective)
+
+
+def test_a_ratio_and_clipping_are_their_formula():
+    batch = make_batch(4)
+    own = oracle.gopd(*[widened(m) for m in batch.models], batch.token_ids).student_logprobs
+    old = own + 0.4 * torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5)
+    assert_same_as_oracle(batch, reward_scale=1.25, old_logprobs=old, clip=(0.2, 0.28))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+def test_a_diverged_model_is_not_hidden(objective, model, poison):
+    batch = make_batch(5, shape=(4,), kinds=("logits",) * 3, masked=False)
+    with torch.no_grad():
+        getattr(batch, model).logits[1, (int(batch.token_ids[1]) + 1) % 37] = poison
+    out, grads = run(batch, fg.reference.gopd_loss, reward_scale=1.25, **objective)
+    assert out.token_loss.isnan().tolist() == [False, True, False, False]
+    assert grads[0][1].isnan().any()
+
+
+def test_it_takes_the_arguments_of_the_fused_loss():
+    assert list(inspect.signature(fg.reference.gopd_loss).parameters) == list(
+        inspect.signature(fg.gopd_loss).parameters
+    )
+
+
+def test_it_refuses_what_the_fused_loss_refuses():
+    batch = make_batch(6)
+    with pytest.raises(ValueError, match="ref must be given"):
+        fg.reference.gopd_loss(batch.student, batch.teacher, None, batch.token_ids, reward_scale=1.25)
+    with pytest.raises(IndexError, match="token_ids"):
+        fg.reference.gopd_loss(*batch.models, batch.token_ids + 37)
+
+
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
+def test_nothing_live_is_zero(reduction):
+    batch = make_batch(7)
+    batch.mask[:] = False
+    out = fg.reference.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, reduction=reduction)
+    grads = torch.autograd.grad(out.loss.sum(), batch.leaves)
+    assert out.loss.sum() == 0
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize(("cancelled", "lam"), [("ref", 1.0), ("teacher", 0.0)])
+def test_score_cancelled_scores_it(cancelled, lam):
+    batch = make_batch(8)
+    dense, _ = run(batch, fg.reference.gopd_loss, reward_scale=lam, score_cancelled=True)
+    fused, _ = run(batch, reward_scale=lam, score_cancelled=True, backend="torch")
+    name = f"{cancelled}_logprobs"
+    assert_close(getattr(dense, name), getattr(fused, name), TOLERANCE)

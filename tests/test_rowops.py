@@ -1,0 +1,336 @@
+"""Row operations on one chunk of logits: statistics from their definitions, gradients from autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import oracle
+from builders import TOLERANCE, Machine, assert_close, generator, why_not
+from fused_gopd import rowops
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat, select_backend
+from fused_gopd.rowops import torch as torch_rowops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C, V = 6, 29
+CPU = torch.device("cpu")
+DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
+
+
+def ops_for(machine: Machine):
+    return select_backend(machine.backend, CPU, {machine.dtype})
+
+
+def problem_for(machine: Machine, divergence: str, lam=1.25, *, gone: bool = False, pad: int = 0, **transform):
+    """C rows of three models (of one for "none"), with -inf where ``gone``; ``pad`` columns of NaN past V."""
+    raws = []
+    for seed in range(3):
+        raw = torch.full((C, V + pad), math.nan, dtype=machine.dtype)
+        raw[:, :V] = (torch.randn(C, V, generator=generator(seed), dtype=torch.float64) * 3).to(machine.dtype)
+        if gone:
+            raw[:-1, 3 * seed : 3 * seed + 4] = -math.inf
+        raws.append(raw)
+    if gone:
+        raws[0][-1, :V] = -math.inf  # a row without support
+    models = [ModelRows(raw, LogitTransform(**transform)) for raw in raws]
+    if divergence == "none":
+        models[1:] = [None, None]
+    ids = torch.tensor([0, 5, V - 1, 13, 20, 4])
+    return RowProblem(V, *models, lam if divergence != "none" else 1.0, ids, divergence, 0.3)
+
+
+def oracle_rows(problem: RowProblem) -> list[dict[str, float]]:
+    lams = torch.as_tensor(problem.reward_scale, dtype=torch.float64).expand(C).tolist()
+    rows = []
+    for i in range(C):
+        z = [
+            None if m is None else _transformed(m.raw[i, :V].double(), m.transform)
+            for m in (problem.student, problem.teacher, problem.ref)
+        ]
+        if z[0].isneginf().all():
+            rows.append({})
+            continue
+        rows.append(oracle.row_statistics(*z, lams[i], problem.beta, int(problem.token_ids[i])))
+    return rows
+
+
+def _transformed(x: torch.Tensor, t: LogitTransform) -> torch.Tensor:
+    bias = None if t.bias is None else t.bias[:V].double()
+    x = x if bias is None else x + bias
+    model = type("Model", (), {"logits": x, "logit_scale": t.scale, "softcap": t.softcap, "temperature": t.temperature})
+    return oracle.logits_of(model)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "per token"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_statistics_are_their_definitions(machine, divergence, lam, gone):
+    if lam == "per token":
+        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
+    problem = problem_for(machine, divergence, lam, gone=gone)
+    got = ops_for(machine).statistics(problem)
+    assert got.shape == (len(Stat), C)
+    assert got.dtype == machine.dtype
+    for i, want in enumerate(oracle_rows(problem)):
+        if not want:
+            assert got[Stat.LOGSUM_STUDENT, i] == -math.inf
+            assert got[Stat.MAX_STUDENT, i] == 0
+            continue
+        for stat in Stat:
+            name = f"{divergence} {stat.name}" if stat.name.endswith("_PART") else stat.name
+            value = want.get(name, 0.0)
+            where = f"{stat.name} of row {i}"
+            if math.isinf(value):
+                assert got[stat, i] == value, where
+            else:
+                assert abs(float(got[stat, i]) - value) <= TOLERANCE[machine.dtype] * max(1.0, abs(value)), where
+
+
+def wanted_gradient(problem: RowProblem, w_d: torch.Tensor, w_y: torch.Tensor) -> torch.Tensor:
+    """Autograd of w_d * divergence - w_y * log p[token] over raw logits, with the target held still."""
+    lams = torch.as_tensor(problem.reward_scale, dtype=torch.float64).expand(C).tolist()
+    grads = []
+    for i in range(C):
+        x = problem.student.raw[i, :V].double().detach().requires_grad_()
+        z = _transformed(x, problem.student.transform)
+        others = [
+            None if m is None else _transformed(m.raw[i, :V].double(), m.transform)
+            for m in (problem.teacher, problem.ref)
+        ]
+        if (z == -math.inf).all():
+            grads.append(torch.zeros_like(x))
+            continue
+        if problem.divergence == "none":
+            inside = z != -math.inf
+            log_p = z[inside] - z[inside].logsumexp(-1)
+            value = (log_p.exp() * log_p).sum()  # minus the entropy: p_v (z_v - sum p z)
+        else:
+            value, *_ = oracle._full_token(z, *others, lams[i], problem.divergence, problem.beta)
+            used = [z] + [o for o, off in zip(others, (lams[i] == 0, lams[i] == 1), strict=True) if not off]
+            inside = torch.stack([o != -math.inf for o in used]).all(0)
+        token = int(problem.token_ids[i])
+        lse = z[inside].logsumexp(-1)
+        picked = z[token] - lse if inside[token] else -lse  # outside the support only the normaliser is left
+        (g,) = torch.autograd.grad(w_d[i].double() * value - w_y[i].double() * picked, x)
+        grads.append(g)
+    return torch.stack(grads)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(
+    "transform", [{}, {"scale": 0.5, "temperature": 0.7}, {"softcap": 4.0, "temperature": 1.5}], ids=str
+)
+def test_gradient_is_what_autograd_finds(machine, divergence, gone, transform):
+    lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
+    problem = problem_for(machine, divergence, lam, gone=gone, **transform)
+    ops = ops_for(machine)
+    w_d = torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0, 1.0], dtype=machine.dtype)
+    w_y = torch.tensor([0.0, 1.0, 0.5, -1.0, 1e-3, 1.0], dtype=machine.dtype)
+    out = torch.full((C, V), math.nan, dtype=machine.dtype)
+    ops.gradient(problem, ops.statistics(problem), GradientWeights(w_d, w_y), out)
+    assert_close(out, wanted_gradient(problem, w_d, w_y), TOLERANCE[machine.dtype])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("which", ["divergence", "token"])
+def test_a_weight_that_is_absent_is_zero(machine, divergence, which):
+    problem = problem_for(machine, divergence)
+    ops = ops_for(machine)
+    statistics = ops.statistics(problem)
+    one, zero = torch.ones(C, dtype=machine.dtype), torch.zeros(C, dtype=machine.dtype)
+    alone, both = torch.empty(2, C, V, dtype=machine.dtype)
+    other = "token" if which == "divergence" else "divergence"
+    ops.gradient(problem, statistics, GradientWeights(**{which: one}), alone)
+    ops.gradient(problem, statistics, GradientWeights(**{which: one, other: zero}), both)
+    assert torch.equal(alone, both)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_zero_weight_switches_its_term_off_even_in_a_diverged_row(machine, divergence):
+    problem = problem_for(machine, divergence)
+    problem.student.raw[2, 3] = math.nan
+    ops = ops_for(machine)
+    weights = GradientWeights(torch.zeros(C, dtype=machine.dtype), torch.zeros(C, dtype=machine.dtype))
+    out = torch.empty(C, V, dtype=machine.dtype)
+    ops.gradient(problem, ops.statistics(problem), weights, out)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
+def test_a_diverged_row_poisons_itself_and_no_other(machine, divergence, poison, model):
+    if divergence == "none" and model != "student":
+        pytest.skip("a single model")
+    clean = problem_for(machine, divergence)
+    dirty = problem_for(machine, divergence)
+    getattr(dirty, model).raw[2, 7] = poison
+    ops = ops_for(machine)
+    one = torch.ones(C, dtype=machine.dtype)
+    results = []
+    for problem in (clean, dirty):
+        out = torch.empty(C, V, dtype=machine.dtype)
+        statistics = ops.statistics_and_gradient(problem, GradientWeights(divergence=one), out)
+        results.append((statistics, out))
+    (want, want_grad), (got, grad) = results
+    others = torch.arange(C) != 2
+    assert torch.equal(got[:, others], want[:, others])
+    assert torch.equal(grad[others], want_grad[others])
+    assert got[Stat[f"LOGSUM_{model.upper()}"], 2].isnan()
+    assert grad[2].isnan().any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_columns_past_the_vocabulary_are_neither_read_nor_written(machine, divergence):
+    problem = problem_for(machine, divergence, pad=7)
+    ops = ops_for(machine)
+    out = torch.full((C, V + 7), -77.0, dtype=machine.dtype)
+    one = torch.ones(C, dtype=machine.dtype)
+    statistics = ops.statistics_and_gradient(problem, GradientWeights(one, one), out)
+    assert statistics.isfinite().all()
+    assert out[:, :V].isfinite().all()
+    assert (out[:, V:] == -77).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_may_overwrite_the_logits(machine, divergence):
+    ops = ops_for(machine)
+    one = torch.ones(C, dtype=machine.dtype)
+    apart, inside = problem_for(machine, divergence), problem_for(machine, divergence)
+    out = torch.empty(C, V, dtype=machine.dtype)
+    a = ops.statistics_and_gradient(apart, GradientWeights(one, one), out)
+    b = ops.statistics_and_gradient(inside, GradientWeights(one, one), inside.student.raw)
+    assert torch.equal(a, b)
+    assert torch.equal(out, inside.student.raw)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrower_gradient_may_lie_over_the_logits(backend, divergence, narrow):
+    """Row i of the narrow view starts at row i of the float32 logits."""
+    machine = Machine(backend, torch.float32)
+    ops = ops_for(machine)
+    one = torch.ones(C)
+    apart, inside = problem_for(machine, divergence), problem_for(machine, divergence)
+    out = torch.empty(C, V, dtype=narrow)
+    ops.statistics_and_gradient(apart, GradientWeights(one, one), out)
+    over = inside.student.raw.view(narrow)[:, :V]
+    ops.statistics_and_gradient(inside, GradientWeights(one, one), over)
+    assert torch.equal(out, over)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_both_at_once_are_the_same_bits_as_one_after_the_other(machine, divergence):
+    ops = ops_for(machine)
+    problem = problem_for(machine, divergence, gone=True, softcap=5.0)
+    one = torch.ones(C, dtype=machine.dtype)
+    a, b = torch.empty(2, C, V, dtype=machine.dtype)
+    statistics = ops.statistics(problem)
+    ops.gradient(problem, statistics, GradientWeights(one, one), a)
+    fused = ops.statistics_and_gradient(problem, GradientWeights(one, one), b)
+    assert torch.equal(statistics, fused)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("raw_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_logits_are_read_exactly(backend, raw_dtype):
+    """The same numbers in float32 give the same statistics: nothing is computed in the narrow dtype."""
+    machine = Machine(backend, torch.float32)
+    ops = ops_for(machine)
+    narrow, wide = problem_for(machine, "jsd"), problem_for(machine, "jsd")
+    cast = [ModelRows(m.raw.to(raw_dtype), m.transform) for m in (narrow.student, narrow.teacher, narrow.ref)]
+    back = [ModelRows(m.raw.float(), m.transform) for m in cast]
+    ids, lam = wide.token_ids, wide.reward_scale
+    a = ops.statistics(RowProblem(V, *cast, lam, ids, "jsd", 0.3))
+    b = ops.statistics(RowProblem(V, *back, lam, ids, "jsd", 0.3))
+    assert_close(a, b, 1e-6)
+
+
+def test_rows_of_stride_zero_and_wide_stride_are_rows(machine):
+    ops = ops_for(machine)
+    problem = problem_for(machine, "reverse_kl")
+    want = ops.statistics(problem)
+    wide = torch.full((C, 2, V), math.nan, dtype=machine.dtype)
+    wide[:, 0] = problem.student.raw
+    strided = RowProblem(
+        V, ModelRows(wide[:, 0], LogitTransform()), problem.teacher, problem.ref, 1.25, problem.token_ids, "reverse_kl"
+    )
+    assert torch.equal(ops.statistics(strided), want)
+    single = ModelRows(problem.student.raw[:1].expand(C, V), LogitTransform())
+    repeated = ModelRows(problem.student.raw[:1].repeat(C, 1), LogitTransform())
+    a, b = (ops.statistics(RowProblem(V, m, token_ids=problem.token_ids)) for m in (single, repeated))
+    assert torch.equal(a, b)
+
+
+def test_a_token_id_outside_the_vocabulary_is_nan_and_reads_nothing(machine):
+    ops = ops_for(machine)
+    problem = problem_for(machine, "reverse_kl", pad=3)
+    problem.token_ids.copy_(torch.tensor([-1, V, V + 2, -100, 2**40, 0]))
+    got = ops.statistics(problem)
+    for stat in (Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF):
+        assert got[stat].isnan().tolist() == [True] * 5 + [False]
+
+
+def test_small_row_blocks_change_nothing(monkeypatch):
+    machine = Machine("torch", torch.float32)
+    ops = ops_for(machine)
+    lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0])
+    one = torch.ones(C)
+    results = []
+    for elements in (1 << 20, 4 * V, 1):
+        monkeypatch.setattr(torch_rowops, "_BLOCK_ELEMENTS", elements)
+        problem = problem_for(machine, "jsd", lam, gone=True)
+        out = torch.empty(C, V)
+        results.append((ops.statistics_and_gradient(problem, GradientWeights(one, one), out), out))
+    for other in results[1:]:
+        # a reduction over a block may be split differently: the last bit
+        assert_close(other[0], results[0][0], 1e-6)
+        assert_close(other[1], results[0][1], 1e-6)
+
+
+def test_no_rows_are_no_work(machine):
+    ops = ops_for(machine)
+    full = problem_for(machine, "reverse_kl")
+    models = [ModelRows(m.raw[:0], m.transform) for m in (full.student, full.teacher, full.ref)]
+    empty = RowProblem(V, *models, 1.25, full.token_ids[:0], "reverse_kl")
+    out = torch.empty(0, V, dtype=machine.dtype)
+    got = ops.statistics_and_gradient(empty, GradientWeights(divergence=torch.empty(0, dtype=machine.dtype)), out)
+    assert got.shape == (len(Stat), 0)
+
+
+# ------------------------------------------------------------------------------------------------ choice of a backend
+
+
+def test_auto_takes_torch_for_float64_on_a_cpu():
+    assert select_backend("auto", CPU, {torch.float64}).name == "torch"
+    assert select_backend("auto", CPU, {torch.float32, torch.float64}).name == "torch"
+
+
+def test_auto_takes_the_compiled_kernels_where_they_are():
+    wanted = "native" if why_not("native") is None else "torch"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert select_backend("auto", CPU, {dtype}).name == wanted
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_float64_is_refused_by_name(name, monkeypatch):
+    monkeypatch.setattr(rowops, "unavailable_reason", lambda _: None)
+    with pytest.raises(ValueError, match=f"backend='{name}'.*float64"):
+        select_backend(name, CPU, {torch.float64})
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_an_unavailable_backend_says_why_and_is_never_replaced(name, monkeypatch):
+    monkeypatch.setattr(rowops, "unavailable_reason", lambda n: None if n == "torch" else "it was not built")
+    with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: it was not built"):
+        select_backend(name, CPU, {torch.float32})
+    assert select_backend("auto", CPU, {torch.float32}).name == "torch"
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match=r"backend.*'cuda'"):
+        rowops.unavailable_reason("cuda")
