@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,10 +113,13 @@ def _linear(
     precision: str = "ieee",
     rows: int = C,
     hidden: int = H,
+    transposed: bool = False,
 ) -> tuple[Launch, Launch]:
     transform = transform or LogitTransform()
     x = torch.empty(rows, hidden, dtype=dtype, device="meta")
     weight = torch.empty(V, hidden, dtype=dtype, device="meta")
+    if transposed:
+        weight = torch.empty(hidden, V, dtype=dtype, device="meta").T
     tile = backend.linear_tiles(x, weight, transform, precision, device)
     parts = backend.splits(rows, V, tile, device)
     return backend.linear_launches(
@@ -137,6 +141,7 @@ def launches(target: Target) -> dict[str, Launch]:
     d = target.device
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     capped = LogitTransform(0.5, 30.0, 0.7, torch.empty(V, dtype=bf16, device="meta"))
+    everything: dict[str, Any] = {"divergence": "jsd", "transform": capped, "per_token_scale": True}
     found = {
         "full fp32, bf16 gradient on the logits": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16),
         "full fp32, lambda per token": _row(
@@ -151,6 +156,11 @@ def launches(target: Target) -> dict[str, Launch]:
         "jsd bf16, softcap and bias": _row(d, (bf16,) * 3, divergence="jsd", out=bf16, in_place=True, transform=capped),
         "full fp32, softcap and bias": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped),
         "full fp32, unaligned rows": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, stride=50257),
+        "jsd fp32, lambda per token": _row(d, (f32,) * 3, divergence="jsd", out=bf16, per_token_scale=True),
+        "jsd fp32, everything": _row(d, (f32,) * 3, out=bf16, **everything),
+        "jsd bf16, everything": _row(d, (bf16,) * 3, out=bf16, in_place=True, **everything),
+        "jsd fp32, everything, unaligned": _row(d, (f32,) * 3, out=bf16, stride=50257, **everything),
+        "jsd bf16, everything, unaligned": _row(d, (bf16,) * 3, out=bf16, in_place=True, stride=50257, **everything),
         "opd (no reference) fp32": _row(d, (f32,) * 2, divergence="reverse_kl", out=bf16),
         "sampled fp32": _row(d, (f32,), out=bf16, weights="token"),
         "sampled bf16, in place": _row(d, (bf16,), out=bf16, in_place=True, weights="token"),
@@ -162,6 +172,12 @@ def launches(target: Target) -> dict[str, Launch]:
     found["linear bf16, scaled"] = _linear(d, bf16, transform=LogitTransform(temperature=0.7))[0]
     found["linear bf16, H = 1040"] = _linear(d, bf16, hidden=1040)[0]
     found["linear bf16, H = 1000"] = _linear(d, bf16, hidden=1000)[0]
+    found["linear bf16, transposed weight"] = _linear(d, bf16, transposed=True)[0]
+    found["linear fp32, softcap and bias"] = _linear(d, f32, transform=capped)[0]
+    found["linear fp32, softcap, bias, H = 1000"] = _linear(d, f32, transform=capped, hidden=1000)[0]
+    found["linear bf16, softcap, bias, H = 1000"] = _linear(d, bf16, transform=capped, hidden=1000)[0]
+    found["linear bf16, softcap, bias, 64 rows"] = _linear(d, bf16, transform=capped, rows=64)[0]
+    found["linear bf16, softcap, bias, 1 row"] = _linear(d, bf16, transform=capped, rows=1)[0]
     found["linear bf16, 64 rows"] = _linear(d, bf16, rows=64)[0]
     found["linear bf16, 1 row"] = _linear(d, bf16, rows=1)[0]
     if not d.amd:

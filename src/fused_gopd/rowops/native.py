@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,15 +85,17 @@ class _Job:
             raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {problem.divergence!r}")
         if problem.divergence != "none" and problem.teacher is None and problem.ref is None:
             raise ValueError(f"divergence={problem.divergence!r} needs a teacher or a reference")
-        scale, scales = problem.reward_scale, None
-        if isinstance(scale, Tensor):
-            scale, scales = 1.0, _vector("reward_scale", scale, rows)
+        scale, scales = 1.0, None
+        if isinstance(problem.reward_scale, Tensor):
+            scales = _vector("reward_scale", problem.reward_scale, rows)
             if problem.teacher is None or problem.ref is None:
                 raise ValueError("a reward_scale tensor needs both teacher and ref")
-        elif (problem.teacher is None and problem.ref is not None and scale == 1) or (
-            problem.ref is None and problem.teacher is not None and scale == 0
-        ):
-            raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
+        else:
+            scale = float(np.float32(problem.reward_scale))  # as the kernels see it: 1 + 1e-9 cancels the reference
+            only_teacher = problem.teacher is not None and problem.ref is None
+            only_ref = problem.ref is not None and problem.teacher is None
+            if (only_teacher and scale == 0) or (only_ref and scale == 1):
+                raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
         ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
         self.handle = self._native.Job(
             rows=problem.rows,
@@ -100,7 +103,7 @@ class _Job:
             student=self._model("student", problem.student),
             teacher=self._model("teacher", problem.teacher),
             ref=self._model("ref", problem.ref),
-            reward_scale=float(scale),
+            reward_scale=scale,
             reward_scales=self._address(scales),
             token_ids=self._address(ids),
             divergence=_DIVERGENCES[problem.divergence],

@@ -78,6 +78,7 @@ class Tiles:
     vector: int
     num_warps: int
     stages: int
+    max_registers: int | None = None  # per thread; None leaves the choice to the compiler
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _row_stages() -> int:
 
 
 def tiles(problem: RowProblem, device: Device) -> Tiles:
-    """The row kernel's tile, from dtypes and alignment of the logits alone: `statistics` and `gradient` agree on it.
+    """The row kernel's tile, from the problem alone and not the operation: `statistics` and `gradient` agree on it.
 
     A thread loads 16 bytes at a time where every row starts on a multiple of 16 elements, single elements otherwise,
     and has 8 columns per tile. 256 threads: three models then take 64 to 80 registers without spills, so three
@@ -107,13 +108,23 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     threads it is 95 registers and one program). Two stages: the statistics passes prefetch the next tile into 24 KiB
     of shared memory. From compile-time resources (tests/triton_resources.py), not yet measured on a GPU; there, try
     1024 threads for a single model in 16 bits, whose rows in flight would then fit into L2 for the second pass.
+
+    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
+    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill to fit one more program on a multiprocessor;
+    told the limit (128 registers are two programs, and with single loads all addresses are live: one) it does not.
     """
-    raws = [m.raw for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    raws = [m.raw for m in given]
     itemsize = max(raw.element_size() for raw in raws)
     aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
     vector = 16 // itemsize if aligned else 1
+    softcap = any(m.transform.softcap is not None for m in given)
+    jsd_per_token = problem.divergence == "jsd" and isinstance(problem.reward_scale, Tensor)
+    heavy = len(given) == 3 and (softcap or jsd_per_token)
+    repeat = max(1, (4 if heavy else 8) // vector)
+    max_registers = (128 if aligned else 255) if heavy and not device.amd else None
     threads = 256
-    return Tiles(8 // vector, threads, vector, threads // device.warp_size, _row_stages())
+    return Tiles(repeat, threads, vector, threads // device.warp_size, _row_stages(), max_registers)
 
 
 def linear_tiles(
@@ -122,26 +133,28 @@ def linear_tiles(
     """The linear kernel's tile, the largest that compiles without spills for what the epilogue and operands need.
 
     Hopper's tensor cores want 256 columns (with 128, the operands' traffic through shared memory exceeds its
-    bandwidth): 128 x 256 accumulators over 8 warps leave registers for an epilogue without softcap and bias. From
-    compile-time resources (tests/triton_resources.py), not yet measured on a GPU.
+    bandwidth): 128 x 256 accumulators over 8 warps leave registers for an epilogue without softcap and bias. Elsewhere
+    such an epilogue gets fewer accumulators per thread. From compile-time resources (tests/triton_resources.py), not
+    yet measured on a GPU.
     """
     rows, H = hidden.shape
+    eight_warps = 256 // device.warp_size  # the threads of 8 NVIDIA warps
+    plain_epilogue = transform.softcap is None and transform.bias is None
     if input_precision == "ieee" and hidden.dtype == torch.float32:
         # No tensor core: the operands pass through registers.
-        return LinearTiles(64, 64, 16, 16, 256 // device.warp_size, 2)
+        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     if not aligned or H % 64 != 0:
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
-        return LinearTiles(64, 64, 32, 16, 4, 2)
+        return LinearTiles(64, 64, 32, 16, eight_warps, 2)
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
         return LinearTiles(16, 64, depth, 16, 4, stages)
     if rows <= 64:
-        return LinearTiles(64, 128, depth, 16, 4, stages)
+        return LinearTiles(64, 128, depth, 16, 4 if plain_epilogue or device.amd else 8, stages)
     if device.amd:
         return LinearTiles(128, 128, depth, 16, 4, stages)
-    plain_epilogue = transform.softcap is None and transform.bias is None
     return LinearTiles(128, 256 if device.capability == 90 and plain_epilogue else 128, depth, 16, 8, stages)
 
 
@@ -256,6 +269,8 @@ def row_launch(
     }
     # Without FMA contraction, see rows.py.
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
+    if tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
     return Launch(rows.row_kernel, problem.rows, arguments, constants, options)
 
 

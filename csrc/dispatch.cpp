@@ -1,0 +1,33 @@
+// The choice of an instruction set at run time, and the loop over rows. Compiled for the baseline: see vec.h.
+
+#include <stdexcept>
+#include <string>
+
+#include "rowops.h"
+
+namespace fused_gopd {
+
+const Kernels& find_kernels(const char* isa) {
+  const std::string name = isa;
+#if defined(__x86_64__)
+  // these report what the operating system has switched on, too
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
+  if (avx2 && (name.empty() || name == "avx2")) return kernels_avx2;
+#endif
+  if (name.empty() || name == "baseline") return kernels_baseline;
+  if (name == "avx2" || name == "avx512") throw std::runtime_error("this machine has no " + name + " instructions");
+  throw std::runtime_error("the instruction set must be one of 'baseline', 'avx2', 'avx512', got '" + name + "'");
+}
+
+void run(const Kernels& kernels, const Job& job, int threads) {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+  for (int64_t row = 0; row < job.rows; ++row) kernels.row(job, row);
+  (void)threads;
+}
+
+}  // namespace fused_gopd

@@ -1,0 +1,680 @@
+// The row operations on one row of logits. Compiled once per instruction set (GOPD_ISA names it).
+//
+// For one row, over the support S (entries where no model that the row needs is -inf):
+//
+//   z, z_q, z_r   transformed logits of student, teacher, reference
+//   z', q', r'    the same relative to their maxima over S
+//   u             r' + lambda (q' - r')
+//   statistics    the maxima; log-sum-exp over S of z', q', r', u; sum p z', sum p (z' - u);
+//                 forward_kl: sum t (u - z'); jsd: KL(p|m), KL(t|m); z', q', r' of the sampled token
+//   gradient      g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token]) on S, 0 elsewhere, times dz/dx
+//
+// with p = softmax(z'), t = softmax(u), m = beta t + (1 - beta) p and d, D as in fused_gopd/rowops/__init__.py.
+//
+// Traffic of one row with k models of b bytes an element: statistics read k b V bytes; jsd reads them a second time;
+// the gradient reads them again and writes its own V elements. One row of 152k float32 is 0.6 MB, so with both halves
+// in one call the second read comes from the cache.
+//
+// A row is walked in blocks that fit the first-level cache. A block is brought to float32 z, z_q, z_r first (or read in
+// place where it already is that), padded to whole vectors with -inf, which is outside S by itself.
+
+#include "rowops.h"
+#include "vec.h"
+
+namespace fused_gopd {
+namespace GOPD_ISA {
+namespace {
+
+// Elements of a block: at most three float32 blocks of logits and one of gradients are in use at once, 16 KiB.
+constexpr int kBlock = 1024;
+
+// The maxima are known only at the end of the row. Until then x', relative to the maximum, is stood in for by x~,
+// relative to a shift near the largest logit seen so far. A block with an x~ above this is done again with a new shift;
+// in a row of normal logits few are. It bounds the rounding of x~ at 2^-22 for the terms that matter.
+constexpr float kHeadroom = 8.0f;
+
+// u~ = r~ + lambda (q~ - r~) needs a shift of its own only where it is far from 0: above kHeadroom, or so far below
+// that exp(u~) would leave the normal numbers for terms that matter.
+constexpr float kFarBelow = -50.0f;
+
+// How far ahead of a loop its logits are fetched, in elements. The processor's own prefetching stops at the end of a
+// page, which is the end of a block, too.
+constexpr int kPrefetch = 512;  // of 512, 1024, 2048 the best on Sapphire Rapids: statistics 1.2 times faster
+
+// A hot loop in a function of its own: inlined into a row's, its constants compete for registers with the rest.
+#define GOPD_HOT __attribute__((noinline))
+
+inline int padded(int n) { return (n + W - 1) / W * W; }
+
+// ---------------------------------------------------------------------------------------------------------- loading
+
+inline vf transform(const Model& model, vf x) {
+  const vf y = x * model.input_scale;
+  if (!model.softcap) return y;
+  return select(y == -kInf, y, tanh(y) * model.output_scale);
+}
+
+template <DType D>
+const float* load_block_as(const Model& model, int64_t row, int64_t start, int n, float* buffer) {
+  typedef typename Storage<D>::type T;
+  const T* x = static_cast<const T*>(model.raw) + row * model.row_stride + start;
+  const bool identity = !model.softcap && model.bias == nullptr && model.input_scale == 1.0f;
+  if constexpr (D == DType::f32) {
+    if (identity && n % W == 0) return x;
+  }
+  const float* bias = model.bias == nullptr ? nullptr : model.bias + start;
+  const int whole = n / W * W;
+  if (identity) {
+    for (int k = 0; k < whole; k += W) {
+      __builtin_prefetch(x + k + kPrefetch);
+      store(buffer + k, widen<D>(x + k));
+    }
+  } else {
+    for (int k = 0; k < whole; k += W) {
+      __builtin_prefetch(x + k + kPrefetch);
+      vf v = widen<D>(x + k);
+      if (bias != nullptr) v += load(bias + k);
+      store(buffer + k, transform(model, v));
+    }
+  }
+  if (whole < n) {
+    T tail[W] = {};
+    float tail_bias[W] = {};
+    memcpy(tail, x + whole, (n - whole) * sizeof(T));
+    if (bias != nullptr) memcpy(tail_bias, bias + whole, (n - whole) * sizeof(float));
+    store(buffer + whole, transform(model, widen<D>(tail) + load(tail_bias)));
+    for (int k = n; k < whole + W; ++k) buffer[k] = -kInf;
+  }
+  return buffer;
+}
+
+// z of entries start .. start + n of a row: padded(n) floats in buffer or, where nothing has to change, in place.
+const float* load_block(const Model& model, int64_t row, int64_t start, int n, float* buffer) {
+  switch (model.dtype) {
+    case DType::bf16:
+      return load_block_as<DType::bf16>(model, row, start, n, buffer);
+    case DType::f16:
+      return load_block_as<DType::f16>(model, row, start, n, buffer);
+    default:
+      return load_block_as<DType::f32>(model, row, start, n, buffer);
+  }
+}
+
+// One row, and which models it needs: model[0] is the student; then the teacher unless lambda = 0 and the reference
+// unless lambda = 1. With one of them u is its logits, with both u has to be computed.
+struct Row {
+  const Job& job;
+  int64_t index;
+  int count = 0;
+  const Model* model[3];
+  int kind[3];  // 0 student, 1 teacher, 2 reference: what to add to a student's Stat
+  float lambda;
+
+  Row(const Job& job, int64_t index) : job(job), index(index) {
+    lambda = job.reward_scales != nullptr ? job.reward_scales[index] : job.reward_scale;
+    add(job.student, 0);
+    if (job.teacher.raw != nullptr && lambda != 0.0f) add(job.teacher, 1);
+    if (job.ref.raw != nullptr && lambda != 1.0f) add(job.ref, 2);
+  }
+  void add(const Model& m, int which) {
+    model[count] = &m;
+    kind[count++] = which;
+  }
+  float& statistic(int stat) const { return job.statistics[stat * job.rows + index]; }
+};
+
+inline vf mix(vf q, vf r, float lambda) { return r + lambda * (q - r); }
+
+// A block of every model the row needs.
+struct Block {
+  alignas(64) float buffer[3][kBlock];
+  const float* x[3];  // z, then the others: in the buffers, or where the logits are
+  float lambda;
+
+  template <int Models>
+  void load(const Row& row, int64_t start, int n) {
+    lambda = row.lambda;
+    for (int i = 0; i < Models; ++i) x[i] = load_block(*row.model[i], row.index, start, n, buffer[i]);
+  }
+};
+
+// u at lane k of a block, from logits relative to origins: the maxima, or shifts that stand in for them.
+template <int Models>
+inline vf target_logits(const Block& b, int k, const float* origin) {
+  const vf q = load(b.x[1] + k) - origin[1];
+  if constexpr (Models == 2) return q;
+  return mix(q, load(b.x[Models - 1] + k) - origin[Models - 1], b.lambda);
+}
+
+template <int Models>
+inline vi support(const Block& b, int k) {
+  vi inside = load(b.x[0] + k) != -kInf;
+  for (int i = 1; i < Models; ++i) inside &= load(b.x[i] + k) != -kInf;
+  return inside;
+}
+
+// ------------------------------------------------------------------------------------------------------- statistics
+
+// What one pass over a block gives. Series 0 .. Models - 1 are the models'; with three models a fourth is u's, which is
+// the second model's otherwise.
+template <int Models>
+constexpr int kSeries = Models == 3 ? 4 : Models;
+
+struct BlockSums {
+  float sum[4];           // sum of e = exp(x~), and of e_u = exp(u~ - its shift)
+  float mean;             // of e z~ for the student
+  float gap, target_gap;  // of e (z~ - u~) for the student, of e_u (u~ - z~)
+  bool nothing_above;     // no x~ and no u~ - shift is 0 or more
+};
+
+// Unmasked: any block; what it gives is of use if nothing is above (or not by much) and mean and gap are finite: they
+// are not if a logit is -inf, since that is multiplied by its own exponential, 0, there or enters u~.
+// Masked: entries outside S are -inf in all models.
+template <int Models, bool TargetGap, bool Masked>
+GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_shift) {
+  vf sum[4] = {}, mean = {}, gap = {}, target_gap = {};
+  vi negative = splat_int(-1);
+  for (int k = 0; k < n; k += W) {
+    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
+    const vf raw = load(b.x[0] + k);
+    const vi inside = raw != -kInf;
+    const vf z = raw - shift[0];
+    const Exponential exp_z = exponential<Masked>(z);
+    const vf e = exp_z.value();
+    sum[0] = exp_z.plus(sum[0]);
+    mean += Masked ? select(inside, e * z, vf{}) : e * z;
+    if (!Masked) negative &= bits<vi>(z);
+    if constexpr (Models > 1) {
+      vf u = load(b.x[1] + k) - shift[1];
+      Exponential exp_u = exponential<Masked>(u);
+      sum[1] = exp_u.plus(sum[1]);
+      if (!Masked) negative &= bits<vi>(u);
+      if constexpr (Models == 3) {
+        const vf r = load(b.x[2] + k) - shift[2];
+        sum[2] = exponential<Masked>(r).plus(sum[2]);
+        u = mix(u, r, b.lambda);
+        const vf shifted = (Masked ? select(inside, u, splat(-kInf)) : u) - u_shift;
+        exp_u = exponential<Masked>(shifted);
+        sum[3] = exp_u.plus(sum[3]);
+        if (!Masked) negative &= bits<vi>(r) & bits<vi>(shifted);
+      }
+      const vf difference = z - u;
+      gap += Masked ? select(inside, e * difference, vf{}) : e * difference;
+      if constexpr (TargetGap) {
+        const vf term = exp_u.value() * difference;
+        target_gap -= Masked ? select(inside, term, vf{}) : term;
+      }
+    }
+  }
+  BlockSums s = {};
+  for (int i = 0; i < kSeries<Models>; ++i) s.sum[i] = sum_lanes(sum[i]);
+  s.mean = sum_lanes(mean);
+  if (Models > 1) s.gap = sum_lanes(gap);
+  if (TargetGap) s.target_gap = sum_lanes(target_gap);
+  if (!Masked) s.nothing_above = all_negative(negative);
+  return s;
+}
+
+GOPD_HOT float max_block(const float* x, int n) {
+  vf top = splat(-kInf);
+  for (int k = 0; k < n; k += W) top = max(load(x + k), top);
+  return max_lanes(top);
+}
+
+// Largest u~ of a block; of a masked one over S.
+float max_target(const Block& b, int n, const float* shift) {
+  vf top = splat(-kInf);
+  for (int k = 0; k < n; k += W) {
+    const vf u = target_logits<3>(b, k, shift);
+    top = max(select(load(b.x[0] + k) != -kInf, u, splat(-kInf)), top);
+  }
+  return max_lanes(top);
+}
+
+// The running sums of a row.
+template <int Models>
+struct RowSums {
+  float top[4] = {-kInf, -kInf, -kInf, -kInf};  // largest x so far (u~ for u), NaN left aside: it shows in the sums
+  float shift[4] = {};
+  double sum[4] = {}, mean = 0.0, gap = 0.0, target_gap = 0.0;
+  double lambda;
+
+  explicit RowSums(float lambda) : lambda(lambda) {}
+
+  // What happens to u where this happens to the models' x; exact for equal models.
+  double mix(const double* x) const {
+    if constexpr (Models == 1) return 0.0;
+    return Models == 2 ? x[1] : x[2] + lambda * (x[1] - x[2]);
+  }
+
+  void add(const BlockSums& s) {
+    for (int i = 0; i < kSeries<Models>; ++i) sum[i] += s.sum[i];
+    mean += s.mean;
+    gap += s.gap;
+    target_gap += s.target_gap;
+  }
+
+  // A block as it is. False, and nothing added, if it has to be masked or a shift is too low.
+  template <bool TargetGap>
+  bool add_block(const Block& b, int n) {
+    const BlockSums s = sum_block<Models, TargetGap, false>(b, n, shift, shift[3]);
+    if (!__builtin_isfinite(s.mean) || !__builtin_isfinite(s.gap)) return false;
+    if (!s.nothing_above) {
+      float block_top[4];
+      for (int i = 0; i < kSeries<Models>; ++i) {
+        block_top[i] = i == 3 ? max_target(b, n, shift) : max_block(b.x[i], n);
+        if (!(block_top[i] - shift[i] <= kHeadroom)) return false;
+      }
+      for (int i = 0; i < kSeries<Models>; ++i) top[i] = block_top[i] > top[i] ? block_top[i] : top[i];
+    }
+    add(s);
+    return true;
+  }
+
+  // A masked block, after raising the shifts to its largest logits where those are the largest so far.
+  template <bool TargetGap>
+  void add_masked_block(const Block& b, int n) {
+    double moved[3] = {};
+    for (int i = 0; i < Models; ++i) {
+      const float block_top = max_block(b.x[i], n);
+      if (!(block_top > top[i])) continue;
+      const float raised = block_top < kMaxFloat ? block_top : kMaxFloat;  // exp(x~): inf for +inf, 0 for the others
+      if (top[i] != -kInf) moved[i] = double(shift[i]) - double(raised);
+      top[i] = block_top;
+      shift[i] = raised;
+    }
+    const double u_moved = mix(moved);
+    double exponent_moved = Models == 1 ? 0.0 : moved[1];
+    if constexpr (Models == 3) {
+      const float block_top = max_target(b, n, shift), before = float(top[3] + u_moved), old_shift = shift[3];
+      top[3] = block_top > before ? block_top : before;
+      const float above = top[3] - old_shift;
+      const bool far = above > kHeadroom || above < kFarBelow;
+      if (far && top[3] >= -kMaxFloat && top[3] <= kMaxFloat) shift[3] = top[3];
+      exponent_moved = u_moved + (double(old_shift) - double(shift[3]));
+    }
+    if (moved[0] != 0.0 || u_moved != 0.0 || exponent_moved != 0.0) {
+      const double student = __builtin_exp(moved[0]), target = __builtin_exp(exponent_moved);
+      mean = student * (mean + moved[0] * sum[0]);
+      gap = student * (gap + (moved[0] - u_moved) * sum[0]);
+      target_gap = target * (target_gap + (u_moved - moved[0]) * sum[kSeries<Models> - 1]);
+      for (int i = 0; i < Models; ++i) sum[i] *= __builtin_exp(moved[i]);
+      if (Models == 3) sum[3] *= target;
+    }
+    add(sum_block<Models, TargetGap, true>(b, n, shift, shift[3]));
+  }
+
+  // From shifts to maxima, and out.
+  template <bool TargetGap>
+  void finish(const Row& row) const {
+    const bool empty = sum[0] == 0.0;
+    const float undefined = __builtin_nanf("");
+    bool poisoned = false, u_poisoned = false;  // NaN or +inf in any model; in teacher or reference
+    double below[3];                            // x' - x~
+    for (int i = 0; i < Models; ++i) {
+      const bool bad = !__builtin_isfinite(sum[i]);
+      poisoned = poisoned || bad;
+      u_poisoned = u_poisoned || (bad && i > 0);
+      below[i] = empty ? 0.0 : double(shift[i]) - double(top[i]);
+      const float value = float(below[i] + __builtin_log(sum[i]));
+      // not below 0, the largest logit, whatever the rounding: log-probabilities are never positive
+      row.statistic(logsum_student + row.kind[i]) = bad ? undefined : empty ? -kInf : value < 0.0f ? 0.0f : value;
+      row.statistic(max_student + row.kind[i]) = __builtin_isnan(sum[i]) ? undefined : empty ? 0.0f : top[i];
+    }
+    const double mean_z = empty ? 0.0 : below[0] + mean / sum[0];
+    row.statistic(mean_logit) = __builtin_isfinite(sum[0]) ? float(mean_z) : undefined;
+    if constexpr (Models > 1) {
+      constexpr int target = kSeries<Models> - 1;
+      const double u_below = mix(below);
+      const double mean_difference = empty ? 0.0 : (below[0] - u_below) + gap / sum[0];
+      row.statistic(mean_gap) = poisoned ? undefined : float(mean_difference);
+      if constexpr (TargetGap) {
+        const double target_mean = empty ? 0.0 : (u_below - below[0]) + target_gap / sum[target];
+        row.statistic(target_part) = poisoned ? undefined : float(target_mean);
+      }
+      float value = row.statistic(logsum_student + row.kind[1]);
+      if constexpr (Models == 3) {
+        value = float((u_below + double(shift[3])) + __builtin_log(sum[3]));
+        // the target is the student: the same bits, to the last rounding
+        if (sum[3] == sum[0] && shift[3] == 0.0f && u_below == below[0]) value = row.statistic(logsum_student);
+      }
+      const bool bad = u_poisoned || !__builtin_isfinite(sum[target]);
+      row.statistic(logsum_target) = bad ? undefined : empty ? -kInf : value;
+    }
+  }
+};
+
+// Replace entries outside S by -inf in all models, in the block's buffers. Returns how many there are.
+template <int Models>
+int mask_block(Block& b, int n) {
+  vi outside = {};
+  for (int k = 0; k < n; k += W) {
+    const vi inside = support<Models>(b, k);
+    outside += inside + 1;
+    for (int i = 0; i < Models; ++i) store(b.buffer[i] + k, select(inside, load(b.x[i] + k), splat(-kInf)));
+  }
+  for (int i = 0; i < Models; ++i) b.x[i] = b.buffer[i];
+  int total = 0;
+  for (int i = 0; i < W; ++i) total += outside[i];
+  return total;
+}
+
+// All statistics that need one pass. Returns whether all V entries of the row are in S.
+template <int Models, bool TargetGap>
+bool first_statistics(const Row& row) {
+  RowSums<Models> sums(row.lambda);
+  Block b;
+  bool clean = true, careful = true;
+  for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
+    const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
+    const int lanes = padded(n);
+    b.load<Models>(row, start, n);
+    if (!careful && lanes == n && sums.template add_block<TargetGap>(b, n)) continue;
+    careful = mask_block<Models>(b, lanes) != lanes - n;
+    clean = clean && !careful;
+    sums.template add_masked_block<TargetGap>(b, lanes);
+  }
+  sums.template finish<TargetGap>(row);
+  return clean;
+}
+
+// log p - log m and log t - log m at delta = log t - log p. In terms of delta alone, they are exactly 0 where the
+// models agree, and no probability is formed that could underflow:
+//   log m - log p = log(1 - beta + beta e^delta) = max(delta, 0) + log(1 + B (e^-|delta| - 1)),
+//   with B = beta for delta < 0 and 1 - beta for delta > 0.
+inline void log_ratios(vf delta, float beta, float one_minus_beta, vf& student, vf& target) {
+  const vf e = exp(bits<vf>(bits<vi>(delta) | splat_int(INT32_MIN)));
+  const vf b = select(delta > 0.0f, splat(one_minus_beta), splat(beta));
+  const vf common = log(b * (e - 1.0f) + 1.0f);
+  student = -max(vf{}, delta) - common;
+  target = min(vf{}, delta) - common;
+}
+
+// KL(p || m) and KL(t || m), which need both normalisers first.
+template <int Models>
+void jsd_statistics(const Row& row) {
+  const float logsum_p = row.statistic(logsum_student), logsum_u = row.statistic(logsum_target);
+  float maximum[3];
+  for (int i = 0; i < Models; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
+  const float beta = row.job.beta, one_minus_beta = row.job.one_minus_beta;
+  double student_sum = 0.0, target_sum = 0.0;
+  Block b;
+  for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
+    const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
+    const int lanes = padded(n);
+    b.load<Models>(row, start, n);
+    vf student = {}, target = {};
+    for (int k = 0; k < lanes; k += W) {
+      const vi inside = support<Models>(b, k);
+      const vf log_p = (load(b.x[0] + k) - maximum[0]) - logsum_p;
+      const vf log_t = target_logits<Models>(b, k, maximum) - logsum_u;
+      vf p_part, t_part;
+      log_ratios(log_t - log_p, beta, one_minus_beta, p_part, t_part);
+      student += select(inside, exp(log_p) * p_part, vf{});
+      target += select(inside, exp(log_t) * t_part, vf{});
+    }
+    student_sum += sum_lanes(student);
+    target_sum += sum_lanes(target);
+  }
+  row.statistic(student_part) = float(student_sum);
+  row.statistic(target_part) = float(target_sum);
+}
+
+// The logits of the sampled token.
+struct Token {
+  bool exists = false;  // an id inside [0, V)
+  bool inside = false;  // in S
+  float x[3] = {};
+
+  explicit Token(const Row& row) {
+    const int64_t id = row.job.token_ids[row.index];
+    exists = inside = id >= 0 && id < row.job.vocab;
+    for (int i = 0; exists && i < row.count; ++i) {
+      float buffer[W];
+      x[i] = *load_block(*row.model[i], row.index, id, 1, buffer);
+      inside = inside && x[i] != -kInf;
+    }
+  }
+};
+
+template <int Models>
+bool statistics(const Row& row) {
+  for (int stat = 0; stat < stat_count; ++stat) row.statistic(stat) = 0.0f;
+  bool clean;
+  if (Models > 1 && row.job.divergence == Divergence::forward_kl) {
+    clean = first_statistics<Models, (Models > 1)>(row);
+  } else {
+    clean = first_statistics<Models, false>(row);
+  }
+  if (Models > 1 && row.job.divergence == Divergence::jsd) jsd_statistics<Models>(row);
+  if (row.job.token_ids != nullptr) {
+    const Token token(row);
+    for (int i = 0; i < Models; ++i) {
+      const float value = (token.inside ? token.x[i] : -kInf) - row.statistic(max_student + row.kind[i]);
+      row.statistic(logit_student + row.kind[i]) = token.exists ? value : __builtin_nanf("");
+    }
+  }
+  return clean;
+}
+
+// --------------------------------------------------------------------------------------------------------- gradient
+
+// What the gradient of one row needs beside its logits. Token: the divergence's weight is 0, its term does not exist.
+enum class Term { token, none, reverse_kl, forward_kl, jsd };
+
+struct Coefficients {
+  float divergence, token;  // w_d, w_y
+  float maximum[3], logsum_p, logsum_u, mean, beta, one_minus_beta;
+};
+
+// w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
+// outside. Stream: g is aligned to the vector and stored to past the caches.
+template <int Models, Term T, bool Clean, bool Stream = false>
+GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float* g) {
+  for (int k = 0; k < n; k += W) {
+    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
+    const vf z = load(b.x[0] + k) - c.maximum[0];
+    const vf log_p = z - c.logsum_p;
+    const vf p = exp(log_p);
+    vf u = {}, value;
+    if constexpr (Models > 1) u = target_logits<Models>(b, k, c.maximum);
+    if constexpr (T == Term::token) value = c.token * p;
+    if constexpr (T == Term::none) value = p * (c.divergence * (z - c.mean) + c.token);
+    if constexpr (T == Term::reverse_kl) value = p * (c.divergence * ((z - u) - c.mean) + c.token);
+    if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(u - c.logsum_u)) + c.token * p;
+    if constexpr (T == Term::jsd) {
+      vf student, target;
+      log_ratios((u - c.logsum_u) - log_p, c.beta, c.one_minus_beta, student, target);
+      value = p * (c.divergence * (c.one_minus_beta * student - c.mean) + c.token);
+    }
+    if (!Clean) value = keep(support<Models>(b, k), value);
+    if (Stream) {
+      stream(g + k, value);
+    } else {
+      store(g + k, value);
+    }
+  }
+}
+
+// Times dz/dx of a soft-capped model, from the value: output_scale input_scale (1 - tanh^2).
+void softcap_slope(const Model& model, const float* z, int n, float* g) {
+  for (int k = 0; k < n; k += W) {
+    const vf x = load(z + k);
+    const vf tanh = x * (1.0f / model.output_scale);
+    const vf slope = (model.output_scale * model.input_scale) * (1.0f - tanh * tanh);
+    store(g + k, select(x == -kInf, vf{}, load(g + k) * slope));
+  }
+}
+
+template <DType D>
+void store_block_as(const float* g, int n, void* out, int64_t offset) {
+  typedef typename Storage<D>::type T;
+  T* to = static_cast<T*>(out) + offset;
+  const int whole = n / W * W;
+  for (int k = 0; k < whole; k += W) narrow<D>(load(g + k), to + k);
+  if (whole < n) {
+    T tail[W];
+    narrow<D>(load(g + whole), tail);
+    memcpy(to + whole, tail, (n - whole) * sizeof(T));
+  }
+}
+
+// For a row of out that is not aligned to the vector.
+void stream_block(const float* g, int n, float* to) {
+  int k = 0;
+  for (; k < n && reinterpret_cast<uintptr_t>(to + k) % kVectorBytes != 0; ++k) to[k] = g[k];
+  for (; k + W <= n; k += W) stream(to + k, load(g + k));
+  for (; k < n; ++k) to[k] = g[k];
+}
+
+void store_block(const Job& job, const float* g, int n, int64_t offset) {
+  switch (job.out_dtype) {
+    case DType::bf16:
+      return store_block_as<DType::bf16>(g, n, job.out, offset);
+    case DType::f16:
+      return store_block_as<DType::f16>(g, n, job.out, offset);
+    default:
+      if (job.stream_out) return stream_block(g, n, static_cast<float*>(job.out) + offset);
+      return store_block_as<DType::f32>(g, n, job.out, offset);
+  }
+}
+
+// The entry of the sampled token, w_d p (d - D) + w_y (p - 1), on its own: in float32, before any narrowing.
+template <int Models, Term T>
+float token_gradient(const Row& row, const Token& token, const Coefficients& c) {
+  Block b;
+  b.lambda = row.lambda;
+  for (int i = 0; i < Models; ++i) {
+    store(b.buffer[i], splat(-kInf));
+    b.buffer[i][0] = token.x[i];
+    b.x[i] = b.buffer[i];
+  }
+  Coefficients only = c;
+  only.token = 1.0f;
+  float g[W], p[W];
+  gradient_block<Models, Term::token, false>(b, W, only, p);
+  only.token = 0.0f;
+  gradient_block<Models, T, false>(b, W, only, g);
+  store(g, load(g) + c.token * (load(p) - 1.0f));
+  if (row.model[0]->softcap) softcap_slope(*row.model[0], b.x[0], W, g);
+  return g[0];
+}
+
+template <int Models, Term T>
+void gradient_row(const Row& row, const Coefficients& c, bool clean) {
+  const Job& job = row.job;
+  const int64_t out_row = row.index * job.out_stride;
+  // read before the first store: out may be the student's logits
+  const bool has_token = c.token != 0.0f;
+  float at_token = 0.0f;
+  int64_t token_id = -1;
+  if (has_token) {
+    const Token token(row);
+    if (token.inside) {
+      token_id = job.token_ids[row.index];
+      at_token = token_gradient<Models, T>(row, token, c);
+    }
+  }
+  // Whole float32 blocks go from the arithmetic straight to out. In place too: a vector is read before it is written.
+  const uintptr_t address = reinterpret_cast<uintptr_t>(static_cast<float*>(job.out) + out_row);
+  const bool writes_directly =
+      job.out_dtype == DType::f32 && !row.model[0]->softcap && (!job.stream_out || address % kVectorBytes == 0);
+  Block b;
+  alignas(64) float g[kBlock];
+  for (int64_t start = 0; start < job.vocab; start += kBlock) {
+    const int n = job.vocab - start < kBlock ? int(job.vocab - start) : kBlock;
+    const int lanes = padded(n);
+    b.load<Models>(row, start, n);
+    const bool token_here = token_id >= start && token_id < start + n;
+    const bool all_inside = clean && lanes == n;
+    if (lanes == n && !token_here && writes_directly) {
+      float* const to = static_cast<float*>(job.out) + out_row + start;
+      if (job.stream_out) {
+        all_inside ? gradient_block<Models, T, true, true>(b, n, c, to)
+                   : gradient_block<Models, T, false, true>(b, n, c, to);
+      } else {
+        all_inside ? gradient_block<Models, T, true>(b, n, c, to) : gradient_block<Models, T, false>(b, n, c, to);
+      }
+      continue;
+    }
+    if (all_inside) {
+      gradient_block<Models, T, true>(b, n, c, g);
+    } else {
+      gradient_block<Models, T, false>(b, lanes, c, g);
+    }
+    if (row.model[0]->softcap) softcap_slope(*row.model[0], b.x[0], lanes, g);
+    if (token_here) g[token_id - start] = at_token;
+    store_block(job, g, n, out_row + start);
+  }
+}
+
+void zero_row(const Row& row) {
+  alignas(64) const float zeros[kBlock] = {};
+  for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
+    const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
+    store_block(row.job, zeros, n, row.index * row.job.out_stride + start);
+  }
+}
+
+template <int Models>
+void gradient(const Row& row, bool clean) {
+  const Job& job = row.job;
+  Coefficients c;
+  c.divergence = job.divergence_weights != nullptr ? job.divergence_weights[row.index] : 0.0f;
+  c.token = job.token_weights != nullptr ? job.token_weights[row.index] : 0.0f;
+  c.beta = job.beta;
+  c.one_minus_beta = job.one_minus_beta;
+  for (int i = 0; i < Models; ++i) c.maximum[i] = row.statistic(max_student + row.kind[i]);
+  c.logsum_p = row.statistic(logsum_student);
+  c.logsum_u = row.statistic(logsum_target);
+  c.mean = row.statistic(job.divergence == Divergence::none ? mean_logit : mean_gap);
+  if (job.divergence == Divergence::jsd) c.mean = c.one_minus_beta * row.statistic(student_part);
+  const bool divergence = c.divergence != 0.0f;
+  if (!divergence && c.token == 0.0f) return zero_row(row);
+  if (!row.model[0]->softcap) {  // dz/dx is one number
+    c.divergence *= row.model[0]->input_scale;
+    c.token *= row.model[0]->input_scale;
+  }
+  if (!divergence) return gradient_row<Models, Term::token>(row, c, clean);
+  if (job.divergence == Divergence::none) return gradient_row<Models, Term::none>(row, c, clean);
+  if constexpr (Models > 1) {
+    if (job.divergence == Divergence::reverse_kl) return gradient_row<Models, Term::reverse_kl>(row, c, clean);
+    if (job.divergence == Divergence::forward_kl) return gradient_row<Models, Term::forward_kl>(row, c, clean);
+    return gradient_row<Models, Term::jsd>(row, c, clean);
+  }
+}
+
+template <int Models>
+void compute(const Row& row) {
+  bool clean = false;
+  if (row.job.compute_statistics) clean = statistics<Models>(row);
+  if (row.job.compute_gradient) gradient<Models>(row, clean);
+#if defined(__x86_64__)
+  if (row.job.compute_gradient && row.job.stream_out) _mm_sfence();
+#endif
+}
+
+void compute_row(const Job& job, int64_t index) {
+  const Row row(job, index);
+  if (row.count == 1) return compute<1>(row);
+  if (row.count == 2) return compute<2>(row);
+  compute<3>(row);
+}
+
+void map(const char* function, float* values, int64_t n) {
+  for (int64_t k = 0; k + W <= n; k += W) {
+    const vf x = load(values + k);
+    store(values + k, function[0] == 'e' ? exp<true>(x) : function[0] == 'l' ? log(x) : tanh(x));
+  }
+}
+
+}  // namespace
+}  // namespace GOPD_ISA
+
+#define GOPD_CONCATENATE(a, b) a##b
+#define GOPD_KERNELS(isa) GOPD_CONCATENATE(kernels_, isa)
+#define GOPD_STRING_OF(x) #x
+#define GOPD_STRING(x) GOPD_STRING_OF(x)
+const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::map};
+
+}  // namespace fused_gopd

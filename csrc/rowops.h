@@ -1,0 +1,84 @@
+// What a row operation computes on, and the kernels that compute it. No PyTorch and no Python here.
+//
+// The formulas are those of src/fused_gopd/rowops/__init__.py, under the same names.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_gopd {
+
+enum class DType : int { f32, bf16, f16 };
+enum class Divergence : int { none, reverse_kl, forward_kl, jsd };
+
+// Rows of the (stat_count, C) statistics; the order is that of fused_gopd.rowops.Stat.
+enum Stat : int {
+  logsum_student,
+  logsum_teacher,
+  logsum_ref,
+  logsum_target,
+  mean_logit,
+  mean_gap,
+  student_part,
+  target_part,
+  logit_student,
+  logit_teacher,
+  logit_ref,
+  max_student,
+  max_teacher,
+  max_ref,
+  stat_count
+};
+
+// The raw logits x of one model and the transform that makes them z:
+//   without softcap   z = input_scale (x + bias)
+//   with softcap      z = output_scale tanh(input_scale (x + bias)), where -inf stays -inf
+struct Model {
+  const void* raw = nullptr;  // (C, >= V) of dtype; nullptr: the problem has no such model
+  int64_t row_stride = 0;     // in elements; 0 repeats one row
+  DType dtype = DType::f32;
+  const float* bias = nullptr;  // (V,) or nullptr
+  float input_scale = 1.0f;
+  float output_scale = 1.0f;
+  bool softcap = false;
+};
+
+struct Job {
+  int64_t rows = 0;   // C
+  int64_t vocab = 0;  // V
+  Model student, teacher, ref;
+  float reward_scale = 1.0f;             // lambda of every row, unless
+  const float* reward_scales = nullptr;  // (C,) gives one per row
+  const int64_t* token_ids = nullptr;    // (C,) or nullptr
+  Divergence divergence = Divergence::none;
+  float beta = 0.5f, one_minus_beta = 0.5f;
+
+  bool compute_statistics = false;
+  bool compute_gradient = false;
+  float* statistics = nullptr;  // (stat_count, C): written by the one, read by the other
+
+  const float* divergence_weights = nullptr;  // (C,) or nullptr
+  const float* token_weights = nullptr;       // (C,) or nullptr
+  void* out = nullptr;  // (C, >= V) of out_dtype; may start where student.raw does, row by row, if it is not wider
+  int64_t out_stride = 0;
+  DType out_dtype = DType::f32;
+  bool stream_out = false;  // store past the caches: for an out that is too large to be found there again
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* isa;
+  void (*row)(const Job& job, int64_t row);                     // statistics, gradient or both of one row
+  void (*map)(const char* function, float* values, int64_t n);  // exp, log or tanh in place, n a multiple of 16
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+// The kernels for a name, or for "" the best that this machine has. Throws std::runtime_error where the name is
+// unknown or the machine lacks the instructions.
+const Kernels& find_kernels(const char* isa);
+
+// All rows, shared out over threads. A row is computed by one thread from beginning to end, so the bits do not depend
+// on the number of threads; fewer rows than threads leave threads idle, which at chunks of hundreds of rows is rare.
+void run(const Kernels& kernels, const Job& job, int threads);
+
+}  // namespace fused_gopd

@@ -1,0 +1,299 @@
+// Vectors of the width of the instruction set being compiled for, and the functions of them that the row kernels need.
+//
+// Written with the vector extensions of GCC and Clang; the only intrinsics are max, min and fma, the fp16 conversions
+// and the non-temporal stores. This header is compiled once per instruction set. Everything in it sits in a namespace
+// of that name and it includes no C++ standard header: an inline function shared between objects that are compiled with
+// different flags could be linked in the wrong version.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fused_gopd {
+namespace GOPD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int W = kVectorBytes / 4;  // lanes
+
+typedef float vf __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vi __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vu __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vh __attribute__((vector_size(kVectorBytes / 2)));  // raw 16-bit floats
+
+constexpr float kInf = __builtin_huge_valf();
+constexpr float kMaxFloat = 3.40282347e+38f;
+
+inline vf splat(float x) { return x - vf{}; }  // - and not +: -0 stays -0
+inline vi splat_int(int32_t x) { return x + vi{}; }
+
+template <class Vector, class T>
+inline Vector load(const T* p) {
+  Vector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class Vector, class T>
+inline void store(T* p, const Vector& v) {
+  memcpy(p, &v, sizeof v);
+}
+inline vf load(const float* p) { return load<vf>(p); }
+
+template <class To, class From>
+inline To bits(const From& v) {
+  static_assert(sizeof(To) == sizeof(From), "same width");
+  To out;
+  memcpy(&out, &v, sizeof out);
+  return out;
+}
+
+// Where the two operands do not compare (NaN), both return the second. Intrinsics, because GCC finds the instruction
+// for the comparison in some operand orders only.
+#if defined(__AVX512F__)
+inline vf max(vf a, vf b) { return bits<vf>(_mm512_maskz_max_ps(0xffff, bits<__m512>(a), bits<__m512>(b))); }
+inline vf min(vf a, vf b) { return bits<vf>(_mm512_maskz_min_ps(0xffff, bits<__m512>(a), bits<__m512>(b))); }
+#elif defined(__AVX2__)
+inline vf max(vf a, vf b) { return bits<vf>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b))); }
+inline vf min(vf a, vf b) { return bits<vf>(_mm256_min_ps(bits<__m256>(a), bits<__m256>(b))); }
+#elif defined(__x86_64__)
+inline vf max(vf a, vf b) { return bits<vf>(_mm_max_ps(bits<__m128>(a), bits<__m128>(b))); }
+inline vf min(vf a, vf b) { return bits<vf>(_mm_min_ps(bits<__m128>(a), bits<__m128>(b))); }
+#else
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
+// a b + c in one rounding where there is an instruction for it. Elsewhere the compiler fuses or not as it likes, which
+// must not make the difference between two models with the same logits: there, this and rounded() are explicit.
+#if defined(__AVX512F__)
+inline vf fma(vf a, vf b, vf c) { return bits<vf>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c))); }
+#elif defined(__AVX2__)
+inline vf fma(vf a, vf b, vf c) { return bits<vf>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c))); }
+#elif defined(__aarch64__)
+inline vf fma(vf a, vf b, vf c) {
+  return bits<vf>(vfmaq_f32(bits<float32x4_t>(c), bits<float32x4_t>(a), bits<float32x4_t>(b)));
+}
+#else
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+
+// x as a register holds it: a product that is not to be fused with a sum.
+inline vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+inline vf keep(vi mask, vf x) { return bits<vf>(mask & bits<vi>(x)); }  // x or 0
+
+// A store past the caches, which spares reading the destination before it is overwritten. p is aligned to the vector.
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, bits<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, bits<__m256>(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, bits<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+
+// ---- across lanes
+
+template <int Bytes>
+struct Floats {
+  typedef float type __attribute__((vector_size(Bytes)));
+};
+
+template <int Bytes, class Combine>
+inline float reduce(typename Floats<Bytes>::type v, Combine combine) {
+  if constexpr (Bytes == 16) {
+    return combine(combine(v[0], v[1]), combine(v[2], v[3]));
+  } else {
+    typedef typename Floats<Bytes / 2>::type Half;
+    Half half[2];
+    memcpy(half, &v, sizeof half);
+    return reduce<Bytes / 2>(combine(half[0], half[1]), combine);
+  }
+}
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+inline float sum_lanes(vf v) { return reduce<kVectorBytes>(v, Add()); }
+inline float max_lanes(vf v) { return reduce<kVectorBytes>(v, Max()); }
+inline bool all_negative(vi v) {
+  int32_t all = -1;
+  for (int i = 0; i < W; ++i) all &= v[i];
+  return all < 0;
+}
+
+// ---- elementary functions; errors measured over all floats of the domain by tests/test_native.py
+
+// e^x for x <= 88 and NaN, to 3 ulp for |x| < 20 and 6 ulp anywhere; exactly 1 at 0, exactly 0 at -inf and
+// wherever e^x is below the normal numbers. With Upper any x: +inf above 88.4.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r^2 P(r), P minimax for the relative error, 1e-7. Adding 1.5 2^23
+// rounds to an integer; with 127 on top its low bits are the exponent field of 2^n. One more coefficient and a second
+// part of ln 2 would make it 1 ulp everywhere, and the row statistics a seventh slower: nearly all they do is this.
+struct Exponential {
+  vf p, scale;  // e^r and 2^n
+  vf value() const { return rounded(p * scale); }
+  vf plus(vf sum) const { return fma(p, scale, sum); }
+};
+
+template <bool Upper = false>
+inline Exponential exponential(vf x) {
+  constexpr float kRound = 12582912.0f + 127.0f;
+  x = max(splat(-88.03f), x);                     // rounds to n = -127, whose exponent field is that of 0
+  if constexpr (Upper) x = min(splat(88.8f), x);  // n = 128: the field of inf
+  const vf shifted = x * 1.44269504f + kRound;
+  const vf n = shifted - kRound;
+  const vf scale = bits<vf>(bits<vu>(shifted) << 23);
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const vf r = x - n * 0.69314718f;
+#else
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first part is short enough for an exact product
+#endif
+  vf p = splat(8.312520235198987e-3f);
+  p = p * r + 4.189015683876286e-2f;
+  p = p * r + 1.6667114648959297e-1f;
+  p = p * r + 4.9999231495155516e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return {p, scale};
+}
+
+template <bool Upper = false>
+inline vf exp(vf x) {
+  return exponential<Upper>(x).value();
+}
+
+// log x to 1 ulp for normal positive x, and NaN. x = 2^e m with m in [sqrt 1/2, sqrt 2); polynomial of Cephes' logf.
+inline vf log(vf x) {
+  const vi e = (bits<vi>(x) - 0x3f3504f3) >> 23;
+  const vf f = bits<vf>(bits<vi>(x) - (e << 23)) - 1.0f;
+  const vf n = __builtin_convertvector(e, vf);
+  vf p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf square = f * f;
+  vf low = p * f * square - n * 2.12194440e-4f;
+  low = low - 0.5f * square;
+  return select(x == x, (low + f) + n * 0.693359375f, x);
+}
+
+// tanh x to 2 ulp: Cephes' tanhf near 0, 1 - 2 / (e^2|x| + 1) elsewhere.
+inline vf tanh(vf x) {
+  const vi sign = bits<vi>(x) & splat_int(INT32_MIN);
+  const vf a = bits<vf>(bits<vi>(x) ^ sign);
+  const vf s = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const vf far = 1.0f - 2.0f / (exp<true>(a + a) + 1.0f);
+  return select(a < 0.625f, x + x * s * p, bits<vf>(bits<vi>(far) | sign));
+}
+
+// ---- storage types
+
+template <DType D>
+struct Storage {
+  typedef uint16_t type;
+};
+template <>
+struct Storage<DType::f32> {
+  typedef float type;
+};
+
+inline vu to_u32(vh h) { return __builtin_convertvector(h, vu); }
+inline vh to_u16(vu u) { return __builtin_convertvector(u, vh); }
+
+inline vf half_to_float(vh h) {
+#if defined(__AVX512F__)
+  return bits<vf>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(h)));
+#elif defined(__F16C__)
+  return bits<vf>(_mm256_cvtph_ps(bits<__m128i>(h)));
+#else
+  const vu u = to_u32(h);
+  const vu magnitude = (u & 0x7fff) << 13;
+  // the product moves the exponent from bias 15 to bias 127 and normalises fp16's subnormal numbers
+  const vu finite = bits<vu>(bits<vf>(magnitude) * 0x1p112f);
+  const vu special = magnitude | 0x7f800000;
+  return bits<vf>((vu)((u & 0x7c00) == 0x7c00 ? special : finite) | (u & 0x8000) << 16);
+#endif
+}
+
+inline vh float_to_half(vf x) {
+#if defined(__AVX512F__)
+  return bits<vh>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return bits<vh>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const vu u = bits<vu>(x);
+  const vu sign = u & 0x80000000u;
+  const vu a = u ^ sign;
+  const vu normal = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;  // ties to even; 65520 and above carry into inf
+  const vu subnormal = bits<vu>(bits<vf>(a) + 0.5f) - 0x3f000000u;     // ulp of 0.5 is fp16's smallest number
+  vu h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x47800000u ? splat_int(0x7c00) + vu{} : h;
+  h = a > 0x7f800000u ? splat_int(0x7e00) + vu{} : h;
+  return to_u16(h | sign >> 16);
+#endif
+}
+
+inline vf bfloat_to_float(vh h) { return bits<vf>(to_u32(h) << 16); }
+
+inline vh float_to_bfloat(vf x) {
+  const vu u = bits<vu>(x);
+  const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // ties to even
+  return to_u16(x == x ? rounded : (u >> 16 | 0x40));     // NaN stays NaN, and quiet
+}
+
+template <DType D>
+inline vf widen(const typename Storage<D>::type* p) {
+  if constexpr (D == DType::f32) return load(p);
+  if constexpr (D == DType::bf16) return bfloat_to_float(load<vh>(p));
+  if constexpr (D == DType::f16) return half_to_float(load<vh>(p));
+}
+
+template <DType D>
+inline void narrow(vf x, typename Storage<D>::type* p) {
+  if constexpr (D == DType::f32) store(p, x);
+  if constexpr (D == DType::bf16) store(p, float_to_bfloat(x));
+  if constexpr (D == DType::f16) store(p, float_to_half(x));
+}
+
+}  // namespace GOPD_ISA
+}  // namespace fused_gopd

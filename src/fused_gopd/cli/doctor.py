@@ -1,0 +1,309 @@
+"""``fused-gopd doctor``: what is installed, what can run here, and whether it computes the right numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fused_gopd.heads import LinearHead
+    from fused_gopd.loss import GOPDOutput
+    from fused_gopd.objective import Estimator
+
+BACKENDS = ("torch", "native", "triton")
+# A backend may exceed the naive float32 path's own error by this much, relative to the largest gradient entry (the
+# loss: to 1 + |loss|). The order of a float32 sum alone moves the result by about 1e-7 of its terms.
+TOLERANCE = 2e-6
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used here, and whether this machine ought to have it."""
+
+    name: str
+    reason: str | None  # why it is unavailable
+    expected: bool  # `auto` on this machine's device should pick it
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest error of a loss value and of its gradients against float64, relative to their size."""
+
+    loss: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One backend's numbers on one problem."""
+
+    backend: str
+    device: str
+    estimator: str
+    errors: Errors | None  # None: it raised
+    naive: Errors
+    failure: str | None = None  # what it raised
+
+    @property
+    def passed(self) -> bool:
+        """No worse than the naive path, plus :data:`TOLERANCE`; NaN fails."""
+        if self.errors is None:
+            return False
+        return (
+            self.errors.loss <= self.naive.loss + TOLERANCE and self.errors.gradient <= self.naive.gradient + TOLERANCE
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the doctor found."""
+
+    versions: dict[str, str]
+    machine: dict[str, str]
+    backends: list[Backend]
+    checks: list[Check] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """What is wrong, one sentence each; empty when all is well."""
+        found = [
+            f"backend {b.name!r} should be available on this machine: {b.reason}"
+            for b in self.backends
+            if b.expected and b.reason is not None
+        ]
+        for check in self.checks:
+            if not check.passed:
+                what = check.failure or "the error against float64 is larger than the naive path's"
+                found.append(f"self-check of {check.backend!r} on {check.device}, {check.estimator}: {what}")
+        return found
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    import fused_gopd
+
+    versions = {"fused-gopd": fused_gopd.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = "not installed"
+    return versions
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    machine = {
+        "platform": platform.platform(),
+        "cpu": f"{platform.machine()}, {os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()} threads",
+        "instruction set of PyTorch": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            machine[f"gpu {index}"] = f"{properties.name}, compute capability {capability}, {memory}"
+    else:
+        machine["gpu"] = "none that PyTorch can use"
+    return machine
+
+
+def _native_isa() -> str:
+    """Instruction set that the C++ kernels picked."""
+    return str(importlib.import_module("fused_gopd._native").isa())
+
+
+def _find_backends() -> list[Backend]:
+    import torch
+
+    from fused_gopd import rowops
+
+    expected = "triton" if torch.cuda.is_available() else "native"
+    found = []
+    for name in BACKENDS:
+        try:
+            reason = rowops.unavailable_reason(name)
+        except Exception as error:  # a broken installation is what a doctor is there to report
+            reason = f"{type(error).__name__}: {error}"
+        found.append(Backend(name, reason, name in ("torch", expected)))
+    return found
+
+
+def _devices(backend: str) -> list[str]:
+    """Where a backend is to be checked."""
+    import torch
+
+    gpu = ["cuda"] if torch.cuda.is_available() else []
+    if backend == "triton":
+        return gpu or ["cpu"]  # without a GPU it is available under the interpreter alone
+    return ["cpu", *gpu] if backend == "torch" else ["cpu"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A loss call of three models with different hidden sizes, an odd vocabulary and a mask."""
+
+    student: tuple[torch.Tensor, torch.Tensor]  # hidden and weight of each model, float32 on the CPU
+    teacher: tuple[torch.Tensor, torch.Tensor]
+    ref: tuple[torch.Tensor, torch.Tensor]
+    token_ids: torch.Tensor
+    mask: torch.Tensor
+
+    @staticmethod
+    def random(tokens: int, vocab: int) -> _Problem:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+
+        def model(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+            weight = torch.randn(vocab, hidden, generator=generator) * (2.0 / hidden**0.5)
+            return torch.randn(tokens, hidden, generator=generator), weight
+
+        ids = torch.randint(vocab, (tokens,), generator=generator)
+        mask = torch.rand(tokens, generator=generator) < 0.8
+        mask[0] = True
+        return _Problem(model(64), model(96), model(48), ids, mask)
+
+    def solve(self, estimator: Estimator, device: str, dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
+        """Loss, gradient of hidden and of weight, in float64 on the CPU; ``backend=None`` is the dense reference."""
+        import fused_gopd as fg
+
+        def head(model: tuple[torch.Tensor, torch.Tensor], trained: bool) -> LinearHead:
+            hidden, weight = (t.to(device, dtype, copy=True).requires_grad_(trained) for t in model)
+            return fg.LinearHead(hidden, weight)
+
+        student = head(self.student, True)
+        options: dict[str, Any] = {"estimator": estimator, "reward_scale": 1.25, "mask": self.mask.to(device)}
+        models = (student, head(self.teacher, False), head(self.ref, False), self.token_ids.to(device))
+        out: GOPDOutput
+        if backend is None:
+            out = fg.reference.gopd_loss(*models, **options)
+        else:
+            # several chunks, the last one short
+            out = fg.gopd_loss(*models, **options, backend=backend, chunk_size=max(1, len(self.mask) // 3))
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        assert student.hidden.grad is not None
+        assert student.weight.grad is not None
+        return [t.detach().double().cpu() for t in (out.loss, student.hidden.grad, student.weight.grad)]
+
+
+def _errors(result: list[torch.Tensor], truth: list[torch.Tensor]) -> Errors:
+    loss = abs(float(result[0] - truth[0])) / (1.0 + abs(float(truth[0])))
+    worst = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(result[1:], truth[1:], strict=True)]
+    # max() drops a NaN that comes second
+    return Errors(loss, max(worst) if not any(map(math.isnan, worst)) else float("nan"))
+
+
+def _check(backend: str, device: str) -> list[Check]:
+    import torch
+
+    # the interpreter takes seconds per thousand entries: a small problem there
+    interpreted = backend == "triton" and device == "cpu"
+    problem = _Problem.random(tokens=6, vocab=301) if interpreted else _Problem.random(tokens=64, vocab=5003)
+    checks = []
+    estimators: tuple[Estimator, ...] = ("sampled", "full")
+    for estimator in estimators:
+        truth = problem.solve(estimator, "cpu", torch.float64, None)
+        naive = _errors(problem.solve(estimator, device, torch.float32, None), truth)
+        try:
+            errors = _errors(problem.solve(estimator, device, torch.float32, backend), truth)
+        except Exception as error:  # any failure of a backend is a finding, not the end of the examination
+            checks.append(Check(backend, device, estimator, None, naive, f"{type(error).__name__}: {error}"))
+        else:
+            checks.append(Check(backend, device, estimator, errors, naive))
+    return checks
+
+
+def examine() -> Report:
+    """Look at everything and check the numbers of every backend that can run here. Takes a second or two."""
+    backends = _find_backends()
+    machine = _machine()
+    if any(b.name == "native" and b.reason is None for b in backends):
+        try:
+            machine["instruction set of the native backend"] = _native_isa()
+        except Exception as error:  # reported, like everything here
+            machine["instruction set of the native backend"] = f"{type(error).__name__}: {error}"
+    report = Report(_versions(), machine, backends)
+    for backend in backends:
+        if backend.reason is None:
+            for device in _devices(backend.name):
+                report.checks.extend(_check(backend.name, device))
+    return report
+
+
+def _as_data(report: Report) -> dict[str, Any]:
+    data = asdict(report)
+    for check, entry in zip(report.checks, data["checks"], strict=True):
+        entry["passed"] = check.passed
+    return {**data, "tolerance": TOLERANCE, "problems": report.problems(), "ok": not report.problems()}
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    for name, value in (report.versions | report.machine).items():
+        facts.add_row(name, escape(value), style=None)
+    console.print(facts)
+    console.print()
+
+    table = Table(title="backends")
+    table.add_column("backend")
+    table.add_column("available")
+    table.add_column("why not", overflow="fold")
+    for backend in report.backends:
+        state = "[green]yes" if backend.reason is None else "[red]no" if backend.expected else "[yellow]no"
+        table.add_row(backend.name, state, escape(backend.reason or ""))
+    console.print(table)
+
+    table = Table(title="relative error against float64, lambda = 1.25", caption=f"tolerance: naive + {TOLERANCE:g}")
+    for column in ("backend", "device", "estimator", "loss", "naive loss", "gradient", "naive gradient", ""):
+        table.add_column(column, justify="right" if "loss" in column or "gradient" in column else "left")
+    for check in report.checks:
+        shown = ("", "") if check.errors is None else (f"{check.errors.loss:.1e}", f"{check.errors.gradient:.1e}")
+        table.add_row(
+            check.backend,
+            check.device,
+            check.estimator,
+            shown[0],
+            f"{check.naive.loss:.1e}",
+            shown[1],
+            f"{check.naive.gradient:.1e}",
+            "[green]ok" if check.passed else "[red]FAILED",
+        )
+    console.print(table)
+    for problem in report.problems():
+        console.print(f"[red]problem:[/red] {escape(problem)}")
+    if not report.problems():
+        console.print("[green]All is well.")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+) -> None:
+    """Show versions, devices and backends, and check the numbers of each backend against float64.
+
+    Exit status 1 when a self-check fails, or when the backend that "auto" should pick on this machine (triton with a
+    GPU, native without) is unavailable; 0 otherwise.
+    """
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(_as_data(report), indent=2))
+    else:
+        _print(report)
+    if report.problems():
+        raise typer.Exit(1)

