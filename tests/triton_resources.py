@@ -155,6 +155,12 @@ def launches(target: Target) -> dict[str, Launch]:
         "jsd fp32": _row(d, (f32,) * 3, divergence="jsd", out=bf16),
         "jsd bf16, softcap and bias": _row(d, (bf16,) * 3, divergence="jsd", out=bf16, in_place=True, transform=capped),
         "full fp32, softcap and bias": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped),
+        "forward_kl fp32, softcap and bias, lambda per token": _row(
+            d, (f32,) * 3, divergence="forward_kl", out=bf16, transform=capped, per_token_scale=True
+        ),
+        "full fp32, softcap and bias, unaligned rows": _row(
+            d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped, stride=50257
+        ),
         "full fp32, unaligned rows": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, stride=50257),
         "jsd fp32, lambda per token": _row(d, (f32,) * 3, divergence="jsd", out=bf16, per_token_scale=True),
         "jsd fp32, everything": _row(d, (f32,) * 3, out=bf16, **everything),
@@ -290,12 +296,12 @@ def main() -> None:
         if not options.kernel or any(part in kernel for part in options.kernel)
     ]
     print(
-        f"{'kernel':42}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}",
+        f"{'kernel':54}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}",
         flush=True,
     )
     for r in resources(pairs):
         print(
-            f"{r.kernel:42}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
+            f"{r.kernel:54}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
             f"{r.instructions:8}",
             flush=True,
         )

@@ -91,6 +91,7 @@ class LinearTiles:
     group: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread; None leaves the choice to the compiler
 
 
 def _row_stages() -> int:
@@ -110,8 +111,9 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     1024 threads for a single model in 16 bits, whose rows in flight would then fit into L2 for the second pass.
 
     Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
-    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill to fit one more program on a multiprocessor;
-    told the limit (128 registers are two programs, and with single loads all addresses are live: one) it does not.
+    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd and with single loads, to fit one
+    more program on a multiprocessor. Told how many registers it may take it does not: 128 are two programs; with single
+    loads, whose addresses are all live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -119,10 +121,11 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
     vector = 16 // itemsize if aligned else 1
     softcap = any(m.transform.softcap is not None for m in given)
-    jsd_per_token = problem.divergence == "jsd" and isinstance(problem.reward_scale, Tensor)
-    heavy = len(given) == 3 and (softcap or jsd_per_token)
+    jsd = problem.divergence == "jsd"
+    heavy = len(given) == 3 and (softcap or (jsd and isinstance(problem.reward_scale, Tensor)))
     repeat = max(1, (4 if heavy else 8) // vector)
-    max_registers = (128 if aligned else 255) if heavy and not device.amd else None
+    limited = heavy and (jsd or not aligned) and not device.amd
+    max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     return Tiles(repeat, threads, vector, threads // device.warp_size, _row_stages(), max_registers)
 
@@ -141,8 +144,9 @@ def linear_tiles(
     eight_warps = 256 // device.warp_size  # the threads of 8 NVIDIA warps
     plain_epilogue = transform.softcap is None and transform.bias is None
     if input_precision == "ieee" and hidden.dtype == torch.float32:
-        # No tensor core: the operands pass through registers.
-        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2)
+        # No tensor core: the operands pass through registers. A limit of registers as in `tiles`: two programs.
+        limit = None if plain_epilogue or device.amd else 128
+        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     if not aligned or H % 64 != 0:
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
@@ -215,6 +219,11 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
+def _options(num_warps: int, max_registers: int | None) -> dict[str, Any]:
+    limit = {} if max_registers is None else {"maxnreg": max_registers}  # AMD's compiler does not know the option
+    return {"num_warps": num_warps} | limit
+
+
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
@@ -268,9 +277,7 @@ def row_launch(
         "STAGES": tile.stages,
     }
     # Without FMA contraction, see rows.py.
-    options = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
-    if tile.max_registers is not None:
-        options["maxnreg"] = tile.max_registers
+    options = _options(tile.num_warps, tile.max_registers) | {"enable_fp_fusion": False}
     return Launch(rows.row_kernel, problem.rows, arguments, constants, options)
 
 
@@ -321,7 +328,7 @@ def linear_launches(
             "BLOCK_H": tile.hidden,
             "GROUP": tile.group,
         },
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        _options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )
     block = 128  # rows per program of the merge: C * splits * 16 bytes in all, too little to matter
     merge = Launch(
