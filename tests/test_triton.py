@@ -53,17 +53,19 @@ def _seed() -> None:
     torch.manual_seed(20260602)
 
 
-def test_interpreted_suite_passes() -> None:
-    """This file, interpreted, in its own process."""
+@pytest.mark.parametrize("part", ["jsd or linear", "not (jsd or linear)"])
+def test_interpreted_suite_passes(part: str) -> None:
+    """This file, interpreted, in its own process; in two parts that may run side by side."""
     if INTERPRETED:
         pytest.skip("this is that process")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}  # tensors are small; no workers of its own
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed, run.stdout[-2000:]
-    assert int(passed[1]) > 50, run.stdout[-2000:]
+    assert int(passed[1]) > 40, run.stdout[-2000:]
 
 
 def test_kernels_number_the_statistics_as_the_interface_does() -> None:

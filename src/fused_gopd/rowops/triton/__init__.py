@@ -111,9 +111,9 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     1024 threads for a single model in 16 bits, whose rows in flight would then fit into L2 for the second pass.
 
     Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
-    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd and with single loads, to fit one
-    more program on a multiprocessor. Told how many registers it may take it does not: 128 are two programs; with single
-    loads, whose addresses are all live, 255 are one.
+    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
+    loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are two
+    programs; with single loads, whose addresses are all live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -122,9 +122,10 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     vector = 16 // itemsize if aligned else 1
     softcap = any(m.transform.softcap is not None for m in given)
     jsd = problem.divergence == "jsd"
-    heavy = len(given) == 3 and (softcap or (jsd and isinstance(problem.reward_scale, Tensor)))
+    per_token = isinstance(problem.reward_scale, Tensor)
+    heavy = len(given) == 3 and (softcap or (jsd and per_token))
     repeat = max(1, (4 if heavy else 8) // vector)
-    limited = heavy and (jsd or not aligned) and not device.amd
+    limited = heavy and (jsd or per_token or not aligned) and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     return Tiles(repeat, threads, vector, threads // device.warp_size, _row_stages(), max_registers)
@@ -144,8 +145,8 @@ def linear_tiles(
     eight_warps = 256 // device.warp_size  # the threads of 8 NVIDIA warps
     plain_epilogue = transform.softcap is None and transform.bias is None
     if input_precision == "ieee" and hidden.dtype == torch.float32:
-        # No tensor core: the operands pass through registers. A limit of registers as in `tiles`: two programs.
-        limit = None if plain_epilogue or device.amd else 128
+        # No tensor core: the operands pass through registers. A limit of registers as in `tiles`.
+        limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
         return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     if not aligned or H % 64 != 0:
