@@ -25,6 +25,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,9 +105,10 @@ def measure(job: str, provider: str, device: str) -> Peak:
 
 
 def measure_apart(job: str, provider: str, device: str) -> Peak:
-    """:func:`measure` in a fresh process."""
+    """:func:`measure` in a fresh process, with the allocator as it comes."""
     command = [sys.executable, "-m", "benchmarks.memory", job, provider, "--device", device]
-    done = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"the memory run of {provider} on {job} failed:\n{done.stderr[-4000:]}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))

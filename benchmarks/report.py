@@ -94,7 +94,10 @@ def markdown(result: dict[str, Any], jobs: list[str] | None = None) -> str:
     if missing:
         raise SystemExit(f"no rows for {', '.join(missing)}; there are {', '.join(found)}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = f"{result['device']}; {versions}; commit {(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}."
+    kept = "; freed memory kept by the allocator" if result.get("allocator") else ""
+    where = (
+        f"{result['device']}{kept}; {versions}; commit {(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}."
+    )
     return "\n".join([table(rows, job) for job in jobs or found]) + "\n" + where + "\n"
 
 

@@ -125,17 +125,16 @@ def dense_peak(job: Job) -> dict[str, int]:
 
         peak = max(k N V a,  N V e + gradients)
 
-        full:     k = 6, at the end of the forward: log p, log q, target, p, the bracket and their product;
-                  k = 5 with lambda = 0 or 1, where the other model is the target
+        full:     k = 5, at the end of the forward: log p, the target, p, the bracket and their product
         sampled:  k = 3, in the backward: log p, the gradient of the gather and that of the log-softmax
 
-    Measured on a CPU (N = 256, V = 49152, float32 and bfloat16): 24, 20 and 12 bytes per N V. The second term (e =
+    Measured on a CPU (N = 256, V = 49152, float32 and bfloat16): 20 and 12 bytes per N V. The second term (e =
     bytes of the model's dtype) is the end of the backward, when the gradient of the logits becomes that of hidden and
     weight.
     Code that keeps more alive, such as an upcast of the logits, needs more.
     """
     entries = job.tokens * job.vocab
-    alive = 3 if job.estimator == "sampled" else 3 + len(job.needed)
+    alive = 3 if job.estimator == "sampled" else 5
     forward = {"[tokens, vocabulary] tensors": alive * entries * job.wide}
     end = {"gradient of logits": entries * job.element, **_gradients(job)}
     return max(forward, end, key=_total)
@@ -256,9 +255,8 @@ def _print(result: dict[str, Any]) -> None:
     console.print(
         f"Inputs, the same for both: {_bytes(_total(result['inputs']))} of hidden states and heads. They count towards "
         "what fits; the rest of the models, the optimizer and activations do not.\n"
-        "Dense is the least that eager PyTorch holds at its peak: max(k N V a, N V e + gradients), k = 6 for full "
-        "(5 with lambda = 0 or 1), 3 for sampled, a = bytes of float32, e = bytes of the dtype. Fused counts all of "
-        "its items as alive at once.",
+        "Dense is the least that eager PyTorch holds at its peak: max(k N V a, N V e + gradients), k = 5 for full, "
+        "3 for sampled, a = bytes of float32, e = bytes of the dtype. Fused counts all of its items as alive at once.",
         style="dim",
     )
 
@@ -300,9 +298,9 @@ def plan(
 ) -> None:
     """Compare dense and fused: peak memory, chunk size, GEMM work, how many tokens fit.
 
-    Dense is eager PyTorch at its leanest and holds max(k N V a, N V e + gradients) bytes beyond its inputs: k = 6
-    tensors of [tokens N, vocabulary V] for full (5 with lambda = 0 or 1), 3 for sampled; a = 4 bytes of float32, e =
-    bytes of the dtype. Fused holds chunk buffers, gradients and a float32 accumulator of the weight gradient.
+    Dense is eager PyTorch at its leanest and holds max(k N V a, N V e + gradients) bytes beyond its inputs: k = 5
+    tensors of [tokens N, vocabulary V] for full, 3 for sampled; a = 4 bytes of float32, e = bytes of the dtype. Fused
+    holds chunk buffers, gradients and a float32 accumulator of the weight gradient.
     """
     if list_models:
         _print_presets()
