@@ -21,9 +21,10 @@ from benchmarks import report
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-# glibc gives every large tensor back to the system when it is freed and asks anew for the next one. A virtual machine
-# may hand such pages back to its host, and getting them again then takes longer than the arithmetic. So the timed
-# process keeps what it has freed, for all providers alike. The memory runs do without: there it would hide a peak.
+# With --keep-memory. glibc gives every large tensor back to the system when it is freed and asks anew for the next one. A
+# virtual machine may hand such pages back to its host, and getting them again then takes longer than the arithmetic.
+# With these the timed process keeps what it has freed, for all providers alike. The memory runs always do without: there it
+# would hide a peak.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
@@ -113,7 +114,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="factor on the time spent per provider")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-accuracy", action="store_true")
+    parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory while timing")
     args = parser.parse_args()
+    allocator = ALLOCATOR if args.keep_memory else {}
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "pytest-benchmark.json"
         command = [sys.executable, "-m", "pytest", "benchmarks/test_speed.py", "-q", "-rs", "-p", "no:cacheprovider"]
@@ -121,7 +124,7 @@ def main() -> int:
         command += [f"--device={args.device}", f"--jobs={args.jobs}", f"--providers={args.providers}"]
         command += [f"--seconds={args.seconds}"]
         command += [flag for flag in ("--no-memory", "--no-accuracy") if getattr(args, flag[2:].replace("-", "_"))]
-        status = subprocess.run(command, check=False, cwd=_ROOT, env={**os.environ, **ALLOCATOR}).returncode
+        status = subprocess.run(command, check=False, cwd=_ROOT, env={**os.environ, **allocator}).returncode
         if not raw.exists() or not raw.stat().st_size:
             return status or 1
         measured = json.loads(raw.read_text())
@@ -129,7 +132,7 @@ def main() -> int:
         "device": device_name(args.device),
         "driver": _driver(args.device),
         "versions": _versions(),
-        "allocator": ALLOCATOR,
+        "allocator": allocator,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "rows": rows_of(measured),
