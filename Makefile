@@ -27,10 +27,10 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/fused-gopd demo
+	OMP_WAIT_POLICY=passive $(BIN)/fused-gopd demo
 
 quick-demo: $(VENV)/.demo
-	$(BIN)/fused-gopd demo --quick
+	OMP_WAIT_POLICY=passive $(BIN)/fused-gopd demo --quick
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests

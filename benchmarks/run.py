@@ -21,10 +21,10 @@ from benchmarks import report
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-# With --keep-memory. glibc gives every large tensor back to the system when it is freed and asks anew for the next one. A
+# With --keep-memory. glibc gives every large tensor back to the system when it is freed and asks anew for the next. A
 # virtual machine may hand such pages back to its host, and getting them again then takes longer than the arithmetic.
-# With these the timed process keeps what it has freed, for all providers alike. The memory runs always do without: there it
-# would hide a peak.
+# With these the timed process keeps what it has freed, for all providers alike. The memory runs always do without:
+# there it would hide a peak.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
