@@ -43,7 +43,7 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 
 # The contract's own checks, where they are at hand: make conformance CONFORMANCE=path/to/them
-CONFORMANCE ?= ../shared/conformance
+CONFORMANCE ?=
 conformance: $(VENV)/.test
 	$(BIN)/python -m pytest -p no:cacheprovider $(CONFORMANCE)
 	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \

@@ -338,3 +338,30 @@ def test_a_job_survives_the_way_through_the_op():
     assert torch.equal(back.rows.index, job.rows.index)
     assert isinstance(back, chunks.Job)
     assert torch.equal(back.teacher.weight, job.teacher.weight)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_teacher_and_tokens_may_come_from_inference_mode(estimator, reduction):
+    batch = make_batch(9, dtype=torch.float32)
+    with torch.inference_mode():
+        teacher, ref = (type(m)(**{k: x.clone() for k, x in m.tensors.items()}) for m in (batch.teacher, batch.ref))
+        inferred = batch.replaced(teacher=teacher, ref=ref, token_ids=batch.token_ids.clone(), mask=batch.mask.clone())
+    options = {"estimator": estimator, "reduction": reduction, "reward_scale": 1.25}
+
+    def gradients(b):
+        out = fg.gopd_loss(*b.models, b.token_ids, mask=b.mask, **options)
+        return torch.autograd.grad(out.loss.sum(), b.leaves)
+
+    for got, want in zip(gradients(inferred), gradients(batch), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_float64_bias_runs_on_every_backend():
+    batch = make_batch(10, dtype=torch.float32)
+    bias = torch.randn(batch.student.vocab_size, dtype=torch.float64, requires_grad=True)
+    head = fg.LinearHead(batch.student.hidden, batch.student.weight, bias)
+    out = fg.gopd_loss(head, batch.teacher, None, batch.token_ids, mask=batch.mask)
+    (grad,) = torch.autograd.grad(out.loss, bias)
+    assert grad.dtype == torch.float64
+    assert grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Bad input (SPEC section 6): each case raises before any work and names the argument, what was expected and found."""
+"""Bad input: each case raises before any work and names the argument, what was expected and found."""
 
 from __future__ import annotations
 

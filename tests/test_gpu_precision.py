@@ -89,3 +89,20 @@ def test_float16_gradients_survive_tiny_token_weights(objective, reduction, norm
     scaled = gradients(batch, normalizer=normalizer, factor=normalizer, **options)
     for a, b in zip(plain, scaled, strict=True):
         assert relative_error(b, a) <= bound(torch.float16)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_float16_weight_gradient_survives_a_loss_scale(divergence, backend):
+    """Hidden states times an upstream gradient of 2^15 overflow float16; what they are summed to does not."""
+    batch = make_batch(5, dtype=torch.float16, scale=0.5)
+    hidden = batch.student.hidden.detach() * 8  # some above 2, which is all that float16 has room for at that scale
+    student = fg.LinearHead(hidden.requires_grad_(), (batch.student.weight.detach() / 16).requires_grad_())
+    batch = batch.replaced(student=student)
+    assert (hidden.abs().max() * 2**15).isinf()
+    options = {"estimator": "full", "divergence": divergence, "reduction": "none", "backend": backend}
+    plain, scaled = (
+        gradients(batch, upstream=torch.full(batch.token_ids.shape, u), **options)[1] for u in (2.0**-3, 2.0**15)
+    )
+    fits = plain.double().abs() * 2**18 < 6e4
+    assert fits.float().mean() > 0.9
+    assert relative_error(scaled.double()[fits], plain.double()[fits] * 2**18) <= bound(torch.float16)

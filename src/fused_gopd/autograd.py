@@ -20,6 +20,7 @@ from . import chunks, objective
 from .chunks import NOTHING, Job, Needs, Scaling, TokenRows
 from .heads import LinearHead, Logits
 from .rowops import GradientWeights, Stat, select_backend
+from .rowops.torch import accumulation_dtype
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
 
@@ -76,7 +77,7 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
     student = heads.pop("student")
     assert tensors[0] is not None
     shape = tensors[0].shape[: options["token_dims"]]
-    dtypes = {t.dtype for t in tensors[:9] if t is not None}
+    dtypes = {t.dtype for t in tensors[0:9:3] if t is not None}  # hidden states or logits
     job = Job(
         TokenRows(shape, tensors[14]),
         options["vocab_size"],
@@ -132,12 +133,13 @@ def _backward_op(
 
 def _fake_gradients(job: Job, needs: Needs) -> list[Tensor]:
     student, empty = job.student, torch.empty(0, dtype=job.dtype, device=job.device)
+    wide = accumulation_dtype(student.weight) if isinstance(student, LinearHead) else job.dtype
     source = student.rows
     out = [source.new_empty(job.rows.shape.numel(), source.shape[-1]) if needs.rows else empty]
     for needed, shape in ((needs.weight, "weight"), (needs.bias, "bias")):
         if needed and isinstance(student, LinearHead):
             full = student.weight.shape if shape == "weight" else student.weight.shape[:1]
-            out.append(torch.empty(full, dtype=job.dtype, device=job.device))
+            out.append(torch.empty(full, dtype=wide, device=job.device))
         else:
             out.append(empty.clone())
     return out
@@ -199,6 +201,16 @@ def _like(gradients: Sequence[Tensor], needs: Needs, sources: Sequence[_Meta | N
     return tuple(out)
 
 
+def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Keep tensors for the backward; those made in inference mode (a teacher's) beside those that autograd tracks."""
+    ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
+    ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
+
+
+def _saved(ctx: Any) -> list[Tensor | None]:
+    return [a if b is None else b for a, b in zip(ctx.saved_tensors, ctx.untracked, strict=True)]
+
+
 def _is_one(x: Tensor) -> bool:
     """Whether multiplying by x changes nothing, where that can be seen without waiting for a device."""
     return x.device.type == "cpu" and x.item() == 1.0
@@ -206,7 +218,8 @@ def _is_one(x: Tensor) -> bool:
 
 def _scale_(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
     """Multiply in place: the buffers belong to us, and a copy of [V, H] would cost as much memory again."""
-    return [g if not g.numel() or _is_one(f) else g.mul_(f) for g, f in zip(gradients, factors, strict=True)]
+    # a factor of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
+    return [g if not g.numel() or _is_one(f) else g.mul_(f.reshape(1)) for g, f in zip(gradients, factors, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------- Functions
@@ -230,7 +243,7 @@ class _WeightedLoss(torch.autograd.Function):
         token_loss, _ = token_values(job, statistics)
         ctx.static, ctx.scaling, ctx.needs, ctx.gradients = static, scaling, needs, gradients
         ctx.meta = _meta((rows, weight, bias))
-        ctx.save_for_backward(*tensors)
+        _save(ctx, tensors)
         ctx.mark_non_differentiable(token_loss, statistics)
         ctx.set_materialize_grads(False)
         return (token_loss * weights).sum(), token_loss, statistics
@@ -244,7 +257,7 @@ class _WeightedLoss(torch.autograd.Function):
         gradients: list[Tensor] | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            gradients = _forward_op(ctx.saved_tensors, ctx.static, scaling.relative, ctx.needs)[1:]
+            gradients = _forward_op(_saved(ctx), ctx.static, scaling.relative, ctx.needs)[1:]
         rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
         return (*_like(_scale_(gradients, (rows, rest, rest)), ctx.needs, ctx.meta), None, None)
 
@@ -257,18 +270,19 @@ class _Recomputed(torch.autograd.Function):
         tensors, static = _pack(job)
         statistics: Tensor = _forward_op(tensors, static, None, NOTHING)[0]
         ctx.static, ctx.needs, ctx.meta = static, Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
-        ctx.save_for_backward(*tensors, statistics)
+        _save(ctx, [*tensors, statistics])
         ctx.set_materialize_grads(False)
         return statistics
 
     @staticmethod
     def saved(ctx: Any) -> tuple[Job, Tensor]:
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics = _saved(ctx)
+        assert statistics is not None
         return _unpack(tensors, ctx.static), statistics
 
     @staticmethod
     def gradients(ctx: Any, weights: GradientWeights) -> tuple[Tensor | None, ...]:
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics = _saved(ctx)
         out = _backward_op(tensors, ctx.static, statistics, weights.divergence, weights.token, ctx.needs)
         return (*_like(out, ctx.needs, ctx.meta), None)
 

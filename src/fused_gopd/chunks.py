@@ -92,7 +92,12 @@ class TokenRows:
             index = self.index[start:stop]
             if flat is not None:
                 return flat.index_select(0, index)
-        return x[torch.unravel_index(index, self.shape)]
+        # by hand: torch.unravel_index copies the shape to the device, which waits for it
+        coordinates: list[Tensor] = []
+        for size in reversed(self.shape):
+            coordinates.insert(0, index % size)
+            index = index // size
+        return x[tuple(coordinates)]
 
     def put(self, out: Tensor, values: Tensor, start: int, stop: int) -> None:
         """Write rows [start, stop) into ``out`` (tokens, ...), which is flat and contiguous."""
@@ -356,6 +361,10 @@ def run(
     sink = _Sink(job, needs if relative is not None or weights is not None else NOTHING)
     out = torch.zeros(len(Stat), n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, step)
+    shared = None
+    if weights is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
+        # under a loss scale the weights may be large, and float16 hidden states times them overflow
+        shared = _power_of_two(torch.stack([w for w in (weights.divergence, weights.token) if w is not None]))
     for start in range(0, n, step):
         stop = min(start + step, n)
         if statistics is None and (job.estimator == "sampled"):
@@ -366,7 +375,11 @@ def run(
             assert relative is not None
             _fused_chunk(job, buffers, sink, out, relative, start, stop)
         else:
-            _gradient_chunk(job, buffers, sink, out, weights, start, stop)
+            _gradient_chunk(job, buffers, sink, out, weights, shared, start, stop)
+    if shared is not None:
+        for total in (sink.weight, sink.bias):
+            if total is not None:
+                total.mul_(shared)
     return out, sink.result()
 
 
@@ -451,6 +464,7 @@ def _gradient_chunk(
     sink: _Sink,
     statistics: Tensor,
     weights: GradientWeights,
+    shared: Tensor | None,
     start: int,
     stop: int,
 ) -> None:
@@ -469,7 +483,8 @@ def _gradient_chunk(
     unit = GradientWeights(*(None if w is None else w / safe for w in (divergence, token)))
     dlogits = _gradient_buffer(job.student, problem.student.raw)
     job.ops.gradient(problem, chunk, unit, dlogits)
-    sink.add(dlogits, job.rows.take(job.student.hidden, start, stop), size, size, start, stop)
+    hidden = job.rows.take(job.student.hidden, start, stop)
+    sink.add(dlogits, hidden, size, size if shared is None else size / shared, start, stop)
 
 
 def _gradient_buffer(head: LinearHead, logits: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ _WIDEN_ELEMENTS = 1 << 20
 
 
 def accumulates_low_precision(x: Tensor) -> bool:
-    """Whether the library multiplies this tensor's dtype as it is and returns float32."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether the library multiplies this tensor's dtype as it is and returns float32: CUDA does, ROCm does not yet."""
+    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:

@@ -120,8 +120,10 @@ def _check_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool
     """The live token ids, int64. Out of range: IndexError on a CPU, a device-side assert (no host sync) on a GPU."""
     live = rows.take(ids.to(torch.int64)).contiguous()
     wrong = (live < 0) | (live >= vocab_size)
-    if live.device.type != "cpu":
-        torch._assert_async(~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked")
+    if live.device.type == "cuda":
+        torch._assert_async(
+            ~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked (-100 needs a mask)"
+        )
     elif bool(wrong.any()):
         value = int(live[wrong][0])
         if value == -100 and not masked:
@@ -196,6 +198,8 @@ def _check_normalizer(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be a number or one element, got shape {tuple(normalizer.shape)}")
+        if normalizer.device.type == "cpu" and normalizer.item() < 0:
+            raise ValueError(f"normalizer must not be negative, got {normalizer.item()}")
         return normalizer.detach(), sequence_lengths
     number = _require_number("normalizer", normalizer)
     if number <= 0:
@@ -261,10 +265,10 @@ def prepare(
     sequence_lengths: Tensor | None,
     old_logprobs: Tensor | None,
     clip: tuple[float, float] | None,
-    score_cancelled: bool,
+    score_cancelled: bool = False,
     vocab_size: int | None,
 ) -> Prepared:
-    """Every check of SPEC section 6, before any work."""
+    """Every check of the input, before any work."""
     _one_of("estimator", estimator, ESTIMATORS)
     _one_of("divergence", divergence, DIVERGENCES)
     _one_of("reduction", reduction, REDUCTIONS)
@@ -275,6 +279,8 @@ def prepare(
         raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
     if divergence != "jsd" and beta != 0.5:
         raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+    if not isinstance(score_cancelled, bool):
+        raise TypeError(f"score_cancelled must be a bool, got {type(score_cancelled).__name__}")
     if score_cancelled and token_ids is None:
         raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
     _require_source("student", student, estimator)
@@ -591,6 +597,9 @@ class GOPDLoss(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._refuse(options, self._OPTIONS, "option of GOPDLoss")
+        for name, allowed in (("estimator", ESTIMATORS), ("divergence", DIVERGENCES), ("reduction", REDUCTIONS)):
+            if name in options:
+                _one_of(name, options[name], allowed)
         self.options = options
 
     @staticmethod

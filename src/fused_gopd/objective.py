@@ -58,7 +58,7 @@ def _any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: T
 def advantage(
     reward_scale: float | Tensor, behaviour: Tensor, teacher: Tensor | None, ref: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A = lambda log q + (1 - lambda) log r - log p of the sampled token (SPEC section 1), and where it is finite.
+    """A = lambda log q + (1 - lambda) log r - log p of the sampled token, and where it is finite.
 
     Where a model gives the token probability 0 there is no finite advantage: A is 0 there and ``finite`` False.
     NaN stays NaN and counts as finite, so that a diverged model is seen.
@@ -90,7 +90,7 @@ def policy_term(
     old: Tensor | None,
     clip: tuple[float, float] | None,
 ) -> PolicyTerm:
-    """-A rho with rho = p / p_old; with ``clip`` max(-A rho, -A clamp(rho, 1 - low, 1 + high)) (SPEC section 2)."""
+    """-A rho with rho = p / p_old; with ``clip`` max(-A rho, -A clamp(rho, 1 - low, 1 + high))."""
     adv, finite = advantage(reward_scale, student if old is None else old, teacher, ref)
     # where A is not finite neither is the ratio: 0 times inf would be NaN
     log_ratio = torch.zeros_like(student) if old is None else student - old

@@ -352,7 +352,9 @@ def _input_precision(dtype: torch.dtype, device: Device) -> str:
     """float32 products are float32 unless the user's PyTorch settings allow TF32. AMD's TF32 is left out."""
     if dtype != torch.float32 or device.amd:
         return "ieee"
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    # where the newer setting exists, reading the older one raises once the user has set the newer
+    allowed = torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
