@@ -51,7 +51,8 @@ def _full_plan() -> _Plan:
 def _quick_plan() -> _Plan:
     from .training import Schedule
 
-    return _Plan(Schedule(rollouts=1, eval_answers=1), (1.0,), 8, ("dense", "fused_small"), 1, False)
+    schedule = Schedule(rollouts=1, new_tokens=24, eval_answers=1, eval_tokens=24)
+    return _Plan(schedule, (1.0,), 8, ("dense", "fused_small"), 1, False)
 
 
 @dataclass
