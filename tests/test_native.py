@@ -529,9 +529,9 @@ def ulps(function: str, x: Tensor, expected: Tensor) -> float:
 
 def test_elementary_functions_are_accurate():
     x = torch.linspace(-87.3, 88.0, 2_000_003)
-    assert ulps("exp", x, x.double().exp()) <= 6.5  # the single constant for ln 2: 2e-9 for each factor of 2
+    assert ulps("exp", x, x.double().exp()) <= 6.5  # csrc/vec.h: 2.9, and 0.032 for each factor of 2
     x = torch.cat([-torch.logspace(-30, 0, 200_000), torch.linspace(-20, 8, 2_000_000)])
-    assert ulps("exp", x, x.double().exp()) <= 3.0
+    assert ulps("exp", x, x.double().exp()) <= 2.9 + 0.032 * 29
     x = torch.cat([torch.logspace(-37, 37, 1_000_000), torch.linspace(0.5, 2.0, 1_000_000)])
     assert ulps("log", x[x != 1], x[x != 1].double().log()) <= 1.5
     x = torch.cat([torch.logspace(-30, 1.5, 500_000), -torch.linspace(1e-3, 12, 1_000_000)])
