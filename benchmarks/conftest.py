@@ -96,14 +96,18 @@ class Session:
 
     def _pick_floor(self) -> Floor:
         assert self.workload is not None
-        device, sizes = self.workload.device, {}
+        device = self.workload.device
+        sizes: dict[str, int] = {}
+        candidates: dict[str, Callable[[], object]] = {}
         if self.workload.level == "logits":
             candidates = floors.moving_bytes(self.inputs)
         else:
             assert self.inputs.weights is not None
             dweight = torch.zeros(self.inputs.weights[0].shape, device=device)
-            sizes = {f"C={c}": c for c in floors.chunk_sizes(self.workload, self._fused_memory())}
-            candidates = {name: floors.bare_gemms(self.inputs, c, dweight) for name, c in sizes.items()}
+            for c in floors.chunk_sizes(self.workload, self._fused_memory()):
+                for suffix, own in floors.libraries(device).items():
+                    sizes[f"C={c}{suffix}"] = c
+                    candidates[f"C={c}{suffix}"] = floors.bare_gemms(self.inputs, c, dweight, own)
         times = {}
         for name, step in candidates.items():
             times[name] = min(milliseconds(step, device) for _ in range(2))  # the first one is the warm-up

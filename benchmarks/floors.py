@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import Inputs, Workload
+from fused_gopd import gemm
 
 Step = Callable[[], object]
 
@@ -42,12 +43,20 @@ def chunk_sizes(workload: Workload, memory: int) -> list[int]:
     return sorted({c for c in CHUNK_SIZES if c < largest} | {largest})
 
 
-def bare_gemms(inputs: Inputs, chunk_size: int, dweight: Tensor) -> Step:
+def libraries(device: str) -> dict[str, bool]:
+    """The suffix of a floor's name, and whether it multiplies as the package does rather than with torch.mm."""
+    other = device == "cpu" and gemm._prefers_onednn()
+    return {"": False, ", oneDNN": True} if other else {"": False}
+
+
+def bare_gemms(inputs: Inputs, chunk_size: int, dweight: Tensor, own: bool = False) -> Step:
     """The five products of one step and nothing else: three forwards, dX, and dW accumulated in float32.
 
     One buffer takes the logits of the three models in turn and then stands for the gradient of the logits, so that
     the same memory allows chunks three times as long as an implementation that must hold three models' logits.
     ``dweight`` is a (V, H) buffer that all chunk sizes share; the first chunk overwrites it: no zero fill is needed.
+    ``own`` takes the package's products (:mod:`fused_gopd.gemm`) in place of ``torch.mm``: the other library, where
+    that is the faster one on this machine.
     """
     assert inputs.weights is not None
     rows, weights = ([x.detach() for x in models] for models in (inputs.rows, inputs.weights))
@@ -61,6 +70,12 @@ def bare_gemms(inputs: Inputs, chunk_size: int, dweight: Tensor) -> Step:
     def step() -> None:
         for start, stop in itertools.pairwise(bounds):
             logits = buffer[: stop - start]
+            if own:
+                for h, w in reversed(list(zip(rows, weights, strict=True))):
+                    gemm.logits_(logits, h[start:stop], w)
+                dhidden[start:stop] = gemm.dhidden(logits, weights[0])
+                gemm.add_dweight_(dweight, logits, rows[0][start:stop], first=start == 0)
+                continue
             for h, w in reversed(list(zip(rows, weights, strict=True))):
                 torch.mm(h[start:stop], w.T, out=logits)
             torch.mm(logits, weights[0], out=dhidden[start:stop])

@@ -22,13 +22,22 @@ def wide_dtype(dtype):
 
 
 @pytest.fixture(params=[1, 40, 1 << 20], ids=["block of 1 row", "blocks of 5 rows", "one block"])
-def widen_elements(request, monkeypatch):
-    """The blocks that a low-precision weight is widened in; H is 8 here."""
-    monkeypatch.setattr(gemm, "_WIDEN_ELEMENTS", request.param)
+def block_elements(request, monkeypatch):
+    """The blocks that a weight is taken in; H is 8 here."""
+    monkeypatch.setattr(gemm, "_BLOCK_ELEMENTS", request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["mm", "oneDNN"], autouse=True)
+def library(request, monkeypatch):
+    """Both libraries, whichever this machine would take."""
+    if request.param and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_are_the_product_in_wide_precision(dtype, widen_elements):
+def test_logits_are_the_product_in_wide_precision(dtype, block_elements):
     hidden, weight = normal(6, 8, dtype=dtype), normal(13, 8, dtype=dtype, seed=1)
     out = torch.full((6, 20), torch.nan, dtype=wide_dtype(dtype))
     gemm.logits_(out[:, :13], hidden, weight)
@@ -37,7 +46,7 @@ def test_logits_are_the_product_in_wide_precision(dtype, widen_elements):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gradient_of_hidden_is_the_product_in_wide_precision(dtype, widen_elements):
+def test_the_gradient_of_hidden_is_the_product_in_wide_precision(dtype, block_elements):
     weight = normal(13, 8, dtype=dtype, seed=1)
     dlogits = normal(6, 13, dtype=gemm.gradient_dtype(weight), seed=2)
     got = gemm.dhidden(dlogits, weight)
@@ -46,13 +55,16 @@ def test_the_gradient_of_hidden_is_the_product_in_wide_precision(dtype, widen_el
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gradient_of_the_weight_is_added_in_wide_precision(dtype):
+def test_the_gradient_of_the_weight_is_added_in_wide_precision(dtype, block_elements):
     hidden = normal(6, 8, dtype=dtype)
     dlogits = normal(6, 13, dtype=wide_dtype(dtype), seed=2)
     start = normal(13, 8, dtype=wide_dtype(dtype), seed=3)
     got = gemm.add_dweight_(start.clone(), dlogits, hidden)
     assert got.dtype == start.dtype
-    assert_close(got, start.double() + dlogits.double().T @ hidden.double(), TOLERANCE.get(dtype, 1e-6))
+    product = dlogits.double().T @ hidden.double()
+    assert_close(got, start.double() + product, TOLERANCE.get(dtype, 1e-6))
+    got = gemm.add_dweight_(torch.full_like(start, torch.nan), dlogits, hidden, first=True)
+    assert_close(got, product, TOLERANCE.get(dtype, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -64,3 +76,23 @@ def test_a_cpu_never_rounds_the_logit_gradient(dtype):
 def test_a_transposed_weight_is_multiplied_as_it_lies():
     hidden, weight = normal(4, 8, dtype=torch.float32), normal(8, 13, dtype=torch.float32, seed=1).T
     assert_close(gemm.logits_(torch.empty(4, 13), hidden, weight), hidden.double() @ weight.double().T, 1e-6)
+
+
+def test_strided_operands_are_multiplied_as_they_lie():
+    """A chunk's buffer is wider than the vocabulary, and hidden states may be a slice."""
+    weight = normal(13, 8, dtype=torch.float32, seed=1)
+    dlogits = normal(6, 16, dtype=torch.float32, seed=2)[:, :13]
+    hidden = normal(6, 2, 8, dtype=torch.float32)[:, 0]
+    assert_close(gemm.dhidden(dlogits, weight), dlogits.double() @ weight.double(), 1e-6)
+    got = gemm.add_dweight_(torch.zeros(13, 8), dlogits, hidden)
+    assert_close(got, dlogits.double().T @ hidden.double(), 1e-6)
+
+
+def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypatch):
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_ONEDNN_WORK", 6 * 13 * 8)
+    weight = torch.zeros(13, 8)
+    assert gemm._uses_onednn(6, weight)
+    assert not gemm._uses_onednn(5, weight)
+    assert not gemm._uses_onednn(6, weight.double())
+    assert gemm._uses_onednn(6, weight.bfloat16())

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_gopd as fg
 from builders import OBJECTIVES, like, linear_head, make_batch
-from fused_gopd import chunks
+from fused_gopd import chunks, gemm
 from fused_gopd.chunks import TokenRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +45,8 @@ def gemm_flops(call: Callable[[], Any]) -> int:
             left, right = event.input_shapes[:2]
         elif event.name in ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"):
             left, right = event.input_shapes[1:3]
+        elif event.name == "mkldnn::_linear_pointwise":
+            left, right = event.input_shapes[0], event.input_shapes[1][::-1]
         else:
             continue
         total += 2 * math.prod(left) * right[-1]
@@ -120,6 +122,15 @@ def loss_of(batch, backend, chunk_size=32, **options) -> Callable[[], Any]:
 def test_three_models_cost_five_gemms(backend, objective):
     batch = make_batch(1, masked=False, **SHAPE)
     assert gemm_flops(loss_of(batch, backend, reward_scale=1.25, **objective)) == 5 * GEMM
+
+
+def test_the_other_library_costs_five_gemms_too(monkeypatch):
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
+    batch = make_batch(1, masked=False, **SHAPE)
+    assert gemm_flops(loss_of(batch, "torch", reward_scale=1.25, estimator="full")) == 5 * GEMM
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])

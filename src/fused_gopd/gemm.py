@@ -1,20 +1,29 @@
 """The matrix products of a head, with float32 accumulation whatever the dtype of the weight.
 
 Three products: logits of a chunk, gradient of its hidden states, and the chunk's share of the weight gradient. All run
-on the library's GEMM. Where it cannot take low-precision operands and give float32 (a CPU), the weight is widened block
-by block into a small buffer, never whole: on CPUs without AMX that is also faster than a native bfloat16 GEMM.
+on a GEMM of PyTorch's. Where that cannot take low-precision operands and give float32 (a CPU), the weight is widened
+block by block into a small buffer, never whole: on CPUs without AMX that is also faster than MKL's bfloat16 GEMM.
+
+On a CPU PyTorch multiplies float32 matrices with MKL, which on AMD's processors runs at a third of what they can do.
+There the products go to oneDNN, the other library in PyTorch, block by block too.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# Elements of the buffer that a low-precision weight is widened into. 2^20 float32 are 4 MiB; on two AVX-512 cores
-# blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the time of a float32 weight.
-_WIDEN_ELEMENTS = 1 << 20
+# Elements of a block of the weight, and of the buffer that a low-precision one is widened into. 2^20 float32 are 4 MiB.
+# On two AVX-512 cores with MKL blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the
+# time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
+_BLOCK_ELEMENTS = 1 << 20
+
+# Multiply-adds from which on a product goes to oneDNN, where it does: it generates code for every new shape, which
+# takes milliseconds.
+_ONEDNN_WORK = 1 << 24
 
 
 def accumulates_low_precision(x: Tensor) -> bool:
@@ -33,14 +42,49 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _wide_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary and the weight's rows there in float32; the buffer is reused."""
-    V, H = weight.shape
-    step = max(1, _WIDEN_ELEMENTS // max(1, H))
-    buffer = torch.empty(min(step, V), H, dtype=torch.float32, device=weight.device)
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Whether float32 matrices on this CPU are better multiplied by oneDNN: depends on the model of the device alone.
+
+    Measured on two Zen 5 cores: 430 to 480 GFLOP/s where torch.mm does 160 to 225, of 560 at most.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(torch.cpu, "get_capabilities") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False  # neither is part of PyTorch's stable interface
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+
+
+def _uses_onednn(rows: int, weight: Tensor) -> bool:
+    """Whether the products of so many rows with a weight or its gradient go to oneDNN."""
+    if weight.device.type != "cpu" or weight.dtype == torch.float64 or rows * weight.numel() < _ONEDNN_WORK:
+        return False
+    return _prefers_onednn()
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for float32 matrices."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _blocks(shape: torch.Size) -> Iterator[slice]:
+    """Slices of the vocabulary for a weight of this shape (V, H)."""
+    V, H = shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, H))
     for start in range(0, V, step):
-        stop = min(start + step, V)
-        yield slice(start, stop), buffer[: stop - start].copy_(weight[start:stop])
+        yield slice(start, min(start + step, V))
+
+
+def _wide_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the vocabulary and the weight's rows there in float32; the buffer of a low-precision one is reused."""
+    buffer: Tensor | None = None
+    for rows in _blocks(weight.shape):
+        if weight.dtype == torch.float32:
+            yield rows, weight[rows]
+            continue
+        if buffer is None:
+            buffer = torch.empty(weight[rows].shape, dtype=torch.float32, device=weight.device)
+        yield rows, buffer[: rows.stop - rows.start].copy_(weight[rows])
 
 
 def logits_(
@@ -51,11 +95,15 @@ def logits_(
     """out = hidden @ weight.T"""
     if accumulates_low_precision(weight):
         return torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=out)  # type: ignore[no-any-return]
-    if weight.dtype == out.dtype:
+    onednn = _uses_onednn(hidden.shape[0], weight)
+    if weight.dtype == out.dtype and not onednn:
         return torch.mm(hidden, weight.T, out=out)
     wide_hidden = _wide(hidden)
     for columns, block in _wide_blocks(weight):
-        torch.mm(wide_hidden, block.T, out=out[:, columns])
+        if onednn:
+            out[:, columns] = _onednn(wide_hidden, block.T)
+        else:
+            torch.mm(wide_hidden, block.T, out=out[:, columns])
     return out
 
 
@@ -66,11 +114,15 @@ def dhidden(
     """dlogits @ weight"""
     if accumulates_low_precision(weight):
         return torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)  # type: ignore[no-any-return]
-    if weight.dtype == dlogits.dtype:
+    onednn = _uses_onednn(dlogits.shape[0], weight)
+    if weight.dtype == dlogits.dtype and not onednn:
         return torch.mm(dlogits, weight)
     out = torch.zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32, device=dlogits.device)
     for columns, block in _wide_blocks(weight):
-        out.addmm_(dlogits[:, columns], block)
+        if onednn:
+            out += _onednn(dlogits[:, columns], block)
+        else:
+            out.addmm_(dlogits[:, columns], block)
     return out
 
 
@@ -87,7 +139,16 @@ def add_dweight_(
         return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
             accumulator, dlogits.T, hidden, torch.float32, beta=beta, out=accumulator
         )
-    return accumulator.addmm_(dlogits.T, _wide(hidden), beta=beta)
+    hidden = _wide(hidden)
+    if not _uses_onednn(hidden.shape[0], accumulator):
+        return accumulator.addmm_(dlogits.T, hidden, beta=beta)
+    for rows in _blocks(accumulator.shape):
+        product = _onednn(dlogits[:, rows].T, hidden)
+        if first:
+            accumulator[rows] = product
+        else:
+            accumulator[rows] += product
+    return accumulator
 
 
 def add_dbias_(
@@ -100,7 +161,7 @@ def add_dbias_(
     rows = scale.to(accumulator.dtype).expand(C)
     if dlogits.dtype == accumulator.dtype:
         return accumulator.add_(rows @ dlogits)
-    step = max(1, _WIDEN_ELEMENTS // max(1, C))
+    step = max(1, _BLOCK_ELEMENTS // max(1, C))
     for start in range(0, V, step):
         columns = slice(start, min(start + step, V))
         accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
