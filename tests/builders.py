@@ -188,6 +188,27 @@ def assert_all_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: f
         assert_close(a, b, tolerance, f"{what} {i}")
 
 
+def assert_same_as_oracle(batch, machine: Machine, **options) -> None:
+    """Loss, token losses, gradients and every reported field."""
+    out, grads = run(batch, backend=machine.backend, **options)
+    want, want_grads = expect(batch, **options)
+    tol = machine.tolerance
+    # the mean may cancel: its error is that of the token losses
+    largest = torch.cat([want.token_loss.abs().reshape(-1), torch.ones(1)]).max()
+    assert (out.loss - want.loss).abs().max() <= tol * largest
+    assert_close(out.token_loss, want.token_loss, tol, "token_loss")
+    assert_all_close(grads, want_grads, tol)
+    assert_close(out.entropy, want.entropy, tol, "entropy")
+    if batch.token_ids is not None:
+        for name in ("student_logprobs", "teacher_logprobs", "ref_logprobs", "advantages"):
+            got = getattr(out, name)
+            if got is not None:
+                assert_close(got, getattr(want, name), tol, name)
+    if options.get("estimator") == "full":
+        assert_close(out.kl, want.kl, tol, "kl")
+    assert out.loss.dtype == out.entropy.dtype == machine.dtype
+
+
 def minus_inf_batch(
     seed: int = 0, dtype: torch.dtype = torch.float64, transform: dict[str, Any] | None = None
 ) -> Batch:

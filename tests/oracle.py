@@ -7,7 +7,9 @@ Every token's vocabulary is cut to its support before any arithmetic, so that no
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +104,37 @@ def advantage(lam: float, behaviour: float, log_q: float, log_r: float) -> float
     return (lam * log_q if lam != 0 else 0.0) + ((1 - lam) * log_r if lam != 1 else 0.0) - behaviour
 
 
-def _sampled_token(log_p: Tensor, adv: float | None, old: float | None, clip: tuple[float, float] | None) -> Tensor:
+def _sampled_token(
+    log_p: Tensor,
+    adv: float | None,
+    old: float | None,
+    log_s: float | None,
+    rollout: float | None,
+    policy: dict[str, Any],
+) -> Tensor:
+    """-A rho w of one token, clipped; ``log_s`` is the sequence's mean log-ratio, None for the token's own."""
     if adv is None:
         return log_p.new_zeros(())
-    ratio = (log_p - (log_p.detach() if old is None else old)).exp()
-    if clip is None:
-        return -adv * ratio
-    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip[0], 1 + clip[1]))
+    behaviour = log_p.item() if old is None else old
+    ratio = (log_p - behaviour).exp() if log_s is None else math.exp(log_s) * (log_p - log_p.item()).exp()
+    loss = -adv * ratio
+    if policy.get("clip") is not None:
+        low, high = policy["clip"]
+        loss = torch.maximum(loss, -adv * ratio.clamp(1 - low, 1 + high))
+    if policy.get("clip_dual") is not None and adv < 0:
+        loss = torch.minimum(loss, torch.as_tensor(-adv * policy["clip_dual"], dtype=torch.float64))
+    if rollout is not None:
+        loss = loss * min(math.exp(behaviour - rollout), policy.get("rollout_is_cap") or math.inf)
+    return loss
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[Tensor]:
+    if cu_seqlens is None:
+        yield from x
+    else:
+        bounds = cu_seqlens.tolist()
+        for start, stop in itertools.pairwise(bounds):
+            yield x[start:stop]
 
 
 def reduce(
@@ -117,8 +143,9 @@ def reduce(
     reduction: str,
     normalizer: float | None = None,
     sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """token_loss is 0 where masked; sequences are dim 0."""
+    """token_loss is 0 where masked; sequences are dim 0, or the slices that cu_seqlens bounds."""
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -126,13 +153,13 @@ def reduce(
     if reduction == "token-mean":
         return token_loss.sum() / (max(1, int(mask.sum())) if normalizer is None else normalizer)
     total, sequences = token_loss.new_zeros(()), 0
-    for b in range(token_loss.shape[0]):
-        live = int(mask[b].sum())
+    for b, tokens in enumerate(_sequences(token_loss, cu_seqlens)):
+        live = int(list(_sequences(mask, cu_seqlens))[b].sum())
         if not live:
             continue
         sequences += 1
         length = live if sequence_lengths is None else float(sequence_lengths[b])
-        total = total + token_loss[b].sum() / (length if reduction == "seq-mean-token-mean" else 1)
+        total = total + tokens.sum() / (length if reduction == "seq-mean-token-mean" else 1)
     return total / (max(1, sequences) if normalizer is None else normalizer)
 
 
@@ -150,11 +177,16 @@ def gopd(
     reduction: str = "token-mean",
     normalizer: float | None = None,
     sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
-    clip: tuple[float, float] | None = None,
+    rollout_logprobs: Tensor | None = None,
     vocab_size: int | None = None,
+    **policy: Any,
 ) -> Result:
-    """The whole loss. Differentiable in whatever the student's tensors are."""
+    """The whole loss. Differentiable in whatever the student's tensors are.
+
+    ``policy``: clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min of the sampled estimator.
+    """
     models = (student, teacher, ref)
     given: list[Tensor | None] = [None, None, None]
     z: list[Tensor | None] = [None, None, None]
@@ -173,15 +205,35 @@ def gopd(
     lam_all = torch.as_tensor(reward_scale, dtype=torch.float64)
     if lam_all.ndim == 1 and len(shape) > 1:
         lam_all = lam_all.reshape(-1, *([1] * (len(shape) - 1)))
+    if cu_seqlens is not None and lam_all.shape == (len(cu_seqlens) - 1,) != shape:
+        lam_all = torch.cat([x.expand(n) for x, n in zip(lam_all, cu_seqlens.diff().tolist(), strict=True)])
     lams = lam_all.expand(shape).reshape(-1).tolist()
-    olds = None if old_logprobs is None else old_logprobs.double().reshape(-1).tolist()
+    olds, rollouts = (None if x is None else x.double().reshape(-1).tolist() for x in (old_logprobs, rollout_logprobs))
     ids = None if token_ids is None else token_ids.reshape(-1).tolist()
+    log_s: list[float] | None = None
+    if policy.get("ratio") == "sequence":
+        assert ids is not None
+        own = [
+            _token_logprob(z[0][t], ids[t]).item() - olds[t] if alive else 0.0
+            for t, alive in enumerate(live.reshape(-1).tolist())
+        ]
+        means = [
+            (x.sum() / alive.sum().clamp_min(1)).expand(x.shape)
+            for x, alive in zip(
+                _sequences(torch.tensor(own, dtype=torch.float64).reshape(shape), cu_seqlens),
+                _sequences(live, cu_seqlens),
+                strict=True,
+            )
+        ]
+        log_s = torch.cat([x.reshape(-1) for x in means]).tolist()
     names = ("token_loss", "student", "teacher", "ref", "advantages", "entropy", "kl")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for t, alive in enumerate(live.reshape(-1).tolist()):
         values = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
         if alive:
-            values.update(_token(t, z, given, lams[t], ids, olds, estimator, divergence, beta, clip))
+            own_s = None if log_s is None else log_s[t]
+            rollout = None if rollouts is None else rollouts[t]
+            values.update(_token(t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, beta, policy))
         for name in names:
             columns[name].append(values[name])
     out = {
@@ -189,7 +241,7 @@ def gopd(
         for name, column in columns.items()
     }
     token_loss = out.pop("token_loss")
-    loss = reduce(token_loss, live, reduction, normalizer, sequence_lengths)
+    loss = reduce(token_loss, live, reduction, normalizer, sequence_lengths, cu_seqlens)
     return Result(
         loss,
         token_loss.detach(),
@@ -209,10 +261,12 @@ def _token(
     lam: float,
     ids: list[int] | None,
     olds: list[float] | None,
+    log_s: float | None,
+    rollout: float | None,
     estimator: str,
     divergence: str,
     beta: float,
-    clip: tuple[float, float] | None,
+    policy: dict[str, Any],
 ) -> dict[str, Tensor]:
     """All values of one live token."""
     values: dict[str, Tensor] = {}
@@ -236,10 +290,17 @@ def _token(
             values[name] = x
     old = None if olds is None else olds[t]
     behaviour = scored[0].item() if old is None else old
-    adv = advantage(lam, behaviour, *(0.0 if x is None else x.item() for x in scored[1:]))
+    others = [0.0 if x is None else x.item() for x in scored[1:]]
+    if policy.get("logprob_min") is not None:
+        others = [max(x, policy["logprob_min"]) for x in others]
+    adv = advantage(lam, behaviour, *others)
+    bound = policy.get("advantage_clip")
+    if bound is not None and adv is not None:
+        low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+        adv = min(max(adv, low), high)
     values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
     if estimator == "sampled":
-        values["token_loss"] = _sampled_token(scored[0], adv, old, clip)
+        values["token_loss"] = _sampled_token(scored[0], adv, old, log_s, rollout, policy)
     return values
 
 

@@ -332,7 +332,7 @@ def test_the_registered_ops_say_the_truth_about_themselves(kind, masked, objecti
 def test_a_job_survives_the_way_through_the_op():
     job, tensors, static, *_ = op_arguments("linear", OBJECTIVES[3], True)
     back = autograd._unpack(tensors, static)
-    for name in ("vocab_size", "chunk_size", "estimator", "divergence", "beta", "reward_scale", "clip"):
+    for name in ("vocab_size", "chunk_size", "estimator", "divergence", "beta", "reward_scale", "surrogate"):
         assert getattr(back, name) == getattr(job, name), name
     assert back.rows.shape == job.rows.shape
     assert torch.equal(back.rows.index, job.rows.index)

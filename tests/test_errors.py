@@ -200,6 +200,48 @@ CASES = {
     "clip low": ({"clip": (1.5, 0.2), "old_logprobs": OLD}, ValueError, "clip must satisfy"),
     "clip negative": ({"clip": (0.2, -0.1), "old_logprobs": OLD}, ValueError, "clip must satisfy"),
     "clip of strings": ({"clip": ("a", "b"), "old_logprobs": OLD}, TypeError, "clip must be a Python number"),
+    # more of the sampled estimator
+    "rollout in full": (dict(rollout_logprobs=OLD, **FULL), ValueError, "rollout_logprobs is an option of.*'sampled'"),
+    "rollout shape": ({"rollout_logprobs": OLD[0]}, ValueError, r"rollout_logprobs.*\(2, 3\).*\(3,\)"),
+    "rollout dtype": ({"rollout_logprobs": IDS}, TypeError, "rollout_logprobs must be a float tensor"),
+    "cap without rollout": ({"rollout_is_cap": 2.0}, ValueError, "rollout_is_cap needs rollout_logprobs"),
+    "cap 0": (
+        {"rollout_is_cap": 0, "rollout_logprobs": OLD},
+        ValueError,
+        "rollout_is_cap must be positive, got 0",
+    ),
+    "dual in full": (dict(clip_dual=3.0, **FULL), ValueError, "clip_dual is an option of estimator='sampled'"),
+    "dual without old": ({"clip_dual": 3.0}, ValueError, "clip_dual needs old_logprobs"),
+    "dual 1": ({"clip_dual": 1.0, "old_logprobs": OLD}, ValueError, "clip_dual must be above 1, got 1.0"),
+    "dual pair": (
+        {"clip_dual": (1, 2), "old_logprobs": OLD},
+        TypeError,
+        "clip_dual must be a Python number, got tuple",
+    ),
+    "ratio": (
+        {"ratio": "prefix", "old_logprobs": OLD},
+        ValueError,
+        "ratio must be one of 'token', 'sequence'.*'prefix'",
+    ),
+    "ratio in full": (dict(ratio="sequence", **FULL), ValueError, "ratio is an option of estimator='sampled'"),
+    "ratio without old": ({"ratio": "sequence"}, ValueError, "ratio needs old_logprobs"),
+    "advantage_clip in full": (dict(advantage_clip=1.0, **FULL), ValueError, "advantage_clip is an option of"),
+    "advantage_clip 0": ({"advantage_clip": 0.0}, ValueError, "advantage_clip must be a positive number or.*got 0.0"),
+    "advantage_clip order": ({"advantage_clip": (1.0, -1.0)}, ValueError, "advantage_clip.*low < high"),
+    "advantage_clip of three": ({"advantage_clip": (1, 2, 3)}, TypeError, "advantage_clip must be a number or a pair"),
+    "advantage_clip string": ({"advantage_clip": "1"}, TypeError, "advantage_clip must be a Python number, got str"),
+    "logprob_min in full": (dict(logprob_min=-9.0, **FULL), ValueError, "logprob_min is an option of"),
+    "logprob_min 0": ({"logprob_min": 0.0}, ValueError, "logprob_min must be negative.*got 0.0"),
+    "logprob_min inf": ({"logprob_min": float("-inf")}, ValueError, "logprob_min must be finite"),
+    # packed sequences
+    "cu_seqlens of a batch": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"cu_seqlens.*\(N,\).*\(2, 3\)"),
+    "cu_seqlens list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
+    "cu_seqlens float": ({"cu_seqlens": zeros(2)}, TypeError, "cu_seqlens must be int32 or int64, got torch.float32"),
+    "cu_seqlens 2-d": (
+        {"cu_seqlens": zeros(1, 2).int()},
+        ValueError,
+        r"cu_seqlens must have shape \(B \+ 1,\), got \(1, 2\)",
+    ),
     # reduction
     "normalizer of sum": ({"normalizer": 5, "reduction": "sum"}, ValueError, "normalizer.*reduction='sum'"),
     "normalizer of none": ({"normalizer": 5, "reduction": "none"}, ValueError, "normalizer.*reduction='none'"),
@@ -250,6 +292,36 @@ def test_gopd_loss_names_what_is_wrong(function, case):
 def test_packed_tokens_have_no_sequences_to_reduce_over(reduction):
     with pytest.raises(ValueError, match=rf"reduction='{reduction}'.*\(B, T\).*\(5,\)"):
         fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([0, 4], "start at 0 and end at N=5, the number of tokens, got 0 and 4"),
+        ([1, 5], "start at 0 and end at N=5, the number of tokens, got 1 and 5"),
+        ([0, 6], "got 0 and 6"),
+        ([0, 4, 2, 5], r"must be sorted, got \[0, 4, 2, 5\]"),
+        ([], r"must have shape \(B \+ 1,\), got \(0,\)"),
+    ],
+)
+@pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
+def test_cu_seqlens_has_to_cut_the_tokens(function, bounds, message):
+    with pytest.raises(ValueError, match=f"cu_seqlens.*{message}"):
+        function(*ONE_D.models, ONE_D.token_ids, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+def test_values_per_packed_sequence_have_its_number():
+    bounds = torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match=r"reward_scale.*\(5,\).*per sequence \(2,\), got shape \(3,\)"):
+        fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, cu_seqlens=bounds, reward_scale=zeros(3))
+    options = {"reduction": "seq-mean-token-mean", "sequence_lengths": zeros(3)}
+    with pytest.raises(ValueError, match=r"sequence_lengths must have shape \(2,\).*\(3,\)"):
+        fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, cu_seqlens=bounds, **options)
+
+
+def test_ratios_of_sequences_need_sequences():
+    with pytest.raises(ValueError, match=r"ratio='sequence' needs a token shape \(B, T\) or cu_seqlens.*\(5,\)"):
+        fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, ratio="sequence", old_logprobs=-torch.ones(5))
 
 
 def test_the_valid_call_that_every_case_breaks_is_valid():

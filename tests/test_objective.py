@@ -10,6 +10,7 @@ import torch
 import oracle
 from builders import assert_close, generator
 from fused_gopd import objective
+from fused_gopd.objective import Sequences, Surrogate
 from fused_gopd.rowops import Stat
 
 INF, NAN = math.inf, math.nan
@@ -68,8 +69,12 @@ def test_advantage_of_a_diverged_model_is_nan():
         assert finite.all()
 
 
+def term_of(surrogate, reward_scale, student, teacher, ref, old, rollout=None):
+    return objective.policy_term(surrogate, reward_scale, student, teacher, ref, old, rollout, lambda x: x)
+
+
 def policy(student, old, clip, teacher=vector(-1.0), ref=vector(-1.5)):  # noqa: B008 never written to
-    return objective.policy_term(1.25, student, teacher, ref, old, clip)
+    return term_of(Surrogate(clip), 1.25, student, teacher, ref, old)
 
 
 def test_on_policy_the_loss_is_minus_the_advantage():
@@ -91,7 +96,7 @@ def test_policy_slope_is_the_derivative_of_the_loss(clip):
             loss = torch.maximum(loss, -adv * ratio.clamp(1 - clip[0], 1 + clip[1]))
         (slope,) = torch.autograd.grad(loss.sum(), student)
         n = torch.full_like(student, -1.0), torch.full_like(student, -1.5)
-        term = objective.policy_term(1.25, student.detach(), *n, olds, clip)
+        term = term_of(Surrogate(clip), 1.25, student.detach(), *n, olds)
         assert_close(term.loss, loss.detach(), 1e-14)
         corner = (ratio.detach() - 1).abs() < 1e-9  # the one-sided derivatives differ there
         assert_close(term.dlogprob[~corner], slope[~corner], 1e-14)
@@ -102,13 +107,13 @@ def test_clipping_is_pessimistic():
     good, bad = vector(-0.5), vector(-3.0)  # teacher's log-prob: above and below p_old
     old, far = vector(-2.0), vector(-1.0)  # ratio e
     for teacher, flat in ((good, True), (bad, False)):
-        term = objective.policy_term(1.0, far, teacher, None, old, (0.2, 0.2))
+        term = term_of(Surrogate((0.2, 0.2)), 1.0, far, teacher, None, old)
         assert (term.dlogprob == 0).all() == flat
 
 
 def test_an_overflowing_ratio_is_clipped_and_an_impossible_token_has_no_ratio():
     student, old = vector(-0.1, -0.1), vector(-2000.0, -INF)
-    term = objective.policy_term(1.0, student, vector(-1.0, -1.0), None, old, (0.2, 0.2))
+    term = term_of(Surrogate((0.2, 0.2)), 1.0, student, vector(-1.0, -1.0), None, old)
     assert term.loss.isfinite().all()
     assert (term.dlogprob == 0).all()
     assert term.loss[1] == 0
@@ -130,7 +135,7 @@ def test_entropy_is_never_negative_and_zero_without_support():
 
 def weights(reduction, mask, **kw):
     options = {"normalizer": None, "sequence_lengths": None, "dtype": torch.float64, "device": mask.device}
-    return objective.token_weights(reduction, mask, mask.shape, **{**options, **kw})
+    return objective.token_weights(reduction, mask, Sequences(mask.shape), **{**options, **kw})
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"])

@@ -19,13 +19,22 @@ from torch.autograd.function import once_differentiable
 from . import chunks, objective
 from .chunks import NOTHING, Job, Needs, Scaling, TokenRows
 from .heads import LinearHead, Logits
+from .objective import Surrogate
 from .rowops import GradientWeights, Stat, select_backend
 from .rowops.torch import accumulation_dtype
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
 
 _HEADS = ("student", "teacher", "ref")
-_VECTORS = ("reward_scale", "token_ids", "teacher_logprobs", "ref_logprobs", "old_logprobs")
+_VECTORS = (
+    "reward_scale",
+    "token_ids",
+    "teacher_logprobs",
+    "ref_logprobs",
+    "old_logprobs",
+    "rollout_logprobs",
+    "cu_seqlens",
+)
 
 
 def _pack(job: Job) -> tuple[list[Tensor | None], str]:
@@ -52,7 +61,7 @@ def _pack(job: Job) -> tuple[list[Tensor | None], str]:
         "divergence": job.divergence,
         "beta": job.beta,
         "reward_scale": None if isinstance(job.reward_scale, Tensor) else job.reward_scale,
-        "clip": job.clip,
+        "surrogate": dataclasses.asdict(job.surrogate),
     }
     return tensors, json.dumps(static)
 
@@ -72,14 +81,16 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         else:
             assert data is not None
             heads[name] = Logits(data, **transform) if weight is None else LinearHead(data, weight, bias, **transform)
-    vectors: dict[str, Any] = dict(zip(_VECTORS, tensors[9:14], strict=True))
+    vectors: dict[str, Any] = dict(zip(_VECTORS, tensors[9:-1], strict=True))
     scale = vectors.pop("reward_scale")
     student = heads.pop("student")
     assert tensors[0] is not None
     shape = tensors[0].shape[: options["token_dims"]]
     dtypes = {t.dtype for t in tensors[0:9:3] if t is not None}  # hidden states or logits
+    # JSON has lists where the pairs were tuples
+    surrogate: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options["surrogate"].items()}
     job = Job(
-        TokenRows(shape, tensors[14]),
+        TokenRows(shape, tensors[-1]),
         options["vocab_size"],
         options["chunk_size"],
         select_backend(options["backend"], tensors[0].device, dtypes),
@@ -88,7 +99,7 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         divergence=options["divergence"],
         beta=options["beta"],
         reward_scale=options["reward_scale"] if scale is None else scale,
-        clip=None if options["clip"] is None else tuple(options["clip"]),
+        surrogate=Surrogate(**surrogate),
     )
     return dataclasses.replace(job, **heads, **vectors)
 
@@ -340,9 +351,11 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, token losses (n,) and statistics (len(Stat), n), for weights () or (n,) that are known now.
 
     A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
-    is the size of all logits, is rounded once with all factors applied.
+    is the size of all logits, is rounded once with all factors applied. So do ratios of whole sequences, which are
+    known only when all chunks are through.
     """
-    if isinstance(job.student, Logits) and job.student.rows.dtype in (torch.float16, torch.bfloat16):
+    narrow = isinstance(job.student, Logits) and job.student.rows.dtype in (torch.float16, torch.bfloat16)
+    if narrow or job.surrogate.ratio == "sequence":
         token_loss, statistics = _call(_TokenLosses, job)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
     loss, token_loss, statistics = _call(_WeightedLoss, job, weights)

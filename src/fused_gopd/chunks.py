@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import gemm, memory, objective
 from .heads import Head, LinearHead, Logits
-from .objective import Divergence, Estimator
+from .objective import PLAIN, Divergence, Estimator, Sequences, Surrogate
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat
 from .rowops.torch import accumulation_dtype
 
@@ -135,7 +135,9 @@ class Job:
     teacher_logprobs: Tensor | None = None  # (n,) in place of a teacher
     ref_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
-    clip: tuple[float, float] | None = None
+    rollout_logprobs: Tensor | None = None
+    surrogate: Surrogate = PLAIN
+    cu_seqlens: Tensor | None = None  # (B + 1,) int64 of packed tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,9 +168,18 @@ class Job:
         return self.reward_scale[rows] if isinstance(self.reward_scale, Tensor) else self.reward_scale
 
     def policy_term(self, statistics: Tensor, rows: slice = slice(None)) -> objective.PolicyTerm:
-        """The sampled estimator's token losses."""
-        old = None if self.old_logprobs is None else self.old_logprobs[rows]
-        return objective.policy_term(self.scale_of(rows), *self.model_logprobs(statistics, rows), old, self.clip)
+        """The sampled estimator's token losses; all rows at once where ratios are those of whole sequences."""
+        old, rollout = (None if x is None else x[rows] for x in (self.old_logprobs, self.rollout_logprobs))
+        models = self.model_logprobs(statistics, rows)
+        return objective.policy_term(
+            self.surrogate, self.scale_of(rows), *models, old, rollout, self._mean_over_sequences
+        )
+
+    def _mean_over_sequences(self, values: Tensor) -> Tensor:
+        """(n,) values of all live tokens, each replaced by the mean over the live tokens of its sequence."""
+        sequences = Sequences(self.rows.shape, self.cu_seqlens)
+        total, count = (sequences.sum(self.rows.scatter(x)) for x in (values, torch.ones_like(values)))
+        return self.rows.take(sequences.expand(total / count.clamp_min(1))).to(values.dtype)
 
 
 class Gradients(NamedTuple):

@@ -18,7 +18,19 @@ from torch import Tensor, nn
 from . import autograd, objective
 from .chunks import Job, TokenRows, chunk_size_for, logits_buffers
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
-from .objective import DIVERGENCES, ESTIMATORS, REDUCTIONS, Divergence, Estimator, Reduction
+from .metrics import Metrics
+from .objective import (
+    DIVERGENCES,
+    ESTIMATORS,
+    RATIOS,
+    REDUCTIONS,
+    Divergence,
+    Estimator,
+    Ratio,
+    Reduction,
+    Sequences,
+    Surrogate,
+)
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
 
@@ -31,12 +43,17 @@ class GOPDOutput:
         loss: scalar, or (...) with ``reduction="none"``. The only differentiable field.
         token_loss: (...) per-token losses before any weighting, detached.
         advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
-            place of log p where they are given); positive makes the token likelier. None without ``token_ids``.
+            place of log p where they are given), as the loss uses it, after ``logprob_min`` and ``advantage_clip``;
+            positive makes the token likelier. None without ``token_ids``.
         student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. In
             ``full`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0, ``full`` only.
+        clipped: (...) bool, where ``clip`` or ``clip_dual`` removed the gradient. None without them.
+        importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
+        mask: (...) bool, the live tokens; None where all are.
+        reward_scale: lambda as given, expanded to the token shape where it is a tensor.
     """
 
     loss: Tensor
@@ -47,6 +64,17 @@ class GOPDOutput:
     ref_logprobs: Tensor | None
     entropy: Tensor
     kl: Tensor | None
+    clipped: Tensor | None = None
+    importance: Tensor | None = None
+    mask: Tensor | None = None
+    reward_scale: float | Tensor = 1.0
+
+    def metrics(self) -> Metrics:
+        """Training signals (implicit reward, divergences, entropy, ...) that add up over batches and ranks.
+
+        Computed when asked for, without waiting for the device.
+        """
+        return Metrics.of(self)
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -143,30 +171,57 @@ def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device)
     return x.detach()
 
 
-def _check_reward_scale(value: object, shape: torch.Size, device: torch.device) -> float | Tensor:
+def _check_reward_scale(value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
     """lambda as a Python float, or expanded to the token shape."""
     if not isinstance(value, Tensor):
         return _require_number("reward_scale", value)
     require_float("reward_scale", value)
     _require_device("reward_scale", value, device)
-    value = value.detach()
+    value, shape = value.detach(), sequences.shape
     if value.shape == shape or value.ndim == 0:
         return value.expand(shape)
-    if len(shape) > 1 and value.shape == shape[:1]:
-        return value.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
+    if _tells_sequences(sequences) and value.shape == (sequences.count,):
+        return sequences.expand(value)
     raise ValueError(
         f"reward_scale must be a Python float, a tensor of the token shape {tuple(shape)}, or one value per sequence "
-        f"{tuple(shape[:1])}, got shape {tuple(value.shape)}"
+        f"({sequences.count},), got shape {tuple(value.shape)}"
     )
 
 
-def _check_clip(clip: object, estimator: Estimator, has_old: bool) -> tuple[float, float] | None:
-    if clip is None:
-        return None
-    if estimator != "sampled":
-        raise ValueError(f"clip is an option of estimator='sampled', got estimator={estimator!r}")
-    if not has_old:
-        raise ValueError("clip needs old_logprobs: without them every ratio is 1 and there is nothing to clip")
+def _tells_sequences(sequences: Sequences) -> bool:
+    """Whether tokens are known to belong to sequences: (N,) ones without cu_seqlens are not."""
+    return len(sequences.shape) > 1 or sequences.cu_seqlens is not None
+
+
+def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:
+    """The slices of packed tokens. Values: ValueError on a CPU, a device-side assert (no host sync) on a GPU."""
+    if cu_seqlens is None:
+        return Sequences(shape)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got the token shape {tuple(shape)}")
+    _require_device("cu_seqlens", cu_seqlens, device)
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    sorted_ = (bounds[1:] >= bounds[:-1]).all()
+    if device.type == "cuda":
+        right = sorted_ & (bounds[0] == 0) & (bounds[-1] == shape[0])
+        torch._assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
+    elif bounds[0] != 0 or bounds[-1] != shape[0]:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at N={shape[0]}, the number of tokens, got {int(bounds[0])} and "
+            f"{int(bounds[-1])}"
+        )
+    elif not sorted_:
+        raise ValueError(f"cu_seqlens must be sorted, got {bounds.tolist() if bounds.numel() < 20 else 'a decrease'}")
+    return Sequences(shape, bounds)
+
+
+def _check_clip(clip: object) -> tuple[float, float]:
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (epsilon_low, epsilon_high), got {clip!r}")
     low, high = (_require_number("clip", x) for x in clip)
@@ -175,19 +230,98 @@ def _check_clip(clip: object, estimator: Estimator, has_old: bool) -> tuple[floa
     return low, high
 
 
+def _check_advantage_clip(bound: object) -> tuple[float, float]:
+    if isinstance(bound, (tuple, list)):
+        if len(bound) != 2:
+            raise TypeError(f"advantage_clip must be a number or a pair (low, high), got {bound!r}")
+        low, high = (_require_number("advantage_clip", x) for x in bound)
+    else:
+        high = _require_number("advantage_clip", bound)
+        low = -high
+    if low >= high:
+        raise ValueError(f"advantage_clip must be a positive number or a pair with low < high, got {bound!r}")
+    return low, high
+
+
+def _check_surrogate(
+    estimator: Estimator,
+    sequences: Sequences,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    clip: object,
+    clip_dual: object,
+    ratio: object,
+    rollout_is_cap: object,
+    advantage_clip: object,
+    logprob_min: object,
+) -> Surrogate:
+    """The options of the sampled estimator; one that has nothing to act on raises."""
+    if ratio not in RATIOS:
+        _one_of("ratio", ratio, RATIOS)
+    given = {
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "clip": clip,
+        "clip_dual": clip_dual,
+        "ratio": None if ratio == "token" else ratio,
+        "rollout_is_cap": rollout_is_cap,
+        "advantage_clip": advantage_clip,
+        "logprob_min": logprob_min,
+    }
+    for name, value in given.items():
+        if value is not None and estimator != "sampled":
+            raise ValueError(f"{name} is an option of estimator='sampled', got estimator={estimator!r}")
+    for name in ("clip", "clip_dual", "ratio"):
+        if given[name] is not None and old_logprobs is None:
+            raise ValueError(f"{name} needs old_logprobs: without them every ratio is 1 and there is nothing to do")
+    if rollout_is_cap is not None and rollout_logprobs is None:
+        raise ValueError("rollout_is_cap needs rollout_logprobs: without them there is no importance weight to cap")
+    if ratio == "sequence" and not _tells_sequences(sequences):
+        raise ValueError(
+            f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
+        )
+    if clip_dual is not None:
+        clip_dual = _require_number("clip_dual", clip_dual)
+        if clip_dual <= 1:
+            raise ValueError(f"clip_dual must be above 1, got {clip_dual}")
+    if rollout_is_cap is not None:
+        rollout_is_cap = _require_number("rollout_is_cap", rollout_is_cap)
+        if rollout_is_cap <= 0:
+            raise ValueError(f"rollout_is_cap must be positive, got {rollout_is_cap}")
+    if logprob_min is not None:
+        logprob_min = _require_number("logprob_min", logprob_min)
+        if logprob_min >= 0:
+            raise ValueError(f"logprob_min must be negative, as log-probs are, got {logprob_min}")
+    return Surrogate(
+        None if clip is None else _check_clip(clip),
+        clip_dual,
+        ratio,  # type: ignore[arg-type]
+        rollout_is_cap,
+        None if advantage_clip is None else _check_advantage_clip(advantage_clip),
+        logprob_min,
+    )
+
+
 def _check_normalizer(
-    normalizer: object, sequence_lengths: Tensor | None, reduction: Reduction, shape: torch.Size, device: torch.device
+    normalizer: object,
+    sequence_lengths: Tensor | None,
+    reduction: Reduction,
+    sequences: Sequences,
+    device: torch.device,
 ) -> tuple[Tensor | float | None, Tensor | None]:
-    if reduction.startswith("seq-") and len(shape) < 2:
-        raise ValueError(f"reduction={reduction!r} needs a token shape (B, T) to tell sequences, got {tuple(shape)}")
+    if reduction.startswith("seq-") and not _tells_sequences(sequences):
+        raise ValueError(
+            f"reduction={reduction!r} needs a token shape (B, T) or cu_seqlens to tell sequences, got "
+            f"{tuple(sequences.shape)}"
+        )
     if sequence_lengths is not None:
         if reduction != "seq-mean-token-mean":
             raise ValueError(f"sequence_lengths is an option of 'seq-mean-token-mean', got reduction={reduction!r}")
         if not isinstance(sequence_lengths, Tensor):
             raise TypeError(f"sequence_lengths must be a torch.Tensor, got {type(sequence_lengths).__name__}")
-        if sequence_lengths.ndim and sequence_lengths.shape != shape[:1]:
+        if sequence_lengths.ndim and sequence_lengths.shape != (sequences.count,):
             raise ValueError(
-                f"sequence_lengths must have shape ({shape[0]},), one per sequence, or be 0-d, got "
+                f"sequence_lengths must have shape ({sequences.count},), one per sequence, or be 0-d, got "
                 f"{tuple(sequence_lengths.shape)}"
             )
         _require_device("sequence_lengths", sequence_lengths, device)
@@ -243,10 +377,28 @@ class Prepared:
     reward_scale: float | Tensor  # tensor: (n,) of the live tokens, in the accumulation dtype
     token_ids: Tensor | None  # (n,)
     old_logprobs: Tensor | None  # (n,)
-    clip: tuple[float, float] | None
+    rollout_logprobs: Tensor | None  # (n,)
+    surrogate: Surrogate
+    sequences: Sequences
     weights: Tensor  # () or (n,)
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+
+    def output(self, loss: Tensor, *values: Tensor | None) -> GOPDOutput:
+        """The output from (n,) values of the live tokens, in the order of its fields."""
+
+        def full_shape(x: Tensor | None) -> Tensor | None:
+            # cloned: scatter may return a view, and no output shares memory with another or with an input
+            return None if x is None else self.rows.scatter(x.detach().clone())
+
+        *vectors, clipped, importance = (full_shape(x) for x in values)
+        if self.surrogate.clip is None and self.surrogate.clip_dual is None:
+            clipped = None
+        scale = self.reward_scale
+        scale = self.rows.scatter(scale.clone()) if isinstance(scale, Tensor) else scale
+        mask = None if self.mask is None else self.mask.clone()
+        fields: list[Any] = [loss, *vectors, clipped, importance, mask, scale]
+        return GOPDOutput(*fields)
 
 
 def prepare(
@@ -261,10 +413,17 @@ def prepare(
     divergence: Divergence,
     beta: float,
     reduction: Reduction,
-    normalizer: float | Tensor | None,
-    sequence_lengths: Tensor | None,
-    old_logprobs: Tensor | None,
-    clip: tuple[float, float] | None,
+    normalizer: float | Tensor | None = None,
+    sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    rollout_is_cap: float | None = None,
+    clip: tuple[float, float] | None = None,
+    clip_dual: float | None = None,
+    ratio: Ratio = "token",
+    advantage_clip: float | tuple[float, float] | None = None,
+    logprob_min: float | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None,
 ) -> Prepared:
@@ -298,7 +457,8 @@ def prepare(
             )
         for field, tensor in model.tensors.items():
             _require_device(f"{name}.{field}", tensor, device)
-    lam = _check_reward_scale(reward_scale, shape, device)
+    sequences = _check_cu_seqlens(cu_seqlens, shape, device)
+    lam = _check_reward_scale(reward_scale, sequences, device)
     if isinstance(lam, Tensor):
         for name in ("teacher", "ref"):
             if models[name] is None:
@@ -317,18 +477,27 @@ def prepare(
             raise TypeError(f"token_ids must be an integer tensor, got {token_ids.dtype}")
         _require_shape("token_ids", token_ids, shape, "student")
         _require_device("token_ids", token_ids, device)
-    if old_logprobs is not None:
-        if estimator != "sampled":
-            raise ValueError(f"old_logprobs is an option of estimator='sampled', got estimator={estimator!r}")
-        old_logprobs = _check_vector("old_logprobs", old_logprobs, shape, device)
-    clip = _check_clip(clip, estimator, old_logprobs is not None)
-    normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, shape, device)
+    surrogate = _check_surrogate(
+        estimator,
+        sequences,
+        old_logprobs,
+        rollout_logprobs,
+        clip,
+        clip_dual,
+        ratio,
+        rollout_is_cap,
+        advantage_clip,
+        logprob_min,
+    )
+    old = None if old_logprobs is None else _check_vector("old_logprobs", old_logprobs, shape, device)
+    rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
+    normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
     live_mask = None if mask is None else _check_mask(mask, shape, device)
     joint = _joint_vocab_size(models, vocab_size)
     rows = _live_rows(live_mask, shape)
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
     dtype = accumulation_dtype(*(m.rows for m in models.values() if isinstance(m, (LinearHead, Logits))))
-    weights = objective.token_weights(reduction, live_mask, shape, normalizer, sequence_lengths, dtype, device)
+    weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     cancelled = {} if isinstance(lam, Tensor) else {0.0: {"teacher": teacher}, 1.0: {"ref": ref}}.get(lam, {})
     return Prepared(
         student,
@@ -340,8 +509,10 @@ def prepare(
         joint,
         rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam,
         ids,
-        None if old_logprobs is None else rows.take(old_logprobs).to(dtype).contiguous(),
-        clip,
+        None if old is None else rows.take(old).to(dtype).contiguous(),
+        None if rollout is None else rows.take(rollout).to(dtype).contiguous(),
+        surrogate,
+        sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
         dtype,
         device,
@@ -389,7 +560,9 @@ def _job(
         logprobs(teacher),
         logprobs(ref),
         p.old_logprobs,
-        p.clip,
+        p.rollout_logprobs,
+        p.surrogate,
+        p.sequences.cu_seqlens,
     )
 
 
@@ -415,8 +588,15 @@ def gopd_loss(
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    rollout_is_cap: float | None = None,
     clip: tuple[float, float] | None = None,
+    clip_dual: float | None = None,
+    ratio: Ratio = "token",
+    advantage_clip: float | tuple[float, float] | None = None,
+    logprob_min: float | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -447,8 +627,24 @@ def gopd_loss(
         normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
             or one-element tensor. Default: this call's own count.
         sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``.
-        old_logprobs: (...) log-probs under the policy that sampled, for the ratio p / p_old (``sampled``).
-        clip: (epsilon_low, epsilon_high) for PPO's clipped surrogate (``sampled``, needs old_logprobs).
+        cu_seqlens: (B + 1,) int32 bounds of packed sequences in tokens of shape (N,), from 0 to N; for reductions and
+            options that know sequences.
+
+    Options of ``sampled``, applied in the order in which they stand here:
+        logprob_min: teacher's and reference's log-probs are at least this, before any arithmetic: a token that they
+            rule out then has a finite advantage.
+        advantage_clip: a bound on the advantage's magnitude, or a pair (low, high).
+        old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old.
+        ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
+            of the token (GSPO-token; Zheng et al. 2025). Recomputes the logits in the backward.
+        clip: (epsilon_low, epsilon_high) of PPO's clipped surrogate.
+        clip_dual: above 1: where A < 0 the token loss is at most -A clip_dual (Ye et al. 2020).
+        rollout_logprobs: (...) log-probs under the engine that sampled. Token losses are multiplied by the detached
+            weight p_old / p_rollout (truncated importance sampling; Yao et al. 2025); without old_logprobs the
+            student's own p stands for p_old.
+        rollout_is_cap: upper bound of that weight; None does not truncate.
+
+    More options:
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
         chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
@@ -479,8 +675,15 @@ def gopd_loss(
         reduction=reduction,
         normalizer=normalizer,
         sequence_lengths=sequence_lengths,
+        cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        rollout_is_cap=rollout_is_cap,
         clip=clip,
+        clip_dual=clip_dual,
+        ratio=ratio,
+        advantage_clip=advantage_clip,
+        logprob_min=logprob_min,
         score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
@@ -491,31 +694,31 @@ def gopd_loss(
     else:
         loss, token_loss, statistics = autograd.weighted_loss(job, p.weights)
     with torch.no_grad():
+        term = job.policy_term(statistics) if estimator == "sampled" else None
+        kl = None if estimator == "sampled" else autograd.token_values(job, statistics)[1]
         advantages: Tensor | None = None
         student_logprobs: Tensor | None = None
         others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
         if job.token_ids is not None:
             student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
-            behaviour = student_logprobs if job.old_logprobs is None else job.old_logprobs
-            advantages, _ = objective.advantage(job.reward_scale, behaviour, others["teacher"], others["ref"])
+            if term is None:
+                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
+            else:
+                advantages = term.advantages
             if score_cancelled:
                 for name, model in p.cancelled.items():
                     others[name] = _score_alone(model, job, p)
-        kl = autograd.token_values(job, statistics)[1]
-
-        def full_shape(x: Tensor | None) -> Tensor | None:
-            # cloned: scatter may return a view, and no output shares memory with another or with an input
-            return None if x is None else p.rows.scatter(x.detach().clone())
-
-        return GOPDOutput(
+        return p.output(
             loss,
-            p.rows.scatter(token_loss.detach().clone()),
-            full_shape(advantages),
-            full_shape(student_logprobs),
-            full_shape(others["teacher"]),
-            full_shape(others["ref"]),
-            p.rows.scatter(objective.entropy(statistics)),
-            full_shape(kl),
+            token_loss,
+            advantages,
+            student_logprobs,
+            others["teacher"],
+            others["ref"],
+            objective.entropy(statistics),
+            kl,
+            None if term is None else term.clipped,
+            None if term is None else term.importance,
         )
 
 
@@ -563,11 +766,6 @@ def token_logprobs(
         divergence="reverse_kl",
         beta=0.5,
         reduction="none",
-        normalizer=None,
-        sequence_lengths=None,
-        old_logprobs=None,
-        clip=None,
-        score_cancelled=False,
         vocab_size=vocab_size,
     )
     job = _job(replace(p, ref=None), "sampled", "reverse_kl", 0.5, chunk_size, backend)
@@ -581,16 +779,21 @@ class GOPDLoss(nn.Module):
 
     Args:
         **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
-            ``estimator``, ``divergence``, ``beta``, ``reduction``, ``clip``, ``score_cancelled``, ``vocab_size``,
+            ``estimator``, ``divergence``, ``beta``, ``reduction``, ``clip``, ``clip_dual``, ``ratio``,
+            ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``score_cancelled``, ``vocab_size``,
             ``chunk_size``, ``backend``.
 
-    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``mask``, ``old_logprobs``,
-    ``normalizer``, ``sequence_lengths``, and ``reward_scale`` to override the module's.
+    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``mask``, ``cu_seqlens``,
+    ``old_logprobs``, ``rollout_logprobs``, ``normalizer``, ``sequence_lengths``, and ``reward_scale`` to override the
+    module's.
     """
 
-    _BATCH = frozenset({"mask", "old_logprobs", "normalizer", "sequence_lengths", "reward_scale"})
+    _BATCH = frozenset(
+        {"mask", "cu_seqlens", "old_logprobs", "rollout_logprobs", "normalizer", "sequence_lengths", "reward_scale"}
+    )
     _OPTIONS = frozenset(
-        {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip"}
+        {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip", "clip_dual", "ratio"}
+        | {"rollout_is_cap", "advantage_clip", "logprob_min"}
         | {"score_cancelled", "vocab_size", "chunk_size", "backend"}
     )
 

@@ -6,6 +6,7 @@ weights and reductions. Plain PyTorch on vectors; nothing here synchronises with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,9 +18,43 @@ from .rowops import Stat
 Estimator = Literal["sampled", "full"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
+Ratio = Literal["token", "sequence"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+RATIOS: tuple[str, ...] = get_args(Ratio)
+
+
+# ------------------------------------------------------------------------------------------------------- sequences
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence a token belongs to: dim 0 of a token shape (B, ...), or the slices of packed tokens (N,).
+
+    Both ways sums are taken in a fixed order, so that two runs give the same bits, and nothing waits for a device.
+    """
+
+    shape: torch.Size  # the token shape
+    cu_seqlens: Tensor | None = None  # (B + 1,) int64: sequence i is tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(B,) sums, float64, of ``values`` in the token shape."""
+        values = values.to(torch.float64)
+        if self.cu_seqlens is None:
+            return values.reshape(self.count, -1).sum(1) if values.numel() else values.new_zeros(self.count)
+        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """One value per sequence (B,) in the token shape."""
+        if self.cu_seqlens is None:
+            return values.reshape(-1, *([1] * (len(self.shape) - 1))).expand(self.shape)
+        positions = torch.arange(self.shape[0], device=self.cu_seqlens.device)
+        return values[torch.searchsorted(self.cu_seqlens, positions, right=True) - 1]
 
 
 # ---------------------------------------------------------------------------------------------------- mixing models
@@ -74,36 +109,87 @@ def advantage(
 
 
 @dataclass(frozen=True)
-class PolicyTerm:
-    """The sampled estimator's token loss and its derivative with respect to the student's log-prob."""
+class Surrogate:
+    """How the sampled estimator turns advantages into token losses; None switches a part off."""
 
-    loss: Tensor  # (C,)
-    dlogprob: Tensor  # (C,)
-    advantages: Tensor  # (C,)
+    clip: tuple[float, float] | None = None  # (epsilon_low, epsilon_high)
+    clip_dual: float | None = None
+    ratio: Ratio = "token"
+    rollout_is_cap: float | None = None
+    advantage_clip: tuple[float, float] | None = None
+    logprob_min: float | None = None
+
+
+PLAIN = Surrogate()
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    """The sampled estimator's token loss and its derivative with respect to the student's log-prob; (C,) each."""
+
+    loss: Tensor
+    dlogprob: Tensor
+    advantages: Tensor
+    clipped: Tensor  # bool: where the derivative is 0 because a clip is in force
+    importance: Tensor | None  # the detached importance weight of the rollout, where there is one
 
 
 def policy_term(
+    surrogate: Surrogate,
     reward_scale: float | Tensor,
     student: Tensor,  # (C,) log p of the sampled token
     teacher: Tensor | None,
     ref: Tensor | None,
     old: Tensor | None,
-    clip: tuple[float, float] | None,
+    rollout: Tensor | None,
+    sequence_mean: Callable[[Tensor], Tensor],  # (C,) -> (C,), for ratio="sequence"
 ) -> PolicyTerm:
-    """-A rho with rho = p / p_old; with ``clip`` max(-A rho, -A clamp(rho, 1 - low, 1 + high))."""
-    adv, finite = advantage(reward_scale, student if old is None else old, teacher, ref)
+    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the surrogate says.
+
+    In this order: ``logprob_min`` on teacher and reference -> A -> ``advantage_clip`` -> rho and its clips -> w.
+
+        clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
+        clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
+        sequence     rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
+                     detached (GSPO-token, Zheng et al. 2025); the clips see s
+        w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
+    """
+    if surrogate.logprob_min is not None:
+        teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
+    behaviour = student if old is None else old
+    adv, finite = advantage(reward_scale, behaviour, teacher, ref)
+    if surrogate.advantage_clip is not None:
+        adv = adv.clamp(*surrogate.advantage_clip)
+    log_ratio = torch.zeros_like(student)
+    if old is not None:
+        log_ratio = student - old
+    if surrogate.ratio == "sequence":
+        # a token that the student or the old policy rules out would make its whole sequence's ratio 0 or NaN
+        impossible = torch.isneginf(student) | torch.isneginf(behaviour)
+        log_ratio = sequence_mean(log_ratio.masked_fill(impossible, 0))
     # where A is not finite neither is the ratio: 0 times inf would be NaN
-    log_ratio = torch.zeros_like(student) if old is None else student - old
-    ratio = torch.where(finite, log_ratio, torch.zeros_like(log_ratio)).exp()
+    ratio = log_ratio.masked_fill(~finite, 0).exp()
     loss = -adv * ratio
-    slope = loss  # d(-A rho)/d log p = -A rho
-    if clip is not None:
-        low, high = clip
-        clipped = -adv * ratio.clamp(1.0 - low, 1.0 + high)
+    clipped = torch.zeros_like(finite)
+    if surrogate.clip is not None:
+        low, high = surrogate.clip
+        bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
         # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
-        slope = torch.where(clipped > loss, torch.zeros_like(loss), loss)
-        loss = torch.maximum(loss, clipped)
-    return PolicyTerm(loss, slope, adv)
+        clipped = bounded > loss
+        loss = torch.maximum(loss, bounded)
+    if surrogate.clip_dual is not None:
+        bound = -adv * surrogate.clip_dual
+        over = (adv < 0) & (loss > bound)
+        clipped = clipped | over
+        loss = torch.where(over, bound, loss)
+    importance = None
+    if rollout is not None:
+        importance = (behaviour - rollout).masked_fill(~finite, 0).exp()
+        if surrogate.rollout_is_cap is not None:
+            importance = importance.clamp_max(surrogate.rollout_is_cap)
+        loss = loss * importance
+    # d(-A rho w)/d log p = -A rho w, whichever ratio it is
+    return PolicyTerm(loss, loss.masked_fill(clipped, 0), adv, clipped, importance)
 
 
 # -------------------------------------------------------------------------------------------- from row statistics
@@ -152,7 +238,7 @@ def divergence_value(
 def token_weights(
     reduction: Reduction,
     mask: Tensor | None,  # token shape, bool; None is all live
-    token_shape: torch.Size,
+    sequences: Sequences,
     normalizer: Tensor | float | None,
     sequence_lengths: Tensor | None,  # (B,) or ()
     dtype: torch.dtype,
@@ -160,7 +246,7 @@ def token_weights(
 ) -> Tensor:
     """w with loss = sum w * token_loss: a scalar where all live tokens weigh the same, else of the token shape.
 
-    Sequences are dim 0; one without a live token is left out of sequence means.
+    A sequence without a live token is left out of sequence means.
     """
     one = torch.ones((), dtype=dtype, device=device)
     if reduction in ("sum", "none"):
@@ -170,16 +256,15 @@ def token_weights(
         normalizer = normalizer.to(device, dtype).reshape(())
     if reduction == "token-mean":
         if normalizer is None:
-            normalizer = max(1, token_shape.numel()) if mask is None else mask.sum().clamp_min(1)
+            normalizer = max(1, sequences.shape.numel()) if mask is None else mask.sum().clamp_min(1)
         return one / normalizer
-    counts = torch.ones(token_shape, dtype=torch.bool, device=device) if mask is None else mask
-    lengths = counts.reshape(token_shape[0], -1).sum(1) if token_shape.numel() else counts.new_zeros(token_shape[0])
+    live = torch.ones(sequences.shape, dtype=torch.bool, device=device) if mask is None else mask
+    lengths = sequences.sum(live)
     if normalizer is None:
         normalizer = (lengths > 0).sum().clamp_min(1)
     weight = one / normalizer
     if reduction == "seq-mean-token-sum":
         return weight
     if sequence_lengths is not None:
-        lengths = sequence_lengths.expand(token_shape[0])
-    weights = weight / lengths.to(dtype).clamp_min(1)
-    return weights.reshape(-1, *([1] * (len(token_shape) - 1))).expand(token_shape)
+        lengths = sequence_lengths.expand(sequences.count)
+    return sequences.expand(weight / lengths.to(dtype).clamp_min(1))

@@ -6,6 +6,7 @@ dtype it is what a trainer does without this package: logits in that dtype, upca
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import objective
 from .heads import Head, LinearHead, Source, TokenLogProbs
 from .loss import GOPDOutput, Prepared, prepare
-from .objective import Divergence, Estimator, Reduction
+from .objective import Divergence, Estimator, Ratio, Reduction
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -112,6 +113,46 @@ def _full(
     return value, kl, log_p, log_q, log_r
 
 
+def _sampled(
+    p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Token loss, for autograd to differentiate, advantage, where a clip is in force, and importance weight."""
+    s = p.surrogate
+    if s.logprob_min is not None:
+        lq, lr = (None if x is None else x.clamp_min(s.logprob_min) for x in (lq, lr))
+    behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
+    advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
+    if s.advantage_clip is not None:
+        advantages = advantages.clamp(*s.advantage_clip)
+    log_ratio = torch.where(finite, lp, 0) - torch.where(finite, behaviour, 0)
+    if s.ratio == "sequence":
+        known = ~(torch.isneginf(lp) | torch.isneginf(behaviour)).detach()
+        own = torch.where(known, lp, 0) - torch.where(known, behaviour, 0)
+        # sequence by sequence, written out: the fused loss has its own way of summing
+        bounds, T = p.sequences.cu_seqlens, p.sequences.shape[1:].numel()
+        starts = [i * T for i in range(p.sequences.count + 1)] if bounds is None else bounds.tolist()
+        live = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
+        mean = torch.zeros_like(own)
+        for start, stop in itertools.pairwise(starts):
+            inside = (live >= start) & (live < stop)
+            if inside.any():
+                mean = torch.where(inside, own[inside].mean(), mean)
+        log_ratio = torch.where(finite, mean.detach() + own - own.detach(), 0)
+    ratio = log_ratio.exp()
+    unclipped = loss = -advantages * ratio
+    if s.clip is not None:
+        low, high = s.clip
+        loss = torch.maximum(loss, -advantages * ratio.clamp(1 - low, 1 + high))
+    if s.clip_dual is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
+    clipped, importance = (loss.detach() - unclipped.detach()).abs() > 0, None  # NaN is not a clip
+    if p.rollout_logprobs is not None:
+        importance = torch.where(finite, behaviour - p.rollout_logprobs, 0).exp()
+        importance = importance.clamp_max(math.inf if s.rollout_is_cap is None else s.rollout_is_cap)
+        loss = loss * importance
+    return loss, advantages, clipped, importance
+
+
 def gopd_loss(
     student: Head,
     teacher: Source | None,
@@ -126,8 +167,15 @@ def gopd_loss(
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    rollout_is_cap: float | None = None,
     clip: tuple[float, float] | None = None,
+    clip_dual: float | None = None,
+    ratio: Ratio = "token",
+    advantage_clip: float | tuple[float, float] | None = None,
+    logprob_min: float | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -150,8 +198,15 @@ def gopd_loss(
         reduction=reduction,
         normalizer=normalizer,
         sequence_lengths=sequence_lengths,
+        cu_seqlens=cu_seqlens,
         old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        rollout_is_cap=rollout_is_cap,
         clip=clip,
+        clip_dual=clip_dual,
+        ratio=ratio,
+        advantage_clip=advantage_clip,
+        logprob_min=logprob_min,
         score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
@@ -177,16 +232,12 @@ def gopd_loss(
             assert lq is not None
             assert lr is not None
             lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
-    advantages = None
+    advantages = clipped = importance = None
     if lp is not None:
-        behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
-        advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
         if estimator == "sampled":
-            log_ratio = torch.where(finite, lp, 0) - torch.where(finite, behaviour, 0)
-            token_loss = -advantages * log_ratio.exp()
-            if clip is not None:
-                low, high = clip
-                token_loss = torch.maximum(token_loss, -advantages * log_ratio.exp().clamp(1 - low, 1 + high))
+            token_loss, advantages, clipped, importance = _sampled(p, lp, lq, lr)
+        else:
+            advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
     with torch.no_grad():
         if score_cancelled:
@@ -199,17 +250,5 @@ def gopd_loss(
                     scored = _gather(_own_log_softmax(other), p.token_ids)
                 lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
         weighted = log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)
-
-        def full_shape(x: Tensor | None) -> Tensor | None:
-            return None if x is None else p.rows.scatter(x.detach())
-
-        return GOPDOutput(
-            loss,
-            p.rows.scatter(token_loss.detach()),
-            full_shape(advantages),
-            full_shape(lp),
-            full_shape(lq),
-            full_shape(lr),
-            p.rows.scatter(-weighted.sum(-1)),
-            full_shape(kl),
-        )
+        entropy = -weighted.sum(-1)
+    return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance)

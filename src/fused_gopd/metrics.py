@@ -1,0 +1,129 @@
+"""Training signals as sums and counts, so that means over micro-batches and ranks are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .loss import GOPDOutput
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Means over tokens that can be added: ``sum(out.metrics() for out in ...)`` is the metrics of all tokens together.
+
+    ``metrics["reward"]`` is a 0-d float64 tensor on the device; nothing waits for it before it is read.
+    :meth:`to_dict` reads all of them at once. Across ranks, :meth:`all_reduce` first.
+
+    ==================  ================================================================================
+    tokens              number of live tokens
+    loss                token loss, before any weighting
+    entropy             of the student, in nats
+    reward              implicit reward log q - log r of the sampled token
+    kl_teacher, kl_ref  log p - log q and log p - log r of the sampled token: unbiased for the divergences if the
+                        student sampled it
+    kl_target           KL(student || target), exact (``full``)
+    advantage           and ``advantage_std``: of the advantages as used
+    clip_fraction       share of tokens whose gradient a clip removed
+    importance          and ``importance_std``: the detached weight of the rollout, as used
+    impossible          share of tokens that teacher or reference rules out; the log-ratios leave them out
+    ==================  ================================================================================
+
+    What a call does not have (no ``token_ids``, no reference, no clip) is absent.
+    """
+
+    _STD = ("advantage", "importance")
+
+    def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
+        self._names = names
+        self.sums = sums  # (len(names), 2) float64: sum and count; of the square too where there is a deviation
+
+    @classmethod
+    def of(cls, out: GOPDOutput) -> Metrics:
+        """Of one call; see :meth:`fused_gopd.GOPDOutput.metrics`."""
+        live = torch.ones_like(out.token_loss, dtype=torch.bool) if out.mask is None else out.mask
+        entries: dict[str, Tensor] = {}
+
+        def add(name: str, values: Tensor, among: Tensor = live) -> None:
+            wide = torch.where(among, values, torch.zeros_like(values)).to(torch.float64)
+            entries[name] = torch.stack((wide.sum(), among.sum().to(torch.float64)))
+            if name in cls._STD:
+                entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(torch.float64)))
+
+        add("tokens", live.to(torch.float64))
+        add("loss", out.token_loss)
+        add("entropy", out.entropy)
+        p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
+        has_q = has_r = live
+        if out.kl is not None and isinstance(out.reward_scale, Tensor):
+            # `full` has no log-prob of a model that the token's own lambda cancels
+            has_q, has_r = live & (out.reward_scale != 0), live & (out.reward_scale != 1)
+        impossible = torch.zeros_like(live)
+        for model, has in ((q, has_q), (r, has_r)):
+            if model is not None:
+                impossible = impossible | (has & torch.isneginf(model))
+        if q is not None and r is not None:
+            add("reward", q - r, has_q & has_r & ~impossible)
+        if p is not None and q is not None:
+            add("kl_teacher", p - q, has_q & ~impossible)
+        if p is not None and r is not None:
+            add("kl_ref", p - r, has_r & ~impossible)
+        if q is not None or r is not None:
+            add("impossible", impossible.to(torch.float64))
+        if out.kl is not None:
+            add("kl_target", out.kl)
+        if out.advantages is not None:
+            add("advantage", out.advantages)
+        if out.clipped is not None:
+            add("clip_fraction", out.clipped.to(torch.float64))
+        if out.importance is not None:
+            add("importance", out.importance)
+        return cls(tuple(entries), torch.stack(list(entries.values())))
+
+    def __add__(self, other: Metrics | int) -> Metrics:
+        if isinstance(other, int) and other == 0:  # where sum() starts
+            return self
+        if not isinstance(other, Metrics):
+            return NotImplemented
+        if other._names != self._names:
+            raise ValueError(f"metrics to add must have the same entries, got {self._names} and {other._names}")
+        return Metrics(self._names, self.sums + other.sums.to(self.sums.device))
+
+    __radd__ = __add__
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Metrics:
+        """The sum over the ranks of a process group, the default one if none is given; one small collective."""
+        sums = self.sums.clone()
+        torch.distributed.all_reduce(sums, group=group)
+        return Metrics(self._names, sums)
+
+    def _mean(self, name: str) -> Tensor:
+        total, count = self.sums[self._names.index(name)].unbind()
+        return total / count
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "tokens":
+            return self.sums[self._names.index(name), 0]
+        if name.removesuffix("_std") in self._STD and name.endswith("_std") and name[:-4] in self._names:
+            mean = self._mean(name[:-4])
+            return (self._mean(name[:-4] + "_squared") - mean * mean).clamp_min(0).sqrt()
+        if name not in self._names or name.endswith("_squared"):
+            raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
+        return self._mean(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._names:
+            yield name.removesuffix("_squared") + "_std" if name.endswith("_squared") else name
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def to_dict(self) -> dict[str, float]:
+        """All of them as Python floats, in one read from the device; NaN where nothing was counted."""
+        return dict(zip(self, torch.stack([self[name] for name in self]).tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self)})"

@@ -1,0 +1,117 @@
+"""out.metrics(): means over tokens, exact when added over micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fused_gopd as fg
+from builders import like, make_batch, run
+from fused_gopd.metrics import Metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_every_metric_is_its_mean_over_the_live_tokens(machine):
+    batch = make_batch(61, shape=(3, 5), dtype=machine.dtype)
+    old = torch.linspace(-4, -1, 15, dtype=machine.dtype).reshape(3, 5)
+    rollout = old + 0.3
+    options = {"reward_scale": 1.25, "old_logprobs": old, "clip": (0.2, 0.2)}
+    out, _ = run(batch, backend=machine.backend, rollout_logprobs=rollout, rollout_is_cap=0.5, **options)
+    live = batch.mask
+    p, q, r = (x[live].double() for x in (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs))
+    a, w = out.advantages[live].double(), out.importance[live].double()
+    want = {
+        "tokens": float(live.sum()),
+        "loss": out.token_loss[live].double().mean(),
+        "entropy": out.entropy[live].double().mean(),
+        "reward": (q - r).mean(),
+        "kl_teacher": (p - q).mean(),
+        "kl_ref": (p - r).mean(),
+        "impossible": 0.0,
+        "advantage": a.mean(),
+        "advantage_std": a.std(correction=0),
+        "clip_fraction": out.clipped[live].double().mean(),
+        "importance": w.mean(),
+        "importance_std": w.std(correction=0),
+    }
+    got = out.metrics().to_dict()
+    assert got.keys() == want.keys()
+    assert 0 < got["clip_fraction"] < 1
+    for name, value in want.items():
+        assert got[name] == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+
+
+def test_full_has_the_divergence_from_the_target(backend):
+    batch = make_batch(62, shape=(3, 5), dtype=torch.float32)
+    out, _ = run(batch, backend=backend, estimator="full", reward_scale=1.25)
+    assert out.metrics()["kl_target"].item() == pytest.approx(float(out.kl.sum() / batch.mask.sum()), rel=1e-6)
+    without, _ = run(batch.replaced(token_ids=None), backend=backend, estimator="full", reward_scale=1.25)
+    assert set(without.metrics()) == {"tokens", "loss", "entropy", "kl_target"}
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_metrics_of_micro_batches_add_up_to_those_of_the_batch(estimator):
+    batch = make_batch(63, shape=(4, 5))
+    whole, _ = run(batch, estimator=estimator, reward_scale=1.25)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        models = [like(m, hidden=m.hidden[rows]) for m in batch.models]
+        options = {"mask": batch.mask[rows], "estimator": estimator, "reward_scale": 1.25}
+        parts.append(fg.gopd_loss(*models, batch.token_ids[rows], **options).metrics())
+    want, got = whole.metrics().to_dict(), sum(parts).to_dict()
+    assert got == pytest.approx(want, rel=1e-12)
+    assert parts[0]["reward"] != pytest.approx(float(want["reward"]))
+
+
+def test_a_cancelled_model_has_metrics_when_it_is_scored():
+    batch = make_batch(64)
+    without, _ = run(batch, reward_scale=1.0)
+    assert "reward" not in without.metrics()
+    scored, _ = run(batch, reward_scale=1.0, score_cancelled=True)
+    assert {"reward", "kl_ref"} <= set(scored.metrics())
+
+
+def test_impossible_tokens_are_counted_and_left_out():
+    batch = make_batch(65, shape=(4,), kinds=("logits",) * 3, masked=False)
+    with torch.no_grad():
+        batch.teacher.logits[1, batch.token_ids[1]] = -math.inf
+    metrics = run(batch, reward_scale=1.25)[0].metrics().to_dict()
+    assert metrics["impossible"] == 0.25
+    assert all(math.isfinite(x) for x in metrics.values())
+
+
+def test_a_lambda_per_token_leaves_out_what_full_did_not_score():
+    batch = make_batch(66, shape=(4,), masked=False)
+    lam = torch.tensor([0.0, 1.0, 0.5, 1.5], dtype=torch.float64)
+    out, _ = run(batch, estimator="full", reward_scale=lam)
+    p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
+    metrics = out.metrics()
+    assert metrics["reward"] == pytest.approx(float((q - r)[2:].mean()))
+    assert metrics["kl_teacher"] == pytest.approx(float((p - q)[1:].mean()))
+    assert metrics["kl_ref"] == pytest.approx(float((p - r)[[0, 2, 3]].mean()))
+
+
+def test_nothing_live_is_nan_and_adds_nothing():
+    batch = make_batch(67, shape=(2, 3))
+    nothing = fg.gopd_loss(*batch.models, batch.token_ids, mask=torch.zeros_like(batch.mask), reward_scale=1.25)
+    metrics = nothing.metrics()
+    assert metrics["tokens"] == 0
+    assert math.isnan(metrics.to_dict()["reward"])
+    some = run(batch, reward_scale=1.25)[0].metrics()
+    assert (metrics + some).to_dict() == some.to_dict()
+
+
+def test_what_a_metric_refuses():
+    batch = make_batch(68)
+    a, b = run(batch, reward_scale=1.25)[0].metrics(), run(batch, reward_scale=1.0)[0].metrics()
+    with pytest.raises(ValueError, match="metrics to add must have the same entries"):
+        a + b
+    with pytest.raises(KeyError, match="no metric 'rewards'; there are tokens, loss"):
+        a["rewards"]
+    with pytest.raises(TypeError):
+        a + 1.0  # type: ignore[operator]
+    assert isinstance(a, Metrics)
+    assert repr(a).startswith("Metrics(tokens, loss")

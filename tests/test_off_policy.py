@@ -1,0 +1,158 @@
+"""Corrections of the sampled estimator for stale policies: ratios, clips, importance weights, clamps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fused_gopd as fg
+import oracle
+from builders import (
+    Machine,
+    assert_all_close,
+    assert_close,
+    assert_same_as_oracle,
+    generator,
+    make_batch,
+    run,
+    widened,
+)
+from fused_gopd.objective import Surrogate, policy_term
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+POLICIES = (
+    {},
+    {"clip": (0.2, 0.28)},
+    {"clip_dual": 1.5},
+    {"clip": (0.2, 0.2), "clip_dual": 3.0},
+    {"ratio": "sequence"},
+    {"ratio": "sequence", "clip": (0.05, 0.05)},
+    {"ratio": "sequence", "clip": (0.05, 0.05), "clip_dual": 1.1},
+    {"advantage_clip": 0.5},
+    {"advantage_clip": (-0.3, 1.0), "clip": (0.2, 0.2)},
+    {"logprob_min": -3.0},
+    {"rollout_is_cap": 1.2},
+    {"rollout_is_cap": 5.0, "clip": (0.2, 0.2), "clip_dual": 2.0, "ratio": "sequence", "logprob_min": -4.0},
+)
+IDS = [" ".join(p) or "none" for p in POLICIES]
+
+
+def stale(batch, spread: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Log-probs of the batch's tokens under a policy near the student's."""
+    own = oracle.gopd(*[widened(m) for m in batch.models], batch.token_ids).student_logprobs
+    noise = torch.randn(own.shape, generator=generator(seed), dtype=torch.float64)
+    return (own + spread * noise).clamp_max(-1e-3).to(dtype)
+
+
+def scores(batch, policy: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    given = {"old_logprobs": stale(batch, 0.5, dtype)}
+    return given | ({"rollout_logprobs": stale(batch, 0.7, dtype, seed=1)} if "rollout_is_cap" in policy else {})
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
+@pytest.mark.parametrize("kind", ["linear", "logits"])
+def test_every_correction_is_its_formula(machine, kind, policy):
+    batch = make_batch(41, shape=(4, 6), kinds=(kind, "linear", "logits"), dtype=machine.dtype)
+    assert_same_as_oracle(batch, machine, reward_scale=1.25, **policy, **scores(batch, policy, machine.dtype))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
+def test_the_reference_is_the_same_formula(policy):
+    batch = make_batch(42, shape=(4, 6))
+    options = {"reward_scale": 1.25, **policy, **scores(batch, policy, torch.float64)}
+    dense, dense_grads = run(batch, fg.reference.gopd_loss, **options)
+    fused, grads = run(batch, backend="torch", **options)
+    assert_close(fused.token_loss, dense.token_loss, 1e-12)
+    assert_all_close(grads, dense_grads, 1e-12)
+    for name in ("advantages", "importance", "clipped"):
+        a, b = getattr(fused, name), getattr(dense, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert_close(a.double(), b.double(), 1e-12, name)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    policy=st.sampled_from(POLICIES),
+    lam=st.sampled_from([0.0, 0.5, 1.0, 1.25, "per token"]),
+    reduction=st.sampled_from(["token-mean", "seq-mean-token-mean", "sum", "seq-mean-token-sum"]),
+    chunk=st.integers(1, 20),
+)
+def test_any_correction_any_reduction_any_chunk(seed, policy, lam, reduction, chunk):
+    batch = make_batch(seed, shape=(3, 5))
+    scale = torch.linspace(0, 2, 15, dtype=torch.float64).reshape(3, 5) if lam == "per token" else lam
+    options = {"reward_scale": scale, "reduction": reduction, **policy, **scores(batch, policy, torch.float64)}
+    assert_same_as_oracle(batch, Machine("torch", torch.float64), **options)
+    whole, grads = run(batch, backend="torch", **options)
+    cut, cut_grads = run(batch, backend="torch", chunk_size=chunk, **options)
+    assert_close(cut.token_loss, whole.token_loss, 1e-12)
+    assert_all_close(cut_grads, grads, 1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
+def test_the_slope_is_the_derivative_of_the_loss(policy):
+    """With every branch of every clip in the data; corners aside, where one-sided derivatives differ."""
+    policy = {k: v if k != "advantage_clip" or isinstance(v, tuple) else (-v, v) for k, v in policy.items()}
+    student = torch.linspace(-5, -0.1, 113, dtype=torch.float64).requires_grad_()
+    teacher, ref = (torch.full_like(student.detach(), x) for x in (-1.0, -2.0))
+    old = torch.full_like(teacher, -1.7)
+    rollout = torch.full_like(teacher, -2.0) if "rollout_is_cap" in policy else None
+    # a sequence is one token here: its mean is differentiable as the token's own ratio
+    term = policy_term(Surrogate(**policy), 1.25, student, teacher, ref, old, rollout, lambda x: x)
+    (slope,) = torch.autograd.grad(term.loss.sum(), student)
+    assert_close(term.dlogprob, slope, 1e-12)
+
+
+def test_on_policy_the_rollout_weight_is_that_of_the_student(backend):
+    batch = make_batch(43, shape=(3, 4), dtype=torch.float32)
+    rollout = stale(batch, 0.5, torch.float32)
+    out, _ = run(batch, backend=backend, reward_scale=1.25, rollout_logprobs=rollout, rollout_is_cap=1.5)
+    plain, _ = run(batch, backend=backend, reward_scale=1.25)
+    weight = (plain.student_logprobs - rollout).exp().clamp_max(1.5) * batch.mask
+    assert_close(out.importance, weight, 1e-5)
+    assert_close(out.token_loss, plain.token_loss * weight, 1e-5)
+
+
+def test_without_a_cap_the_weight_is_not_truncated():
+    batch = make_batch(44, shape=(3, 4))
+    out, _ = run(batch, reward_scale=1.25, rollout_logprobs=stale(batch, 2.0, torch.float64))
+    assert out.importance.max() > 2
+
+
+def test_logprob_min_makes_an_impossible_token_count(machine):
+    """A token to which the teacher gives probability 0 pulls nowhere, unless its log-prob is clamped."""
+    batch = make_batch(45, shape=(5,), kinds=("linear", "logits", "logits"), dtype=machine.dtype, masked=False)
+    with torch.no_grad():
+        batch.teacher.logits[2, batch.token_ids[2]] = -math.inf
+    out, grads = run(batch, backend=machine.backend, reward_scale=1.25, logprob_min=-20.0)
+    assert out.teacher_logprobs[2] == -math.inf  # reported as it is
+    want = 1.25 * -20 - 0.25 * out.ref_logprobs[2] - out.student_logprobs[2]
+    assert_close(out.advantages[2], want, 1e-6)
+    assert grads[0][2].abs().sum() > 0
+    assert_same_as_oracle(batch, machine, reward_scale=1.25, logprob_min=-20.0)
+
+
+def test_a_sequence_ratio_is_one_number_for_its_live_tokens():
+    """With A = 1 everywhere the token loss is minus the ratio."""
+    batch = make_batch(46, shape=(3, 5))
+    old = stale(batch, 0.5, torch.float64)
+    out, _ = run(batch, reward_scale=1.0, old_logprobs=old, ratio="sequence")
+    ratio = torch.where(batch.mask, -out.token_loss / out.advantages, torch.nan)
+    for row, live in zip(ratio, batch.mask, strict=True):
+        assert_close(row[live], row[live][:1].expand(int(live.sum())), 1e-12)
+
+
+def test_a_masked_tokens_scores_are_not_looked_at(backend):
+    batch = make_batch(47, shape=(3, 5), dtype=torch.float32)
+    old, rollout = stale(batch, 0.5, torch.float32), stale(batch, 0.5, torch.float32, seed=1)
+    options = {"reward_scale": 1.25, "backend": backend, "ratio": "sequence", "rollout_is_cap": 2.0}
+    want, grads = run(batch, old_logprobs=old, rollout_logprobs=rollout, **options)
+    poisoned = [x.masked_fill(~batch.mask, math.nan) for x in (old, rollout)]
+    got, got_grads = run(batch, old_logprobs=poisoned[0], rollout_logprobs=poisoned[1], **options)
+    assert torch.equal(got.loss, want.loss)
+    assert all(torch.equal(a, b) for a, b in zip(got_grads, grads, strict=True))
