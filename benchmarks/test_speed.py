@@ -30,7 +30,7 @@ def _row(workload: Workload, provider: str) -> dict[str, Any]:
     fused = provider.startswith(FUSED_PREFIX)
     chunk = None
     if fused and workload.hidden is not None:
-        models = logits_buffers(workload.estimator, len(workload.hidden))  # type: ignore[arg-type]
+        models = logits_buffers(workload.estimator == "full", len(workload.hidden))
         chunk = min(workload.tokens, chunk_size_for(workload.vocab, models, workload.device))
     return {
         "job": workload.job,

@@ -294,13 +294,24 @@ def _token(
     if policy.get("logprob_min") is not None:
         others = [max(x, policy["logprob_min"]) for x in others]
     adv = advantage(lam, behaviour, *others)
-    bound = policy.get("advantage_clip")
-    if bound is not None and adv is not None:
-        low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+    bound, unbounded = policy.get("advantage_clip", math.inf), adv
+    low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+    if adv is not None:
         adv = min(max(adv, low), high)
     values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
     if estimator == "sampled":
         values["token_loss"] = _sampled_token(scored[0], adv, old, log_s, rollout, policy)
+        if policy.get("baseline") == "expected":
+            # a model that the token's own lambda cancels is not looked at
+            for name, cancelled_at in (("teacher", 0), ("ref", 1)):
+                if lam == cancelled_at:
+                    values[name] = torch.zeros((), dtype=torch.float64)
+        if policy.get("baseline") == "expected" and adv is not None:
+            # the gradient with the baseline, the value without
+            bounded = min(max(unbounded + _full_token(*rows, lam, "reverse_kl", 0.5)[0].item(), low), high)
+            used = _sampled_token(scored[0], bounded, old, log_s, rollout, policy)
+            values["token_loss"] = used + (values["token_loss"] - used).detach()
+            values["advantages"] = torch.tensor(bounded, dtype=torch.float64)
     return values
 
 

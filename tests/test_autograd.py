@@ -306,7 +306,7 @@ def op_arguments(kind, objective, masked):
         clip=None,
         vocab_size=None,
     )
-    job = _job(prepared, estimator, divergence, 0.5, 4, "torch")
+    job = _job(prepared, divergence, 0.5, 4, "torch")
     tensors, static = autograd._pack(job)
     # opcheck differentiates what requires a gradient; the op is only ever called inside a Function, on detached input
     tensors = [None if t is None else t.detach() for t in tensors]

@@ -36,9 +36,9 @@ def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk):
 
 
 def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
-    assert chunks.logits_buffers("full", 3) == 3
-    assert chunks.logits_buffers("sampled", 3) == 1
-    assert chunks.logits_buffers("sampled", 0) == 0
+    assert chunks.logits_buffers(True, 3) == 3
+    assert chunks.logits_buffers(False, 3) == 1
+    assert chunks.logits_buffers(False, 0) == 0
 
 
 def test_all_live_rows_of_a_contiguous_tensor_are_a_view():

@@ -233,6 +233,30 @@ CASES = {
     "logprob_min in full": (dict(logprob_min=-9.0, **FULL), ValueError, "logprob_min is an option of"),
     "logprob_min 0": ({"logprob_min": 0.0}, ValueError, "logprob_min must be negative.*got 0.0"),
     "logprob_min inf": ({"logprob_min": float("-inf")}, ValueError, "logprob_min must be finite"),
+    "baseline": ({"baseline": "mean"}, ValueError, "baseline must be one of 'none', 'expected', got 'mean'"),
+    "baseline in full": (dict(baseline="expected", **FULL), ValueError, "baseline is an option of"),
+    "baseline of scores": (
+        {"teacher": SCORES, "baseline": "expected"},
+        TypeError,
+        "teacher is TokenLogProbs.*baseline='expected'",
+    ),
+    "hook in full": (dict(advantage_fn=lambda s: s.advantages, **FULL), ValueError, "advantage_fn is an option of"),
+    "hook a tensor": ({"advantage_fn": OLD}, TypeError, "advantage_fn must be callable, got Tensor"),
+    "hook gives a number": (
+        {"advantage_fn": lambda s: 1.0},
+        TypeError,
+        "advantage_fn must return a torch.Tensor",
+    ),
+    "hook gives integers": (
+        {"advantage_fn": lambda s: s.index},
+        TypeError,
+        "advantage_fn must return a float tensor, got torch.int64",
+    ),
+    "hook gives another shape": (
+        {"advantage_fn": lambda s: s.advantages.sum()},
+        ValueError,
+        r"advantage_fn must return one advantage per token.*got \(\)",
+    ),
     # packed sequences
     "cu_seqlens of a batch": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"cu_seqlens.*\(N,\).*\(2, 3\)"),
     "cu_seqlens list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),

@@ -70,7 +70,9 @@ def test_advantage_of_a_diverged_model_is_nan():
 
 
 def term_of(surrogate, reward_scale, student, teacher, ref, old, rollout=None):
-    return objective.policy_term(surrogate, reward_scale, student, teacher, ref, old, rollout, lambda x: x)
+    stats = objective.TokenStats(None, None, student, teacher, ref, old, None, None, None, reward_scale)
+    used, _ = objective.advantages_of(surrogate, stats, None, None)
+    return objective.policy_term(surrogate, used, student, old, rollout, lambda x: x)
 
 
 def policy(student, old, clip, teacher=vector(-1.0), ref=vector(-1.5)):  # noqa: B008 never written to

@@ -21,7 +21,7 @@ from builders import (
     run,
     widened,
 )
-from fused_gopd.objective import Surrogate, policy_term
+from fused_gopd.objective import Surrogate, TokenStats, advantages_of, policy_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +37,8 @@ POLICIES = (
     {"advantage_clip": (-0.3, 1.0), "clip": (0.2, 0.2)},
     {"logprob_min": -3.0},
     {"rollout_is_cap": 1.2},
+    {"baseline": "expected"},
+    {"baseline": "expected", "clip": (0.2, 0.2), "advantage_clip": 0.4},
     {"rollout_is_cap": 5.0, "clip": (0.2, 0.2), "clip_dual": 2.0, "ratio": "sequence", "logprob_min": -4.0},
 )
 IDS = [" ".join(p) or "none" for p in POLICIES]
@@ -103,7 +105,9 @@ def test_the_slope_is_the_derivative_of_the_loss(policy):
     old = torch.full_like(teacher, -1.7)
     rollout = torch.full_like(teacher, -2.0) if "rollout_is_cap" in policy else None
     # a sequence is one token here: its mean is differentiable as the token's own ratio
-    term = policy_term(Surrogate(**policy), 1.25, student, teacher, ref, old, rollout, lambda x: x)
+    stats = TokenStats(None, None, student.detach(), teacher, ref, old, None, None, None, 1.25)
+    used, _ = advantages_of(Surrogate(**policy), stats, None, None)
+    term = policy_term(Surrogate(**policy), used, student, old, rollout, lambda x: x)
     (slope,) = torch.autograd.grad(term.loss.sum(), student)
     assert_close(term.dlogprob, slope, 1e-12)
 

@@ -312,7 +312,7 @@ def test_a_backward_needs_no_second_copy_of_the_gradients(backend):
 @sampled_and_full
 def test_a_shifted_view_of_the_hidden_states_is_not_copied_whole(backend, objective):
     """hidden[:, :-1] is not contiguous: only a chunk of it may be copied."""
-    hidden, tokens = 512, 256
+    hidden, tokens = 1024, 256
     heads = [linear_head(i, (4, tokens + 1), 64, hidden, F32) for i in range(3)]
     heads = [like(h, hidden=h.hidden[:, :-1]) for h in heads]
     ids = torch.zeros(4, tokens, dtype=torch.long)

@@ -3,6 +3,8 @@
 from . import reference
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loss import GOPDLoss, GOPDOutput, gopd_loss, token_logprobs
+from .metrics import Metrics
+from .objective import TokenStats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -10,7 +12,9 @@ __all__ = [
     "GOPDOutput",
     "LinearHead",
     "Logits",
+    "Metrics",
     "TokenLogProbs",
+    "TokenStats",
     "TopKLogProbs",
     "gopd_loss",
     "reference",

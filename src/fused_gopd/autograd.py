@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks, objective
-from .chunks import NOTHING, Job, Needs, Scaling, TokenRows
+from .chunks import NOTHING, STATISTICS, Job, Needs, Scaling, TokenRow, TokenRows
 from .heads import LinearHead, Logits
-from .objective import Surrogate
-from .rowops import GradientWeights, Stat, select_backend
+from .objective import AdvantageFn, Surrogate
+from .rowops import GradientWeights, select_backend
 from .rowops.torch import accumulation_dtype
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
@@ -34,11 +36,28 @@ _VECTORS = (
     "old_logprobs",
     "rollout_logprobs",
     "cu_seqlens",
+    "advantages",
 )
 
+# A function cannot pass through an op as text, its number can. Alive as long as a job holds the entry.
+_HOOKS: weakref.WeakValueDictionary[int, _Hook] = weakref.WeakValueDictionary()
+_hook_numbers = itertools.count()
 
-def _pack(job: Job) -> tuple[list[Tensor | None], str]:
-    """The tensors of a job in a fixed order (three a head, the vectors, the live rows), and the rest as JSON."""
+
+class _Hook:
+    """An ``advantage_fn`` under a number."""
+
+    def __init__(self, function: AdvantageFn) -> None:
+        self.function = function
+        self.number = next(_hook_numbers)
+        _HOOKS[self.number] = self
+
+
+def _pack(job: Job, hook: _Hook | None = None) -> tuple[list[Tensor | None], str]:
+    """The tensors of a job in a fixed order (three a head, the vectors, the live rows), and the rest as JSON.
+
+    ``hook`` stands for ``job.advantage_fn``, where the op is to call it.
+    """
     tensors: list[Tensor | None] = []
     heads: list[dict[str, Any] | None] = []
     for name in _HEADS:
@@ -62,6 +81,7 @@ def _pack(job: Job) -> tuple[list[Tensor | None], str]:
         "beta": job.beta,
         "reward_scale": None if isinstance(job.reward_scale, Tensor) else job.reward_scale,
         "surrogate": dataclasses.asdict(job.surrogate),
+        "hook": None if hook is None else hook.number,
     }
     return tensors, json.dumps(static)
 
@@ -100,6 +120,7 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         beta=options["beta"],
         reward_scale=options["reward_scale"] if scale is None else scale,
         surrogate=Surrogate(**surrogate),
+        advantage_fn=None if options["hook"] is None else _HOOKS[options["hook"]].function,
     )
     return dataclasses.replace(job, **heads, **vectors)
 
@@ -159,7 +180,7 @@ def _fake_gradients(job: Job, needs: Needs) -> list[Tensor]:
 @_forward_op.register_fake
 def _(tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     job = _unpack(tensors, static)
-    statistics = torch.empty(len(Stat), job.rows.count, dtype=job.dtype, device=job.device)
+    statistics = torch.empty(STATISTICS, job.rows.count, dtype=job.dtype, device=job.device)
     return [statistics, *_fake_gradients(job, Needs(*needs) if relative is not None else NOTHING)]
 
 
@@ -247,11 +268,16 @@ class _WeightedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors, static = _pack(job)
+        hook = None if job.advantage_fn is None else _Hook(job.advantage_fn)
+        tensors, static = _pack(job, hook)
         needs = Needs(*(ctx.needs_input_grad[:3]))
         scaling = Scaling.of(job, weights)
         statistics, *gradients = _forward_op(tensors, static, scaling.relative if any(needs) else None, needs)
         token_loss, _ = token_values(job, statistics)
+        if hook is not None:
+            # a second backward computes the loop anew, with these advantages: the hook is called once
+            known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
+            tensors, static = _pack(dataclasses.replace(job, advantages=known))
         ctx.static, ctx.scaling, ctx.needs, ctx.gradients = static, scaling, needs, gradients
         ctx.meta = _meta((rows, weight, bias))
         _save(ctx, tensors)
@@ -278,8 +304,9 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def statistics(ctx: Any, job: Job) -> Tensor:
-        tensors, static = _pack(job)
-        statistics: Tensor = _forward_op(tensors, static, None, NOTHING)[0]
+        hook = None if job.advantage_fn is None else _Hook(job.advantage_fn)
+        statistics: Tensor = _forward_op(*_pack(job, hook), None, NOTHING)[0]
+        tensors, static = _pack(job)  # the backward finds the advantages in the statistics
         ctx.static, ctx.needs, ctx.meta = static, Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
         _save(ctx, [*tensors, statistics])
         ctx.set_materialize_grads(False)
@@ -348,7 +375,7 @@ def _call(function: Any, job: Job, *rest: Tensor) -> Any:
 
 
 def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, token losses (n,) and statistics (len(Stat), n), for weights () or (n,) that are known now.
+    """The loss, token losses (n,) and statistics (STATISTICS, n), for weights () or (n,) that are known now.
 
     A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
     is the size of all logits, is rounded once with all factors applied. So do ratios of whole sequences, which are

@@ -7,7 +7,8 @@ nothing here knows a machine beyond the row operations and GEMMs that it calls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import gemm, memory, objective
 from .heads import Head, LinearHead, Logits
-from .objective import PLAIN, Divergence, Estimator, Sequences, Surrogate
+from .objective import PLAIN, AdvantageFn, Divergence, Estimator, Sequences, Surrogate, TokenStats
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat
 from .rowops.torch import accumulation_dtype
 
@@ -46,9 +47,21 @@ def chunk_size_for(vocab_size: int, buffers: int, device_type: str, element_byte
     return int(min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting)))
 
 
-def logits_buffers(estimator: Estimator, linear_models: int) -> int:
-    """C x V buffers alive at once: ``full`` holds all models of a chunk, ``sampled`` one model after the other."""
-    return linear_models if estimator == "full" else min(1, linear_models)
+def logits_buffers(joint: bool, linear_models: int) -> int:
+    """C x V buffers alive at once: a joint row operation holds all models of a chunk, else they take turns."""
+    return linear_models if joint else min(1, linear_models)
+
+
+class TokenRow(enum.IntEnum):
+    """Rows of the loop's statistics after those of :class:`Stat`: what the sampled estimator knows of a token."""
+
+    ADVANTAGE = len(Stat)  # as the gradient uses it
+    REPORTED_ADVANTAGE = len(Stat) + 1  # as the loss reports it, without the baseline
+    ENTROPY_TEACHER = len(Stat) + 2
+    ENTROPY_REF = len(Stat) + 3
+
+
+STATISTICS = len(Stat) + len(TokenRow)
 
 
 def _balanced(rows: int, chunk_size: int) -> int:
@@ -138,6 +151,13 @@ class Job:
     rollout_logprobs: Tensor | None = None
     surrogate: Surrogate = PLAIN
     cu_seqlens: Tensor | None = None  # (B + 1,) int64 of packed tokens
+    advantage_fn: AdvantageFn | None = None
+    advantages: Tensor | None = None  # (2, n) the first two of TokenRow, where they are known already
+
+    @property
+    def joint(self) -> bool:
+        """Whether the row operation takes all models of a chunk together."""
+        return self.estimator == "full" or self.surrogate.baseline == "expected"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,10 +190,50 @@ class Job:
     def policy_term(self, statistics: Tensor, rows: slice = slice(None)) -> objective.PolicyTerm:
         """The sampled estimator's token losses; all rows at once where ratios are those of whole sequences."""
         old, rollout = (None if x is None else x[rows] for x in (self.old_logprobs, self.rollout_logprobs))
-        models = self.model_logprobs(statistics, rows)
-        return objective.policy_term(
-            self.surrogate, self.scale_of(rows), *models, old, rollout, self._mean_over_sequences
+        student = self.model_logprobs(statistics, rows)[0]
+
+        def term(advantages: Tensor) -> objective.PolicyTerm:
+            return objective.policy_term(self.surrogate, advantages, student, old, rollout, self._mean_over_sequences)
+
+        used = term(statistics[TokenRow.ADVANTAGE, rows])
+        if self.surrogate.baseline == "none":
+            return used
+        return replace(used, loss=term(statistics[TokenRow.REPORTED_ADVANTAGE, rows]).loss)
+
+    def fill_advantages(self, statistics: Tensor, start: int, stop: int) -> None:
+        """The advantages of rows [start, stop), once their log-probs are in the statistics."""
+        rows = slice(start, stop)
+        if self.advantages is not None:
+            statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1, rows] = self.advantages[:, rows]
+            return
+        student, teacher, ref = self.model_logprobs(statistics, rows)
+        if teacher is None and ref is None:
+            return  # log-probs alone are asked for
+
+        def entropy_of(head: Head | None, row: TokenRow) -> Tensor | None:
+            return None if head is None or self.joint else statistics[row, rows]
+
+        index = torch.arange(start, stop, device=self.device) if self.rows.index is None else self.rows.index[rows]
+        stats = TokenStats(
+            index,
+            student,  # the advantages come to stand here
+            student,
+            teacher,
+            ref,
+            None if self.old_logprobs is None else self.old_logprobs[rows],
+            objective.entropy(statistics[:, rows]),
+            entropy_of(self.teacher, TokenRow.ENTROPY_TEACHER),
+            entropy_of(self.ref, TokenRow.ENTROPY_REF),
+            self.scale_of(rows),
         )
+        expected = None
+        if self.surrogate.baseline == "expected":
+            has = (self.teacher is not None, self.ref is not None)
+            scale = self.scale_of(rows)
+            expected, _ = objective.divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], has)
+        used, reported = objective.advantages_of(self.surrogate, stats, self.advantage_fn, expected)
+        statistics[TokenRow.ADVANTAGE, rows] = used
+        statistics[TokenRow.REPORTED_ADVANTAGE, rows] = reported
 
     def _mean_over_sequences(self, values: Tensor) -> Tensor:
         """(n,) values of all live tokens, each replaced by the mean over the live tokens of its sequence."""
@@ -357,7 +417,7 @@ def run(
     needs: Needs = NOTHING,
     *,
     relative: Tensor | None = None,  # () or (n,) token weights; with them the gradients come with the statistics
-    statistics: Tensor | None = None,  # (len(Stat), n) of an earlier run; with them only gradients are computed ...
+    statistics: Tensor | None = None,  # (STATISTICS, n) of an earlier run; with them only gradients are computed ...
     weights: GradientWeights | None = None,  # ... for these complete weights per token, (n,)
 ) -> tuple[Tensor, Gradients]:
     """Run the loop in one of three ways.
@@ -370,7 +430,7 @@ def run(
     n = job.rows.count
     step = _balanced(n, job.chunk_size) if n else 1
     sink = _Sink(job, needs if relative is not None or weights is not None else NOTHING)
-    out = torch.zeros(len(Stat), n, dtype=job.dtype, device=job.device) if statistics is None else statistics
+    out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, step)
     shared = None
     if weights is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
@@ -378,7 +438,7 @@ def run(
         shared = _power_of_two(torch.stack([w for w in (weights.divergence, weights.token) if w is not None]))
     for start in range(0, n, step):
         stop = min(start + step, n)
-        if statistics is None and (job.estimator == "sampled"):
+        if statistics is None and not job.joint:
             _score_others(job, buffers, out, start, stop)
         if not sink.wanted:
             _statistics_chunk(job, buffers, out, start, stop)
@@ -395,8 +455,8 @@ def run(
 
 
 def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
-    """The rows of a chunk, logits computed. The sampled estimator's row operation sees the student alone."""
-    full = job.estimator == "full"
+    """The rows of a chunk, logits computed. Without a joint row operation it sees the student alone."""
+    full = job.joint
     return RowProblem(
         job.vocab_size,
         buffers.load(job.student, "student", start, stop),
@@ -404,6 +464,7 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
         buffers.load(job.ref, "ref", start, stop) if full and job.ref is not None else None,
         job.scale_of(slice(start, stop)) if full else 1.0,
         None if job.token_ids is None else job.token_ids[start:stop],
+        # the sampled estimator's is the reverse KL, which it estimates
         job.divergence if full else "none",
         job.beta,
     )
@@ -411,14 +472,16 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
 
 def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
     """Teacher and reference of the sampled estimator, before the student needs their buffer."""
-    for head, logsum, logit in (
-        (job.teacher, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
-        (job.ref, Stat.LOGSUM_REF, Stat.LOGIT_REF),
+    for head, logsum, logit, entropy in (
+        (job.teacher, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, TokenRow.ENTROPY_TEACHER),
+        (job.ref, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.ENTROPY_REF),
     ):
         if head is not None:
             scored = _score(job, head, buffers, start, stop)
             statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
+            if job.advantage_fn is not None:
+                statistics[entropy, start:stop] = objective.entropy(scored)
 
 
 # What the sampled estimator takes from the row operation on the student; the other rows hold teacher and reference.
@@ -426,18 +489,20 @@ _STUDENT_STATS = [Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat
 
 
 def _store(job: Job, statistics: Tensor, chunk: Tensor, start: int, stop: int) -> None:
-    if job.estimator == "full":
-        statistics[:, start:stop] = chunk
+    if job.joint:
+        statistics[: len(Stat), start:stop] = chunk
     else:
         for stat in _STUDENT_STATS:
             statistics[stat, start:stop] = chunk[stat]
+    if job.estimator == "sampled":
+        job.fill_advantages(statistics, start, stop)
 
 
 def _statistics_chunk(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
-    if job.estimator == "sampled":
-        _store(job, statistics, _score(job, job.student, buffers, start, stop), start, stop)
-    else:
+    if job.joint:
         _store(job, statistics, job.ops.statistics(_problem(job, buffers, start, stop)), start, stop)
+    else:
+        _store(job, statistics, _score(job, job.student, buffers, start, stop), start, stop)
 
 
 def _fused_chunk(
@@ -453,7 +518,7 @@ def _fused_chunk(
             _store(job, statistics, job.ops.statistics(problem), start, stop)
             policy = job.policy_term(statistics, slice(start, stop))
             weights = GradientWeights(token=-policy.dlogprob * full_weights)
-            job.ops.gradient(problem, statistics[:, start:stop].contiguous(), weights, buffer)
+            job.ops.gradient(problem, statistics[: len(Stat), start:stop].contiguous(), weights, buffer)
         else:
             chunk = job.ops.statistics_and_gradient(problem, GradientWeights(divergence=full_weights), buffer)
             _store(job, statistics, chunk, start, stop)
@@ -481,7 +546,7 @@ def _gradient_chunk(
 ) -> None:
     cut = slice(start, stop)
     problem = _problem(job, buffers, start, stop)
-    chunk = statistics[:, cut].contiguous()
+    chunk = statistics[: len(Stat), cut].contiguous()
     divergence, token = (None if w is None else w[cut] for w in (weights.divergence, weights.token))
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)

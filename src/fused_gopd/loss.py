@@ -20,10 +20,13 @@ from .chunks import Job, TokenRows, chunk_size_for, logits_buffers
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
 from .metrics import Metrics
 from .objective import (
+    BASELINES,
     DIVERGENCES,
     ESTIMATORS,
     RATIOS,
     REDUCTIONS,
+    AdvantageFn,
+    Baseline,
     Divergence,
     Estimator,
     Ratio,
@@ -45,8 +48,8 @@ class GOPDOutput:
         advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
             place of log p where they are given), as the loss uses it, after ``logprob_min`` and ``advantage_clip``;
             positive makes the token likelier. None without ``token_ids``.
-        student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. In
-            ``full`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
+        student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. Where
+            ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0, ``full`` only.
@@ -54,6 +57,7 @@ class GOPDOutput:
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
         mask: (...) bool, the live tokens; None where all are.
         reward_scale: lambda as given, expanded to the token shape where it is a tensor.
+        joint: whether the models were looked at together: in ``full``, and with a baseline.
     """
 
     loss: Tensor
@@ -68,6 +72,7 @@ class GOPDOutput:
     importance: Tensor | None = None
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
+    joint: bool = False
 
     def metrics(self) -> Metrics:
         """Training signals (implicit reward, divergences, entropy, ...) that add up over batches and ranks.
@@ -254,10 +259,12 @@ def _check_surrogate(
     rollout_is_cap: object,
     advantage_clip: object,
     logprob_min: object,
+    baseline: object,
+    advantage_fn: object,
 ) -> Surrogate:
     """The options of the sampled estimator; one that has nothing to act on raises."""
-    if ratio not in RATIOS:
-        _one_of("ratio", ratio, RATIOS)
+    _one_of("ratio", ratio, RATIOS)
+    _one_of("baseline", baseline, BASELINES)
     given = {
         "old_logprobs": old_logprobs,
         "rollout_logprobs": rollout_logprobs,
@@ -267,6 +274,8 @@ def _check_surrogate(
         "rollout_is_cap": rollout_is_cap,
         "advantage_clip": advantage_clip,
         "logprob_min": logprob_min,
+        "baseline": None if baseline == "none" else baseline,
+        "advantage_fn": advantage_fn,
     }
     for name, value in given.items():
         if value is not None and estimator != "sampled":
@@ -292,6 +301,8 @@ def _check_surrogate(
         logprob_min = _require_number("logprob_min", logprob_min)
         if logprob_min >= 0:
             raise ValueError(f"logprob_min must be negative, as log-probs are, got {logprob_min}")
+    if advantage_fn is not None and not callable(advantage_fn):
+        raise TypeError(f"advantage_fn must be callable, got {type(advantage_fn).__name__}")
     return Surrogate(
         None if clip is None else _check_clip(clip),
         clip_dual,
@@ -299,6 +310,7 @@ def _check_surrogate(
         rollout_is_cap,
         None if advantage_clip is None else _check_advantage_clip(advantage_clip),
         logprob_min,
+        baseline,  # type: ignore[arg-type]
     )
 
 
@@ -367,6 +379,7 @@ def _check_chunk_size(chunk_size: int | None) -> int | None:
 class Prepared:
     """Checked input of one call, in token shape; models that cancel are out of ``needed``."""
 
+    estimator: Estimator
     student: Head
     teacher: Source | None  # None also where it has cancelled
     ref: Source | None
@@ -379,10 +392,16 @@ class Prepared:
     old_logprobs: Tensor | None  # (n,)
     rollout_logprobs: Tensor | None  # (n,)
     surrogate: Surrogate
+    advantage_fn: AdvantageFn | None
     sequences: Sequences
     weights: Tensor  # () or (n,)
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+
+    @property
+    def joint(self) -> bool:
+        """Whether the models are looked at together."""
+        return self.estimator == "full" or self.surrogate.baseline == "expected"
 
     def output(self, loss: Tensor, *values: Tensor | None) -> GOPDOutput:
         """The output from (n,) values of the live tokens, in the order of its fields."""
@@ -397,7 +416,7 @@ class Prepared:
         scale = self.reward_scale
         scale = self.rows.scatter(scale.clone()) if isinstance(scale, Tensor) else scale
         mask = None if self.mask is None else self.mask.clone()
-        fields: list[Any] = [loss, *vectors, clipped, importance, mask, scale]
+        fields: list[Any] = [loss, *vectors, clipped, importance, mask, scale, self.joint]
         return GOPDOutput(*fields)
 
 
@@ -424,6 +443,8 @@ def prepare(
     ratio: Ratio = "token",
     advantage_clip: float | tuple[float, float] | None = None,
     logprob_min: float | None = None,
+    baseline: Baseline = "none",
+    advantage_fn: AdvantageFn | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None,
 ) -> Prepared:
@@ -488,6 +509,8 @@ def prepare(
         rollout_is_cap,
         advantage_clip,
         logprob_min,
+        baseline,
+        advantage_fn,
     )
     old = None if old_logprobs is None else _check_vector("old_logprobs", old_logprobs, shape, device)
     rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
@@ -498,8 +521,15 @@ def prepare(
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
     dtype = accumulation_dtype(*(m.rows for m in models.values() if isinstance(m, (LinearHead, Logits))))
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
+    if baseline == "expected":
+        for name in ("teacher", "ref"):
+            if isinstance(models[name], TokenLogProbs):
+                raise TypeError(
+                    f"{name} is TokenLogProbs, and baseline='expected' needs a LinearHead or Logits: all the vocabulary"
+                )
     cancelled = {} if isinstance(lam, Tensor) else {0.0: {"teacher": teacher}, 1.0: {"ref": ref}}.get(lam, {})
     return Prepared(
+        estimator,
         student,
         None if "teacher" in cancelled else teacher,
         None if "ref" in cancelled else ref,
@@ -512,6 +542,7 @@ def prepare(
         None if old is None else rows.take(old).to(dtype).contiguous(),
         None if rollout is None else rows.take(rollout).to(dtype).contiguous(),
         surrogate,
+        advantage_fn,
         sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
         dtype,
@@ -530,9 +561,7 @@ def _detached(model: Source | None) -> Source | None:
     return replace(model, **detached)
 
 
-def _job(
-    p: Prepared, estimator: Estimator, divergence: Divergence, beta: float, chunk: int | None, backend: str
-) -> Job:
+def _job(p: Prepared, divergence: Divergence, beta: float, chunk: int | None, backend: str) -> Job:
     teacher, ref = _detached(p.teacher), _detached(p.ref)
     heads = [m for m in (p.student, teacher, ref) if isinstance(m, (LinearHead, Logits))]
     dtypes = {m.rows.dtype for m in heads}
@@ -543,7 +572,7 @@ def _job(
         return p.rows.take(model.logprobs).to(p.dtype).contiguous()
 
     linear = sum(isinstance(m, LinearHead) for m in heads)
-    auto = chunk_size_for(p.vocab_size, max(1, logits_buffers(estimator, linear)), p.device.type, p.dtype.itemsize)
+    auto = chunk_size_for(p.vocab_size, max(1, logits_buffers(p.joint, linear)), p.device.type, p.dtype.itemsize)
     return Job(
         p.rows,
         p.vocab_size,
@@ -552,7 +581,7 @@ def _job(
         p.student,
         teacher if isinstance(teacher, (LinearHead, Logits)) else None,
         ref if isinstance(ref, (LinearHead, Logits)) else None,
-        estimator,
+        p.estimator,
         divergence,
         beta,
         p.reward_scale,
@@ -563,6 +592,7 @@ def _job(
         p.rollout_logprobs,
         p.surrogate,
         p.sequences.cu_seqlens,
+        p.advantage_fn,
     )
 
 
@@ -597,6 +627,8 @@ def gopd_loss(
     ratio: Ratio = "token",
     advantage_clip: float | tuple[float, float] | None = None,
     logprob_min: float | None = None,
+    baseline: Baseline = "none",
+    advantage_fn: AdvantageFn | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -633,6 +665,11 @@ def gopd_loss(
     Options of ``sampled``, applied in the order in which they stand here:
         logprob_min: teacher's and reference's log-probs are at least this, before any arithmetic: a token that they
             rule out then has a finite advantage.
+        advantage_fn: an advantage of one's own in place of A: called with the :class:`fused_gopd.TokenStats` of each
+            chunk, once, returns (C,), detached. Costs no GEMM. ``docs/objectives.md`` has published ones.
+        baseline: ``"expected"`` adds the ``full`` value to the advantage, whose mean over the vocabulary is then 0:
+            an unbiased control variate. The reported loss leaves it out. Needs whole-vocabulary heads, whose logits it
+            holds together (chunk buffers as in ``full``), and no further GEMM.
         advantage_clip: a bound on the advantage's magnitude, or a pair (low, high).
         old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old.
         ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
@@ -684,10 +721,12 @@ def gopd_loss(
         ratio=ratio,
         advantage_clip=advantage_clip,
         logprob_min=logprob_min,
+        baseline=baseline,
+        advantage_fn=advantage_fn,
         score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
-    job = _job(p, estimator, divergence, beta, chunk_size, backend)
+    job = _job(p, divergence, beta, chunk_size, backend)
     if reduction == "none":
         token_loss, statistics = autograd.token_losses(job)
         loss = p.rows.scatter(token_loss)
@@ -768,7 +807,7 @@ def token_logprobs(
         reduction="none",
         vocab_size=vocab_size,
     )
-    job = _job(replace(p, ref=None), "sampled", "reverse_kl", 0.5, chunk_size, backend)
+    job = _job(replace(p, ref=None), "reverse_kl", 0.5, chunk_size, backend)
     logprobs, entropy = autograd.token_logprobs(job)
     result = p.rows.scatter(logprobs)
     return (result, p.rows.scatter(entropy)) if return_entropy else result
@@ -780,8 +819,8 @@ class GOPDLoss(nn.Module):
     Args:
         **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
             ``estimator``, ``divergence``, ``beta``, ``reduction``, ``clip``, ``clip_dual``, ``ratio``,
-            ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``score_cancelled``, ``vocab_size``,
-            ``chunk_size``, ``backend``.
+            ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``, ``advantage_fn``,
+            ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``backend``.
 
     ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``mask``, ``cu_seqlens``,
     ``old_logprobs``, ``rollout_logprobs``, ``normalizer``, ``sequence_lengths``, and ``reward_scale`` to override the
@@ -793,7 +832,7 @@ class GOPDLoss(nn.Module):
     )
     _OPTIONS = frozenset(
         {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip", "clip_dual", "ratio"}
-        | {"rollout_is_cap", "advantage_clip", "logprob_min"}
+        | {"rollout_is_cap", "advantage_clip", "logprob_min", "baseline", "advantage_fn"}
         | {"score_cancelled", "vocab_size", "chunk_size", "backend"}
     )
 

@@ -58,8 +58,8 @@ class Metrics(Mapping[str, Tensor]):
         add("entropy", out.entropy)
         p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
         has_q = has_r = live
-        if out.kl is not None and isinstance(out.reward_scale, Tensor):
-            # `full` has no log-prob of a model that the token's own lambda cancels
+        if out.joint and isinstance(out.reward_scale, Tensor):
+            # no log-prob of a model that the token's own lambda cancels
             has_q, has_r = live & (out.reward_scale != 0), live & (out.reward_scale != 1)
         impossible = torch.zeros_like(live)
         for model, has in ((q, has_q), (r, has_r)):

@@ -7,7 +7,7 @@ weights and reductions. Plain PyTorch on vectors; nothing here synchronises with
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -19,10 +19,12 @@ Estimator = Literal["sampled", "full"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
 Ratio = Literal["token", "sequence"]
+Baseline = Literal["none", "expected"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 RATIOS: tuple[str, ...] = get_args(Ratio)
+BASELINES: tuple[str, ...] = get_args(Baseline)
 
 
 # ------------------------------------------------------------------------------------------------------- sequences
@@ -110,7 +112,7 @@ def advantage(
 
 @dataclass(frozen=True)
 class Surrogate:
-    """How the sampled estimator turns advantages into token losses; None switches a part off."""
+    """How the sampled estimator makes advantages and turns them into token losses; None switches a part off."""
 
     clip: tuple[float, float] | None = None  # (epsilon_low, epsilon_high)
     clip_dual: float | None = None
@@ -118,9 +120,84 @@ class Surrogate:
     rollout_is_cap: float | None = None
     advantage_clip: tuple[float, float] | None = None
     logprob_min: float | None = None
+    baseline: Baseline = "none"
 
 
 PLAIN = Surrogate()
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What an ``advantage_fn`` sees of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).
+
+    Attributes:
+        index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
+        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite.
+        student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
+            given (teacher and reference); None for a model that has cancelled.
+        old_logprobs: as given, or None.
+        student_entropy: in nats.
+        teacher_entropy, ref_entropy: None for log-probs computed elsewhere, and with ``baseline="expected"``.
+        reward_scale: lambda, a float or (C,).
+    """
+
+    index: Tensor
+    advantages: Tensor
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    ref_entropy: Tensor | None
+    reward_scale: float | Tensor
+
+
+AdvantageFn = Callable[[TokenStats], Tensor]
+
+
+def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
+    """The hook's advantages (C,), checked."""
+    with torch.no_grad():
+        value = hook(stats)
+    expected = stats.advantages
+    if not isinstance(value, Tensor):
+        raise TypeError(f"advantage_fn must return a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"advantage_fn must return a float tensor, got {value.dtype}")
+    if value.shape != expected.shape or value.device != expected.device:
+        raise ValueError(
+            f"advantage_fn must return one advantage per token, shape {tuple(expected.shape)} on {expected.device}, "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+    return value.detach().to(expected.dtype)
+
+
+def advantages_of(
+    surrogate: Surrogate, stats: TokenStats, hook: AdvantageFn | None, expected: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The advantages that the gradient uses, and those that the loss reports, which leave the baseline out; (C,) each.
+
+    ``logprob_min`` on teacher and reference -> A or the hook's value -> the baseline -> ``advantage_clip``.
+
+    ``expected`` is the value l of the ``full`` reverse KL per token: E_p[A] = -l, so that A + l has mean 0 (vOPD,
+    2605.07865). The hook's advantage has another mean, but any number per position leaves the gradient unbiased.
+    """
+    teacher, ref = stats.teacher_logprobs, stats.ref_logprobs
+    if surrogate.logprob_min is not None:
+        teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
+    behaviour = stats.student_logprobs if stats.old_logprobs is None else stats.old_logprobs
+    adv, finite = advantage(stats.reward_scale, behaviour, teacher, ref)
+    if hook is not None:
+        adv = call_hook(hook, replace(stats, advantages=adv, teacher_logprobs=teacher, ref_logprobs=ref))
+        finite = ~torch.isneginf(behaviour)
+
+    def bounded(x: Tensor) -> Tensor:
+        if surrogate.advantage_clip is not None:
+            x = x.clamp(*surrogate.advantage_clip)
+        return x.masked_fill(~finite, 0)
+
+    return bounded(adv if expected is None else adv + expected), bounded(adv)
 
 
 @dataclass(frozen=True)
@@ -136,41 +213,31 @@ class PolicyTerm:
 
 def policy_term(
     surrogate: Surrogate,
-    reward_scale: float | Tensor,
+    adv: Tensor,  # (C,) advantages
     student: Tensor,  # (C,) log p of the sampled token
-    teacher: Tensor | None,
-    ref: Tensor | None,
     old: Tensor | None,
     rollout: Tensor | None,
     sequence_mean: Callable[[Tensor], Tensor],  # (C,) -> (C,), for ratio="sequence"
 ) -> PolicyTerm:
     """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the surrogate says.
 
-    In this order: ``logprob_min`` on teacher and reference -> A -> ``advantage_clip`` -> rho and its clips -> w.
-
-        clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
-        clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
-        sequence     rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
-                     detached (GSPO-token, Zheng et al. 2025); the clips see s
-        w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
+    clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
+    clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
+    sequence     rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
+                 detached (GSPO-token, Zheng et al. 2025); the clips see s
+    w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
     """
-    if surrogate.logprob_min is not None:
-        teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
     behaviour = student if old is None else old
-    adv, finite = advantage(reward_scale, behaviour, teacher, ref)
-    if surrogate.advantage_clip is not None:
-        adv = adv.clamp(*surrogate.advantage_clip)
-    log_ratio = torch.zeros_like(student)
-    if old is not None:
-        log_ratio = student - old
+    log_ratio = torch.zeros_like(student) if old is None else student - old
+    # where the policy that sampled has probability 0 the advantage is 0, and times a ratio of inf it would be NaN
+    impossible = torch.isneginf(behaviour)
+    log_ratio = log_ratio.masked_fill(impossible, 0)
     if surrogate.ratio == "sequence":
-        # a token that the student or the old policy rules out would make its whole sequence's ratio 0 or NaN
-        impossible = torch.isneginf(student) | torch.isneginf(behaviour)
-        log_ratio = sequence_mean(log_ratio.masked_fill(impossible, 0))
-    # where A is not finite neither is the ratio: 0 times inf would be NaN
-    ratio = log_ratio.masked_fill(~finite, 0).exp()
+        # a token that the student rules out would make its whole sequence's ratio 0
+        log_ratio = sequence_mean(log_ratio.masked_fill(torch.isneginf(student), 0))
+    ratio = log_ratio.exp()
     loss = -adv * ratio
-    clipped = torch.zeros_like(finite)
+    clipped = torch.zeros_like(impossible)
     if surrogate.clip is not None:
         low, high = surrogate.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
@@ -184,7 +251,7 @@ def policy_term(
         loss = torch.where(over, bound, loss)
     importance = None
     if rollout is not None:
-        importance = (behaviour - rollout).masked_fill(~finite, 0).exp()
+        importance = (behaviour - rollout).masked_fill(impossible, 0).exp()
         if surrogate.rollout_is_cap is not None:
             importance = importance.clamp_max(surrogate.rollout_is_cap)
         loss = loss * importance

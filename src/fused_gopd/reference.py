@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import objective
 from .heads import Head, LinearHead, Source, TokenLogProbs
 from .loss import GOPDOutput, Prepared, prepare
-from .objective import Divergence, Estimator, Ratio, Reduction
+from .objective import AdvantageFn, Baseline, Divergence, Estimator, Ratio, Reduction, TokenStats
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -113,21 +114,40 @@ def _full(
     return value, kl, log_p, log_q, log_r
 
 
-def _sampled(
-    p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Token loss, for autograd to differentiate, advantage, where a clip is in force, and importance weight."""
+def _advantages(
+    p: Prepared,
+    lp: Tensor,
+    lq: Tensor | None,
+    lr: Tensor | None,
+    entropies: Sequence[Tensor | None],
+    expected: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The advantages that the gradient uses and those that the loss reports, without the baseline."""
     s = p.surrogate
     if s.logprob_min is not None:
         lq, lr = (None if x is None else x.clamp_min(s.logprob_min) for x in (lq, lr))
-    behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
+    behaviour = lp if p.old_logprobs is None else p.old_logprobs
     advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
-    if s.advantage_clip is not None:
-        advantages = advantages.clamp(*s.advantage_clip)
-    log_ratio = torch.where(finite, lp, 0) - torch.where(finite, behaviour, 0)
+    if p.advantage_fn is not None:
+        index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
+        own, other, third = entropies
+        assert own is not None
+        stats = TokenStats(index, advantages, lp, lq, lr, p.old_logprobs, own, other, third, p.reward_scale)
+        advantages, finite = objective.call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
+    used = advantages if expected is None else advantages + expected
+    low, high = s.advantage_clip or (-math.inf, math.inf)
+    return torch.where(finite, used.clamp(low, high), 0), torch.where(finite, advantages.clamp(low, high), 0)
+
+
+def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Token loss, for autograd to differentiate, where a clip is in force, and importance weight."""
+    s = p.surrogate
+    behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
+    possible = ~torch.isneginf(behaviour)
+    own = torch.where(possible, lp, 0) - torch.where(possible, behaviour, 0)
+    log_ratio = own
     if s.ratio == "sequence":
-        known = ~(torch.isneginf(lp) | torch.isneginf(behaviour)).detach()
-        own = torch.where(known, lp, 0) - torch.where(known, behaviour, 0)
+        own = torch.where(torch.isneginf(own), 0, own)
         # sequence by sequence, written out: the fused loss has its own way of summing
         bounds, T = p.sequences.cu_seqlens, p.sequences.shape[1:].numel()
         starts = [i * T for i in range(p.sequences.count + 1)] if bounds is None else bounds.tolist()
@@ -137,7 +157,7 @@ def _sampled(
             inside = (live >= start) & (live < stop)
             if inside.any():
                 mean = torch.where(inside, own[inside].mean(), mean)
-        log_ratio = torch.where(finite, mean.detach() + own - own.detach(), 0)
+        log_ratio = mean.detach() + own - own.detach()
     ratio = log_ratio.exp()
     unclipped = loss = -advantages * ratio
     if s.clip is not None:
@@ -147,10 +167,14 @@ def _sampled(
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
     clipped, importance = (loss.detach() - unclipped.detach()).abs() > 0, None  # NaN is not a clip
     if p.rollout_logprobs is not None:
-        importance = torch.where(finite, behaviour - p.rollout_logprobs, 0).exp()
+        importance = torch.where(possible, behaviour - p.rollout_logprobs, 0).exp()
         importance = importance.clamp_max(math.inf if s.rollout_is_cap is None else s.rollout_is_cap)
         loss = loss * importance
-    return loss, advantages, clipped, importance
+    return loss, clipped, importance
+
+
+def _entropy(log_p: Tensor | None) -> Tensor | None:
+    return None if log_p is None else -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
 
 
 def gopd_loss(
@@ -176,6 +200,8 @@ def gopd_loss(
     ratio: Ratio = "token",
     advantage_clip: float | tuple[float, float] | None = None,
     logprob_min: float | None = None,
+    baseline: Baseline = "none",
+    advantage_fn: AdvantageFn | None = None,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -207,6 +233,8 @@ def gopd_loss(
         ratio=ratio,
         advantage_clip=advantage_clip,
         logprob_min=logprob_min,
+        baseline=baseline,
+        advantage_fn=advantage_fn,
         score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
@@ -220,14 +248,14 @@ def gopd_loss(
 
     kl = None
     lp, lq, lr = None, given(p.teacher), given(p.ref)
-    if estimator == "full":
+    if p.joint:
         token_loss, kl, log_p, log_q, log_r = _full(p, divergence, beta, z, z_q, z_r)
     else:
         log_p, log_q, log_r = _own_log_softmax(z), *(None if x is None else _own_log_softmax(x) for x in (z_q, z_r))
     if p.token_ids is not None:
         lp = _gather(log_p, p.token_ids)
         lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
-        if estimator == "full" and isinstance(p.reward_scale, Tensor):
+        if p.joint and isinstance(p.reward_scale, Tensor):
             # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
             assert lq is not None
             assert lr is not None
@@ -235,7 +263,14 @@ def gopd_loss(
     advantages = clipped = importance = None
     if lp is not None:
         if estimator == "sampled":
-            token_loss, advantages, clipped, importance = _sampled(p, lp, lq, lr)
+            with torch.no_grad():
+                entropies = [_entropy(x) for x in (log_p, *((None, None) if p.joint else (log_q, log_r)))]
+                expected = token_loss.detach() if p.joint else None
+                advantages, reported = _advantages(p, lp.detach(), lq, lr, entropies, expected)
+                value, _, _ = _surrogate(p, lp, reported)
+            token_loss, clipped, importance = _surrogate(p, lp, advantages)
+            token_loss = token_loss + (value - token_loss.detach())  # the gradient with the baseline, the value without
+            kl = None
         else:
             advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
@@ -249,6 +284,5 @@ def gopd_loss(
                     assert other is not None
                     scored = _gather(_own_log_softmax(other), p.token_ids)
                 lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
-        weighted = log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)
-        entropy = -weighted.sum(-1)
+        entropy = _entropy(log_p)
     return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance)

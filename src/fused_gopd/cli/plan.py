@@ -144,7 +144,7 @@ def chunk_size(job: Job) -> int:
     """Tokens per chunk, from the function that the loss itself asks."""
     from fused_gopd.chunks import chunk_size_for, logits_buffers
 
-    buffers = logits_buffers(job.estimator, len(job.needed))
+    buffers = logits_buffers(job.estimator == "full", len(job.needed))
     return chunk_size_for(job.vocab, buffers, "cuda" if job.device == "gpu" else "cpu", job.wide)
 
 
@@ -154,14 +154,13 @@ def fused_peak(job: Job) -> dict[str, int]:
     Chunk buffers C V a for each model that ``full`` holds (one buffer for ``sampled``) do not depend on the number of
     tokens; a low-precision weight has its gradient accumulated in float32 and rounded once at the end.
     """
-    from fused_gopd.chunks import logits_buffers
-    from fused_gopd.rowops import Stat
+    from fused_gopd.chunks import STATISTICS, logits_buffers
 
     rows = min(job.tokens, chunk_size(job))
     items = {
-        "chunk buffers": logits_buffers(job.estimator, len(job.needed)) * rows * job.vocab * job.wide,
+        "chunk buffers": logits_buffers(job.estimator == "full", len(job.needed)) * rows * job.vocab * job.wide,
         "chunk of the hidden gradient": rows * job.hidden * job.wide,
-        "statistics per token": len(Stat) * job.tokens * job.wide,
+        "statistics per token": STATISTICS * job.tokens * job.wide,
         **_gradients(job),
     }
     if job.wide != job.element:

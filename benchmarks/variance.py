@@ -1,0 +1,91 @@
+"""What the baseline does to the variance of the sampled gradient, by enumeration: no sampling noise in the figure.
+
+``python -m benchmarks.variance [--json FILE] [PAGE.md ...]`` prints the table and fills it in between
+``<!-- variance -->`` and ``<!-- /variance -->``. For every position of random models the package's own gradient is
+taken for each token of the vocabulary; the trace of its covariance under the student is the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_gopd as fg
+
+VOCAB, POSITIONS = 256, 64
+SCALES = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 4.0)
+# How far teacher and reference are from the student: deviation of their logits' differences from it, of 3 in all.
+DISTANCES = {"near": 0.3, "far": 1.5}
+
+
+def models(distance: float) -> list[Tensor]:
+    """(POSITIONS, VOCAB) float64 logits of student, teacher and reference."""
+    generator = torch.Generator().manual_seed(0)
+    z, *noise = (torch.randn(POSITIONS, VOCAB, generator=generator, dtype=torch.float64) for _ in range(3))
+    return [3 * z, *(3 * z + distance * n for n in noise)]
+
+
+def variance(logits: list[Tensor], reward_scale: float, baseline: str) -> float:
+    """Trace of the covariance of the gradient with respect to the student's logits, mean over the positions."""
+    # every token of the vocabulary at every position
+    z, q, r = (x.repeat_interleave(VOCAB, 0) for x in logits)
+    ids = torch.arange(VOCAB).repeat(POSITIONS)
+    student = z.requires_grad_()
+    out = fg.gopd_loss(
+        fg.Logits(student),
+        fg.Logits(q),
+        fg.Logits(r),
+        ids,
+        reward_scale=reward_scale,
+        baseline=baseline,
+        reduction="sum",
+    )
+    (gradient,) = torch.autograd.grad(out.loss, student)
+    p = logits[0].softmax(-1)
+    g = gradient.reshape(POSITIONS, VOCAB, VOCAB)
+    mean = torch.einsum("ny,nyv->nv", p, g)
+    second = (p * (g * g).sum(-1)).sum(-1)
+    return float((second - (mean * mean).sum(-1)).mean())
+
+
+def measure() -> list[dict[str, Any]]:
+    rows = []
+    for name, distance in DISTANCES.items():
+        for scale in SCALES:
+            plain, with_it = (variance(models(distance), scale, b) for b in ("none", "expected"))
+            rows.append({"models": name, "reward_scale": scale, "none": plain, "expected": with_it})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = "| λ | " + " | ".join(f"{s:g}" for s in SCALES) + " |\n|---|" + "---:|" * len(SCALES)
+    lines = [head]
+    for name, distance in DISTANCES.items():
+        ratios = [f"{r['expected'] / r['none']:.2f}" for r in rows if r["models"] == name]
+        lines.append(f"| {name}: logits {distance:g} from the student's | " + " | ".join(ratios) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="*")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = measure()
+    if args.json:
+        result = {"vocab": VOCAB, "positions": POSITIONS, "torch": torch.__version__, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+    region = re.compile(r"(<!-- variance -->\n).*?(<!-- /variance -->)", re.DOTALL)
+    for page in args.pages:
+        page.write_text(region.sub(lambda m: f"{m[1]}\n{table(rows)}\n{m[2]}", page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
