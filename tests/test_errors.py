@@ -125,6 +125,69 @@ CASES = {
         "teacher.hidden must be on.*cpu.*meta",
     ),
     "ref device": ({"ref": fg.TokenLogProbs(meta(OLD))}, ValueError, "ref.logprobs must be on.*cpu.*meta"),
+    # several teachers
+    "no index": ({"teacher": [Q, Q]}, ValueError, "teacher_index must be given for 2 teachers"),
+    "index without a list": (
+        {"teacher_index": zeros(B, T).long()},
+        ValueError,
+        "teacher_index needs a list of teachers",
+    ),
+    "empty list": ({"teacher": []}, ValueError, "teacher must not be an empty list"),
+    "a list of nothing": (
+        {"teacher": [Q, None], "teacher_index": IDS},
+        TypeError,
+        r"teacher\[1\] must be a LinearH.*None",
+    ),
+    "shape in a list": (
+        {"teacher": [Q, fg.Logits(zeros(B, V))], "teacher_index": IDS},
+        ValueError,
+        r"teacher\[1\] must have the token shape \(2, 3\)",
+    ),
+    "lists of two lengths": (
+        {"teacher": [Q, Q], "ref": [R, R, R], "teacher_index": IDS, "reward_scale": 1.25},
+        ValueError,
+        "ref must be one model or a list of as many as teacher, got 3 and 2",
+    ),
+    "a list of references alone": (
+        {"ref": [R, R], "teacher_index": IDS, "reward_scale": 1.25},
+        ValueError,
+        "ref must be one model or a list of as many as teacher, got 2 and one model",
+    ),
+    "index past the list": (
+        {"teacher": [Q, Q], "teacher_index": torch.full((B, T), 2)},
+        IndexError,
+        r"teacher_index must be in \[0, 2\).*got 2",
+    ),
+    "index negative": (
+        {"teacher": [Q, Q], "teacher_index": torch.full((B, T), -1)},
+        IndexError,
+        r"teacher_index must be in \[0, 2\).*got -1",
+    ),
+    "index of one": (
+        {"teacher": [Q], "teacher_index": torch.ones(B, T).long()},
+        IndexError,
+        r"teacher_index must be in \[0, 1\).*got 1",
+    ),
+    "index shape": (
+        {"teacher": [Q, Q], "teacher_index": IDS[0]},
+        ValueError,
+        r"teacher_index.*\(2,\), got shape \(3,\)",
+    ),
+    "index float": (
+        {"teacher": [Q, Q], "teacher_index": zeros(B)},
+        TypeError,
+        "teacher_index must be an integer.*float32",
+    ),
+    "index list": (
+        {"teacher": [Q, Q], "teacher_index": [0, 1]},
+        TypeError,
+        "teacher_index must be a torch.Tensor, got list",
+    ),
+    "index device": (
+        {"teacher": [Q, Q], "teacher_index": meta(IDS)},
+        ValueError,
+        "teacher_index must be on.*cpu.*meta",
+    ),
     # lambda
     "no reference": ({"ref": None, "reward_scale": 1.25}, ValueError, "ref must be given for reward_scale=1.25"),
     "no reference at 0": ({"ref": None, "reward_scale": 0.0}, ValueError, "ref must be given for reward_scale=0.0"),

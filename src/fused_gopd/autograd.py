@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks, objective
-from .chunks import NOTHING, STATISTICS, Job, Needs, Scaling, TokenRow, TokenRows
+from .chunks import NOTHING, STATISTICS, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import LinearHead, Logits
 from .objective import AdvantageFn, Surrogate
 from .rowops import GradientWeights, select_backend
@@ -27,7 +27,6 @@ from .rowops.torch import accumulation_dtype
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
 
-_HEADS = ("student", "teacher", "ref")
 _VECTORS = (
     "reward_scale",
     "token_ids",
@@ -54,24 +53,24 @@ class _Hook:
 
 
 def _pack(job: Job, hook: _Hook | None = None) -> tuple[list[Tensor | None], str]:
-    """The tensors of a job in a fixed order (three a head, the vectors, the live rows), and the rest as JSON.
+    """The tensors of a job in a fixed order (the vectors, the live rows, three a head), and the rest as JSON.
 
     ``hook`` stands for ``job.advantage_fn``, where the op is to call it.
     """
-    tensors: list[Tensor | None] = []
+    values = [getattr(job, name) for name in _VECTORS]
+    tensors: list[Tensor | None] = [v if isinstance(v, Tensor) else None for v in values] + [job.rows.index]
     heads: list[dict[str, Any] | None] = []
-    for name in _HEADS:
-        head = getattr(job, name)
+    routed = [head for route in job.routes for head in (route.teacher, route.ref)]
+    for head in (job.student, *(routed or (job.teacher, job.ref))):
         if head is None:
             tensors += [None] * 3
             heads.append(None)
             continue
         tensors += [head.hidden, head.weight, head.bias] if isinstance(head, LinearHead) else [head.logits, None, None]
         heads.append({k: getattr(head, k) for k in ("logit_scale", "softcap", "temperature")})
-    values = [getattr(job, name) for name in _VECTORS]
-    tensors += [v if isinstance(v, Tensor) else None for v in values] + [job.rows.index]
     static = {
         "heads": heads,
+        "stops": [route.stop for route in job.routes],
         "token_dims": len(job.rows.shape),
         "vocab_size": job.vocab_size,
         "chunk_size": job.chunk_size,
@@ -93,28 +92,32 @@ def _parse(static: str) -> dict[str, Any]:
 
 def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
     options = _parse(static)
-    heads: dict[str, Any] = {}
-    for i, (name, transform) in enumerate(zip(_HEADS, options["heads"], strict=True)):
-        data, weight, bias = tensors[3 * i : 3 * i + 3]
+    heads: list[Any] = []
+    first = len(_VECTORS) + 1
+    for i, transform in enumerate(options["heads"]):
+        data, weight, bias = tensors[first + 3 * i : first + 3 * i + 3]
         if transform is None:
-            heads[name] = None
+            heads.append(None)
         else:
             assert data is not None
-            heads[name] = Logits(data, **transform) if weight is None else LinearHead(data, weight, bias, **transform)
-    vectors: dict[str, Any] = dict(zip(_VECTORS, tensors[9:-1], strict=True))
+            heads.append(Logits(data, **transform) if weight is None else LinearHead(data, weight, bias, **transform))
+    vectors: dict[str, Any] = dict(zip(_VECTORS, tensors, strict=False))
     scale = vectors.pop("reward_scale")
-    student = heads.pop("student")
-    assert tensors[0] is not None
-    shape = tensors[0].shape[: options["token_dims"]]
-    dtypes = {t.dtype for t in tensors[0:9:3] if t is not None}  # hidden states or logits
+    student, *others = heads
+    pairs = list(zip(others[::2], others[1::2], strict=True))
+    routes = [Route(stop, *pair) for stop, pair in zip(options["stops"], pairs, strict=False)]
+    rows = student.rows
+    dtypes = {head.rows.dtype for head in heads if head is not None}
     # JSON has lists where the pairs were tuples
     surrogate: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options["surrogate"].items()}
     job = Job(
-        TokenRows(shape, tensors[-1]),
+        TokenRows(rows.shape[: options["token_dims"]], tensors[len(_VECTORS)]),
         options["vocab_size"],
         options["chunk_size"],
-        select_backend(options["backend"], tensors[0].device, dtypes),
+        select_backend(options["backend"], rows.device, dtypes),
         student,
+        *pairs[0],
+        tuple(routes),
         estimator=options["estimator"],
         divergence=options["divergence"],
         beta=options["beta"],
@@ -122,7 +125,7 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         surrogate=Surrogate(**surrogate),
         advantage_fn=None if options["hook"] is None else _HOOKS[options["hook"]].function,
     )
-    return dataclasses.replace(job, **heads, **vectors)
+    return dataclasses.replace(job, **vectors)
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -203,8 +206,7 @@ def token_values(job: Job, statistics: Tensor) -> tuple[Tensor, Tensor | None]:
     """Token losses and, for ``full``, KL(p || target): (n,) each."""
     if job.estimator == "sampled":
         return job.policy_term(statistics).loss, None
-    has = (job.teacher is not None, job.ref is not None)
-    return objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, has)
+    return objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, job.has)
 
 
 def _student_tensors(job: Job) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -8,6 +8,7 @@ nothing here knows a machine beyond the row operations and GEMMs that it calls.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -129,6 +130,14 @@ class TokenRows:
 # -------------------------------------------------------------------------------------------------------------- job
 
 
+class Route(NamedTuple):
+    """The models of a run of live tokens, those before ``stop`` that no earlier route has."""
+
+    stop: int
+    teacher: Head | None
+    ref: Head | None
+
+
 @dataclass(frozen=True)
 class Job:
     """What the loop computes, checked and flattened: vectors have one entry per live token."""
@@ -138,8 +147,9 @@ class Job:
     chunk_size: int
     ops: RowOps
     student: Head
-    teacher: Head | None = None  # only where it is needed and has a vocabulary axis
+    teacher: Head | None = None  # only where it is needed and has a vocabulary axis; with routes those of the first
     ref: Head | None = None
+    routes: tuple[Route, ...] = ()  # several teachers: the live tokens lie in the order of their routes
     estimator: Estimator = "sampled"
     divergence: Divergence = "reverse_kl"
     beta: float = 0.5
@@ -162,7 +172,26 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """The accumulation dtype: float64 if any model's hidden states or logits are, else float32."""
-        return accumulation_dtype(*(head.rows for head in (self.student, self.teacher, self.ref) if head is not None))
+        routed = [head for route in self.routes for head in (route.teacher, route.ref)]
+        heads = [self.student, self.teacher, self.ref, *routed]
+        return accumulation_dtype(*(head.rows for head in heads if head is not None))
+
+    @property
+    def has(self) -> tuple[bool, bool]:
+        """Whether there are a teacher and a reference."""
+        return (
+            self.teacher is not None or self.teacher_logprobs is not None,
+            self.ref is not None or self.ref_logprobs is not None,
+        )
+
+    def parts(self) -> Iterator[tuple[int, int, Job]]:
+        """Runs of live tokens that have one teacher and one reference, each as a job with these two."""
+        if not self.routes:
+            yield 0, self.rows.count, self
+        start = 0
+        for stop, teacher, ref in self.routes:
+            yield start, stop, replace(self, teacher=teacher, ref=ref, routes=())
+            start = stop
 
     @property
     def device(self) -> torch.device:
@@ -173,15 +202,15 @@ class Job:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
 
-        def of(head: Head | None, given: Tensor | None, logit: Stat, logsum: Stat) -> Tensor | None:
-            if head is None:
-                return None if given is None else given[rows]
+        def of(logit: Stat, logsum: Stat) -> Tensor:
             return objective.token_logprob(statistics[logit, rows], statistics[logsum, rows])
 
-        student = of(self.student, None, Stat.LOGIT_STUDENT, Stat.LOGSUM_STUDENT)
-        assert student is not None
-        teacher = of(self.teacher, self.teacher_logprobs, Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER)
-        return student, teacher, of(self.ref, self.ref_logprobs, Stat.LOGIT_REF, Stat.LOGSUM_REF)
+        has_teacher, has_ref = self.has
+        return (
+            of(Stat.LOGIT_STUDENT, Stat.LOGSUM_STUDENT),
+            of(Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has_teacher else None,
+            of(Stat.LOGIT_REF, Stat.LOGSUM_REF) if has_ref else None,
+        )
 
     def scale_of(self, rows: slice) -> float | Tensor:
         """lambda of some of the live tokens."""
@@ -228,9 +257,8 @@ class Job:
         )
         expected = None
         if self.surrogate.baseline == "expected":
-            has = (self.teacher is not None, self.ref is not None)
             scale = self.scale_of(rows)
-            expected, _ = objective.divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], has)
+            expected, _ = objective.divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], self.has)
         used, reported = objective.advantages_of(self.surrogate, stats, self.advantage_fn, expected)
         statistics[TokenRow.ADVANTAGE, rows] = used
         statistics[TokenRow.REPORTED_ADVANTAGE, rows] = reported
@@ -428,25 +456,27 @@ def run(
     3. with ``statistics`` and ``weights``: complete gradients, the student's logits recomputed.
     """
     n = job.rows.count
-    step = _balanced(n, job.chunk_size) if n else 1
+    parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
+    steps = [_balanced(stop - start, job.chunk_size) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or weights is not None else NOTHING)
     out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
-    buffers = _Buffers(job, step)
+    buffers = _Buffers(job, max(steps, default=1))
     shared = None
     if weights is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
         # under a loss scale the weights may be large, and float16 hidden states times them overflow
         shared = _power_of_two(torch.stack([w for w in (weights.divergence, weights.token) if w is not None]))
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        if statistics is None and not job.joint:
-            _score_others(job, buffers, out, start, stop)
-        if not sink.wanted:
-            _statistics_chunk(job, buffers, out, start, stop)
-        elif weights is None:
-            assert relative is not None
-            _fused_chunk(job, buffers, sink, out, relative, start, stop)
-        else:
-            _gradient_chunk(job, buffers, sink, out, weights, shared, start, stop)
+    for (begin, end, part), step in zip(parts, steps, strict=True):
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            if statistics is None and not part.joint:
+                _score_others(part, buffers, out, start, stop)
+            if not sink.wanted:
+                _statistics_chunk(part, buffers, out, start, stop)
+            elif weights is None:
+                assert relative is not None
+                _fused_chunk(part, buffers, sink, out, relative, start, stop)
+            else:
+                _gradient_chunk(part, buffers, sink, out, weights, shared, start, stop)
     if shared is not None:
         for total in (sink.weight, sink.bias):
             if total is not None:
@@ -472,11 +502,13 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
 
 def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
     """Teacher and reference of the sampled estimator, before the student needs their buffer."""
-    for head, logsum, logit, entropy in (
-        (job.teacher, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, TokenRow.ENTROPY_TEACHER),
-        (job.ref, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.ENTROPY_REF),
+    for head, given, logsum, logit, entropy in (
+        (job.teacher, job.teacher_logprobs, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, TokenRow.ENTROPY_TEACHER),
+        (job.ref, job.ref_logprobs, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.ENTROPY_REF),
     ):
-        if head is not None:
+        if head is None and given is not None:
+            statistics[logit, start:stop] = given[start:stop]  # less a normaliser of 0
+        elif head is not None:
             scored = _score(job, head, buffers, start, stop)
             statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]

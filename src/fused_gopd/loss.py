@@ -6,6 +6,7 @@ and refuse the same input. Nothing here has a vocabulary axis.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, objective
-from .chunks import Job, TokenRows, chunk_size_for, logits_buffers
+from .chunks import Job, Route, TokenRows, chunk_size_for, logits_buffers
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
 from .metrics import Metrics
 from .objective import (
@@ -353,7 +354,69 @@ def _check_normalizer(
     return number, sequence_lengths
 
 
-def _joint_vocab_size(models: dict[str, Source | None], vocab_size: int | None) -> int:
+def _models(name: str, value: object) -> dict[str, Any]:
+    """The models of an argument by the names that messages give them: none, one, or those of a list."""
+    if value is None:
+        return {}
+    if not isinstance(value, (list, tuple)):
+        return {name: value}
+    if not value:
+        raise ValueError(f"{name} must not be an empty list")
+    return {f"{name}[{i}]": model for i, model in enumerate(value)}
+
+
+def _check_routes(
+    teacher: object, ref: object, teacher_index: Tensor | None, sequences: Sequences, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """How many routes there are, and the route of every token in the token shape; None where all take the first."""
+    lengths = {n: len(x) for n, x in (("teacher", teacher), ("ref", ref)) if isinstance(x, (list, tuple))}
+    if "ref" in lengths and teacher is not None and lengths.get("teacher") != lengths["ref"]:
+        raise ValueError(
+            f"ref must be one model or a list of as many as teacher, got {lengths['ref']} and "
+            f"{lengths.get('teacher', 'one model')}"
+        )
+    count = max(lengths.values(), default=1)
+    if teacher_index is None:
+        if count > 1:
+            raise ValueError(f"teacher_index must be given for {count} teachers: which one each token has")
+        return 1, None
+    if not lengths:
+        raise ValueError("teacher_index needs a list of teachers, got one model")
+    if not isinstance(teacher_index, Tensor):
+        raise TypeError(f"teacher_index must be a torch.Tensor, got {type(teacher_index).__name__}")
+    if teacher_index.is_floating_point() or teacher_index.is_complex() or teacher_index.dtype == torch.bool:
+        raise TypeError(f"teacher_index must be an integer tensor, got {teacher_index.dtype}")
+    _require_device("teacher_index", teacher_index, device)
+    if teacher_index.shape == sequences.shape:
+        return count, teacher_index
+    if _tells_sequences(sequences) and teacher_index.shape == (sequences.count,):
+        return count, sequences.expand(teacher_index)
+    raise ValueError(
+        f"teacher_index must have the token shape {tuple(sequences.shape)} or one value per sequence "
+        f"({sequences.count},), got shape {tuple(teacher_index.shape)}"
+    )
+
+
+def _in_route_order(rows: TokenRows, route: Tensor | None, count: int) -> tuple[TokenRows, tuple[int, ...]]:
+    """The live rows sorted by route, and where each route ends."""
+    if route is None:
+        return rows, (rows.count,)
+    live = rows.take(route.to(torch.int64))
+    # how many tokens each route has: one host sync, as for masked rows
+    counts = (live == torch.arange(count, device=live.device)[:, None]).sum(1).tolist()
+    if sum(counts) != rows.count:
+        wrong = live[(live < 0) | (live >= count)]
+        raise IndexError(
+            f"teacher_index must be in [0, {count}), the list of teachers, where not masked, got {int(wrong[0])}"
+        )
+    stops = tuple(itertools.accumulate(counts))
+    if count == 1:
+        return rows, stops
+    index = torch.arange(rows.count, device=live.device) if rows.index is None else rows.index
+    return TokenRows(rows.shape, index[torch.argsort(live, stable=True)]), stops
+
+
+def _joint_vocab_size(models: dict[str, Any], vocab_size: int | None) -> int:
     sizes = {name: m.vocab_size for name, m in models.items() if isinstance(m, (LinearHead, Logits))}
     smallest = min(sizes.values())
     if vocab_size is None:
@@ -381,10 +444,11 @@ class Prepared:
 
     estimator: Estimator
     student: Head
-    teacher: Source | None  # None also where it has cancelled
-    ref: Source | None
-    cancelled: dict[str, Source]  # "teacher" or "ref", given but not needed
-    rows: TokenRows
+    teacher: tuple[Source, ...]  # one a route; none also where it has cancelled
+    ref: tuple[Source, ...]
+    cancelled: dict[str, tuple[Source, ...]]  # "teacher" or "ref", given but not needed
+    rows: TokenRows  # in the order of the routes
+    stops: tuple[int, ...]  # where each route ends among the live rows
     mask: Tensor | None
     vocab_size: int
     reward_scale: float | Tensor  # tensor: (n,) of the live tokens, in the accumulation dtype
@@ -397,6 +461,21 @@ class Prepared:
     weights: Tensor  # () or (n,)
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """Start and stop of every route among the live rows."""
+        return list(itertools.pairwise((0, *self.stops)))
+
+    def logprobs(self, models: tuple[Source, ...]) -> Tensor | None:
+        """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are."""
+        if not any(isinstance(model, TokenLogProbs) for model in models):
+            return None
+        out = torch.zeros(self.rows.count, dtype=self.dtype, device=self.device)
+        for model, (start, stop) in zip(models, self.slices, strict=True):
+            if isinstance(model, TokenLogProbs):
+                out[start:stop] = self.rows.take(model.logprobs.detach(), start, stop)
+        return out
 
     @property
     def joint(self) -> bool:
@@ -422,10 +501,11 @@ class Prepared:
 
 def prepare(
     student: Head,
-    teacher: Source | None,
-    ref: Source | None,
+    teacher: Source | Sequence[Source] | None,
+    ref: Source | Sequence[Source] | None,
     token_ids: Tensor | None,
     *,
+    teacher_index: Tensor | None = None,
     mask: Tensor | None,
     reward_scale: float | Tensor,
     estimator: Estimator,
@@ -464,13 +544,11 @@ def prepare(
     if score_cancelled and token_ids is None:
         raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
     _require_source("student", student, estimator)
-    models: dict[str, Source | None] = {"student": student, "teacher": teacher, "ref": ref}
     shape = student.token_shape
     device = student.rows.device
-    for name in ("teacher", "ref"):
-        model = models[name]
-        if model is None:
-            continue
+    given = {"teacher": _models("teacher", teacher), "ref": _models("ref", ref)}
+    others = given["teacher"] | given["ref"]
+    for name, model in others.items():
         _require_source(name, model, estimator)
         if model.token_shape != shape:
             raise ValueError(
@@ -480,9 +558,10 @@ def prepare(
             _require_device(f"{name}.{field}", tensor, device)
     sequences = _check_cu_seqlens(cu_seqlens, shape, device)
     lam = _check_reward_scale(reward_scale, sequences, device)
+    count, route = _check_routes(teacher, ref, teacher_index, sequences, device)
     if isinstance(lam, Tensor):
-        for name in ("teacher", "ref"):
-            if models[name] is None:
+        for name, models in given.items():
+            if not models:
                 raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
     elif lam != 0 and teacher is None:
         raise ValueError(f"teacher must be given for reward_scale={lam}: only reward_scale=0 does without it")
@@ -516,25 +595,29 @@ def prepare(
     rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
     normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
     live_mask = None if mask is None else _check_mask(mask, shape, device)
-    joint = _joint_vocab_size(models, vocab_size)
-    rows = _live_rows(live_mask, shape)
+    joint = _joint_vocab_size({"student": student, **others}, vocab_size)
+    rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
-    dtype = accumulation_dtype(*(m.rows for m in models.values() if isinstance(m, (LinearHead, Logits))))
+    heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
+    dtype = accumulation_dtype(*(head.rows for head in heads))
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if baseline == "expected":
-        for name in ("teacher", "ref"):
-            if isinstance(models[name], TokenLogProbs):
+        for name, model in others.items():
+            if isinstance(model, TokenLogProbs):
                 raise TypeError(
                     f"{name} is TokenLogProbs, and baseline='expected' needs a LinearHead or Logits: all the vocabulary"
                 )
-    cancelled = {} if isinstance(lam, Tensor) else {0.0: {"teacher": teacher}, 1.0: {"ref": ref}}.get(lam, {})
+    # one model for all routes stands in every one of them
+    routed = {name: tuple(x.values()) * (count if len(x) == 1 else 1) for name, x in given.items()}
+    cancelled = None if isinstance(lam, Tensor) else {0.0: "teacher", 1.0: "ref"}.get(lam)
     return Prepared(
         estimator,
         student,
-        None if "teacher" in cancelled else teacher,
-        None if "ref" in cancelled else ref,
-        {name: model for name, model in cancelled.items() if model is not None},
+        () if cancelled == "teacher" else routed["teacher"],
+        () if cancelled == "ref" else routed["ref"],
+        {cancelled: routed[cancelled]} if cancelled is not None and routed[cancelled] else {},
         rows,
+        stops,
         live_mask,
         joint,
         rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam,
@@ -553,41 +636,39 @@ def prepare(
 # -------------------------------------------------------------------------------------------------------------- calls
 
 
-def _detached(model: Source | None) -> Source | None:
-    """Teacher and reference never receive gradients."""
-    if model is None:
-        return None
-    detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
-    return replace(model, **detached)
+def _heads(models: tuple[Source, ...], count: int) -> list[Head | None]:
+    """What has a vocabulary axis among the models, one a route; detached: only the student receives gradients."""
+    heads: list[Head | None] = [None] * count
+    for i, model in enumerate(models):
+        if isinstance(model, (LinearHead, Logits)):
+            detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
+            heads[i] = replace(model, **detached)
+    return heads
 
 
 def _job(p: Prepared, divergence: Divergence, beta: float, chunk: int | None, backend: str) -> Job:
-    teacher, ref = _detached(p.teacher), _detached(p.ref)
-    heads = [m for m in (p.student, teacher, ref) if isinstance(m, (LinearHead, Logits))]
-    dtypes = {m.rows.dtype for m in heads}
-
-    def logprobs(model: Source | None) -> Tensor | None:
-        if not isinstance(model, TokenLogProbs):
-            return None
-        return p.rows.take(model.logprobs).to(p.dtype).contiguous()
-
-    linear = sum(isinstance(m, LinearHead) for m in heads)
+    teachers, refs = (_heads(models, len(p.stops)) for models in (p.teacher, p.ref))
+    kinds = ([p.student], teachers, refs)
+    dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
+    linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
     auto = chunk_size_for(p.vocab_size, max(1, logits_buffers(p.joint, linear)), p.device.type, p.dtype.itemsize)
+    routes = tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else ()
     return Job(
         p.rows,
         p.vocab_size,
         chunk or auto,
         select_backend(backend, p.device, dtypes),
         p.student,
-        teacher if isinstance(teacher, (LinearHead, Logits)) else None,
-        ref if isinstance(ref, (LinearHead, Logits)) else None,
+        teachers[0],
+        refs[0],
+        routes,
         p.estimator,
         divergence,
         beta,
         p.reward_scale,
         p.token_ids,
-        logprobs(teacher),
-        logprobs(ref),
+        p.logprobs(p.teacher),
+        p.logprobs(p.ref),
         p.old_logprobs,
         p.rollout_logprobs,
         p.surrogate,
@@ -596,20 +677,29 @@ def _job(p: Prepared, divergence: Divergence, beta: float, chunk: int | None, ba
     )
 
 
-def _score_alone(model: Source, job: Job, p: Prepared) -> Tensor:
-    """log-probs (n,) of the sampled tokens under a model that the loss does not need, forward only."""
-    if isinstance(model, TokenLogProbs):
-        return p.rows.take(model.logprobs).to(p.dtype)
-    alone = Job(p.rows, p.vocab_size, job.chunk_size, job.ops, model, token_ids=p.token_ids)
-    return autograd.token_logprobs(alone)[0]
+def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
+    """log-probs (n,) of the sampled tokens under models that the loss does not need, forward only."""
+    given = p.logprobs(models)
+    out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
+    assert p.token_ids is not None
+    for head, (start, stop) in zip(_heads(models, len(models)), p.slices, strict=True):
+        if head is not None:
+            rows = p.rows
+            if len(p.stops) > 1:
+                assert rows.index is not None
+                rows = TokenRows(rows.shape, rows.index[start:stop])
+            alone = Job(rows, p.vocab_size, job.chunk_size, job.ops, head, token_ids=p.token_ids[start:stop])
+            out[start:stop] = autograd.token_logprobs(alone)[0]
+    return out
 
 
 def gopd_loss(
     student: Head,
-    teacher: Source | None,
-    ref: Source | None = None,
+    teacher: Source | Sequence[Source] | None,
+    ref: Source | Sequence[Source] | None = None,
     token_ids: Tensor | None = None,
     *,
+    teacher_index: Tensor | None = None,
     mask: Tensor | None = None,
     reward_scale: float | Tensor = 1.0,
     estimator: Estimator = "sampled",
@@ -646,8 +736,11 @@ def gopd_loss(
     Args:
         student: LinearHead or Logits; gradients flow to its hidden states, weight and bias, or to its logits.
         teacher, ref: LinearHead, Logits or (``sampled``) TokenLogProbs of the same token shape; hidden sizes,
-            vocabulary sizes and kinds may differ. Never receive gradients.
+            vocabulary sizes and kinds may differ. Never receive gradients. A list of teachers is routed by
+            ``teacher_index``; ref is then one model for all, or a list routed alike.
         token_ids: (...) integer, the sampled tokens. Required by ``sampled``; in ``full`` only for reporting.
+        teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens
+            routed to a model pass through its GEMM.
         mask: (...) bool or 0/1 integer; tokens with 0 cost no work and touch nothing, whatever is in them.
         reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
         estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
@@ -704,6 +797,7 @@ def gopd_loss(
         teacher,
         ref,
         token_ids,
+        teacher_index=teacher_index,
         mask=mask,
         reward_scale=reward_scale,
         estimator=estimator,
@@ -807,7 +901,7 @@ def token_logprobs(
         reduction="none",
         vocab_size=vocab_size,
     )
-    job = _job(replace(p, ref=None), "reverse_kl", 0.5, chunk_size, backend)
+    job = _job(replace(p, ref=()), "reverse_kl", 0.5, chunk_size, backend)
     logprobs, entropy = autograd.token_logprobs(job)
     result = p.rows.scatter(logprobs)
     return (result, p.rows.scatter(entropy)) if return_entropy else result
@@ -822,13 +916,22 @@ class GOPDLoss(nn.Module):
             ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``, ``advantage_fn``,
             ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``backend``.
 
-    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``mask``, ``cu_seqlens``,
-    ``old_logprobs``, ``rollout_logprobs``, ``normalizer``, ``sequence_lengths``, and ``reward_scale`` to override the
-    module's.
+    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``teacher_index``,
+    ``mask``, ``cu_seqlens``, ``old_logprobs``, ``rollout_logprobs``, ``normalizer``, ``sequence_lengths``, and
+    ``reward_scale`` to override the module's.
     """
 
     _BATCH = frozenset(
-        {"mask", "cu_seqlens", "old_logprobs", "rollout_logprobs", "normalizer", "sequence_lengths", "reward_scale"}
+        {
+            "teacher_index",
+            "mask",
+            "cu_seqlens",
+            "old_logprobs",
+            "rollout_logprobs",
+            "normalizer",
+            "sequence_lengths",
+            "reward_scale",
+        }
     )
     _OPTIONS = frozenset(
         {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip", "clip_dual", "ratio"}
@@ -853,8 +956,8 @@ class GOPDLoss(nn.Module):
     def forward(
         self,
         student: Head,
-        teacher: Source | None,
-        ref: Source | None = None,
+        teacher: Source | Sequence[Source] | None,
+        ref: Source | Sequence[Source] | None = None,
         token_ids: Tensor | None = None,
         **batch: Any,
     ) -> GOPDOutput:

@@ -63,13 +63,33 @@ def _gather(logp: Tensor, ids: Tensor) -> Tensor:
     return logp.gather(-1, ids[:, None])[:, 0]
 
 
-def _live_logits(p: Prepared, model: Source | None) -> Tensor | None:
-    """(n, V) logits of the live tokens."""
-    if model is None or isinstance(model, TokenLogProbs):
+def _live_logits(p: Prepared, models: tuple[Source, ...], columns: list[tuple[int, int]]) -> Tensor | None:
+    """(n, V) logits of the live tokens, each under the model of its route; None without a vocabulary axis."""
+    if not models or any(isinstance(model, TokenLogProbs) for model in models):
         return None
-    z = logits_of(model, p.vocab_size, p.dtype)
-    flat = z.reshape(-1, p.vocab_size)
-    return flat if p.rows.index is None else flat.index_select(0, p.rows.index)
+    parts = []
+    for model, (start, stop) in zip(models, columns, strict=True):
+        assert not isinstance(model, TokenLogProbs)
+        flat = logits_of(model, p.vocab_size, p.dtype).reshape(-1, p.vocab_size)
+        parts.append(flat if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _scores(p: Prepared, models: tuple[Source, ...], ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """log-probs (n,) of the live tokens and entropies, each under the model of its route alone; None where unknown."""
+    if not models or ids is None:
+        return None, None
+    scores, entropies = [], []
+    for model, (start, stop) in zip(models, p.slices, strict=True):
+        if isinstance(model, TokenLogProbs):
+            scores.append(p.rows.take(model.logprobs, start, stop).to(p.dtype).detach())
+            continue
+        z = _live_logits(p, (model,), [(start, stop)])
+        assert z is not None
+        log_p = _own_log_softmax(z)
+        scores.append(_gather(log_p, ids[start:stop]))
+        entropies.append(_entropy(log_p))
+    return torch.cat(scores), torch.cat(entropies) if len(entropies) == len(scores) else None
 
 
 def _full(
@@ -119,7 +139,9 @@ def _advantages(
     lp: Tensor,
     lq: Tensor | None,
     lr: Tensor | None,
-    entropies: Sequence[Tensor | None],
+    entropy: Tensor,
+    teacher_entropy: Tensor | None,
+    ref_entropy: Tensor | None,
     expected: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The advantages that the gradient uses and those that the loss reports, without the baseline."""
@@ -130,9 +152,9 @@ def _advantages(
     advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
     if p.advantage_fn is not None:
         index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
-        own, other, third = entropies
-        assert own is not None
-        stats = TokenStats(index, advantages, lp, lq, lr, p.old_logprobs, own, other, third, p.reward_scale)
+        stats = TokenStats(
+            index, advantages, lp, lq, lr, p.old_logprobs, entropy, teacher_entropy, ref_entropy, p.reward_scale
+        )
         advantages, finite = objective.call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
     used = advantages if expected is None else advantages + expected
     low, high = s.advantage_clip or (-math.inf, math.inf)
@@ -173,16 +195,17 @@ def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Ten
     return loss, clipped, importance
 
 
-def _entropy(log_p: Tensor | None) -> Tensor | None:
-    return None if log_p is None else -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
 
 
 def gopd_loss(
     student: Head,
-    teacher: Source | None,
-    ref: Source | None = None,
+    teacher: Source | Sequence[Source] | None,
+    ref: Source | Sequence[Source] | None = None,
     token_ids: Tensor | None = None,
     *,
+    teacher_index: Tensor | None = None,
     mask: Tensor | None = None,
     reward_scale: float | Tensor = 1.0,
     estimator: Estimator = "sampled",
@@ -216,6 +239,7 @@ def gopd_loss(
         teacher,
         ref,
         token_ids,
+        teacher_index=teacher_index,
         mask=mask,
         reward_scale=reward_scale,
         estimator=estimator,
@@ -238,35 +262,35 @@ def gopd_loss(
         score_cancelled=score_cancelled,
         vocab_size=vocab_size,
     )
-    z = _live_logits(p, p.student)
+    z = _live_logits(p, (p.student,), [(0, p.rows.count)])
     assert z is not None
-    with torch.no_grad():
-        z_q, z_r = _live_logits(p, p.teacher), _live_logits(p, p.ref)
-
-    def given(model: Source | None) -> Tensor | None:
-        return p.rows.take(model.logprobs).to(p.dtype).detach() if isinstance(model, TokenLogProbs) else None
-
-    kl = None
-    lp, lq, lr = None, given(p.teacher), given(p.ref)
+    kl = lp = lq = lr = None
+    entropies: tuple[Tensor | None, Tensor | None] = (None, None)
     if p.joint:
+        with torch.no_grad():
+            z_q, z_r = (_live_logits(p, models, p.slices) for models in (p.teacher, p.ref))
         token_loss, kl, log_p, log_q, log_r = _full(p, divergence, beta, z, z_q, z_r)
+        if p.token_ids is not None:
+            ids = p.token_ids
+            lq, lr = (None if x is None else _gather(x, ids) for x in (log_q, log_r))
+            if isinstance(p.reward_scale, Tensor):
+                # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
+                assert lq is not None
+                assert lr is not None
+                lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
     else:
-        log_p, log_q, log_r = _own_log_softmax(z), *(None if x is None else _own_log_softmax(x) for x in (z_q, z_r))
+        log_p = _own_log_softmax(z)
+        with torch.no_grad():
+            (lq, first), (lr, second) = (_scores(p, models, p.token_ids) for models in (p.teacher, p.ref))
+        entropies = first, second
+    entropy = _entropy(log_p.detach())
+    advantages = clipped = importance = None
     if p.token_ids is not None:
         lp = _gather(log_p, p.token_ids)
-        lq, lr = (g if x is None else _gather(x, p.token_ids) for x, g in ((log_q, lq), (log_r, lr)))
-        if p.joint and isinstance(p.reward_scale, Tensor):
-            # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
-            assert lq is not None
-            assert lr is not None
-            lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
-    advantages = clipped = importance = None
-    if lp is not None:
         if estimator == "sampled":
             with torch.no_grad():
-                entropies = [_entropy(x) for x in (log_p, *((None, None) if p.joint else (log_q, log_r)))]
                 expected = token_loss.detach() if p.joint else None
-                advantages, reported = _advantages(p, lp.detach(), lq, lr, entropies, expected)
+                advantages, reported = _advantages(p, lp.detach(), lq, lr, entropy, *entropies, expected)
                 value, _, _ = _surrogate(p, lp, reported)
             token_loss, clipped, importance = _surrogate(p, lp, advantages)
             token_loss = token_loss + (value - token_loss.detach())  # the gradient with the baseline, the value without
@@ -276,13 +300,7 @@ def gopd_loss(
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
     with torch.no_grad():
         if score_cancelled:
-            assert p.token_ids is not None
-            for name, model in p.cancelled.items():
-                scored = given(model)
-                if scored is None:
-                    other = _live_logits(p, model)
-                    assert other is not None
-                    scored = _gather(_own_log_softmax(other), p.token_ids)
+            for name, models in p.cancelled.items():
+                scored, _ = _scores(p, models, p.token_ids)
                 lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
-        entropy = _entropy(log_p)
     return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance)
