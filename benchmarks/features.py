@@ -1,0 +1,107 @@
+"""What each option of the loss costs beside the plain call, in one run.
+
+``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [PAGE.md ...]`` prints the table and fills
+it in between ``<!-- features -->`` and ``<!-- /features -->``. Loss and gradients of hidden states and head, ``sampled``,
+three models. Each round times the plain call and the option one after the other; the figure is the median of their
+ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_gopd as fg
+from benchmarks.conftest import milliseconds
+from benchmarks.run import _commit, device_name
+from benchmarks.workloads import Inputs, Workload, workloads
+
+TOKENS = {"cpu": 256, "gpu": 8192}
+SEQUENCES = 8
+
+
+def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
+    """Keyword arguments by what the table calls them; those of the second teacher are made beside."""
+    n, device = inputs.token_ids.shape[0], inputs.token_ids.device
+    old = plain.student_logprobs - 0.1
+    bounds = torch.arange(0, n + 1, n // SEQUENCES, device=device, dtype=torch.int32)
+    return {
+        "`cu_seqlens`, `seq-mean-token-mean`": {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"},
+        "λ per token": {"reward_scale": torch.full((n,), 1.25, device=device)},
+        "`old_logprobs`, `clip`, `clip_dual`": {"old_logprobs": old, "clip": (0.2, 0.28), "clip_dual": 3.0},
+        "`rollout_logprobs`, `rollout_is_cap`": {"rollout_logprobs": old, "rollout_is_cap": 2.0},
+        "`advantage_clip`, `logprob_min`": {"advantage_clip": 5.0, "logprob_min": -20.0},
+        "`advantage_fn`": {"advantage_fn": lambda stats: stats.advantages.tanh()},
+        "`baseline` (all logits of a chunk together)": {"baseline": "expected"},
+        "two teachers": {"teacher_index": torch.arange(n, device=device) % 2},
+        '`ratio="sequence"` (one GEMM more)': {"ratio": "sequence", "old_logprobs": old, "cu_seqlens": bounds},
+    }
+
+
+def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
+    assert inputs.weights is not None
+    student, teacher, ref = (fg.LinearHead(h, w) for h, w in zip(inputs.rows, inputs.weights, strict=True))
+    teachers = [teacher, ref] if "teacher_index" in options else teacher
+    leaves = inputs.leaves
+
+    def step() -> fg.GOPDOutput:
+        out = fg.gopd_loss(student, teachers, ref, inputs.token_ids, **{"reward_scale": 1.25, **options})
+        torch.autograd.grad(out.loss, leaves)
+        return out
+
+    return step
+
+
+def measure(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+    inputs = workload.inputs()
+    plain = step_of(inputs)
+    rows = []
+    for name, given in options(inputs, plain()).items():
+        step = step_of(inputs, **given)
+        step()
+        pairs = [(milliseconds(plain, workload.device), milliseconds(step, workload.device)) for _ in range(rounds)]
+        ratios = sorted(b / a for a, b in pairs)
+        rows.append({"option": name, "ratio_p50": statistics.median(ratios), "ratios": ratios, "pairs_ms": pairs})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| option | time to the plain call's, median | all rounds |", "|---|---:|---:|"]
+    lines += [f"| {r['option']} | {r['ratio_p50']:.2f}× | {r['ratios'][0]:.2f}–{r['ratios'][-1]:.2f} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="*")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    tokens = TOKENS["cpu" if args.device == "cpu" else "gpu"]
+    workload = replace(workloads(args.device)["hidden-sampled"], tokens=tokens)
+    rows = measure(workload, args.rounds)
+    where = f"N={tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
+    where += device_name(args.device)
+    if args.json:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        result = {"device": device_name(args.device), "commit": _commit(), "date": date, "tokens": tokens, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"{table(rows)}\n{where}.\n"
+    print(text)
+    region = re.compile(r"(<!-- features -->\n).*?(<!-- /features -->)", re.DOTALL)
+    for page in args.pages:
+        page.write_text(region.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
