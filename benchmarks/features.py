@@ -1,9 +1,9 @@
 """What each option of the loss costs beside the plain call, in one run.
 
 ``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [PAGE.md ...]`` prints the table and fills
-it in between ``<!-- features -->`` and ``<!-- /features -->``. Loss and gradients of hidden states and head, ``sampled``,
-three models. Each round times the plain call and the option one after the other; the figure is the median of their
-ratios.
+it in between ``<!-- features -->`` and ``<!-- /features -->`` of a page. Loss and gradients of hidden states and head,
+``sampled``, three models. Each round times the plain call and the option one after the other; the figure is the median
+of their ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.conftest import milliseconds
 from benchmarks.run import _commit, device_name
 from benchmarks.workloads import Inputs, Workload, workloads
 
-TOKENS = {"cpu": 256, "gpu": 8192}
+TOKENS = {"cpu": 1024, "gpu": 8192}
 SEQUENCES = 8
 
 
