@@ -95,9 +95,9 @@ def markdown(result: dict[str, Any], jobs: list[str] | None = None) -> str:
         raise SystemExit(f"no rows for {', '.join(missing)}; there are {', '.join(found)}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     kept = "; freed memory kept by the allocator" if result.get("allocator") else ""
-    where = (
-        f"{result['device']}{kept}; {versions}; commit {(result['commit'] or 'unknown')[:12]}, {result['date'][:10]}."
-    )
+    commit, _, dirty = (result["commit"] or "unknown").partition("-")
+    commit = commit[:12] + (", with changes" if dirty else "")
+    where = f"{result['device']}{kept}; {versions}; commit {commit}, {result['date'][:10]}."
     return "\n".join([table(rows, job) for job in jobs or found]) + "\n" + where + "\n"
 
 

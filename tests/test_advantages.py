@@ -116,6 +116,40 @@ def test_a_hook_makes_an_impossible_token_count():
     assert out.loss.isfinite()
 
 
+def test_a_mixed_list_of_teachers_has_no_entropy():
+    """None for all tokens or for none: a function sees the same in every chunk, and in the reference."""
+    batch = make_batch(84, shape=(6,), masked=False)
+    scores = fg.TokenLogProbs(-torch.rand(6, dtype=torch.float64))
+    seen: list[fg.TokenStats] = []
+    for function in (fg.gopd_loss, fg.reference.gopd_loss):
+        options = {"reward_scale": 1.25, "teacher_index": torch.arange(6) % 2}
+        hook = lambda s: (seen.append(s), s.advantages)[1]  # noqa: E731
+        function(batch.student, [batch.teacher, scores], batch.ref, batch.token_ids, advantage_fn=hook, **options)
+        assert all(s.teacher_entropy is None and s.ref_entropy is not None for s in seen)
+
+
+def test_a_hook_cannot_write_into_the_callers_tensors():
+    batch = make_batch(85, shape=(6,), masked=False)
+    old, lam = -torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    before = old.clone(), lam.clone()
+
+    def hook(stats: fg.TokenStats) -> torch.Tensor:
+        stats.old_logprobs.zero_()
+        stats.reward_scale.zero_()
+        return stats.advantages
+
+    run(batch, reward_scale=lam, old_logprobs=old, advantage_fn=hook)
+    assert torch.equal(old, before[0])
+    assert torch.equal(lam, before[1])
+
+
+def test_the_module_takes_a_hook_per_batch():
+    batch = make_batch(86, shape=(6,), masked=False)
+    module = fg.GOPDLoss(reward_scale=1.25, advantage_fn=lambda s: s.advantages)
+    out = module(*batch.models, batch.token_ids, advantage_fn=lambda s: torch.ones_like(s.advantages))
+    assert (out.advantages == 1).all()
+
+
 # ----------------------------------------------------------------------------------------------------------- baseline
 
 
@@ -200,6 +234,16 @@ def test_the_baseline_with_one_model_left(machine):
                             backend=machine.backend)  # fmt: skip
         plain, _ = run(batch, backend=machine.backend, reward_scale=lam)
         assert_close(out.advantages, plain.advantages + full.token_loss, machine.tolerance)
+
+
+def test_the_baseline_keeps_a_token_outside_the_joint_support_at_0():
+    """As the documentation says: logprob_min cannot bring back what the joint support does not have."""
+    teacher = torch.randn(1, 5)
+    teacher[0, 0] = -math.inf
+    models = (fg.Logits(torch.randn(1, 5)), fg.Logits(teacher), None, torch.tensor([0]))
+    for function in (fg.gopd_loss, fg.reference.gopd_loss):
+        assert function(*models, logprob_min=-20.0).advantages.abs() > 1
+        assert function(*models, logprob_min=-20.0, baseline="expected").advantages == 0
 
 
 def test_half_precision_logits_take_hook_and_baseline(backend):

@@ -8,7 +8,8 @@ import torch
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, run, trainable
 from fused_gopd import autograd, chunks
-from fused_gopd.loss import _job, prepare
+from fused_gopd.loss import _job
+from fused_gopd.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

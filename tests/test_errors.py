@@ -406,6 +406,14 @@ def test_values_per_packed_sequence_have_its_number():
         fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, cu_seqlens=bounds, **options)
 
 
+@pytest.mark.parametrize("name", ["reward_scale", "teacher_index"])
+def test_values_for_a_single_token_have_its_shape(name):
+    head = fg.LinearHead(zeros(4), zeros(7, 4))
+    value = {"reward_scale": zeros(1), "teacher_index": zeros(1).long()}[name]
+    with pytest.raises(ValueError, match=rf"{name} must .*the token shape \(\), got shape \(1,\)"):
+        fg.gopd_loss(head, [head, head], head, torch.tensor(0), **({"teacher_index": torch.tensor(0)} | {name: value}))
+
+
 def test_ratios_of_sequences_need_sequences():
     with pytest.raises(ValueError, match=r"ratio='sequence' needs a token shape \(B, T\) or cu_seqlens.*\(5,\)"):
         fg.gopd_loss(*ONE_D.models, ONE_D.token_ids, ratio="sequence", old_logprobs=-torch.ones(5))
@@ -476,6 +484,8 @@ def test_gopd_loss_module_refuses_unknown_options():
         fg.GOPDLoss(lam=1.25)
     with pytest.raises(TypeError, match="mask is not an option of GOPDLoss"):
         fg.GOPDLoss(mask=MASK)
+    with pytest.raises(ValueError, match="ratio must be one of 'token', 'sequence', got 'prefix'"):
+        fg.GOPDLoss(ratio="prefix")
 
 
 def test_gopd_loss_module_refuses_unknown_batch_arguments():

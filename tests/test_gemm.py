@@ -96,3 +96,9 @@ def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypa
     assert not gemm._uses_onednn(5, weight)
     assert not gemm._uses_onednn(6, weight.double())
     assert gemm._uses_onednn(6, weight.bfloat16())
+
+
+def test_switching_onednn_off_is_respected(monkeypatch):
+    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not gemm._uses_onednn(1 << 20, torch.zeros(13, 8))

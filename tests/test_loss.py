@@ -860,3 +860,11 @@ def test_the_modules_reward_scale_can_be_overridden_per_batch():
 def test_the_module_knows_every_keyword_of_the_function():
     keywords = {p.name for p in inspect.signature(fg.gopd_loss).parameters.values() if p.kind == p.KEYWORD_ONLY}
     assert keywords == fg.GOPDLoss._OPTIONS | fg.GOPDLoss._BATCH
+
+
+def test_a_cancelled_model_of_another_dtype_is_scored():
+    batch = make_batch(47, dtype=torch.float32)
+    wide = fg.LinearHead(batch.ref.hidden.double(), batch.ref.weight.double())
+    got, _ = run(batch.replaced(ref=wide), reward_scale=1.0, score_cancelled=True)
+    want, _ = run(batch, reward_scale=1.0, score_cancelled=True)
+    assert_close(got.ref_logprobs, want.ref_logprobs, 1e-5)

@@ -115,3 +115,24 @@ def test_what_a_metric_refuses():
         a + 1.0  # type: ignore[operator]
     assert isinstance(a, Metrics)
     assert repr(a).startswith("Metrics(tokens, loss")
+
+
+def test_a_token_that_the_student_rules_out_poisons_no_mean():
+    student = torch.randn(3, 5)
+    student[0, 0] = -math.inf
+    ids = torch.zeros(3, dtype=torch.int64)
+    metrics = fg.gopd_loss(fg.Logits(student), fg.Logits(torch.randn(3, 5)), None, ids).metrics().to_dict()
+    assert metrics["impossible"] == pytest.approx(1 / 3)
+    assert math.isfinite(metrics["kl_teacher"])
+
+
+def test_a_cancelled_model_makes_no_token_impossible():
+    """Neither for a float lambda nor for a token's own; where it rules a token out the log-ratios leave it out."""
+    q, r = torch.tensor([-math.inf, -1.0, -1.0]), torch.tensor([-2.0, -2.0, -math.inf])
+    ids = torch.zeros(3, dtype=torch.int64)
+    models = (fg.Logits(torch.randn(3, 5)), fg.TokenLogProbs(q), fg.TokenLogProbs(r))
+    per_token = fg.gopd_loss(*models, ids, reward_scale=torch.tensor([0.0, 0.5, 1.0])).metrics().to_dict()
+    assert per_token["impossible"] == 0
+    assert per_token["reward"] == pytest.approx(1.0)
+    scored = fg.gopd_loss(*models, ids, reward_scale=1.0, score_cancelled=True).metrics().to_dict()
+    assert scored["impossible"] == pytest.approx(1 / 3)

@@ -17,8 +17,10 @@ from builders import (
     assert_close,
     assert_same_as_oracle,
     generator,
+    like,
     make_batch,
     run,
+    trainable,
     widened,
 )
 from fused_gopd.objective import Surrogate, TokenStats, advantages_of, policy_term
@@ -160,3 +162,65 @@ def test_a_masked_tokens_scores_are_not_looked_at(backend):
     got, got_grads = run(batch, old_logprobs=poisoned[0], rollout_logprobs=poisoned[1], **options)
     assert torch.equal(got.loss, want.loss)
     assert all(torch.equal(a, b) for a, b in zip(got_grads, grads, strict=True))
+
+
+BOTH = pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
+
+
+@BOTH
+@pytest.mark.parametrize("policy", [
+    {"old_logprobs": torch.tensor([-100.0, -1.7])},
+    {"old_logprobs": torch.tensor([-100.0, -1.7]), "clip": (0.2, 0.2)},
+    {"rollout_logprobs": torch.tensor([-100.0, -1.7])},
+    {"rollout_logprobs": torch.tensor([-math.inf, -1.7])},
+    {"old_logprobs": torch.tensor([-100.0, -1.7]), "rollout_logprobs": torch.tensor([-200.0, -1.7]),
+     "rollout_is_cap": 5.0},
+], ids=lambda p: " ".join(p))  # fmt: skip
+def test_no_advantage_is_no_loss_whatever_the_ratio(function, policy):
+    """A token that the teacher rules out: 0 times a ratio or a weight that overflows is 0, not NaN."""
+    student = torch.zeros(2, 5, requires_grad=True)
+    teacher = fg.TokenLogProbs(torch.tensor([-math.inf, -2.0]))
+    out = function(fg.Logits(student), teacher, None, torch.tensor([0, 1]), **policy)
+    (grad,) = torch.autograd.grad(out.loss, student)
+    assert out.token_loss[0] == 0
+    assert (grad[0] == 0).all()
+    assert out.loss.isfinite()
+    assert grad[1].abs().sum() > 0
+
+
+@BOTH
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_token_that_the_student_rules_out_pulls_nowhere(function, ratio):
+    student = torch.zeros(1, 2, 5)
+    student[0, 0, 0] = -math.inf
+    student.requires_grad_()
+    old = torch.full((1, 2), -2.0)
+    scores = fg.TokenLogProbs(torch.full((1, 2), -1.0))
+    out = function(
+        fg.Logits(student), scores, None, torch.zeros(1, 2, dtype=torch.int64), old_logprobs=old, ratio=ratio
+    )
+    (grad,) = torch.autograd.grad(out.loss, student)
+    assert (grad[0, 0] == 0).all()
+    assert grad[0, 1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_half_precision_gradients_survive_a_large_importance_weight(backend, reduction):
+    """Weights of 1e5 under a normaliser of 1e6: the float16 gradient of the hidden states is small, and right."""
+    batch = make_batch(48, shape=(4,), dtype=torch.float16, masked=False)
+    old = stale(batch, 0.0, torch.float32)
+    given = {"reward_scale": 1.25, "old_logprobs": old, "rollout_logprobs": old - math.log(1e5), "backend": backend}
+
+    def gradient(batch):
+        options = {"reduction": reduction} | ({"normalizer": 1e6} if reduction == "token-mean" else {})
+        loss = fg.gopd_loss(*batch.models, batch.token_ids, **given, **options).loss
+        return torch.autograd.grad(loss if reduction == "token-mean" else loss.sum() / 1e6, batch.leaves)
+
+    wide = batch.replaced(
+        student=trainable(like(batch.student, **{k: v.detach().float() for k, v in batch.student.tensors.items()})),
+        teacher=like(batch.teacher, **{k: v.float() for k, v in batch.teacher.tensors.items()}),
+        ref=like(batch.ref, **{k: v.float() for k, v in batch.ref.tensors.items()}),
+    )
+    for got, want in zip(gradient(batch), gradient(wide), strict=True):
+        assert got.isfinite().all()
+        assert_close(got, want, 2e-3)

@@ -2,9 +2,10 @@
 
 from . import reference
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
-from .loss import GOPDLoss, GOPDOutput, gopd_loss, token_logprobs
+from .loss import GOPDLoss, gopd_loss, token_logprobs
 from .metrics import Metrics
 from .objective import TokenStats
+from .output import GOPDOutput
 
 __version__ = "0.1.0"
 __all__ = [

@@ -381,10 +381,16 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
     is the size of all logits, is rounded once with all factors applied. So do ratios of whole sequences, which are
-    known only when all chunks are through.
+    known only when all chunks are through, and float16 hidden states under ratios, importance weights or advantages of
+    the caller's, which may be so large that a gradient without its token weight overflows.
     """
-    narrow = isinstance(job.student, Logits) and job.student.rows.dtype in (torch.float16, torch.bfloat16)
-    if narrow or job.surrogate.ratio == "sequence":
+    dtype = job.student.rows.dtype
+    if isinstance(job.student, Logits):
+        recompute = dtype in (torch.float16, torch.bfloat16)
+    else:
+        unbounded = any(x is not None for x in (job.old_logprobs, job.rollout_logprobs, job.advantage_fn))
+        recompute = dtype == torch.float16 and unbounded
+    if recompute or job.surrogate.ratio == "sequence":
         token_loss, statistics = _call(_TokenLosses, job)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
     loss, token_loss, statistics = _call(_WeightedLoss, job, weights)

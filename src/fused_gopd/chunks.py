@@ -63,6 +63,7 @@ class TokenRow(enum.IntEnum):
 
 
 STATISTICS = len(Stat) + len(TokenRow)
+_ENTROPIES = (TokenRow.ENTROPY_TEACHER, TokenRow.ENTROPY_REF)
 
 
 def _balanced(rows: int, chunk_size: int) -> int:
@@ -77,10 +78,10 @@ def _balanced(rows: int, chunk_size: int) -> int:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Which tokens are computed: all of a token shape, or those at ``index`` (flat positions, ascending)."""
+    """Which tokens are computed: all of a token shape, or those at ``index``, in its order."""
 
     shape: torch.Size
-    index: Tensor | None = None  # (n,) int64
+    index: Tensor | None = None  # (n,) int64 flat positions
 
     @property
     def count(self) -> int:
@@ -239,25 +240,28 @@ class Job:
         if teacher is None and ref is None:
             return  # log-probs alone are asked for
 
-        def entropy_of(head: Head | None, row: TokenRow) -> Tensor | None:
-            return None if head is None or self.joint else statistics[row, rows]
-
-        index = torch.arange(start, stop, device=self.device) if self.rows.index is None else self.rows.index[rows]
-        stats = TokenStats(
-            index,
-            student,  # the advantages come to stand here
-            student,
-            teacher,
-            ref,
-            None if self.old_logprobs is None else self.old_logprobs[rows],
-            objective.entropy(statistics[:, rows]),
-            entropy_of(self.teacher, TokenRow.ENTROPY_TEACHER),
-            entropy_of(self.ref, TokenRow.ENTROPY_REF),
-            self.scale_of(rows),
-        )
+        old = None if self.old_logprobs is None else self.old_logprobs[rows]
+        scale = self.scale_of(rows)
+        # what only a function of the user's looks at is made only for it; meanwhile the log-probs stand there
+        stats = TokenStats(student, student, student, teacher, ref, old, student, None, None, scale)
+        if self.advantage_fn is not None:
+            index = torch.arange(start, stop, device=self.device) if self.rows.index is None else self.rows.index[rows]
+            elsewhere = (self.teacher_logprobs is not None, self.ref_logprobs is not None)
+            entropies = [
+                None if self.joint or given or model is None else statistics[row, rows]
+                for given, model, row in zip(elsewhere, (teacher, ref), _ENTROPIES, strict=True)
+            ]
+            stats = replace(
+                stats,
+                index=index,
+                old_logprobs=None if old is None else old.clone(),  # not the caller's own memory
+                student_entropy=objective.entropy(statistics[:, rows]),
+                teacher_entropy=entropies[0],
+                ref_entropy=entropies[1],
+                reward_scale=scale.clone() if isinstance(scale, Tensor) else scale,
+            )
         expected = None
         if self.surrogate.baseline == "expected":
-            scale = self.scale_of(rows)
             expected, _ = objective.divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], self.has)
         used, reported = objective.advantages_of(self.surrogate, stats, self.advantage_fn, expected)
         statistics[TokenRow.ADVANTAGE, rows] = used

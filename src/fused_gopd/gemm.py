@@ -2,7 +2,7 @@
 
 Three products: logits of a chunk, gradient of its hidden states, and the chunk's share of the weight gradient. All run
 on a GEMM of PyTorch's. Where that cannot take low-precision operands and give float32 (a CPU), the weight is widened
-block by block into a small buffer, never whole: on CPUs without AMX that is also faster than MKL's bfloat16 GEMM.
+block by block into a small buffer, never whole: exact, and faster than MKL's bfloat16 GEMM on CPUs without AMX.
 
 On a CPU PyTorch multiplies float32 matrices with MKL, which on AMD's processors runs at a third of what they can do.
 There the products go to oneDNN, the other library in PyTorch, block by block too.
@@ -59,7 +59,7 @@ def _uses_onednn(rows: int, weight: Tensor) -> bool:
     """Whether the products of so many rows with a weight or its gradient go to oneDNN."""
     if weight.device.type != "cpu" or weight.dtype == torch.float64 or rows * weight.numel() < _ONEDNN_WORK:
         return False
-    return _prefers_onednn()
+    return _prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

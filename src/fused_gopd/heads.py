@@ -1,7 +1,7 @@
 """What a model brings to the loss: hidden states with a head, logits, or log-probs computed elsewhere.
 
 Each type checks its own fields when it is made, so that a mistake is reported where it was written. Checks that need
-several models (shapes, devices, vocabularies) are in :mod:`fused_gopd.loss`.
+several models (shapes, devices, vocabularies) are in :mod:`fused_gopd.prepare`.
 """
 
 from __future__ import annotations

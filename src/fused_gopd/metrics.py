@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .objective import widest
+
 if TYPE_CHECKING:
-    from .loss import GOPDOutput
+    from .output import GOPDOutput
 
 
 class Metrics(Mapping[str, Tensor]):
     """Means over tokens that can be added: ``sum(out.metrics() for out in ...)`` is the metrics of all tokens together.
 
-    ``metrics["reward"]`` is a 0-d float64 tensor on the device; nothing waits for it before it is read.
+    ``metrics["reward"]`` is a 0-d tensor on the device; nothing waits for it before it is read.
     :meth:`to_dict` reads all of them at once. Across ranks, :meth:`all_reduce` first.
 
     ==================  ================================================================================
@@ -29,7 +31,8 @@ class Metrics(Mapping[str, Tensor]):
     advantage           and ``advantage_std``: of the advantages as used
     clip_fraction       share of tokens whose gradient a clip removed
     importance          and ``importance_std``: the detached weight of the rollout, as used
-    impossible          share of tokens that teacher or reference rules out; the log-ratios leave them out
+    impossible          share of tokens that a model which lambda does not cancel gives probability 0; a log-ratio
+                        leaves out tokens that one of its two models rules out
     ==================  ================================================================================
 
     What a call does not have (no ``token_ids``, no reference, no clip) is absent.
@@ -39,46 +42,49 @@ class Metrics(Mapping[str, Tensor]):
 
     def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
         self._names = names
-        self.sums = sums  # (len(names), 2) float64: sum and count; of the square too where there is a deviation
+        self.sums = sums  # (len(names), 2): sum and count; of the square too where there is a deviation
 
     @classmethod
     def of(cls, out: GOPDOutput) -> Metrics:
         """Of one call; see :meth:`fused_gopd.GOPDOutput.metrics`."""
         live = torch.ones_like(out.token_loss, dtype=torch.bool) if out.mask is None else out.mask
         entries: dict[str, Tensor] = {}
+        dtype = widest(live.device)
 
         def add(name: str, values: Tensor, among: Tensor = live) -> None:
-            wide = torch.where(among, values, torch.zeros_like(values)).to(torch.float64)
-            entries[name] = torch.stack((wide.sum(), among.sum().to(torch.float64)))
+            wide = torch.where(among, values, torch.zeros_like(values)).to(dtype)
+            entries[name] = torch.stack((wide.sum(), among.sum().to(dtype)))
             if name in cls._STD:
-                entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(torch.float64)))
+                entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(dtype)))
 
-        add("tokens", live.to(torch.float64))
+        add("tokens", live.to(dtype))
         add("loss", out.token_loss)
         add("entropy", out.entropy)
         p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
-        has_q = has_r = live
-        if out.joint and isinstance(out.reward_scale, Tensor):
-            # no log-prob of a model that the token's own lambda cancels
-            has_q, has_r = live & (out.reward_scale != 0), live & (out.reward_scale != 1)
-        impossible = torch.zeros_like(live)
-        for model, has in ((q, has_q), (r, has_r)):
-            if model is not None:
-                impossible = impossible | (has & torch.isneginf(model))
-        if q is not None and r is not None:
-            add("reward", q - r, has_q & has_r & ~impossible)
-        if p is not None and q is not None:
-            add("kl_teacher", p - q, has_q & ~impossible)
-        if p is not None and r is not None:
-            add("kl_ref", p - r, has_r & ~impossible)
-        if q is not None or r is not None:
-            add("impossible", impossible.to(torch.float64))
+        needs_q, needs_r = (torch.as_tensor(out.reward_scale, device=live.device) != x for x in (0, 1))
+        # a joint look has no log-prob of a model that the token's own lambda cancels
+        skips = out.joint and isinstance(out.reward_scale, Tensor)
+        has_q, has_r = (live & needs_q, live & needs_r) if skips else (live, live)
+
+        def ratio(name: str, a: Tensor | None, b: Tensor | None, among: Tensor) -> None:
+            if a is not None and b is not None:
+                add(name, a - b, among & ~torch.isneginf(a) & ~torch.isneginf(b))
+
+        ratio("reward", q, r, has_q & has_r)
+        ratio("kl_teacher", p, q, has_q)
+        ratio("kl_ref", p, r, has_r)
+        if p is not None and (q is not None or r is not None):
+            impossible = torch.isneginf(p)
+            for model, needed in ((q, needs_q), (r, needs_r)):
+                if model is not None:
+                    impossible = impossible | (needed & torch.isneginf(model))
+            add("impossible", impossible.to(dtype))
         if out.kl is not None:
             add("kl_target", out.kl)
         if out.advantages is not None:
             add("advantage", out.advantages)
         if out.clipped is not None:
-            add("clip_fraction", out.clipped.to(torch.float64))
+            add("clip_fraction", out.clipped.to(dtype))
         if out.importance is not None:
             add("importance", out.importance)
         return cls(tuple(entries), torch.stack(list(entries.values())))

@@ -30,6 +30,11 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 # ------------------------------------------------------------------------------------------------------- sequences
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype for sums over tokens: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Which sequence a token belongs to: dim 0 of a token shape (B, ...), or the slices of packed tokens (N,).
@@ -45,8 +50,8 @@ class Sequences:
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """(B,) sums, float64, of ``values`` in the token shape."""
-        values = values.to(torch.float64)
+        """(B,) sums, in :func:`widest` precision, of ``values`` in the token shape."""
+        values = values.to(widest(values.device))
         if self.cu_seqlens is None:
             return values.reshape(self.count, -1).sum(1) if values.numel() else values.new_zeros(self.count)
         return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
@@ -137,8 +142,11 @@ class TokenStats:
             given (teacher and reference); None for a model that has cancelled.
         old_logprobs: as given, or None.
         student_entropy: in nats.
-        teacher_entropy, ref_entropy: None for log-probs computed elsewhere, and with ``baseline="expected"``.
+        teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
+            with ``baseline="expected"``.
         reward_scale: lambda, a float or (C,).
+
+    A log-prob may be -inf: it is for the function to say what such a token's advantage is.
     """
 
     index: Tensor
@@ -229,15 +237,13 @@ def policy_term(
     """
     behaviour = student if old is None else old
     log_ratio = torch.zeros_like(student) if old is None else student - old
-    # where the policy that sampled has probability 0 the advantage is 0, and times a ratio of inf it would be NaN
-    impossible = torch.isneginf(behaviour)
-    log_ratio = log_ratio.masked_fill(impossible, 0)
+    ruled_out = torch.isneginf(student)
     if surrogate.ratio == "sequence":
-        # a token that the student rules out would make its whole sequence's ratio 0
-        log_ratio = sequence_mean(log_ratio.masked_fill(torch.isneginf(student), 0))
+        # a token that a policy rules out would make its whole sequence's ratio 0, inf or NaN
+        log_ratio = sequence_mean(log_ratio.masked_fill(ruled_out | torch.isneginf(behaviour), 0))
     ratio = log_ratio.exp()
     loss = -adv * ratio
-    clipped = torch.zeros_like(impossible)
+    clipped = torch.zeros_like(ruled_out)
     if surrogate.clip is not None:
         low, high = surrogate.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
@@ -251,12 +257,15 @@ def policy_term(
         loss = torch.where(over, bound, loss)
     importance = None
     if rollout is not None:
-        importance = (behaviour - rollout).masked_fill(impossible, 0).exp()
+        importance = (behaviour - rollout).masked_fill(torch.isneginf(behaviour), 0).exp()
         if surrogate.rollout_is_cap is not None:
             importance = importance.clamp_max(surrogate.rollout_is_cap)
         loss = loss * importance
-    # d(-A rho w)/d log p = -A rho w, whichever ratio it is
-    return PolicyTerm(loss, loss.masked_fill(clipped, 0), adv, clipped, importance)
+    # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
+    nothing = adv == 0
+    loss = loss.masked_fill(nothing, 0)
+    # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
+    return PolicyTerm(loss, loss.masked_fill(clipped | ruled_out, 0), adv, clipped & ~nothing, importance)
 
 
 # -------------------------------------------------------------------------------------------- from row statistics

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import objective
 from .heads import Head, LinearHead, Source, TokenLogProbs
-from .loss import GOPDOutput, Prepared, prepare
 from .objective import AdvantageFn, Baseline, Divergence, Estimator, Ratio, Reduction, TokenStats
+from .output import GOPDOutput
+from .prepare import Prepared, prepare
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -165,11 +166,13 @@ def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Ten
     """Token loss, for autograd to differentiate, where a clip is in force, and importance weight."""
     s = p.surrogate
     behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
-    possible = ~torch.isneginf(behaviour)
-    own = torch.where(possible, lp, 0) - torch.where(possible, behaviour, 0)
-    log_ratio = own
-    if s.ratio == "sequence":
-        own = torch.where(torch.isneginf(own), 0, own)
+    nothing = advantages == 0  # no loss, whatever it is multiplied by
+    if s.ratio == "token":
+        # masked before any arithmetic: a NaN behind a where has a NaN gradient
+        log_ratio = torch.where(nothing, 0, lp) - torch.where(nothing, 0, behaviour)
+    else:
+        known = ~(torch.isneginf(lp) | torch.isneginf(behaviour)).detach()
+        own = torch.where(known, lp, 0) - torch.where(known, behaviour, 0)
         # sequence by sequence, written out: the fused loss has its own way of summing
         bounds, T = p.sequences.cu_seqlens, p.sequences.shape[1:].numel()
         starts = [i * T for i in range(p.sequences.count + 1)] if bounds is None else bounds.tolist()
@@ -179,7 +182,7 @@ def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Ten
             inside = (live >= start) & (live < stop)
             if inside.any():
                 mean = torch.where(inside, own[inside].mean(), mean)
-        log_ratio = mean.detach() + own - own.detach()
+        log_ratio = torch.where(nothing, 0, mean.detach() + own - own.detach())
     ratio = log_ratio.exp()
     unclipped = loss = -advantages * ratio
     if s.clip is not None:
@@ -189,9 +192,9 @@ def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Ten
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
     clipped, importance = (loss.detach() - unclipped.detach()).abs() > 0, None  # NaN is not a clip
     if p.rollout_logprobs is not None:
-        importance = torch.where(possible, behaviour - p.rollout_logprobs, 0).exp()
+        importance = torch.where(torch.isneginf(behaviour), 0, behaviour - p.rollout_logprobs).exp()
         importance = importance.clamp_max(math.inf if s.rollout_is_cap is None else s.rollout_is_cap)
-        loss = loss * importance
+        loss = loss * torch.where(nothing, 0, importance)
     return loss, clipped, importance
 
 
@@ -293,7 +296,8 @@ def gopd_loss(
                 advantages, reported = _advantages(p, lp.detach(), lq, lr, entropy, *entropies, expected)
                 value, _, _ = _surrogate(p, lp, reported)
             token_loss, clipped, importance = _surrogate(p, lp, advantages)
-            token_loss = token_loss + (value - token_loss.detach())  # the gradient with the baseline, the value without
+            if baseline == "expected":  # the gradient with it, the value without
+                token_loss = token_loss + (value - token_loss.detach())
             kl = None
         else:
             advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)

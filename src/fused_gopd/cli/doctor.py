@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from fused_gopd.heads import LinearHead
-    from fused_gopd.loss import GOPDOutput
     from fused_gopd.objective import Estimator
+    from fused_gopd.output import GOPDOutput
 
 BACKENDS = ("torch", "native", "triton")
 # A backend may exceed the naive float32 path's own error by this much, relative to the largest gradient entry (the

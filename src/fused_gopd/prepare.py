@@ -1,0 +1,587 @@
+"""Every check of the input of the loss, before any work, and what is left when it has passed.
+
+One function, :func:`prepare`, which the fused loss and the dense :mod:`fused_gopd.reference` share, so that both accept
+and refuse the same input. Nothing here has a vocabulary axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import objective
+from .chunks import TokenRows
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
+from .objective import (
+    BASELINES,
+    DIVERGENCES,
+    ESTIMATORS,
+    RATIOS,
+    REDUCTIONS,
+    AdvantageFn,
+    Baseline,
+    Divergence,
+    Estimator,
+    Ratio,
+    Reduction,
+    Sequences,
+    Surrogate,
+)
+from .output import GOPDOutput
+from .rowops.torch import accumulation_dtype
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _require_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _require_source(name: str, value: object, estimator: Estimator) -> None:
+    if isinstance(value, (LinearHead, Logits)):
+        return
+    if isinstance(value, TopKLogProbs):
+        raise TypeError(f"{name} is TopKLogProbs, which no estimator of this version takes (estimator={estimator!r})")
+    if isinstance(value, TokenLogProbs):
+        if name == "student":
+            raise TypeError("student must be a LinearHead or Logits: TokenLogProbs carry no gradient")
+        if estimator != "sampled":
+            raise TypeError(
+                f"{name} is TokenLogProbs, which estimator='sampled' alone can use; estimator={estimator!r} needs a "
+                "LinearHead or Logits"
+            )
+        return
+    raise TypeError(f"{name} must be a LinearHead, Logits or TokenLogProbs, got {type(value).__name__}")
+
+
+def _require_shape(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have the token shape {tuple(shape)} of {owner}, got {tuple(x.shape)}")
+
+
+def _require_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the student's device {device}, got {x.device}")
+
+
+def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    _require_shape("mask", mask, shape, "student")
+    _require_device("mask", mask, device)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or 0/1 integer, got {mask.dtype}")
+    if mask.dtype == torch.bool:
+        return mask
+    if device.type == "cpu":
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(f"mask must hold 0 and 1 only, got {wrong[0].item()}")
+    return mask != 0
+
+
+def _live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
+    if mask is None:
+        return TokenRows(shape)
+    # the one host sync that dropping masked rows costs: how many are live
+    index = mask.reshape(-1).nonzero()[:, 0]
+    return TokenRows(shape, None if index.shape[0] == shape.numel() else index)
+
+
+def _check_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
+    """The live token ids, int64. Out of range: IndexError on a CPU, a device-side assert (no host sync) on a GPU."""
+    live = rows.take(ids.to(torch.int64)).contiguous()
+    wrong = (live < 0) | (live >= vocab_size)
+    if live.device.type == "cuda":
+        torch._assert_async(
+            ~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked (-100 needs a mask)"
+        )
+    elif bool(wrong.any()):
+        value = int(live[wrong][0])
+        if value == -100 and not masked:
+            raise ValueError(
+                "token_ids contains -100 but no mask is given: pass mask=(token_ids != -100), since ids alone never "
+                "mask a token here"
+            )
+        raise IndexError(f"token_ids must be in [0, {vocab_size}) where not masked, got {value}")
+    return live
+
+
+def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device) -> Tensor:
+    require_float(name, x)
+    assert isinstance(x, Tensor)
+    _require_shape(name, x, shape, "student")
+    _require_device(name, x, device)
+    return x.detach()
+
+
+def _check_reward_scale(value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
+    """lambda as a Python float, or expanded to the token shape."""
+    if not isinstance(value, Tensor):
+        return _require_number("reward_scale", value)
+    require_float("reward_scale", value)
+    _require_device("reward_scale", value, device)
+    value, shape = value.detach(), sequences.shape
+    if value.shape == shape or value.ndim == 0:
+        return value.expand(shape)
+    if _tells_sequences(sequences) and value.shape == (sequences.count,):
+        return sequences.expand(value)
+    raise ValueError(
+        f"reward_scale must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
+    )
+
+
+def _shapes(sequences: Sequences) -> str:
+    """The shapes that values per token or per sequence may have, in words."""
+    per_sequence = f" or one value per sequence ({sequences.count},)" if _tells_sequences(sequences) else ""
+    return f"the token shape {tuple(sequences.shape)}{per_sequence}"
+
+
+def _tells_sequences(sequences: Sequences) -> bool:
+    """Whether tokens are known to belong to sequences: (N,) ones without cu_seqlens are not."""
+    return len(sequences.shape) > 1 or sequences.cu_seqlens is not None
+
+
+def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:
+    """The slices of packed tokens. Values: ValueError on a CPU, a device-side assert (no host sync) on a GPU."""
+    if cu_seqlens is None:
+        return Sequences(shape)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got the token shape {tuple(shape)}")
+    _require_device("cu_seqlens", cu_seqlens, device)
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    sorted_ = (bounds[1:] >= bounds[:-1]).all()
+    if device.type == "cuda":
+        right = sorted_ & (bounds[0] == 0) & (bounds[-1] == shape[0])
+        torch._assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
+    elif bounds[0] != 0 or bounds[-1] != shape[0]:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at N={shape[0]}, the number of tokens, got {int(bounds[0])} and "
+            f"{int(bounds[-1])}"
+        )
+    elif not sorted_:
+        raise ValueError(f"cu_seqlens must be sorted, got {bounds.tolist() if bounds.numel() < 20 else 'a decrease'}")
+    return Sequences(shape, bounds)
+
+
+def _check_clip(clip: object) -> tuple[float, float]:
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise TypeError(f"clip must be a pair (epsilon_low, epsilon_high), got {clip!r}")
+    low, high = (_require_number("clip", x) for x in clip)
+    if not 0 <= low <= 1 or high < 0:
+        raise ValueError(f"clip must satisfy 0 <= epsilon_low <= 1 and epsilon_high >= 0, got {clip!r}")
+    return low, high
+
+
+def _check_advantage_clip(bound: object) -> tuple[float, float]:
+    if isinstance(bound, (tuple, list)):
+        if len(bound) != 2:
+            raise TypeError(f"advantage_clip must be a number or a pair (low, high), got {bound!r}")
+        low, high = (_require_number("advantage_clip", x) for x in bound)
+    else:
+        high = _require_number("advantage_clip", bound)
+        low = -high
+    if low >= high:
+        raise ValueError(f"advantage_clip must be a positive number or a pair with low < high, got {bound!r}")
+    return low, high
+
+
+def _check_surrogate(
+    estimator: Estimator,
+    sequences: Sequences,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    clip: object,
+    clip_dual: object,
+    ratio: object,
+    rollout_is_cap: object,
+    advantage_clip: object,
+    logprob_min: object,
+    baseline: object,
+    advantage_fn: object,
+) -> Surrogate:
+    """The options of the sampled estimator; one that has nothing to act on raises."""
+    one_of("ratio", ratio, RATIOS)
+    one_of("baseline", baseline, BASELINES)
+    given = {
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "clip": clip,
+        "clip_dual": clip_dual,
+        "ratio": None if ratio == "token" else ratio,
+        "rollout_is_cap": rollout_is_cap,
+        "advantage_clip": advantage_clip,
+        "logprob_min": logprob_min,
+        "baseline": None if baseline == "none" else baseline,
+        "advantage_fn": advantage_fn,
+    }
+    for name, value in given.items():
+        if value is not None and estimator != "sampled":
+            raise ValueError(f"{name} is an option of estimator='sampled', got estimator={estimator!r}")
+    for name in ("clip", "clip_dual", "ratio"):
+        if given[name] is not None and old_logprobs is None:
+            raise ValueError(f"{name} needs old_logprobs: without them every ratio is 1 and there is nothing to do")
+    if rollout_is_cap is not None and rollout_logprobs is None:
+        raise ValueError("rollout_is_cap needs rollout_logprobs: without them there is no importance weight to cap")
+    if ratio == "sequence" and not _tells_sequences(sequences):
+        raise ValueError(
+            f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
+        )
+    if clip_dual is not None:
+        clip_dual = _require_number("clip_dual", clip_dual)
+        if clip_dual <= 1:
+            raise ValueError(f"clip_dual must be above 1, got {clip_dual}")
+    if rollout_is_cap is not None:
+        rollout_is_cap = _require_number("rollout_is_cap", rollout_is_cap)
+        if rollout_is_cap <= 0:
+            raise ValueError(f"rollout_is_cap must be positive, got {rollout_is_cap}")
+    if logprob_min is not None:
+        logprob_min = _require_number("logprob_min", logprob_min)
+        if logprob_min >= 0:
+            raise ValueError(f"logprob_min must be negative, as log-probs are, got {logprob_min}")
+    if advantage_fn is not None and not callable(advantage_fn):
+        raise TypeError(f"advantage_fn must be callable, got {type(advantage_fn).__name__}")
+    return Surrogate(
+        None if clip is None else _check_clip(clip),
+        clip_dual,
+        ratio,  # type: ignore[arg-type]
+        rollout_is_cap,
+        None if advantage_clip is None else _check_advantage_clip(advantage_clip),
+        logprob_min,
+        baseline,  # type: ignore[arg-type]
+    )
+
+
+def _check_normalizer(
+    normalizer: object,
+    sequence_lengths: Tensor | None,
+    reduction: Reduction,
+    sequences: Sequences,
+    device: torch.device,
+) -> tuple[Tensor | float | None, Tensor | None]:
+    if reduction.startswith("seq-") and not _tells_sequences(sequences):
+        raise ValueError(
+            f"reduction={reduction!r} needs a token shape (B, T) or cu_seqlens to tell sequences, got "
+            f"{tuple(sequences.shape)}"
+        )
+    if sequence_lengths is not None:
+        if reduction != "seq-mean-token-mean":
+            raise ValueError(f"sequence_lengths is an option of 'seq-mean-token-mean', got reduction={reduction!r}")
+        if not isinstance(sequence_lengths, Tensor):
+            raise TypeError(f"sequence_lengths must be a torch.Tensor, got {type(sequence_lengths).__name__}")
+        if sequence_lengths.ndim and sequence_lengths.shape != (sequences.count,):
+            raise ValueError(
+                f"sequence_lengths must have shape ({sequences.count},), one per sequence, or be 0-d, got "
+                f"{tuple(sequence_lengths.shape)}"
+            )
+        _require_device("sequence_lengths", sequence_lengths, device)
+    if normalizer is None:
+        return None, sequence_lengths
+    if reduction in ("sum", "none"):
+        raise ValueError(f"normalizer is an option of the mean reductions, got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be a number or one element, got shape {tuple(normalizer.shape)}")
+        if normalizer.device.type == "cpu" and normalizer.item() < 0:
+            raise ValueError(f"normalizer must not be negative, got {normalizer.item()}")
+        return normalizer.detach(), sequence_lengths
+    number = _require_number("normalizer", normalizer)
+    if number <= 0:
+        raise ValueError(f"normalizer must be positive, got {number}")
+    return number, sequence_lengths
+
+
+def _models(name: str, value: object) -> dict[str, Any]:
+    """The models of an argument by the names that messages give them: none, one, or those of a list."""
+    if value is None:
+        return {}
+    if not isinstance(value, (list, tuple)):
+        return {name: value}
+    if not value:
+        raise ValueError(f"{name} must not be an empty list")
+    return {f"{name}[{i}]": model for i, model in enumerate(value)}
+
+
+def _check_routes(
+    teacher: object, ref: object, teacher_index: Tensor | None, sequences: Sequences, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """How many routes there are, and the route of every token in the token shape; None where all take the first."""
+    lengths = {n: len(x) for n, x in (("teacher", teacher), ("ref", ref)) if isinstance(x, (list, tuple))}
+    if "ref" in lengths and teacher is not None and lengths.get("teacher") != lengths["ref"]:
+        raise ValueError(
+            f"ref must be one model or a list of as many as teacher, got {lengths['ref']} and "
+            f"{lengths.get('teacher', 'one model')}"
+        )
+    count = max(lengths.values(), default=1)
+    if teacher_index is None:
+        if count > 1:
+            raise ValueError(f"teacher_index must be given for {count} teachers: which one each token has")
+        return 1, None
+    if not lengths:
+        raise ValueError("teacher_index needs a list of teachers, got one model")
+    if not isinstance(teacher_index, Tensor):
+        raise TypeError(f"teacher_index must be a torch.Tensor, got {type(teacher_index).__name__}")
+    if teacher_index.is_floating_point() or teacher_index.is_complex() or teacher_index.dtype == torch.bool:
+        raise TypeError(f"teacher_index must be an integer tensor, got {teacher_index.dtype}")
+    _require_device("teacher_index", teacher_index, device)
+    if teacher_index.shape == sequences.shape:
+        return count, teacher_index
+    if _tells_sequences(sequences) and teacher_index.shape == (sequences.count,):
+        return count, sequences.expand(teacher_index)
+    raise ValueError(f"teacher_index must have {_shapes(sequences)}, got shape {tuple(teacher_index.shape)}")
+
+
+def _in_route_order(rows: TokenRows, route: Tensor | None, count: int) -> tuple[TokenRows, tuple[int, ...]]:
+    """The live rows sorted by route, and where each route ends."""
+    if route is None:
+        return rows, (rows.count,)
+    live = rows.take(route.to(torch.int64))
+    # how many tokens each route has: one host sync, as for masked rows
+    counts = (live == torch.arange(count, device=live.device)[:, None]).sum(1).tolist()
+    if sum(counts) != rows.count:
+        wrong = live[(live < 0) | (live >= count)]
+        raise IndexError(
+            f"teacher_index must be in [0, {count}), the list of teachers, where not masked, got {int(wrong[0])}"
+        )
+    stops = tuple(itertools.accumulate(counts))
+    if count == 1:
+        return rows, stops
+    index = torch.arange(rows.count, device=live.device) if rows.index is None else rows.index
+    return TokenRows(rows.shape, index[torch.argsort(live, stable=True)]), stops
+
+
+def _joint_vocab_size(models: dict[str, Any], vocab_size: int | None) -> int:
+    sizes = {name: m.vocab_size for name, m in models.items() if isinstance(m, (LinearHead, Logits))}
+    smallest = min(sizes.values())
+    if vocab_size is None:
+        return smallest
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= smallest:
+        raise ValueError(f"vocab_size must be between 1 and {smallest} (the smallest of {sizes}), got {vocab_size}")
+    return vocab_size
+
+
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    return chunk_size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked input of one call, in token shape; models that cancel are out of ``needed``."""
+
+    estimator: Estimator
+    student: Head
+    teacher: tuple[Source, ...]  # one a route; none also where it has cancelled
+    ref: tuple[Source, ...]
+    cancelled: dict[str, tuple[Source, ...]]  # "teacher" or "ref", given but not needed
+    rows: TokenRows  # in the order of the routes
+    stops: tuple[int, ...]  # where each route ends among the live rows
+    mask: Tensor | None
+    vocab_size: int
+    reward_scale: float | Tensor  # tensor: (n,) of the live tokens, in the accumulation dtype
+    token_ids: Tensor | None  # (n,)
+    old_logprobs: Tensor | None  # (n,)
+    rollout_logprobs: Tensor | None  # (n,)
+    surrogate: Surrogate
+    advantage_fn: AdvantageFn | None
+    sequences: Sequences
+    weights: Tensor  # () or (n,)
+    dtype: torch.dtype  # of accumulation and of the outputs
+    device: torch.device
+
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """Start and stop of every route among the live rows."""
+        return list(itertools.pairwise((0, *self.stops)))
+
+    def logprobs(self, models: tuple[Source, ...]) -> Tensor | None:
+        """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are."""
+        if not any(isinstance(model, TokenLogProbs) for model in models):
+            return None
+        out = torch.zeros(self.rows.count, dtype=self.dtype, device=self.device)
+        for model, (start, stop) in zip(models, self.slices, strict=True):
+            if isinstance(model, TokenLogProbs):
+                out[start:stop] = self.rows.take(model.logprobs.detach(), start, stop)
+        return out
+
+    @property
+    def joint(self) -> bool:
+        """Whether the models are looked at together."""
+        return self.estimator == "full" or self.surrogate.baseline == "expected"
+
+    def output(self, loss: Tensor, *values: Tensor | None) -> GOPDOutput:
+        """The output from (n,) values of the live tokens, in the order of its fields."""
+
+        def full_shape(x: Tensor | None) -> Tensor | None:
+            # cloned: scatter may return a view, and no output shares memory with another or with an input
+            return None if x is None else self.rows.scatter(x.detach().clone())
+
+        *vectors, clipped, importance = (full_shape(x) for x in values)
+        if self.surrogate.clip is None and self.surrogate.clip_dual is None:
+            clipped = None
+        scale = self.reward_scale
+        scale = self.rows.scatter(scale.clone()) if isinstance(scale, Tensor) else scale
+        mask = None if self.mask is None else self.mask.clone()
+        fields: list[Any] = [loss, *vectors, clipped, importance, mask, scale, self.joint]
+        return GOPDOutput(*fields)
+
+
+def prepare(
+    student: Head,
+    teacher: Source | Sequence[Source] | None,
+    ref: Source | Sequence[Source] | None,
+    token_ids: Tensor | None,
+    *,
+    teacher_index: Tensor | None = None,
+    mask: Tensor | None,
+    reward_scale: float | Tensor,
+    estimator: Estimator,
+    divergence: Divergence,
+    beta: float,
+    reduction: Reduction,
+    normalizer: float | Tensor | None = None,
+    sequence_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    rollout_is_cap: float | None = None,
+    clip: tuple[float, float] | None = None,
+    clip_dual: float | None = None,
+    ratio: Ratio = "token",
+    advantage_clip: float | tuple[float, float] | None = None,
+    logprob_min: float | None = None,
+    baseline: Baseline = "none",
+    advantage_fn: AdvantageFn | None = None,
+    score_cancelled: bool = False,
+    vocab_size: int | None,
+) -> Prepared:
+    """Every check of the input, before any work."""
+    one_of("estimator", estimator, ESTIMATORS)
+    one_of("divergence", divergence, DIVERGENCES)
+    one_of("reduction", reduction, REDUCTIONS)
+    if estimator == "sampled" and divergence != "reverse_kl":
+        raise ValueError(f"divergence={divergence!r} needs estimator='full'; 'sampled' estimates the reverse KL alone")
+    beta = _require_number("beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
+    if divergence != "jsd" and beta != 0.5:
+        raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+    if not isinstance(score_cancelled, bool):
+        raise TypeError(f"score_cancelled must be a bool, got {type(score_cancelled).__name__}")
+    if score_cancelled and token_ids is None:
+        raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
+    _require_source("student", student, estimator)
+    shape = student.token_shape
+    device = student.rows.device
+    given = {"teacher": _models("teacher", teacher), "ref": _models("ref", ref)}
+    others = given["teacher"] | given["ref"]
+    for name, model in others.items():
+        _require_source(name, model, estimator)
+        if model.token_shape != shape:
+            raise ValueError(
+                f"{name} must have the token shape {tuple(shape)} of student, got {tuple(model.token_shape)}"
+            )
+        for field, tensor in model.tensors.items():
+            _require_device(f"{name}.{field}", tensor, device)
+    sequences = _check_cu_seqlens(cu_seqlens, shape, device)
+    lam = _check_reward_scale(reward_scale, sequences, device)
+    count, route = _check_routes(teacher, ref, teacher_index, sequences, device)
+    if isinstance(lam, Tensor):
+        for name, models in given.items():
+            if not models:
+                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
+    elif lam != 0 and teacher is None:
+        raise ValueError(f"teacher must be given for reward_scale={lam}: only reward_scale=0 does without it")
+    elif lam != 1 and ref is None:
+        raise ValueError(f"ref must be given for reward_scale={lam}: only reward_scale=1 does without a reference")
+    if token_ids is None:
+        if estimator == "sampled":
+            raise ValueError("token_ids must be given for estimator='sampled'")
+    else:
+        if not isinstance(token_ids, Tensor):
+            raise TypeError(f"token_ids must be a torch.Tensor, got {type(token_ids).__name__}")
+        if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+            raise TypeError(f"token_ids must be an integer tensor, got {token_ids.dtype}")
+        _require_shape("token_ids", token_ids, shape, "student")
+        _require_device("token_ids", token_ids, device)
+    surrogate = _check_surrogate(
+        estimator,
+        sequences,
+        old_logprobs,
+        rollout_logprobs,
+        clip,
+        clip_dual,
+        ratio,
+        rollout_is_cap,
+        advantage_clip,
+        logprob_min,
+        baseline,
+        advantage_fn,
+    )
+    old = None if old_logprobs is None else _check_vector("old_logprobs", old_logprobs, shape, device)
+    rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
+    normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
+    live_mask = None if mask is None else _check_mask(mask, shape, device)
+    joint = _joint_vocab_size({"student": student, **others}, vocab_size)
+    rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
+    ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
+    heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
+    dtype = accumulation_dtype(*(head.rows for head in heads))
+    weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
+    if baseline == "expected":
+        for name, model in others.items():
+            if isinstance(model, TokenLogProbs):
+                raise TypeError(
+                    f"{name} is TokenLogProbs, and baseline='expected' needs a LinearHead or Logits: all the vocabulary"
+                )
+    # one model for all routes stands in every one of them
+    routed = {name: tuple(x.values()) * (count if len(x) == 1 else 1) for name, x in given.items()}
+    cancelled = None if isinstance(lam, Tensor) else {0.0: "teacher", 1.0: "ref"}.get(lam)
+    return Prepared(
+        estimator,
+        student,
+        () if cancelled == "teacher" else routed["teacher"],
+        () if cancelled == "ref" else routed["ref"],
+        {cancelled: routed[cancelled]} if cancelled is not None and routed[cancelled] else {},
+        rows,
+        stops,
+        live_mask,
+        joint,
+        rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam,
+        ids,
+        None if old is None else rows.take(old).to(dtype).contiguous(),
+        None if rollout is None else rows.take(rollout).to(dtype).contiguous(),
+        surrogate,
+        advantage_fn,
+        sequences,
+        rows.take(weights).contiguous() if weights.ndim else weights,
+        dtype,
+        device,
+    )
