@@ -66,6 +66,15 @@ def _fp32_twin(row: Row, rows: list[Row]) -> float | None:
     return next((r["ms_p50"] for r in rows if (r["job"], r["provider"]) == (job, row["provider"])), None)
 
 
+def _other_library(row: Row) -> tuple[str, float] | None:
+    """The best of ``torch.mm``'s chunk sizes, beside a floor that another library won."""
+    if "," not in row.get("floor", ""):
+        return None
+    plain = {name: ms for name, ms in row["candidates_ms"].items() if "," not in name}
+    best = min(plain, key=lambda name: plain[name])
+    return best, plain[best]
+
+
 def table(rows: list[Row], job: str) -> str:
     """One job as Markdown. The floor, which returns nothing, has no memory and no errors."""
     listed = [r for r in rows if r["job"] == job]
@@ -80,9 +89,14 @@ def table(rows: list[Row], job: str) -> str:
         if "floor" in row:
             name += f" ({row['floor']})"
         base = _fp32_twin(row, rows) if bf16 else row.get("gemm_ms_p50" if hidden else "bytes_ms_p50")
+        slower = _other_library(row)
         cells = [name, f"{row['ms_p50']:.0f}", f"{row['ms_p20']:.0f}–{row['ms_p80']:.0f}", _ratio(row["ms_p50"], base)]
         cells += [_bytes(row.get("peak_extra_bytes")), *(_error(row.get(f"error_{e}")) for e in errors)]
         lines.append("| " + " | ".join(cells) + " |")
+        if slower is not None:
+            chunk, ms = slower
+            cells = [f"the same with `torch.mm` ({chunk})", f"{ms:.0f}", "–", _ratio(ms, base)]
+            lines.append("| " + " | ".join(cells + ["–"] * (1 + len(errors))) + " |")
     return "\n".join(lines) + "\n"
 
 
