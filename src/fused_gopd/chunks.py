@@ -168,7 +168,7 @@ class Job:
     @property
     def joint(self) -> bool:
         """Whether the row operation takes all models of a chunk together."""
-        return self.estimator == "full" or self.surrogate.baseline == "expected"
+        return objective.looks_jointly(self.estimator, self.surrogate)
 
     @property
     def dtype(self) -> torch.dtype:

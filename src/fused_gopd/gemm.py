@@ -67,10 +67,9 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _blocks(shape: torch.Size) -> Iterator[slice]:
-    """Slices of the vocabulary for a weight of this shape (V, H)."""
-    V, H = shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, H))
+def _blocks(V: int, width: int) -> Iterator[slice]:
+    """Slices of the vocabulary that make blocks of ``width`` elements an entry."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 
@@ -78,7 +77,7 @@ def _blocks(shape: torch.Size) -> Iterator[slice]:
 def _wide_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary and the weight's rows there in float32; the buffer of a low-precision one is reused."""
     buffer: Tensor | None = None
-    for rows in _blocks(weight.shape):
+    for rows in _blocks(*weight.shape):
         if weight.dtype == torch.float32:
             yield rows, weight[rows]
             continue
@@ -142,7 +141,7 @@ def add_dweight_(
     hidden = _wide(hidden)
     if not _uses_onednn(hidden.shape[0], accumulator):
         return accumulator.addmm_(dlogits.T, hidden, beta=beta)
-    for rows in _blocks(accumulator.shape):
+    for rows in _blocks(*accumulator.shape):
         product = _onednn(dlogits[:, rows].T, hidden)
         if first:
             accumulator[rows] = product
@@ -161,8 +160,6 @@ def add_dbias_(
     rows = scale.to(accumulator.dtype).expand(C)
     if dlogits.dtype == accumulator.dtype:
         return accumulator.add_(rows @ dlogits)
-    step = max(1, _BLOCK_ELEMENTS // max(1, C))
-    for start in range(0, V, step):
-        columns = slice(start, min(start + step, V))
+    for columns in _blocks(V, C):
         accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
     return accumulator

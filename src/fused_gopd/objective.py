@@ -131,6 +131,11 @@ class Surrogate:
 PLAIN = Surrogate()
 
 
+def looks_jointly(estimator: Estimator, surrogate: Surrogate) -> bool:
+    """Whether all models of a token are looked at together, over their joint support."""
+    return estimator == "full" or surrogate.baseline == "expected"
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """What an ``advantage_fn`` sees of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).

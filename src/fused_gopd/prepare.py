@@ -51,6 +51,13 @@ def _require_number(name: str, value: object) -> float:
     return float(value)
 
 
+def _require_integer(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+
+
 def _require_source(name: str, value: object, estimator: Estimator) -> None:
     if isinstance(value, (LinearHead, Logits)):
         return
@@ -339,10 +346,7 @@ def _check_routes(
         return 1, None
     if not lengths:
         raise ValueError("teacher_index needs a list of teachers, got one model")
-    if not isinstance(teacher_index, Tensor):
-        raise TypeError(f"teacher_index must be a torch.Tensor, got {type(teacher_index).__name__}")
-    if teacher_index.is_floating_point() or teacher_index.is_complex() or teacher_index.dtype == torch.bool:
-        raise TypeError(f"teacher_index must be an integer tensor, got {teacher_index.dtype}")
+    _require_integer("teacher_index", teacher_index)
     _require_device("teacher_index", teacher_index, device)
     if teacher_index.shape == sequences.shape:
         return count, teacher_index
@@ -394,7 +398,7 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Checked input of one call, in token shape; models that cancel are out of ``needed``."""
+    """Checked input of one call; vectors (n,) have one entry per live token, in the order of ``rows``."""
 
     estimator: Estimator
     student: Head
@@ -434,7 +438,7 @@ class Prepared:
     @property
     def joint(self) -> bool:
         """Whether the models are looked at together."""
-        return self.estimator == "full" or self.surrogate.baseline == "expected"
+        return objective.looks_jointly(self.estimator, self.surrogate)
 
     def output(self, loss: Tensor, *values: Tensor | None) -> GOPDOutput:
         """The output from (n,) values of the live tokens, in the order of its fields."""
@@ -525,10 +529,7 @@ def prepare(
         if estimator == "sampled":
             raise ValueError("token_ids must be given for estimator='sampled'")
     else:
-        if not isinstance(token_ids, Tensor):
-            raise TypeError(f"token_ids must be a torch.Tensor, got {type(token_ids).__name__}")
-        if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
-            raise TypeError(f"token_ids must be an integer tensor, got {token_ids.dtype}")
+        _require_integer("token_ids", token_ids)
         _require_shape("token_ids", token_ids, shape, "student")
         _require_device("token_ids", token_ids, device)
     surrogate = _check_surrogate(
