@@ -20,6 +20,8 @@ OBJECTIVES: tuple[dict[str, Any], ...] = (
     {"estimator": "full", "divergence": "forward_kl"},
     {"estimator": "full", "divergence": "jsd", "beta": 0.5},
     {"estimator": "full", "divergence": "jsd", "beta": 0.1},
+    {"estimator": "topk", "k": 5},
+    {"estimator": "topk", "k": 4, "divergence": "jsd", "support": "student"},
 )
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum")
 
@@ -204,7 +206,7 @@ def assert_same_as_oracle(batch, machine: Machine, **options) -> None:
             got = getattr(out, name)
             if got is not None:
                 assert_close(got, getattr(want, name), tol, name)
-    if options.get("estimator") == "full":
+    if options.get("estimator") in ("full", "topk"):
         assert_close(out.kl, want.kl, tol, "kl")
     assert out.loss.dtype == out.entropy.dtype == machine.dtype
 

@@ -2,7 +2,8 @@
 
 Every token's vocabulary is cut to its support before any arithmetic, so that no infinity is ever computed with and no
 ``where`` is needed; autograd differentiates what is left. A model is any object with ``hidden`` and ``weight`` (and
-``bias``, ``logit_scale``, ``softcap``, ``temperature``), or with ``logits``, or with ``logprobs``.
+``bias``, ``logit_scale``, ``softcap``, ``temperature``), or with ``logits``, or with ``logprobs``, alone or beside
+``token_ids``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+Scores = dict[int, Tensor]  # log-probs by token id
 
 
 @dataclass
@@ -56,15 +59,15 @@ def _row(x: Tensor | None, t: int) -> Tensor | None:
 
 def _full_token(
     z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, KL(p || target), entropy of p, and (3, V) log-probs over the joint support, for one token."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Scores]:
+    """Value, KL(p || target), entropy of p, (3, V) log-probs over the joint support, and p's by id, for one token."""
     used = [x for x, wanted in ((z, True), (z_q, lam != 0), (z_r, lam != 1)) if wanted]
     assert all(x is not None for x in used)
     inside = torch.stack([x != -math.inf for x in used]).all(0)
     logp = torch.full((3, z.shape[0]), -math.inf, dtype=torch.float64)
     zero = z.new_zeros(())
     if not inside.any():
-        return zero, zero, zero, logp
+        return zero, zero, zero, logp, {}
     log_p = _log_normalise(z[inside])
     log_q = _log_normalise(z_q[inside]) if lam != 0 else torch.zeros_like(log_p)
     log_r = _log_normalise(z_r[inside]) if lam != 1 else torch.zeros_like(log_p)
@@ -81,7 +84,66 @@ def _full_token(
         value = beta * (t * (log_t - log_m)).sum() + (1 - beta) * (p * (log_p - log_m)).sum()
     for row, x in zip(logp, (log_p, log_q, log_r), strict=True):
         row[inside] = x.detach()
-    return value, kl, -(p * log_p).sum(), logp
+    by_id = dict(zip(inside.nonzero()[:, 0].tolist(), log_p, strict=True))
+    return value, kl, -(p * log_p).sum(), logp, by_id
+
+
+def _all_scores(z: Tensor) -> Scores:
+    inside = (z != -math.inf).nonzero()[:, 0].tolist()
+    return dict(zip(inside, _log_normalise(z[inside]), strict=True)) if inside else {}
+
+
+def _largest(scores: Scores, k: int) -> list[int]:
+    return sorted(scores, key=lambda token: -scores[token].item())[:k]
+
+
+def _topk_token(
+    z: Tensor,
+    frozen: list[Scores | None],
+    listed: list[bool],
+    lam: float,
+    divergence: str,
+    beta: float,
+    top: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Value and KL(p || target) of one token; ``listed`` says whether teacher and reference came as ids."""
+    tail, k = top.get("tail", "bucket"), top.get("k")
+    student = _all_scores(z)
+    used = [(i, scores) for i, scores in enumerate(frozen) if scores is not None and lam != (0, 1)[i]]
+    chooser = next(i for i in range(2) if frozen[i] is not None and (i or not top["teacher_gone"]))
+    scores = frozen[chooser]
+    assert scores is not None
+    if top.get("support") == "student":
+        S = _largest(student, k)
+    else:
+        S = list(scores) if listed[chooser] else _largest(scores, k)
+    S = [token for token in S if token in student and all(token in scores for _, scores in used)]
+    zero = z.new_zeros(())
+    if not S and tail != "bucket":
+        return zero, zero
+    P = torch.stack([student[t] for t in S]).exp() if S else z.new_zeros(0)
+    Q = [torch.stack([scores[t] for t in S]).exp() if S else z.new_zeros(0) for _, scores in used]
+    rests = [1 - x.sum() for x in (P, *Q)]
+    bucket = tail != "renormalize" and all(rest >= 1e-6 for rest in rests)
+    if tail == "renormalize":
+        P, *Q = (x / x.sum() for x in (P, *Q))
+    if bucket:
+        P, *Q = (torch.cat((x, rest[None])) for x, rest in zip((P, *Q), rests, strict=True))
+    if not len(P):
+        return zero, zero
+    log_p, weights = P.log(), [(lam, 1 - lam)[i] for i, _ in used]
+    mixed = sum(w * x.log() for w, x in zip(weights, Q, strict=True))
+    log_t = mixed - torch.logsumexp(mixed, 0)
+    t = log_t.exp()
+    kl = (P * (log_p - log_t)).sum()
+    if divergence == "reverse_kl":
+        terms = P * (log_p - mixed)
+    elif divergence == "forward_kl":
+        terms = t * (log_t - log_p)
+    else:
+        log_m = (beta * t + (1 - beta) * P).log()
+        terms = beta * t * (log_t - log_m) + (1 - beta) * P * (log_p - log_m)
+    return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
 
 
 def _token_logprob(z: Tensor, token: int) -> Tensor:
@@ -180,18 +242,25 @@ def gopd(
     cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    sft_labels: Tensor | None = None,
+    sft_weight: float = 1.0,
     vocab_size: int | None = None,
     **policy: Any,
 ) -> Result:
     """The whole loss. Differentiable in whatever the student's tensors are.
 
-    ``policy``: clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min of the sampled estimator.
+    ``policy``: clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min of the sampled estimator; k, support
+    and tail of topk.
     """
     models = (student, teacher, ref)
     given: list[Tensor | None] = [None, None, None]
+    listed: list[Any] = [None, None]
     z: list[Tensor | None] = [None, None, None]
     for i, model in enumerate(models):
-        if hasattr(model, "logprobs"):
+        if hasattr(model, "token_ids"):
+            flat = (x.reshape(-1, x.shape[-1]) for x in (model.token_ids, model.logprobs.double()))
+            listed[i - 1] = tuple(flat)
+        elif hasattr(model, "logprobs"):
             given[i] = model.logprobs.double()
         elif model is not None:
             z[i] = logits_of(model)
@@ -233,7 +302,21 @@ def gopd(
         if alive:
             own_s = None if log_s is None else log_s[t]
             rollout = None if rollouts is None else rollouts[t]
-            values.update(_token(t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, beta, policy))
+            if estimator == "topk":
+                # a Python float cancels a model everywhere, also the one that would have chosen the tokens
+                gone = {"teacher_gone": teacher is None or (not isinstance(reward_scale, Tensor) and reward_scale == 0)}
+                values.update(_topk(t, z, listed, lams[t], ids, divergence, beta, policy | gone))
+            else:
+                values.update(
+                    _token(t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, beta, policy)
+                )
+            if sft_labels is not None and sft_labels.reshape(-1)[t] != -100:
+                row = [z[0][t], *(_row(x, t) for x in z[1:])]
+                joint = estimator == "full" or policy.get("baseline") == "expected"
+                scores = _full_token(*row, lams[t], "reverse_kl", 0.5)[4] if joint else _all_scores(row[0])
+                label = int(sft_labels.reshape(-1)[t])
+                if label in scores:
+                    values["token_loss"] = values["token_loss"] - sft_weight * scores[label]
         for name in names:
             columns[name].append(values[name])
     out = {
@@ -252,6 +335,36 @@ def gopd(
         out["entropy"].detach(),
         out["kl"].detach(),
     )
+
+
+def _topk(
+    t: int,
+    z: list[Tensor | None],
+    listed: list[tuple[Tensor, Tensor] | None],
+    lam: float,
+    ids: list[int] | None,
+    divergence: str,
+    beta: float,
+    top: dict[str, Any],
+) -> dict[str, Tensor]:
+    """All values of one live token under the topk estimator."""
+    rows = [_row(x, t) for x in z]
+    assert rows[0] is not None
+    frozen: list[Scores | None] = []
+    for row, pair in zip(rows[1:], listed, strict=True):
+        if pair is None:
+            frozen.append(None if row is None else _all_scores(row))
+        else:
+            pairs = zip(pair[0][t].tolist(), pair[1][t], strict=True)
+            frozen.append({token: x for token, x in pairs if token >= 0 and x != -math.inf})
+    value, kl = _topk_token(rows[0], frozen, [pair is not None for pair in listed], lam, divergence, beta, top)
+    values = {"token_loss": value, "kl": kl, "entropy": _entropy(rows[0])}
+    if ids is not None:
+        scored = [None if row is None else _token_logprob(row, ids[t]) for row in rows]
+        values |= {n: x for n, x in zip(("student", "teacher", "ref"), scored, strict=True) if x is not None}
+        adv = advantage(lam, *(0.0 if x is None else x.item() for x in scored))
+        values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
+    return values
 
 
 def _token(
@@ -273,7 +386,7 @@ def _token(
     rows = [_row(x, t) for x in z]
     assert rows[0] is not None
     if estimator == "full":
-        value, values["kl"], values["entropy"], logp = _full_token(rows[0], rows[1], rows[2], lam, divergence, beta)
+        value, values["kl"], values["entropy"], logp, _ = _full_token(*rows, lam, divergence, beta)
         values["token_loss"] = value
         if ids is None:
             return values

@@ -291,23 +291,8 @@ def test_autocast_does_not_change_the_precision(backend):
 def op_arguments(kind, objective, masked):
     """The arguments that the autograd Functions call the two ops with."""
     batch = make_batch(17, kinds=(kind, "linear", "linear"), dtype=torch.float32, masked=masked)
-    estimator, divergence = objective["estimator"], objective.get("divergence", "reverse_kl")
-    prepared = prepare(
-        *batch.models,
-        batch.token_ids,
-        mask=batch.mask,
-        reward_scale=1.25,
-        estimator=estimator,
-        divergence=divergence,
-        beta=0.5,
-        reduction="token-mean",
-        normalizer=None,
-        sequence_lengths=None,
-        old_logprobs=None,
-        clip=None,
-        vocab_size=None,
-    )
-    job = _job(prepared, divergence, 0.5, 4, "torch")
+    options = {"mask": batch.mask, "reward_scale": 1.25, "chunk_size": 4, "backend": "torch", **objective}
+    job = _job(prepare(*batch.models, batch.token_ids, **options))
     tensors, static = autograd._pack(job)
     # opcheck differentiates what requires a gradient; the op is only ever called inside a Function, on detached input
     tensors = [None if t is None else t.detach() for t in tensors]
@@ -317,17 +302,17 @@ def op_arguments(kind, objective, masked):
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
+@pytest.mark.parametrize("objective", [*OBJECTIVES[:2], {"estimator": "topk", "k": 3}], ids=lambda x: x["estimator"])
 def test_the_registered_ops_say_the_truth_about_themselves(kind, masked, objective):
     """Schema (nothing mutated, nothing aliased) and fake (shapes and dtypes) of both ops."""
     job, tensors, static, relative, needs = op_arguments(kind, objective, masked)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(autograd._forward_op, (tensors, static, relative, needs), test_utils=checks)
     torch.library.opcheck(autograd._forward_op, (tensors, static, None, [False] * 3), test_utils=checks)
-    statistics = autograd._forward_op(tensors, static, None, [False] * 3)[0]
-    w = torch.ones(job.rows.count)
-    weights = (None, w) if objective["estimator"] == "sampled" else (w, None)
-    torch.library.opcheck(autograd._backward_op, (tensors, static, statistics, *weights, needs), test_utils=checks)
+    statistics, *chosen = autograd._forward_op(tensors, static, None, [False] * 3)[:3]
+    chosen = chunks.Chosen(*chosen) if job.truncated else None
+    coefficients = job.coefficients(statistics, chosen=chosen)
+    torch.library.opcheck(autograd._backward_op, (tensors, static, statistics, *coefficients, needs), test_utils=checks)
 
 
 def test_a_job_survives_the_way_through_the_op():

@@ -2,7 +2,7 @@
 
 from . import reference
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
-from .loss import GOPDLoss, gopd_loss, token_logprobs
+from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
 from .metrics import Metrics
 from .objective import TokenStats
 from .output import GOPDOutput
@@ -20,4 +20,5 @@ __all__ = [
     "gopd_loss",
     "reference",
     "token_logprobs",
+    "token_topk",
 ]

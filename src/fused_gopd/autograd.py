@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunks, objective
-from .chunks import NOTHING, STATISTICS, Job, Needs, Route, Scaling, TokenRow, TokenRows
+from .chunks import NOTHING, STATISTICS, Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import LinearHead, Logits
-from .objective import AdvantageFn, Surrogate
-from .rowops import GradientWeights, select_backend
+from .objective import AdvantageFn, Surrogate, Truncation
+from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
@@ -36,6 +36,10 @@ _VECTORS = (
     "rollout_logprobs",
     "cu_seqlens",
     "advantages",
+    "support_ids",
+    "teacher_topk",
+    "ref_topk",
+    "labels",
 )
 
 # A function cannot pass through an op as text, its number can. Alive as long as a job holds the entry.
@@ -80,6 +84,8 @@ def _pack(job: Job, hook: _Hook | None = None) -> tuple[list[Tensor | None], str
         "beta": job.beta,
         "reward_scale": None if isinstance(job.reward_scale, Tensor) else job.reward_scale,
         "surrogate": dataclasses.asdict(job.surrogate),
+        "truncation": dataclasses.asdict(job.truncation),
+        "sft_weight": job.sft_weight,
         "hook": None if hook is None else hook.number,
     }
     return tensors, json.dumps(static)
@@ -123,6 +129,8 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         beta=options["beta"],
         reward_scale=options["reward_scale"] if scale is None else scale,
         surrogate=Surrogate(**surrogate),
+        truncation=Truncation(**options["truncation"]),
+        sft_weight=options["sft_weight"],
         advantage_fn=None if options["hook"] is None else _HOOKS[options["hook"]].function,
     )
     return dataclasses.replace(job, **vectors)
@@ -133,20 +141,23 @@ def _no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _dense(gradients: chunks.Gradients, like: Tensor) -> list[Tensor]:
-    """An op returns tensors: an empty one stands for a gradient that nobody needs."""
-    return [like.new_empty(0) if g is None else g for g in gradients]
+def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """An op returns tensors: an empty one stands for what nobody needs."""
+    return [like.new_empty(0) if x is None else x for x in tensors]
 
 
 @torch.library.custom_op("fused_gopd::forward", mutates_args=())
 def _forward_op(
     tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Statistics, and with ``relative`` the student's gradients too (see :func:`fused_gopd.chunks.run`)."""
+    """Statistics, what topk chose, and with ``relative`` the gradients (see :func:`fused_gopd.chunks.run`)."""
     job = _unpack(tensors, static)
     with _no_autocast(job.device):
-        statistics, gradients = chunks.run(job, Needs(*needs), relative=relative)
-    return [statistics, *_dense(gradients, statistics)]
+        statistics, gradients, chosen = chunks.run(job, Needs(*needs), relative=relative)
+    return [statistics, *_dense(chosen or (None, None), statistics), *_dense(gradients, statistics)]
+
+
+_BEFORE_GRADIENTS = 3
 
 
 @torch.library.custom_op("fused_gopd::backward", mutates_args=())
@@ -154,15 +165,16 @@ def _backward_op(
     tensors: Sequence[Tensor | None],
     static: str,
     statistics: Tensor,
-    divergence_weights: Tensor | None,
-    token_weights: Tensor | None,
+    divergence: Tensor | None,
+    token_ids: Tensor | None,
+    dlogprobs: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The student's gradients for complete weights per token, from the statistics of an earlier forward."""
+    """The student's gradients for complete coefficients per token, from the statistics of an earlier forward."""
     job = _unpack(tensors, static)
-    weights = GradientWeights(divergence_weights, token_weights)
+    coefficients = Coefficients(divergence, token_ids, dlogprobs)
     with _no_autocast(job.device):
-        _, gradients = chunks.run(job, Needs(*needs), statistics=statistics, weights=weights)
+        gradients = chunks.run(job, Needs(*needs), statistics=statistics, coefficients=coefficients).gradients
     return _dense(gradients, statistics)
 
 
@@ -184,7 +196,12 @@ def _fake_gradients(job: Job, needs: Needs) -> list[Tensor]:
 def _(tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     job = _unpack(tensors, static)
     statistics = torch.empty(STATISTICS, job.rows.count, dtype=job.dtype, device=job.device)
-    return [statistics, *_fake_gradients(job, Needs(*needs) if relative is not None else NOTHING)]
+    empty: list[Tensor | None] = [None, None]
+    if job.truncated and relative is None:
+        shape = (job.rows.count, job.width)
+        empty = [torch.empty(shape, dtype=dtype, device=job.device) for dtype in (torch.int64, job.dtype)]
+    gradients = _fake_gradients(job, Needs(*needs) if relative is not None else NOTHING)
+    return [statistics, *_dense(empty, statistics), *gradients]
 
 
 @_backward_op.register_fake
@@ -192,8 +209,9 @@ def _(
     tensors: Sequence[Tensor | None],
     static: str,
     statistics: Tensor,
-    divergence_weights: Tensor | None,
-    token_weights: Tensor | None,
+    divergence: Tensor | None,
+    token_ids: Tensor | None,
+    dlogprobs: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return _fake_gradients(_unpack(tensors, static), Needs(*needs))
@@ -203,10 +221,15 @@ def _(
 
 
 def token_values(job: Job, statistics: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Token losses and, for ``full``, KL(p || target): (n,) each."""
+    """Token losses and, but for ``sampled``, KL(p || target): (n,) each."""
+    kl: Tensor | None = None
     if job.estimator == "sampled":
-        return job.policy_term(statistics).loss, None
-    return objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, job.has)
+        loss = job.policy_term(statistics).loss
+    elif job.truncated:
+        loss, kl = statistics[TokenRow.TRUNCATED_LOSS], statistics[TokenRow.TRUNCATED_KL]
+    else:
+        loss, kl = objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, job.has)
+    return (loss if job.labels is None else loss + job.supervised(statistics)[1]), kl
 
 
 def _student_tensors(job: Job) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -274,7 +297,8 @@ class _WeightedLoss(torch.autograd.Function):
         tensors, static = _pack(job, hook)
         needs = Needs(*(ctx.needs_input_grad[:3]))
         scaling = Scaling.of(job, weights)
-        statistics, *gradients = _forward_op(tensors, static, scaling.relative if any(needs) else None, needs)
+        out = _forward_op(tensors, static, scaling.relative if any(needs) else None, needs)
+        statistics, gradients = out[0], out[_BEFORE_GRADIENTS:]
         token_loss, _ = token_values(job, statistics)
         if hook is not None:
             # a second backward computes the loop anew, with these advantages: the hook is called once
@@ -296,7 +320,7 @@ class _WeightedLoss(torch.autograd.Function):
         gradients: list[Tensor] | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            gradients = _forward_op(_saved(ctx), ctx.static, scaling.relative, ctx.needs)[1:]
+            gradients = _forward_op(_saved(ctx), ctx.static, scaling.relative, ctx.needs)[_BEFORE_GRADIENTS:]
         rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
         return (*_like(_scale_(gradients, (rows, rest, rest)), ctx.needs, ctx.meta), None, None)
 
@@ -307,24 +331,30 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def statistics(ctx: Any, job: Job) -> Tensor:
         hook = None if job.advantage_fn is None else _Hook(job.advantage_fn)
-        statistics: Tensor = _forward_op(*_pack(job, hook), None, NOTHING)[0]
+        out: list[Tensor] = _forward_op(*_pack(job, hook), None, NOTHING)
+        statistics, ids, slopes = out[:_BEFORE_GRADIENTS]
         tensors, static = _pack(job)  # the backward finds the advantages in the statistics
         ctx.static, ctx.needs, ctx.meta = static, Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
-        _save(ctx, [*tensors, statistics])
+        _save(ctx, [*tensors, statistics, ids, slopes])
         ctx.set_materialize_grads(False)
         return statistics
 
     @staticmethod
-    def saved(ctx: Any) -> tuple[Job, Tensor]:
-        *tensors, statistics = _saved(ctx)
+    def saved(ctx: Any) -> tuple[Job, Tensor, Chosen | None]:
+        *tensors, statistics, ids, slopes = _saved(ctx)
         assert statistics is not None
-        return _unpack(tensors, ctx.static), statistics
+        assert ids is not None
+        assert slopes is not None
+        job = _unpack(tensors, ctx.static)
+        return job, statistics, Chosen(ids, slopes) if job.truncated else None
 
     @staticmethod
-    def gradients(ctx: Any, weights: GradientWeights) -> tuple[Tensor | None, ...]:
-        *tensors, statistics = _saved(ctx)
-        out = _backward_op(tensors, ctx.static, statistics, weights.divergence, weights.token, ctx.needs)
-        return (*_like(out, ctx.needs, ctx.meta), None)
+    def gradients(ctx: Any, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
+        *tensors, statistics, _, _ = _saved(ctx)
+        return (
+            *_like(_backward_op(tensors, ctx.static, statistics, *coefficients, ctx.needs), ctx.needs, ctx.meta),
+            None,
+        )
 
 
 class _TokenLosses(_Recomputed):
@@ -341,12 +371,9 @@ class _TokenLosses(_Recomputed):
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 4
-        job, statistics = _Recomputed.saved(ctx)
-        upstream = upstream.to(job.dtype).contiguous()
-        weights = GradientWeights(divergence=upstream)
-        if job.estimator == "sampled":
-            weights = GradientWeights(token=-job.policy_term(statistics).dlogprob * upstream)
-        return _Recomputed.gradients(ctx, weights)
+        job, statistics, chosen = _Recomputed.saved(ctx)
+        coefficients = job.coefficients(statistics, chosen=chosen)
+        return _Recomputed.gradients(ctx, coefficients.times(upstream.to(job.dtype).contiguous()))
 
 
 class _TokenLogProbs(_Recomputed):
@@ -362,10 +389,14 @@ class _TokenLogProbs(_Recomputed):
     def backward(ctx: Any, upstream: Tensor | None, upstream_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None and upstream_entropy is None:
             return (None,) * 4
-        job, _ = _Recomputed.saved(ctx)
-        # d log p[y] / dz = 1[y] - p and dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's two terms
-        token, divergence = (None if g is None else -g.to(job.dtype).contiguous() for g in (upstream, upstream_entropy))
-        return _Recomputed.gradients(ctx, GradientWeights(divergence, token))
+        job, _, _ = _Recomputed.saved(ctx)
+        # dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's divergence of a model alone
+        divergence = None if upstream_entropy is None else -upstream_entropy.to(job.dtype).contiguous()
+        if upstream is None:
+            return _Recomputed.gradients(ctx, Coefficients(divergence))
+        assert job.token_ids is not None
+        slopes = upstream.to(job.dtype)[:, None].contiguous()
+        return _Recomputed.gradients(ctx, Coefficients(divergence, job.token_ids[:, None], slopes))
 
 
 def _call(function: Any, job: Job, *rest: Tensor) -> Any:
@@ -381,14 +412,15 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
     is the size of all logits, is rounded once with all factors applied. So do ratios of whole sequences, which are
-    known only when all chunks are through, and float16 hidden states under ratios, importance weights or advantages of
-    the caller's, which may be so large that a gradient without its token weight overflows.
+    known only when all chunks are through, and float16 hidden states under ratios, importance weights, advantages or
+    supervised weights of the caller's, which may be so large that a gradient without its token weight overflows.
     """
     dtype = job.student.rows.dtype
     if isinstance(job.student, Logits):
         recompute = dtype in (torch.float16, torch.bfloat16)
     else:
-        unbounded = any(x is not None for x in (job.old_logprobs, job.rollout_logprobs, job.advantage_fn))
+        factors = (job.old_logprobs, job.rollout_logprobs, job.advantage_fn, job.labels)
+        unbounded = any(x is not None for x in factors)
         recompute = dtype == torch.float16 and unbounded
     if recompute or job.surrogate.ratio == "sequence":
         token_loss, statistics = _call(_TokenLosses, job)
@@ -407,3 +439,9 @@ def token_logprobs(job: Job) -> tuple[Tensor, Tensor]:
     """Differentiable log-probs (n,) of ``job.token_ids`` under the student, and its entropies."""
     logprobs, entropies = _call(_TokenLogProbs, job)
     return logprobs, entropies
+
+
+def token_topk(job: Job, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; not differentiable."""
+    with torch.no_grad(), _no_autocast(job.device):
+        return chunks.most_likely(job, k)

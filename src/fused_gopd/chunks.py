@@ -8,6 +8,7 @@ nothing here knows a machine beyond the row operations and GEMMs that it calls.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,9 +18,21 @@ from torch import Tensor
 
 from . import gemm, memory, objective
 from .heads import Head, LinearHead, Logits
-from .objective import PLAIN, AdvantageFn, Divergence, Estimator, Sequences, Surrogate, TokenStats
-from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat
-from .rowops.torch import accumulation_dtype
+from .objective import (
+    PLAIN,
+    WHOLE,
+    AdvantageFn,
+    Divergence,
+    Estimator,
+    OnSupport,
+    Sequences,
+    Surrogate,
+    TokenStats,
+    Truncation,
+)
+from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
+from .rowops.entries import Entries
+from .rowops.torch import TorchRowOps, accumulation_dtype
 
 # ------------------------------------------------------------------------------------------------------ memory plan
 
@@ -48,18 +61,24 @@ def chunk_size_for(vocab_size: int, buffers: int, device_type: str, element_byte
     return int(min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting)))
 
 
-def logits_buffers(joint: bool, linear_models: int) -> int:
-    """C x V buffers alive at once: a joint row operation holds all models of a chunk, else they take turns."""
-    return linear_models if joint else min(1, linear_models)
+def logits_buffers(joint: bool, linear_models: int, student_waits: bool = False) -> int:
+    """C x V buffers alive at once: a joint row operation holds all models of a chunk, else they take turns.
+
+    With ``student_waits`` the student's logits stay while the other models take turns beside them.
+    """
+    return linear_models if joint else min(2 if student_waits else 1, linear_models)
 
 
 class TokenRow(enum.IntEnum):
-    """Rows of the loop's statistics after those of :class:`Stat`: what the sampled estimator knows of a token."""
+    """Rows of the loop's statistics after those of :class:`Stat`."""
 
-    ADVANTAGE = len(Stat)  # as the gradient uses it
-    REPORTED_ADVANTAGE = len(Stat) + 1  # as the loss reports it, without the baseline
-    ENTROPY_TEACHER = len(Stat) + 2
+    ADVANTAGE = len(Stat)  # sampled: as the gradient uses it
+    REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
+    ENTROPY_TEACHER = len(Stat) + 2  # for an advantage_fn
     ENTROPY_REF = len(Stat) + 3
+    TRUNCATED_LOSS = len(Stat) + 4  # topk
+    TRUNCATED_KL = len(Stat) + 5
+    LOGPROB_LABEL = len(Stat) + 6  # of the supervised term
 
 
 STATISTICS = len(Stat) + len(TokenRow)
@@ -164,6 +183,21 @@ class Job:
     cu_seqlens: Tensor | None = None  # (B + 1,) int64 of packed tokens
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) the first two of TokenRow, where they are known already
+    truncation: Truncation = WHOLE  # of the topk estimator
+    support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of the routes whose support comes from elsewhere
+    teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids in place of a teacher, -inf beside -1
+    ref_topk: Tensor | None = None
+    labels: Tensor | None = None  # (n,) int64, -1 is none
+    sft_weight: float = 1.0
+
+    @property
+    def truncated(self) -> bool:
+        return self.estimator == "topk"
+
+    @property
+    def width(self) -> int:
+        """K, the most tokens that a position's support has."""
+        return max(self.truncation.k, 0 if self.support_ids is None else self.support_ids.shape[1])
 
     @property
     def joint(self) -> bool:
@@ -198,6 +232,14 @@ class Job:
     def device(self) -> torch.device:
         return self.student.rows.device
 
+    def supervised(self, statistics: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Weights of the supervised term (0 where there is no label that counts), and the term itself, (n,) each."""
+        assert self.labels is not None
+        logprobs = statistics[TokenRow.LOGPROB_LABEL, rows]
+        counts = objective.supervised(logprobs, self.labels[rows])
+        weights = torch.where(counts, self.sft_weight, torch.zeros_like(logprobs))
+        return weights, torch.where(counts, -self.sft_weight * logprobs, 0)
+
     def model_logprobs(
         self, statistics: Tensor, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -229,6 +271,24 @@ class Job:
         if self.surrogate.baseline == "none":
             return used
         return replace(used, loss=term(statistics[TokenRow.REPORTED_ADVANTAGE, rows]).loss)
+
+    def coefficients(self, statistics: Tensor, rows: slice = slice(None), chosen: Chosen | None = None) -> Coefficients:
+        """Of the token losses before any weighting; ``chosen`` is what the topk estimator looked at."""
+        columns: list[tuple[Tensor, Tensor]] = []
+        if chosen is not None:
+            columns.append(chosen)
+        elif self.estimator == "sampled":
+            assert self.token_ids is not None
+            slope = self.policy_term(statistics, rows).dlogprob
+            columns.append((self.token_ids[rows, None], slope[:, None]))
+        if self.labels is not None:
+            weights, _ = self.supervised(statistics, rows)
+            columns.append((self.labels[rows, None], -weights[:, None]))
+        one = torch.ones_like(statistics[0, rows]) if self.estimator == "full" else None
+        if not columns:
+            return Coefficients(one)
+        ids, slopes = (torch.cat(x, 1) for x in zip(*columns, strict=True))
+        return Coefficients(one, ids, slopes)
 
     def fill_advantages(self, statistics: Tensor, start: int, stop: int) -> None:
         """The advantages of rows [start, stop), once their log-probs are in the statistics."""
@@ -272,6 +332,40 @@ class Job:
         sequences = Sequences(self.rows.shape, self.cu_seqlens)
         total, count = (sequences.sum(self.rows.scatter(x)) for x in (values, torch.ones_like(values)))
         return self.rows.take(sequences.expand(total / count.clamp_min(1))).to(values.dtype)
+
+
+class Chosen(NamedTuple):
+    """The tokens that the topk estimator looked at, and the slopes of the token losses in their log-probs."""
+
+    token_ids: Tensor  # (n, K) int64, -1 is none
+    dlogprobs: Tensor  # (n, K)
+
+
+class Coefficients(NamedTuple):
+    """How losses change with a token's distribution; one entry per live token, or per token of a chunk."""
+
+    divergence: Tensor | None = None  # (n,) weight of the divergence that the row operations know
+    token_ids: Tensor | None = None  # (n, K) int64, -1 is none; only the last one may repeat another
+    dlogprobs: Tensor | None = None  # (n, K) derivatives with respect to their log-probs
+
+    def cut(self, rows: slice) -> Coefficients:
+        return Coefficients(*(None if x is None else x[rows] for x in self))
+
+    def times(self, weights: Tensor) -> Coefficients:
+        """All multiplied by weights () or (n,)."""
+        divergence, ids, slopes = self
+        return Coefficients(
+            None if divergence is None else divergence * weights,
+            ids,
+            None if slopes is None else slopes * (weights if weights.ndim == 0 else weights[:, None]),
+        )
+
+    @property
+    def bound(self) -> Tensor:
+        """(n,) at least the magnitude of every factor of a token's gradient."""
+        parts = [] if self.divergence is None else [self.divergence.abs()]
+        parts += [] if self.dlogprobs is None else [self.dlogprobs.abs().sum(1)]
+        return parts[0] if len(parts) == 1 else torch.maximum(*parts)
 
 
 class Gradients(NamedTuple):
@@ -409,21 +503,25 @@ class _Buffers:
         self._job, self._chunk_size = job, chunk_size
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def load(self, head: Head, slot: str, start: int, stop: int) -> ModelRows:
-        """The raw logits of rows [start, stop) of a model."""
+    def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
+        """The raw logits of rows [start, stop) of a model; the caller's own memory only where it is not written to."""
         job = self._job
         if isinstance(head, Logits):
             raw = job.rows.take(head.logits, start, stop)
+            if writable:
+                raw = self._buffer(slot, raw.dtype, stop - start).copy_(raw[:, : job.vocab_size])
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), _transform(head))
-        hidden = job.rows.take(head.hidden, start, stop)
-        key = (slot, accumulation_dtype(head.weight))
-        if key not in self._buffers:
-            # rows start on aligned addresses, so that kernels can load whole vectors
-            width = -(-job.vocab_size // _ROW_MULTIPLE) * _ROW_MULTIPLE
-            self._buffers[key] = memory.empty((self._chunk_size, width), key[1], hidden.device)
-        out = self._buffers[key][: stop - start, : job.vocab_size]
-        gemm.logits_(out, hidden, head.weight[: job.vocab_size])
+        out = self._buffer(slot, accumulation_dtype(head.weight), stop - start)
+        gemm.logits_(out, job.rows.take(head.hidden, start, stop), head.weight[: job.vocab_size])
         return ModelRows(out, _transform(head))
+
+    def _buffer(self, slot: str, dtype: torch.dtype, rows: int) -> Tensor:
+        vocab = self._job.vocab_size
+        if (slot, dtype) not in self._buffers:
+            # rows start on aligned addresses, so that kernels can load whole vectors
+            width = -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            self._buffers[slot, dtype] = memory.empty((self._chunk_size, width), dtype, self._job.device)
+        return self._buffers[slot, dtype][:rows, :vocab]
 
 
 def _transform(head: Head) -> LogitTransform:
@@ -444,56 +542,91 @@ def _score(job: Job, head: Head, buffers: _Buffers, start: int, stop: int) -> Te
     return job.ops.statistics(RowProblem(job.vocab_size, buffers.load(head, "student", start, stop), token_ids=ids))
 
 
+class Run(NamedTuple):
+    """What the loop leaves."""
+
+    statistics: Tensor  # (STATISTICS, n)
+    gradients: Gradients
+    chosen: Chosen | None  # of topk, where statistics alone were asked for
+
+
 def run(
     job: Job,
     needs: Needs = NOTHING,
     *,
     relative: Tensor | None = None,  # () or (n,) token weights; with them the gradients come with the statistics
     statistics: Tensor | None = None,  # (STATISTICS, n) of an earlier run; with them only gradients are computed ...
-    weights: GradientWeights | None = None,  # ... for these complete weights per token, (n,)
-) -> tuple[Tensor, Gradients]:
+    coefficients: Coefficients | None = None,  # ... for these complete coefficients per token
+) -> Run:
     """Run the loop in one of three ways.
 
     1. statistics only;
     2. with ``relative``: statistics, and the gradients of sum_i relative_i loss_i; each GEMM once. Where
        :class:`Scaling` leaves a shared weight to the end, the weight's gradient lacks it;
-    3. with ``statistics`` and ``weights``: complete gradients, the student's logits recomputed.
+    3. with ``statistics`` and ``coefficients``: complete gradients, the student's logits recomputed.
     """
     n = job.rows.count
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
     steps = [_balanced(stop - start, job.chunk_size) for start, stop, _ in parts]
-    sink = _Sink(job, needs if relative is not None or weights is not None else NOTHING)
+    sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
     out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, max(steps, default=1))
+    chosen = _no_tokens(job) if job.truncated and relative is None and coefficients is None else None
     shared = None
-    if weights is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
+    if coefficients is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
         # under a loss scale the weights may be large, and float16 hidden states times them overflow
-        shared = _power_of_two(torch.stack([w for w in (weights.divergence, weights.token) if w is not None]))
+        shared = _power_of_two(coefficients.bound)
     for (begin, end, part), step in zip(parts, steps, strict=True):
         for start in range(begin, end, step):
             stop = min(start + step, end)
-            if statistics is None and not part.joint:
+            if statistics is None and not part.joint and not part.truncated:
                 _score_others(part, buffers, out, start, stop)
-            if not sink.wanted:
-                _statistics_chunk(part, buffers, out, start, stop)
-            elif weights is None:
+            if coefficients is not None:
+                _gradient_chunk(part, buffers, sink, out, coefficients, shared, start, stop)
+            elif sink.wanted:
                 assert relative is not None
                 _fused_chunk(part, buffers, sink, out, relative, start, stop)
             else:
-                _gradient_chunk(part, buffers, sink, out, weights, shared, start, stop)
+                looked_at = _statistics_chunk(part, buffers, out, start, stop)
+                for kept, values in zip(chosen or (), looked_at or (), strict=False):
+                    kept[start:stop, : values.shape[1]] = values  # routes may differ in how many tokens they have
     if shared is not None:
         for total in (sink.weight, sink.bias):
             if total is not None:
                 total.mul_(shared)
-    return out, sink.result()
+    return Run(out, sink.result(), chosen)
 
 
-def _problem(job: Job, buffers: _Buffers, start: int, stop: int) -> RowProblem:
+def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
+    shape = (job.rows.shape.numel(), k)
+    ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
+    logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
+    step = _balanced(job.rows.count, job.chunk_size)
+    buffers = _Buffers(job, step)
+    for start in range(0, job.rows.count, step):
+        stop = min(start + step, job.rows.count)
+        problem = _problem(job, buffers, start, stop)
+        statistics = job.ops.statistics(problem)
+        largest = entries.top(problem.student, job.vocab_size, k)
+        values = entries.logprobs_at(problem, statistics, largest, entries.logits_at(problem.student, largest))
+        job.rows.put(ids, largest, start, stop)
+        job.rows.put(logprobs, values, start, stop)
+    return ids.reshape(*job.rows.shape, k), logprobs.reshape(*job.rows.shape, k)
+
+
+def _no_tokens(job: Job) -> Chosen:
+    shape = (job.rows.count, job.width)
+    ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
+    return Chosen(ids, torch.zeros(shape, dtype=job.dtype, device=job.device))
+
+
+def _problem(job: Job, buffers: _Buffers, start: int, stop: int, writable: bool = False) -> RowProblem:
     """The rows of a chunk, logits computed. Without a joint row operation it sees the student alone."""
     full = job.joint
     return RowProblem(
         job.vocab_size,
-        buffers.load(job.student, "student", start, stop),
+        buffers.load(job.student, "student", start, stop, writable),
         buffers.load(job.teacher, "teacher", start, stop) if full and job.teacher is not None else None,
         buffers.load(job.ref, "ref", start, stop) if full and job.ref is not None else None,
         job.scale_of(slice(start, stop)) if full else 1.0,
@@ -520,7 +653,8 @@ def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, s
                 statistics[entropy, start:stop] = objective.entropy(scored)
 
 
-# What the sampled estimator takes from the row operation on the student; the other rows hold teacher and reference.
+# What an estimator that looks at one model at a time takes from the row operation on the student; the other rows hold
+# teacher and reference.
 _STUDENT_STATS = [Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat.MAX_STUDENT]
 
 
@@ -534,39 +668,127 @@ def _store(job: Job, statistics: Tensor, chunk: Tensor, start: int, stop: int) -
         job.fill_advantages(statistics, start, stop)
 
 
-def _statistics_chunk(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
-    if job.joint:
-        _store(job, statistics, job.ops.statistics(_problem(job, buffers, start, stop)), start, stop)
+class _Look(NamedTuple):
+    """A chunk whose statistics are known and whose student's logits are still there."""
+
+    problem: RowProblem
+    statistics: Tensor  # (len(Stat), C)
+    chosen: Chosen | None
+
+
+def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> _Look:
+    """Statistics of a chunk, with what single tokens of the vocabulary are read for."""
+    cut = slice(start, stop)
+    chosen = None
+    if job.truncated:
+        problem, chunk, chosen = _look_at_support(job, buffers, statistics, start, stop)
     else:
-        _store(job, statistics, _score(job, job.student, buffers, start, stop), start, stop)
+        problem = _problem(job, buffers, start, stop)
+        chunk = job.ops.statistics(problem)
+    _store(job, statistics, chunk, start, stop)
+    if job.labels is not None:
+        labels = job.labels[cut, None]
+        logits = entries.logits_at(problem.student, labels)
+        statistics[TokenRow.LOGPROB_LABEL, cut] = entries.logprobs_at(problem, chunk, labels, logits)[:, 0]
+    return _Look(problem, chunk, chosen)
+
+
+def _look_at_support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> _Look:
+    """The topk estimator's support, which is what the student ranks highest, or the first frozen model that there is.
+
+    Teacher and reference come first, before the student needs their buffer.
+    """
+    cut, k = slice(start, stop), job.truncation.k
+    problem, ids, slot = None, None, "student"
+    if job.truncation.support == "student":
+        problem, slot = _problem(job, buffers, start, stop, writable=True), "other"
+        ids = entries.top(problem.student, job.vocab_size, k)
+    models: list[OnSupport | None] = []
+    for head, given, logsum, logit in (
+        (job.teacher, job.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
+        (job.ref, job.ref_topk, Stat.LOGSUM_REF, Stat.LOGIT_REF),
+    ):
+        if head is not None:
+            rows = buffers.load(head, slot, start, stop, writable=True)
+            ids = entries.top(rows, job.vocab_size, k) if ids is None else ids
+            alone = RowProblem(job.vocab_size, rows, token_ids=None if job.token_ids is None else job.token_ids[cut])
+            scored, on_support = _statistics_around(job.ops, alone, ids)
+            statistics[logsum, cut] = scored[Stat.LOGSUM_STUDENT]
+            statistics[logit, cut] = scored[Stat.LOGIT_STUDENT]
+            models.append(on_support)
+        elif given is not None:
+            if ids is None:
+                assert job.support_ids is not None
+                ids = job.support_ids[cut]
+            models.append(OnSupport(given[cut], None))
+        else:
+            models.append(None)
+    assert ids is not None
+    problem = _problem(job, buffers, start, stop, writable=True) if problem is None else problem
+    chunk, student = _statistics_around(job.ops, problem, ids)
+    teacher, ref = models
+    term = objective.topk_term(job.truncation.tail, job.divergence, job.beta, job.scale_of(cut), student, teacher, ref)
+    statistics[TokenRow.TRUNCATED_LOSS, cut] = term.loss
+    statistics[TokenRow.TRUNCATED_KL, cut] = term.kl
+    return _Look(problem, chunk, Chosen(ids, term.dlogprobs))
+
+
+def _statistics_around(ops: RowOps, problem: RowProblem, token_ids: Tensor) -> tuple[Tensor, OnSupport]:
+    """Statistics of a model alone, and its log-probs on some tokens and on the rest of the vocabulary.
+
+    The rest is a sum of its own: as 1 less the others it would have an error of 1e-7, of which log makes a large one
+    where the rest is light.
+    """
+    model = problem.student
+    logits = entries.logits_at(model, token_ids)
+    with entries.hidden(model, token_ids):
+        rest = ops.statistics(problem)
+    inside = TorchRowOps().statistics(RowProblem(logits.shape[1], ModelRows(logits, LogitTransform())))
+    if problem.token_ids is not None:
+        hit = logits.masked_fill(token_ids != problem.token_ids[:, None], -math.inf)
+        inside[Stat.LOGIT_STUDENT] = hit.amax(1) - inside[Stat.MAX_STUDENT]
+    statistics = objective.merge(inside, rest)
+    logprobs = entries.logprobs_at(problem, statistics, token_ids, logits)
+    shift = rest[Stat.MAX_STUDENT] - statistics[Stat.MAX_STUDENT]
+    log_rest = rest[Stat.LOGSUM_STUDENT] + shift - statistics[Stat.LOGSUM_STUDENT]
+    empty = torch.isneginf(rest[Stat.LOGSUM_STUDENT])
+    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf))
+
+
+def _statistics_chunk(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> Chosen | None:
+    if job.joint or job.truncated or job.labels is not None:
+        return _look(job, buffers, statistics, start, stop).chosen
+    _store(job, statistics, _score(job, job.student, buffers, start, stop), start, stop)
+    return None
 
 
 def _fused_chunk(
     job: Job, buffers: _Buffers, sink: _Sink, statistics: Tensor, relative: Tensor, start: int, stop: int
 ) -> None:
+    cut = slice(start, stop)
+    token_weights = relative if relative.ndim == 0 else relative[cut]
+    sampled, linear = job.estimator == "sampled", isinstance(job.student, LinearHead)
+    if job.truncated or job.labels is not None or (sampled and not linear):
+        # the gradient waits for the statistics
+        look = _look(job, buffers, statistics, start, stop)
+        coefficients = job.coefficients(statistics, cut, look.chosen)
+        folded = token_weights if isinstance(job.student, LinearHead) and _folds(job.student, relative) else None
+        _emit(job, look.problem, sink, look.statistics, coefficients, token_weights, folded, start, stop)
+        return
     problem = _problem(job, buffers, start, stop)
-    token_weights = relative if relative.ndim == 0 else relative[start:stop]
-    sampled = job.estimator == "sampled"
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)
-        full_weights = token_weights.expand(stop - start).contiguous()
-        if sampled:
-            _store(job, statistics, job.ops.statistics(problem), start, stop)
-            policy = job.policy_term(statistics, slice(start, stop))
-            weights = GradientWeights(token=-policy.dlogprob * full_weights)
-            job.ops.gradient(problem, statistics[: len(Stat), start:stop].contiguous(), weights, buffer)
-        else:
-            chunk = job.ops.statistics_and_gradient(problem, GradientWeights(divergence=full_weights), buffer)
-            _store(job, statistics, chunk, start, stop)
+        weights = GradientWeights(divergence=token_weights.expand(stop - start).contiguous())
+        _store(job, statistics, job.ops.statistics_and_gradient(problem, weights, buffer), start, stop)
         sink.put_logits(buffer, start, stop)
         return
     dlogits = _gradient_buffer(job.student, problem.student.raw)
     one = torch.ones(stop - start, dtype=job.dtype, device=job.device)
     unit = GradientWeights(token=one) if sampled else GradientWeights(divergence=one)
     _store(job, statistics, job.ops.statistics_and_gradient(problem, unit, dlogits), start, stop)
-    coefficients = -job.policy_term(statistics, slice(start, stop)).dlogprob if sampled else None
-    rows_scale = _product(coefficients, token_weights)
-    weight_scale = rows_scale if _folds(job.student, relative) else coefficients
+    slopes = -job.policy_term(statistics, cut).dlogprob if sampled else None
+    rows_scale = _product(slopes, token_weights)
+    weight_scale = rows_scale if _folds(job.student, relative) else slopes
     sink.add(dlogits, job.rows.take(job.student.hidden, start, stop), rows_scale, weight_scale, start, stop)
 
 
@@ -575,7 +797,7 @@ def _gradient_chunk(
     buffers: _Buffers,
     sink: _Sink,
     statistics: Tensor,
-    weights: GradientWeights,
+    coefficients: Coefficients,
     shared: Tensor | None,
     start: int,
     stop: int,
@@ -583,20 +805,62 @@ def _gradient_chunk(
     cut = slice(start, stop)
     problem = _problem(job, buffers, start, stop)
     chunk = statistics[: len(Stat), cut].contiguous()
-    divergence, token = (None if w is None else w[cut] for w in (weights.divergence, weights.token))
+    folded = None if shared is None else 1 / shared
+    _emit(job, problem, sink, chunk, coefficients.cut(cut), None, folded, start, stop)
+
+
+def _emit(
+    job: Job,
+    problem: RowProblem,
+    sink: _Sink,
+    statistics: Tensor,  # (len(Stat), C) of the problem
+    coefficients: Coefficients,  # (C,)
+    rows_factor: Tensor | None,  # () or (C,) what else multiplies the rows' gradient
+    weight_factor: Tensor | None,  # () or (C,) what else multiplies that of the weight and the bias
+    start: int,
+    stop: int,
+) -> None:
+    """Turn the logits of a chunk, whose statistics are known, into gradients."""
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)
-        job.ops.gradient(problem, chunk, GradientWeights(divergence, token), buffer)
+        complete = coefficients if rows_factor is None else coefficients.times(rows_factor)
+        _write_gradient(job.ops, problem, statistics, complete, buffer)
         sink.put_logits(buffer, start, stop)
         return
-    magnitudes = [w.abs() for w in (divergence, token) if w is not None]
-    size = magnitudes[0] if len(magnitudes) == 1 else torch.maximum(*magnitudes)
-    safe = torch.where(size > 0, size, torch.ones_like(size))
-    unit = GradientWeights(*(None if w is None else w / safe for w in (divergence, token)))
     dlogits = _gradient_buffer(job.student, problem.student.raw)
-    job.ops.gradient(problem, chunk, unit, dlogits)
+    size = _write_gradient(job.ops, problem, statistics, coefficients, dlogits, unit=True)
     hidden = job.rows.take(job.student.hidden, start, stop)
-    sink.add(dlogits, hidden, size, size if shared is None else size / shared, start, stop)
+    sink.add(dlogits, hidden, _product(size, rows_factor), _product(size, weight_factor), start, stop)
+
+
+def _write_gradient(
+    ops: RowOps, problem: RowProblem, statistics: Tensor, coefficients: Coefficients, out: Tensor, unit: bool = False
+) -> Tensor:
+    """Write a chunk's logit gradient; with ``unit`` each row over the magnitude of its factors, which is returned.
+
+    One token is the row operation's own term. Where there are more it makes the dense part, which has the weight of
+    all of them together, and their entries are overwritten.
+    """
+    divergence, ids, slopes = coefficients
+    some = Entries.of(ids, slopes) if ids is not None and slopes is not None and ids.shape[1] > 1 else None
+    token = some.weight if some is not None else None if slopes is None else -slopes[:, 0]
+    magnitudes = [w.abs() for w in (divergence, token) if w is not None]
+    magnitudes += [] if some is None else [some.size]
+    size = torch.stack(magnitudes).amax(0)
+    if unit:
+        safe = torch.where(size > 0, size, torch.ones_like(size))
+        divergence, token = (None if w is None else w / safe for w in (divergence, token))
+        some = None if some is None else some.over(safe)
+    if some is not None:
+        ids = some.token_ids
+        logits = entries.logits_at(problem.student, ids)
+        logprobs = entries.logprobs_at(problem, statistics, ids, logits)
+    if ids is not None:
+        problem = replace(problem, token_ids=ids[:, 0].contiguous())
+    ops.gradient(problem, statistics, GradientWeights(divergence, token), out)
+    if some is not None:
+        some.overwrite(out, problem.student.transform, logits, logprobs)
+    return size
 
 
 def _gradient_buffer(head: LinearHead, logits: Tensor) -> Tensor:

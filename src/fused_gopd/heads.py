@@ -13,15 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def require_float(name: str, value: object) -> None:
-    """Raise TypeError unless value is a tensor of a supported floating dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be a float tensor (float32, bfloat16, float16 or float64), got {value.dtype}")
+from .checks import require_float, require_integer
 
 
 def _require_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
@@ -200,13 +192,11 @@ class TokenLogProbs:
 
 @dataclass(frozen=True)
 class TopKLogProbs:
-    """The k most likely tokens and their log-probs, as an inference server returns them.
-
-    No estimator takes it yet: ``estimator="topk"`` is not part of this version and asking for it raises.
+    """Some tokens of each position and their log-probs, as an inference server returns them; for ``estimator="topk"``.
 
     Args:
-        token_ids: (..., K) integer.
-        logprobs: (..., K) floating.
+        token_ids: (..., K) integer, K >= 1, distinct at each position; -1 where there are fewer than K.
+        logprobs: (..., K) floating, normalised over the whole vocabulary; whatever stands beside -1 is ignored.
     """
 
     token_ids: Tensor
@@ -214,14 +204,27 @@ class TopKLogProbs:
 
     def __post_init__(self) -> None:
         require_float("logprobs", self.logprobs)
-        if not isinstance(self.token_ids, Tensor) or self.token_ids.is_floating_point():
-            raise TypeError("token_ids must be an integer torch.Tensor")
+        require_integer("token_ids", self.token_ids)
         if self.token_ids.shape != self.logprobs.shape:
             raise ValueError(
                 f"token_ids and logprobs must have one shape (..., K), got {tuple(self.token_ids.shape)} and "
                 f"{tuple(self.logprobs.shape)}"
             )
+        if self.token_ids.ndim < 1 or self.token_ids.shape[-1] == 0:
+            raise ValueError(f"token_ids must have shape (..., K) with K >= 1, got {tuple(self.token_ids.shape)}")
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.token_ids.shape[:-1]
+
+    @property
+    def k(self) -> int:
+        return self.token_ids.shape[-1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"token_ids": self.token_ids, "logprobs": self.logprobs}
 
 
 Head = LinearHead | Logits
-Source = LinearHead | Logits | TokenLogProbs
+Source = LinearHead | Logits | TokenLogProbs | TopKLogProbs

@@ -10,23 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, objective
-from .chunks import Job, Route, TokenRows, chunk_size_for, logits_buffers
-from .heads import Head, LinearHead, Logits, Source
+from .checks import one_of, require_count
+from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers
+from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
 from .objective import (
     BASELINES,
     DIVERGENCES,
     ESTIMATORS,
     RATIOS,
     REDUCTIONS,
+    SUPPORTS,
+    TAILS,
     AdvantageFn,
     Baseline,
     Divergence,
     Estimator,
     Ratio,
     Reduction,
+    Support,
+    Tail,
 )
 from .output import GOPDOutput
-from .prepare import Prepared, check_chunk_size, one_of, prepare
+from .prepare import Prepared, prepare
 from .rowops import select_backend
 
 
@@ -40,25 +45,25 @@ def _heads(models: tuple[Source, ...], count: int) -> list[Head | None]:
     return heads
 
 
-def _job(p: Prepared, divergence: Divergence, beta: float, chunk: int | None, backend: str) -> Job:
+def _job(p: Prepared) -> Job:
     teachers, refs = (_heads(models, len(p.stops)) for models in (p.teacher, p.ref))
     kinds = ([p.student], teachers, refs)
     dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
     linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
-    auto = chunk_size_for(p.vocab_size, max(1, logits_buffers(p.joint, linear)), p.device.type, p.dtype.itemsize)
-    routes = tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else ()
+    buffers = logits_buffers(p.joint, linear, student_waits=p.truncation.support == "student")
+    auto = chunk_size_for(p.vocab_size, max(1, buffers), p.device.type, p.dtype.itemsize)
     return Job(
         p.rows,
         p.vocab_size,
-        chunk or auto,
-        select_backend(backend, p.device, dtypes),
+        p.chunk_size or auto,
+        select_backend(p.backend, p.device, dtypes),
         p.student,
         teachers[0],
         refs[0],
-        routes,
+        tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else (),
         p.estimator,
-        divergence,
-        beta,
+        p.divergence,
+        p.beta,
         p.reward_scale,
         p.token_ids,
         p.logprobs(p.teacher),
@@ -68,10 +73,16 @@ def _job(p: Prepared, divergence: Divergence, beta: float, chunk: int | None, ba
         p.surrogate,
         p.sequences.cu_seqlens,
         p.advantage_fn,
+        truncation=p.truncation,
+        support_ids=p.scores.token_ids,
+        teacher_topk=p.scores.teacher,
+        ref_topk=p.scores.ref,
+        labels=p.labels,
+        sft_weight=p.sft_weight,
     )
 
 
-def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared, backend: str) -> Tensor:
+def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
     """log-probs (n,) of the sampled tokens under models that the loss does not need, forward only."""
     given = p.logprobs(models)
     out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
@@ -82,7 +93,7 @@ def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared, backend: str
             if len(p.stops) > 1:
                 assert rows.index is not None
                 rows = TokenRows(rows.shape, rows.index[start:stop])
-            ops = select_backend(backend, p.device, {head.rows.dtype})
+            ops = select_backend(p.backend, p.device, {head.rows.dtype})
             alone = Job(rows, p.vocab_size, job.chunk_size, ops, head, token_ids=p.token_ids[start:stop])
             out[start:stop] = autograd.token_logprobs(alone)[0]
     return out
@@ -100,6 +111,9 @@ def gopd_loss(
     estimator: Estimator = "sampled",
     divergence: Divergence = "reverse_kl",
     beta: float = 0.5,
+    k: int | None = None,
+    support: Support = "teacher",
+    tail: Tail = "bucket",
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     sequence_lengths: Tensor | None = None,
@@ -114,6 +128,8 @@ def gopd_loss(
     logprob_min: float | None = None,
     baseline: Baseline = "none",
     advantage_fn: AdvantageFn | None = None,
+    sft_labels: Tensor | None = None,
+    sft_weight: float = 1.0,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -130,18 +146,20 @@ def gopd_loss(
 
     Args:
         student: LinearHead or Logits; gradients flow to its hidden states, weight and bias, or to its logits.
-        teacher, ref: LinearHead, Logits or (``sampled``) TokenLogProbs of the same token shape; hidden sizes,
-            vocabulary sizes and kinds may differ. Never receive gradients. A list of teachers is routed by
-            ``teacher_index``; ref is then one model for all, or a list routed alike.
-        token_ids: (...) integer, the sampled tokens. Required by ``sampled``; in ``full`` only for reporting.
+        teacher, ref: LinearHead, Logits, TokenLogProbs (``sampled``) or TopKLogProbs (``topk``) of the same token
+            shape; hidden sizes, vocabulary sizes and kinds may differ. Never receive gradients. A list of teachers is
+            routed by ``teacher_index``; ref is then one model for all, or a list routed alike.
+        token_ids: (...) integer, the sampled tokens. Required by ``sampled``; for the others only for reporting.
         teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens
             routed to a model pass through its GEMM.
         mask: (...) bool or 0/1 integer; tokens with 0 cost no work and touch nothing, whatever is in them.
         reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
         estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
-            ``"full"``, the exact divergence over the vocabulary.
-        divergence: of ``full``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"`` KL(target || p), or
-            ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m), m = beta target + (1 - beta) p.
+            ``"full"``, the exact divergence over the vocabulary; ``"topk"``, the divergence over K tokens of each
+            position, which a teacher behind a server can tell, see below.
+        divergence: of ``full`` and ``topk``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"``
+            KL(target || p), or ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m),
+            m = beta target + (1 - beta) p.
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
             ``ratio="sequence"`` does; all others do not.
@@ -172,6 +190,21 @@ def gopd_loss(
             student's own p stands for p_old.
         rollout_is_cap: upper bound of that weight; None does not truncate.
 
+    Options of ``topk``, a divergence over the tokens of a support S, one outcome each, and the rest of the vocabulary:
+        k: how many tokens S has, where it is made here: the largest of a head. TopKLogProbs bring their own ids; those
+            of the reference must contain the teacher's, matched by id.
+        support: whose tokens S holds: ``"teacher"`` (the reference where lambda = 0 has cancelled it) or
+            ``"student"``, which needs heads, whose logits it then holds beside the student's.
+        tail: ``"bucket"``: the mass outside S is one more outcome, unless it is below 1e-6 in any of the models;
+            ``"drop"``: that outcome's term is left out of the sum, so that equal models do not have gradient 0;
+            ``"renormalize"``: each model is divided by its mass on S, and nothing outside S has a gradient.
+            The student's log-probs have the full normaliser. A token that a model rules out leaves S.
+
+    Options of every estimator:
+        sft_labels: (...) integer, the label of a supervised term at each token, -100 for none. From the same logits:
+            no GEMM more. A label that the student cannot give adds nothing.
+        sft_weight: the token loss is that of the estimator plus ``sft_weight`` times -log p[label].
+
     More options:
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
@@ -188,37 +221,8 @@ def gopd_loss(
         ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
         RuntimeError: a backend that was asked for by name is not available.
     """
-    one_of("backend", backend, ("auto", "torch", "native", "triton"))
-    chunk_size = check_chunk_size(chunk_size)
-    p = prepare(
-        student,
-        teacher,
-        ref,
-        token_ids,
-        teacher_index=teacher_index,
-        mask=mask,
-        reward_scale=reward_scale,
-        estimator=estimator,
-        divergence=divergence,
-        beta=beta,
-        reduction=reduction,
-        normalizer=normalizer,
-        sequence_lengths=sequence_lengths,
-        cu_seqlens=cu_seqlens,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        rollout_is_cap=rollout_is_cap,
-        clip=clip,
-        clip_dual=clip_dual,
-        ratio=ratio,
-        advantage_clip=advantage_clip,
-        logprob_min=logprob_min,
-        baseline=baseline,
-        advantage_fn=advantage_fn,
-        score_cancelled=score_cancelled,
-        vocab_size=vocab_size,
-    )
-    job = _job(p, divergence, beta, chunk_size, backend)
+    p = prepare(**locals())
+    job = _job(p)
     if reduction == "none":
         token_loss, statistics = autograd.token_losses(job)
         loss = p.rows.scatter(token_loss)
@@ -232,13 +236,17 @@ def gopd_loss(
         others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
         if job.token_ids is not None:
             student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
-            if term is None:
-                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
-            else:
+            unknown = False
+            for name, models in (("teacher", p.teacher), ("ref", p.ref)):
+                if any(isinstance(model, TopKLogProbs) for model in models):
+                    others[name], unknown = None, True
+            if term is not None:
                 advantages = term.advantages
+            elif not unknown:
+                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
             if score_cancelled:
-                for name, model in p.cancelled.items():
-                    others[name] = _score_alone(model, job, p, backend)
+                for name, models in p.cancelled.items():
+                    others[name] = _score_alone(models, job, p)
         return p.output(
             loss,
             token_loss,
@@ -250,7 +258,18 @@ def gopd_loss(
             kl,
             None if term is None else term.clipped,
             None if term is None else term.importance,
+            *objective.label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
         )
+
+
+def _alone(head: Head, token_ids: Tensor | None, **options: Any) -> Prepared:
+    """Checked input of a call with one model."""
+    if not isinstance(head, (LinearHead, Logits)):
+        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
+    # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes a loss's call complete
+    estimator: Estimator = "full" if token_ids is None else "sampled"
+    p = prepare(head, None, head, token_ids, reward_scale=0.0, estimator=estimator, reduction="none", **options)
+    return replace(p, estimator="sampled", ref=())
 
 
 def token_logprobs(
@@ -279,30 +298,43 @@ def token_logprobs(
     Returns:
         (...) log-probs <= 0, or the pair (log-probs, entropies); float32, float64 for float64 inputs.
     """
-    one_of("backend", backend, ("auto", "torch", "native", "triton"))
-    chunk_size = check_chunk_size(chunk_size)
-    if not isinstance(head, (LinearHead, Logits)):
-        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
     if token_ids is None:
         raise ValueError("token_ids must be given")
-    p = prepare(
-        head,
-        None,
-        # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes the call complete
-        head,
-        token_ids,
-        mask=mask,
-        reward_scale=0.0,
-        estimator="sampled",
-        divergence="reverse_kl",
-        beta=0.5,
-        reduction="none",
-        vocab_size=vocab_size,
-    )
-    job = _job(replace(p, ref=()), "reverse_kl", 0.5, chunk_size, backend)
+    p = _alone(head, token_ids, mask=mask, vocab_size=vocab_size, chunk_size=chunk_size, backend=backend)
+    job = _job(p)
     logprobs, entropy = autograd.token_logprobs(job)
     result = p.rows.scatter(logprobs)
     return (result, p.rows.scatter(entropy)) if return_entropy else result
+
+
+def token_topk(
+    head: Head,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens of each position under one model, at the memory bound of :func:`gopd_loss`.
+
+    What a teacher's server sends: ``TopKLogProbs(*token_topk(teacher, k))``. One GEMM; not differentiable.
+
+    Args:
+        head: LinearHead or Logits with token shape (...).
+        k: how many, at most the vocabulary.
+        mask: (...) bool or 0/1 integer; masked tokens cost nothing and have ids -1 and log-probs 0.
+        vocab_size: entries past it are padding; default all.
+        chunk_size, backend: as in :func:`gopd_loss`.
+
+    Returns:
+        ids (..., k) int64, the likeliest first, and their log-probs (..., k), normalised over the vocabulary; float32,
+        float64 for float64 inputs.
+    """
+    p = _alone(head, None, mask=mask, vocab_size=vocab_size, chunk_size=chunk_size, backend=backend)
+    if require_count("k", k) > p.vocab_size:
+        raise ValueError(f"k must be at most the vocabulary of {p.vocab_size}, got {k}")
+    return autograd.token_topk(_job(p), k)
 
 
 class GOPDLoss(nn.Module):
@@ -310,22 +342,22 @@ class GOPDLoss(nn.Module):
 
     Args:
         **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
-            ``estimator``, ``divergence``, ``beta``, ``reduction``, ``clip``, ``clip_dual``, ``ratio``,
-            ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``, ``advantage_fn``,
-            ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``backend``.
+            ``estimator``, ``divergence``, ``beta``, ``k``, ``support``, ``tail``, ``reduction``, ``clip``,
+            ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``,
+            ``advantage_fn``, ``sft_weight``, ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``backend``.
 
     ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``teacher_index``,
-    ``mask``, ``cu_seqlens``, ``old_logprobs``, ``rollout_logprobs``, ``normalizer``, ``sequence_lengths``, and
-    ``reward_scale`` and ``advantage_fn`` to override the module's.
+    ``mask``, ``cu_seqlens``, ``old_logprobs``, ``rollout_logprobs``, ``sft_labels``, ``normalizer``,
+    ``sequence_lengths``, and ``reward_scale`` and ``advantage_fn`` to override the module's.
     """
 
     _BATCH = frozenset(
         {"teacher_index", "mask", "cu_seqlens", "old_logprobs", "rollout_logprobs", "normalizer", "sequence_lengths"}
-        | {"reward_scale", "advantage_fn"}
+        | {"sft_labels", "reward_scale", "advantage_fn"}
     )
     _OPTIONS = frozenset(
-        {"reward_scale", "estimator", "divergence", "beta", "reduction", "clip", "clip_dual", "ratio"}
-        | {"rollout_is_cap", "advantage_clip", "logprob_min", "baseline", "advantage_fn"}
+        {"reward_scale", "estimator", "divergence", "beta", "k", "support", "tail", "reduction", "clip", "clip_dual"}
+        | {"ratio", "rollout_is_cap", "advantage_clip", "logprob_min", "baseline", "advantage_fn", "sft_weight"}
         | {"score_cancelled", "vocab_size", "chunk_size", "backend"}
     )
 
@@ -333,7 +365,7 @@ class GOPDLoss(nn.Module):
         super().__init__()
         self._refuse(options, self._OPTIONS, "option of GOPDLoss")
         allowed = {"estimator": ESTIMATORS, "divergence": DIVERGENCES, "reduction": REDUCTIONS}
-        allowed |= {"ratio": RATIOS, "baseline": BASELINES}
+        allowed |= {"ratio": RATIOS, "baseline": BASELINES, "support": SUPPORTS, "tail": TAILS}
         for name in allowed.keys() & options.keys():
             one_of(name, options[name], allowed[name])
         self.options = options

@@ -27,7 +27,8 @@ class Metrics(Mapping[str, Tensor]):
     reward              implicit reward log q - log r of the sampled token
     kl_teacher, kl_ref  log p - log q and log p - log r of the sampled token: unbiased for the divergences if the
                         student sampled it
-    kl_target           KL(student || target), exact (``full``)
+    kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
+    sft_loss            -log p[label], of the tokens that have a label which the student can give
     advantage           and ``advantage_std``: of the advantages as used
     clip_fraction       share of tokens whose gradient a clip removed
     importance          and ``importance_std``: the detached weight of the rollout, as used
@@ -81,6 +82,8 @@ class Metrics(Mapping[str, Tensor]):
             add("impossible", impossible.to(dtype))
         if out.kl is not None:
             add("kl_target", out.kl)
+        if out.label_logprobs is not None and out.labelled is not None:
+            add("sft_loss", -out.label_logprobs, out.labelled)
         if out.advantages is not None:
             add("advantage", out.advantages)
         if out.clipped is not None:

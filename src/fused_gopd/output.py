@@ -18,14 +18,17 @@ class GOPDOutput:
         token_loss: (...) per-token losses before any weighting, detached.
         advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
             place of log p where they are given), as the gradient uses it: the value of ``advantage_fn`` if there is
-            one, with the baseline, clipped. Positive makes the token likelier. None without ``token_ids``.
+            one, with the baseline, clipped. Positive makes the token likelier. None without ``token_ids``, and
+            where a model is TopKLogProbs.
         student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. Where
             ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
-        kl: (...) KL(student || target) >= 0, ``full`` only.
+        kl: (...) KL(student || target) >= 0; in ``topk`` over its outcomes. None in ``sampled``.
         clipped: (...) bool, where ``clip`` or ``clip_dual`` removed the gradient. None without them.
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
+        label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.
+        labelled: (...) bool, where the supervised term is in force: there is a label and the student can give it.
         mask: (...) bool, the live tokens; None where all are.
         reward_scale: lambda as given, expanded to the token shape where it is a tensor.
         joint: whether the models were looked at together: in ``full``, and with a baseline.
@@ -41,6 +44,8 @@ class GOPDOutput:
     kl: Tensor | None
     clipped: Tensor | None = None
     importance: Tensor | None = None
+    label_logprobs: Tensor | None = None
+    labelled: Tensor | None = None
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
     joint: bool = False

@@ -7,8 +7,6 @@ and refuse the same input. Nothing here has a vocabulary axis.
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +15,19 @@ import torch
 from torch import Tensor
 
 from . import objective
+from .checks import (
+    IGNORE,
+    one_of,
+    refuse,
+    require_count,
+    require_device,
+    require_float,
+    require_integer,
+    require_number,
+    require_shape,
+)
 from .chunks import TokenRows
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_float
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .objective import (
     BASELINES,
     DIVERGENCES,
@@ -32,64 +41,44 @@ from .objective import (
     Ratio,
     Reduction,
     Sequences,
+    Support,
     Surrogate,
+    Tail,
+    Truncation,
 )
 from .output import GOPDOutput
 from .rowops.torch import accumulation_dtype
+from .support import Scores, check_truncation, scores_of
 
+BACKENDS = ("auto", "torch", "native", "triton")
 
-def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _require_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def _require_integer(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+# What is computed elsewhere, and the estimator that can do with it.
+_USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}
 
 
 def _require_source(name: str, value: object, estimator: Estimator) -> None:
     if isinstance(value, (LinearHead, Logits)):
         return
-    if isinstance(value, TopKLogProbs):
-        raise TypeError(f"{name} is TopKLogProbs, which no estimator of this version takes (estimator={estimator!r})")
-    if isinstance(value, TokenLogProbs):
-        if name == "student":
-            raise TypeError("student must be a LinearHead or Logits: TokenLogProbs carry no gradient")
-        if estimator != "sampled":
-            raise TypeError(
-                f"{name} is TokenLogProbs, which estimator='sampled' alone can use; estimator={estimator!r} needs a "
-                "LinearHead or Logits"
-            )
-        return
-    raise TypeError(f"{name} must be a LinearHead, Logits or TokenLogProbs, got {type(value).__name__}")
-
-
-def _require_shape(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have the token shape {tuple(shape)} of {owner}, got {tuple(x.shape)}")
-
-
-def _require_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name} must be on the student's device {device}, got {x.device}")
+    user = _USERS.get(type(value))
+    if user is None:
+        raise TypeError(
+            f"{name} must be a LinearHead, Logits, TokenLogProbs or TopKLogProbs, got {type(value).__name__}"
+        )
+    kind = type(value).__name__
+    if name == "student":
+        raise TypeError(f"student must be a LinearHead or Logits: {kind} carry no gradient")
+    if estimator != user:
+        raise TypeError(
+            f"{name} is {kind}, which estimator={user!r} alone can use; estimator={estimator!r} needs a LinearHead or "
+            "Logits" + {"sampled": " or TokenLogProbs", "topk": " or TopKLogProbs"}.get(estimator, "")
+        )
 
 
 def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-    _require_shape("mask", mask, shape, "student")
-    _require_device("mask", mask, device)
+    require_shape("mask", mask, shape, "student")
+    require_device("mask", mask, device)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or 0/1 integer, got {mask.dtype}")
     if mask.dtype == torch.bool:
@@ -113,35 +102,50 @@ def _check_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool
     """The live token ids, int64. Out of range: IndexError on a CPU, a device-side assert (no host sync) on a GPU."""
     live = rows.take(ids.to(torch.int64)).contiguous()
     wrong = (live < 0) | (live >= vocab_size)
-    if live.device.type == "cuda":
-        torch._assert_async(
-            ~wrong.any(), f"token_ids must be in [0, {vocab_size}) where not masked (-100 needs a mask)"
+    if live.device.type == "cpu" and not masked and bool((live == IGNORE).any()):
+        raise ValueError(
+            f"token_ids contains {IGNORE} but no mask is given: pass mask=(token_ids != {IGNORE}), since ids alone "
+            "never mask a token here"
         )
-    elif bool(wrong.any()):
-        value = int(live[wrong][0])
-        if value == -100 and not masked:
-            raise ValueError(
-                "token_ids contains -100 but no mask is given: pass mask=(token_ids != -100), since ids alone never "
-                "mask a token here"
-            )
-        raise IndexError(f"token_ids must be in [0, {vocab_size}) where not masked, got {value}")
+    refuse(wrong, live, IndexError, f"token_ids must be in [0, {vocab_size}) where not masked ({IGNORE} needs a mask)")
     return live
+
+
+def _check_labels(
+    labels: object, weight: object, rows: TokenRows, shape: torch.Size, device: torch.device, vocab_size: int
+) -> tuple[Tensor | None, float]:
+    """The live labels, int64, -1 where there is none, and the weight of the supervised term."""
+    weight = require_number("sft_weight", weight)
+    if weight < 0:
+        raise ValueError(f"sft_weight must not be negative, got {weight}")
+    if labels is None:
+        if weight != 1:
+            raise ValueError("sft_weight needs sft_labels: without them there is no supervised term to weigh")
+        return None, weight
+    require_integer("sft_labels", labels)
+    assert isinstance(labels, Tensor)
+    require_shape("sft_labels", labels, shape, "student")
+    require_device("sft_labels", labels, device)
+    live = rows.take(labels.to(torch.int64)).contiguous()
+    wrong = ((live < 0) & (live != IGNORE)) | (live >= vocab_size)
+    refuse(wrong, live, IndexError, f"sft_labels must be in [0, {vocab_size}), or {IGNORE} for none, where not masked")
+    return live.masked_fill(live == IGNORE, -1), weight
 
 
 def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device) -> Tensor:
     require_float(name, x)
     assert isinstance(x, Tensor)
-    _require_shape(name, x, shape, "student")
-    _require_device(name, x, device)
+    require_shape(name, x, shape, "student")
+    require_device(name, x, device)
     return x.detach()
 
 
 def _check_reward_scale(value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
     """lambda as a Python float, or expanded to the token shape."""
     if not isinstance(value, Tensor):
-        return _require_number("reward_scale", value)
+        return require_number("reward_scale", value)
     require_float("reward_scale", value)
-    _require_device("reward_scale", value, device)
+    require_device("reward_scale", value, device)
     value, shape = value.detach(), sequences.shape
     if value.shape == shape or value.ndim == 0:
         return value.expand(shape)
@@ -175,7 +179,7 @@ def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.devic
         raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got the token shape {tuple(shape)}")
-    _require_device("cu_seqlens", cu_seqlens, device)
+    require_device("cu_seqlens", cu_seqlens, device)
     bounds = cu_seqlens.to(torch.int64).contiguous()
     sorted_ = (bounds[1:] >= bounds[:-1]).all()
     if device.type == "cuda":
@@ -194,7 +198,7 @@ def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.devic
 def _check_clip(clip: object) -> tuple[float, float]:
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (epsilon_low, epsilon_high), got {clip!r}")
-    low, high = (_require_number("clip", x) for x in clip)
+    low, high = (require_number("clip", x) for x in clip)
     if not 0 <= low <= 1 or high < 0:
         raise ValueError(f"clip must satisfy 0 <= epsilon_low <= 1 and epsilon_high >= 0, got {clip!r}")
     return low, high
@@ -204,9 +208,9 @@ def _check_advantage_clip(bound: object) -> tuple[float, float]:
     if isinstance(bound, (tuple, list)):
         if len(bound) != 2:
             raise TypeError(f"advantage_clip must be a number or a pair (low, high), got {bound!r}")
-        low, high = (_require_number("advantage_clip", x) for x in bound)
+        low, high = (require_number("advantage_clip", x) for x in bound)
     else:
-        high = _require_number("advantage_clip", bound)
+        high = require_number("advantage_clip", bound)
         low = -high
     if low >= high:
         raise ValueError(f"advantage_clip must be a positive number or a pair with low < high, got {bound!r}")
@@ -255,15 +259,15 @@ def _check_surrogate(
             f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
         )
     if clip_dual is not None:
-        clip_dual = _require_number("clip_dual", clip_dual)
+        clip_dual = require_number("clip_dual", clip_dual)
         if clip_dual <= 1:
             raise ValueError(f"clip_dual must be above 1, got {clip_dual}")
     if rollout_is_cap is not None:
-        rollout_is_cap = _require_number("rollout_is_cap", rollout_is_cap)
+        rollout_is_cap = require_number("rollout_is_cap", rollout_is_cap)
         if rollout_is_cap <= 0:
             raise ValueError(f"rollout_is_cap must be positive, got {rollout_is_cap}")
     if logprob_min is not None:
-        logprob_min = _require_number("logprob_min", logprob_min)
+        logprob_min = require_number("logprob_min", logprob_min)
         if logprob_min >= 0:
             raise ValueError(f"logprob_min must be negative, as log-probs are, got {logprob_min}")
     if advantage_fn is not None and not callable(advantage_fn):
@@ -301,7 +305,7 @@ def _check_normalizer(
                 f"sequence_lengths must have shape ({sequences.count},), one per sequence, or be 0-d, got "
                 f"{tuple(sequence_lengths.shape)}"
             )
-        _require_device("sequence_lengths", sequence_lengths, device)
+        require_device("sequence_lengths", sequence_lengths, device)
     if normalizer is None:
         return None, sequence_lengths
     if reduction in ("sum", "none"):
@@ -312,7 +316,7 @@ def _check_normalizer(
         if normalizer.device.type == "cpu" and normalizer.item() < 0:
             raise ValueError(f"normalizer must not be negative, got {normalizer.item()}")
         return normalizer.detach(), sequence_lengths
-    number = _require_number("normalizer", normalizer)
+    number = require_number("normalizer", normalizer)
     if number <= 0:
         raise ValueError(f"normalizer must be positive, got {number}")
     return number, sequence_lengths
@@ -346,8 +350,8 @@ def _check_routes(
         return 1, None
     if not lengths:
         raise ValueError("teacher_index needs a list of teachers, got one model")
-    _require_integer("teacher_index", teacher_index)
-    _require_device("teacher_index", teacher_index, device)
+    require_integer("teacher_index", teacher_index)
+    require_device("teacher_index", teacher_index, device)
     if teacher_index.shape == sequences.shape:
         return count, teacher_index
     if _tells_sequences(sequences) and teacher_index.shape == (sequences.count,):
@@ -386,14 +390,34 @@ def _joint_vocab_size(models: dict[str, Any], vocab_size: int | None) -> int:
     return vocab_size
 
 
-def check_chunk_size(chunk_size: int | None) -> int | None:
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    return chunk_size
+def _slices(stops: tuple[int, ...]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise((0, *stops)))
+
+
+def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object) -> float:
+    one_of("divergence", divergence, DIVERGENCES)
+    if estimator == "sampled" and divergence != "reverse_kl":
+        raise ValueError(
+            f"divergence={divergence!r} needs estimator='full' or 'topk'; 'sampled' estimates the reverse KL alone"
+        )
+    beta = require_number("beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
+    if divergence != "jsd" and beta != 0.5:
+        raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+    return beta
+
+
+def _require_models(lam: float | Tensor, given: dict[str, dict[str, Any]]) -> None:
+    """The models that lambda asks for are there."""
+    if isinstance(lam, Tensor):
+        for name, models in given.items():
+            if not models:
+                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
+    elif lam != 0 and not given["teacher"]:
+        raise ValueError(f"teacher must be given for reward_scale={lam}: only reward_scale=0 does without it")
+    elif lam != 1 and not given["ref"]:
+        raise ValueError(f"ref must be given for reward_scale={lam}: only reward_scale=1 does without a reference")
 
 
 @dataclass(frozen=True)
@@ -415,15 +439,23 @@ class Prepared:
     rollout_logprobs: Tensor | None  # (n,)
     surrogate: Surrogate
     advantage_fn: AdvantageFn | None
+    truncation: Truncation
+    scores: Scores
+    labels: Tensor | None  # (n,), -1 is none
+    sft_weight: float
+    divergence: Divergence
+    beta: float
     sequences: Sequences
     weights: Tensor  # () or (n,)
+    chunk_size: int | None
+    backend: str
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
 
     @property
     def slices(self) -> list[tuple[int, int]]:
         """Start and stop of every route among the live rows."""
-        return list(itertools.pairwise((0, *self.stops)))
+        return _slices(self.stops)
 
     def logprobs(self, models: tuple[Source, ...]) -> Tensor | None:
         """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are."""
@@ -447,13 +479,13 @@ class Prepared:
             # cloned: scatter may return a view, and no output shares memory with another or with an input
             return None if x is None else self.rows.scatter(x.detach().clone())
 
-        *vectors, clipped, importance = (full_shape(x) for x in values)
+        *vectors, clipped, importance, label_logprobs, labelled = (full_shape(x) for x in values)
         if self.surrogate.clip is None and self.surrogate.clip_dual is None:
             clipped = None
         scale = self.reward_scale
         scale = self.rows.scatter(scale.clone()) if isinstance(scale, Tensor) else scale
         mask = None if self.mask is None else self.mask.clone()
-        fields: list[Any] = [loss, *vectors, clipped, importance, mask, scale, self.joint]
+        fields: list[Any] = [loss, *vectors, clipped, importance, label_logprobs, labelled, mask, scale, self.joint]
         return GOPDOutput(*fields)
 
 
@@ -464,12 +496,15 @@ def prepare(
     token_ids: Tensor | None,
     *,
     teacher_index: Tensor | None = None,
-    mask: Tensor | None,
-    reward_scale: float | Tensor,
-    estimator: Estimator,
-    divergence: Divergence,
-    beta: float,
-    reduction: Reduction,
+    mask: Tensor | None = None,
+    reward_scale: float | Tensor = 1.0,
+    estimator: Estimator = "sampled",
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    k: int | None = None,
+    support: Support = "teacher",
+    tail: Tail = "bucket",
+    reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     sequence_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -483,20 +518,20 @@ def prepare(
     logprob_min: float | None = None,
     baseline: Baseline = "none",
     advantage_fn: AdvantageFn | None = None,
+    sft_labels: Tensor | None = None,
+    sft_weight: float = 1.0,
     score_cancelled: bool = False,
-    vocab_size: int | None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> Prepared:
-    """Every check of the input, before any work."""
+    """Every check of the input of :func:`fused_gopd.gopd_loss`, before any work."""
     one_of("estimator", estimator, ESTIMATORS)
-    one_of("divergence", divergence, DIVERGENCES)
     one_of("reduction", reduction, REDUCTIONS)
-    if estimator == "sampled" and divergence != "reverse_kl":
-        raise ValueError(f"divergence={divergence!r} needs estimator='full'; 'sampled' estimates the reverse KL alone")
-    beta = _require_number("beta", beta)
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
-    if divergence != "jsd" and beta != 0.5:
-        raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+    one_of("backend", backend, BACKENDS)
+    if chunk_size is not None:
+        require_count("chunk_size", chunk_size)
+    beta = _check_divergence(estimator, divergence, beta)
     if not isinstance(score_cancelled, bool):
         raise TypeError(f"score_cancelled must be a bool, got {type(score_cancelled).__name__}")
     if score_cancelled and token_ids is None:
@@ -513,25 +548,18 @@ def prepare(
                 f"{name} must have the token shape {tuple(shape)} of student, got {tuple(model.token_shape)}"
             )
         for field, tensor in model.tensors.items():
-            _require_device(f"{name}.{field}", tensor, device)
+            require_device(f"{name}.{field}", tensor, device)
     sequences = _check_cu_seqlens(cu_seqlens, shape, device)
     lam = _check_reward_scale(reward_scale, sequences, device)
     count, route = _check_routes(teacher, ref, teacher_index, sequences, device)
-    if isinstance(lam, Tensor):
-        for name, models in given.items():
-            if not models:
-                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
-    elif lam != 0 and teacher is None:
-        raise ValueError(f"teacher must be given for reward_scale={lam}: only reward_scale=0 does without it")
-    elif lam != 1 and ref is None:
-        raise ValueError(f"ref must be given for reward_scale={lam}: only reward_scale=1 does without a reference")
+    _require_models(lam, given)
     if token_ids is None:
         if estimator == "sampled":
             raise ValueError("token_ids must be given for estimator='sampled'")
     else:
-        _require_integer("token_ids", token_ids)
-        _require_shape("token_ids", token_ids, shape, "student")
-        _require_device("token_ids", token_ids, device)
+        require_integer("token_ids", token_ids)
+        require_shape("token_ids", token_ids, shape, "student")
+        require_device("token_ids", token_ids, device)
     surrogate = _check_surrogate(
         estimator,
         sequences,
@@ -551,11 +579,6 @@ def prepare(
     normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
     live_mask = None if mask is None else _check_mask(mask, shape, device)
     joint = _joint_vocab_size({"student": student, **others}, vocab_size)
-    rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
-    ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
-    heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
-    dtype = accumulation_dtype(*(head.rows for head in heads))
-    weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if baseline == "expected":
         for name, model in others.items():
             if isinstance(model, TokenLogProbs):
@@ -565,24 +588,43 @@ def prepare(
     # one model for all routes stands in every one of them
     routed = {name: tuple(x.values()) * (count if len(x) == 1 else 1) for name, x in given.items()}
     cancelled = None if isinstance(lam, Tensor) else {0.0: "teacher", 1.0: "ref"}.get(lam)
+    if score_cancelled and cancelled is not None and any(isinstance(m, TopKLogProbs) for m in routed[cancelled]):
+        raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
+    needed = {name: () if name == cancelled else models for name, models in routed.items()}
+    truncation = check_truncation(estimator, k, support, tail, needed["teacher"], needed["ref"], joint)
+    rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
+    ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
+    labels, sft_weight = _check_labels(sft_labels, sft_weight, rows, shape, device, joint)
+    heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
+    dtype = accumulation_dtype(*(head.rows for head in heads))
+    weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
+    lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam
     return Prepared(
         estimator,
         student,
-        () if cancelled == "teacher" else routed["teacher"],
-        () if cancelled == "ref" else routed["ref"],
+        needed["teacher"],
+        needed["ref"],
         {cancelled: routed[cancelled]} if cancelled is not None and routed[cancelled] else {},
         rows,
         stops,
         live_mask,
         joint,
-        rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam,
+        lam,
         ids,
         None if old is None else rows.take(old).to(dtype).contiguous(),
         None if rollout is None else rows.take(rollout).to(dtype).contiguous(),
         surrogate,
         advantage_fn,
+        truncation,
+        scores_of(needed["teacher"], needed["ref"], rows, _slices(stops), lam, joint, dtype),
+        labels,
+        sft_weight,
+        divergence,
+        beta,
         sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
+        chunk_size,
+        backend,
         dtype,
         device,
     )

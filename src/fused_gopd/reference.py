@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from . import objective
-from .heads import Head, LinearHead, Source, TokenLogProbs
-from .objective import AdvantageFn, Baseline, Divergence, Estimator, Ratio, Reduction, TokenStats
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from .objective import (
+    AdvantageFn,
+    Baseline,
+    Divergence,
+    Estimator,
+    Ratio,
+    Reduction,
+    Support,
+    Tail,
+    TokenStats,
+)
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
 
@@ -66,11 +76,11 @@ def _gather(logp: Tensor, ids: Tensor) -> Tensor:
 
 def _live_logits(p: Prepared, models: tuple[Source, ...], columns: list[tuple[int, int]]) -> Tensor | None:
     """(n, V) logits of the live tokens, each under the model of its route; None without a vocabulary axis."""
-    if not models or any(isinstance(model, TokenLogProbs) for model in models):
+    if not models or any(isinstance(model, (TokenLogProbs, TopKLogProbs)) for model in models):
         return None
     parts = []
     for model, (start, stop) in zip(models, columns, strict=True):
-        assert not isinstance(model, TokenLogProbs)
+        assert isinstance(model, (LinearHead, Logits))
         flat = logits_of(model, p.vocab_size, p.dtype).reshape(-1, p.vocab_size)
         parts.append(flat if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop]))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -78,7 +88,7 @@ def _live_logits(p: Prepared, models: tuple[Source, ...], columns: list[tuple[in
 
 def _scores(p: Prepared, models: tuple[Source, ...], ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """log-probs (n,) of the live tokens and entropies, each under the model of its route alone; None where unknown."""
-    if not models or ids is None:
+    if not models or ids is None or any(isinstance(model, TopKLogProbs) for model in models):
         return None, None
     scores, entropies = [], []
     for model, (start, stop) in zip(models, p.slices, strict=True):
@@ -94,10 +104,10 @@ def _scores(p: Prepared, models: tuple[Source, ...], ids: Tensor | None) -> tupl
 
 
 def _full(
-    p: Prepared, divergence: Divergence, beta: float, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
+    p: Prepared, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
-    lam = p.reward_scale
+    lam, divergence, beta = p.reward_scale, p.divergence, p.beta
     column = lam[:, None] if isinstance(lam, Tensor) else lam
     support: Tensor | None = None
     if not _all_finite(z, z_q, z_r):
@@ -133,6 +143,93 @@ def _full(
         value = beta * (inside(log_t.exp()) * (log_t - log_m)).sum(-1)
         value = value + (1 - beta) * (prob * (log_p_in - log_m)).sum(-1)
     return value, kl, log_p, log_q, log_r
+
+
+def _at(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs of some tokens, -inf where the id is -1."""
+    return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
+
+
+def _on_support(p: Prepared, log_p: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids (n, K) of the tokens that topk looks at, -1 where there are fewer, and teacher and reference there."""
+    k = p.truncation.k
+    parts: list[tuple[Tensor, list[Tensor | None]]] = []
+    for i, (start, stop) in enumerate(p.slices):
+        ids = log_p[start:stop].topk(k).indices if p.truncation.support == "student" else None
+        scores: list[Tensor | None] = []
+        for models, given in ((p.teacher, p.scores.teacher), (p.ref, p.scores.ref)):
+            if not models:
+                scores.append(None)
+            elif isinstance(models[i], TopKLogProbs):
+                assert p.scores.token_ids is not None
+                assert given is not None
+                ids = p.scores.token_ids[start:stop] if ids is None else ids
+                scores.append(given[start:stop])
+            else:
+                z = _live_logits(p, (models[i],), [(start, stop)])
+                assert z is not None
+                log_m = _own_log_softmax(z)
+                ids = log_m.topk(k).indices if ids is None else ids
+                scores.append(_at(log_m, ids))
+        assert ids is not None
+        parts.append((ids, scores))
+    width = max(ids.shape[1] for ids, _ in parts)
+
+    def together(tensors: list[Tensor | None], missing: float) -> Tensor | None:
+        wide = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=missing) for x in tensors if x is not None]
+        return torch.cat(wide) if wide else None
+
+    ids = together([ids for ids, _ in parts], -1)
+    assert ids is not None
+    lq, lr = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
+    return ids, lq, lr
+
+
+def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
+    lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
+    used = [
+        (x, torch.as_tensor(lam != cancelled).expand(len(lp), 1))
+        for x, cancelled in ((lq, 0.0), (lr, 1.0))
+        if x is not None
+    ]
+    inside = lp.detach() != -math.inf
+    for x, needed in used:
+        inside = inside & ~((x == -math.inf) & needed)
+
+    def with_bucket(x: Tensor) -> Tensor:
+        """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside."""
+        x = x.masked_fill(~inside, -math.inf)
+        mass = x.exp().sum(1, keepdim=True)
+        if p.truncation.tail == "renormalize":
+            return (x.masked_fill(~inside, 0) - mass.where(mass > 0, 1).log()).masked_fill(~inside, 0)
+        rest = 1 - mass
+        return torch.cat((x.masked_fill(~inside, 0), rest.where(rest.detach() >= 1e-6, 1).log()), 1)
+
+    log_p, log_q, log_r = (None if x is None else with_bucket(x) for x in (lp, lq, lr))
+    assert log_p is not None
+    if p.truncation.tail != "renormalize":
+        bucket = torch.ones_like(inside[:, :1])
+        for x, needed in [(lp.detach(), torch.ones_like(bucket)), *used]:
+            rest = 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True)
+            bucket = bucket & ((rest >= 1e-6) | ~needed)
+        inside = torch.cat((inside, bucket), 1)
+    log_p, mix = log_p.masked_fill(~inside, 0), objective.mix(lam, log_q, log_r).masked_fill(~inside, 0)
+    empty = ~inside.any(1, keepdim=True)
+    log_t = mix - mix.masked_fill(~inside, -math.inf).masked_fill(empty, 0).logsumexp(1, keepdim=True)
+    prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
+    kl = (prob * (log_p - log_t)).sum(1)
+    counted = inside.clone()
+    if p.truncation.tail == "drop":
+        counted[:, -1] = False
+    if p.divergence == "reverse_kl":
+        terms = prob * (log_p - mix)
+    elif p.divergence == "forward_kl":
+        terms = target * (log_t - log_p)
+    else:
+        log_m = torch.logaddexp(log_t + math.log(p.beta), log_p + math.log1p(-p.beta))
+        terms = p.beta * target * (log_t - log_m) + (1 - p.beta) * prob * (log_p - log_m)
+    return torch.where(counted, terms, 0).sum(1), kl.detach()
 
 
 def _advantages(
@@ -214,6 +311,9 @@ def gopd_loss(
     estimator: Estimator = "sampled",
     divergence: Divergence = "reverse_kl",
     beta: float = 0.5,
+    k: int | None = None,
+    support: Support = "teacher",
+    tail: Tail = "bucket",
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     sequence_lengths: Tensor | None = None,
@@ -228,6 +328,8 @@ def gopd_loss(
     logprob_min: float | None = None,
     baseline: Baseline = "none",
     advantage_fn: AdvantageFn | None = None,
+    sft_labels: Tensor | None = None,
+    sft_weight: float = 1.0,
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -237,34 +339,7 @@ def gopd_loss(
 
     ``chunk_size`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
     """
-    p = prepare(
-        student,
-        teacher,
-        ref,
-        token_ids,
-        teacher_index=teacher_index,
-        mask=mask,
-        reward_scale=reward_scale,
-        estimator=estimator,
-        divergence=divergence,
-        beta=beta,
-        reduction=reduction,
-        normalizer=normalizer,
-        sequence_lengths=sequence_lengths,
-        cu_seqlens=cu_seqlens,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        rollout_is_cap=rollout_is_cap,
-        clip=clip,
-        clip_dual=clip_dual,
-        ratio=ratio,
-        advantage_clip=advantage_clip,
-        logprob_min=logprob_min,
-        baseline=baseline,
-        advantage_fn=advantage_fn,
-        score_cancelled=score_cancelled,
-        vocab_size=vocab_size,
-    )
+    p = prepare(**locals())
     z = _live_logits(p, (p.student,), [(0, p.rows.count)])
     assert z is not None
     kl = lp = lq = lr = None
@@ -272,7 +347,7 @@ def gopd_loss(
     if p.joint:
         with torch.no_grad():
             z_q, z_r = (_live_logits(p, models, p.slices) for models in (p.teacher, p.ref))
-        token_loss, kl, log_p, log_q, log_r = _full(p, divergence, beta, z, z_q, z_r)
+        token_loss, kl, log_p, log_q, log_r = _full(p, z, z_q, z_r)
         if p.token_ids is not None:
             ids = p.token_ids
             lq, lr = (None if x is None else _gather(x, ids) for x in (log_q, log_r))
@@ -286,6 +361,10 @@ def gopd_loss(
         with torch.no_grad():
             (lq, first), (lr, second) = (_scores(p, models, p.token_ids) for models in (p.teacher, p.ref))
         entropies = first, second
+        if estimator == "topk":
+            with torch.no_grad():
+                chosen, *others = _on_support(p, log_p)
+            token_loss, kl = _topk(p, _at(log_p, chosen), *others)
     entropy = _entropy(log_p.detach())
     advantages = clipped = importance = None
     if p.token_ids is not None:
@@ -299,12 +378,18 @@ def gopd_loss(
             if baseline == "expected":  # the gradient with it, the value without
                 token_loss = token_loss + (value - token_loss.detach())
             kl = None
-        else:
+        elif not any(isinstance(model, TopKLogProbs) for model in (*p.teacher, *p.ref)):
             advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)
+    labelled: tuple[Tensor | None, Tensor | None] = (None, None)
+    if p.labels is not None:
+        label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
+        labelled = objective.label_report(label_logprobs.detach(), p.labels)
+        assert labelled[1] is not None
+        token_loss = token_loss - p.sft_weight * torch.where(labelled[1], label_logprobs, 0)
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
     with torch.no_grad():
         if score_cancelled:
             for name, models in p.cancelled.items():
                 scored, _ = _scores(p, models, p.token_ids)
                 lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
-    return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance)
+    return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance, *labelled)

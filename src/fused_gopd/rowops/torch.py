@@ -102,11 +102,11 @@ def _blocks(problem: RowProblem) -> Iterator[tuple[slice, RowProblem]]:
         )
 
 
-def _transform(model: ModelRows, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    t = model.transform
-    x = model.raw[:, :vocab_size].to(dtype)
-    if t.bias is not None:
-        x = x + t.bias[:vocab_size].to(dtype)
+def transformed(x: Tensor, t: LogitTransform, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """z of raw logits ``x`` and the bias of their tokens, which broadcasts against them."""
+    x = x.to(dtype)
+    if bias is not None:
+        x = x + bias.to(dtype)
     if t.scale != 1.0:
         x = x * t.scale
     if t.softcap is not None:
@@ -115,14 +115,18 @@ def _transform(model: ModelRows, vocab_size: int, dtype: torch.dtype) -> Tensor:
     return x / t.temperature if t.temperature != 1.0 else x
 
 
-def _dz_dx(model: ModelRows, z: Tensor) -> Tensor | float:
-    """Derivative of the transform, from its value: cap'(x) = 1 - tanh(x)^2 and tanh(x) = z temperature / softcap."""
-    t = model.transform
-    slope = t.scale / t.temperature
+def slope(t: LogitTransform, z: Tensor) -> Tensor | float:
+    """dz/dx from the value: cap'(x) = 1 - tanh(x)^2 and tanh(x) = z temperature / softcap."""
+    value = t.scale / t.temperature
     if t.softcap is None:
-        return slope
+        return value
     tanh = z * (t.temperature / t.softcap)
-    return slope * (1.0 - tanh * tanh)
+    return value * (1.0 - tanh * tanh)
+
+
+def _transform(model: ModelRows, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    bias = model.transform.bias
+    return transformed(model.raw[:, :vocab_size], model.transform, None if bias is None else bias[:vocab_size], dtype)
 
 
 def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
@@ -151,7 +155,7 @@ def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
         maximum = inside.amax(-1).masked_fill(empty, 0)
         return inside - maximum[:, None], maximum
 
-    slope = _dz_dx(problem.student, torch.where(support, z, torch.zeros_like(z)))
+    dz_dx = slope(problem.student.transform, torch.where(support, z, torch.zeros_like(z)))
     maxima: dict[Stat, Tensor] = {}
     z, maxima[Stat.MAX_STUDENT] = relative(z)
     if teacher is not None:
@@ -166,7 +170,7 @@ def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
         q, r = (torch.where(support, x, torch.zeros_like(x)) for x in (teacher, ref))
         mixed = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)
         u = mixed.masked_fill(~support, -math.inf)
-    return _Rows(z, u, teacher, ref, support, use_teacher, use_ref, maxima, slope)
+    return _Rows(z, u, teacher, ref, support, use_teacher, use_ref, maxima, dz_dx)
 
 
 def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""Checks that raise with the name of the argument, what was expected and what was found."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The label of no token, everywhere in this field.
+IGNORE = -100
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def require_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def require_count(name: str, value: object) -> int:
+    """A Python int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def require_float(name: str, value: object) -> None:
+    """Raise TypeError unless value is a tensor of a supported floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a float tensor (float32, bfloat16, float16 or float64), got {value.dtype}")
+
+
+def require_integer(name: str, value: object) -> None:
+    """Raise TypeError unless value is an integer tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+
+
+def require_shape(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have the token shape {tuple(shape)} of {owner}, got {tuple(x.shape)}")
+
+
+def require_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the student's device {device}, got {x.device}")
+
+
+def refuse(wrong: Tensor, values: Tensor, error: type[Exception], message: str, found: str = "got") -> None:
+    """Raise with the first wrong value; on a GPU a device-side assert, which waits for nothing."""
+    if wrong.device.type == "cuda":
+        torch._assert_async(~wrong.any(), message)
+    elif bool(wrong.any()):
+        value = values[wrong][0].item()
+        raise error(f"{message}, {found} {value:g}" if isinstance(value, float) else f"{message}, {found} {value}")

@@ -1,0 +1,138 @@
+"""A few entries of each row of a chunk: find the largest, read some, hide some, overwrite some.
+
+Plain PyTorch on (C, K) tensors, for every backend: what touches whole rows is the backend's own. Token ids are (C, K)
+int64 and -1 stands for no token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import LogitTransform, ModelRows, RowProblem, Stat
+from .torch import accumulation_dtype, slope, transformed
+
+# Entries of a block whose maximum stands for it in the search for the largest: near the square root of V / k, where
+# both rounds look at the same number, for V = 151936 and k = 32.
+_BLOCK = 64
+# Elements that are searched at once. On a CPU they stay in the cache; a GPU would rather have few launches.
+_SEARCHED = {"cpu": 1 << 20, "gpu": 1 << 24}
+
+
+def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
+    """Ids (C, k) of the k largest logits of each row, the largest first. Reads each logit once."""
+    raw = model.raw
+    step = max(1, _SEARCHED["cpu" if raw.device.type == "cpu" else "gpu"] // vocab_size)
+    out = torch.empty(raw.shape[0], k, dtype=torch.int64, device=raw.device)
+    bias = None if model.transform.bias is None else model.transform.bias[:vocab_size]
+    for start in range(0, raw.shape[0], step):
+        # the transform is increasing but for a bias; through a softcap distinct logits may become equal ones
+        x = raw[start : start + step, :vocab_size]
+        out[start : start + step] = _largest(x if bias is None else x.to(accumulation_dtype(x)) + bias, k)
+    return out
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    """The k largest entries lie in the k blocks with the largest maxima, or in what is left over of the row."""
+    blocks = x.shape[1] // _BLOCK
+    if blocks <= 2 * k:
+        return x.topk(k).indices
+    whole = blocks * _BLOCK
+    chosen = x[:, :whole].view(x.shape[0], blocks, _BLOCK).amax(-1).topk(k, sorted=False).indices
+    inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)
+    rest = torch.arange(whole, x.shape[1], device=x.device).expand(x.shape[0], -1)
+    candidates = torch.cat((inside.flatten(1), rest), 1)
+    return candidates.gather(1, x.gather(1, candidates).topk(k).indices)
+
+
+def logits_at(model: ModelRows, token_ids: Tensor) -> Tensor:
+    """Transformed logits (C, K) of some tokens, in the accumulation dtype; -inf where there is no token."""
+    ids = token_ids.clamp_min(0)
+    bias = model.transform.bias
+    x = model.raw.gather(1, ids)
+    z = transformed(x, model.transform, None if bias is None else bias[ids], accumulation_dtype(x))
+    return z.masked_fill(token_ids < 0, -math.inf)
+
+
+def _source(token_ids: Tensor) -> Tensor:
+    """(C, K) columns: its own for a token that is there, the row's first such column for one that is not."""
+    present = token_ids >= 0
+    columns = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return torch.where(present, columns, present.to(torch.int8).argmax(1, keepdim=True))
+
+
+@contextmanager
+def hidden(model: ModelRows, token_ids: Tensor) -> Iterator[None]:
+    """The raw logits with some tokens out of the support, for as long as the context lasts. Writes to them."""
+    ids = token_ids.gather(1, _source(token_ids)).clamp_min(0)
+    before = model.raw.gather(1, ids)
+    model.raw.scatter_(1, ids, torch.where((token_ids >= 0).any(1, keepdim=True), -math.inf, before))
+    try:
+        yield
+    finally:
+        model.raw.scatter_(1, ids, before)
+
+
+def logprobs_at(problem: RowProblem, statistics: Tensor, token_ids: Tensor, logits: Tensor) -> Tensor:
+    """The student's log-probs (C, K) of some tokens, over the support of all models that the problem's rows need.
+
+    ``statistics`` are those of the problem, (len(Stat), C), and ``logits`` the student's :func:`logits_at`. -inf where
+    there is no token.
+    """
+    z, scale = logits, problem.reward_scale
+    for model, cancelled_at in ((problem.teacher, 0.0), (problem.ref, 1.0)):
+        if model is not None:
+            gone = torch.isneginf(logits_at(model, token_ids))
+            if isinstance(scale, Tensor):
+                gone = gone & (scale != cancelled_at)[:, None]
+            z = z.masked_fill(gone, -math.inf)
+    maximum, logsum = (statistics[stat][:, None] for stat in (Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT))
+    # a row without support has no normaliser either: -inf - -inf
+    return torch.where(torch.isneginf(z), z, z - maximum - logsum)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The gradient sum_k b_k d log p[id_k] / dz as a dense part and the entries that differ from it.
+
+    At entry k it is ``weight * p - own_k`` (an id that is there twice has the same value twice), elsewhere
+    ``weight * p``.
+    """
+
+    token_ids: Tensor  # (C, K) int64, all >= 0
+    own: Tensor  # (C, K)
+    weight: Tensor  # (C,)
+
+    @classmethod
+    def of(cls, token_ids: Tensor, dlogprobs: Tensor) -> Entries:
+        """From ids, of which only the last may repeat another, and b, the derivatives with respect to log p."""
+        own = -dlogprobs.masked_fill(token_ids < 0, 0)
+        weight = own.sum(1)
+        same = token_ids[:, :-1] == token_ids[:, -1:]
+        last = own[:, -1:] + (own[:, :-1] * same).sum(1, keepdim=True)
+        own = torch.cat((own[:, :-1] + same * own[:, -1:], last), 1)
+        # an absent entry stands for the first one that is there; where none is all are 0
+        source = _source(token_ids)
+        return cls(token_ids.gather(1, source).clamp_min(0), own.gather(1, source), weight)
+
+    @property
+    def size(self) -> Tensor:
+        """(C,) the largest magnitude among the factors of a row."""
+        return torch.maximum(self.weight.abs(), self.own.abs().amax(1))
+
+    def over(self, size: Tensor) -> Entries:
+        return Entries(self.token_ids, self.own / size[:, None], self.weight / size)
+
+    def overwrite(self, out: Tensor, transform: LogitTransform, logits: Tensor, logprobs: Tensor) -> None:
+        """Write the gradient with respect to raw logits at the entries; ``logits`` and ``logprobs`` are theirs."""
+        z = logits.masked_fill(torch.isneginf(logits), 0)
+        weight = self.weight[:, None]
+        # what is multiplied by 0 is not looked at: it may be NaN
+        gradient = torch.where(weight == 0, 0, weight * logprobs.exp()) - self.own
+        gradient = torch.where(gradient == 0, 0, gradient * slope(transform, z))
+        out.scatter_(1, self.token_ids, gradient.to(out.dtype))
