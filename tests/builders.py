@@ -145,7 +145,10 @@ def widened(head: Any) -> Any:
     """The head in float64, on fresh leaves where it was trainable."""
     if head is None:
         return None
-    wide = {k: x.detach().double().requires_grad_(x.requires_grad) for k, x in head.tensors.items()}
+    wide = {
+        k: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for k, x in head.tensors.items()
+    }
     return like(head, **wide)
 
 
