@@ -1,9 +1,9 @@
 // Vectors of the width of the instruction set being compiled for, and the functions of them that the row kernels need.
 //
-// Written with the vector extensions of GCC and Clang; the only intrinsics are max, min and fma, the fp16 conversions
-// and the non-temporal stores. This header is compiled once per instruction set. Everything in it sits in a namespace
-// of that name and it includes no C++ standard header: an inline function shared between objects that are compiled with
-// different flags could be linked in the wrong version.
+// Written with the vector extensions of GCC and Clang; the only intrinsics are max, min and fma, the conversions from
+// 16 bits and to fp16, and the non-temporal stores. This header is compiled once per instruction set. Everything in it
+// sits in a namespace of that name and it includes no C++ standard header: an inline function shared between objects
+// that are compiled with different flags could be linked in the wrong version.
 #pragma once
 
 #include <stdint.h>
@@ -284,7 +284,18 @@ struct Storage<DType::f32> {
   typedef float type;
 };
 
-inline vu to_u32(vh h) { return __builtin_convertvector(h, vu); }
+// Intrinsics, because GCC 12 widens in two halves: five instructions for one, a tenth of a pass over bfloat16 logits.
+inline vu to_u32(vh h) {
+#if defined(__AVX512F__)
+  return bits<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(h)));
+#elif defined(__AVX2__)
+  return bits<vu>(_mm256_cvtepu16_epi32(bits<__m128i>(h)));
+#elif defined(__x86_64__)
+  return bits<vu>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(bits<int64_t>(h)), _mm_setzero_si128()));
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
 inline vh to_u16(vu u) { return __builtin_convertvector(u, vh); }
 
 inline vf half_to_float(vh h) {

@@ -1,6 +1,7 @@
 """What the compiler makes of the Triton kernels for GPUs that are not there: no spills, shared memory within limits.
 
-Compiles all launches production makes (``triton_resources.launches``) for all NVIDIA and AMD targets.
+Compiles all launches production makes (``triton_resources.launches``) for all NVIDIA and AMD targets, and compares what
+they cost with the committed table, ``data/triton_resources.json``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -16,12 +18,16 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from triton_resources import TARGETS, Resources, compile_launch, launches
+import tables
+import triton_resources
+from triton_resources import ACCEPT, RULES, TARGETS, Resources, compile_launch, launches
 
 # Resources depend on the target, not on the machine that compiles; a process that interprets compiles nothing.
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+TABLE = tables.load(triton_resources.TABLE)
+SAME_TRITON = TABLE["compiler"] == triton_resources.version()
 PAIRS = [(k, t) for t in TARGETS for k in launches(TARGETS[t])]
 Compiled = Callable[[str, str], Resources]
 
@@ -51,7 +57,8 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Compiled]:
 
 @pytest.mark.parametrize("pair", range(len(PAIRS)), ids=[f"{k} on {t}" for k, t in PAIRS])
 def test_resources(compiled: Compiled, pair: int) -> None:
-    """Nothing in memory that belongs in registers, shared memory within the limit; the row kernel as it is meant.
+    """Nothing in memory that belongs in registers, shared memory within the limit; the row kernel as it is meant; and
+    nothing worse than in the committed table.
 
     AMD's scalar registers may be parked in lanes of vector registers (``scalar_spills``), which is allowed: that is one
     instruction each way and touches no memory (scratch is in ``spills``), and the vector registers it takes are in the
@@ -70,6 +77,69 @@ def test_resources(compiled: Compiled, pair: int) -> None:
         # only the fused multiply-adds written in the source: see the first paragraph of rows.py
         plain = [line for line in r.assembly.splitlines() if "\tmul.f32" in line or "\tadd.f32" in line]
         assert not (target.startswith("sm") and plain), plain[:3]
+    if SAME_TRITON and target in TABLE["rows"].get(kernel, {}):
+        worse, better = tables.changes(f"{kernel}, {target}", TABLE["rows"][kernel][target], r.row(), RULES)
+        assert not worse, "\n".join([*worse, ACCEPT])
+        for line in better:
+            warnings.warn(f"better than the committed table: {line}", stacklevel=1)
+
+
+def test_the_committed_table_is_of_this_triton() -> None:
+    if not SAME_TRITON:
+        pytest.skip(
+            f"{triton_resources.TABLE} was made by {TABLE['compiler']}, this is {triton_resources.version()}, whose "
+            "numbers cannot be compared with it: only the absolute limits are checked"
+        )
+
+
+def test_the_committed_table_lists_what_is_launched() -> None:
+    listed = {kernel: [t for t in TARGETS if kernel in launches(TARGETS[t])] for kernel, _ in PAIRS}
+    assert set(TABLE["rows"]) >= set(triton_resources.MAIN)
+    missing = tables.unmatched(TABLE["rows"], listed)
+    assert not missing, "\n".join([*missing, ACCEPT])
+
+
+def test_the_page_shows_the_committed_table() -> None:
+    page = tables.PAGE.read_text()
+    assert page == tables.fill(page, triton_resources.TABLE, triton_resources.page(TABLE)), ACCEPT
+
+
+@pytest.mark.parametrize(
+    ("quantity", "better_by"),
+    [
+        ("warps", 1),
+        ("registers", 8),
+        ("spills", 4),
+        ("scalar_spills", 1),
+        ("shared", 1),
+        ("instructions", 100),
+    ],
+)
+def test_a_worse_kernel_is_reported(compiled: Compiled, quantity: str, better_by: int) -> None:
+    """Against a row that is better in one quantity; against itself there is nothing to report."""
+    today = compiled("full fp32, bf16 gradient on the logits", "sm_80").row()
+    assert tables.changes("here", today, today, RULES) == ([], [])
+    committed = {**today, quantity: today[quantity] - better_by}
+    line = f"here: {quantity} {committed[quantity]} -> {today[quantity]}"
+    assert tables.changes("here", committed, today, RULES) == ([line], [])
+
+
+@pytest.mark.parametrize(("target", "unit"), [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma")])
+def test_a_weaker_matrix_unit_is_reported(compiled: Compiled, target: str, unit: str) -> None:
+    today = compiled("linear bf16", target).row()
+    assert today["matrix"] == unit
+    weaker = {**today, "matrix": triton_resources.MATRIX[triton_resources.MATRIX.index(unit) - 1]}
+    worse, _ = tables.changes("here", today, weaker, RULES)
+    assert worse == [f"here: matrix {unit} -> {weaker['matrix']}"]
+    assert tables.changes("here", weaker, today, RULES) == ([], [f"here: matrix {weaker['matrix']} -> {unit}"])
+
+
+def test_lost_prefetching_is_reported_though_it_frees_shared_memory(compiled: Compiled) -> None:
+    today = compiled("linear bf16", "sm_90").row()
+    lost = {**today, "copies": "none", "shared": 0}
+    worse, better = tables.changes("here", today, lost, RULES)
+    assert worse == ["here: copies cp.async -> none"]
+    assert better == [f"here: shared {today['shared']} -> 0"]
 
 
 @pytest.mark.parametrize("target", list(TARGETS))

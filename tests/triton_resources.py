@@ -1,10 +1,10 @@
 """Compile the Triton kernels for GPUs that are not there and read what they cost.
 
-    python tests/triton_resources.py [--target sm_90 ...] [--kernel linear ...]
+    python tests/triton_resources.py [--target sm_90 ...] [--kernel linear ...] [--write]
 
 prints a table of registers, spills and shared memory per kernel and target. The launches are the ones production makes
 (``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here.
-TRITON_INTERPRET must be unset.
+``--write`` makes the table that the tests compare with, and its page in the docs. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -22,12 +22,51 @@ from typing import Any
 
 import torch
 
+import tables
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.triton import Device, Launch
 
 # V of the Qwen family and a chunk of 1024 tokens, the shapes the tiles are meant for.
 V, C, H = 151936, 1024, 4096
+
+TABLE = "triton_resources.json"
+# Units that multiply matrices, the strongest last; AMD has the last one alone.
+MATRIX = ("none", "mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
+COPIES = ("none", "cp.async")  # into shared memory while the program computes: NVIDIA's prefetch
+# When a quantity of a row is worse than in the committed table. All are exact for one version of Triton, but
+# - registers are handed out to a warp in eights per thread on all four targets (CUDA's occupancy calculator, CDNA3's
+#   instruction set manual), so fewer than that change nothing on the machine;
+# - instructions are counted and not run: a few more before or after a loop cost nothing. 2 % is one in a loop of fifty;
+# - with another number of warps the other numbers mean something else.
+RULES = {
+    "warps": tables.differs,
+    "registers": tables.more_granules(8),
+    "spills": tables.more(),
+    "scalar_spills": tables.more(),
+    "shared": tables.more(),
+    "instructions": tables.more(0.02),
+    "matrix": tables.earlier_in(MATRIX),
+    "copies": tables.earlier_in(COPIES),  # without them there is less shared memory, which would pass for better
+}
+ACCEPT = "If that is meant, accept it with `python tests/triton_resources.py --write` (see CONTRIBUTING.md)."
+# The rows that the docs show.
+MAIN = (
+    "full fp32, bf16 gradient on the logits",
+    "full bf16, in place",
+    "full fp32, unaligned rows",
+    "full fp32, softcap and bias",
+    "forward_kl fp32",
+    "jsd fp32",
+    "jsd bf16, everything",
+    "sampled fp32",
+    "sampled bf16, in place",
+    "linear bf16",
+    "linear bf16, softcap and bias",
+    "linear bf16, H = 1000",
+    "linear bf16, 1 row",
+    "linear fp32",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +97,18 @@ class Resources:
     instructions: int  # of the machine code, to compare two versions of a kernel
     assembly: str = dataclasses.field(repr=False)  # PTX on NVIDIA, AMD's own otherwise
     ttgir: str = dataclasses.field(repr=False)
+
+    @property
+    def matrix(self) -> str:
+        """The strongest unit for matrix products that the machine code uses."""
+        return next((name for name in reversed(MATRIX) if name in self.assembly), "none")
+
+    @property
+    def copies(self) -> str:
+        return COPIES[1] if COPIES[1] in self.assembly else "none"
+
+    def row(self) -> tables.Row:
+        return {quantity: getattr(self, quantity) for quantity in RULES}
 
 
 def _logits(dtype: torch.dtype, stride: int = V) -> torch.Tensor:
@@ -255,7 +306,9 @@ def _nvidia(asm: dict) -> tuple[int, int, int, int, str]:
     # a spill shows as a stack frame and as local-memory instructions in the machine code
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     spills = int(found[2]) + int(found[3]) + local
-    return int(found[1]), spills, 0, len(re.findall(r"/\*[0-9a-f]{4,5}\*/", sass)), asm["ptx"]
+    # the code ends in NOPs, which fill it up to a multiple of 128 bytes
+    instructions = len(re.findall(r"/\*[0-9a-f]{4,5}\*/(?!\s*NOP\b)", sass))
+    return int(found[1]), spills, 0, instructions, asm["ptx"]
 
 
 def _amd(asm: dict) -> tuple[int, int, int, int, str]:
@@ -283,12 +336,33 @@ def resources(pairs: list[tuple[str, str]], processes: int | None = None) -> Ite
         yield from pool.map(compile_launch, *zip(*pairs, strict=True))
 
 
+def version() -> str:
+    """What has to be the same for two tables to be comparable: Triton brings its compilers and assemblers along."""
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
+def page(table: dict[str, Any]) -> str:
+    """The main rows as Markdown."""
+
+    def cell(row: tables.Row) -> str:
+        matrix = "" if row["matrix"] == "none" else f", {row['matrix']}"
+        return f"{row['warps']} × {row['registers']}, {row['shared'] / 1024:.0f} KiB{matrix}"
+
+    rows = [[kernel, *(cell(table["rows"][kernel][target]) for target in TARGETS)] for kernel in MAIN]
+    return tables.markdown(["", *TARGETS], rows, numbers=False) + f"\n{table['compiler']}.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--kernel", action="append", help="part of a kernel's name")
     parser.add_argument("--dump", type=Path, help="folder for assembly and TTGIR")
+    parser.add_argument("--write", action="store_true", help="make the committed table and its page in the docs")
     options = parser.parse_args()
+    if options.write and (options.target or options.kernel):
+        parser.error("--write is for all kernels and targets")
     pairs = [
         (kernel, target)
         for target in options.target or TARGETS
@@ -296,13 +370,16 @@ def main() -> None:
         if not options.kernel or any(part in kernel for part in options.kernel)
     ]
     print(
-        f"{'kernel':54}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}",
+        f"{'kernel':54}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}"
+        "  matrix",
         flush=True,
     )
+    rows: dict[str, dict[str, tables.Row]] = {}
     for r in resources(pairs):
+        rows.setdefault(r.kernel, {})[r.target] = r.row()
         print(
             f"{r.kernel:54}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
-            f"{r.instructions:8}",
+            f"{r.instructions:8}  {r.matrix}",
             flush=True,
         )
         if options.dump:
@@ -310,6 +387,9 @@ def main() -> None:
             stem = re.sub(r"\W+", "_", f"{r.kernel}_{r.target}")
             (options.dump / f"{stem}.asm").write_text(r.assembly)
             (options.dump / f"{stem}.ttgir").write_text(r.ttgir)
+    if options.write:
+        tables.save(TABLE, version(), rows)
+        tables.PAGE.write_text(tables.fill(tables.PAGE.read_text(), TABLE, page(tables.load(TABLE))))
 
 
 if __name__ == "__main__":
