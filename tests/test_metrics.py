@@ -136,3 +136,28 @@ def test_a_cancelled_model_makes_no_token_impossible():
     assert per_token["reward"] == pytest.approx(1.0)
     scored = fg.gopd_loss(*models, ids, reward_scale=1.0, score_cancelled=True).metrics().to_dict()
     assert scored["impossible"] == pytest.approx(1 / 3)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes, with its half of the tokens."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batch = make_batch(71, shape=(4, 6), dtype=torch.float32, masked=False)
+    mask = torch.arange(24).reshape(4, 6) % 3 != 0
+    half = (torch.arange(4) // 2 == rank)[:, None] & mask
+    out = fg.gopd_loss(*batch.models, batch.token_ids, mask=half, reward_scale=1.25)
+    torch.save(out.metrics().all_reduce().to_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_together_are_one_process(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    batch = make_batch(71, shape=(4, 6), dtype=torch.float32, masked=False)
+    mask = torch.arange(24).reshape(4, 6) % 3 != 0
+    want = fg.gopd_loss(*batch.models, batch.token_ids, mask=mask, reward_scale=1.25).metrics().to_dict()
+    assert want["tokens"] == 16
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name

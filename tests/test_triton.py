@@ -14,11 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fused_gopd as fg
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.torch import TorchRowOps
@@ -663,3 +665,61 @@ def test_more_than_two_to_the_31_logits(ops: TritonRowOps) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_full_size(ops: TritonRowOps, dtype: torch.dtype) -> None:
     check_linear(ops, *linear_inputs(300, 2048, 32003, dtype))
+
+
+# --- the whole loss on these kernels ----------------------------------------------------------------------------------
+
+N = 5
+PER_TOKEN = {"reward_scale": torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])}
+SAMPLED_OPTIONS = [
+    {"baseline": "expected"},
+    {"old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2), "clip_dual": 3.0},
+    {
+        "old_logprobs": torch.full((N,), -3.0),
+        "ratio": "sequence",
+        "cu_seqlens": torch.tensor([0, 2, 5]),
+        "reduction": "seq-mean-token-mean",
+    },
+    {"rollout_logprobs": torch.full((N,), -3.0), "rollout_is_cap": 2.0},
+    {"advantage_fn": lambda stats: stats.advantages * stats.student_entropy + stats.teacher_entropy},
+    {"advantage_clip": 0.5, "logprob_min": -4.0},
+    {"sft_labels": torch.tensor([1, -100, 3, 4, 0])},
+]
+OTHER_OPTIONS = [
+    {"estimator": "full", "sft_labels": torch.tensor([1, -100, 3, 4, 0]), "sft_weight": 0.5},
+    {"estimator": "full", "divergence": "jsd", **PER_TOKEN},
+    {"estimator": "topk", "k": 7},
+    {"estimator": "topk", "k": 7, "support": "student", "tail": "drop", "divergence": "forward_kl"},
+    {"estimator": "topk", "k": 7, "tail": "renormalize", "divergence": "jsd", **PER_TOKEN},
+    {"estimator": "topk", "k": 7, "sft_labels": torch.tensor([1, -100, 3, 4, 0])},
+    {"estimator": "topk", "k": 7, "reduction": "none"},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLED_OPTIONS + OTHER_OPTIONS, ids=lambda o: " ".join(map(str, o)))
+@pytest.mark.parametrize("kind", ["linear", "logits"])
+@pytest.mark.parametrize("routed", [False, True])
+def test_every_option_is_what_plain_pytorch_makes_of_it(kind: str, routed: bool, options: dict[str, Any]) -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    before = backend.launches()
+    generator = torch.Generator().manual_seed(1)
+    hidden = [torch.randn(N, 24, generator=generator).to(DEVICE) for _ in range(4)]
+    weights = [torch.randn(150, 24, generator=generator).to(DEVICE) / 5 for _ in range(4)]
+    heads: list[Any] = [fg.LinearHead(h, w) for h, w in zip(hidden, weights, strict=True)]
+    if kind == "logits":
+        heads[0] = fg.Logits(hidden[0] @ weights[0].T)
+    leaves = [t.requires_grad_() for t in heads[0].tensors.values()]
+    ids = torch.tensor([3, 9, 4, 140, 77], device=DEVICE)
+    given = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    given = {"reward_scale": 1.25, "chunk_size": 3, **given}
+    teacher: Any = heads[1]
+    if routed:
+        teacher, given["teacher_index"] = heads[1:3], torch.tensor([1, 0, 1, 1, 0], device=DEVICE)
+    results = []
+    for name in ("torch", "triton"):
+        out = fg.gopd_loss(heads[0], teacher, heads[3], ids, backend=name, **given)
+        results.append((out.token_loss, out.entropy, *torch.autograd.grad(out.loss.sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 2e-5 * a.norm().clamp_min(1e-6)
+    assert backend.launches() > before
