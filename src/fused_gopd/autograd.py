@@ -86,6 +86,7 @@ def _pack(job: Job, hook: _Hook | None = None) -> tuple[list[Tensor | None], str
         "surrogate": dataclasses.asdict(job.surrogate),
         "truncation": dataclasses.asdict(job.truncation),
         "sft_weight": job.sft_weight,
+        "grad_filter": job.grad_filter,
         "hook": None if hook is None else hook.number,
     }
     return tensors, json.dumps(static)
@@ -131,6 +132,7 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
         surrogate=Surrogate(**surrogate),
         truncation=Truncation(**options["truncation"]),
         sft_weight=options["sft_weight"],
+        grad_filter=options["grad_filter"],
         advantage_fn=None if options["hook"] is None else _HOOKS[options["hook"]].function,
     )
     return dataclasses.replace(job, **vectors)

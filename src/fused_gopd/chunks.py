@@ -189,6 +189,7 @@ class Job:
     ref_topk: Tensor | None = None
     labels: Tensor | None = None  # (n,) int64, -1 is none
     sft_weight: float = 1.0
+    grad_filter: float = 0.0  # columns of a chunk's logit gradient that are below it everywhere are left out of GEMMs
 
     @property
     def truncated(self) -> bool:
@@ -445,7 +446,7 @@ class _Sink:
         if isinstance(student, LinearHead) and needs.weight:
             # the first chunk overwrites the joint vocabulary's part; the padding past it is never written
             self.weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), job.device)
-            self.weight[job.vocab_size if job.rows.count else 0 :].zero_()
+            self.weight[job.vocab_size if job.rows.count and not job.grad_filter else 0 :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
             self.bias = student.weight.new_zeros(student.vocab_size, dtype=accumulation_dtype(student.weight))
 
@@ -463,18 +464,26 @@ class _Sink:
         stop: int,
     ) -> None:
         student, V = self._job.student, self._job.vocab_size
+        smallest = self._job.grad_filter
         assert isinstance(student, LinearHead)
-        if self.rows is not None:
-            rows = gemm.dhidden(dlogits, student.weight[:V])
+        if weight_scale is not None and self.weight is not None:
+            # on the hidden states, not on the logit gradient, which has to stay at unit scale
+            scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
+            hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
+        weight, total = student.weight[:V], None if self.weight is None else self.weight[:V]
+        columns = gemm.selected(dlogits, smallest) if smallest else None
+        rows: Tensor | None = None
+        if columns is not None:
+            rows = gemm.selected_products(dlogits, weight, columns, hidden, total, self.rows is not None)
+        else:
+            if self.rows is not None:
+                rows = gemm.dhidden(dlogits, weight)
+            if total is not None:
+                gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
+        if self.rows is not None and rows is not None:
             if rows_scale is not None:
                 rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
             self._job.rows.put(self.rows, rows, start, stop)
-        if self.weight is not None:
-            if weight_scale is not None:
-                # on the hidden states, not on the logit gradient, which has to stay at unit scale
-                scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
-                hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
-            gemm.add_dweight_(self.weight[:V], dlogits, hidden, first=start == 0)
         if self.bias is not None:
             scale = self.bias.new_ones(()) if weight_scale is None else weight_scale
             gemm.add_dbias_(self.bias[:V], dlogits, scale)

@@ -150,6 +150,48 @@ def add_dweight_(
     return accumulator
 
 
+# Elements of the weight that selected_products copies at once: a GPU would rather have few launches.
+_SELECTED = {"cpu": _BLOCK_ELEMENTS, "gpu": 1 << 26}
+# Above this share of the vocabulary the products over all of it are the faster ones: selecting copies its operands.
+_MOST_SELECTED = 0.5
+
+
+def selected(dlogits: Tensor, smallest: float) -> Tensor | None:
+    """Columns in which any entry is at least ``smallest``, ascending; None where they are most of the vocabulary.
+
+    NaN counts. Waits for the device: how many there are is a shape.
+    """
+    if not dlogits.numel():
+        return None
+    largest = torch.maximum(dlogits.amax(0), -dlogits.amin(0))
+    columns = (~(largest < smallest)).nonzero()[:, 0]
+    return None if columns.shape[0] > _MOST_SELECTED * dlogits.shape[1] else columns
+
+
+def selected_products(
+    dlogits: Tensor,  # (C, V) of gradient_dtype(weight)
+    weight: Tensor,  # (V, H)
+    columns: Tensor,  # (K,) int64
+    hidden: Tensor | None,  # (C, H), as add_dweight_ takes it
+    accumulator: Tensor | None,  # (V, H) float32, to which the selected rows of dlogits.T @ hidden are added
+    rows: bool,  # whether dlogits @ weight is wanted
+) -> Tensor | None:  # (C, H) float32
+    """:func:`dhidden` and :func:`add_dweight_` over some columns alone."""
+    kind = "cpu" if dlogits.device.type == "cpu" else "gpu"
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    out = torch.zeros(dlogits.shape[0], weight.shape[1], dtype=wide, device=weight.device) if rows else None
+    for some in torch.split(columns, max(1, _SELECTED[kind] // weight.shape[1])):
+        part = dlogits.index_select(1, some)
+        if out is not None:
+            out += dhidden(part, weight.index_select(0, some))
+        if accumulator is not None:
+            assert hidden is not None
+            product = torch.empty(some.shape[0], weight.shape[1], dtype=wide, device=weight.device)
+            # not index_add: its sums have no fixed order on a GPU
+            accumulator[some] += add_dweight_(product, part, hidden, first=True)
+    return out
+
+
 def add_dbias_(
     accumulator: Tensor,  # (V,) float32, float64 for float64 operands
     dlogits: Tensor,  # (C, V) of gradient_dtype(weight)

@@ -79,6 +79,7 @@ def _job(p: Prepared) -> Job:
         ref_topk=p.scores.ref,
         labels=p.labels,
         sft_weight=p.sft_weight,
+        grad_filter=p.grad_filter,
     )
 
 
@@ -133,6 +134,7 @@ def gopd_loss(
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    grad_filter: float = 0.0,
     backend: str = "auto",
 ) -> GOPDOutput:
     """The G-OPD loss of three models, without a [tokens, vocabulary] tensor ever existing.
@@ -209,6 +211,13 @@ def gopd_loss(
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
         chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
+        grad_filter: leave the vocabulary entries whose logit gradient is below this at every token of a chunk out of
+            the two gradient GEMMs; 0 leaves out none. The gradient meant is that at unit scale: dl/dz in ``full``,
+            p - 1[v = y] in ``sampled``, dl/dz over the largest slope in ``topk``; w is what multiplies it later
+            (weight, advantage). A biased approximation with a bound: dhidden of a token is off by at most
+            |w| grad_filter times the sum of the norms of the weight's rows that are left out, and each of these rows
+            of dweight by at most grad_filter sum_t |w_t| ||hidden_t||. Deterministic, but which entries are left out depends on chunk_size.
+            Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers of chunk_size x V per model, independent of the number of
@@ -344,7 +353,8 @@ class GOPDLoss(nn.Module):
         **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
             ``estimator``, ``divergence``, ``beta``, ``k``, ``support``, ``tail``, ``reduction``, ``clip``,
             ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``,
-            ``advantage_fn``, ``sft_weight``, ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``backend``.
+            ``advantage_fn``, ``sft_weight``, ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``grad_filter``,
+            ``backend``.
 
     ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``teacher_index``,
     ``mask``, ``cu_seqlens``, ``old_logprobs``, ``rollout_logprobs``, ``sft_labels``, ``normalizer``,
@@ -358,7 +368,7 @@ class GOPDLoss(nn.Module):
     _OPTIONS = frozenset(
         {"reward_scale", "estimator", "divergence", "beta", "k", "support", "tail", "reduction", "clip", "clip_dual"}
         | {"ratio", "rollout_is_cap", "advantage_clip", "logprob_min", "baseline", "advantage_fn", "sft_weight"}
-        | {"score_cancelled", "vocab_size", "chunk_size", "backend"}
+        | {"score_cancelled", "vocab_size", "chunk_size", "grad_filter", "backend"}
     )
 
     def __init__(self, **options: Any) -> None:

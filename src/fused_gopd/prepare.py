@@ -448,6 +448,7 @@ class Prepared:
     sequences: Sequences
     weights: Tensor  # () or (n,)
     chunk_size: int | None
+    grad_filter: float
     backend: str
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
@@ -523,6 +524,7 @@ def prepare(
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    grad_filter: float = 0.0,
     backend: str = "auto",
 ) -> Prepared:
     """Every check of the input of :func:`fused_gopd.gopd_loss`, before any work."""
@@ -537,6 +539,11 @@ def prepare(
     if score_cancelled and token_ids is None:
         raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
     _require_source("student", student, estimator)
+    grad_filter = require_number("grad_filter", grad_filter)
+    if grad_filter < 0:
+        raise ValueError(f"grad_filter must not be negative, got {grad_filter}")
+    if grad_filter and not isinstance(student, LinearHead):
+        raise ValueError("grad_filter needs a LinearHead as the student: with Logits there is no GEMM to save")
     shape = student.token_shape
     device = student.rows.device
     given = {"teacher": _models("teacher", teacher), "ref": _models("ref", ref)}
@@ -624,6 +631,7 @@ def prepare(
         sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
         chunk_size,
+        grad_filter,
         backend,
         dtype,
         device,

@@ -333,11 +333,12 @@ def gopd_loss(
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    grad_filter: float = 0.0,
     backend: str = "auto",
 ) -> GOPDOutput:
     """:func:`fused_gopd.gopd_loss` in dense PyTorch: same arguments, same result, [tokens, V] memory.
 
-    ``chunk_size`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
+    ``chunk_size``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
     """
     p = prepare(**locals())
     z = _live_logits(p, (p.student,), [(0, p.rows.count)])
