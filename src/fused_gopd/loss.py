@@ -216,8 +216,8 @@ def gopd_loss(
             p - 1[v = y] in ``sampled``, dl/dz over the largest slope in ``topk``; w is what multiplies it later
             (weight, advantage). A biased approximation with a bound: dhidden of a token is off by at most
             |w| grad_filter times the sum of the norms of the weight's rows that are left out, and each of these rows
-            of dweight by at most grad_filter sum_t |w_t| ||hidden_t||. Deterministic, but which entries are left out depends on chunk_size.
-            Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
+            of dweight by at most grad_filter sum_t |w_t| ||hidden_t||. Deterministic, but which entries are left out
+            depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers of chunk_size x V per model, independent of the number of
