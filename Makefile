@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc benchmarks -type f -not -path 'benchmarks/results/*' -not -name '*.so' -not -path '*/__pycache__/*')
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
@@ -49,8 +49,15 @@ conformance: $(VENV)/.test
 	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
 
-bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks
+# The peers are not part of what the tests install.
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) ".[bench-peers]"
+	touch $@
+
+# Options in BENCH: make bench BENCH="--suite models --json results.json"
+BENCH ?=
+bench: $(VENV)/.bench
+	$(BIN)/fused-gopd bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from benchmarks import accuracy, floors, memory
-from benchmarks.providers import FUSED_PREFIX, PROVIDERS, Result, unavailable
-from benchmarks.workloads import Inputs, Workload, synchronize, workloads
 from fused_gopd.chunks import CHUNK_BUDGET_BYTES
+
+from . import accuracy, floors, memory
+from .providers import FUSED_PREFIX, Result, Run
+from .registry import PROVIDERS, cases, providers_of
+from .workloads import SUITES, Inputs, Workload, default_suite, rotation, synchronize
+
+# What a case that has no row says of itself on standard output, for run.py
+SKIPPED = "skipped-case "
+DONE = "done-case "
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-gopd benchmarks")
-    group.addoption("--device", default="cpu", help="where to run: cpu")
+    group.addoption("--device", default="cpu", help="where to run: cpu, cuda")
+    group.addoption("--suite", default=None, choices=list(SUITES), help="which workloads; default by device")
     group.addoption("--jobs", default="", help="comma-separated jobs, default all")
-    group.addoption("--providers", default="", help="comma-separated providers, default all")
-    group.addoption("--seconds", type=float, default=1.0, help="factor on the time spent per provider")
+    group.addoption("--providers", default="", help="comma-separated providers, default all; floor is the floors")
+    group.addoption("--seconds", type=float, default=None, help="factor on the time spent per provider")
     group.addoption("--no-memory", action="store_true", help="skip the memory runs")
     group.addoption("--no-accuracy", action="store_true", help="skip the accuracy runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.suite = config.option.suite or default_suite(config.option.device)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        jobs, providers = (option(name).split(",") if option(name) else [] for name in ("--jobs", "--providers"))
+        found = cases(option("--suite"), option("--device"), jobs, providers)
+        names = [f"{workload.name}-{provider}" for workload, provider in found]
+        metafunc.parametrize(("workload", "provider"), found, ids=names)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    if isinstance(item, pytest.Function) and (call.when == "call" or not report.passed):
+        workload, provider = (item.callspec.params[name] for name in ("workload", "provider"))
+        print(DONE + item.callspec.id, flush=True)
+        if not report.passed:
+            from .test_speed import row_of
+
+            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {call.excinfo}"
+            line = {**row_of(workload, provider), "reason": reason, "failed": report.failed}
+            print(SKIPPED + json.dumps(line), flush=True)
+    return report
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -46,82 +83,110 @@ class Floor(NamedTuple):
     candidates_ms: dict[str, float]  # the better of two calls, by name
 
 
+def _in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
+    cycle = itertools.cycle(steps)
+    return lambda: next(cycle)()
+
+
 @dataclass
 class Session:
     """One workload's inputs at a time: two would not fit a small machine."""
 
     config: pytest.Config
     workload: Workload | None = None
-    _inputs: Inputs | None = None
+    _inputs: list[Inputs] = field(default_factory=list)
     _truth: Result | None = None
-    _peaks: dict[tuple[str, str], memory.Peak] = field(default_factory=dict)
+    _peaks: dict[str, memory.Peak | str] = field(default_factory=dict)
     _floor: Floor | None = None
 
-    def enter(self, job: str) -> Workload:
-        """Make this job's workload the current one."""
-        if self.workload is None or self.workload.job != job:
-            self._inputs = self._truth = self._floor = None
+    def enter(self, workload: Workload) -> None:
+        """Make this workload the current one."""
+        if self.workload != workload:
+            self._inputs, self._truth, self._peaks, self._floor = [], None, {}, None
             gc.collect()
             torch.compiler.reset()
-            self.workload = workloads(self.config.getoption("--device"))[job]
-        return self.workload
+            if torch.device(workload.device).type == "cuda":
+                torch.cuda.empty_cache()
+            self.workload = workload
 
     @property
-    def inputs(self) -> Inputs:
+    def inputs(self) -> list[Inputs]:
+        """Sets that timed calls take in turn, past the caches."""
         assert self.workload is not None
-        if self._inputs is None:
-            self._inputs = self.workload.inputs()
+        if not self._inputs:
+            self._inputs = [self.workload.inputs(seed) for seed in range(rotation(self.workload))]
         return self._inputs
 
     def peak(self, provider: str) -> memory.Peak:
+        """Of one step of the current workload. On a CPU all its providers are measured when the first is asked for."""
         assert self.workload is not None
-        key = (self.workload.job, provider)
-        if key not in self._peaks:
-            self._peaks[key] = memory.measure_apart(*key, self.workload.device)
-        return self._peaks[key]
+        workload, option = self.workload, self.config.getoption
+        if torch.device(workload.device).type == "cuda":
+            if provider not in self._peaks:
+                run = PROVIDERS[provider].prepare(workload)
+                run(self.inputs[0])
+                self._peaks[provider] = memory.measure_gpu(run, self.inputs[0])
+        elif not self._peaks:
+            asked = option("--providers").split(",") if option("--providers") else []
+            names = dict.fromkeys([*providers_of(option("--suite"), workload, asked), self._fused()])
+            able = [name for name in names if PROVIDERS[name].unavailable(workload) is None]
+            self._peaks = memory.measure_apart(option("--suite"), workload, able)
+        peak = self._peaks[provider]
+        if isinstance(peak, str):
+            raise RuntimeError(f"the memory run of {provider} failed: {peak}")
+        return peak
 
-    def errors(self, provider: str) -> accuracy.Errors:
+    def errors(self, run: Run) -> accuracy.Errors:
         assert self.workload is not None
         if self._truth is None:
-            self._truth = accuracy.exact(self.workload, self.inputs)
+            self._truth = accuracy.exact(self.workload, self.inputs[0])
             gc.collect()
-        return accuracy.errors(provider, self.workload, self.inputs, self._truth)
+        return accuracy.errors(run, self.inputs[0], self._truth)
 
     @property
     def floor(self) -> Floor:
-        """The floor of the current job: the fastest of the candidates, each tried twice."""
+        """The floor of the current workload: the fastest of the candidates, each tried twice."""
         if self._floor is None:
             self._floor = self._pick_floor()
         return self._floor
 
     def _pick_floor(self) -> Floor:
         assert self.workload is not None
-        device = self.workload.device
+        workload, device = self.workload, self.workload.device
         sizes: dict[str, int] = {}
         candidates: dict[str, Callable[[], object]] = {}
-        if self.workload.level == "logits":
-            candidates = floors.moving_bytes(self.inputs)
+        if workload.level == "logits":
+            each = [floors.moving_bytes(inputs) for inputs in self.inputs]
+            candidates = {name: _in_turn([steps[name] for steps in each]) for name in each[0]}
         else:
-            assert self.inputs.weights is not None
-            dweight = torch.zeros(self.inputs.weights[0].shape, device=device)
-            for c in floors.chunk_sizes(self.workload, self._fused_memory()):
-                for suffix, own in floors.libraries(device).items():
-                    sizes[f"C={c}{suffix}"] = c
-                    candidates[f"C={c}{suffix}"] = floors.bare_gemms(self.inputs, c, dweight, own)
+            head = self.inputs[0].weights
+            assert head is not None
+            trained = workload.kind.backward and not workload.frozen
+            dweight = torch.zeros(head[0].shape, device=device) if trained else None
+            for c in floors.chunk_sizes(workload, self._fused_memory()):
+                for suffix, own in floors.libraries(workload).items():
+                    steps = [floors.bare_gemms(workload, inputs, c, dweight, own) for inputs in self.inputs]
+                    sizes[f"C={c}{suffix}"], candidates[f"C={c}{suffix}"] = c, _in_turn(steps)
         times = {}
         for name, step in candidates.items():
             times[name] = min(milliseconds(step, device) for _ in range(2))  # the first one is the warm-up
         best = min(times, key=lambda name: times[name])
         return Floor(candidates[best], best, sizes.get(best), times)
 
+    def _fused(self) -> str:
+        """This package's provider; without the compiled extension there is still a fused path with the same chunks."""
+        assert self.workload is not None
+        workload = self.workload
+        names = [p for p in providers_of(self.config.getoption("--suite"), workload) if p.startswith(FUSED_PREFIX)]
+        usable = [p for p in names if PROVIDERS[p].unavailable(workload) is None]
+        return (usable or [FUSED_PREFIX + "torch"])[0]
+
     def _fused_memory(self) -> int:
+        """What this package takes beyond inputs and gradients: the floor's chunk may take as much."""
         assert self.workload is not None
         if self.config.getoption("--no-memory"):
-            return CHUNK_BUDGET_BYTES["cpu" if self.workload.device == "cpu" else "gpu"]
-        names = [p for p in PROVIDERS[self.workload.job] if p.startswith(FUSED_PREFIX)]
-        # without the compiled extension there is still a fused path with the same chunks
-        usable = [p for p in names if not unavailable(p)] or [FUSED_PREFIX + "torch"]
-        return self.peak(usable[0]).extra
+            return CHUNK_BUDGET_BYTES["cpu" if torch.device(self.workload.device).type == "cpu" else "gpu"]
+        return self.peak(self._fused()).extra
 
 
 @pytest.fixture(scope="session")

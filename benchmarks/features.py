@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 import fused_gopd as fg
-from benchmarks.conftest import milliseconds
-from benchmarks.run import _commit, device_name
-from benchmarks.workloads import Inputs, Workload, workloads
+
+from .conftest import milliseconds
+from .run import _commit, device_name
+from .workloads import SUITES, Inputs, Workload
 
 TOKENS = {"cpu": 1024, "gpu": 8192}
 SEQUENCES = 8
@@ -88,7 +89,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     tokens = TOKENS["cpu" if args.device == "cpu" else "gpu"]
-    workload = replace(workloads(args.device)["hidden-sampled"], tokens=tokens)
+    (plain,) = [w for w in SUITES["record"].workloads(args.device) if w.job == "hidden-sampled"]
+    workload = replace(plain, tokens=tokens)
     rows = measure(workload, args.rounds)
     where = f"N={tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
     where += device_name(args.device)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Inputs, Workload
 from fused_gopd import gemm
+
+from .workloads import Inputs, Workload
 
 Step = Callable[[], object]
 
@@ -34,35 +35,46 @@ def moving_bytes(inputs: Inputs) -> dict[str, Step]:
 
 
 # Sizes tried, as far as their buffer fits the memory; the largest one that fits is tried as well.
-CHUNK_SIZES = (128, 256, 512)
+CHUNK_SIZES = {"cpu": (128, 256, 512), "gpu": (1024, 2048, 4096)}
 
 
 def chunk_sizes(workload: Workload, memory: int) -> list[int]:
     """Chunk sizes whose one C x V float32 buffer takes no more than ``memory`` bytes."""
-    largest = min(workload.tokens, max(16, memory // (4 * workload.vocab) // 16 * 16))
-    return sorted({c for c in CHUNK_SIZES if c < largest} | {largest})
+    sizes = CHUNK_SIZES["cpu" if torch.device(workload.device).type == "cpu" else "gpu"]
+    largest = min(workload.live_tokens, max(16, memory // (4 * workload.vocab) // 16 * 16))
+    return sorted({c for c in sizes if c < largest} | {largest})
 
 
-def libraries(device: str) -> dict[str, bool]:
+def libraries(workload: Workload) -> dict[str, bool]:
     """The suffix of a floor's name, and whether it multiplies as the package does rather than with torch.mm."""
-    other = device == "cpu" and gemm._prefers_onednn()
-    return {"": False, ", oneDNN": True} if other else {"": False}
+    if torch.device(workload.device).type != "cpu":
+        return {"": False}
+    if gemm._prefers_onednn():
+        return {"": False, ", oneDNN": True}
+    # MKL's bfloat16 products are slower than widening on CPUs without AMX
+    return {"": False} if workload.dtype == torch.float32 else {"": False, ", widened": True}
 
 
-def bare_gemms(inputs: Inputs, chunk_size: int, dweight: Tensor, own: bool = False) -> Step:
-    """The five products of one step and nothing else: three forwards, dX, and dW accumulated in float32.
+def count(workload: Workload) -> int:
+    """Products of one step: a forward for each model, dX, and dW unless the head is frozen."""
+    return workload.kind.models + (0 if not workload.kind.backward else 1 if workload.frozen else 2)
 
-    One buffer takes the logits of the three models in turn and then stands for the gradient of the logits, so that
-    the same memory allows chunks three times as long as an implementation that must hold three models' logits.
-    ``dweight`` is a (V, H) buffer that all chunk sizes share; the first chunk overwrites it: no zero fill is needed.
-    ``own`` takes the package's products (:mod:`fused_gopd.gemm`) in place of ``torch.mm``: the other library, where
-    that is the faster one on this machine.
+
+def bare_gemms(workload: Workload, inputs: Inputs, chunk_size: int, dweight: Tensor | None, own: bool = False) -> Step:
+    """The products of one step on its unmasked tokens and nothing else; dW is accumulated in float32.
+
+    One buffer takes the logits of the models in turn and then stands for the gradient of the logits, so that the same
+    memory allows chunks longer than those of an implementation that must hold all models' logits.
+    ``dweight`` is a (V, H) buffer that all chunk sizes share, None under a frozen head; the first chunk overwrites it:
+    no zero fill is needed. ``own`` takes the package's products (:mod:`fused_gopd.gemm`) in place of ``torch.mm``: the
+    other library, where that is the faster one on this machine. ``torch.mm`` writes logits in the dtype of the inputs.
     """
     assert inputs.weights is not None
-    rows, weights = ([x.detach() for x in models] for models in (inputs.rows, inputs.weights))
-    tokens, vocab = rows[0].shape[0], weights[0].shape[0]
-    buffer = torch.zeros(min(chunk_size, tokens), vocab, device=rows[0].device)
-    dhidden = torch.zeros(rows[0].shape, device=rows[0].device)
+    rows, weights = [x.detach() for x in inputs.live().rows], [x.detach() for x in inputs.weights]
+    tokens, device = rows[0].shape[0], rows[0].device
+    wide = torch.float32 if own else rows[0].dtype
+    buffer = torch.zeros(min(chunk_size, tokens), weights[0].shape[0], dtype=wide, device=device)
+    dhidden = torch.zeros(rows[0].shape, dtype=wide, device=device)
     # even chunks: 512 tokens at 440 would otherwise be 440 and 72
     chunks = -(-tokens // chunk_size)
     bounds = [tokens * i // chunks for i in range(chunks + 1)]
@@ -70,18 +82,30 @@ def bare_gemms(inputs: Inputs, chunk_size: int, dweight: Tensor, own: bool = Fal
     def step() -> None:
         for start, stop in itertools.pairwise(bounds):
             logits = buffer[: stop - start]
-            if own:
-                for h, w in reversed(list(zip(rows, weights, strict=True))):
-                    gemm.logits_(logits, h[start:stop], w)
-                dhidden[start:stop] = gemm.dhidden(logits, weights[0])
-                gemm.add_dweight_(dweight, logits, rows[0][start:stop], first=start == 0)
-                continue
             for h, w in reversed(list(zip(rows, weights, strict=True))):
-                torch.mm(h[start:stop], w.T, out=logits)
-            torch.mm(logits, weights[0], out=dhidden[start:stop])
-            if start == 0:
-                torch.mm(logits.T, rows[0][start:stop], out=dweight)
+                if own:
+                    gemm.logits_(logits, h[start:stop], w)
+                else:
+                    torch.mm(h[start:stop], w.T, out=logits)
+            if not workload.kind.backward:
+                continue
+            if own:
+                dhidden[start:stop] = gemm.dhidden(logits, weights[0])
             else:
-                dweight.addmm_(logits.T, rows[0][start:stop])
+                torch.mm(logits, weights[0], out=dhidden[start:stop])
+            if dweight is not None:
+                _add_dweight(dweight, logits, rows[0][start:stop], first=start == 0, own=own)
 
     return step
+
+
+def _add_dweight(dweight: Tensor, logits: Tensor, hidden: Tensor, *, first: bool, own: bool) -> None:
+    if own or gemm.accumulates_low_precision(logits):
+        gemm.add_dweight_(dweight, logits, hidden, first=first)
+    elif logits.dtype != dweight.dtype:  # a CPU cannot accumulate bfloat16 products in float32
+        product = logits.T @ hidden
+        dweight.copy_(product) if first else dweight.add_(product)
+    elif first:
+        torch.mm(logits.T, hidden, out=dweight)
+    else:
+        dweight.addmm_(logits.T, hidden)

@@ -1,88 +1,218 @@
-"""Who is measured. A provider turns a workload and its inputs into a step: one call is loss and gradients.
+"""Who is measured. A provider turns a workload into a function of its inputs: one call is the job's whole work.
 
-eager         fused_gopd.reference: dense PyTorch that also reports entropy and KL and copes with -inf logits
-eager-lean    the shortest dense PyTorch that is right for finite logits: the loss alone
-compile       torch.compile of eager-lean's function, one graph without breaks
-fused-NAME    this package on its backend NAME
+eager            fused_gopd.reference: dense PyTorch that also reports entropy and KL and copes with -inf logits
+eager-lean       the shortest dense PyTorch that is right for finite logits: the loss alone
+compile          torch.compile of eager-lean's function, one graph without breaks
+compile-chunked  the same compiled function a chunk of tokens at a time, with the gradients of the chunk
+fused-NAME       this package on its backend NAME
+others           peers.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from benchmarks.workloads import Inputs, Workload
 from fused_gopd import reference
+from fused_gopd.chunks import chunk_size_for, logits_buffers
 from fused_gopd.rowops import unavailable_reason
+
+from .workloads import CLIP, JOBS, JSD_BETA, REWARD_SCALE, Inputs, Workload
 
 
 class Result(NamedTuple):
-    loss: Tensor
+    loss: Tensor  # (N,) log-probs of the job that is forward only
     gradients: tuple[Tensor, ...]  # of Inputs.leaves
 
 
-Step = Callable[[], Result]
+Run = Callable[[Inputs], Result]
+Loss = Callable[[Inputs], Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------ dense, lean
+@dataclass(frozen=True)
+class Provider:
+    jobs: tuple[str, ...]
+    prepare: Callable[[Workload], Run]
+    unavailable: Callable[[Workload], str | None]  # why it cannot run here; None if it can
+    compiles: bool = False  # the first call is not like the others
 
 
-def dense_full(z: Tensor, z_q: Tensor, z_r: Tensor, reward_scale: float) -> Tensor:
-    """mean over tokens of sum_v p [log p - lambda log q - (1 - lambda) log r]"""
-    log_p, log_q, log_r = (x.float().log_softmax(-1) for x in (z, z_q, z_r))
-    return (log_p.exp() * (log_p - reward_scale * log_q - (1 - reward_scale) * log_r)).sum(-1).mean()
+# -------------------------------------------------------------------------------------------------- the work, densely
 
 
-def dense_sampled(z: Tensor, z_q: Tensor, z_r: Tensor, token_ids: Tensor, reward_scale: float) -> Tensor:
-    """mean over tokens of -A rho with A = lambda log q + (1 - lambda) log r - log p detached and rho = 1"""
-
-    def logprob(x: Tensor) -> Tensor:
-        x = x.float()
-        return x.gather(-1, token_ids[:, None])[:, 0] - x.logsumexp(-1)
-
-    log_p = logprob(z)
-    advantage = (reward_scale * logprob(z_q) + (1 - reward_scale) * logprob(z_r) - log_p).detach()
-    return -(advantage * (log_p - log_p.detach()).exp()).mean()
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _dense_function(workload: Workload) -> Callable[[Inputs], Tensor]:
-    scale, sampled, linear = workload.reward_scale, workload.estimator == "sampled", workload.hidden is not None
+def logprob(logits: Tensor, token_ids: Tensor) -> Tensor:
+    z = _wide(logits)
+    return z.gather(-1, token_ids[:, None])[:, 0] - z.logsumexp(-1)
+
+
+def advantage(log_p: Tensor, log_q: Tensor, log_r: Tensor) -> Tensor:
+    """A = lambda log q + (1 - lambda) log r - log p, detached"""
+    return (REWARD_SCALE * log_q + (1 - REWARD_SCALE) * log_r - log_p).detach()
+
+
+def policy_loss(log_p: Tensor, inputs: Inputs) -> Tensor:
+    """mean of max(-A rho, -A clamp(rho)), rho = p / p_old, A of the old policy"""
+    old, log_q, log_r = inputs.scores
+    a, rho = advantage(old, log_q, log_r), (log_p - old).exp()
+    return torch.maximum(-a * rho, -a * rho.clamp(1 - CLIP, 1 + CLIP)).mean()
+
+
+def _policy(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    return policy_loss(logprob(logits[0], inputs.token_ids), inputs)
+
+
+def _reverse_kl(logits: Sequence[Tensor], _: Inputs) -> Tensor:
+    """mean of sum_v p (log p - log q)"""
+    log_p, log_q = (_wide(x).log_softmax(-1) for x in logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _forward_kl(logits: Sequence[Tensor], _: Inputs) -> Tensor:
+    """mean of sum_v q (log q - log p)"""
+    log_p, log_q = (_wide(x).log_softmax(-1) for x in logits)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def _jsd(logits: Sequence[Tensor], _: Inputs) -> Tensor:
+    """mean of beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p"""
+    log_p, log_q = (_wide(x).log_softmax(-1) for x in logits)
+    log_m = torch.logaddexp(log_q + math.log(JSD_BETA), log_p + math.log(1 - JSD_BETA))
+    terms = JSD_BETA * log_q.exp() * (log_q - log_m) + (1 - JSD_BETA) * log_p.exp() * (log_p - log_m)
+    return terms.sum(-1).mean()
+
+
+def _sampled(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    """mean of -A rho, rho = 1"""
+    log_p, log_q, log_r = (logprob(x, inputs.token_ids) for x in logits)
+    return -(advantage(log_p, log_q, log_r) * (log_p - log_p.detach()).exp()).mean()
+
+
+def _full(logits: Sequence[Tensor], _: Inputs) -> Tensor:
+    """mean of sum_v p [log p - lambda log q - (1 - lambda) log r]"""
+    log_p, log_q, log_r = (_wide(x).log_softmax(-1) for x in logits)
+    return (log_p.exp() * (log_p - REWARD_SCALE * log_q - (1 - REWARD_SCALE) * log_r)).sum(-1).mean()
+
+
+OBJECTIVES: dict[str, Callable[[Sequence[Tensor], Inputs], Tensor]] = {
+    "logprobs": lambda logits, inputs: logprob(logits[0], inputs.token_ids),
+    "nll": lambda logits, inputs: -logprob(logits[0], inputs.token_ids).mean(),
+    "policy": _policy,
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "jsd": _jsd,
+    "sampled": _sampled,
+    "full": _full,
+}
+
+
+def dense(workload: Workload) -> Loss:
+    """The job's loss from unmasked inputs, with every model's logits whole."""
+    objective, linear = OBJECTIVES[workload.kind.objective], workload.level == "hidden"
 
     def loss(inputs: Inputs) -> Tensor:
-        z, z_q, z_r = inputs.rows
-        if linear:
-            assert inputs.weights is not None
-            z, z_q, z_r = (h @ w.T for h, w in zip(inputs.rows, inputs.weights, strict=True))
-        if sampled:
-            return dense_sampled(z, z_q, z_r, inputs.token_ids, scale)
-        return dense_full(z, z_q, z_r, scale)
+        if not linear:
+            return objective(inputs.rows, inputs)
+        assert inputs.weights is not None
+        return objective([h @ w.T for h, w in zip(inputs.rows, inputs.weights, strict=True)], inputs)
 
     return loss
 
 
-def _differentiated(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Step:
-    leaves = inputs.leaves
+def differentiated(loss: Loss) -> Run:
+    """Loss and the gradients of the leaves; where there are none, the forward alone."""
 
-    def step() -> Result:
+    def run(inputs: Inputs) -> Result:
+        leaves = inputs.leaves
+        if not leaves:
+            with torch.no_grad():
+                return Result(loss(inputs), ())
         value = loss(inputs)
         return Result(value.detach(), torch.autograd.grad(value, leaves))
 
-    return step
+    return run
 
 
-def _eager_lean(workload: Workload, inputs: Inputs) -> Step:
-    return _differentiated(_dense_function(workload), inputs)
+def of_live(loss: Loss) -> Run:
+    return differentiated(lambda inputs: loss(inputs.live()))
 
 
-def _compile(workload: Workload, inputs: Inputs) -> Step:
-    return _differentiated(torch.compile(_dense_function(workload), fullgraph=True, dynamic=False), inputs)
+def oracle(workload: Workload, inputs: Inputs) -> Result:
+    """The dense function on these inputs, as they are: hand it float64."""
+    return of_live(dense(workload))(inputs)
 
 
-# ---------------------------------------------------------------------------------------- this package and its oracle
+# ----------------------------------------------------------------------------------------------------- dense providers
+
+
+def _compile(workload: Workload) -> Run:
+    return of_live(torch.compile(dense(workload), fullgraph=True, dynamic=False))
+
+
+def buffers(workload: Workload) -> int:
+    """C x V buffers of logits that a chunk of the job holds at once."""
+    joint = workload.kind.objective not in ("logprobs", "nll", "policy", "sampled")
+    return logits_buffers(joint, workload.kind.models)
+
+
+def chunk_size(workload: Workload) -> int:
+    """Tokens of a chunk in this package; the compiled chunks have as many."""
+    return min(workload.live_tokens, chunk_size_for(workload.vocab, buffers(workload), workload.device))
+
+
+def _chunks(inputs: Inputs, size: int) -> list[Inputs]:
+    """Equal chunks but for one token, so that at most two shapes are compiled; student's hidden states as leaves."""
+    tokens = inputs.token_ids.shape[0]
+    count = -(-tokens // size)
+    parts = []
+    for i in range(count):
+        s = slice(tokens * i // count, tokens * (i + 1) // count)
+        student, *others = (h.detach()[s] for h in inputs.rows)
+        student.requires_grad_(inputs.rows[0].requires_grad)
+        scores = tuple(x[s] for x in inputs.scores)
+        parts.append(Inputs((student, *others), inputs.weights, inputs.token_ids[s], None, scores))
+    return parts
+
+
+def _compile_chunked(workload: Workload) -> Run:
+    """Gradients chunk by chunk in the forward, the weight's accumulated in float32."""
+    loss, size = torch.compile(dense(workload), fullgraph=True, dynamic=False), chunk_size(workload)
+
+    def forward(inputs: Inputs) -> Result:
+        with torch.no_grad():
+            return Result(torch.cat([loss(part) for part in _chunks(inputs.live(), size)]), ())
+
+    def run(inputs: Inputs) -> Result:
+        live = inputs.live()
+        tokens, total = live.token_ids.shape[0], torch.zeros((), device=workload.device)
+        dhidden: list[Tensor] = []
+        dweight: Tensor | None = None
+        for part in _chunks(live, size):
+            value = loss(part) * (part.token_ids.shape[0] / tokens)
+            total += value.detach()
+            dh, *dw = torch.autograd.grad(value, part.leaves)
+            dhidden.append(dh)
+            if dw:
+                dweight = dw[0].float() if dweight is None else dweight.add_(dw[0])
+        dh = torch.cat(dhidden)
+        if inputs.mask is not None:
+            dh = dh.new_zeros(inputs.rows[0].shape).index_copy_(0, inputs.mask.nonzero()[:, 0], dh)
+        return Result(total, (dh,) if dweight is None else (dh, dweight.to(dh.dtype)))
+
+    return run if workload.kind.backward else forward
+
+
+# -------------------------------------------------------------------------------------------------------- this package
 
 
 def _heads(inputs: Inputs) -> tuple[fg.LinearHead | fg.Logits, ...]:
@@ -91,47 +221,124 @@ def _heads(inputs: Inputs) -> tuple[fg.LinearHead | fg.Logits, ...]:
     return tuple(fg.LinearHead(h, w) for h, w in zip(inputs.rows, inputs.weights, strict=True))
 
 
-def _package(gopd_loss: Callable[..., fg.GOPDOutput], workload: Workload, inputs: Inputs, backend: str) -> Step:
-    ids = inputs.token_ids if workload.estimator == "sampled" else None
+def gopd(gopd_loss: Callable[..., fg.GOPDOutput], workload: Workload, inputs: Inputs, backend: str) -> Tensor:
+    """The job by this package's call, or by its dense reference of the same signature."""
+    objective, heads = workload.kind.objective, _heads(inputs)
+    options: dict[str, Any] = {"reward_scale": REWARD_SCALE, "mask": inputs.mask, "backend": backend}
+    ids: Tensor | None = inputs.token_ids
+    if objective == "policy":
+        old, q, r = inputs.scores
+        heads = (*heads, fg.TokenLogProbs(q), fg.TokenLogProbs(r))  # type: ignore[assignment]
+        options |= {"old_logprobs": old, "clip": (CLIP, CLIP)}
+    elif objective != "sampled":
+        ids = None
+        options["estimator"] = "full"
+    if len(heads) == 2:
+        heads = (*heads, None)  # type: ignore[assignment]
+        options |= {"reward_scale": 1.0, "divergence": objective}
+        if objective == "jsd":
+            options["beta"] = JSD_BETA
+    return gopd_loss(*heads, ids, **options).loss
 
-    def loss(inputs: Inputs) -> Tensor:
-        options = {"reward_scale": workload.reward_scale, "estimator": workload.estimator, "backend": backend}
-        return gopd_loss(*_heads(inputs), ids, **options).loss
 
-    return _differentiated(loss, inputs)
+def _package(backend: str) -> Callable[[Workload], Run]:
+    def prepare(workload: Workload) -> Run:
+        def logprobs(inputs: Inputs) -> Tensor:
+            found = fg.token_logprobs(_heads(inputs)[0], inputs.token_ids, mask=inputs.mask, backend=backend)
+            assert isinstance(found, Tensor)
+            return found
+
+        if workload.job == "logprobs":
+            return differentiated(logprobs)
+        if workload.job == "nll":
+            return differentiated(lambda inputs: -logprobs(inputs).sum() / live_count(inputs))
+        return differentiated(lambda inputs: gopd(fg.gopd_loss, workload, inputs, backend))
+
+    return prepare
 
 
-def oracle(workload: Workload, inputs: Inputs) -> Result:
-    """The dense reference on these inputs, as they are: hand it float64."""
-    return _package(reference.gopd_loss, workload, inputs, "auto")()
+def live_count(inputs: Inputs) -> int | Tensor:
+    return inputs.token_ids.shape[0] if inputs.mask is None else inputs.mask.sum()
+
+
+def _one_pass(backend: str) -> Callable[[Workload], Run]:
+    """NLL by gopd_loss at a constant advantage of 1: its gradient is that of the NLL, computed in the forward."""
+
+    def prepare(workload: Workload) -> Run:
+        def run(inputs: Inputs) -> Result:
+            (student,) = _heads(inputs)
+            nothing = fg.TokenLogProbs(torch.zeros(inputs.token_ids.shape, device=inputs.token_ids.device))
+            options: dict[str, Any] = {"advantage_fn": lambda stats: torch.ones_like(stats.student_logprobs)}
+            out = fg.gopd_loss(student, nothing, None, inputs.token_ids, mask=inputs.mask, backend=backend, **options)
+            gradients = torch.autograd.grad(out.loss, inputs.leaves)
+            assert out.student_logprobs is not None
+            return Result(-out.student_logprobs.sum() / live_count(inputs), gradients)
+
+        return run
+
+    return prepare
 
 
 # ----------------------------------------------------------------------------------------------------------- registry
 
-_DENSE: dict[str, Callable[[Workload, Inputs], Step]] = {
-    "eager": lambda workload, inputs: _package(reference.gopd_loss, workload, inputs, "auto"),
-    "eager-lean": _eager_lean,
-    "compile": _compile,
-}
 FUSED_PREFIX = "fused-"
+BACKENDS = ("triton", "native", "torch")
+_ALL = tuple(JOBS)
+_HIDDEN = tuple(name for name, job in JOBS.items() if job.level == "hidden")
+_REFERENCE = tuple(name for name, job in JOBS.items() if job.models > 1)
 
-# Providers by job, to be had in ten minutes on two cores. In bfloat16 the dense path stands for the naive accuracy that
-# the fused one must not fall behind.
-PROVIDERS = {
-    "logits-full": ["fused-native", "fused-torch", "compile", "eager-lean", "eager"],
-    "logits-sampled": ["fused-native", "compile", "eager"],
-    "hidden-full": ["fused-native", "compile", "eager"],
-    "hidden-sampled": ["fused-native", "compile"],
-    "hidden-full-bf16": ["fused-native", "eager-lean"],
+
+def _free_memory(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps counts as taken otherwise
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _too_dense(tensors: int) -> Callable[[Workload], str | None]:
+    """Dense code whose [tokens, vocabulary] tensors do not fit is left out before it takes the machine down."""
+
+    def reason(workload: Workload) -> str | None:
+        needed, free = tensors * workload.live_tokens * workload.vocab * 4, _free_memory(workload.device)
+        if needed <= free:
+            return None
+        return f"its logits take {needed / 2**30:.0f} GiB of {free / 2**30:.0f} GiB free memory"
+
+    return reason
+
+
+def _backend_reason(backend: str) -> Callable[[Workload], str | None]:
+    def reason(workload: Workload) -> str | None:
+        on_cpu = torch.device(workload.device).type == "cpu"
+        if backend != "torch" and on_cpu != (backend == "native"):
+            return f"for a {'GPU' if on_cpu else 'CPU'}"
+        return unavailable_reason(backend)
+
+    return reason
+
+
+def _one_chunk(workload: Workload) -> str | None:
+    return (
+        "all tokens fit one chunk: the same as without chunks" if chunk_size(workload) == workload.live_tokens else None
+    )
+
+
+def _fused() -> dict[str, Provider]:
+    found = {}
+    for backend in BACKENDS:
+        found[FUSED_PREFIX + backend] = Provider(_ALL, _package(backend), _backend_reason(backend))
+        found[f"{FUSED_PREFIX}{backend}-one-pass"] = Provider(("nll",), _one_pass(backend), _backend_reason(backend))
+    return found
+
+
+# tensors of [tokens, vocabulary] in float32 that are alive at once: fused_gopd.cli.plan.dense_peak says where they are
+OWN = {
+    **_fused(),
+    "compile-chunked": Provider(_HIDDEN, _compile_chunked, _one_chunk, compiles=True),
+    "compile": Provider(_ALL, _compile, _too_dense(2), compiles=True),
+    "eager-lean": Provider(_ALL, lambda w: of_live(dense(w)), _too_dense(5)),
+    "eager": Provider(
+        _REFERENCE, lambda w: differentiated(lambda i: gopd(reference.gopd_loss, w, i, "auto")), _too_dense(9)
+    ),
 }
-
-
-def unavailable(provider: str) -> str | None:
-    """Why a provider cannot run here; None if it can."""
-    return unavailable_reason(provider.removeprefix(FUSED_PREFIX)) if provider.startswith(FUSED_PREFIX) else None
-
-
-def step_of(provider: str, workload: Workload, inputs: Inputs) -> Step:
-    if provider.startswith(FUSED_PREFIX):
-        return _package(fg.gopd_loss, workload, inputs, provider.removeprefix(FUSED_PREFIX))
-    return _DENSE[provider](workload, inputs)

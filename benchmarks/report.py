@@ -1,11 +1,11 @@
-"""Tables from the rows of a run: ``python benchmarks/report.py RESULTS.json [PAGE.md ...] [--check]``.
+"""Tables from the rows of a run: ``python benchmarks/report.py RESULTS.json [PAGE.md ...] [--check] [--plot FILE]``.
 
 Without pages it prints. In a page it fills what is between
 
     <!-- benchmark RESULTS.json JOB[,JOB...] -->   and   <!-- /benchmark -->
 
-with the table of these jobs, for every such pair whose file name is that of the results. ``--check`` writes nothing
-and fails where a page is not what it would write.
+with the tables of these jobs, for every such pair whose file name is that of the results. ``--check`` writes nothing
+and fails where a page is not what it would write. ``--plot`` draws time against memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
 TITLES = {
+    "logprobs": "log-probs of given tokens, one model, forward alone",
+    "nll": "mean negative log-likelihood, one model",
+    "policy": "clipped policy gradient, one model: scores of teacher and reference given",
+    "reverse-kl": "KL(student ‖ teacher), two models: λ = 1, no reference",
+    "forward-kl": "KL(teacher ‖ student), two models: λ = 1, no reference",
+    "jsd": "Jensen–Shannon divergence, two models: λ = 1, no reference",
     "logits-full": "`full`, three models, logits given",
     "logits-sampled": "`sampled`, three models, logits given",
     "hidden-full": "`full`, three models, from hidden states",
@@ -29,9 +35,24 @@ NAMES = {
     "eager": "dense eager, all outputs",
     "eager-lean": "dense eager, loss alone",
     "compile": "dense `torch.compile`, loss alone",
+    "compile-chunked": "chunked `torch.compile`, loss alone",
     "fused-native": "**this package**, `native`",
     "fused-torch": "this package, `torch`",
     "fused-triton": "**this package**, `triton`",
+    "fused-native-one-pass": "**this package**, `native`, `gopd_loss` with advantage 1",
+    "fused-torch-one-pass": "this package, `torch`, `gopd_loss` with advantage 1",
+    "fused-triton-one-pass": "**this package**, `triton`, `gopd_loss` with advantage 1",
+    "torch-lce": "PyTorch `F.linear_cross_entropy`, chunks as long as this package's",
+    "torch-lce-auto": "PyTorch `F.linear_cross_entropy`, chunks of its own choice",
+    "cce": "cut-cross-entropy, skipping small gradients",
+    "cce-exact": "cut-cross-entropy, skipping nothing",
+    "cce-compile": "cut-cross-entropy, `torch_compile`",
+    "liger-flce": "Liger fused linear cross entropy",
+    "liger-grpo": "Liger chunked GRPO",
+    "liger-jsd": "Liger fused linear JSD",
+    "liger-chunked-jsd": "Liger chunked JSD",
+    "trl-logprobs": "TRL `ChunkedLogProbFunction`",
+    "trl-divergence": "TRL `ChunkedDivergenceFunction`",
 }
 _REGION = re.compile(r"(<!-- benchmark (\S+) (\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
@@ -51,10 +72,14 @@ def _ratio(x: float | None, of: float | None) -> str:
 
 
 def _shape(row: Row) -> str:
-    hidden = row["hidden"]
+    hidden = [h for h in row["hidden"] or [] if h is not None]
     parts = [f"N={row['tokens']}", f"V={row['vocab']}", row["dtype"]]
     if hidden:
         parts.insert(1, f"H={hidden[0]}" if len(set(hidden)) == 1 else f"H={'/'.join(map(str, hidden))}")
+    if row.get("masked"):
+        parts.append(f"{100 * row['masked']:.0f} % masked")
+    if row.get("frozen"):
+        parts.append("frozen head")
     return ", ".join(parts)
 
 
@@ -75,44 +100,86 @@ def _other_library(row: Row) -> tuple[str, float] | None:
     return best, plain[best]
 
 
-def table(rows: list[Row], job: str) -> str:
-    """One job as Markdown. The floor, which returns nothing, has no memory and no errors."""
-    listed = [r for r in rows if r["job"] == job]
-    hidden, bf16 = listed[0]["hidden"] is not None, job.endswith("-bf16")
-    floor = "to float32" if bf16 else "to bare GEMMs" if hidden else "to moving bytes"
+class Table(NamedTuple):
+    """One workload: a title, column heads, and rows of cells in Markdown."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def groups(result: dict[str, Any], jobs: list[str] | None = None) -> list[list[Row]]:
+    """Rows of one job and shape each, those that were not run at the end."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in [*result["rows"], *result.get("skipped", [])]:
+        if jobs is None or row["job"] in jobs:
+            found.setdefault((row["job"], _shape(row)), []).append(row)
+    order = jobs or list(dict.fromkeys(job for job, _ in found))
+    return [rows for job in order for (name, _), rows in found.items() if name == job]
+
+
+def base_of(row: Row, rows: list[Row]) -> float | None:
+    """What a row's time is a ratio to: its floor, or in the log's bfloat16 job the same in float32."""
+    if row["job"].endswith("-bf16"):
+        return _fp32_twin(row, rows)
+    return row.get("gemm_ms_p50" if row["hidden"] is not None else "bytes_ms_p50")
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 5 else f"{ms:.2g}"
+
+
+def table(listed: list[Row], rows: list[Row]) -> Table:
+    """The floor, which returns nothing, has no memory and no errors."""
+    hidden, bf16 = listed[0]["hidden"] is not None, listed[0]["job"].endswith("-bf16")
     errors = ["loss", "dhidden", "dweight"] if hidden else ["loss", "dlogits"]
-    head = ["", "ms, median", "p20–p80", floor, "beyond inputs and gradients", *(f"error {e}" for e in errors)]
-    lines = [f"{TITLES.get(job, job)}: {_shape(listed[0])}", "", "| " + " | ".join(head) + " |"]
-    lines.append("|---|" + "---:|" * (len(head) - 1))
+    head = ["", "ms, median", "p20–p80", "to float32" if bf16 else "to bare GEMMs" if hidden else "to moving bytes"]
+    head += ["beyond inputs and gradients", *(f"error {e}" for e in errors)]
+    cells = []
     for row in listed:
         name = NAMES.get(row["provider"], row["provider"])
+        if "reason" in row:
+            cells.append([f"{name}: not run, {row['reason']}", *["–"] * (len(head) - 1)])
+            continue
         if "floor" in row:
             name += f" ({row['floor']})"
-        base = _fp32_twin(row, rows) if bf16 else row.get("gemm_ms_p50" if hidden else "bytes_ms_p50")
-        slower = _other_library(row)
-        cells = [name, f"{row['ms_p50']:.0f}", f"{row['ms_p20']:.0f}–{row['ms_p80']:.0f}", _ratio(row["ms_p50"], base)]
-        cells += [_bytes(row.get("peak_extra_bytes")), *(_error(row.get(f"error_{e}")) for e in errors)]
-        lines.append("| " + " | ".join(cells) + " |")
+        base, slower = base_of(row, rows), _other_library(row)
+        times = [_milliseconds(row["ms_p50"]), f"{_milliseconds(row['ms_p20'])}–{_milliseconds(row['ms_p80'])}"]
+        cells.append([name, *times, _ratio(row["ms_p50"], base), _bytes(row.get("peak_extra_bytes"))])
+        cells[-1] += [_error(row.get(f"error_{e}")) for e in errors]
         if slower is not None:
             chunk, ms = slower
-            cells = [f"the same with `torch.mm` ({chunk})", f"{ms:.0f}", "–", _ratio(ms, base)]
-            lines.append("| " + " | ".join(cells + ["–"] * (1 + len(errors))) + " |")
-    return "\n".join(lines) + "\n"
+            cells.append([f"the same with `torch.mm` ({chunk})", _milliseconds(ms), "–", _ratio(ms, base), "–"])
+            cells[-1] += ["–"] * len(errors)
+    return Table(f"{TITLES.get(listed[0]['job'], listed[0]['job'])}: {_shape(listed[0])}", head, cells)
+
+
+def tables(result: dict[str, Any], jobs: list[str] | None = None) -> list[Table]:
+    """Of some jobs, all by default."""
+    found = {row["job"] for row in [*result["rows"], *result.get("skipped", [])]}
+    missing = sorted(set(jobs or []) - found)
+    if missing:
+        raise SystemExit(f"no rows for {', '.join(missing)}; there are {', '.join(sorted(found))}")
+    return [table(listed, result["rows"]) for listed in groups(result, jobs)]
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """What it was measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    kept = "; freed memory kept by the allocator" if result.get("allocator") else ""
+    driver = f", driver {result['driver']}" if result.get("driver") else ""
+    commit, _, dirty = (result["commit"] or "unknown").partition("-")
+    commit = commit[:12] + (", with changes" if dirty else "")
+    return f"{result['device']}{driver}{kept}; {versions}; commit {commit}, {result['date'][:10]}."
 
 
 def markdown(result: dict[str, Any], jobs: list[str] | None = None) -> str:
     """The tables of some jobs, all by default, and what they were measured on."""
-    rows = result["rows"]
-    found = list(dict.fromkeys(r["job"] for r in rows))
-    missing = sorted(set(jobs or []) - set(found))
-    if missing:
-        raise SystemExit(f"no rows for {', '.join(missing)}; there are {', '.join(found)}")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    kept = "; freed memory kept by the allocator" if result.get("allocator") else ""
-    commit, _, dirty = (result["commit"] or "unknown").partition("-")
-    commit = commit[:12] + (", with changes" if dirty else "")
-    where = f"{result['device']}{kept}; {versions}; commit {commit}, {result['date'][:10]}."
-    return "\n".join([table(rows, job) for job in jobs or found]) + "\n" + where + "\n"
+    parts = []
+    for title, head, rows in tables(result, jobs):
+        lines = [title, "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+        parts.append("\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n")
+    return "\n".join(parts) + "\n" + provenance(result) + "\n"
 
 
 def fill(page: str, name: str, result: dict[str, Any]) -> str:
@@ -127,14 +194,66 @@ def fill(page: str, name: str, result: dict[str, Any]) -> str:
     return _REGION.sub(region, page)
 
 
+def _colour(provider: str) -> str:
+    for prefix, colour in (("fused", "C3"), ("eager", "0.55"), ("compile", "C7"), ("torch", "C1"), ("cce", "C2")):
+        if provider.startswith(prefix):
+            return colour
+    return "C4" if provider.startswith("liger") else "C0"
+
+
+def _panel(axis: Any, rows: list[Row]) -> None:
+    points = []
+    for row in rows:
+        base = base_of(row, [])
+        if base is not None:
+            # a resident set may come out a page or two below the inputs': a log axis starts at 1 MiB
+            points.append((row["ms_p50"] / base, max(1.0, row["peak_extra_bytes"] / 2**20), row["provider"]))
+    for i, (y, x, name) in enumerate(sorted(points)):
+        axis.plot(x, y, "o", color=_colour(name))
+        # neighbours in time have their names on different sides
+        side = {"xytext": (5, 3), "ha": "left"} if i % 2 == 0 else {"xytext": (-5, 3), "ha": "right"}
+        axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **side)
+    times, sizes = [y for y, _, _ in points], [x for _, x, _ in points]
+    axis.axhline(1, color="0.8", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set(xlim=(min(sizes) / 4, max(sizes) * 4), ylim=(min(1, *times) / 1.3, max(1, *times) * 1.5))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g} MiB" if x < 1024 else f"{x / 1024:g} GiB")
+    axis.yaxis.set_major_formatter("{x:g}×")
+    axis.set(xlabel="beyond inputs and gradients", ylabel="time to the floor")
+    axis.set_title(f"{rows[0]['job']}\n{_shape(rows[0])}", fontsize=9)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time as a ratio to the floor against memory beyond inputs and gradients, a panel for each job and shape."""
+    from matplotlib.figure import Figure
+
+    panels = [[r for r in rows if "ms_p50" in r and r.get("peak_extra_bytes") is not None] for rows in groups(result)]
+    panels = [rows for rows in panels if any(r.get("gemm_ms_p50") or r.get("bytes_ms_p50") for r in rows)]
+    if not panels:
+        raise ValueError("no row has both a time and a memory figure: nothing to plot")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * lines + 0.4), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for rows, axis in zip(panels, axes, strict=False):
+        _panel(axis, rows)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("pages", type=Path, nargs="*")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--plot", type=Path, help="an image file, its format by its ending")
     args = parser.parse_args()
     result = json.loads(args.results.read_text())
-    if not args.pages:
+    if args.plot:
+        plot(result, args.plot)
+    elif not args.pages:
         print(markdown(result))
     stale = False
     for path in args.pages:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: run the suite, write one JSON of rows, print the tables."""
+"""``python -m benchmarks`` and ``fused-gopd bench``: run a suite, write one JSON of rows, print the tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -17,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
+from . import conftest, registry, report
+from .workloads import JOBS, SUITES, default_suite
 
-_ROOT = Path(__file__).resolve().parent.parent
+_HERE = Path(__file__).resolve().parent
 
 # With --keep-memory. glibc gives every large tensor back to the system when it is freed and asks anew for the next. A
 # virtual machine may hand such pages back to its host, and getting them again then takes longer than the arithmetic.
@@ -62,15 +66,25 @@ def _driver(device: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that was measured; ``-dirty`` where tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """The commit that was measured; ``-dirty`` where tracked files differ from it. None outside a checkout of ours."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], check=False, cwd=_HERE, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    # an installed package may lie in somebody else's checkout
+    root = git("rev-parse", "--show-toplevel")
+    if not root or not (Path(root) / "src" / "fused_gopd").is_dir():
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+_PACKAGES = ("fused-gopd", "pytest-benchmark", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("fused-gopd", "pytest-benchmark", "triton"):
+    for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -88,60 +102,162 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def rows_of(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows from pytest-benchmark's JSON. Every row of a job gets the floor's time: its neighbour's, else the job's."""
+    """Rows from pytest-benchmark's JSON. Each has the time of the floor that ran beside it."""
     rows = []
     for bench in measured["benchmarks"]:
         times = [1e3 * t for t in bench["stats"]["data"]]
-        quantiles = {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
-        rows.append({**bench["extra_info"], **quantiles, "rounds": len(times)})
-    floors = {row["job"]: row["ms_p50"] for row in rows if "floor" in row}
-    for row in rows:
-        beside = row.pop("floor_ms", None)
-        key = "bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"
+        row = dict(bench["extra_info"])
+        beside = row.pop("floor_ms", times if "floor" in row else None)
+        row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
+        row["rounds"] = len(times)
         if beside:
-            row[key] = median(beside)
-        elif row["job"] in floors:
-            row[key] = floors[row["job"]]
+            row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(beside)
+        rows.append(row)
     return rows
+
+
+class BadOptionError(ValueError):
+    """An option that names what there is not."""
+
+    def __init__(self, option: str, expected: Sequence[str], got: str) -> None:
+        super().__init__(f"expected {', '.join(expected)}, got {got!r}")
+        self.option = option
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run. Empty jobs and providers are all of the suite's."""
+
+    device: str = "cpu"
+    suite: str = ""  # default by device
+    jobs: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    seconds: float | None = None  # factor on the time spent per provider; default the suite's
+    memory: bool = True
+    accuracy: bool = True
+    keep_memory: bool = False
+
+    def checked(self) -> Options:
+        """Itself with the suite filled in, or an error that says which option, what was expected and what came."""
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise BadOptionError("--device", ("cpu", "cuda"), self.device)
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise BadOptionError("--device", ("cpu: PyTorch finds no GPU here",), self.device)
+        suite = self.suite or default_suite(self.device)
+        if suite not in SUITES:
+            raise BadOptionError("--suite", tuple(SUITES), suite)
+        known = (*registry.PROVIDERS, registry.FLOOR)
+        for option, names, allowed in (("--jobs", self.jobs, tuple(JOBS)), ("--providers", self.providers, known)):
+            for name in names:
+                if name not in allowed:
+                    raise BadOptionError(option, allowed, name)
+        checked = replace(self, suite=suite)
+        if not checked.cases:
+            there = [w for w in SUITES[suite].workloads(self.device) if not self.jobs or w.job in self.jobs]
+            if not there:
+                jobs = dict.fromkeys(w.job for w in SUITES[suite].workloads(self.device))
+                raise BadOptionError("--jobs", tuple(jobs), ", ".join(self.jobs))
+            able = {name for w in there for name, p in registry.PROVIDERS.items() if w.job in p.jobs}
+            raise BadOptionError("--providers", tuple(sorted(able)), ", ".join(self.providers))
+        return checked
+
+    @property
+    def cases(self) -> list[str]:
+        found = registry.cases(self.suite, self.device, self.jobs, self.providers)
+        return [f"{workload.name}-{provider}" for workload, provider in found]
+
+    def command(self, raw: Path) -> list[str]:
+        """pytest on this folder's suite, whatever project the caller stands in."""
+        command = [sys.executable, "-m", "pytest", str(_HERE / "test_speed.py"), "-c", os.devnull]
+        command += [f"--rootdir={_HERE}", "-q", "-s", "-p", "no:cacheprovider"]
+        command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={raw}"]
+        command += [f"--device={self.device}", f"--suite={self.suite}"]
+        command += [f"--jobs={','.join(self.jobs)}", f"--providers={','.join(self.providers)}"]
+        command += [] if self.seconds is None else [f"--seconds={self.seconds}"]
+        return command + ["--no-memory"] * (not self.memory) + ["--no-accuracy"] * (not self.accuracy)
+
+
+def measure(options: Options, done: Callable[[str], None]) -> dict[str, Any]:
+    """Run the cases and call ``done`` with the name of each. Failed cases are in ``skipped`` with ``failed`` set."""
+    allocator = ALLOCATOR if options.keep_memory else {}
+    start = time.monotonic()
+    skipped, output = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "pytest-benchmark.json"
+        environment = {**os.environ, **allocator, "PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": ""}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(options.command(raw), env=environment, **pipes) as process:
+            for line in process.stdout or ():
+                # pytest's dots stand before the marks
+                _, mark, rest = line.partition(conftest.SKIPPED)
+                if mark:
+                    skipped.append(json.loads(rest))
+                _, mark, name = line.partition(conftest.DONE)
+                if mark:
+                    done(name.strip())
+                output.append(line)
+        if process.returncode not in (0, 1) or not raw.exists():
+            raise RuntimeError(f"pytest ended with {process.returncode}:\n{''.join(output[-100:])}")
+        text = raw.read_text()
+    return {
+        "suite": options.suite,
+        "device": device_name(options.device),
+        "driver": _driver(options.device),
+        "versions": _versions(),
+        "allocator": allocator,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - start, 1),
+        "rows": rows_of(json.loads(text)) if text else [],
+        "skipped": skipped,
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def listing() -> str:
+    """What the options may name."""
+    parts = ["suites", *(f"  {name:18} {suite.what}" for name, suite in SUITES.items()), "jobs"]
+    parts += [f"  {name:18} {report.TITLES[name]}" for name in JOBS]
+    parts += ["providers", *(f"  {name:18} {report.NAMES[name]}" for name in registry.PROVIDERS)]
+    return "\n".join(part.replace("**", "").replace("`", "") for part in parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--suite", default="", help=f"{', '.join(SUITES)}; default by device")
     parser.add_argument("--jobs", default="", help="comma-separated, default all")
     parser.add_argument("--providers", default="", help="comma-separated, default all; the floors are called floor")
-    parser.add_argument("--seconds", type=float, default=1.0, help="factor on the time spent per provider")
+    parser.add_argument("--seconds", type=float, help="factor on the time spent per provider")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-accuracy", action="store_true")
     parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory while timing")
     args = parser.parse_args()
-    allocator = ALLOCATOR if args.keep_memory else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / "pytest-benchmark.json"
-        command = [sys.executable, "-m", "pytest", "benchmarks/test_speed.py", "-q", "-rs", "-p", "no:cacheprovider"]
-        command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={raw}"]
-        command += [f"--device={args.device}", f"--jobs={args.jobs}", f"--providers={args.providers}"]
-        command += [f"--seconds={args.seconds}"]
-        command += [flag for flag in ("--no-memory", "--no-accuracy") if getattr(args, flag[2:].replace("-", "_"))]
-        status = subprocess.run(command, check=False, cwd=_ROOT, env={**os.environ, **allocator}).returncode
-        if not raw.exists() or not raw.stat().st_size:
-            return status or 1
-        measured = json.loads(raw.read_text())
-    result = {
-        "device": device_name(args.device),
-        "driver": _driver(args.device),
-        "versions": _versions(),
-        "allocator": allocator,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": rows_of(measured),
-    }
+    selection = {"jobs": names(args.jobs), "providers": names(args.providers), "seconds": args.seconds}
+    rest = {"memory": not args.no_memory, "accuracy": not args.no_accuracy, "keep_memory": args.keep_memory}
+    try:
+        options = Options(args.device, args.suite, **selection, **rest).checked()
+    except BadOptionError as error:
+        parser.error(f"{error.option}: {error}")
+    result = measure(options, lambda name: print(name, file=sys.stderr, flush=True))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.json)
     print(report.markdown(result))
-    return status
+    return int(any(row["failed"] for row in result["skipped"]))
 
 
 if __name__ == "__main__":

@@ -1,101 +1,130 @@
 """Time per step of every provider on every workload, with its memory and its errors beside it.
 
 Nothing here asserts a time. Quantiles come from the rounds that pytest-benchmark records; a warm-up round is left out,
-and with it compilation. Before each round of a fused provider the floor runs once and is timed too, so that the ratio
-of the two is taken between neighbours in time.
+and with it compilation. Before each round of a provider the floor runs once and is timed too, so that the ratio of the
+two is taken between neighbours in time.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import Session, milliseconds
-from benchmarks.providers import FUSED_PREFIX, PROVIDERS, step_of, unavailable
-from benchmarks.workloads import Workload, synchronize
-from fused_gopd.chunks import chunk_size_for, logits_buffers
+from .conftest import Session, milliseconds
+from .floors import count
+from .providers import FUSED_PREFIX, chunk_size
+from .registry import FLOOR, PROVIDERS, has_floor
+from .workloads import SUITES, Workload, synchronize
 
-FLOOR = "floor"
 # Seconds of measured rounds per provider, and the fewest and the most rounds; seconds of warm-up.
 SECONDS = {"logits": 4.0, "hidden": 16.0}
 ROUNDS = (3, 41)
 WARM_UP = 1.0
+NUMBERS = ("no", "one", "two", "three", "four", "five")
 
-CASES = [(job, p) for job, providers in PROVIDERS.items() for p in ([] if "bf16" in job else [FLOOR]) + providers]
 
-
-def _row(workload: Workload, provider: str) -> dict[str, Any]:
-    fused = provider.startswith(FUSED_PREFIX)
-    chunk = None
-    if fused and workload.hidden is not None:
-        models = logits_buffers(workload.estimator == "full", len(workload.hidden))
-        chunk = min(workload.tokens, chunk_size_for(workload.vocab, models, workload.device))
+def row_of(workload: Workload, provider: str) -> dict[str, Any]:
+    """What a row says of its workload, and of the chunks where its provider's are known."""
+    hidden = None if workload.hidden is None else [*workload.hidden, None, None][:3]
+    chunk_dtypes = {"compile-chunked": workload.dtype_name}
+    if provider.startswith(FUSED_PREFIX) and hidden is not None:
+        chunk_dtypes[provider] = "float32"
     return {
         "job": workload.job,
         "provider": provider,
         "tokens": workload.tokens,
-        "hidden": workload.hidden,
+        "hidden": hidden,
         "vocab": workload.vocab,
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "chunk_dtype": "float32" if fused and workload.hidden is not None else None,
-        "chunk_size": chunk,
+        "dtype": workload.dtype_name,
+        "chunk_dtype": chunk_dtypes.get(provider),
+        "chunk_size": chunk_size(workload) if provider in chunk_dtypes else None,
         "masked": workload.masked,
+        "frozen": workload.frozen,
     }
 
 
-@pytest.mark.parametrize(("job", "provider"), CASES, ids=["-".join(case) for case in CASES])
-def test_step(job: str, provider: str, benchmark: BenchmarkFixture, session: Session) -> None:
-    option = session.config.getoption
-    for name, value in (("--jobs", job), ("--providers", provider)):
-        if option(name) and value not in option(name).split(","):
-            pytest.skip(f"not in {name}")
-    reason = None if provider == FLOOR else unavailable(provider)
+def _floor(session: Session, workload: Workload, extra: dict[str, Any]) -> Callable[[], object]:
+    floor = session.floor
+    gemms = count(workload)
+    name = f"{NUMBERS[gemms]} bare GEMM{'s' * (gemms > 1)}"
+    extra |= {
+        "provider": "moving the bytes once" if workload.level == "logits" else name,
+        "floor": floor.name,
+        "chunk_size": floor.chunk_size,
+        "candidates_ms": floor.candidates_ms,
+    }
+    return floor.step
+
+
+def _measured(session: Session, workload: Workload, provider: str, extra: dict[str, Any]) -> Callable[[], object]:
+    """The provider's step on one set of inputs after another; memory and errors go into ``extra``."""
+    reason = PROVIDERS[provider].unavailable(workload)
     if reason is not None:
-        pytest.skip(f"{provider} is not available: {reason}")
-    workload = session.enter(job)
-    benchmark.group = job
-    benchmark.extra_info |= _row(workload, provider)
-    if provider == FLOOR:
-        floor = session.floor
-        step = floor.step
-        benchmark.extra_info |= {
-            "provider": "moving the bytes once" if workload.level == "logits" else "five bare GEMMs",
-            "floor": floor.name,
-            "chunk_size": floor.chunk_size,
-            "candidates_ms": floor.candidates_ms,
-        }
-    else:
-        if not option("--no-memory"):
-            peak = session.peak(provider)
-            benchmark.extra_info |= {"peak_extra_bytes": peak.extra, "peak_extra_bytes_allocator": peak.allocated}
-        if not option("--no-accuracy"):
-            loss, rows, weight = session.errors(provider)
-            names = ("error_loss", "error_dlogits" if workload.hidden is None else "error_dhidden", "error_dweight")
-            benchmark.extra_info |= dict(zip(names, (loss, rows, weight), strict=True))
-        step = step_of(provider, workload, session.inputs)
+        pytest.skip(reason)
+    run = PROVIDERS[provider].prepare(workload)
+    option = session.config.getoption
+    if not option("--no-accuracy"):
+        names = ("error_loss", "error_dlogits" if workload.hidden is None else "error_dhidden", "error_dweight")
+        extra |= dict(zip(names, session.errors(run), strict=True))
+    if not option("--no-memory"):
+        peak = session.peak(provider)
+        extra |= {"peak_extra_bytes": peak.extra, "peak_extra_bytes_allocator": peak.allocated}
+    sets = itertools.cycle(session.inputs)
+    return lambda: run(next(sets))
 
-    # Warm-up until its calls add up to WARM_UP seconds, two calls at least where the first one compiles. The first
-    # steps of a process fault memory in that the host of a virtual machine has to find, at ten times the time of later
-    # ones. The last call says how many rounds fit.
-    estimates = [milliseconds(step, workload.device) / 1e3 for _ in range(2 if provider == "compile" else 1)]
-    while sum(estimates) < WARM_UP:
-        estimates.append(milliseconds(step, workload.device) / 1e3)
-    estimate = estimates[-1]
-    rounds = round(option("--seconds") * SECONDS[workload.level] / estimate)
+
+def _rounds(timed: Callable[[], float], beside: float, workload: Workload, seconds: float, *, compiles: bool) -> int:
+    """Warm-up until its calls add up to WARM_UP seconds, two calls at least where the first one compiles.
+
+    The first steps of a process fault memory in that the host of a virtual machine has to find, at ten times the time
+    of later ones. The last call and the floor's time ``beside`` each round say how many rounds fit.
+    """
+    estimates = [timed() for _ in range(2 if compiles else 1)]
+    while seconds and sum(estimates) < 1e3 * WARM_UP:
+        estimates.append(timed())
+    fitting = round(seconds * 1e3 * SECONDS[workload.level] / (estimates[-1] + beside))
+    return min(max(fitting, ROUNDS[0]), ROUNDS[1])
+
+
+def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, session: Session) -> None:
+    option = session.config.getoption
+    session.enter(workload)
+    benchmark.group = workload.name
+    benchmark.extra_info |= row_of(workload, provider)
+    seconds = option("--seconds")
+    if seconds is None:
+        seconds = SUITES[option("--suite")].seconds
     beside: list[float] = []
+    try:
+        if provider == FLOOR:
+            step, compiles = _floor(session, workload, benchmark.extra_info), False
+        else:
+            step = _measured(session, workload, provider, benchmark.extra_info)
+            compiles = PROVIDERS[provider].compiles
+        floor = session.floor if provider != FLOOR and has_floor(workload) else None
 
-    def before_round() -> None:
+        def before_round() -> None:
+            gc.collect()
+            if floor is not None:
+                beside.append(milliseconds(floor.step, workload.device))
+
+        def timed() -> None:
+            step()
+            synchronize(workload.device)
+
+        floor_ms = 0.0 if floor is None else floor.candidates_ms[floor.name]
+        warm_up = functools.partial(milliseconds, step, workload.device)
+        rounds = _rounds(warm_up, floor_ms, workload, seconds, compiles=compiles)
+        benchmark.pedantic(timed, setup=before_round, rounds=rounds)
+    except torch.OutOfMemoryError:
         gc.collect()
-        if provider.startswith(FUSED_PREFIX) and "bf16" not in job:
-            beside.append(milliseconds(session.floor.step, workload.device))
-
-    def timed() -> None:
-        step()
-        synchronize(workload.device)
-
-    benchmark.pedantic(timed, setup=before_round, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
+        pytest.skip("out of memory on the GPU")
     if beside:
         benchmark.extra_info["floor_ms"] = beside

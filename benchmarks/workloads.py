@@ -3,30 +3,68 @@
 from __future__ import annotations
 
 import gc
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_gopd.cli.plan import PRESETS
+
 VOCAB_SIZE = 151936  # Qwen3
 REWARD_SCALE = 1.25  # the best of the paper; both teacher and reference are needed
+JSD_BETA = 0.5
+CLIP = 0.2
 
 # Tokens of the accuracy run, the first ones of the same inputs: the float64 oracle is dense.
 ACCURACY_TOKENS = 32
 
 
+class Job(NamedTuple):
+    """One piece of work, the same for everyone who is measured on it."""
+
+    objective: str  # a name in providers.OBJECTIVES
+    models: int
+    backward: bool = True
+    level: str = "hidden"  # "hidden": from hidden states and head, "logits": logits are given
+
+
+# A peer that lacks a model or the lambda target is measured on the part that it can do, beside the same part of this
+# package: that is what the jobs with one and two models are for.
+JOBS = {
+    "logprobs": Job("logprobs", 1, backward=False),
+    "nll": Job("nll", 1),
+    "policy": Job("policy", 1),
+    "reverse-kl": Job("reverse_kl", 2),
+    "forward-kl": Job("forward_kl", 2),
+    "jsd": Job("jsd", 2),
+    "hidden-sampled": Job("sampled", 3),
+    "hidden-full": Job("full", 3),
+    "hidden-full-bf16": Job("full", 3),
+    "logits-sampled": Job("sampled", 3, level="logits"),
+    "logits-full": Job("full", 3, level="logits"),
+}
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of the three models (student, teacher, reference). The student's are leaves that require a gradient."""
+    """Tensors of the models, student first. What the student has and may train are leaves that require a gradient."""
 
-    rows: tuple[Tensor, Tensor, Tensor]  # logits (N, V) or hidden states (N, H)
-    weights: tuple[Tensor, Tensor, Tensor] | None  # (V, H) each; None at logits level
+    rows: tuple[Tensor, ...]  # logits (N, V) or hidden states (N, H)
+    weights: tuple[Tensor, ...] | None  # (V, H) each; None at logits level
     token_ids: Tensor  # (N,)
+    mask: Tensor | None = None  # (N,) bool
+    scores: tuple[
+        Tensor, ...
+    ] = ()  # (N,) log-probs of old policy, teacher and reference where ``policy`` is given them
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What is differentiated: logits, or hidden states and weight."""
-        return [self.rows[0]] if self.weights is None else [self.rows[0], self.weights[0]]
+        """What is differentiated: logits, or hidden states and weight, or hidden states alone under a frozen head."""
+        student = [self.rows[0]] if self.weights is None else [self.rows[0], self.weights[0]]
+        return [x for x in student if x.requires_grad]
 
     @property
     def nbytes(self) -> int:
@@ -35,31 +73,62 @@ class Inputs:
     def first(self, tokens: int, dtype: torch.dtype | None = None) -> Inputs:
         """The first tokens only, in another dtype if one is given; fresh leaves."""
 
-        def three(models: tuple[Tensor, Tensor, Tensor], length: int | None) -> tuple[Tensor, Tensor, Tensor]:
-            s, q, r = (x.detach()[:length].to(dtype or x.dtype) for x in models)
-            return s.requires_grad_(), q, r
+        def cut(models: tuple[Tensor, ...], length: int | None) -> tuple[Tensor, ...]:
+            return tuple(x.detach()[:length].to(dtype or x.dtype).requires_grad_(x.requires_grad) for x in models)
 
-        weights = None if self.weights is None else three(self.weights, None)
-        return Inputs(three(self.rows, tokens), weights, self.token_ids[:tokens])
+        weights = None if self.weights is None else cut(self.weights, None)
+        mask = None if self.mask is None else self.mask[:tokens]
+        return Inputs(cut(self.rows, tokens), weights, self.token_ids[:tokens], mask, cut(self.scores, tokens))
+
+    def live(self) -> Inputs:
+        """Unmasked tokens only, differentiably: what dense code and peers do for the masked ones not to cost them."""
+        if self.mask is None:
+            return self
+        index = self.mask.nonzero()[:, 0]
+        rows, scores = (tuple(x.index_select(0, index) for x in models) for models in (self.rows, self.scores))
+        return Inputs(rows, self.weights, self.token_ids[index], None, scores)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes and options of one measurement. Work: loss and gradients of everything in ``Inputs.leaves``."""
+    """Shapes and options of one measurement. Work: the loss and the gradients of everything in ``Inputs.leaves``."""
 
     job: str
-    estimator: str  # "full" or "sampled"
     tokens: int
-    hidden: tuple[int, int, int] | None  # of student, teacher and reference; None: logits are given
+    hidden: tuple[int, ...] | None  # one of each model; None: logits are given
     dtype: torch.dtype = torch.float32
     vocab: int = VOCAB_SIZE
     device: str = "cpu"
-    reward_scale: float = REWARD_SCALE
     masked: float = 0.0
+    frozen: bool = False  # the student's head takes no gradient
+
+    @property
+    def kind(self) -> Job:
+        return JOBS[self.job]
 
     @property
     def level(self) -> str:
-        return "logits" if self.hidden is None else "hidden"
+        return self.kind.level
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        """Tells the workloads of a suite apart."""
+        sizes = [f"N{self.tokens}", *([] if self.hidden is None else [f"H{'x'.join(map(str, self.hidden))}"])]
+        options = [f"masked{round(100 * self.masked)}"] * (self.masked > 0) + ["frozen"] * self.frozen
+        return "-".join([self.job, *sizes, f"V{self.vocab}", self.dtype_name, *options])
+
+    @property
+    def live_tokens(self) -> int:
+        return sum(self._live(i) for i in range(self.tokens))
+
+    def _live(self, token: int) -> bool:
+        """Live tokens lie evenly: every other one at half masked, every tenth at nine tenths."""
+        percent = 100 - round(100 * self.masked)
+        return (token + 1) * percent // 100 > token * percent // 100
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Teacher and reference resemble the student, as checkpoints of one model do; logits have a deviation of 3."""
@@ -71,40 +140,189 @@ class Workload:
                 x.mul_(0.3).add_(base, alpha=0.95)
             return x
 
-        def models(shapes: list[tuple[int, ...]], scales: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+        def models(shapes: list[tuple[int, ...]], scales: list[float]) -> tuple[Tensor, ...]:
             student = like(None, shapes[0], scales[0])
-            others = [like(student, shape, scale) for shape, scale in zip(shapes[1:], scales[1:], strict=True)]
-            s, q, r = (x.to(self.dtype) for x in (student, *others))
-            return s.requires_grad_(), q, r
+            made = [student.to(self.dtype)]
+            for shape, scale in zip(shapes[1:], scales[1:], strict=True):
+                made.append(like(student, shape, scale).to(self.dtype))
+            return tuple(made)
 
         weights = None
         if self.hidden is None:
             rows = models([(self.tokens, self.vocab)] * 3, [3.0] * 3)
         else:
             weights = models([(self.vocab, h) for h in self.hidden], [3.0 * h**-0.5 for h in self.hidden])
-            rows = models([(self.tokens, h) for h in self.hidden], [1.0] * 3)
+            rows = models([(self.tokens, h) for h in self.hidden], [1.0] * len(self.hidden))
         ids = torch.randint(self.vocab, (self.tokens,), generator=generator, device=self.device)
+        mask = None
+        if self.masked:
+            mask = torch.tensor([self._live(i) for i in range(self.tokens)], device=self.device)
+        scores = self._scores(rows[0], weights[0], ids, generator) if weights and self.job == "policy" else ()
+        if self.kind.backward:
+            rows[0].requires_grad_()
+            if weights is not None and not self.frozen:
+                weights[0].requires_grad_()
         gc.collect()
-        return Inputs(rows, weights, ids)
+        return Inputs(rows, weights, ids, mask, scores)
+
+    def _scores(self, hidden: Tensor, weight: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Old log-probs, near enough to the student's that some ratios are clipped and most are not; and two others."""
+        logprobs = []
+        for h, i in zip(hidden.split(64), ids.split(64), strict=True):
+            z = (h @ weight.T).float()
+            logprobs.append(z.gather(-1, i[:, None])[:, 0] - z.logsumexp(-1))
+        base = torch.cat(logprobs)
+        noise = (torch.randn(base.shape, generator=generator, device=self.device) for _ in range(3))
+        return tuple((base + scale * x).clamp(max=0) for scale, x in zip((0.1, 0.5, 0.5), noise, strict=True))
 
     def small(self) -> Workload:
         """A miniature that loads libraries and starts threads before memory is measured."""
-        return replace(self, tokens=4, hidden=None if self.hidden is None else (8, 8, 8), vocab=64)
-
-
-def workloads(device: str) -> dict[str, Workload]:
-    """By job name, in the order in which they run."""
-    listed = [
-        Workload("logits-full", "full", 256, None),
-        Workload("logits-sampled", "sampled", 256, None),
-        Workload("hidden-full", "full", 512, (1024, 1024, 1024)),
-        Workload("hidden-sampled", "sampled", 512, (1024, 1024, 1024)),
-        Workload("hidden-full-bf16", "full", 512, (1024, 1024, 1024), torch.bfloat16),
-    ]
-    return {w.job: replace(w, device=device) for w in listed}
+        hidden = None if self.hidden is None else (8,) * len(self.hidden)
+        return replace(self, tokens=10, hidden=hidden, vocab=64)
 
 
 def synchronize(device: str) -> None:
     """Wait for the device, so that a timed call includes its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _last_level_cache(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        size = max(os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") for level in (2, 3))
+    except (ValueError, OSError):  # not a glibc system
+        size = 0
+    return size or 64 << 20
+
+
+def rotation(workload: Workload) -> int:
+    """Sets of inputs that the timed calls take in turn, so that none finds its own in the last-level cache.
+
+    Four times the cache in all. Moot for every head of a real model but the smallest: one set of inputs is far larger
+    than any cache, and is then the only one.
+    """
+    sizes = [workload.tokens * workload.vocab] * 3
+    if workload.hidden is not None:
+        sizes = [(workload.tokens + workload.vocab) * h for h in workload.hidden]
+    nbytes = sum(sizes) * workload.dtype.itemsize
+    return max(1, min(8, -(-4 * _last_level_cache(workload.device) // nbytes)))
+
+
+# ------------------------------------------------------------------------------------------------------------- suites
+
+
+class Suite(NamedTuple):
+    what: str
+    workloads: Callable[[str], list[Workload]]  # of a device
+    seconds: float = 1.0  # factor on the time spent per provider
+
+
+def _on(device: str, jobs: Iterable[str], shape: Workload) -> list[Workload]:
+    """The same shape for several jobs: (H,) or one hidden size per model where the job has that many."""
+    made = []
+    for job in jobs:
+        hidden = None
+        if JOBS[job].level == "hidden":
+            assert shape.hidden is not None
+            models = JOBS[job].models
+            hidden = shape.hidden[:models] if len(shape.hidden) > 1 else shape.hidden * models
+        made.append(replace(shape, job=job, hidden=hidden, device=device))
+    return made
+
+
+def _gpu(device: str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
+def _head(model: str, tokens: int, dtype: torch.dtype = torch.float32) -> Workload:
+    """The head of a published model for each of the job's models."""
+    return Workload("", tokens, (PRESETS[model].hidden,), dtype, PRESETS[model].vocab)
+
+
+THREE = ("hidden-sampled", "hidden-full")
+ONE_EACH = ("logprobs", "nll", "reverse-kl", *THREE)
+SMALL, LARGE = "smollm2-135m", "qwen3-1.7b"
+MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama-3-8b", "gemma-3-4b", "smollm2-1.7b")
+
+
+def _record(device: str) -> list[Workload]:
+    three = Workload("hidden-full", 512, (1024, 1024, 1024), device=device)
+    return [
+        Workload("logits-full", 256, None, device=device),
+        Workload("logits-sampled", 256, None, device=device),
+        three,
+        replace(three, job="hidden-sampled"),
+        replace(three, job="hidden-full-bf16", dtype=torch.bfloat16),
+    ]
+
+
+def _cpu(device: str) -> list[Workload]:
+    jobs = [job for job in JOBS if job not in ("forward-kl", "logits-sampled", "hidden-full-bf16")]
+    return _on(device, jobs, _head(SMALL, 512))
+
+
+def _target(device: str) -> list[Workload]:
+    """Every job at H = 2048; at the other two sizes one job of each number of models."""
+    jobs = [job for job in JOBS if not job.endswith("bf16")]
+    made = []
+    for hidden in (2048, 1024, 4096):
+        shape = Workload("", 8192, (hidden,), torch.bfloat16)
+        made += _on(device, jobs if hidden == 2048 else ONE_EACH, shape)
+    return made
+
+
+def _models(device: str) -> list[Workload]:
+    tokens, dtype = (8192, torch.bfloat16) if _gpu(device) else (256, torch.float32)
+    return [w for model in MODELS for w in _on(device, ("logprobs", "hidden-full"), _head(model, tokens, dtype))]
+
+
+def _default_head(device: str, tokens: int | None = None) -> Workload:
+    if _gpu(device):
+        return _head(LARGE, tokens or 8192, torch.bfloat16)
+    return _head(SMALL, tokens or 1024)
+
+
+def _scaling(device: str) -> list[Workload]:
+    sizes = [1024 << i for i in range(7)]
+    return [w for tokens in sizes for w in _on(device, THREE, _default_head(device, tokens))]
+
+
+def _masked(device: str) -> list[Workload]:
+    shape = _default_head(device)
+    return [w for m in (0.0, 0.5, 0.9) for w in _on(device, ("nll", *THREE), replace(shape, masked=m))]
+
+
+def _frozen(device: str) -> list[Workload]:
+    shape = _default_head(device)
+    return [w for frozen in (False, True) for w in _on(device, ("nll", *THREE), replace(shape, frozen=frozen))]
+
+
+def _unequal(device: str) -> list[Workload]:
+    """Strong to weak: teacher and its own base model are twice as wide as the student."""
+    tokens, dtype = (8192, torch.bfloat16) if _gpu(device) else (128, torch.float32)
+    return _on(device, ("reverse-kl", *THREE), Workload("", tokens, (2048, 4096, 4096), dtype))
+
+
+def _quick(device: str) -> list[Workload]:
+    jobs = [job for job in JOBS if not job.endswith("bf16")]
+    masked = Workload("nll", 64, (32,), vocab=512, device=device, masked=0.5, frozen=True)
+    return [*_on(device, jobs, Workload("", 64, (32,), vocab=512)), masked]
+
+
+SUITES = {
+    "cpu": Suite("jobs of one, two and three models at the head of SmolLM2-135M, 512 tokens, float32", _cpu, 0.1),
+    "gpu": Suite("every job at Qwen3's vocabulary, 8192 tokens, bfloat16, H = 1024 to 4096", _target, 0.05),
+    "models": Suite("the heads of seven published models", _models, 0.2),
+    "scaling": Suite("1k to 64k tokens", _scaling, 0.2),
+    "masked": Suite("nothing, half and nine tenths of the tokens masked", _masked, 0.2),
+    "frozen": Suite("a trainable and a frozen head", _frozen, 0.2),
+    "unequal": Suite("strong to weak: student 2048, teacher and reference 4096 wide", _unequal, 0.2),
+    "record": Suite("the jobs of the performance log: Qwen3's vocabulary on a CPU", _record),
+    "quick": Suite("seconds, for the tests: nothing that it times means anything", _quick, 0.0),
+}
+
+
+def default_suite(device: str) -> str:
+    return "gpu" if _gpu(device) else "cpu"

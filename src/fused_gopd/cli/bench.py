@@ -1,0 +1,114 @@
+"""``fused-gopd bench``: this package beside its peers on identical inputs, with the bare GEMMs of the same run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+# The benchmarks' folder is fused_gopd.benchmarks in an installed package and lies beside src/ in a source tree.
+_PLACES = ("fused_gopd.benchmarks", "benchmarks")
+
+
+def benchmarks_module(name: str) -> ModuleType:
+    """A module of the benchmarks, or an error that says what to install."""
+    missing = [package for package in ("pytest", "pytest_benchmark") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise typer.BadParameter(
+            f'the benchmarks need {" and ".join(missing)}: pip install "fused-gopd[bench]", '
+            'and "fused-gopd[bench-peers]" for the packages that they compare with'
+        )
+    for place in _PLACES:
+        if importlib.util.find_spec(place) is not None:
+            return importlib.import_module(f"{place}.{name}")
+    raise typer.BadParameter(f"found neither {_PLACES[0]} nor, in the current folder, {_PLACES[1]}/")
+
+
+def _run(bench: ModuleType, options: Any) -> dict[str, Any]:
+    """The measurement, with a progress bar on a terminal and a line per case elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=len(options.cases))
+
+        def done(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+            if not console.is_terminal:
+                elapsed = progress.tasks[0].elapsed or 0.0
+                typer.echo(f"{elapsed:5.0f} s  {name}", err=True)
+
+        result: dict[str, Any] = bench.measure(options, done)
+    return result
+
+
+def _print(report: ModuleType, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+
+    def plain(cell: str) -> str:
+        return escape(cell.replace("**", "").replace("`", ""))
+
+    for title, head, rows in report.tables(result):
+        table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD)
+        for column in head:
+            table.add_column(plain(column), justify="right" if column else "left", no_wrap=bool(column))
+        for cells in rows:
+            ours = cells[0].startswith("**")
+            table.add_row(*map(plain, cells), style="bold" if ours and "not run" not in cells[0] else None)
+        console.print(table)
+    console.print(plain(report.provenance(result)), style="dim")
+
+
+def bench(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    suite: Annotated[str | None, typer.Option(help="Which workloads. Default: cpu or gpu, by the device.")] = None,
+    jobs: Annotated[str, typer.Option(help="Comma-separated jobs of the suite. Default: all.")] = "",
+    providers: Annotated[str, typer.Option(help="Comma-separated providers. Default: all that do the job.")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Factor on the time spent per provider. Default: the suite's.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    accuracy: Annotated[bool, typer.Option(help="Measure errors against float64.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against memory into this image file.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Show suites, jobs and providers and exit.")] = False,
+) -> None:
+    """Time, peak memory and errors against float64, beside dense PyTorch and the peers that are installed.
+
+    Every provider of a job gets identical inputs and does identical work; times are quantiles without the warm-up, and
+    ratios are to the bare matrix products of the same run. What cannot run here is listed with its reason.
+    """
+    run, report = benchmarks_module("run"), benchmarks_module("report")
+    if list_all:
+        typer.echo(run.listing())
+        return
+    rest = {"seconds": seconds, "memory": memory, "accuracy": accuracy}
+    try:
+        options = run.Options(device, suite or "", run.names(jobs), run.names(providers), **rest).checked()
+    except run.BadOptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
+    if plot is not None and not memory:
+        raise typer.BadParameter("needs the memory figures: leave --no-memory out", param_hint="--plot")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter('needs matplotlib: pip install "fused-gopd[bench]"', param_hint="--plot")
+    for path in filter(None, (json_file, plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the measurement
+    result = _run(run, options)
+    if json_file is not None:
+        run.write(result, json_file)
+    _print(report, result)
+    if plot is not None:
+        report.plot(result, plot)
+    if any(row["failed"] for row in result["skipped"]):
+        raise typer.Exit(1)
