@@ -28,6 +28,7 @@ from .workloads import SUITES, Inputs, Workload
 
 TOKENS = {"cpu": 1024, "gpu": 8192}
 SEQUENCES = 8
+K = 64  # tokens a position of topk
 
 
 def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
@@ -35,6 +36,12 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
     n, device = inputs.token_ids.shape[0], inputs.token_ids.device
     old = plain.student_logprobs - 0.1
     bounds = torch.arange(0, n + 1, n // SEQUENCES, device=device, dtype=torch.int32)
+    teacher = heads(inputs)[1]
+    labels = inputs.token_ids.roll(1)
+    # a reference that lists the teacher's tokens, as a server would be asked to
+    ids, scores = fg.token_topk(teacher, K)
+    both = {"teacher": fg.TopKLogProbs(ids, scores), "ref": fg.TopKLogProbs(ids, scores - 0.1)}
+    top = {"estimator": "topk"}
     return {
         "`cu_seqlens`, `seq-mean-token-mean`": {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"},
         "λ per token": {"reward_scale": torch.full((n,), 1.25, device=device)},
@@ -43,19 +50,30 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
         "`advantage_clip`, `logprob_min`": {"advantage_clip": 5.0, "logprob_min": -20.0},
         "`advantage_fn`": {"advantage_fn": lambda stats: stats.advantages.tanh()},
         "`baseline` (all logits of a chunk together)": {"baseline": "expected"},
+        "`sft_labels`": {"sft_labels": labels, "sft_weight": 0.1},
+        f"`topk` of heads, K = {K}": {**top, "k": K},
+        f"`topk`, the student's K = {K}": {**top, "k": K, "support": "student"},
+        f"`topk`, K = {K} from a server (two GEMMs fewer)": {**top, **both},
         "two teachers": {"teacher_index": torch.arange(n, device=device) % 2},
         '`ratio="sequence"` (one GEMM more)': {"ratio": "sequence", "old_logprobs": old, "cu_seqlens": bounds},
     }
 
 
-def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
+def heads(inputs: Inputs) -> tuple[fg.LinearHead, ...]:
+    """Student, teacher and reference."""
     assert inputs.weights is not None
-    student, teacher, ref = (fg.LinearHead(h, w) for h, w in zip(inputs.rows, inputs.weights, strict=True))
-    teachers = [teacher, ref] if "teacher_index" in options else teacher
+    return tuple(fg.LinearHead(h, w) for h, w in zip(inputs.rows, inputs.weights, strict=True))
+
+
+def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
+    """The call with these options, ``teacher`` and ``ref`` among them where they are not the plain call's."""
+    student, teacher, ref = heads(inputs)
+    models = {"teacher": [teacher, ref] if "teacher_index" in options else teacher, "ref": ref}
     leaves = inputs.leaves
 
     def step() -> fg.GOPDOutput:
-        out = fg.gopd_loss(student, teachers, ref, inputs.token_ids, **{"reward_scale": 1.25, **options})
+        given = {"token_ids": inputs.token_ids, "reward_scale": 1.25, **models, **options}
+        out = fg.gopd_loss(student, **given)
         torch.autograd.grad(out.loss, leaves)
         return out
 
