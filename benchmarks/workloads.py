@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -162,7 +161,6 @@ class Workload:
             rows[0].requires_grad_()
             if weights is not None and not self.frozen:
                 weights[0].requires_grad_()
-        gc.collect()
         return Inputs(rows, weights, ids, mask, scores)
 
     def _scores(self, hidden: Tensor, weight: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -23,14 +23,15 @@ providers, registry, report, run, workloads = (
 runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
 
 QUICK = {w.job: w for w in workloads.SUITES["quick"].workloads("cpu") if not w.masked}
-# each job as it is, with half of the tokens masked, and under a frozen head where it has one
+# Each job as it is; half and nine tenths of the tokens masked; a frozen head; unequal hidden sizes.
 VARIANTS = [
     *QUICK.values(),
-    *(replace(w, masked=0.5) for w in QUICK.values()),
-    *(replace(w, frozen=True) for w in QUICK.values() if w.level == "hidden" and w.kind.backward),
+    *(replace(QUICK[job], masked=0.5) for job in ("logprobs", "policy", "jsd", "hidden-full", "logits-full")),
+    replace(QUICK["nll"], masked=0.9, frozen=True),
+    replace(QUICK["reverse-kl"], frozen=True),
+    replace(QUICK["hidden-full"], hidden=(32, 48, 16), frozen=True),
+    replace(QUICK["hidden-sampled"], hidden=(32, 48, 16), masked=0.5),
 ]
-# unequal hidden sizes, and tokens that are mostly masked
-VARIANTS += [replace(QUICK["hidden-full"], hidden=(32, 48, 16)), replace(QUICK["nll"], masked=0.9)]
 
 
 def tolerance(workload: Any, inputs: Any) -> float:
@@ -149,9 +150,18 @@ def test_inputs_rotate_past_the_cache_unless_one_set_is_larger(monkeypatch: pyte
 
 # ------------------------------------------------------------------------------------------------------- end to end
 
-PROVIDERS = "floor,fused-native,fused-torch,eager-lean,cce"
+PROVIDERS = "floor,fused-native,fused-torch,eager-lean,liger-jsd"
 ROW = {"job", "provider", "tokens", "hidden", "vocab", "dtype", "chunk_dtype", "masked", "frozen"}
-MEASURED = {"ms_p20", "ms_p50", "ms_p80", "gemm_ms_p50", "peak_extra_bytes", "error_loss", "error_dhidden"}
+MEASURED = {
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "gemm_ms_p50",
+    "peak_extra_bytes",
+    "error_loss",
+    "error_dhidden",
+    "error_dweight",
+}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +169,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     """One run through the command line: what it wrote, what it printed, and the picture."""
     folder = tmp_path_factory.mktemp("bench")
     file, picture = folder / "out" / "quick.json", folder / "quick.png"
-    arguments = ["--suite", "quick", "--jobs", "nll,logprobs", "--providers", PROVIDERS]
+    arguments = ["--suite", "quick", "--jobs", "reverse-kl", "--providers", PROVIDERS]
     result = runner.invoke(app, ["bench", *arguments, "--json", str(file), "--plot", str(picture)])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
     return json.loads(file.read_text()), result.stdout, picture
@@ -170,35 +180,29 @@ def test_a_run_has_every_field_and_every_provider(measured: tuple[dict[str, Any]
     assert result.keys() >= {"device", "driver", "versions", "commit", "date", "rows", "skipped"}
     assert result["versions"].keys() >= {"python", "torch", "fused-gopd"}
     usable = {name for name in ("fused-native", "fused-torch") if not providers.unavailable_reason(name[6:])}
-    for job in ("nll", "logprobs"):
-        rows = {row["provider"]: row for row in result["rows"] if row["job"] == job and not row["masked"]}
-        floors = {name for name in rows if "bare GEMM" in name}
-        assert floors == {"three bare GEMMs" if job == "nll" else "one bare GEMM"}
-        assert rows.keys() - floors == usable | {"eager-lean"}
-        for name in rows.keys() - floors:
-            row = rows[name]
-            assert row.keys() >= ROW | MEASURED
-            assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
-            assert (row["error_dweight"] is None) == (job == "logprobs")
+    rows = {row["provider"]: row for row in result["rows"]}
+    assert rows.keys() == usable | {"eager-lean", "four bare GEMMs"}
+    for name in rows.keys() - {"four bare GEMMs"}:
+        assert rows[name].keys() >= ROW | MEASURED
+        assert rows[name]["hidden"] == [32, 32, None]
+        assert rows[name]["ms_p20"] <= rows[name]["ms_p50"] <= rows[name]["ms_p80"]
 
 
 def test_what_cannot_run_is_listed_with_its_reason(measured: tuple[dict[str, Any], str, Path]) -> None:
     result, printed, _ = measured
-    skipped = [row for row in result["skipped"] if row["provider"] == "cce"]
-    installed = importlib.util.find_spec("cut_cross_entropy") is not None
-    assert len(skipped) == 2  # of both workloads of the job
-    assert all(row["reason"].startswith("Triton" if installed else "cut_cross_entropy is not") for row in skipped)
-    assert "cut-cross-entropy, skipping small gradients: not run" in printed
+    (skipped,) = [row for row in result["skipped"] if row["provider"] == "liger-jsd"]
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    assert skipped["reason"].startswith("Triton" if installed else "liger_kernel is not")
+    assert "Liger fused linear JSD: not run" in printed
 
 
 def test_tables_are_generated_from_the_file(measured: tuple[dict[str, Any], str, Path]) -> None:
     result, printed, _ = measured
-    assert "three bare GEMMs" in printed
-    page = "before\n<!-- benchmark quick.json nll -->\nstale\n<!-- /benchmark -->\nafter\n"
+    assert "four bare GEMMs" in printed
+    page = "before\n<!-- benchmark quick.json reverse-kl -->\nstale\n<!-- /benchmark -->\nafter\n"
     filled = report.fill(page, "quick.json", result)
     assert "stale" not in filled
-    assert filled.count("| three bare GEMMs") == 1  # the frozen head has two
-    assert filled.count("| two bare GEMMs") == 1
+    assert filled.count("| four bare GEMMs") == 1
     assert report.fill(filled, "quick.json", result) == filled
     assert report.fill(page, "other.json", result) == page
     row = next(r for r in result["rows"] if r["provider"] == "eager-lean")
