@@ -58,7 +58,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if not report.passed:
             from .test_speed import row_of
 
-            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {call.excinfo}"
+            assert call.excinfo is not None
+            said = call.excinfo.exconly().splitlines()[0]
+            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {said}"
             line = {**row_of(workload, provider), "reason": reason, "failed": report.failed}
             print(SKIPPED + json.dumps(line), flush=True)
     return report
