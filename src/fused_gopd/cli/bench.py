@@ -55,14 +55,18 @@ def _print(report: ModuleType, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 140))
 
     def plain(cell: str) -> str:
         return escape(cell.replace("**", "").replace("`", ""))
 
     for title, head, rows in report.tables(result):
-        table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD)
-        for column in head:
-            table.add_column(plain(column), justify="right" if column else "left", no_wrap=bool(column))
+        table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", min_width=24, overflow="fold")
+        for i, column in enumerate(head[1:], 1):
+            # heads may wrap, figures may not
+            table.add_column(plain(column), justify="right", min_width=max(len(cells[i]) for cells in rows))
         for cells in rows:
             ours = cells[0].startswith("**")
             table.add_row(*map(plain, cells), style="bold" if ours and "not run" not in cells[0] else None)
