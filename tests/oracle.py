@@ -135,7 +135,8 @@ def _topk_token(
     mixed = sum(w * x.log() for w, x in zip(weights, Q, strict=True))
     log_t = mixed - torch.logsumexp(mixed, 0)
     t = log_t.exp()
-    kl = (P * (log_p - log_t)).sum()
+    whole = P / P.sum()
+    kl = (whole * (whole.log() - log_t)).sum()
     if divergence == "reverse_kl":
         terms = P * (log_p - mixed)
     elif divergence == "forward_kl":

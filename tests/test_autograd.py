@@ -309,7 +309,8 @@ def test_the_registered_ops_say_the_truth_about_themselves(kind, masked, objecti
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(autograd._forward_op, (tensors, static, relative, needs), test_utils=checks)
     torch.library.opcheck(autograd._forward_op, (tensors, static, None, [False] * 3), test_utils=checks)
-    statistics, *chosen = autograd._forward_op(tensors, static, None, [False] * 3)[:3]
+    torch.library.opcheck(autograd._forward_op, (tensors, static, None, needs), test_utils=checks)
+    statistics, *chosen = autograd._forward_op(tensors, static, None, needs)[:3]
     chosen = chunks.Chosen(*chosen) if job.truncated else None
     coefficients = job.coefficients(statistics, chosen=chosen)
     torch.library.opcheck(autograd._backward_op, (tensors, static, statistics, *coefficients, needs), test_utils=checks)

@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 from . import chunks, objective
 from .chunks import NOTHING, STATISTICS, Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import LinearHead, Logits
-from .objective import AdvantageFn, Surrogate, Truncation
+from .objective import AdvantageFn, Surrogate
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
+from .topk import Truncation
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
 
@@ -152,7 +153,10 @@ def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 def _forward_op(
     tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Statistics, what topk chose, and with ``relative`` the gradients (see :func:`fused_gopd.chunks.run`)."""
+    """Statistics, what topk chose, and with ``relative`` the gradients (see :func:`fused_gopd.chunks.run`).
+
+    Without ``relative``, ``needs`` says what a backward will ask for.
+    """
     job = _unpack(tensors, static)
     with _no_autocast(job.device):
         statistics, gradients, chosen = chunks.run(job, Needs(*needs), relative=relative)
@@ -168,13 +172,15 @@ def _backward_op(
     static: str,
     statistics: Tensor,
     divergence: Tensor | None,
+    weight: Tensor | None,
     token_ids: Tensor | None,
-    dlogprobs: Tensor | None,
+    values: Tensor | None,
+    reach: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The student's gradients for complete coefficients per token, from the statistics of an earlier forward."""
     job = _unpack(tensors, static)
-    coefficients = Coefficients(divergence, token_ids, dlogprobs)
+    coefficients = Coefficients(divergence, weight, token_ids, values, reach)
     with _no_autocast(job.device):
         gradients = chunks.run(job, Needs(*needs), statistics=statistics, coefficients=coefficients).gradients
     return _dense(gradients, statistics)
@@ -199,7 +205,7 @@ def _(tensors: Sequence[Tensor | None], static: str, relative: Tensor | None, ne
     job = _unpack(tensors, static)
     statistics = torch.empty(STATISTICS, job.rows.count, dtype=job.dtype, device=job.device)
     empty: list[Tensor | None] = [None, None]
-    if job.truncated and relative is None:
+    if job.truncated and relative is None and any(needs):
         shape = (job.rows.count, job.width)
         empty = [torch.empty(shape, dtype=dtype, device=job.device) for dtype in (torch.int64, job.dtype)]
     gradients = _fake_gradients(job, Needs(*needs) if relative is not None else NOTHING)
@@ -212,8 +218,10 @@ def _(
     static: str,
     statistics: Tensor,
     divergence: Tensor | None,
+    weight: Tensor | None,
     token_ids: Tensor | None,
-    dlogprobs: Tensor | None,
+    values: Tensor | None,
+    reach: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return _fake_gradients(_unpack(tensors, static), Needs(*needs))
@@ -333,22 +341,22 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def statistics(ctx: Any, job: Job) -> Tensor:
         hook = None if job.advantage_fn is None else _Hook(job.advantage_fn)
-        out: list[Tensor] = _forward_op(*_pack(job, hook), None, NOTHING)
-        statistics, ids, slopes = out[:_BEFORE_GRADIENTS]
-        tensors, static = _pack(job)  # the backward finds the advantages in the statistics
-        ctx.static, ctx.needs, ctx.meta = static, Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
-        _save(ctx, [*tensors, statistics, ids, slopes])
+        ctx.needs, ctx.meta = Needs(*(ctx.needs_input_grad[:3])), _meta(_student_tensors(job))
+        out: list[Tensor] = _forward_op(*_pack(job, hook), None, ctx.needs)
+        statistics, ids, values = out[:_BEFORE_GRADIENTS]
+        tensors, ctx.static = _pack(job)  # the backward finds the advantages in the statistics
+        _save(ctx, [*tensors, statistics, ids, values])
         ctx.set_materialize_grads(False)
         return statistics
 
     @staticmethod
     def saved(ctx: Any) -> tuple[Job, Tensor, Chosen | None]:
-        *tensors, statistics, ids, slopes = _saved(ctx)
+        *tensors, statistics, ids, values = _saved(ctx)
         assert statistics is not None
         assert ids is not None
-        assert slopes is not None
+        assert values is not None
         job = _unpack(tensors, ctx.static)
-        return job, statistics, Chosen(ids, slopes) if job.truncated else None
+        return job, statistics, Chosen(ids, values) if job.truncated else None
 
     @staticmethod
     def gradients(ctx: Any, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
@@ -397,8 +405,8 @@ class _TokenLogProbs(_Recomputed):
         if upstream is None:
             return _Recomputed.gradients(ctx, Coefficients(divergence))
         assert job.token_ids is not None
-        slopes = upstream.to(job.dtype)[:, None].contiguous()
-        return _Recomputed.gradients(ctx, Coefficients(divergence, job.token_ids[:, None], slopes))
+        weight = -upstream.to(job.dtype).contiguous()
+        return _Recomputed.gradients(ctx, Coefficients(divergence, weight, job.token_ids[:, None]))
 
 
 def _call(function: Any, job: Job, *rest: Tensor) -> Any:

@@ -16,23 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gemm, memory, objective
+from . import gemm, memory, objective, topk
 from .heads import Head, LinearHead, Logits
 from .objective import (
     PLAIN,
-    WHOLE,
     AdvantageFn,
     Divergence,
     Estimator,
-    OnSupport,
     Sequences,
     Surrogate,
     TokenStats,
-    Truncation,
 )
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
-from .rowops.entries import Entries
 from .rowops.torch import TorchRowOps, accumulation_dtype
+from .topk import Entries, OnSupport, Truncation
 
 # ------------------------------------------------------------------------------------------------------ memory plan
 
@@ -76,9 +73,11 @@ class TokenRow(enum.IntEnum):
     REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
     ENTROPY_TEACHER = len(Stat) + 2  # for an advantage_fn
     ENTROPY_REF = len(Stat) + 3
-    TRUNCATED_LOSS = len(Stat) + 4  # topk
+    TRUNCATED_LOSS = len(Stat) + 4  # topk, like the next three: see topk.Term and topk.Entries
     TRUNCATED_KL = len(Stat) + 5
-    LOGPROB_LABEL = len(Stat) + 6  # of the supervised term
+    TRUNCATED_WEIGHT = len(Stat) + 6
+    TRUNCATED_REACH = len(Stat) + 7
+    LOGPROB_LABEL = len(Stat) + 8  # of the supervised term
 
 
 STATISTICS = len(Stat) + len(TokenRow)
@@ -183,7 +182,7 @@ class Job:
     cu_seqlens: Tensor | None = None  # (B + 1,) int64 of packed tokens
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) the first two of TokenRow, where they are known already
-    truncation: Truncation = WHOLE  # of the topk estimator
+    truncation: Truncation = topk.DEFAULT  # of the topk estimator
     support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of the routes whose support comes from elsewhere
     teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids in place of a teacher, -inf beside -1
     ref_topk: Tensor | None = None
@@ -197,8 +196,9 @@ class Job:
 
     @property
     def width(self) -> int:
-        """K, the most tokens that a position's support has."""
-        return max(self.truncation.k, 0 if self.support_ids is None else self.support_ids.shape[1])
+        """The most tokens that a position of topk has: those of its support, and a label."""
+        listed = 0 if self.support_ids is None else self.support_ids.shape[1]
+        return max(self.truncation.k or 0, listed) + (self.labels is not None)
 
     @property
     def joint(self) -> bool:
@@ -275,21 +275,29 @@ class Job:
 
     def coefficients(self, statistics: Tensor, rows: slice = slice(None), chosen: Chosen | None = None) -> Coefficients:
         """Of the token losses before any weighting; ``chosen`` is what the topk estimator looked at."""
-        columns: list[tuple[Tensor, Tensor]] = []
         if chosen is not None:
-            columns.append(chosen)
-        elif self.estimator == "sampled":
+            weight, reach = (statistics[row, rows] for row in (TokenRow.TRUNCATED_WEIGHT, TokenRow.TRUNCATED_REACH))
+            return Coefficients(None, weight, *chosen, reach)
+        if self.estimator == "sampled":
             assert self.token_ids is not None
-            slope = self.policy_term(statistics, rows).dlogprob
-            columns.append((self.token_ids[rows, None], slope[:, None]))
-        if self.labels is not None:
-            weights, _ = self.supervised(statistics, rows)
-            columns.append((self.labels[rows, None], -weights[:, None]))
-        one = torch.ones_like(statistics[0, rows]) if self.estimator == "full" else None
-        if not columns:
+            ids, weight = self.token_ids[rows, None], -self.policy_term(statistics, rows).dlogprob
+            if self.labels is None:
+                return Coefficients(None, weight, ids)
+            p = self.model_logprobs(statistics, rows)[0].exp()
+            token = Entries(ids, (weight * (p - 1))[:, None], weight, weight.abs())
+            ids, values, weight, reach = self.with_label(token, statistics, rows, p[:, None])
+            return Coefficients(None, weight, ids, values, reach)
+        one = torch.ones_like(statistics[0, rows])
+        if self.labels is None:
             return Coefficients(one)
-        ids, slopes = (torch.cat(x, 1) for x in zip(*columns, strict=True))
-        return Coefficients(one, ids, slopes)
+        return Coefficients(one, self.supervised(statistics, rows)[0], self.labels[rows, None])
+
+    def with_label(self, entries: Entries, statistics: Tensor, rows: slice, probabilities: Tensor) -> Entries:
+        """The gradient of these entries, and that of the supervised term; with p of their tokens."""
+        assert self.labels is not None
+        weights, _ = self.supervised(statistics, rows)
+        label_probability = statistics[TokenRow.LOGPROB_LABEL, rows].exp()
+        return entries.with_label(probabilities, self.labels[rows], weights, label_probability)
 
     def fill_advantages(self, statistics: Tensor, start: int, stop: int) -> None:
         """The advantages of rows [start, stop), once their log-probs are in the statistics."""
@@ -336,37 +344,46 @@ class Job:
 
 
 class Chosen(NamedTuple):
-    """The tokens that the topk estimator looked at, and the slopes of the token losses in their log-probs."""
+    """The tokens that the topk estimator looked at (and a label), and the gradient at their logits."""
 
     token_ids: Tensor  # (n, K) int64, -1 is none
-    dlogprobs: Tensor  # (n, K)
+    values: Tensor  # (n, K)
 
 
 class Coefficients(NamedTuple):
-    """How losses change with a token's distribution; one entry per live token, or per token of a chunk."""
+    """The gradients of losses with respect to the student's logits, one entry per live token or token of a chunk.
 
-    divergence: Tensor | None = None  # (n,) weight of the divergence that the row operations know
-    token_ids: Tensor | None = None  # (n, K) int64, -1 is none; only the last one may repeat another
-    dlogprobs: Tensor | None = None  # (n, K) derivatives with respect to their log-probs
+    divergence times the row operation's own, plus weight times p everywhere but at some tokens. Without ``values`` that
+    is one token, at which it is weight (p - 1).
+    """
+
+    divergence: Tensor | None = None  # (n,)
+    weight: Tensor | None = None  # (n,)
+    token_ids: Tensor | None = None  # (n, K) int64, -1 is none
+    values: Tensor | None = None  # (n, K) at these tokens
+    reach: Tensor | None = None  # (n,) at least |weight| p at all others; None is |weight|
 
     def cut(self, rows: slice) -> Coefficients:
         return Coefficients(*(None if x is None else x[rows] for x in self))
 
-    def times(self, weights: Tensor) -> Coefficients:
-        """All multiplied by weights () or (n,)."""
-        divergence, ids, slopes = self
-        return Coefficients(
-            None if divergence is None else divergence * weights,
-            ids,
-            None if slopes is None else slopes * (weights if weights.ndim == 0 else weights[:, None]),
-        )
+    def times(self, factor: Tensor) -> Coefficients:
+        """All multiplied by a factor () or (n,)."""
+        column = factor if factor.ndim == 0 else factor[:, None]
+        factors = (factor, factor, None, column, factor.abs())
+        return Coefficients(*(x if x is None or f is None else x * f for x, f in zip(self, factors, strict=True)))
+
+    def over(self, size: Tensor) -> Coefficients:
+        """All divided by a size (n,), to the last bit."""
+        sizes = (size, size, None, size[:, None], size)
+        return Coefficients(*(x if x is None or s is None else x / s for x, s in zip(self, sizes, strict=True)))
 
     @property
-    def bound(self) -> Tensor:
-        """(n,) at least the magnitude of every factor of a token's gradient."""
-        parts = [] if self.divergence is None else [self.divergence.abs()]
-        parts += [] if self.dlogprobs is None else [self.dlogprobs.abs().sum(1)]
-        return parts[0] if len(parts) == 1 else torch.maximum(*parts)
+    def size(self) -> Tensor:
+        """(n,) the largest magnitude of a token's gradient, to a factor of its divergence's."""
+        parts = [x.abs() for x in (self.divergence, self.weight if self.reach is None else self.reach) if x is not None]
+        if self.values is not None and self.token_ids is not None:
+            parts.append(self.values.masked_fill(self.token_ids < 0, 0).abs().amax(1))
+        return torch.stack(parts).amax(0)
 
 
 class Gradients(NamedTuple):
@@ -556,7 +573,7 @@ class Run(NamedTuple):
 
     statistics: Tensor  # (STATISTICS, n)
     gradients: Gradients
-    chosen: Chosen | None  # of topk, where statistics alone were asked for
+    chosen: Chosen | None  # of topk, for a backward after statistics alone
 
 
 def run(
@@ -569,7 +586,7 @@ def run(
 ) -> Run:
     """Run the loop in one of three ways.
 
-    1. statistics only;
+    1. statistics only; ``needs`` says what a backward will ask for;
     2. with ``relative``: statistics, and the gradients of sum_i relative_i loss_i; each GEMM once. Where
        :class:`Scaling` leaves a shared weight to the end, the weight's gradient lacks it;
     3. with ``statistics`` and ``coefficients``: complete gradients, the student's logits recomputed.
@@ -580,11 +597,13 @@ def run(
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
     out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, max(steps, default=1))
-    chosen = _no_tokens(job) if job.truncated and relative is None and coefficients is None else None
+    # kept for a backward alone: it is as large as what a server sends
+    keeps = job.truncated and relative is None and coefficients is None and any(needs)
+    chosen = _no_tokens(job) if keeps else None
     shared = None
     if coefficients is not None and isinstance(job.student, LinearHead) and job.student.hidden.dtype == torch.float16:
         # under a loss scale the weights may be large, and float16 hidden states times them overflow
-        shared = _power_of_two(coefficients.bound)
+        shared = _power_of_two(coefficients.size)
     for (begin, end, part), step in zip(parts, steps, strict=True):
         for start in range(begin, end, step):
             stop = min(start + step, end)
@@ -597,8 +616,9 @@ def run(
                 _fused_chunk(part, buffers, sink, out, relative, start, stop)
             else:
                 looked_at = _statistics_chunk(part, buffers, out, start, stop)
-                for kept, values in zip(chosen or (), looked_at or (), strict=False):
-                    kept[start:stop, : values.shape[1]] = values  # routes may differ in how many tokens they have
+                if chosen is not None and looked_at is not None:
+                    for kept, values in zip(chosen, looked_at, strict=True):
+                        kept[start:stop, : values.shape[1]] = values  # routes may differ in how many tokens they have
     if shared is not None:
         for total in (sink.weight, sink.bias):
             if total is not None:
@@ -611,7 +631,7 @@ def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     shape = (job.rows.shape.numel(), k)
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
-    step = _balanced(job.rows.count, job.chunk_size)
+    step = max(1, _balanced(job.rows.count, job.chunk_size))
     buffers = _Buffers(job, step)
     for start in range(0, job.rows.count, step):
         stop = min(start + step, job.rows.count)
@@ -688,9 +708,11 @@ class _Look(NamedTuple):
 def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> _Look:
     """Statistics of a chunk, with what single tokens of the vocabulary are read for."""
     cut = slice(start, stop)
-    chosen = None
+    support = None
     if job.truncated:
-        problem, chunk, chosen = _look_at_support(job, buffers, statistics, start, stop)
+        support = _support(job, buffers, statistics, start, stop)
+        problem = support.problem or _problem(job, buffers, start, stop, writable=True)
+        chunk, student = _statistics_around(job.ops, problem, support.token_ids)
     else:
         problem = _problem(job, buffers, start, stop)
         chunk = job.ops.statistics(problem)
@@ -699,17 +721,49 @@ def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int
         labels = job.labels[cut, None]
         logits = entries.logits_at(problem.student, labels)
         statistics[TokenRow.LOGPROB_LABEL, cut] = entries.logprobs_at(problem, chunk, labels, logits)[:, 0]
-    return _Look(problem, chunk, chosen)
+    if support is None:
+        return _Look(problem, chunk, None)
+    loss, kl, gradient = topk.term(
+        job.truncation.tail,
+        job.divergence,
+        job.beta,
+        job.scale_of(cut),
+        support.token_ids,
+        student,
+        support.teacher,
+        support.ref,
+    )
+    if job.labels is not None:
+        gradient = job.with_label(gradient, statistics, cut, student.logprobs.exp())
+    ids, values, weight, reach = gradient
+    for row, vector in (
+        (TokenRow.TRUNCATED_LOSS, loss),
+        (TokenRow.TRUNCATED_KL, kl),
+        (TokenRow.TRUNCATED_WEIGHT, weight),
+        (TokenRow.TRUNCATED_REACH, reach),
+    ):
+        statistics[row, cut] = vector
+    return _Look(problem, chunk, Chosen(ids, values))
 
 
-def _look_at_support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> _Look:
-    """The topk estimator's support, which is what the student ranks highest, or the first frozen model that there is.
+class _Support(NamedTuple):
+    """The tokens that topk looks at, and the frozen models on them."""
 
-    Teacher and reference come first, before the student needs their buffer.
+    token_ids: Tensor  # (C, K) int64, -1 is none
+    teacher: OnSupport | None
+    ref: OnSupport | None
+    problem: RowProblem | None  # the student's rows, where they had to be there first
+
+
+def _support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> _Support:
+    """What the student ranks highest, or the first frozen model that there is; those before the student where possible.
+
+    They need the buffer that the student's logits and their gradient then take.
     """
     cut, k = slice(start, stop), job.truncation.k
     problem, ids, slot = None, None, "student"
     if job.truncation.support == "student":
+        assert k is not None
         problem, slot = _problem(job, buffers, start, stop, writable=True), "other"
         ids = entries.top(problem.student, job.vocab_size, k)
     models: list[OnSupport | None] = []
@@ -719,27 +773,23 @@ def _look_at_support(job: Job, buffers: _Buffers, statistics: Tensor, start: int
     ):
         if head is not None:
             rows = buffers.load(head, slot, start, stop, writable=True)
-            ids = entries.top(rows, job.vocab_size, k) if ids is None else ids
+            if ids is None:
+                assert k is not None
+                ids = entries.top(rows, job.vocab_size, k)
             alone = RowProblem(job.vocab_size, rows, token_ids=None if job.token_ids is None else job.token_ids[cut])
             scored, on_support = _statistics_around(job.ops, alone, ids)
             statistics[logsum, cut] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, cut] = scored[Stat.LOGIT_STUDENT]
             models.append(on_support)
         elif given is not None:
-            if ids is None:
-                assert job.support_ids is not None
-                ids = job.support_ids[cut]
-            models.append(OnSupport(given[cut], None))
+            assert job.support_ids is not None
+            ids = job.support_ids[cut] if ids is None else ids
+            models.append(OnSupport(given[cut].to(job.dtype).masked_fill(ids < 0, -math.inf), None))
         else:
             models.append(None)
     assert ids is not None
-    problem = _problem(job, buffers, start, stop, writable=True) if problem is None else problem
-    chunk, student = _statistics_around(job.ops, problem, ids)
     teacher, ref = models
-    term = objective.topk_term(job.truncation.tail, job.divergence, job.beta, job.scale_of(cut), student, teacher, ref)
-    statistics[TokenRow.TRUNCATED_LOSS, cut] = term.loss
-    statistics[TokenRow.TRUNCATED_KL, cut] = term.kl
-    return _Look(problem, chunk, Chosen(ids, term.dlogprobs))
+    return _Support(ids, teacher, ref, problem)
 
 
 def _statistics_around(ops: RowOps, problem: RowProblem, token_ids: Tensor) -> tuple[Tensor, OnSupport]:
@@ -845,30 +895,21 @@ def _emit(
 def _write_gradient(
     ops: RowOps, problem: RowProblem, statistics: Tensor, coefficients: Coefficients, out: Tensor, unit: bool = False
 ) -> Tensor:
-    """Write a chunk's logit gradient; with ``unit`` each row over the magnitude of its factors, which is returned.
+    """Write a chunk's logit gradient; with ``unit`` each row over its size, which is returned.
 
-    One token is the row operation's own term. Where there are more it makes the dense part, which has the weight of
-    all of them together, and their entries are overwritten.
+    One token is the row operation's own term. Where there are more it makes the dense part, and their entries are
+    overwritten.
     """
-    divergence, ids, slopes = coefficients
-    some = Entries.of(ids, slopes) if ids is not None and slopes is not None and ids.shape[1] > 1 else None
-    token = some.weight if some is not None else None if slopes is None else -slopes[:, 0]
-    magnitudes = [w.abs() for w in (divergence, token) if w is not None]
-    magnitudes += [] if some is None else [some.size]
-    size = torch.stack(magnitudes).amax(0)
+    size = coefficients.size
     if unit:
-        safe = torch.where(size > 0, size, torch.ones_like(size))
-        divergence, token = (None if w is None else w / safe for w in (divergence, token))
-        some = None if some is None else some.over(safe)
-    if some is not None:
-        ids = some.token_ids
-        logits = entries.logits_at(problem.student, ids)
-        logprobs = entries.logprobs_at(problem, statistics, ids, logits)
+        coefficients = coefficients.over(torch.where(size > 0, size, torch.ones_like(size)))
+    divergence, weight, ids, values, _ = coefficients
+    logits = None if ids is None or values is None else entries.logits_at(problem.student, ids)
     if ids is not None:
         problem = replace(problem, token_ids=ids[:, 0].contiguous())
-    ops.gradient(problem, statistics, GradientWeights(divergence, token), out)
-    if some is not None:
-        some.overwrite(out, problem.student.transform, logits, logprobs)
+    ops.gradient(problem, statistics, GradientWeights(divergence, weight), out)
+    if ids is not None and values is not None and logits is not None:
+        entries.overwrite(out, problem.student.transform, ids, values, logits)
     return size
 
 

@@ -62,7 +62,10 @@ class Metrics(Mapping[str, Tensor]):
         add("loss", out.token_loss)
         add("entropy", out.entropy)
         p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
-        needs_q, needs_r = (torch.as_tensor(out.reward_scale, device=live.device) != x for x in (0, 1))
+        scale = out.reward_scale
+        if not isinstance(scale, torch.Tensor):
+            scale = torch.full((), scale, dtype=dtype, device=live.device)  # filled there: copying would wait for it
+        needs_q, needs_r = (scale != x for x in (0, 1))
         # a joint look has no log-prob of a model that the token's own lambda cancels
         skips = out.joint and isinstance(out.reward_scale, Tensor)
         has_q, has_r = (live & needs_q, live & needs_r) if skips else (live, live)

@@ -6,7 +6,6 @@ weights and reductions. Plain PyTorch on vectors; nothing here synchronises with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -88,7 +87,7 @@ def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None
     return torch.where(reward_scale == 1, teacher, torch.where(reward_scale == 0, ref, mixed))
 
 
-def _any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
+def any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
     """Where a model that counts gives the token probability 0."""
     dead: Tensor | None = None
     for model, cancelled_at in ((teacher, 0.0), (ref, 1.0)):
@@ -115,7 +114,7 @@ def advantage(
         behaviour: (C,) log-prob under the policy that sampled the token: old log-probs, or the student's own.
         teacher, ref: (C,) log-probs, None where cancelled.
     """
-    dead = _any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
+    dead = any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
     value = mix(reward_scale, teacher, ref) - behaviour
     return torch.where(dead, torch.zeros_like(value), value), ~dead
 
@@ -278,142 +277,11 @@ def policy_term(
     return PolicyTerm(loss, loss.masked_fill(clipped | ruled_out, 0), adv, clipped & ~nothing, importance)
 
 
-# ----------------------------------------------------------------------------------------------- a few tokens each
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """Which tokens of a position the topk estimator looks at, and what it makes of the others' mass."""
-
-    k: int = 0  # where a head is asked for its largest
-    support: Support = "teacher"
-    tail: Tail = "bucket"
-
-
-WHOLE = Truncation()
-
-# A tail lighter than this is left out: where it is 1 minus a sum, in float32, it has an error of 1e-7, and it enters as
-# a logarithm.
-LIGHTEST_TAIL = 1e-6
-
-
-@dataclass(frozen=True)
-class OnSupport:
-    """One model on the tokens of S."""
-
-    logprobs: Tensor  # (C, K), -inf where there is no token or the model rules it out
-    rest: Tensor | None  # (C,) log of the mass outside S; None is 1 less the mass on S, to the precision of a sum
-
-    def log_rest(self, inside: Tensor) -> Tensor:
-        """(C, 1) log of the mass outside S, and of what is listed in S but has left it."""
-        if self.rest is None:
-            mass = self.logprobs.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
-            return (-torch.expm1(mass)).clamp_min(0).log()
-        gone = self.logprobs.masked_fill(inside, -math.inf)
-        return torch.cat((self.rest[:, None], gone), 1).logsumexp(1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class TopKTerm:
-    """The topk estimator's token loss, KL(p || target), and derivatives with respect to log p of each token."""
-
-    loss: Tensor  # (C,)
-    kl: Tensor  # (C,)
-    dlogprobs: Tensor  # (C, K)
-
-
-def topk_term(
-    tail: Tail,
-    divergence: Divergence,
-    beta: float,
-    reward_scale: float | Tensor,
-    student: OnSupport,
-    teacher: OnSupport | None,  # None where it has cancelled
-    ref: OnSupport | None,
-) -> TopKTerm:
-    """A divergence over the tokens of S, one outcome each, and the rest of the vocabulary.
-
-    A token that a model which counts gives probability 0 leaves S. With masses P_S = sum over S of p, and so on:
-
-    bucket       one more outcome of mass 1 - P_S, 1 - Q_S, 1 - R_S. It leaves where any of them is below 1e-6
-    drop         the same target, the bucket's term left out of the sums: d/dz_v = 1[v in S] p_v (d_v + 1)
-                 - p_v sum_S p (d + 1) for the reverse KL, which equal models do not make 0
-    renormalize  p / P_S, q / Q_S, r / R_S in place of p, q, r: no gradient outside S
-
-    The target is q^lambda r^(1 - lambda), normalised over the outcomes. ``kl`` is over all outcomes that there are.
-    """
-    scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
-    frozen = (None if x is None else x.logprobs for x in (teacher, ref))
-    inside = ~(torch.isneginf(student.logprobs) | _any_impossible(scale, *frozen))
-    count = inside.shape[1]
-
-    def outcomes(model: OnSupport, needed: Tensor | bool) -> tuple[Tensor, Tensor]:
-        """Log-probs of all outcomes, and where the last one, the bucket, is heavy enough or does not matter."""
-        if tail == "renormalize":
-            mass = model.logprobs.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
-            return model.logprobs - mass, torch.zeros_like(mass, dtype=torch.bool)
-        rest = model.log_rest(inside)
-        heavy = (rest >= math.log(LIGHTEST_TAIL)) | ~torch.as_tensor(needed, device=rest.device)
-        return torch.cat((model.logprobs, rest), 1), heavy
-
-    log_p, bucket = outcomes(student, True)
-    others: list[Tensor | None] = []  # over the outcomes too
-    for model, cancelled_at in ((teacher, 0.0), (ref, 1.0)):
-        if model is None:
-            others.append(None)
-            continue
-        values, heavy = outcomes(model, scale != cancelled_at)
-        others.append(values)
-        bucket = bucket & heavy
-    if tail != "renormalize":
-        inside = torch.cat((inside, bucket), 1)
-    # masked before any arithmetic: what is not there may be an infinity
-    log_p = log_p.masked_fill(~inside, 0)
-    mixed = mix(scale, *(None if x is None else x.masked_fill(~inside, 0) for x in others))
-    log_t = mixed - mixed.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
-    log_t = log_t.masked_fill(~inside, 0)
-    p, t = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
-    counted = inside
-    if tail == "drop":
-        counted = torch.cat((inside[:, :count], torch.zeros_like(bucket)), 1)
-
-    def total(terms: Tensor) -> Tensor:
-        return torch.where(counted, terms, 0).sum(1)
-
-    # the slope is d loss / d log P of each outcome, less a multiple of P that cancels where the outcomes sum to 1
-    if divergence == "reverse_kl":
-        gap = log_p - mixed
-        loss = total(p * gap)
-        whole = inside[:, count:] if tail == "bucket" else torch.full_like(bucket, tail == "renormalize")
-        slope = p * (gap + (~whole).to(gap.dtype))
-    elif divergence == "forward_kl":
-        loss, slope = total(t * (log_t - log_p)), -t
-    else:
-        # log(p / m) and log(t / m) of m = beta t + (1 - beta) p, from the ratio alone: differences of logarithms of
-        # what may be small would lose it
-        ratio, of_t, of_p = (
-            log_t - log_p,
-            torch.full_like(log_p, math.log(beta)),
-            torch.full_like(log_p, math.log1p(-beta)),
-        )
-        log_p_m, log_t_m = -torch.logaddexp(of_p, of_t + ratio), -torch.logaddexp(of_t, of_p - ratio)
-        loss = total(beta * t * log_t_m + (1.0 - beta) * p * log_p_m)
-        slope = (1.0 - beta) * p * log_p_m
-    slope = torch.where(counted, slope, 0)
-    if divergence != "reverse_kl" and tail != "drop":
-        loss = loss.clamp_min(0)
-    kl = torch.where(inside, p * (log_p - log_t), 0).sum(1).clamp_min(0)
-    if tail == "renormalize":
-        slope = slope - p * slope.sum(1, keepdim=True)
-    elif tail == "bucket":
-        # the bucket's mass is 1 - P_S: d log P / d log p_k = -p_k / P
-        bucket_slope = torch.where(bucket, slope[:, count:] / torch.where(bucket, p[:, count:], 1), 0)
-        slope = slope[:, :count] - p[:, :count] * bucket_slope
-    return TopKTerm(loss, kl, slope[:, :count])
+# ------------------------------------------------------------------------------------------------- supervised term
 
 
 def supervised(label_logprobs: Tensor, labels: Tensor) -> Tensor:
-    """(C,) bool, where there is a label that the student can give: elsewhere the supervised term is 0."""
+    """(C,) bool, where there is a label inside the support: elsewhere the supervised term is 0."""
     return (labels >= 0) & ~torch.isneginf(label_logprobs)
 
 

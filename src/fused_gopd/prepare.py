@@ -44,11 +44,11 @@ from .objective import (
     Support,
     Surrogate,
     Tail,
-    Truncation,
 )
 from .output import GOPDOutput
 from .rowops.torch import accumulation_dtype
 from .support import Scores, check_truncation, scores_of
+from .topk import Truncation
 
 BACKENDS = ("auto", "torch", "native", "triton")
 
@@ -623,7 +623,7 @@ def prepare(
         surrogate,
         advantage_fn,
         truncation,
-        scores_of(needed["teacher"], needed["ref"], rows, _slices(stops), lam, joint, dtype),
+        scores_of(needed["teacher"], needed["ref"], rows, _slices(stops), lam, joint),
         labels,
         sft_weight,
         divergence,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,27 +151,38 @@ def _at(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
 
 
-def _on_support(p: Prepared, log_p: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Ids (n, K) of the tokens that topk looks at, -1 where there are fewer, and teacher and reference there."""
-    k = p.truncation.k
+class _Seen(NamedTuple):
+    """What topk sees of a position."""
+
+    token_ids: Tensor  # (n, K), -1 where there are fewer
+    teacher: Tensor | None  # (n, K) log-probs there
+    ref: Tensor | None
+    poisoned: Tensor  # (n,) bool, NaN anywhere in a model that counts
+
+
+def _on_support(p: Prepared, log_p: Tensor) -> _Seen:
+    k = p.truncation.k or 0
     parts: list[tuple[Tensor, list[Tensor | None]]] = []
+    poisoned = torch.isnan(log_p).any(1)
     for i, (start, stop) in enumerate(p.slices):
         ids = log_p[start:stop].topk(k).indices if p.truncation.support == "student" else None
         scores: list[Tensor | None] = []
-        for models, given in ((p.teacher, p.scores.teacher), (p.ref, p.scores.ref)):
+        for models, given, cancelled_at in ((p.teacher, p.scores.teacher, 0.0), (p.ref, p.scores.ref, 1.0)):
             if not models:
                 scores.append(None)
             elif isinstance(models[i], TopKLogProbs):
                 assert p.scores.token_ids is not None
                 assert given is not None
                 ids = p.scores.token_ids[start:stop] if ids is None else ids
-                scores.append(given[start:stop])
+                scores.append(given[start:stop].to(p.dtype).masked_fill(ids < 0, -math.inf))
             else:
                 z = _live_logits(p, (models[i],), [(start, stop)])
                 assert z is not None
                 log_m = _own_log_softmax(z)
                 ids = log_m.topk(k).indices if ids is None else ids
                 scores.append(_at(log_m, ids))
+                counts = p.reward_scale[start:stop] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
+                poisoned[start:stop] |= torch.isnan(log_m).any(1) & counts
         assert ids is not None
         parts.append((ids, scores))
     width = max(ids.shape[1] for ids, _ in parts)
@@ -181,44 +193,47 @@ def _on_support(p: Prepared, log_p: Tensor) -> tuple[Tensor, Tensor | None, Tens
 
     ids = together([ids for ids, _ in parts], -1)
     assert ids is not None
-    lq, lr = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
-    return ids, lq, lr
+    teacher, ref = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
+    return _Seen(ids, teacher, ref, poisoned)
 
 
 def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
     lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
-    used = [
-        (x, torch.as_tensor(lam != cancelled).expand(len(lp), 1))
-        for x, cancelled in ((lq, 0.0), (lr, 1.0))
-        if x is not None
-    ]
+    every = torch.ones_like(lp[:, :1], dtype=torch.bool)
+    used = [(x, every & (lam != cancelled)) for x, cancelled in ((lq, 0.0), (lr, 1.0)) if x is not None]
     inside = lp.detach() != -math.inf
     for x, needed in used:
         inside = inside & ~((x == -math.inf) & needed)
 
     def with_bucket(x: Tensor) -> Tensor:
         """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside."""
+        listed, empty = x.masked_fill(~inside, 0), ~inside.any(1, keepdim=True)
         x = x.masked_fill(~inside, -math.inf)
-        mass = x.exp().sum(1, keepdim=True)
         if p.truncation.tail == "renormalize":
-            return (x.masked_fill(~inside, 0) - mass.where(mass > 0, 1).log()).masked_fill(~inside, 0)
-        rest = 1 - mass
-        return torch.cat((x.masked_fill(~inside, 0), rest.where(rest.detach() >= 1e-6, 1).log()), 1)
+            return (listed - x.masked_fill(empty, 0).logsumexp(1, keepdim=True)).masked_fill(~inside, 0)
+        rest = 1 - x.exp().sum(1, keepdim=True)
+        return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), 1).log()), 1)
 
     log_p, log_q, log_r = (None if x is None else with_bucket(x) for x in (lp, lq, lr))
     assert log_p is not None
     if p.truncation.tail != "renormalize":
-        bucket = torch.ones_like(inside[:, :1])
-        for x, needed in [(lp.detach(), torch.ones_like(bucket)), *used]:
+        bucket = every
+        for x, needed in [(lp.detach(), every), *used]:
             rest = 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True)
-            bucket = bucket & ((rest >= 1e-6) | ~needed)
+            bucket = bucket & ~((rest < 1e-6) & needed)
         inside = torch.cat((inside, bucket), 1)
     log_p, mix = log_p.masked_fill(~inside, 0), objective.mix(lam, log_q, log_r).masked_fill(~inside, 0)
     empty = ~inside.any(1, keepdim=True)
-    log_t = mix - mix.masked_fill(~inside, -math.inf).masked_fill(empty, 0).logsumexp(1, keepdim=True)
+
+    def normalised(x: Tensor) -> Tensor:
+        return x - x.masked_fill(~inside, -math.inf).masked_fill(empty, 0).logsumexp(1, keepdim=True)
+
+    log_t = normalised(mix)
     prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
-    kl = (prob * (log_p - log_t)).sum(1)
+    with torch.no_grad():  # over the outcomes that there are, as one distribution
+        whole = normalised(log_p)
+        kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
     counted = inside.clone()
     if p.truncation.tail == "drop":
         counted[:, -1] = False
@@ -229,7 +244,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
     else:
         log_m = torch.logaddexp(log_t + math.log(p.beta), log_p + math.log1p(-p.beta))
         terms = p.beta * target * (log_t - log_m) + (1 - p.beta) * prob * (log_p - log_m)
-    return torch.where(counted, terms, 0).sum(1), kl.detach()
+    return torch.where(counted, terms, 0).sum(1), kl
 
 
 def _advantages(
@@ -364,8 +379,12 @@ def gopd_loss(
         entropies = first, second
         if estimator == "topk":
             with torch.no_grad():
-                chosen, *others = _on_support(p, log_p)
-            token_loss, kl = _topk(p, _at(log_p, chosen), *others)
+                seen = _on_support(p, log_p)
+            token_loss, kl = _topk(p, _at(log_p, seen.token_ids), seen.teacher, seen.ref)
+            # NaN is seen wherever it stands, also in a row of which nothing is looked at
+            bad = seen.poisoned
+            token_loss = torch.where(bad, z.masked_fill(~bad[:, None], 0).sum(1) * math.nan, token_loss)
+            kl = kl.masked_fill(bad, math.nan)
     entropy = _entropy(log_p.detach())
     advantages = clipped = importance = None
     if p.token_ids is not None:

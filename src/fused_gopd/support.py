@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,17 @@ from torch import Tensor
 from .checks import one_of, refuse, require_count
 from .chunks import TokenRows
 from .heads import Source, TopKLogProbs
-from .objective import SUPPORTS, TAILS, WHOLE, Estimator, Truncation
+from .objective import SUPPORTS, TAILS, Estimator
+from .topk import DEFAULT, Truncation
 
 # More than the whole vocabulary's mass by as much as log-probs rounded to bfloat16 may make it: 2^-8 of a log-prob of
 # -10 is 4 %. Logits in the place of log-probs are far above.
 _MOST_MASS = 1.1
 
-Models = tuple[Source, ...]  # one a route, none for a model that is not needed
+# Entries that are checked at once: checking all of a long batch would take several times its own memory.
+_CHECKED = 1 << 20
+
+Models = tuple[Source, ...]  # one a route, none where no model is needed
 
 
 def check_truncation(
@@ -26,48 +31,72 @@ def check_truncation(
     """The options of topk against the models that the loss needs; one that has nothing to act on raises."""
     one_of("support", support, SUPPORTS)
     one_of("tail", tail, TAILS)
+    given: dict[str, Any] = {"k": k, "support": support, "tail": tail}
     if estimator != "topk":
-        for name, value, default in (("k", k, None), ("support", support, "teacher"), ("tail", tail, "bucket")):
-            if value != default:
+        for name, value in given.items():
+            if value != getattr(DEFAULT, name):
                 raise ValueError(f"{name} is an option of estimator='topk', got estimator={estimator!r}")
-        return WHOLE
-    given = {n: m for n, models in (("teacher", teacher), ("ref", ref)) for m in models if isinstance(m, TopKLogProbs)}
-    for name, model in given.items():
-        if support == "student":
+        return DEFAULT
+    if k is not None:
+        require_count("k", k)
+    asked: list[bool] = []  # whether a head is asked for its largest, route by route
+    listed: set[int] = set()
+    for i in range(max(len(teacher), len(ref))):
+        models = {name: x[i] for name, x in (("teacher", teacher), ("ref", ref)) if x}
+        answers = {name: model.k for name, model in models.items() if isinstance(model, TopKLogProbs)}
+        if answers and support == "student":
+            name = _name(next(iter(answers)), i, teacher, ref)
             raise TypeError(
                 f"{name} is TopKLogProbs, and support='student' needs a LinearHead or Logits: the student's tokens "
                 "need not be among those that another model listed"
             )
-        if model.k > vocab_size:
-            raise ValueError(f"{name} must not list more tokens than the vocabulary of {vocab_size}, got K={model.k}")
-    first, second = (teacher, ref) if teacher else (ref, ())
-    for own, other in zip(first, second, strict=False):
-        if isinstance(other, TopKLogProbs) and not isinstance(own, TopKLogProbs):
+        first = next(iter(models))
+        if answers and first not in answers:
             raise TypeError(
-                "ref is TopKLogProbs, which goes with a teacher that is TopKLogProbs too, since it must contain the "
-                "teacher's tokens; a teacher with the whole vocabulary needs such a reference"
+                f"{_name('ref', i, teacher, ref)} is TopKLogProbs, which goes with a teacher that is TopKLogProbs too, "
+                "since it must contain the teacher's tokens; a teacher with the whole vocabulary needs such a reference"
             )
-    if support == "teacher" and all(isinstance(model, TopKLogProbs) for model in first):
-        listed = {model.k for model in first if isinstance(model, TopKLogProbs)}
+        asked.append(first not in answers)
+        listed |= {answers[first]} if first in answers else set()
+    if not any(asked):
         if k is not None and {k} != listed:
             raise ValueError(f"k is for heads; TopKLogProbs have their own K={sorted(listed)}, got k={k!r}")
-        return Truncation(0, "teacher", tail)  # type: ignore[arg-type]
+        return Truncation(**{**given, "k": None})
     if k is None:
         raise ValueError(
             "k must be given for estimator='topk' with a LinearHead or Logits: how many tokens it looks at"
         )
-    count = require_count("k", k)
-    if count > vocab_size:
+    if k > vocab_size:  # type: ignore[operator]
         raise ValueError(f"k must be at most the vocabulary of {vocab_size}, got {k}")
-    return Truncation(count, support, tail)  # type: ignore[arg-type]
+    return Truncation(**given)
+
+
+def _name(name: str, i: int, teacher: Models, ref: Models) -> str:
+    """What messages call a model: by its place in the list where there is one."""
+    models = teacher if name == "teacher" else ref
+    return f"{name}[{i}]" if any(model is not models[0] for model in models) else name
 
 
 class Scores(NamedTuple):
     """Scores of the live tokens from elsewhere, (n, K); None for a model that has none."""
 
     token_ids: Tensor | None  # int64, -1 is none
-    teacher: Tensor | None  # log-probs, -inf beside -1
+    teacher: Tensor | None  # log-probs, anything beside -1
     ref: Tensor | None  # of the same ids
+
+
+class _Answer(NamedTuple):
+    """What a server sent for the live tokens of a route."""
+
+    name: str
+    token_ids: Tensor  # (m, K) int64
+    logprobs: Tensor  # (m, K)
+    counts: Tensor | None  # (m,) bool, False where lambda cancels it; None is everywhere
+
+    def blocks(self) -> Iterator[slice]:
+        step = max(1, _CHECKED // self.token_ids.shape[1])
+        for start in range(0, self.token_ids.shape[0], step):
+            yield slice(start, start + step)
 
 
 def scores_of(
@@ -77,67 +106,77 @@ def scores_of(
     slices: list[tuple[int, int]],
     reward_scale: float | Tensor,  # tensor: (n,)
     vocab_size: int,
-    dtype: torch.dtype,
 ) -> Scores:
     """The scores of all routes; ids are the teacher's, the reference's where there is no teacher."""
-    listed = [model for model in (*teacher, *ref) if isinstance(model, TopKLogProbs)]
-    if not listed:
-        return Scores(None, None, None)
-    shape, device = (rows.count, max(model.k for model in listed)), listed[0].logprobs.device
-    ids = torch.full(shape, -1, dtype=torch.int64, device=device)
-    out: dict[str, Tensor] = {}
-    for name, models in (("teacher", teacher), ("ref", ref)):
-        for model, (start, stop) in zip(models, slices, strict=False):
+    ids: list[Tensor | None] = []
+    scores: dict[str, list[Tensor | None]] = {"teacher": [], "ref": []}
+    for i, (start, stop) in enumerate(slices):
+        own: Tensor | None = None
+        for name, models, cancelled_at in (("teacher", teacher, 0.0), ("ref", ref, 1.0)):
+            model = models[i] if models else None
             if not isinstance(model, TopKLogProbs):
+                scores[name].append(None)
                 continue
-            own, logprobs = _checked(name, model, rows, start, stop, vocab_size, dtype)
-            values = out.setdefault(name, torch.full(shape, -math.inf, dtype=dtype, device=device))
-            if name == "ref" and teacher:
-                needed = reward_scale[start:stop, None] != 1 if isinstance(reward_scale, Tensor) else True
-                values[start:stop] = _matched(ids[start:stop], own, logprobs, needed)
-            else:
-                ids[start:stop, : model.k] = own
-                values[start:stop, : model.k] = logprobs
-    return Scores(ids, out.get("teacher"), out.get("ref"))
+            listed = rows.take(model.token_ids.to(torch.int64), start, stop)
+            counts = reward_scale[start:stop] != cancelled_at if isinstance(reward_scale, Tensor) else None
+            logprobs = rows.take(model.logprobs.detach(), start, stop)
+            answer = _Answer(_name(name, i, teacher, ref), listed, logprobs, counts)
+            _check(answer, vocab_size)
+            scores[name].append(answer.logprobs if own is None else _matched(own, answer))
+            own = answer.token_ids if own is None else own
+        ids.append(own)
+    return Scores(_joined(ids, slices, -1), *(_joined(parts, slices, 0) for parts in scores.values()))
 
 
-def _checked(
-    name: str, model: TopKLogProbs, rows: TokenRows, start: int, stop: int, vocab_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Ids and log-probs of some live tokens, -inf beside -1."""
-    ids = rows.take(model.token_ids.to(torch.int64), start, stop)
-    refuse(
-        (ids < -1) | (ids >= vocab_size),
-        ids,
-        IndexError,
-        f"{name}.token_ids must be in [0, {vocab_size}), or -1 for none, where not masked",
+def _joined(parts: list[Tensor | None], slices: list[tuple[int, int]], missing: int) -> Tensor | None:
+    """The routes' tensors as one, as wide as the widest; where a route has none it is never read."""
+    there = [x for x in parts if x is not None]
+    if not there:
+        return None
+    if len(parts) == 1:
+        return there[0]
+    width, wide = max(x.shape[1] for x in there), [x.dtype for x in there]
+    out = there[0].new_full(
+        (slices[-1][1], width), missing, dtype=max(wide, key=lambda dtype: torch.empty(0, dtype=dtype).element_size())
     )
-    ordered = ids.sort(1).values
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    refuse(
-        repeated, ordered[:, 1:], ValueError, f"{name}.token_ids must be distinct at each position", "twice there is"
-    )
-    logprobs = rows.take(model.logprobs.detach(), start, stop).to(dtype).masked_fill(ids < 0, -math.inf)
-    mass = logprobs.exp().sum(1)
-    refuse(
-        mass > _MOST_MASS,
-        mass,
-        ValueError,
-        f"{name}.logprobs must be log-probabilities, whose exponentials sum to at most 1 at each position",
-    )
-    return ids, logprobs
+    for x, (start, stop) in zip(parts, slices, strict=True):
+        if x is not None:
+            out[start:stop, : x.shape[1]] = x
+    return out
 
 
-def _matched(ids: Tensor, other_ids: Tensor, logprobs: Tensor, needed: Tensor | bool) -> Tensor:
-    """The reference's log-probs of the teacher's ids, (m, K)."""
-    ordered, order = other_ids.sort(1)
-    place = torch.searchsorted(ordered, ids.contiguous()).clamp_max(ordered.shape[1] - 1)
-    found = ordered.gather(1, place) == ids
-    refuse(
-        ~found & (ids >= 0) & needed,
-        ids,
-        ValueError,
-        "ref.token_ids must contain those of the teacher at the same position, where not masked",
-        "missing is",
-    )
-    return logprobs.gather(1, order).gather(1, place).masked_fill(~found | (ids < 0), -math.inf)
+def _check(answer: _Answer, vocab_size: int) -> None:
+    for block in answer.blocks():
+        ids, logprobs = answer.token_ids[block], answer.logprobs[block]
+        refuse(
+            (ids < -1) | (ids >= vocab_size),
+            ids,
+            IndexError,
+            f"{answer.name}.token_ids must be in [0, {vocab_size}), or -1 for none, where not masked",
+        )
+        ordered = ids.sort(1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        message = f"{answer.name}.token_ids must be distinct at each position"
+        refuse(repeated, ordered[:, 1:], ValueError, message, "twice there is")
+        mass = logprobs.float().masked_fill(ids < 0, -math.inf).exp().sum(1)
+        if answer.counts is not None:
+            mass = mass.masked_fill(~answer.counts[block], 0)
+        message = f"{answer.name}.logprobs must be log-probabilities, whose exponentials sum to at most 1 at a position"
+        refuse(mass > _MOST_MASS, mass, ValueError, message)
+
+
+def _matched(ids: Tensor, answer: _Answer) -> Tensor:
+    """The reference's log-probs of the teacher's ids, (m, K); -inf where it need not have them."""
+    out = torch.full(ids.shape, -math.inf, dtype=answer.logprobs.dtype, device=ids.device)
+    for block in answer.blocks():
+        wanted, logprobs = ids[block].contiguous(), answer.logprobs[block]
+        ordered, order = answer.token_ids[block].contiguous().sort(1)
+        place = torch.searchsorted(ordered, wanted).clamp_max(ordered.shape[1] - 1)
+        found = (ordered.gather(1, place) == wanted) & (wanted >= 0)
+        missing = ~found & (wanted >= 0)
+        if answer.counts is not None:
+            missing = missing & answer.counts[block, None]
+        message = f"{answer.name}.token_ids must contain those of the teacher at the same position, where not masked"
+        refuse(missing, wanted, ValueError, message, "missing is")
+        out[block] = logprobs.gather(1, order).gather(1, place).masked_fill(~found, -math.inf)
+    return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,43 +95,18 @@ def logprobs_at(problem: RowProblem, statistics: Tensor, token_ids: Tensor, logi
     return torch.where(torch.isneginf(z), z, z - maximum - logsum)
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The gradient sum_k b_k d log p[id_k] / dz as a dense part and the entries that differ from it.
-
-    At entry k it is ``weight * p - own_k`` (an id that is there twice has the same value twice), elsewhere
-    ``weight * p``.
-    """
-
-    token_ids: Tensor  # (C, K) int64, all >= 0
-    own: Tensor  # (C, K)
-    weight: Tensor  # (C,)
-
-    @classmethod
-    def of(cls, token_ids: Tensor, dlogprobs: Tensor) -> Entries:
-        """From ids, of which only the last may repeat another, and b, the derivatives with respect to log p."""
-        own = -dlogprobs.masked_fill(token_ids < 0, 0)
-        weight = own.sum(1)
-        same = token_ids[:, :-1] == token_ids[:, -1:]
-        last = own[:, -1:] + (own[:, :-1] * same).sum(1, keepdim=True)
-        own = torch.cat((own[:, :-1] + same * own[:, -1:], last), 1)
-        # an absent entry stands for the first one that is there; where none is all are 0
-        source = _source(token_ids)
-        return cls(token_ids.gather(1, source).clamp_min(0), own.gather(1, source), weight)
-
-    @property
-    def size(self) -> Tensor:
-        """(C,) the largest magnitude among the factors of a row."""
-        return torch.maximum(self.weight.abs(), self.own.abs().amax(1))
-
-    def over(self, size: Tensor) -> Entries:
-        return Entries(self.token_ids, self.own / size[:, None], self.weight / size)
-
-    def overwrite(self, out: Tensor, transform: LogitTransform, logits: Tensor, logprobs: Tensor) -> None:
-        """Write the gradient with respect to raw logits at the entries; ``logits`` and ``logprobs`` are theirs."""
-        z = logits.masked_fill(torch.isneginf(logits), 0)
-        weight = self.weight[:, None]
-        # what is multiplied by 0 is not looked at: it may be NaN
-        gradient = torch.where(weight == 0, 0, weight * logprobs.exp()) - self.own
-        gradient = torch.where(gradient == 0, 0, gradient * slope(transform, z))
-        out.scatter_(1, self.token_ids, gradient.to(out.dtype))
+def overwrite(
+    out: Tensor,  # (C, >= V) gradient with respect to raw logits
+    transform: LogitTransform,
+    token_ids: Tensor,  # a token that is there twice has the same value twice
+    values: Tensor,  # (C, K) gradient with respect to the transformed logits of these tokens
+    logits: Tensor,  # (C, K) :func:`logits_at` of these tokens, before out took their place
+) -> None:
+    """Replace some entries of a gradient."""
+    z = logits.masked_fill(torch.isneginf(logits), 0)
+    # with a value of 0 an entry is 0 even where the slope is NaN
+    gradient = torch.where(values == 0, 0, values * slope(transform, z))
+    source = _source(token_ids)
+    ids = token_ids.gather(1, source).clamp_min(0)
+    present = (token_ids >= 0).any(1, keepdim=True)
+    out.scatter_(1, ids, torch.where(present, gradient.gather(1, source).to(out.dtype), out.gather(1, ids)))
