@@ -28,7 +28,7 @@ class Metrics(Mapping[str, Tensor]):
     kl_teacher, kl_ref  log p - log q and log p - log r of the sampled token: unbiased for the divergences if the
                         student sampled it
     kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
-    sft_loss            -log p[label], of the tokens that have a label which the student can give
+    sft_loss            -log p[label], of the tokens that have a label inside the support
     advantage           and ``advantage_std``: of the advantages as used
     clip_fraction       share of tokens whose gradient a clip removed
     importance          and ``importance_std``: the detached weight of the rollout, as used

@@ -24,11 +24,12 @@ class GOPDOutput:
             ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
-        kl: (...) KL(student || target) >= 0; in ``topk`` over its outcomes. None in ``sampled``.
+        kl: (...) KL(student || target) >= 0; in ``topk`` over the outcomes that there are, the student's mass on them
+            being 1. None in ``sampled``.
         clipped: (...) bool, where ``clip`` or ``clip_dual`` removed the gradient. None without them.
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
         label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.
-        labelled: (...) bool, where the supervised term is in force: there is a label and the student can give it.
+        labelled: (...) bool, where the supervised term is in force: there is a label inside the support.
         mask: (...) bool, the live tokens; None where all are.
         reward_scale: lambda as given, expanded to the token shape where it is a tensor.
         joint: whether the models were looked at together: in ``full``, and with a baseline.
