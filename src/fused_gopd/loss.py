@@ -213,18 +213,18 @@ def gopd_loss(
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
         chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
         grad_filter: leave the vocabulary entries whose logit gradient is below this at every token of a chunk out of
-            the two gradient GEMMs; 0 leaves out none. The gradient meant is that with respect to the raw logits at unit
-            scale: of l in ``full``, p - 1[v = y] in ``sampled``, over the token's largest entry in ``topk``, with labels
-            and where a backward recomputes; w is what multiplies it later (weight, advantage). A biased approximation
-            with a bound: dhidden of a token is off by at most |w| grad_filter times the sum of the norms of the weight's
-            rows that are left out, and each of these rows of dweight by at most grad_filter sum_t |w_t| ||hidden_t||. A
-            bias keeps its exact gradient. Deterministic, but which entries are left out depends on chunk_size. Waits
-            for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
+            the two gradient GEMMs; 0 leaves out none. The gradient meant is that with respect to the raw logits at
+            unit scale: of l in ``full``, p - 1[v = y] in ``sampled``, over the token's largest entry in ``topk``, with
+            labels and where a backward recomputes; w is what multiplies it later (weight, advantage). A biased
+            approximation with a bound: dhidden of a token is off by at most |w| grad_filter times the sum of the norms
+            of the weight's rows that are left out, and each of these rows of dweight by at most
+            grad_filter sum_t |w_t| ||hidden_t||. A bias keeps its exact gradient. Deterministic, but which entries are
+            left out depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers of chunk_size x V per model, independent of the number of
-    tokens, and one float32 V x H accumulator where a low-precision weight is trainable. ``topk`` keeps 12 bytes for each
-    of the K tokens of a position where a backward recomputes.
+    tokens, and one float32 V x H accumulator where a low-precision weight is trainable. ``topk`` keeps 12 bytes for
+    each of the K tokens of a position where a backward recomputes.
 
     Work: 3 student GEMMs and one for each other model that is needed; 2 fewer GEMMs without gradients, one fewer for
     a frozen weight or frozen hidden states.
