@@ -99,7 +99,9 @@ def test_what_is_compiled_does_the_work_too(provider: str, workload: Any, monkey
     assert_same_work(provider, workload)
 
 
-@pytest.mark.parametrize(("provider", "workload"), pairs([name for name in registry.PROVIDERS if name not in providers.OWN]))
+@pytest.mark.parametrize(
+    ("provider", "workload"), pairs([name for name in registry.PROVIDERS if name not in providers.OWN])
+)
 def test_peers_do_the_work_of_the_float64_oracle(provider: str, workload: Any) -> None:
     reason = registry.PROVIDERS[provider].unavailable(workload)
     if reason is not None:
