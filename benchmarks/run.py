@@ -188,7 +188,9 @@ def measure(options: Options, done: Callable[[str], None]) -> dict[str, Any]:
     skipped, output = [], []
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "pytest-benchmark.json"
-        environment = {**os.environ, **allocator, "PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": ""}
+        # a pytest of its own, also inside another one: in a worker of pytest-xdist pytest-benchmark measures nothing
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**outer, **allocator, "PYTHONUNBUFFERED": "1"}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(options.command(raw), env=environment, **pipes) as process:
             for line in process.stdout or ():
