@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ import torch
 import fused_gopd as fg
 
 from .conftest import milliseconds
+from .report import publish
 from .run import _commit, device_name
 from .workloads import SUITES, Inputs, Workload
 
@@ -116,11 +116,7 @@ def main() -> None:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         result = {"device": device_name(args.device), "commit": _commit(), "date": date, "tokens": tokens, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{table(rows)}\n{where}.\n"
-    print(text)
-    region = re.compile(r"(<!-- features -->\n).*?(<!-- /features -->)", re.DOTALL)
-    for page in args.pages:
-        page.write_text(region.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text()))
+    publish("features", f"{table(rows)}\n{where}.\n", args.pages)
 
 
 if __name__ == "__main__":

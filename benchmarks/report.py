@@ -243,6 +243,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def publish(name: str, text: str, pages: list[Path]) -> None:
+    """Print a text and put it between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the pages."""
+    print(text)
+    region = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    for page in pages:
+        page.write_text(region.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", page.read_text()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)

@@ -13,7 +13,6 @@ import datetime
 import functools
 import itertools
 import json
-import re
 import statistics
 import unittest.mock
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import fused_gopd as fg
 from fused_gopd import gemm
 
 from .conftest import milliseconds
+from .report import publish
 from .run import _commit, device_name
 
 FILTERS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -143,11 +143,7 @@ def main() -> None:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         result = {"device": device_name("cpu"), "commit": _commit(), "date": date, **shape, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{table(rows)}\n{where}.\n"
-    print(text)
-    region = re.compile(r"(<!-- sparsity -->\n).*?(<!-- /sparsity -->)", re.DOTALL)
-    for page in args.pages:
-        page.write_text(region.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text()))
+    publish("sparsity", f"{table(rows)}\n{where}.\n", args.pages)
 
 
 if __name__ == "__main__":

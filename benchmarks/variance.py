@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
+
+from .report import publish
 
 VOCAB, POSITIONS = 256, 64
 SCALES = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 4.0)
@@ -81,10 +82,7 @@ def main() -> None:
     if args.json:
         result = {"vocab": VOCAB, "positions": POSITIONS, "torch": torch.__version__, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows))
-    region = re.compile(r"(<!-- variance -->\n).*?(<!-- /variance -->)", re.DOTALL)
-    for page in args.pages:
-        page.write_text(region.sub(lambda m: f"{m[1]}\n{table(rows)}\n{m[2]}", page.read_text()))
+    publish("variance", table(rows), args.pages)
 
 
 if __name__ == "__main__":
