@@ -101,6 +101,9 @@ NB_MODULE(_native, m) {
       .def(
           "request_statistics", [](Job& job) { job.compute_statistics = true; }, "Have run() write the statistics.")
       .def(
+          "request_jsd_parts", [](Job& job) { job.compute_jsd_parts = true; },
+          "Have run() replace the two parts of jsd by their sums over these columns, from the other statistics.")
+      .def(
           "request_gradient",
           [](Job& job, uintptr_t divergence_weights, uintptr_t token_weights, uintptr_t out, int64_t out_stride,
              int out_dtype, bool stream) {

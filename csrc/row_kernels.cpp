@@ -652,6 +652,7 @@ template <int Models>
 void compute(const Row& row) {
   bool clean = false;
   if (row.job.compute_statistics) clean = statistics<Models>(row);
+  if (Models > 1 && row.job.compute_jsd_parts) jsd_statistics<Models>(row);
   if (row.job.compute_gradient) gradient<Models>(row, clean);
 #if defined(__x86_64__)
   if (row.job.compute_gradient && row.job.stream_out) _mm_sfence();

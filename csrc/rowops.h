@@ -53,6 +53,7 @@ struct Job {
   float beta = 0.5f, one_minus_beta = 0.5f;
 
   bool compute_statistics = false;
+  bool compute_jsd_parts = false;  // of statistics that have been computed
   bool compute_gradient = false;
   float* statistics = nullptr;  // (stat_count, C): written by the one, read by the other
 

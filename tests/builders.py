@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd.rowops import unavailable_reason
+from fused_gopd import objective
+from fused_gopd.rowops import GradientWeights, ModelRows, RowOps, RowProblem, Stat, unavailable_reason
 
 LAMBDAS = (0.0, 0.5, 1.0, 1.25, 2.0)
 OBJECTIVES: tuple[dict[str, Any], ...] = (
@@ -235,3 +236,36 @@ def minus_inf_batch(
         batch.ref.logits[4] = -math.inf
     batch.token_ids.copy_(torch.tensor([1, 3, 4, 6, 8, 10]))  # all inside the support of the first four rows
     return batch
+
+
+def in_parts(
+    ops: RowOps, problem: RowProblem, bounds: Sequence[tuple[int, int]], weights: GradientWeights
+) -> tuple[Tensor, Tensor]:
+    """Statistics and gradient of a row problem from parts of its columns, as ranks that share it make."""
+
+    def part(model: ModelRows | None, start: int, stop: int) -> Any:
+        if model is None:
+            return None
+        bias = model.transform.bias
+        cut = dataclasses.replace(model.transform, bias=None if bias is None else bias[start:stop])
+        return ModelRows(model.raw[:, start:stop], cut)
+
+    parts = []
+    for start, stop in bounds:
+        models = [part(m, start, stop) for m in (problem.student, problem.teacher, problem.ref)]
+        here = (problem.token_ids >= start) & (problem.token_ids < stop)
+        ids = torch.where(here, problem.token_ids - start, -1)
+        parts.append(dataclasses.replace(problem, vocab_size=stop - start, student=models[0], teacher=models[1],
+                                         ref=models[2], token_ids=ids))  # fmt: skip
+    own = torch.stack([ops.statistics(p) for p in parts])
+    logits = [Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF]
+    for statistics, p in zip(own, parts, strict=True):
+        statistics[logits] = statistics[logits].masked_fill(p.token_ids < 0, -math.inf)
+    has = problem.teacher is not None, problem.ref is not None
+    merged = objective.merge(own, problem.reward_scale, has, problem.divergence)
+    if problem.divergence == "jsd":
+        merged[Stat.STUDENT_PART : Stat.TARGET_PART + 1] = sum(ops.jsd_parts(p, merged) for p in parts)
+    gradient = torch.empty(problem.rows, problem.vocab_size, dtype=own.dtype, device=own.device)
+    for (start, stop), p in zip(bounds, parts, strict=True):
+        ops.gradient(p, merged, weights, gradient[:, start:stop])
+    return merged, gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import oracle
-from builders import TOLERANCE, Machine, assert_close, generator, why_not
+from builders import TOLERANCE, Machine, assert_close, generator, in_parts, why_not
 from fused_gopd import rowops
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.rowops import torch as torch_rowops
@@ -133,6 +134,58 @@ def test_gradient_is_what_autograd_finds(machine, divergence, gone, transform):
     out = torch.full((C, V), math.nan, dtype=machine.dtype)
     ops.gradient(problem, ops.statistics(problem), GradientWeights(w_d, w_y), out)
     assert_close(out, wanted_gradient(problem, w_d, w_y), TOLERANCE[machine.dtype])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "per token"])
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 4.0, "temperature": 1.5}], ids=str)
+def test_the_parts_of_a_vocabulary_make_the_whole(machine, divergence, lam, gone, transform):
+    if lam == "per token":
+        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
+    problem = problem_for(machine, divergence, lam, gone=gone, **transform)
+    cancelled = {1.0: "ref", 0.0: "teacher"}.get(lam) if isinstance(lam, float) else None
+    if cancelled is not None:
+        problem = dataclasses.replace(problem, **{cancelled: None})
+    for model in (problem.student, problem.teacher, problem.ref):
+        if model is not None and gone:
+            model.raw[1, 10:20] = -math.inf  # a part without support in a row that has some
+    ops = ops_for(machine)
+    weights = GradientWeights(*torch.linspace(-1, 2, 2 * C, dtype=machine.dtype).reshape(2, C))
+    want_gradient = torch.empty(C, V, dtype=machine.dtype)
+    want = ops.statistics_and_gradient(problem, weights, want_gradient)
+    got, gradient = in_parts(ops, problem, [(0, 10), (10, 20), (20, 21), (21, V)], weights)
+    for stat in Stat:
+        empty = want[Stat.LOGSUM_STUDENT].isneginf() & (stat != Stat.LOGSUM_STUDENT)  # what means nothing
+        assert_close(got[stat].masked_fill(empty, 0), want[stat].masked_fill(empty, 0), machine.tolerance, stat.name)
+    assert_close(gradient, want_gradient, machine.tolerance, "gradient")
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_equal_models_are_equal_in_parts_too(machine, divergence):
+    problem = problem_for(machine, divergence)
+    problem = dataclasses.replace(problem, teacher=problem.student, ref=problem.student)
+    one = torch.ones(C, dtype=machine.dtype)
+    got, gradient = in_parts(ops_for(machine), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
+    assert gradient.abs().max() <= (machine.tolerance if divergence == "jsd" and machine.backend == "torch" else 0)
+    assert not got[Stat.MEAN_GAP].any()
+    if machine.backend != "torch":  # which forms the mixture from p and t, not from their ratio
+        assert not got[[Stat.STUDENT_PART, Stat.TARGET_PART]].any()
+    assert torch.equal(got[Stat.LOGSUM_TARGET], got[Stat.LOGSUM_STUDENT])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
+def test_a_diverged_part_poisons_all_of_its_row(machine, divergence, model):
+    if divergence == "none" and model != "student":
+        pytest.skip("a single model")
+    problem = problem_for(machine, divergence)
+    getattr(problem, model).raw[2, 7] = math.nan
+    one = torch.ones(C, dtype=machine.dtype)
+    got, gradient = in_parts(ops_for(machine), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
+    assert got[Stat[f"LOGSUM_{model.upper()}"]].isnan().tolist() == [i == 2 for i in range(C)]
+    assert gradient[2].isnan().all()
+    assert gradient[torch.arange(C) != 2].isfinite().all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -291,7 +291,7 @@ def test_the_tail_of_a_head_is_summed_and_not_what_is_left_of_one(machine):
     model = ModelRows(raw.clone(), LogitTransform())
     problem = RowProblem(37, model, token_ids=batch.token_ids)
     ops = select_backend(machine.backend, raw.device, {machine.dtype})
-    statistics, on_support = chunks._statistics_around(ops, problem, ids)
+    statistics, on_support, _ = chunks._statistics_around(ops, problem, ids, batch.token_ids)
     assert torch.equal(model.raw, raw)  # hidden for a while, and back
     log_p = raw.double().log_softmax(-1)
     rest = log_p[:, 5:].logsumexp(-1)

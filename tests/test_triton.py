@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
+from builders import in_parts
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.torch import TorchRowOps
@@ -203,6 +204,25 @@ DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_agrees_with_float64(ops: TritonRowOps, divergence: str, dtype: torch.dtype) -> None:
     check(ops, make(divergence, dtype=dtype), separately=True)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("lam", [1.25, "per token"])
+def test_the_parts_of_a_vocabulary_make_the_whole(ops: TritonRowOps, divergence: str, lam: Any) -> None:
+    if lam == "per token":
+        lam = torch.tensor([0.0, 1.0, 1.25, 0.3], device=DEVICE)
+    problem = make(divergence, lam=lam)
+    for model in (problem.student, problem.teacher, problem.ref):
+        if model is not None:
+            model.raw[1, 40:60] = -INF
+    weights = weights_of(problem.rows)
+    weights64 = GradientWeights(*(w.double() for w in (weights.divergence, weights.token)))
+    bounds = [(0, 40), (40, 60), (60, 211)]
+    truth = in_parts(TorchRowOps(), in_float64(problem), bounds, weights64)
+    naive = in_parts(TorchRowOps(), problem, bounds, weights)
+    statistics, gradient = in_parts(ops, problem, bounds, weights)
+    assert_statistics_close(statistics, truth[0], naive[0])
+    assert_close(gradient, truth[1], naive[1], "gradient")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:])

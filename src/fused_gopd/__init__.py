@@ -6,6 +6,7 @@ from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
 from .metrics import Metrics
 from .objective import TokenStats
 from .output import GOPDOutput
+from .shards import VocabShard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TokenLogProbs",
     "TokenStats",
     "TopKLogProbs",
+    "VocabShard",
     "gopd_loss",
     "reference",
     "token_logprobs",

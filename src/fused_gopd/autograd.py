@@ -24,6 +24,7 @@ from .heads import LinearHead, Logits
 from .objective import AdvantageFn, Surrogate
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
+from .shards import VocabShard
 from .topk import Truncation
 
 # ------------------------------------------------------------------------------------------- a job as tensors + text
@@ -72,7 +73,8 @@ def _pack(job: Job, hook: _Hook | None = None) -> tuple[list[Tensor | None], str
             heads.append(None)
             continue
         tensors += [head.hidden, head.weight, head.bias] if isinstance(head, LinearHead) else [head.logits, None, None]
-        heads.append({k: getattr(head, k) for k in ("logit_scale", "softcap", "temperature")})
+        transform = {k: getattr(head, k) for k in ("logit_scale", "softcap", "temperature")}
+        heads.append({**transform, "shard": None if head.shard is None else head.shard.described})
     static = {
         "heads": heads,
         "stops": [route.stop for route in job.routes],
@@ -102,12 +104,14 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
     options = _parse(static)
     heads: list[Any] = []
     first = len(_VECTORS) + 1
-    for i, transform in enumerate(options["heads"]):
+    for i, described in enumerate(options["heads"]):
         data, weight, bias = tensors[first + 3 * i : first + 3 * i + 3]
-        if transform is None:
+        if described is None:
             heads.append(None)
         else:
             assert data is not None
+            shard = None if described["shard"] is None else VocabShard.of(described["shard"])
+            transform = {**described, "shard": shard}
             heads.append(Logits(data, **transform) if weight is None else LinearHead(data, weight, bias, **transform))
     vectors: dict[str, Any] = dict(zip(_VECTORS, tensors, strict=False))
     scale = vectors.pop("reward_scale")

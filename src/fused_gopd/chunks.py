@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from .objective import (
 )
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
 from .rowops.torch import TorchRowOps, accumulation_dtype
+from .shards import VocabShard, require_agreement
 from .topk import Entries, OnSupport, Truncation
 
 # ------------------------------------------------------------------------------------------------------ memory plan
@@ -208,9 +210,13 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """The accumulation dtype: float64 if any model's hidden states or logits are, else float32."""
+        return accumulation_dtype(*(head.rows for head in self.heads))
+
+    @property
+    def heads(self) -> list[Head]:
+        """Everything with a vocabulary axis, the student first."""
         routed = [head for route in self.routes for head in (route.teacher, route.ref)]
-        heads = [self.student, self.teacher, self.ref, *routed]
-        return accumulation_dtype(*(head.rows for head in heads if head is not None))
+        return [head for head in (self.student, self.teacher, self.ref, *routed) if head is not None]
 
     @property
     def has(self) -> tuple[bool, bool]:
@@ -232,6 +238,21 @@ class Job:
     @property
     def device(self) -> torch.device:
         return self.student.rows.device
+
+    def columns(self, head: Head) -> int:
+        """How much of the vocabulary this rank computes of a model."""
+        return self.vocab_size if head.shard is None else head.shard.count
+
+    @property
+    def widest(self) -> int:
+        """The most that this rank computes of any model: what a logits buffer has to hold."""
+        return max(self.columns(head) for head in self.heads)
+
+    @property
+    def shards(self) -> list[VocabShard]:
+        """Those of all models, each once."""
+        found = {id(head.shard.group): head.shard for head in self.heads if head.shard is not None}
+        return list(found.values())
 
     def supervised(self, statistics: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Weights of the supervised term (0 where there is no label that counts), and the term itself, (n,) each."""
@@ -445,6 +466,16 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
+class _Unfinished(NamedTuple):
+    """The rows' gradient of a chunk while the ranks of a vocabulary sum it, and where it goes."""
+
+    work: torch.distributed.Work | None
+    rows: Tensor  # (C, H)
+    scale: Tensor | None  # () or (C,)
+    start: int
+    stop: int
+
+
 class _Sink:
     """Takes the logit gradients of chunks in, gives the gradients of the student's tensors out."""
 
@@ -455,7 +486,7 @@ class _Sink:
             source = student.rows
             # zeroed only where the loop does not write: masked tokens, and logits past the joint vocabulary
             everywhere = job.rows.index is None and (
-                isinstance(student, LinearHead) or student.vocab_size == job.vocab_size
+                isinstance(student, LinearHead) or source.shape[-1] == job.columns(student)
             )
             self.rows = memory.empty((job.rows.shape.numel(), source.shape[-1]), source.dtype, source.device)
             if not everywhere:
@@ -463,9 +494,10 @@ class _Sink:
         if isinstance(student, LinearHead) and needs.weight:
             # the first chunk overwrites the joint vocabulary's part; the padding past it is never written
             self.weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), job.device)
-            self.weight[job.vocab_size if job.rows.count and not job.grad_filter else 0 :].zero_()
+            self.weight[job.columns(student) if job.rows.count and not job.grad_filter else 0 :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
-            self.bias = student.weight.new_zeros(student.vocab_size, dtype=accumulation_dtype(student.weight))
+            self.bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
+        self._unfinished: _Unfinished | None = None
 
     @property
     def wanted(self) -> bool:
@@ -480,9 +512,9 @@ class _Sink:
         start: int,
         stop: int,
     ) -> None:
-        student, V = self._job.student, self._job.vocab_size
-        smallest = self._job.grad_filter
+        student, smallest = self._job.student, self._job.grad_filter
         assert isinstance(student, LinearHead)
+        V = self._job.columns(student)
         if weight_scale is not None and self.weight is not None:
             # on the hidden states, not on the logit gradient, which has to stay at unit scale
             scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
@@ -497,13 +529,27 @@ class _Sink:
                 rows = gemm.dhidden(dlogits, weight)
             if total is not None:
                 gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
-        if self.rows is not None and rows is not None:
-            if rows_scale is not None:
-                rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
-            self._job.rows.put(self.rows, rows, start, stop)
+        self._finish()  # of the chunk before, which the ranks have summed meanwhile
+        if rows is not None:
+            shared = student.shard is not None and student.shard.reduce_hidden
+            work = student.shard.sum_(rows) if student.shard is not None and shared else None
+            self._unfinished = _Unfinished(work, rows, rows_scale, start, stop)
+            if not shared:
+                self._finish()
         if self.bias is not None:
             scale = self.bias.new_ones(()) if weight_scale is None else weight_scale
             gemm.add_dbias_(self.bias[:V], dlogits, scale)
+
+    def _finish(self) -> None:
+        if self._unfinished is None or self.rows is None:
+            return
+        work, rows, scale, start, stop = self._unfinished
+        self._unfinished = None
+        if work is not None:
+            work.wait()
+        if scale is not None:
+            rows.mul_(scale if scale.ndim == 0 else scale[:, None])
+        self._job.rows.put(self.rows, rows, start, stop)
 
     def logits_buffer(self, start: int, stop: int) -> Tensor:
         """Where the gradient of a chunk of ``Logits`` goes: straight into the result, unless rows are missing."""
@@ -511,14 +557,15 @@ class _Sink:
         assert self.rows is not None
         if job.rows.index is None:
             return self.rows[start:stop]
-        return self.rows.new_empty(stop - start, job.vocab_size)
+        return self.rows.new_empty(stop - start, job.columns(job.student))
 
     def put_logits(self, buffer: Tensor, start: int, stop: int) -> None:
         assert self.rows is not None
         if self._job.rows.index is not None:
-            self._job.rows.put(self.rows[:, : self._job.vocab_size], buffer, start, stop)
+            self._job.rows.put(self.rows[:, : buffer.shape[1]], buffer, start, stop)
 
     def result(self) -> Gradients:
+        self._finish()
         return Gradients(self.rows, self.weight, self.bias)
 
 
@@ -532,22 +579,23 @@ class _Buffers:
     def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
         """The raw logits of rows [start, stop) of a model; the caller's own memory only where it is not written to."""
         job = self._job
+        columns = job.columns(head)
         if isinstance(head, Logits):
             raw = job.rows.take(head.logits, start, stop)
             if writable:
-                raw = self._buffer(slot, raw.dtype, stop - start).copy_(raw[:, : job.vocab_size])
+                raw = self._buffer(slot, raw.dtype, stop - start, columns).copy_(raw[:, :columns])
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), _transform(head))
-        out = self._buffer(slot, accumulation_dtype(head.weight), stop - start)
-        gemm.logits_(out, job.rows.take(head.hidden, start, stop), head.weight[: job.vocab_size])
+        out = self._buffer(slot, accumulation_dtype(head.weight), stop - start, columns)
+        if columns:
+            gemm.logits_(out, job.rows.take(head.hidden, start, stop), head.weight[:columns])
         return ModelRows(out, _transform(head))
 
-    def _buffer(self, slot: str, dtype: torch.dtype, rows: int) -> Tensor:
-        vocab = self._job.vocab_size
+    def _buffer(self, slot: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
         if (slot, dtype) not in self._buffers:
             # rows start on aligned addresses, so that kernels can load whole vectors
-            width = -(-vocab // _ROW_MULTIPLE) * _ROW_MULTIPLE
+            width = -(-self._job.widest // _ROW_MULTIPLE) * _ROW_MULTIPLE
             self._buffers[slot, dtype] = memory.empty((self._chunk_size, width), dtype, self._job.device)
-        return self._buffers[slot, dtype][:rows, :vocab]
+        return self._buffers[slot, dtype][:rows, :columns]
 
 
 def _transform(head: Head) -> LogitTransform:
@@ -555,17 +603,97 @@ def _transform(head: Head) -> LogitTransform:
     return LogitTransform(head.logit_scale, head.softcap, head.temperature, bias)
 
 
+def _cut(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _local(shard: VocabShard | None, token_ids: Tensor) -> Tensor:
+    """Ids among the columns that this rank computes; -1 elsewhere."""
+    return token_ids if shard is None else shard.local(token_ids)
+
+
+_LOGSUMS = [Stat.LOGSUM_STUDENT, Stat.LOGSUM_TEACHER, Stat.LOGSUM_REF, Stat.LOGSUM_TARGET]
+_LOGITS = [Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF]
+
+
+def _own_statistics(ops: RowOps, problem: RowProblem) -> Tensor:
+    """Those of the columns that this rank computes, of which it may have none."""
+    if problem.vocab_size:
+        return ops.statistics(problem)
+    raw = problem.student.raw
+    own = torch.zeros(len(Stat), problem.rows, dtype=accumulation_dtype(raw), device=raw.device)
+    own[_LOGSUMS] = -math.inf
+    return own
+
+
+def _merge(
+    shard: VocabShard,
+    own: Tensor,  # (len(Stat), C) of this rank's columns
+    token_ids: Tensor | None,  # (C,) of these columns, -1 is another rank's
+    *along: Tensor,  # (k, C) of which the largest of any rank is wanted
+    reward_scale: float | Tensor = 1.0,
+    has: tuple[bool, bool] = (False, False),
+    divergence: Divergence | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Statistics of all ranks' columns; one collective."""
+    if token_ids is not None:
+        own[_LOGITS] = own[_LOGITS].masked_fill(token_ids < 0, -math.inf)
+    sent = objective.merged_statistics(has, divergence, token_ids is not None)
+    gathered = shard.gather(torch.cat((own[sent], *along)))
+    parts = own.new_zeros((gathered.shape[0], *own.shape))
+    parts[:, sent] = gathered[:, : len(sent)]
+    rest = torch.split(gathered[:, len(sent) :].amax(0), [x.shape[0] for x in along]) if along else ()
+    return objective.merge(parts, reward_scale, has, divergence), list(rest)
+
+
+def _statistics(job: Job, problem: RowProblem, *along: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Statistics of the rows of a chunk over the whole vocabulary, and what goes along as in :func:`_merge`."""
+    shard = job.student.shard
+    own = _own_statistics(job.ops, problem)
+    if shard is None:
+        return own, list(along)
+    has = problem.teacher is not None, problem.ref is not None
+    divergence = None if problem.divergence == "none" else problem.divergence
+    merged, rest = _merge(
+        shard, own, problem.token_ids, *along, reward_scale=problem.reward_scale, has=has, divergence=divergence
+    )
+    if divergence == "jsd":
+        # the mixture needs the normalisers of the whole vocabulary: a second collective
+        mixture = job.ops.jsd_parts(problem, merged) if problem.vocab_size else own.new_zeros(2, problem.rows)
+        merged[Stat.STUDENT_PART : Stat.TARGET_PART + 1] = shard.gather(mixture).sum(0)
+    return merged, rest
+
+
 def _score(job: Job, head: Head, buffers: _Buffers, start: int, stop: int) -> Tensor:
     """Statistics of one model on its own for rows [start, stop), forward only."""
     assert job.token_ids is not None
-    ids = job.token_ids[start:stop]
-    if isinstance(head, LinearHead):
+    ids, columns = _local(head.shard, job.token_ids[start:stop]), job.columns(head)
+    own: Tensor | None = None
+    if isinstance(head, LinearHead) and columns:
         hidden = job.rows.take(head.hidden, start, stop)
-        statistics = job.ops.linear_statistics(hidden, head.weight, _transform(head), job.vocab_size, ids)
-        if statistics is not None:
-            return statistics
-    # the models of the sampled estimator take turns in the student's buffer
-    return job.ops.statistics(RowProblem(job.vocab_size, buffers.load(head, "student", start, stop), token_ids=ids))
+        own = job.ops.linear_statistics(hidden, head.weight, _transform(head), columns, ids)
+    if own is None:
+        # the models of the sampled estimator take turns in the student's buffer
+        problem = RowProblem(columns, buffers.load(head, "student", start, stop), token_ids=ids)
+        own = _own_statistics(job.ops, problem)
+    return own if head.shard is None else _merge(head.shard, own, ids)[0]
+
+
+def _largest(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
+    """Ids (C, k) of a model's k largest logits, the largest first, whoever has their columns; one collective if so."""
+    ids = entries.top(rows, columns, k)
+    if head.shard is None:
+        return ids
+    logits = entries.logits_at(rows, ids)
+    ids = torch.where(ids < 0, ids, ids + head.shard.start)
+    # the bits of an id as a float of its size: one collective for both
+    bits = _INTEGERS[logits.dtype]
+    gathered = head.shard.gather(torch.stack((logits, ids.to(bits).view(logits.dtype))))  # (ranks, 2, C, k)
+    logits, numbers = gathered.permute(1, 2, 0, 3).flatten(2).unbind(0)
+    return numbers.contiguous().view(bits).gather(1, logits.topk(k).indices).to(torch.int64)
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Run(NamedTuple):
@@ -592,6 +720,8 @@ def run(
     3. with ``statistics`` and ``coefficients``: complete gradients, the student's logits recomputed.
     """
     n = job.rows.count
+    if coefficients is None:
+        _require_agreement(job, needs)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
     steps = [_balanced(stop - start, job.chunk_size) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
@@ -626,19 +756,44 @@ def run(
     return Run(out, sink.result(), chosen)
 
 
+def _require_agreement(job: Job, needs: Needs) -> None:
+    """Raise on all ranks unless those that share a vocabulary go through the same chunks of the same tokens."""
+    if not job.shards:
+        return
+    student = job.student
+    options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, needs)
+    kinds = [(type(head).__name__, head.shard is None, str(head.rows.dtype)) for head in job.heads]
+    scale = "per token" if isinstance(job.reward_scale, Tensor) else job.reward_scale
+    given = [name for name in ("token_ids", "old_logprobs", "labels", "support_ids") if getattr(job, name) is not None]
+    terms: dict[str, int | Tensor] = {
+        "number of live tokens": job.rows.count,
+        "hidden size": student.rows.shape[-1] if isinstance(student, LinearHead) else 0,
+        "chunk_size": job.chunk_size,
+        "models, options and requires_grad": zlib.crc32(repr((options, kinds, scale, given, job.width)).encode()),
+    }
+    for name, values in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
+        if values is not None:
+            # a sum in which places count; it wraps around, alike everywhere
+            terms[name] = ((values + 2) * torch.arange(1, job.rows.count + 1, device=values.device)).sum()
+    for shard in job.shards:
+        require_agreement(shard, job.device, terms)
+
+
 def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
     shape = (job.rows.shape.numel(), k)
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
+    _require_agreement(job, NOTHING)
     step = max(1, _balanced(job.rows.count, job.chunk_size))
     buffers = _Buffers(job, step)
     for start in range(0, job.rows.count, step):
         stop = min(start + step, job.rows.count)
         problem = _problem(job, buffers, start, stop)
-        statistics = job.ops.statistics(problem)
-        largest = entries.top(problem.student, job.vocab_size, k)
-        values = entries.logprobs_at(problem, statistics, largest, entries.logits_at(problem.student, largest))
+        largest = _largest(job.student, problem.student, problem.vocab_size, k)
+        logits = entries.logits_at(problem.student, _local(job.student.shard, largest))
+        statistics, along = _statistics(job, problem, logits.T)
+        values = entries.logprobs(statistics, along[0].T)
         job.rows.put(ids, largest, start, stop)
         job.rows.put(logprobs, values, start, stop)
     return ids.reshape(*job.rows.shape, k), logprobs.reshape(*job.rows.shape, k)
@@ -654,12 +809,12 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int, writable: bool 
     """The rows of a chunk, logits computed. Without a joint row operation it sees the student alone."""
     full = job.joint
     return RowProblem(
-        job.vocab_size,
+        job.columns(job.student),
         buffers.load(job.student, "student", start, stop, writable),
         buffers.load(job.teacher, "teacher", start, stop) if full and job.teacher is not None else None,
         buffers.load(job.ref, "ref", start, stop) if full and job.ref is not None else None,
         job.scale_of(slice(start, stop)) if full else 1.0,
-        None if job.token_ids is None else job.token_ids[start:stop],
+        None if job.token_ids is None else _local(job.student.shard, job.token_ids[start:stop]),
         # the sampled estimator's is the reverse KL, which it estimates
         job.divergence if full else "none",
         job.beta,
@@ -712,15 +867,21 @@ def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int
     if job.truncated:
         support = _support(job, buffers, statistics, start, stop)
         problem = support.problem or _problem(job, buffers, start, stop, writable=True)
-        chunk, student = _statistics_around(job.ops, problem, support.token_ids)
     else:
         problem = _problem(job, buffers, start, stop)
-        chunk = job.ops.statistics(problem)
-    _store(job, statistics, chunk, start, stop)
+    along: list[Tensor] = []
     if job.labels is not None:
-        labels = job.labels[cut, None]
-        logits = entries.logits_at(problem.student, labels)
-        statistics[TokenRow.LOGPROB_LABEL, cut] = entries.logprobs_at(problem, chunk, labels, logits)[:, 0]
+        labels = _local(job.student.shard, job.labels[cut, None])
+        along = [entries.supported(problem, labels, entries.logits_at(problem.student, labels)).T]
+    if support is None:
+        chunk, along = _statistics(job, problem, *along)
+    else:
+        chunk, student, along = _statistics_around(
+            job.ops, problem, support.token_ids, _cut(job.token_ids, cut), job.student.shard, *along
+        )
+    _store(job, statistics, chunk, start, stop)
+    if along:
+        statistics[TokenRow.LOGPROB_LABEL, cut] = entries.logprobs(chunk, along[0].T)[:, 0]
     if support is None:
         return _Look(problem, chunk, None)
     loss, kl, gradient = topk.term(
@@ -765,7 +926,7 @@ def _support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: 
     if job.truncation.support == "student":
         assert k is not None
         problem, slot = _problem(job, buffers, start, stop, writable=True), "other"
-        ids = entries.top(problem.student, job.vocab_size, k)
+        ids = _largest(job.student, problem.student, problem.vocab_size, k)
     models: list[OnSupport | None] = []
     for head, given, logsum, logit in (
         (job.teacher, job.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
@@ -775,9 +936,11 @@ def _support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: 
             rows = buffers.load(head, slot, start, stop, writable=True)
             if ids is None:
                 assert k is not None
-                ids = entries.top(rows, job.vocab_size, k)
-            alone = RowProblem(job.vocab_size, rows, token_ids=None if job.token_ids is None else job.token_ids[cut])
-            scored, on_support = _statistics_around(job.ops, alone, ids)
+                ids = _largest(head, rows, job.columns(head), k)
+            sampled = _cut(job.token_ids, cut)
+            own_sampled = None if sampled is None else _local(head.shard, sampled)
+            alone = RowProblem(job.columns(head), rows, token_ids=own_sampled)
+            scored, on_support, _ = _statistics_around(job.ops, alone, ids, sampled, head.shard)
             statistics[logsum, cut] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, cut] = scored[Stat.LOGIT_STUDENT]
             models.append(on_support)
@@ -792,26 +955,38 @@ def _support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: 
     return _Support(ids, teacher, ref, problem)
 
 
-def _statistics_around(ops: RowOps, problem: RowProblem, token_ids: Tensor) -> tuple[Tensor, OnSupport]:
+def _statistics_around(
+    ops: RowOps,
+    problem: RowProblem,
+    token_ids: Tensor,  # (C, K) of the whole vocabulary, like the next
+    sampled: Tensor | None,  # (C,)
+    shard: VocabShard | None = None,  # whose columns the problem has
+    *along: Tensor,  # as in _merge
+) -> tuple[Tensor, OnSupport, list[Tensor]]:
     """Statistics of a model alone, and its log-probs on some tokens and on the rest of the vocabulary.
 
     The rest is a sum of its own: as 1 less the others it would have an error of 1e-7, of which log makes a large one
     where the rest is light.
     """
     model = problem.student
-    logits = entries.logits_at(model, token_ids)
-    with entries.hidden(model, token_ids):
-        rest = ops.statistics(problem)
+    own_ids = _local(shard, token_ids)
+    logits = entries.logits_at(model, own_ids)
+    with entries.hidden(model, own_ids):
+        rest = _own_statistics(ops, problem)
+    more = list(along)
+    if shard is not None:
+        rest, (columns, *more) = _merge(shard, rest, problem.token_ids, logits.T, *along)
+        logits = columns.T.contiguous()
     inside = TorchRowOps().statistics(RowProblem(logits.shape[1], ModelRows(logits, LogitTransform())))
-    if problem.token_ids is not None:
-        hit = logits.masked_fill(token_ids != problem.token_ids[:, None], -math.inf)
+    if sampled is not None:
+        hit = logits.masked_fill(token_ids != sampled[:, None], -math.inf)
         inside[Stat.LOGIT_STUDENT] = hit.amax(1) - inside[Stat.MAX_STUDENT]
-    statistics = objective.merge(inside, rest)
-    logprobs = entries.logprobs_at(problem, statistics, token_ids, logits)
+    statistics = objective.merge(torch.stack((inside, rest)))
+    logprobs = entries.logprobs(statistics, logits)
     shift = rest[Stat.MAX_STUDENT] - statistics[Stat.MAX_STUDENT]
     log_rest = rest[Stat.LOGSUM_STUDENT] + shift - statistics[Stat.LOGSUM_STUDENT]
     empty = torch.isneginf(rest[Stat.LOGSUM_STUDENT])
-    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf))
+    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf)), more
 
 
 def _statistics_chunk(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> Chosen | None:
@@ -827,7 +1002,7 @@ def _fused_chunk(
     cut = slice(start, stop)
     token_weights = relative if relative.ndim == 0 else relative[cut]
     sampled, linear = job.estimator == "sampled", isinstance(job.student, LinearHead)
-    if job.truncated or job.labels is not None or (sampled and not linear):
+    if job.truncated or job.labels is not None or job.student.shard is not None or (sampled and not linear):
         # the gradient waits for the statistics
         look = _look(job, buffers, statistics, start, stop)
         coefficients = job.coefficients(statistics, cut, look.chosen)
@@ -883,17 +1058,17 @@ def _emit(
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)
         complete = coefficients if rows_factor is None else coefficients.times(rows_factor)
-        _write_gradient(job.ops, problem, statistics, complete, buffer)
+        _write_gradient(job, problem, statistics, complete, buffer)
         sink.put_logits(buffer, start, stop)
         return
     dlogits = _gradient_buffer(job.student, problem.student.raw)
-    size = _write_gradient(job.ops, problem, statistics, coefficients, dlogits, unit=True)
+    size = _write_gradient(job, problem, statistics, coefficients, dlogits, unit=True)
     hidden = job.rows.take(job.student.hidden, start, stop)
     sink.add(dlogits, hidden, _product(size, rows_factor), _product(size, weight_factor), start, stop)
 
 
 def _write_gradient(
-    ops: RowOps, problem: RowProblem, statistics: Tensor, coefficients: Coefficients, out: Tensor, unit: bool = False
+    job: Job, problem: RowProblem, statistics: Tensor, coefficients: Coefficients, out: Tensor, unit: bool = False
 ) -> Tensor:
     """Write a chunk's logit gradient; with ``unit`` each row over its size, which is returned.
 
@@ -904,10 +1079,13 @@ def _write_gradient(
     if unit:
         coefficients = coefficients.over(torch.where(size > 0, size, torch.ones_like(size)))
     divergence, weight, ids, values, _ = coefficients
+    if not problem.vocab_size:
+        return size
+    ids = None if ids is None else _local(job.student.shard, ids)
     logits = None if ids is None or values is None else entries.logits_at(problem.student, ids)
     if ids is not None:
         problem = replace(problem, token_ids=ids[:, 0].contiguous())
-    ops.gradient(problem, statistics, GradientWeights(divergence, weight), out)
+    job.ops.gradient(problem, statistics, GradientWeights(divergence, weight), out)
     if ids is not None and values is not None and logits is not None:
         entries.overwrite(out, problem.student.transform, ids, values, logits)
     return size

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import shards
 from .checks import require_float, require_integer
+from .shards import VocabShard
 
 
 def _require_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
@@ -32,6 +34,18 @@ def _require_transform(logit_scale: float, softcap: float | None, temperature: f
         raise ValueError(f"logit_scale must be positive, got {logit_scale}")
 
 
+def _require_shard(name: str, shard: object, rows: int) -> None:
+    if shard is None:
+        return
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a fused_gopd.VocabShard or None, got {type(shard).__name__}")
+    if rows < shard.count:
+        raise ValueError(
+            f"{name} must hold the {shard.count} rows [{shard.start}, {shard.stop}) of its shard (more are padding), "
+            f"got {rows}"
+        )
+
+
 @dataclass(frozen=True)
 class LinearHead:
     """Hidden states and the language-model head that turns them into logits.
@@ -45,6 +59,8 @@ class LinearHead:
         logit_scale: factor on the logits before the softcap (Cohere, Granite and others have one).
         softcap: Gemma-style final logit softcapping, or None.
         temperature: the sampling temperature; all log-probs are those of the tempered distribution.
+        shard: the part of a vocabulary-parallel head that ``weight`` and ``bias`` are; see
+            :class:`fused_gopd.VocabShard`. A DTensor weight with placement ``Shard(0)`` brings its own.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what was found.
@@ -56,6 +72,7 @@ class LinearHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    shard: VocabShard | None = None
 
     def __init__(
         self,
@@ -66,7 +83,9 @@ class LinearHead:
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        shard: VocabShard | None = None,
     ) -> None:
+        hidden, weight, bias, shard = shards.from_dtensors(hidden, weight, bias, shard)
         require_float("hidden", hidden)
         require_float("weight", weight)
         if hidden.ndim < 1:
@@ -77,7 +96,8 @@ class LinearHead:
             raise ValueError(
                 f"hidden and weight must agree in H: hidden is {tuple(hidden.shape)}, weight is {tuple(weight.shape)}"
             )
-        if weight.shape[0] == 0:
+        _require_shard("weight", shard, weight.shape[0])
+        if weight.shape[0] == 0 and shard is None:
             raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(weight.shape)}")
         if hidden.dtype != weight.dtype:
             raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
@@ -97,6 +117,7 @@ class LinearHead:
             ("logit_scale", float(logit_scale)),
             ("softcap", None if softcap is None else float(softcap)),
             ("temperature", float(temperature)),
+            ("shard", shard),
         ):
             object.__setattr__(self, name, value)
 
@@ -111,7 +132,14 @@ class LinearHead:
 
     @property
     def vocab_size(self) -> int:
-        return self.weight.shape[0]
+        """Of all ranks that share it."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
+
+    def part(self, shard: VocabShard) -> LinearHead:
+        """The columns of a whole head that a shard holds; no copy."""
+        columns = slice(shard.start, shard.stop)
+        bias = None if self.bias is None else self.bias[columns]
+        return replace(self, weight=self.weight[columns], bias=bias, shard=shard)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -126,12 +154,14 @@ class Logits:
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64. As the student, gradients flow to it.
         logit_scale, softcap, temperature: as in :class:`LinearHead`.
+        shard: the columns of a vocabulary-parallel head's logits that these are, or None.
     """
 
     logits: Tensor
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    shard: VocabShard | None = None
 
     def __init__(
         self,
@@ -140,12 +170,17 @@ class Logits:
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        shard: VocabShard | None = None,
     ) -> None:
+        if shards.is_dtensor(logits):
+            raise TypeError("logits is a DTensor: pass logits.to_local() and the VocabShard of its columns as shard")
         require_float("logits", logits)
-        if logits.ndim < 1 or logits.shape[-1] == 0:
+        if logits.ndim < 1 or (logits.shape[-1] == 0 and shard is None):
             raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+        _require_shard("logits", shard, logits.shape[-1])
         _require_transform(logit_scale, softcap, temperature)
         object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "shard", shard)
         object.__setattr__(self, "logit_scale", float(logit_scale))
         object.__setattr__(self, "softcap", None if softcap is None else float(softcap))
         object.__setattr__(self, "temperature", float(temperature))
@@ -161,7 +196,12 @@ class Logits:
 
     @property
     def vocab_size(self) -> int:
-        return self.logits.shape[-1]
+        """Of all ranks that share it."""
+        return self.logits.shape[-1] if self.shard is None else self.shard.vocab_size
+
+    def part(self, shard: VocabShard) -> Logits:
+        """The columns of whole logits that a shard holds; no copy."""
+        return replace(self, logits=self.logits[..., shard.start : shard.stop], shard=shard)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

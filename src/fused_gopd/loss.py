@@ -35,29 +35,50 @@ from .prepare import Prepared, prepare
 from .rowops import select_backend
 
 
-def _heads(models: tuple[Source, ...], count: int) -> list[Head | None]:
-    """What has a vocabulary axis among the models, one a route; detached: only the student receives gradients."""
-    heads: list[Head | None] = [None] * count
+def _heads(models: tuple[Source, ...], p: Prepared) -> list[Head | None]:
+    """What has a vocabulary axis among the models, one a route; detached: only the student receives gradients.
+
+    Where the student's vocabulary is shared among ranks and models are looked at together, each rank takes the same
+    columns of all.
+    """
+    heads: list[Head | None] = [None] * len(p.stops)
     for i, model in enumerate(models):
         if isinstance(model, (LinearHead, Logits)):
             detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
-            heads[i] = replace(model, **detached)
+            heads[i] = _cut(replace(model, **detached), p)
     return heads
 
 
+def _cut(head: Head, p: Prepared) -> Head:
+    """A head with a shard that ends where the joint vocabulary does."""
+    if head.shard is not None:
+        return replace(head, shard=head.shard.within(p.vocab_size))
+    if p.student.shard is not None and (p.joint or p.estimator == "topk"):
+        return head.part(p.student.shard.within(p.vocab_size))
+    return head
+
+
 def _job(p: Prepared) -> Job:
-    teachers, refs = (_heads(models, len(p.stops)) for models in (p.teacher, p.ref))
-    kinds = ([p.student], teachers, refs)
+    student = _cut(p.student, p)
+    teachers, refs = (_heads(models, p) for models in (p.teacher, p.ref))
+    kinds = ([student], teachers, refs)
     dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
     linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
     buffers = logits_buffers(p.joint, linear, student_waits=p.truncation.support == "student")
-    auto = chunk_size_for(p.vocab_size, max(1, buffers), p.device.type, p.dtype.itemsize)
+    # of the rank that has the most: all of them go through the same chunks
+    widest = max(
+        p.vocab_size if head.shard is None else head.shard.largest
+        for heads in kinds
+        for head in heads
+        if head is not None
+    )
+    auto = chunk_size_for(widest, max(1, buffers), p.device.type, p.dtype.itemsize)
     return Job(
         p.rows,
         p.vocab_size,
         p.chunk_size or auto,
         select_backend(p.backend, p.device, dtypes),
-        p.student,
+        student,
         teachers[0],
         refs[0],
         tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else (),
@@ -88,7 +109,7 @@ def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
     given = p.logprobs(models)
     out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
     assert p.token_ids is not None
-    for head, (start, stop) in zip(_heads(models, len(models)), p.slices, strict=True):
+    for head, (start, stop) in zip(_heads(models, p), p.slices, strict=True):
         if head is not None:
             rows = p.rows
             if len(p.stops) > 1:

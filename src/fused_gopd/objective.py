@@ -6,6 +6,7 @@ weights and reductions. Plain PyTorch on vectors; nothing here synchronises with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -310,27 +311,90 @@ def entropy(statistics: Tensor) -> Tensor:
     return torch.where(torch.isneginf(logsum), torch.zeros_like(value), value)
 
 
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics (len(Stat), C) of a model alone from those of two parts of its vocabulary.
+def merge(
+    parts: Tensor,
+    reward_scale: float | Tensor = 1.0,
+    has: tuple[bool, bool] = (False, False),
+    divergence: Divergence | None = None,
+) -> Tensor:
+    """Statistics (len(Stat), C) of a vocabulary from those of its parts, (parts, len(Stat), C).
 
-    Maxima by max, log-sums by logaddexp at the common maximum, means by their weights; a token's logit is -inf in the
-    part that does not have it.
+    Maxima by max, log-sums at the common maximum, means by their weights and moved by how far the part's maxima were
+    from the common ones; a token's logit is -inf in the parts that do not have it. ``has`` says whether teacher and
+    reference were looked at with the student, over one support.
+
+    The two parts of ``jsd`` need log-sums of the whole first: they are left 0.
     """
-    stats = (Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT)
-    (max_a, sum_a, mean_a, logit_a), (max_b, sum_b, mean_b, logit_b) = ([x[s] for s in stats] for x in (a, b))
-    # the maximum of an empty part is 0 and does not count
-    maximum = torch.maximum(
-        torch.where(torch.isneginf(sum_a), max_b, max_a), torch.where(torch.isneginf(sum_b), max_a, max_b)
-    )
-    shift_a, shift_b = max_a - maximum, max_b - maximum
-    out = torch.zeros_like(a)
-    out[Stat.MAX_STUDENT] = maximum
-    out[Stat.LOGSUM_STUDENT] = logsum = torch.logaddexp(sum_a + shift_a, sum_b + shift_b)
-    for shift, part_sum, mean in ((shift_a, sum_a, mean_a), (shift_b, sum_b, mean_b)):
-        weight = (part_sum + shift - logsum).exp()
-        out[Stat.MEAN_LOGIT] += torch.where(torch.isneginf(part_sum), 0, weight * (mean + shift))
-    out[Stat.LOGIT_STUDENT] = torch.maximum(logit_a + shift_a, logit_b + shift_b)
-    return out
+    # wider than what is merged: the parts have been rounded once, and the whole is not to be rounded twice more
+    dtype, parts = parts.dtype, parts.to(widest(parts.device))
+    reward_scale = reward_scale.to(parts.dtype) if isinstance(reward_scale, Tensor) else reward_scale
+    out = torch.zeros_like(parts[0])
+    empty = torch.isneginf(parts[:, Stat.LOGSUM_STUDENT])  # the maximum of an empty part is 0 and does not count
+
+    def model(maximum: Stat, logsum: Stat, logit: Stat, cancelled_at: float | None = None) -> Tensor:
+        top = parts[:, maximum].masked_fill(empty, -math.inf).amax(0)
+        top = top.masked_fill(torch.isneginf(top), 0)
+        shift = (parts[:, maximum] - top).masked_fill(empty, 0)
+        values = (
+            top,
+            _logsum(parts[:, logsum].masked_fill(empty, -math.inf) + shift),
+            (parts[:, logit] + shift).amax(0),
+        )
+        for stat, value in zip((maximum, logsum, logit), values, strict=True):
+            if cancelled_at is not None and isinstance(reward_scale, Tensor):
+                value = value.masked_fill(reward_scale == cancelled_at, 0)
+            out[stat] = value
+        return shift
+
+    def mean(values: Tensor, weights: Tensor) -> Tensor:
+        return torch.where(weights == 0, 0, weights * values).sum(0)
+
+    shift = model(Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT, Stat.LOGIT_STUDENT)
+    p = (parts[:, Stat.LOGSUM_STUDENT] + shift - out[Stat.LOGSUM_STUDENT]).exp().masked_fill(empty, 0)
+    out[Stat.MEAN_LOGIT] = mean(parts[:, Stat.MEAN_LOGIT] + shift, p)
+    if any(has):
+        shift_q, shift_r = (
+            model(*stats) if there else None
+            for there, stats in (
+                (has[0], (Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, 0.0)),
+                (has[1], (Stat.MAX_REF, Stat.LOGSUM_REF, Stat.LOGIT_REF, 1.0)),
+            )
+        )
+        shift_u = mix(reward_scale, shift_q, shift_r)
+        logsum_u = parts[:, _target(has)].masked_fill(empty, -math.inf) + shift_u
+        out[Stat.LOGSUM_TARGET] = _logsum(logsum_u)
+        out[Stat.MEAN_GAP] = mean(parts[:, Stat.MEAN_GAP] + (shift - shift_u), p)
+        if divergence == "forward_kl":
+            t = (logsum_u - out[Stat.LOGSUM_TARGET]).exp().masked_fill(empty, 0)
+            out[Stat.TARGET_PART] = mean(parts[:, Stat.TARGET_PART] - (shift - shift_u), t)
+    return out.to(dtype)
+
+
+def merged_statistics(has: tuple[bool, bool], divergence: Divergence | None, tokens: bool) -> list[Stat]:
+    """What :func:`merge` reads of a part; ``tokens`` says whether there are sampled tokens."""
+    models = [(Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT, Stat.LOGIT_STUDENT)]
+    models += [(Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER)] if has[0] else []
+    models += [(Stat.MAX_REF, Stat.LOGSUM_REF, Stat.LOGIT_REF)] if has[1] else []
+    stats = [stat for model in models for stat in (model if tokens else model[:2])] + [Stat.MEAN_LOGIT]
+    stats += [Stat.MEAN_GAP] if any(has) else []
+    stats += [Stat.LOGSUM_TARGET] if all(has) else []
+    return stats + ([Stat.TARGET_PART] if divergence == "forward_kl" else [])
+
+
+def _target(has: tuple[bool, bool]) -> Stat:
+    """Where the log-sum of u stands: with one frozen model u is its logits."""
+    return Stat.LOGSUM_TARGET if all(has) else Stat.LOGSUM_TEACHER if has[0] else Stat.LOGSUM_REF
+
+
+def _logsum(x: Tensor) -> Tensor:
+    """log sum exp over dim 0, to the last digit also where the largest outweighs all others; -inf where there is none.
+
+    Always in the same order, NaN where any is NaN.
+    """
+    largest, where = x.max(0, keepdim=True)
+    rest = (x - largest).exp().scatter(0, where, 0).sum(0)
+    nothing = torch.isneginf(largest[0])
+    return torch.where(nothing, largest[0], largest[0] + torch.log1p(rest))
 
 
 def divergence_value(

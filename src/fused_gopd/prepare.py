@@ -390,6 +390,25 @@ def _joint_vocab_size(models: dict[str, Any], vocab_size: int | None) -> int:
     return vocab_size
 
 
+def _check_shards(student: Head, others: dict[str, Any], together: str, vocab_size: int) -> None:
+    """Models that are looked at together have the same columns on each rank, or all of them on every rank."""
+    for name, model in others.items():
+        shard = model.shard if isinstance(model, (LinearHead, Logits)) else None
+        if shard is None:
+            continue
+        if student.shard is None:
+            raise ValueError(
+                f"{name} has a shard and student has none, but {together} looks at the same columns of all models: "
+                f"shard the student alike, or give {name} the whole weight"
+            )
+        if not shard.matches(student.shard, vocab_size):
+            raise ValueError(
+                f"{name} must have the shard of student, or no shard at all, for {together}, which looks at the same "
+                f"columns of all models: student's ranks have {list(student.shard.bounds)}, {name}'s have "
+                f"{list(shard.bounds)}"
+            )
+
+
 def _slices(stops: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(itertools.pairwise((0, *stops)))
 
@@ -598,6 +617,9 @@ def prepare(
     if score_cancelled and cancelled is not None and any(isinstance(m, TopKLogProbs) for m in routed[cancelled]):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
     needed = {name: () if name == cancelled else models for name, models in routed.items()}
+    if estimator != "sampled" or baseline == "expected":
+        together = "baseline='expected'" if estimator == "sampled" else f"estimator={estimator!r}"
+        _check_shards(student, {n: m for n, m in others.items() if n.split("[")[0] != cancelled}, together, joint)
     truncation = check_truncation(estimator, k, support, tail, needed["teacher"], needed["ref"], joint)
     rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)

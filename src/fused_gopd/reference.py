@@ -356,6 +356,9 @@ def gopd_loss(
     ``chunk_size``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
     """
     p = prepare(**locals())
+    for model in (p.student, *p.teacher, *p.ref, *itertools.chain(*p.cancelled.values())):
+        if isinstance(model, (LinearHead, Logits)) and model.shard is not None:
+            raise ValueError("the dense reference takes whole heads: gather the weights, got one with a shard")
     z = _live_logits(p, (p.student,), [(0, p.rows.count)])
     assert z is not None
     kl = lp = lq = lr = None

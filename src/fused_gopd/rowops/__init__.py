@@ -129,9 +129,17 @@ class RowOps(Protocol):
 
             p = exp(z' - LOGSUM_STUDENT), t = exp(u - LOGSUM_TARGET), z' and u formed with the MAX statistics
 
-        and 0 outside S and in a row without support. A weight that is exactly 0 switches its term off, whatever the
-        other factors are, NaN included. ``out`` may be ``problem.student.raw`` itself, or a tensor of a narrower
-        dtype whose row i starts at the same address as row i of ``student.raw``.
+        and 0 outside S and in a row without support. The statistics may be those of a larger vocabulary, of which the
+        problem has some columns; a token id outside them is -1. A weight that is exactly 0 switches its term off,
+        whatever the other factors are, NaN included. ``out`` may be ``problem.student.raw`` itself, or a tensor of a
+        narrower dtype whose row i starts at the same address as row i of ``student.raw``.
+        """
+
+    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        """STUDENT_PART and TARGET_PART, (2, C), summed over these columns for ``statistics`` of a whole vocabulary.
+
+        For ``divergence="jsd"`` of which the problem has a part of the columns: the mixture needs the normalisers of
+        all of them.
         """
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:

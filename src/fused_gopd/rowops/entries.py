@@ -24,7 +24,13 @@ _SEARCHED = {"cpu": 1 << 20, "gpu": 1 << 24}
 
 
 def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
-    """Ids (C, k) of the k largest logits of each row, the largest first. Reads each logit once."""
+    """Ids (C, k) of the k largest logits of each row, the largest first. Reads each logit once.
+
+    Where the vocabulary has fewer than k entries the last ids are -1.
+    """
+    if k > vocab_size:
+        ids = top(model, vocab_size, vocab_size) if vocab_size else model.raw.new_empty((model.raw.shape[0], 0))
+        return torch.nn.functional.pad(ids.to(torch.int64), (0, k - vocab_size), value=-1)
     raw = model.raw
     step = max(1, _SEARCHED["cpu" if raw.device.type == "cpu" else "gpu"] // vocab_size)
     out = torch.empty(raw.shape[0], k, dtype=torch.int64, device=raw.device)
@@ -53,6 +59,8 @@ def logits_at(model: ModelRows, token_ids: Tensor) -> Tensor:
     """Transformed logits (C, K) of some tokens, in the accumulation dtype; -inf where there is no token."""
     ids = token_ids.clamp_min(0)
     bias = model.transform.bias
+    if not model.raw.shape[1]:  # a rank without columns
+        return torch.full(ids.shape, -math.inf, dtype=accumulation_dtype(model.raw), device=ids.device)
     x = model.raw.gather(1, ids)
     z = transformed(x, model.transform, None if bias is None else bias[ids], accumulation_dtype(x))
     return z.masked_fill(token_ids < 0, -math.inf)
@@ -68,6 +76,9 @@ def _source(token_ids: Tensor) -> Tensor:
 @contextmanager
 def hidden(model: ModelRows, token_ids: Tensor) -> Iterator[None]:
     """The raw logits with some tokens out of the support, for as long as the context lasts. Writes to them."""
+    if not model.raw.shape[1]:
+        yield
+        return
     ids = token_ids.gather(1, _source(token_ids)).clamp_min(0)
     before = model.raw.gather(1, ids)
     model.raw.scatter_(1, ids, torch.where((token_ids >= 0).any(1, keepdim=True), -math.inf, before))
@@ -77,12 +88,8 @@ def hidden(model: ModelRows, token_ids: Tensor) -> Iterator[None]:
         model.raw.scatter_(1, ids, before)
 
 
-def logprobs_at(problem: RowProblem, statistics: Tensor, token_ids: Tensor, logits: Tensor) -> Tensor:
-    """The student's log-probs (C, K) of some tokens, over the support of all models that the problem's rows need.
-
-    ``statistics`` are those of the problem, (len(Stat), C), and ``logits`` the student's :func:`logits_at`. -inf where
-    there is no token.
-    """
+def supported(problem: RowProblem, token_ids: Tensor, logits: Tensor) -> Tensor:
+    """The student's logits (C, K) of some tokens, -inf where they are outside the support of the problem's rows."""
     z, scale = logits, problem.reward_scale
     for model, cancelled_at in ((problem.teacher, 0.0), (problem.ref, 1.0)):
         if model is not None:
@@ -90,9 +97,14 @@ def logprobs_at(problem: RowProblem, statistics: Tensor, token_ids: Tensor, logi
             if isinstance(scale, Tensor):
                 gone = gone & (scale != cancelled_at)[:, None]
             z = z.masked_fill(gone, -math.inf)
+    return z
+
+
+def logprobs(statistics: Tensor, logits: Tensor) -> Tensor:
+    """The student's log-probs (C, K) of :func:`supported` logits, from the rows' statistics (len(Stat), C)."""
     maximum, logsum = (statistics[stat][:, None] for stat in (Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT))
     # a row without support has no normaliser either: -inf - -inf
-    return torch.where(torch.isneginf(z), z, z - maximum - logsum)
+    return torch.where(torch.isneginf(logits), logits, logits - maximum - logsum)
 
 
 def overwrite(

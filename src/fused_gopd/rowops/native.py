@@ -59,6 +59,12 @@ class NativeRowOps:
         with _Job(problem, _vector("statistics", statistics, statistics.shape)) as job:
             job.request_gradient(weights, out)
 
+    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        out = statistics.clone(memory_format=torch.contiguous_format)
+        with _Job(problem, out) as job:
+            job.handle.request_jsd_parts()
+        return out[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
+
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
         statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32)
         with _Job(problem, statistics) as job:

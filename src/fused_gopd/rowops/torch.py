@@ -55,8 +55,16 @@ class TorchRowOps:
         dtype = _dtype(problem)
         for rows, part in _blocks(problem):
             part_weights = GradientWeights(_cut(weights.divergence, rows), _cut(weights.token, rows))
-            grad = _gradient(part, _load(part, dtype), statistics[:, rows], part_weights)
-            out[rows, : problem.vocab_size].copy_(grad)
+            own = statistics[:, rows]
+            out[rows, : problem.vocab_size].copy_(_gradient(part, _load(part, dtype, own), own, part_weights))
+
+    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        dtype = _dtype(problem)
+        out = torch.empty(2, problem.rows, dtype=dtype, device=problem.student.raw.device)
+        for rows, part in _blocks(problem):
+            own = statistics[:, rows]
+            out[:, rows] = torch.stack(_jsd_parts(part, _load(part, dtype, own), *own[_JSD_LOGSUMS]))
+        return out
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
         statistics = self.statistics(problem)
@@ -129,7 +137,8 @@ def _transform(model: ModelRows, vocab_size: int, dtype: torch.dtype) -> Tensor:
     return transformed(model.raw[:, :vocab_size], model.transform, None if bias is None else bias[:vocab_size], dtype)
 
 
-def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
+def _load(problem: RowProblem, dtype: torch.dtype, statistics: Tensor | None = None) -> _Rows:
+    """``statistics`` are those that exist already, of these columns or more: logits are relative to their maxima."""
     V = problem.vocab_size
     z = _transform(problem.student, V, dtype)
     support = z != -math.inf
@@ -148,20 +157,20 @@ def _load(problem: RowProblem, dtype: torch.dtype) -> _Rows:
         if x is not None:
             support = support & (x != -math.inf)
     empty = ~support.any(-1)
+    maxima: dict[Stat, Tensor] = {}
 
-    def relative(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x - max over the support, -inf outside it, and the maximum."""
+    def relative(x: Tensor, stat: Stat) -> Tensor:
+        """x - max over the support, -inf outside it."""
         inside = x.masked_fill(~support, -math.inf)
-        maximum = inside.amax(-1).masked_fill(empty, 0)
-        return inside - maximum[:, None], maximum
+        maxima[stat] = inside.amax(-1).masked_fill(empty, 0) if statistics is None else statistics[stat]
+        return inside - maxima[stat][:, None]
 
     dz_dx = slope(problem.student.transform, torch.where(support, z, torch.zeros_like(z)))
-    maxima: dict[Stat, Tensor] = {}
-    z, maxima[Stat.MAX_STUDENT] = relative(z)
+    z = relative(z, Stat.MAX_STUDENT)
     if teacher is not None:
-        teacher, maxima[Stat.MAX_TEACHER] = relative(teacher)
+        teacher = relative(teacher, Stat.MAX_TEACHER)
     if ref is not None:
-        ref, maxima[Stat.MAX_REF] = relative(ref)
+        ref = relative(ref, Stat.MAX_REF)
     u = teacher if teacher is not None else ref
     if teacher is not None and ref is not None:
         assert use_teacher is not None
@@ -194,6 +203,20 @@ def _log_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tens
     return torch.logaddexp(log_t + math.log(problem.beta), log_p + math.log1p(-problem.beta))
 
 
+_JSD_LOGSUMS = [Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET]
+
+
+def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || m) and KL(t || m)."""
+    assert x.u is not None
+    log_m = _log_mixture(problem, x, logsum_p, logsum_u)
+    p, t = (_probabilities(y, logsum, x.support) for y, logsum in ((x.z, logsum_p), (x.u, logsum_u)))
+    return (
+        _weighted(p, x.z - logsum_p[:, None] - log_m, x.support),
+        _weighted(t, x.u - logsum_u[:, None] - log_m, x.support),
+    )
+
+
 def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
     logsum_p = _logsum(x.z)
     p = _probabilities(x.z, logsum_p, x.support)
@@ -213,10 +236,7 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
         if problem.divergence == "forward_kl":
             out[Stat.TARGET_PART] = _weighted(_probabilities(x.u, logsum_u, x.support), -gap, x.support)
         elif problem.divergence == "jsd":
-            log_m = _log_mixture(problem, x, logsum_p, logsum_u)
-            t = _probabilities(x.u, logsum_u, x.support)
-            out[Stat.STUDENT_PART] = _weighted(p, x.z - logsum_p[:, None] - log_m, x.support)
-            out[Stat.TARGET_PART] = _weighted(t, x.u - logsum_u[:, None] - log_m, x.support)
+            out[Stat.STUDENT_PART], out[Stat.TARGET_PART] = _jsd_parts(problem, x, logsum_p, logsum_u)
     if problem.token_ids is not None:
         inside = (problem.token_ids >= 0) & (problem.token_ids < problem.vocab_size)
         ids = torch.where(inside, problem.token_ids, torch.zeros_like(problem.token_ids))[:, None]

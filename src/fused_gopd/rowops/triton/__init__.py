@@ -237,7 +237,7 @@ def row_launch(
     out: Tensor | None,
     tile: Tiles,
 ) -> Launch:
-    """The row kernel for a problem; ``out`` None leaves out the gradient."""
+    """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes the jsd's parts."""
     from . import rows
 
     lam = problem.reward_scale
@@ -376,6 +376,11 @@ class TritonRowOps:
         if statistics.stride(1) != 1:
             statistics = statistics.contiguous()
         self._launch(problem, statistics, False, weights, out)
+
+    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        statistics = statistics.clone(memory_format=torch.contiguous_format)
+        self._launch(problem, statistics, False, GradientWeights(), None)
+        return statistics[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
         statistics = self._empty(problem.student.raw)

@@ -237,7 +237,8 @@ def row_kernel(
     *_bias                              (>= V,) any floating dtype, or None
     reward_scale, reward_scale_ptr      lambda as a float, or (C,) fp32; the float is ignored where the pointer is given
     token_ptr                           (C,) int64 or None
-    stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise
+    stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise;
+                                        with neither the two parts of jsd are made from the others
     divergence_weight_ptr, token_weight_ptr   (C,) fp32 or None
     out_ptr                             (C, >= V) any floating dtype, or None: no gradient
     slope, tanh_of_z                    dz/dx = slope (1 - (tanh_of_z z)^2), the second factor with a softcap only
@@ -381,27 +382,40 @@ def row_kernel(
             if needs_teacher is not None:
                 logsum_q = tl.where(needs_teacher != 0, logsum_q, 0.0)
                 logsum_r = tl.where(needs_ref != 0, logsum_r, 0.0)
+    else:
+        logsum_z = tl.load(stats_row + LOGSUM_STUDENT * stats_stride)
+        logsum_u = tl.load(stats_row + LOGSUM_TARGET * stats_stride)
+        mean_logit = tl.load(stats_row + MEAN_LOGIT * stats_stride)
+        mean_gap = tl.load(stats_row + MEAN_GAP * stats_stride)
+        student_part = tl.load(stats_row + STUDENT_PART * stats_stride)
+        max_student = tl.load(stats_row + MAX_STUDENT * stats_stride)
+        max_teacher = tl.load(stats_row + MAX_TEACHER * stats_stride)
+        max_ref = tl.load(stats_row + MAX_REF * stats_stride)
 
-        if DIVERGENCE == "jsd":
-            # A second round: the mixture needs both normalisers.
-            student_sum = tl.zeros([LANES], tl.float32)
-            target_sum = student_sum
-            for tail in tl.static_range(2):
-                for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
-                    z, q, r, support = problem_logits(
-                        student_row, student_bias, student_pre, student_post, STUDENT_KIND,
-                        teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
-                        ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
-                        needs_teacher, needs_ref, start + tile, V, tail == 1,
-                    )  # fmt: skip
-                    z = z - max_student
-                    u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                    log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
-                    student_sum += lane_sum(tl.where(support, tl.exp(z - logsum_z) * log_pm, 0.0))
-                    target_sum += lane_sum(tl.where(support, tl.exp(u - logsum_u) * log_tm, 0.0))
-            student_part = tl.sum(student_sum, axis=0)
-            target_part = tl.sum(target_sum, axis=0)
+    if DIVERGENCE == "jsd" and (STATISTICS or out_ptr is None):
+        # A second round: the mixture needs both normalisers, those of the whole vocabulary where V is a part of it.
+        student_sum = tl.zeros([LANES], tl.float32)
+        target_sum = student_sum
+        for tail in tl.static_range(2):
+            for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
+                z, q, r, support = problem_logits(
+                    student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                    ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                    needs_teacher, needs_ref, start + tile, V, tail == 1,
+                )  # fmt: skip
+                z = z - max_student
+                u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
+                student_sum += lane_sum(tl.where(support, tl.exp(z - logsum_z) * log_pm, 0.0))
+                target_sum += lane_sum(tl.where(support, tl.exp(u - logsum_u) * log_tm, 0.0))
+        student_part = tl.sum(student_sum, axis=0)
+        target_part = tl.sum(target_sum, axis=0)
+        if not STATISTICS:
+            tl.store(stats_row + STUDENT_PART * stats_stride, student_part)
+            tl.store(stats_row + TARGET_PART * stats_stride, target_part)
 
+    if STATISTICS:
         if token_ptr is not None:
             logit_z = tl.where(valid, tl.where(present, logit_z - max_student, float("-inf")), float("nan"))
             if HAS_TEACHER:
@@ -431,15 +445,6 @@ def row_kernel(
         tl.store(stats_row + MAX_STUDENT * stats_stride, max_student)
         tl.store(stats_row + MAX_TEACHER * stats_stride, max_teacher)
         tl.store(stats_row + MAX_REF * stats_stride, max_ref)
-    elif out_ptr is not None:
-        logsum_z = tl.load(stats_row + LOGSUM_STUDENT * stats_stride)
-        logsum_u = tl.load(stats_row + LOGSUM_TARGET * stats_stride)
-        mean_logit = tl.load(stats_row + MEAN_LOGIT * stats_stride)
-        mean_gap = tl.load(stats_row + MEAN_GAP * stats_stride)
-        student_part = tl.load(stats_row + STUDENT_PART * stats_stride)
-        max_student = tl.load(stats_row + MAX_STUDENT * stats_stride)
-        max_teacher = tl.load(stats_row + MAX_TEACHER * stats_stride)
-        max_ref = tl.load(stats_row + MAX_REF * stats_stride)
 
     if out_ptr is not None:
         out_row = out_ptr + row64 * out_stride
