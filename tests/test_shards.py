@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 import fused_gopd as fg
 from builders import Batch, assert_close, make_batch, relative_error, widened
-from ranks import run_on_ranks
+from ranks import RankError, run_on_ranks
 
 V = 1003
 SHAPE = (4, 32)
@@ -224,3 +225,356 @@ def _all_cases() -> None:
     ratios |= {f"{k}, torch": x for k, x in _check_cases(torch.float32, "torch", ["full", "full jsd", "topk"]).items()}
     if dist.get_rank() == 0:
         print(ratios)
+
+
+# ---------------------------------------------------------------------------------------------- what else ranks can do
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_vocabulary_parallel_calls(n):
+    run_on_ranks("test_shards:_calls", n, timeout=120)
+
+
+def _calls() -> None:
+    for check in (
+        _log_probs_and_topk,
+        _lists_from_a_server,
+        _several_teachers,
+        _equal_models,
+        _a_diverged_part,
+        _low_precision,
+        _opting_out,
+        _dtensors,
+        _bad_dtensors,
+        _bad_bounds,
+        _disagreements,
+        _bytes_on_the_wire,
+    ):
+        check()
+
+
+def _shard() -> fg.VocabShard:
+    return fg.VocabShard(None, *UNEVEN[dist.get_world_size()][dist.get_rank()])
+
+
+def _batch(dtype: torch.dtype = torch.float64, **changes: Any) -> Batch:
+    return make_batch(3, shape=SHAPE, vocab=(V, V, V), hidden=(32, 24, 16), dtype=dtype, **changes)
+
+
+def _log_probs_and_topk() -> None:
+    batch, shard = _batch(), _shard()
+    own = _local(batch.student, shard)
+    got = fg.token_logprobs(own, batch.token_ids, mask=batch.mask, return_entropy=True)
+    want = fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask, return_entropy=True)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-12)
+    upstream = (torch.linspace(-1, 1, got[0].numel(), dtype=torch.float64).reshape(SHAPE), torch.ones(SHAPE))
+    leaves = [own.hidden, own.weight], [batch.student.hidden, batch.student.weight]
+    grads, wanted = (torch.autograd.grad(x, y, upstream) for x, y in zip((got, want), leaves, strict=True))
+    assert_close(grads[0], wanted[0], 1e-12)
+    assert_close(grads[1][: shard.count], wanted[1][shard.start : shard.stop], 1e-12)
+    (ids, logprobs), (want_ids, want_logprobs) = (
+        fg.token_topk(head, 300, mask=batch.mask, vocab_size=901) for head in (own, batch.student)
+    )  # more than a rank with one row has
+    assert torch.equal(ids, want_ids)
+    assert_close(logprobs, want_logprobs, 1e-12)
+
+
+def _compare(batch: Batch, sharded: Batch, shard: fg.VocabShard, tolerance: float, **options: Any) -> None:
+    got, want = _values(sharded, options), _whole_of(_values(batch, options), shard)
+    _everywhere(got)
+    for what, x in got.items():
+        x = x[: shard.count] if what in ("gradient of weight", "gradient of bias") else x
+        assert_close(x, want[what], tolerance, what)
+
+
+def _lists_from_a_server() -> None:
+    batch, shard = _batch(), _shard()
+    ids, logprobs = fg.token_topk(batch.teacher, 7)
+    teacher = fg.TopKLogProbs(ids, logprobs)
+    for ref in (batch.ref, _local(batch.ref, shard)):
+        batch, whole = batch.replaced(teacher=teacher, ref=ref), batch.replaced(teacher=teacher)
+        sharded = batch.replaced(student=_local(batch.student, shard))
+        _compare(whole, sharded, shard, 1e-12, estimator="topk", reward_scale=1.25)
+
+
+def _several_teachers() -> None:
+    batch, shard = _batch(), _shard()
+    teachers = [batch.teacher, make_batch(4, shape=SHAPE, vocab=(V, V, V), dtype=torch.float64).teacher]
+    index = torch.arange(SHAPE[0]) % 2
+    whole, sharded = (
+        batch.replaced(teacher=teachers),
+        _sharded(batch, {"student": "alike", "ref": "alike"}, {"alike": shard}),
+    )
+    sharded = sharded.replaced(teacher=[_local(t, shard) for t in teachers])
+    seen = []
+
+    def own_advantage(stats: fg.TokenStats) -> torch.Tensor:
+        seen.append(stats.index)
+        return stats.advantages.tanh()
+
+    for options in ({"estimator": "full"}, {"advantage_fn": own_advantage}):
+        _compare(whole, sharded, shard, 1e-12, teacher_index=index, reward_scale=1.25, **options)
+    assert seen
+
+
+def _equal_models() -> None:
+    for dtype in (torch.float32, torch.float64):
+        batch, shard = _batch(dtype), _shard()
+        student = _local(batch.student, shard)
+        frozen = dataclasses.replace(student, **{k: x.detach() for k, x in student.tensors.items()})
+        same = batch.replaced(student=student, teacher=frozen, ref=frozen)
+        for options in ({}, {"estimator": "full"}, {"estimator": "full", "divergence": "forward_kl"},
+                        {"estimator": "topk", "k": 5}):  # fmt: skip
+            values = _values(same, {"reward_scale": 1.25, **options})
+            assert values["loss"] == 0, options
+            for what, x in values.items():
+                assert not what.startswith("gradient") or not x.any(), (options, what)
+
+
+def _a_diverged_part() -> None:
+    """NaN in one rank's rows is seen on all ranks, in that token and in no other."""
+    batch, shard = _batch(torch.float32), _shard()
+    batch = batch.replaced(
+        student=fg.Logits(torch.randn(*SHAPE, V, generator=torch.Generator().manual_seed(1))), mask=None
+    )
+    for model, where in (("student", (0, 3, 5)), ("teacher", (1, 2, 800))):
+        whole = _batch(torch.float32, kinds=("logits", "logits", "linear")).replaced(mask=None)
+        with torch.no_grad():
+            getattr(whole, model).logits[where] = math.nan
+        sharded = _sharded(whole, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+        for divergence in ("reverse_kl", "forward_kl", "jsd"):
+            values = _values(sharded, {"estimator": "full", "divergence": divergence, "reward_scale": 1.25})
+            bad = torch.zeros(SHAPE, dtype=torch.bool)
+            bad[where[:2]] = True
+            assert torch.equal(values["token_loss"].isnan(), bad)
+            gradient = values["gradient of logits"]
+            assert gradient[bad].isnan().all()
+            assert gradient[~bad].isfinite().all()
+
+
+def _low_precision() -> None:
+    """A low-precision weight: the hidden states' gradient is summed before it is rounded."""
+    shard = _shard()
+    for dtype in (torch.bfloat16, torch.float16):
+        for options in ({}, {"estimator": "full"}, {"estimator": "full", "divergence": "jsd"},
+                        {"estimator": "topk", "k": 9}):  # fmt: skip
+            batch = _batch(dtype)
+            wide = batch.replaced(**{m: widened(getattr(batch, m)) for m in ("student", "teacher", "ref")})
+            options = {"reward_scale": 1.25, **options}
+            exact = _values(wide, options)["gradient of hidden"]
+            alone = _values(batch, options)["gradient of hidden"]
+            sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+            got = _values(sharded, options)
+            _everywhere(got)
+            error, single = (relative_error(x, exact) for x in (got["gradient of hidden"], alone))
+            assert error <= 1.5 * single, (dtype, options, error, single)
+
+
+def _opting_out() -> None:
+    """Without the reduction every rank has its own part; a reduce-scatter over the tokens then makes what is wanted."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
+
+    batch, n = _batch(), dist.get_world_size()
+    shard = fg.VocabShard(None, *UNEVEN[n][dist.get_rank()], reduce_hidden=False)
+    models = {m: _local(getattr(batch, m), shard) for m in ("student", "teacher", "ref")}
+    options = {"estimator": "full", "reward_scale": 1.25}
+    part = _values(batch.replaced(**models), options)["gradient of hidden"]
+    dist.all_reduce(part)
+    want = _values(batch, options)["gradient of hidden"]
+    assert_close(part, want, 1e-12)
+    # sequence parallelism: each rank has the hidden states of some tokens, and gets their gradient
+    mesh = init_device_mesh("cpu", (n,))
+    rows = batch.student.hidden.detach().flatten(0, 1)
+    mine = rows.chunk(n)[dist.get_rank()].clone().requires_grad_()
+    gathered = DTensor.from_local(mine, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+    hidden = gathered.to_local(grad_placements=[Partial()]).reshape(batch.student.hidden.shape)
+    student = dataclasses.replace(models["student"], hidden=hidden)
+    fg.gopd_loss(student, models["teacher"], models["ref"], batch.token_ids, mask=batch.mask, **options).loss.backward()
+    assert_close(mine.grad, want.flatten(0, 1).chunk(n)[dist.get_rank()], 1e-12)
+
+
+def _dtensors() -> None:
+    """A DTensor weight brings its shard, and its gradient is a DTensor of the same placement."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    batch, n = _batch(transforms=({"bias": True}, {}, {})), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    options = {"estimator": "full", "reward_scale": 1.25}
+    want = _values(batch, options)
+    for placement in (Shard(0), Replicate()):
+        weight, bias = (
+            torch.nn.Parameter(distribute_tensor(x.detach(), mesh, [placement]))
+            for x in (batch.student.weight, batch.student.bias)
+        )
+        hidden = distribute_tensor(batch.student.hidden.detach(), mesh, [Replicate()]).requires_grad_()
+        student = fg.LinearHead(hidden, weight, bias)
+        assert student.vocab_size == V
+        assert (student.shard is None) == (placement == Replicate())
+        loss = fg.gopd_loss(student, batch.teacher, batch.ref, batch.token_ids, mask=batch.mask, **options).loss
+        loss.backward()
+        assert_close(loss, want["loss"], 1e-12)
+        for name, leaf in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            assert isinstance(leaf.grad, DTensor)
+            assert leaf.grad.placements == leaf.placements
+            assert_close(leaf.grad.full_tensor(), want[f"gradient of {name}"], 1e-12)
+    # the tensor-parallel dimension of a larger mesh; all ranks of the other one do the same here
+    if n == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        weight = torch.nn.Parameter(distribute_tensor(batch.student.weight.detach(), mesh, [Replicate(), Shard(0)]))
+        student = fg.LinearHead(batch.student.hidden.detach(), weight, batch.student.bias)
+        assert dist.get_process_group_ranks(student.shard.group) == dist.get_process_group_ranks(mesh.get_group("tp"))
+
+
+def _bad_dtensors() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    batch, n = _batch(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    hidden, weight = (x.detach() for x in (batch.student.hidden, batch.student.weight))
+    cut, whole = distribute_tensor(weight, mesh, [Shard(0)]), distribute_tensor(weight, mesh, [Replicate()])
+    columns = distribute_tensor(weight, mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"placement Shard\(0\).*got \(Shard\(dim=1\),\).*full_tensor"):
+        fg.LinearHead(hidden, columns)
+    with pytest.raises(ValueError, match="shard must be None for a DTensor weight"):
+        fg.LinearHead(hidden, cut, shard=_shard())
+    tokens = distribute_tensor(hidden, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"hidden is a DTensor of placement \(Shard\(dim=0\),\).*redistribute"):
+        fg.LinearHead(tokens, cut)
+    bias = torch.zeros(V, dtype=torch.float64)
+    with pytest.raises(ValueError, match="bias must be a DTensor placed as weight is"):
+        fg.LinearHead(hidden, cut, bias)
+    with pytest.raises(TypeError, match="bias is a DTensor and weight is not"):
+        fg.LinearHead(hidden, weight, distribute_tensor(bias, mesh, [Replicate()]))
+    with pytest.raises(TypeError, match=r"logits is a DTensor: pass logits.to_local\(\)"):
+        fg.Logits(whole)
+
+
+def _bad_bounds() -> None:
+    rank = dist.get_rank()
+    for start, stop, message in (
+        (rank * 10, rank * 10 + 9, r"leave out rows from 9"),
+        (rank * 10, rank * 10 + 11, r"overlap at 10"),
+        (0, 0, r"at least one row"),
+        (5, 4, r"0 <= start <= stop"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fg.VocabShard(None, start, stop)
+    batch, shard = _batch(), _shard()
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    other = _local(batch.teacher, fg.VocabShard(None, *OTHER[dist.get_world_size()][rank]))
+    for options in ({"estimator": "full"}, {"estimator": "topk", "k": 3}, {"baseline": "expected"}):
+        options = {"reward_scale": 1.25, **options}
+        with pytest.raises(ValueError, match=r"teacher must have the shard of student, or no shard at all, for"):
+            _values(sharded.replaced(teacher=other), options)
+        with pytest.raises(ValueError, match=r"teacher has a shard and student has none"):
+            _values(sharded.replaced(student=batch.student), options)
+    with pytest.raises(ValueError, match="the dense reference takes whole heads"):
+        fg.reference.gopd_loss(*sharded.models, sharded.token_ids, reward_scale=1.25)
+    rows = max(b - a for a, b in shard.bounds)
+    if shard.count == rows:
+        with pytest.raises(ValueError, match=rf"weight must hold the {rows} rows"):
+            fg.LinearHead(batch.student.hidden, batch.student.weight[:3], shard=shard)
+
+
+def _disagreements() -> None:
+    """All ranks raise, with the same message, where one of them calls with something else."""
+    batch, shard, last = _batch(), _shard(), dist.get_rank() == dist.get_world_size() - 1
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    full = {"estimator": "full", "reward_scale": 1.25}
+    other_ids, fewer = batch.token_ids.clone(), batch.mask.clone()
+    other_ids[0, 0] = (other_ids[0, 0] + 1) % V
+    fewer.view(-1)[0] = False
+    narrow = dataclasses.replace(
+        sharded.student, hidden=sharded.student.hidden[..., :-1], weight=sharded.student.weight[:, :-1]
+    )
+    short = sharded.replaced(token_ids=batch.token_ids[:2], mask=None, **{
+        m: dataclasses.replace(getattr(sharded, m), hidden=getattr(sharded, m).hidden[:2])
+        for m in ("student", "teacher", "ref")
+    })  # fmt: skip
+    frozen = sharded.replaced(student=dataclasses.replace(sharded.student, hidden=sharded.student.hidden.detach()))
+    for changed, options, message in (
+        (sharded.replaced(token_ids=other_ids), full, "token_ids"),
+        (sharded.replaced(mask=fewer), full, "number of live tokens"),
+        (short, full, "number of live tokens"),
+        (sharded.replaced(student=narrow), full, "hidden size"),
+        (frozen, full, "models, options and requires_grad"),
+        (sharded, {**full, "divergence": "jsd"}, "models, options and requires_grad"),
+        (sharded, {**full, "chunk_size": 24}, "chunk_size"),
+    ):
+        with pytest.raises(ValueError, match=f"must call the loss with the same {message}, got"):
+            _values(changed, options) if last else _values(sharded, full)
+
+
+def _bytes_on_the_wire() -> None:
+    """Counted where the collectives are called, and what of it any exchange of statistics needs at the least."""
+    n, counted = dist.get_world_size(), []
+    gather, reduce = fg.VocabShard.gather, fg.VocabShard.sum_
+
+    def counting_gather(shard: fg.VocabShard, mine: torch.Tensor) -> torch.Tensor:
+        counted.append(("gather", mine.numel() * mine.element_size()))
+        return gather(shard, mine)
+
+    def counting_sum(shard: fg.VocabShard, x: torch.Tensor) -> Any:
+        counted.append(("sum", x.numel() * x.element_size()))
+        return reduce(shard, x)
+
+    batch, shard = _batch(torch.float32), _shard()
+    N, H, chunks = int(batch.mask.sum()), 32, math.ceil(int(batch.mask.sum()) / 16)
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    fg.VocabShard.gather, fg.VocabShard.sum_ = counting_gather, counting_sum
+    try:
+        # numbers per token: maximum, log-sum and token logit of each model, the student's mean, and of the target
+        # its log-sum and the mean gap
+        for options, rounds, numbers in (
+            ({}, 3, 3 * 4),  # each model alone: with a mean
+            ({"reward_scale": 1.0}, 2, 2 * 4),
+            ({"estimator": "full"}, 1, 3 * 3 + 3),
+            ({"estimator": "full", "divergence": "forward_kl"}, 1, 3 * 3 + 4),
+            ({"estimator": "full", "divergence": "jsd"}, 2, 3 * 3 + 3 + 2),
+            ({"estimator": "full", "reward_scale": 1.0}, 1, 2 * 3 + 2),
+            # k values and ids to choose from, then a model's 4 numbers and k values each
+            ({"estimator": "topk", "k": 5}, 4, 2 * 5 + 3 * (4 + 5)),
+        ):
+            counted.clear()
+            _values(sharded, {"reward_scale": 1.25, "chunk_size": 16, **options})
+            kinds = [kind for kind, _ in counted]
+            agreement, *gathers = [size for kind, size in counted if kind == "gather"]
+            assert agreement <= 8 * 8
+            assert len(gathers) == rounds * chunks, options
+            assert sum(gathers) == 4 * numbers * N, options
+            assert kinds.count("sum") == chunks
+            assert sum(size for kind, size in counted if kind == "sum") == 4 * N * H
+    finally:
+        fg.VocabShard.gather, fg.VocabShard.sum_ = gather, reduce
+    assert n == len(shard.bounds)
+
+
+def test_a_rank_that_dies_ends_the_others():
+    with pytest.raises(RankError) as error:
+        run_on_ranks("test_shards:_one_dies", 2, timeout=20)
+    assert "rank 0:" in str(error.value), "the rank that lived has to raise by itself"
+
+
+def _one_dies() -> None:
+    batch, shard = _batch(torch.float32), fg.VocabShard.even(V)
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    options = {"estimator": "full", "reward_scale": 1.25, "chunk_size": 16}
+    _values(sharded, options)
+    if dist.get_rank() == 1:
+        gather = fg.VocabShard.gather
+
+        def dying(self: fg.VocabShard, mine: torch.Tensor) -> torch.Tensor:
+            if mine.dtype == torch.float32:  # in the middle of the loop
+                os._exit(3)
+            return gather(self, mine)
+
+        fg.VocabShard.gather = dying
+    _values(sharded, options)
+
+
+def test_without_a_process_group_a_shard_says_so():
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        fg.VocabShard(None, 0, 10)
+    with pytest.raises(TypeError, match=r"shard must be a fused_gopd.VocabShard or None, got tuple"):
+        fg.LinearHead(torch.zeros(2, 3), torch.zeros(4, 3), shard=(0, 4))

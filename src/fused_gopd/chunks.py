@@ -772,6 +772,7 @@ def _require_agreement(job: Job, needs: Needs) -> None:
         "models, options and requires_grad": zlib.crc32(repr((options, kinds, scale, given, job.width)).encode()),
     }
     for name, values in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
+        terms[name] = 0  # every rank sends as many terms
         if values is not None:
             # a sum in which places count; it wraps around, alike everywhere
             terms[name] = ((values + 2) * torch.arange(1, job.rows.count + 1, device=values.device)).sum()
