@@ -762,7 +762,7 @@ def _require_agreement(job: Job, needs: Needs) -> None:
         return
     student = job.student
     options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, needs)
-    kinds = [(type(head).__name__, head.shard is None, str(head.rows.dtype)) for head in job.heads]
+    kinds = [(type(head).__name__, head.shard and head.shard.bounds, str(head.rows.dtype)) for head in job.heads]
     scale = "per token" if isinstance(job.reward_scale, Tensor) else job.reward_scale
     given = [name for name in ("token_ids", "old_logprobs", "labels", "support_ids") if getattr(job, name) is not None]
     terms: dict[str, int | Tensor] = {
