@@ -1,0 +1,213 @@
+"""What vocabulary-parallel heads put on the wire, counted, against the least that any exchange needs; and their time.
+
+``python -m benchmarks.wire [--json FILE] [--rounds N] [PAGE.md ...]`` starts two and four ranks on this machine (gloo,
+one thread each), counts every byte that a step hands to a collective, and with two ranks on two cores compares the
+step's time with that of one process of one thread. Prints the tables and fills them in between ``<!-- wire -->`` and
+``<!-- /wire -->`` of a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fused_gopd as fg
+
+from .report import publish
+from .run import _commit, device_name
+
+TOKENS, HIDDEN, VOCAB = 512, 576, 49152  # SmolLM2's head
+LAMBDA = 1.25
+FLOAT = 4
+K = 32
+
+# name -> (options, numbers per token without which a rank could not go on, once each)
+# sampled: a normaliser of each model, its logit of the token, and the mean logit that the entropy needs. full: the same
+# and what the loss, its gradient and the reported KL have of the target: its normaliser, the mean gap, and one mean
+# more (forward_kl) or two (jsd). topk: ids and logits to choose from, of one model; the others' logits there; of each
+# model the mass of the rest and its logit of the token, and the mean logit.
+OBJECTIVES: dict[str, tuple[dict[str, Any], int]] = {
+    "sampled": ({"estimator": "sampled"}, 7),
+    "full": ({"estimator": "full"}, 9),
+    "full, forward_kl": ({"estimator": "full", "divergence": "forward_kl"}, 10),
+    "full, jsd": ({"estimator": "full", "divergence": "jsd"}, 11),
+    f"topk, k={K}": ({"estimator": "topk", "k": K}, 4 * K + 3 * 2 + 1),
+}
+
+
+def _heads(seed: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(VOCAB, HIDDEN, generator=g) / HIDDEN**0.5
+    return [(torch.randn(TOKENS, HIDDEN, generator=g) * 3, weight) for _ in range(3)]
+
+
+class _Wire:
+    """Stands in for the collectives of a shard, counts what they are given and how long they hold the step up."""
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+        self.summed: list[int] = []
+        self.seconds = 0.0
+        self._gather, self._sum = fg.VocabShard.gather, fg.VocabShard.sum_
+
+    def gather(self, shard: fg.VocabShard, mine: Tensor) -> Tensor:
+        start = time.perf_counter()
+        out = self._gather(shard, mine)
+        self.seconds += time.perf_counter() - start
+        self.gathered.append(mine.numel() * mine.element_size())
+        return out
+
+    def sum_(self, shard: fg.VocabShard, x: Tensor) -> Any:
+        work = self._sum(shard, x)
+        self.summed.append(x.numel() * x.element_size())
+        wire = self
+
+        class Timed:
+            def wait(self) -> None:
+                start = time.perf_counter()
+                work.wait()
+                wire.seconds += time.perf_counter() - start
+
+        return Timed()
+
+
+def _worker(rounds: int, target: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, n = dist.get_rank(), dist.get_world_size()
+    shard = fg.VocabShard.even(VOCAB)
+    models = _heads(0)
+    ids = torch.randint(VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(1))
+
+    def step(options: dict[str, Any], cut: fg.VocabShard | None) -> None:
+        rows = slice(None) if cut is None else slice(cut.start, cut.stop)
+        heads = [fg.LinearHead(h.requires_grad_(i == 0), w[rows].detach().requires_grad_(i == 0), shard=cut)
+                 for i, (h, w) in enumerate(models)]  # fmt: skip
+        loss = fg.gopd_loss(*heads, ids, reward_scale=LAMBDA, **options).loss
+        torch.autograd.grad(loss, (heads[0].hidden, heads[0].weight))
+
+    def timed(options: dict[str, Any], cut: fg.VocabShard | None) -> float:
+        start = time.perf_counter()
+        step(options, cut)
+        return time.perf_counter() - start
+
+    rows = []
+    for name, (options, least) in OBJECTIVES.items():
+        wire = _Wire()
+        with patch.object(fg.VocabShard, "gather", lambda s, x, w=wire: w.gather(s, x)), \
+             patch.object(fg.VocabShard, "sum_", lambda s, x, w=wire: w.sum_(s, x)):  # fmt: skip
+            step(options, shard)
+            counted = {"gathered": wire.gathered[1:], "agreement": wire.gathered[0], "summed": list(wire.summed)}
+            times, shares = [], []
+            for _ in range(rounds if n == 2 else 0):
+                dist.barrier()
+                wire.seconds = 0.0
+                times.append(timed(options, shard))
+                shares.append(wire.seconds / times[-1])
+        alone = []
+        for _ in range(rounds if n == 2 else 0):
+            dist.barrier()
+            if rank == 0:  # while the other rank waits, asleep
+                alone.append(timed(options, None))
+        dist.barrier()
+        chunks = len(counted["summed"])
+        rows.append({
+            "objective": name,
+            "ranks": n,
+            "chunks": chunks,
+            "collectives_per_chunk": (len(counted["gathered"]) + chunks) / chunks,
+            "agreement_bytes": counted["agreement"],
+            "statistics_bytes_per_token": sum(counted["gathered"]) / TOKENS,
+            "least_statistics_bytes_per_token": least * FLOAT,
+            "hidden_gradient_bytes_per_token": sum(counted["summed"]) / TOKENS,
+            "step_ms": [1000 * x for x in times],
+            "one_process_ms": [1000 * x for x in alone],
+            "share_in_collectives": shares,
+        })  # fmt: skip
+    if rank == 0:
+        target.write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _launch(n: int, rounds: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "rows.json"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "benchmarks.wire"]
+        subprocess.run([*command, "--worker", str(target), "--rounds", str(rounds)], check=True, env=environment)
+        rows: list[dict[str, Any]] = json.loads(target.read_text())
+        return rows
+
+
+def received(row: dict[str, Any], statistics_bytes: float) -> float:
+    """Bytes that a rank receives per token: of an all-gather those of the others, of a ring's all-reduce 2 (n-1)/n."""
+    n = row["ranks"]
+    return statistics_bytes * (n - 1) + row["hidden_gradient_bytes_per_token"] * 2 * (n - 1) / n
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "",
+        "ranks",
+        "collectives a chunk",
+        "statistics",
+        "least",
+        "gradient of hidden",
+        "received, all",
+        "to the least",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * 7 + "|"]
+    for r in rows:
+        own, least = r["statistics_bytes_per_token"], r["least_statistics_bytes_per_token"]
+        cells = [f"`{r['objective']}`", str(r["ranks"]), f"{r['collectives_per_chunk']:g}", f"{own:g}", str(least)]
+        total = received(r, own)
+        cells += [f"{r['hidden_gradient_bytes_per_token']:g}", f"{total:g}", f"{total / received(r, least):.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| two ranks, one core each | step, ms | one process, one core, ms | ratio | in collectives |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for r in rows:
+        if r["step_ms"]:
+            step, alone = (statistics.median(r[name]) for name in ("step_ms", "one_process_ms"))
+            cells = [f"`{r['objective']}`", f"{step:.0f}", f"{alone:.0f}", f"{step / alone:.2f}×"]
+            lines.append("| " + " | ".join([*cells, f"{statistics.median(r['share_in_collectives']):.1%}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="*")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        _worker(args.rounds, args.worker)
+        return
+    rows = [row for n in (2, 4) for row in _launch(n, args.rounds)]
+    if args.json:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        shape = {"tokens": TOKENS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "float32"}
+        result = {"device": device_name("cpu"), "commit": _commit(), "date": date, **shape, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    shape_text = f"Bytes per token and rank; N={TOKENS}, H={HIDDEN}, V={VOCAB}, three models, float32, gloo"
+    publish("wire", f"{tables(rows)}\n{shape_text}; {device_name('cpu')}.\n", args.pages)
+
+
+if __name__ == "__main__":
+    main()
