@@ -70,7 +70,7 @@ def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> li
         errors = sorted((x for x in folder.glob("*.error") if x.stat().st_size), key=lambda x: x.stat().st_mtime)
         if errors or launcher.returncode or not all(x.exists() for x in results):
             told = [f"rank {x.stem}:\n{x.read_text()}" for x in errors]
-            raise RankError("\n".join([f"{function} failed", *told, "output:", (folder / "log").read_text()]))
+            raise RankError("\n".join([f"{function} failed", *(told or [(folder / "log").read_text()])]))
         return [torch.load(x, weights_only=False) for x in results]
 
 
@@ -108,12 +108,15 @@ def _worker(folder: Path) -> None:
             torch.set_num_threads(1)
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
             result = _find(function)(*args)
+            torch.save(result, folder / f"{rank}.pt")
             torch.distributed.destroy_process_group()
         except BaseException:
             traceback.print_exc(file=error)
             raise
         faulthandler.cancel_dump_traceback_later()
-    torch.save(result, folder / f"{rank}.pt")
+    sys.stdout.flush()
+    # gloo's threads may outlive a model that still holds the process group, and abort the interpreter's own end
+    os._exit(0)
 
 
 if __name__ == "__main__":

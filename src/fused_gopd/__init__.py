@@ -1,6 +1,6 @@
 """Fused losses for generalized on-policy distillation: three models, no [tokens, vocabulary] tensor."""
 
-from . import reference
+from . import distributed, reference
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
 from .metrics import Metrics
@@ -19,6 +19,7 @@ __all__ = [
     "TokenStats",
     "TopKLogProbs",
     "VocabShard",
+    "distributed",
     "gopd_loss",
     "reference",
     "token_logprobs",
