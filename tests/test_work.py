@@ -65,6 +65,7 @@ class Memory:
         for _, size in sorted(sizes, key=lambda x: x[0]):
             now += size
             self.peak = max(self.peak, now)
+        self.left = now
 
 
 # ---------------------------------------------------------------------------------------------- the detectors detect

@@ -16,10 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import chunks, objective
 from .chunks import NOTHING, STATISTICS, Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
+from .gemm import without_autocast
 from .heads import LinearHead, Logits
 from .objective import AdvantageFn, Surrogate
 from .rowops import select_backend
@@ -143,11 +143,6 @@ def _unpack(tensors: Sequence[Tensor | None], static: str) -> Job:
     return dataclasses.replace(job, **vectors)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """The loop chooses its own precision: autocast would turn its float32 GEMMs on a CPU into bfloat16 ones."""
-    return torch.autocast(device.type, enabled=False)
-
-
 def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """An op returns tensors: an empty one stands for what nobody needs."""
     return [like.new_empty(0) if x is None else x for x in tensors]
@@ -162,7 +157,7 @@ def _forward_op(
     Without ``relative``, ``needs`` says what a backward will ask for.
     """
     job = _unpack(tensors, static)
-    with _no_autocast(job.device):
+    with without_autocast(job.device):
         statistics, gradients, chosen = chunks.run(job, Needs(*needs), relative=relative)
     return [statistics, *_dense(chosen or (None, None), statistics), *_dense(gradients, statistics)]
 
@@ -185,7 +180,7 @@ def _backward_op(
     """The student's gradients for complete coefficients per token, from the statistics of an earlier forward."""
     job = _unpack(tensors, static)
     coefficients = Coefficients(divergence, weight, token_ids, values, reach)
-    with _no_autocast(job.device):
+    with without_autocast(job.device):
         gradients = chunks.run(job, Needs(*needs), statistics=statistics, coefficients=coefficients).gradients
     return _dense(gradients, statistics)
 
@@ -229,6 +224,14 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return _fake_gradients(_unpack(tensors, static), Needs(*needs))
+
+
+@torch.library.register_vmap("fused_gopd::backward")  # type: ignore[untyped-decorator]
+def _(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    raise NotImplementedError(
+        "gopd_loss and token_logprobs take one upstream gradient at a time, not a batch of them (torch.func.vmap over "
+        "a vjp): torch.func.jacrev(..., chunk_size=1) goes through them one by one"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- token values
@@ -278,8 +281,15 @@ def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
 
 
+def _unpacked(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, asked for once in a backward: checkpointing recomputes for them and refuses a second time."""
+    if ctx.unpacked is None:
+        ctx.unpacked = ctx.saved_tensors
+    return cast("tuple[Any, ...]", ctx.unpacked)
+
+
 def _saved(ctx: Any) -> list[Tensor | None]:
-    return [a if b is None else b for a, b in zip(ctx.saved_tensors, ctx.untracked, strict=True)]
+    return [a if b is None else b for a, b in zip(_unpacked(ctx), ctx.untracked, strict=True)]
 
 
 def _is_one(x: Tensor) -> bool:
@@ -291,6 +301,49 @@ def _scale_(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tens
     """Multiply in place: the buffers belong to us, and a copy of [V, H] would cost as much memory again."""
     # a factor of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
     return [g if not g.numel() or _is_one(f) else g.mul_(f.reshape(1)) for g, f in zip(gradients, factors, strict=True)]
+
+
+class _Twice(torch.autograd.Function):
+    """A gradient as it is, with a graph that raises: what is differentiated again must not be a silent zero."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradients of gopd_loss and token_logprobs cannot be differentiated twice: they are computed with the "
+            "loss and have no graph. Second derivatives: fused_gopd.reference.gopd_loss, which is plain PyTorch"
+        )
+
+
+def _once_differentiable(backward: Any) -> Any:
+    """A backward without a graph of its own.
+
+    PyTorch's decorator of that name raises only where the upstream gradient requires one: a second derivative with
+    respect to the inputs would be taken for zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.unpacked = None
+        try:
+            with torch.no_grad():
+                gradients: tuple[Tensor | None, ...] = backward(ctx, *upstream)
+            if not torch.is_grad_enabled():  # as it is but for create_graph=True
+                return gradients
+            sources = [t for t in (*upstream, *_unpacked(ctx)) if t is not None and t.requires_grad]
+        finally:
+            ctx.unpacked = None
+        with_graph: Any = _Twice.apply
+        return tuple(None if g is None else with_graph(g, *sources) for g in gradients)
+
+    return wrapped
 
 
 # ---------------------------------------------------------------------------------------------------------- Functions
@@ -326,7 +379,7 @@ class _WeightedLoss(torch.autograd.Function):
         return (token_loss * weights).sum(), token_loss, statistics
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
@@ -381,7 +434,7 @@ class _TokenLosses(_Recomputed):
         return token_values(job, statistics)[0], statistics
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 4
@@ -399,18 +452,86 @@ class _TokenLogProbs(_Recomputed):
         return job.model_logprobs(statistics)[0], objective.entropy(statistics)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, upstream_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None and upstream_entropy is None:
             return (None,) * 4
         job, _, _ = _Recomputed.saved(ctx)
-        # dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's divergence of a model alone
-        divergence = None if upstream_entropy is None else -upstream_entropy.to(job.dtype).contiguous()
-        if upstream is None:
-            return _Recomputed.gradients(ctx, Coefficients(divergence))
-        assert job.token_ids is not None
-        weight = -upstream.to(job.dtype).contiguous()
-        return _Recomputed.gradients(ctx, Coefficients(divergence, weight, job.token_ids[:, None]))
+        return _Recomputed.gradients(ctx, _logprob_coefficients(job, upstream, upstream_entropy))
+
+
+def _logprob_coefficients(job: Job, upstream: Tensor | None, upstream_entropy: Tensor | None) -> Coefficients:
+    # dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's divergence of a model alone
+    divergence = None if upstream_entropy is None else -upstream_entropy.to(job.dtype).contiguous()
+    if upstream is None:
+        return Coefficients(divergence)
+    assert job.token_ids is not None
+    return Coefficients(divergence, -upstream.to(job.dtype).contiguous(), job.token_ids[:, None])
+
+
+_STUDENT = slice(len(_VECTORS) + 1, len(_VECTORS) + 4)
+
+
+class _Transformed(torch.autograd.Function):
+    """:class:`_TokenLosses` or :class:`_TokenLogProbs` under the transforms of :mod:`torch.func`.
+
+    Transforms see the arguments of a Function and nothing else, so every tensor is one; and what a backward reads has
+    to be an output. Eager code does not come here: it would have more to hold.
+    """
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(statics: tuple[str, str], needs: Needs, scores: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        statistics, ids, values = _forward_op(tensors, statics[0], None, needs)[:_BEFORE_GRADIENTS]
+        job = _unpack(tensors, statics[1])
+        if scores:
+            return job.model_logprobs(statistics)[0], objective.entropy(statistics), statistics, ids, values
+        return token_values(job, statistics)[0], statistics.new_zeros(()), statistics, ids, values
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        statics, ctx.needs, ctx.scores, *tensors = inputs
+        _, _, statistics, ids, values = output
+        ctx.static, ctx.inputs = statics[1], len(inputs)
+        ctx.mark_non_differentiable(statistics, ids, values)
+        ctx.set_materialize_grads(False)
+        ctx.meta = _meta(tensors[_STUDENT])
+        ctx.save_for_backward(*tensors, statistics, ids, values)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, upstream_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        out: list[Tensor | None] = [None] * ctx.inputs
+        if upstream is None and upstream_entropy is None:
+            return tuple(out)
+        *tensors, statistics, ids, values = _unpacked(ctx)
+        job = _unpack(tensors, ctx.static)
+        if ctx.scores:
+            coefficients = _logprob_coefficients(job, upstream, upstream_entropy)
+        else:
+            assert upstream is not None
+            coefficients = job.coefficients(statistics, chosen=Chosen(ids, values) if job.truncated else None)
+            coefficients = coefficients.times(upstream.to(job.dtype).contiguous())
+        gradients = _backward_op(tensors, ctx.static, statistics, *coefficients, ctx.needs)
+        first = ctx.inputs - len(tensors) + _STUDENT.start
+        out[first : first + 3] = _like(gradients, ctx.needs, ctx.meta)
+        return tuple(out)
+
+    @staticmethod
+    def apply_to(job: Job, scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Token losses or log-probs, entropies, statistics."""
+        hook = None if job.advantage_fn is None else _Hook(job.advantage_fn)
+        tensors, static = _pack(job, hook)
+        needs = Needs(*(t is not None and t.requires_grad for t in tensors[_STUDENT]))
+        apply: Any = _Transformed.apply
+        values, entropy, statistics, *_ = apply((static, _pack(job)[1]), needs, scores, *tensors)
+        return values, entropy, statistics
+
+
+def _transformed() -> bool:
+    """Whether torch.func.grad or vjp is at work: :func:`fused_gopd.checks.require_reverse_mode` refuses the others."""
+    return bool(torch._C._are_functorch_transforms_active()) and not torch.compiler.is_compiling()
 
 
 def _call(function: Any, job: Job, *rest: Tensor) -> Any:
@@ -436,6 +557,9 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factors = (job.old_logprobs, job.rollout_logprobs, job.advantage_fn, job.labels)
         unbounded = any(x is not None for x in factors)
         recompute = dtype == torch.float16 and unbounded
+    if _transformed():
+        token_loss, _, statistics = _Transformed.apply_to(job, scores=False)
+        return (token_loss * weights).sum(), token_loss.detach(), statistics
     if recompute or job.surrogate.ratio == "sequence":
         token_loss, statistics = _call(_TokenLosses, job)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
@@ -445,17 +569,23 @@ def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def token_losses(job: Job) -> tuple[Tensor, Tensor]:
     """Differentiable token losses (n,) and the statistics."""
+    if _transformed():
+        token_loss, _, statistics = _Transformed.apply_to(job, scores=False)
+        return token_loss, statistics
     token_loss, statistics = _call(_TokenLosses, job)
     return token_loss, statistics
 
 
 def token_logprobs(job: Job) -> tuple[Tensor, Tensor]:
     """Differentiable log-probs (n,) of ``job.token_ids`` under the student, and its entropies."""
+    if _transformed():
+        logprobs, entropies, _ = _Transformed.apply_to(job, scores=True)
+        return logprobs, entropies
     logprobs, entropies = _call(_TokenLogProbs, job)
     return logprobs, entropies
 
 
 def token_topk(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; not differentiable."""
-    with torch.no_grad(), _no_autocast(job.device):
+    with torch.no_grad(), without_autocast(job.device):
         return chunks.most_likely(job, k)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,6 +44,9 @@ def require_float(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a float tensor (float32, bfloat16, float16 or float64), got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor (pack the tokens, and say where sequences end in cu_seqlens)"
+        raise TypeError(f"{name} must be dense, got {kind if value.is_nested else value.layout}")
 
 
 def require_integer(name: str, value: object) -> None:
@@ -67,6 +71,30 @@ def refuse(wrong: Tensor, values: Tensor, error: type[Exception], message: str, 
     """Raise with the first wrong value; on a GPU a device-side assert, which waits for nothing."""
     if wrong.device.type == "cuda":
         torch._assert_async(~wrong.any(), message)
-    elif bool(wrong.any()):
+    elif wrong.device.type != "meta" and bool(wrong.any()):
         value = values[wrong][0].item()
         raise error(f"{message}, {found} {value:g}" if isinstance(value, float) else f"{message}, {found} {value}")
+
+
+def require_reverse_mode(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise NotImplementedError under what the fused calls have no rule for: batching and forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        for interpreter in torch._C._functorch.get_interpreter_stack():
+            transform = interpreter.key().name
+            if transform == "Vmap":
+                raise NotImplementedError(
+                    f"{name} does not run under torch.func.vmap (nor jacfwd and hessian, which use it): it takes any "
+                    "token shape, so call it once on the stacked batch"
+                )
+            if transform != "Grad":
+                raise NotImplementedError(
+                    f"{name} runs under torch.func.grad, vjp and functional_call, not under {transform}: it has no "
+                    "forward-mode derivative; fused_gopd.reference.gopd_loss is plain PyTorch and has"
+                )
+    elif any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative, and the student carries a tangent; "
+            "fused_gopd.reference.gopd_loss is plain PyTorch and has one"
+        )

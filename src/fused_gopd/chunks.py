@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,10 +98,15 @@ def _balanced(rows: int, chunk_size: int) -> int:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Which tokens are computed: all of a token shape, or those at ``index``, in its order."""
+    """Which tokens are computed: all of a token shape, or those at ``index``, in its order.
+
+    Where nothing may wait for the device to say how many tokens are live, all are computed and ``keep`` says whose
+    results count.
+    """
 
     shape: torch.Size
     index: Tensor | None = None  # (n,) int64 flat positions
+    keep: Tensor | None = None  # token shape, bool; only without an index
 
     @property
     def count(self) -> int:
@@ -144,7 +149,8 @@ class TokenRows:
     def scatter(self, values: Tensor) -> Tensor:
         """(n,) values of the live tokens in the token shape, 0 elsewhere; differentiable."""
         if self.index is None:
-            return values.reshape(self.shape)
+            values = values.reshape(self.shape)
+            return values if self.keep is None else values.masked_fill(~self.keep, 0)
         return values.new_zeros(self.shape.numel()).index_copy(0, self.index, values).reshape(self.shape)
 
 
@@ -459,7 +465,25 @@ class Scaling(NamedTuple):
 
 def _folds(student: LinearHead, weights: Tensor) -> bool:
     """Whether the token weights are multiplied into the hidden states that the weight's gradient sums over."""
-    return weights.ndim > 0 or gemm.gradient_dtype(student.weight) in (torch.float32, torch.float64)
+    # the hidden states' dtype is that of the products: a master weight is rounded to it
+    return weights.ndim > 0 or gemm.gradient_dtype(student.hidden) in (torch.float32, torch.float64)
+
+
+def _as_multiplied(job: Job) -> Job:
+    """The job with float32 master weights rounded to the dtype of their hidden states, once for all chunks."""
+    rounded: dict[tuple[Any, ...], Tensor] = {}  # models and routes may share a weight
+
+    def of(head: Head | None) -> Any:
+        if not isinstance(head, LinearHead) or head.weight.dtype == head.hidden.dtype:
+            return head
+        weight = head.weight.detach()
+        key = (weight.data_ptr(), weight.shape, weight.stride(), head.hidden.dtype)
+        if key not in rounded:
+            rounded[key] = weight.to(head.hidden.dtype)
+        return replace(head, weight=rounded[key])
+
+    routes = tuple(Route(route.stop, of(route.teacher), of(route.ref)) for route in job.routes)
+    return replace(job, student=of(job.student), teacher=of(job.teacher), ref=of(job.ref), routes=routes)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -720,6 +744,7 @@ def run(
     3. with ``statistics`` and ``coefficients``: complete gradients, the student's logits recomputed.
     """
     n = job.rows.count
+    job = _as_multiplied(job)
     if coefficients is None:
         _require_agreement(job, needs)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
@@ -782,6 +807,7 @@ def _require_agreement(job: Job, needs: Needs) -> None:
 
 def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
+    job = _as_multiplied(job)
     shape = (job.rows.shape.numel(), k)
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)

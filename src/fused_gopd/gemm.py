@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ _BLOCK_ELEMENTS = 1 << 20
 # Multiply-adds from which on a product goes to oneDNN, where it does: it generates code for every new shape, which
 # takes milliseconds.
 _ONEDNN_WORK = 1 << 24
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """What every product runs in: its operands' dtype decides, and float32 does not become bfloat16 on the way."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def accumulates_low_precision(x: Tensor) -> bool:

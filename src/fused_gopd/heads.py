@@ -54,7 +54,10 @@ class LinearHead:
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64. As the student, gradients flow to it.
-        weight: (V, H), same dtype and device as hidden. As the student, gradients flow to it if it requires them.
+        weight: (V, H), dtype and device of hidden. As the student, gradients flow to it if it requires them. Beside
+            bfloat16 or float16 hidden states it may be float32, as autocast leaves master weights: the products take
+            it rounded to the dtype of hidden (a copy for as long as they last), as autocast's do, and its gradient
+            stays float32, never rounded.
         bias: (V,) or None, any floating dtype; trainable as the student's.
         logit_scale: factor on the logits before the softcap (Cohere, Granite and others have one).
         softcap: Gemma-style final logit softcapping, or None.
@@ -99,8 +102,12 @@ class LinearHead:
         _require_shard("weight", shard, weight.shape[0])
         if weight.shape[0] == 0 and shard is None:
             raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(weight.shape)}")
-        if hidden.dtype != weight.dtype:
-            raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+        master = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+        if hidden.dtype != weight.dtype and not master:
+            raise TypeError(
+                "hidden and weight must have one dtype (or float32 weight beside bfloat16 or float16 hidden), got "
+                f"{hidden.dtype} and {weight.dtype}; hidden.to(weight.dtype) is what autocast would do"
+            )
         if hidden.device != weight.device:
             raise ValueError(f"hidden and weight must be on one device, got {hidden.device} and {weight.device}")
         if bias is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, objective
-from .checks import one_of, require_count
+from .checks import one_of, require_count, require_reverse_mode
 from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
 from .objective import (
@@ -119,6 +119,10 @@ def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
             alone = Job(rows, p.vocab_size, job.chunk_size, ops, head, token_ids=p.token_ids[start:stop])
             out[start:stop] = autograd.token_logprobs(alone)[0]
     return out
+
+
+def _require_reverse_mode(name: str, head: object) -> None:
+    require_reverse_mode(name, head.tensors.values() if isinstance(head, (LinearHead, Logits)) else ())
 
 
 def gopd_loss(
@@ -254,6 +258,7 @@ def gopd_loss(
         ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
         RuntimeError: a backend that was asked for by name is not available.
     """
+    _require_reverse_mode("gopd_loss", student)
     p = prepare(**locals())
     job = _job(p)
     if reduction == "none":
@@ -299,6 +304,7 @@ def _alone(head: Head, token_ids: Tensor | None, **options: Any) -> Prepared:
     """Checked input of a call with one model."""
     if not isinstance(head, (LinearHead, Logits)):
         raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
+    _require_reverse_mode("token_logprobs" if token_ids is not None else "token_topk", head)
     # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes a loss's call complete
     estimator: Estimator = "full" if token_ids is None else "sampled"
     p = prepare(head, None, head, token_ids, reward_scale=0.0, estimator=estimator, reduction="none", **options)
@@ -367,7 +373,11 @@ def token_topk(
     p = _alone(head, None, mask=mask, vocab_size=vocab_size, chunk_size=chunk_size, backend=backend)
     if require_count("k", k) > p.vocab_size:
         raise ValueError(f"k must be at most the vocabulary of {p.vocab_size}, got {k}")
-    return autograd.token_topk(_job(p), k)
+    ids, logprobs = autograd.token_topk(_job(p), k)
+    if p.rows.keep is None:
+        return ids, logprobs
+    gone = ~p.rows.keep[..., None]
+    return ids.masked_fill(gone, -1), logprobs.masked_fill(gone, 0)
 
 
 class GOPDLoss(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,9 +90,44 @@ def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor
     return mask != 0
 
 
+def _must_not_wait(device: torch.device) -> bool:
+    """Whether no value may decide anything: while a CUDA graph is captured, and on meta, which has no values."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _check_without_waiting(masked: bool, routed: bool, grad_filter: float, ratio: Ratio, advantage_fn: object) -> None:
+    """The options that have no way of doing without a value from the device."""
+    needs = {
+        "teacher_index": (routed, "how many tokens each teacher has"),
+        "grad_filter": (bool(grad_filter), "which vocabulary entries are left"),
+        "ratio='sequence' with mask": (masked and ratio == "sequence", "which rows are live"),
+        "advantage_fn with mask": (masked and advantage_fn is not None, "which rows are live"),
+    }
+    for name, (given, what) in needs.items():
+        if given:
+            raise ValueError(
+                f"{name} waits for the device to say {what}, which neither the capture of a CUDA graph nor the meta "
+                "device allows; compute the loss outside the graph, or on packed tokens without a mask"
+            )
+
+
+def _emptied(model: Any, mask: Tensor) -> Any:
+    """The model with nothing but finite numbers at masked tokens: what is computed there is thrown away."""
+    gone = ~mask
+    if isinstance(model, LinearHead):
+        return replace(model, hidden=model.hidden.masked_fill(gone[..., None], 0))
+    if isinstance(model, Logits):
+        return replace(model, logits=model.logits.masked_fill(gone[..., None], 0))
+    if isinstance(model, TokenLogProbs):
+        return TokenLogProbs(model.logprobs.masked_fill(gone, 0))
+    return TopKLogProbs(model.token_ids.masked_fill(gone[..., None], -1), model.logprobs)
+
+
 def _live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
     if mask is None:
         return TokenRows(shape)
+    if _must_not_wait(mask.device):
+        return TokenRows(shape, keep=mask)
     # the one host sync that dropping masked rows costs: how many are live
     index = mask.reshape(-1).nonzero()[:, 0]
     return TokenRows(shape, None if index.shape[0] == shape.numel() else index)
@@ -185,6 +220,8 @@ def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.devic
     if device.type == "cuda":
         right = sorted_ & (bounds[0] == 0) & (bounds[-1] == shape[0])
         torch._assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
+    elif device.type == "meta":
+        pass
     elif bounds[0] != 0 or bounds[-1] != shape[0]:
         raise ValueError(
             f"cu_seqlens must start at 0 and end at N={shape[0]}, the number of tokens, got {int(bounds[0])} and "
@@ -621,12 +658,28 @@ def prepare(
         together = "baseline='expected'" if estimator == "sampled" else f"estimator={estimator!r}"
         _check_shards(student, {n: m for n, m in others.items() if n.split("[")[0] != cancelled}, together, joint)
     truncation = check_truncation(estimator, k, support, tail, needed["teacher"], needed["ref"], joint)
-    rows, stops = _in_route_order(_live_rows(live_mask, shape), route, count)
+    if _must_not_wait(device):
+        _check_without_waiting(live_mask is not None, route is not None, grad_filter, ratio, advantage_fn)
+    rows = _live_rows(live_mask, shape)
+    if rows.keep is not None:
+        student = _emptied(student, rows.keep)
+        routed, needed = (
+            {name: tuple(_emptied(model, rows.keep) for model in models) for name, models in x.items()}
+            for x in (routed, needed)
+        )
+        token_ids, old, rollout = (
+            None if x is None else x.masked_fill(~rows.keep, 0) for x in (token_ids, old, rollout)
+        )
+        lam = lam.masked_fill(~rows.keep, 1) if isinstance(lam, Tensor) else lam
+        sft_labels = None if sft_labels is None else sft_labels.masked_fill(~rows.keep, IGNORE)
+    rows, stops = _in_route_order(rows, route, count)
     ids = None if token_ids is None else _check_token_ids(token_ids, rows, joint, mask is not None)
     labels, sft_weight = _check_labels(sft_labels, sft_weight, rows, shape, device, joint)
     heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
     dtype = accumulation_dtype(*(head.rows for head in heads))
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
+    if rows.keep is not None:
+        weights = weights * rows.keep
     lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam
     return Prepared(
         estimator,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import objective
+from .gemm import without_autocast
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .objective import (
     AdvantageFn,
@@ -34,7 +35,8 @@ from .prepare import Prepared, prepare
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Transformed logits over the joint vocabulary, (..., V), in ``dtype``."""
     if isinstance(head, LinearHead):
-        z = (head.hidden @ head.weight[:vocab_size].T).to(dtype)
+        with without_autocast(head.hidden.device):
+            z = (head.hidden @ head.weight[:vocab_size].to(head.hidden.dtype).T).to(dtype)
         if head.bias is not None:
             z = z + head.bias[:vocab_size].to(dtype)
     else:

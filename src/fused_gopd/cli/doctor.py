@@ -185,6 +185,8 @@ class _Problem:
 
         student = head(self.student, True)
         options: dict[str, Any] = {"estimator": estimator, "reward_scale": 1.25, "mask": self.mask.to(device)}
+        if estimator == "topk":
+            options["k"] = 16
         models = (student, head(self.teacher, False), head(self.ref, False), self.token_ids.to(device))
         out: GOPDOutput
         if backend is None:
@@ -212,7 +214,7 @@ def _check(backend: str, device: str) -> list[Check]:
     interpreted = backend == "triton" and device == "cpu"
     problem = _Problem.random(tokens=6, vocab=301) if interpreted else _Problem.random(tokens=64, vocab=5003)
     checks = []
-    estimators: tuple[Estimator, ...] = ("sampled", "full")
+    estimators: tuple[Estimator, ...] = ("sampled", "full", "topk")
     for estimator in estimators:
         truth = problem.solve(estimator, "cpu", torch.float64, None)
         naive = _errors(problem.solve(estimator, device, torch.float32, None), truth)

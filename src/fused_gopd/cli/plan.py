@@ -1,4 +1,4 @@
-"""``fused-gopd plan``: what one loss costs, dense and fused, before a machine is rented for it."""
+"""``fused-gopd plan``: what one loss costs, dense and fused, on one device or many, before any is rented."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
-    from fused_gopd.objective import Estimator
+    from fused_gopd.objective import Divergence, Estimator, Support
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ PRESETS: dict[str, Preset] = {
     "qwen3-32b": Preset(5120, 151936, False),
     "llama-3-8b": Preset(4096, 128256, False),
     "llama-3-70b": Preset(8192, 128256, False),
+    "llama-3.1-405b": Preset(16384, 128256, False),
     "llama-3.2-1b": Preset(2048, 128256, True),
     "llama-3.2-3b": Preset(3072, 128256, True),
     "gemma-2-2b": Preset(2304, 256000, True),
@@ -44,6 +45,9 @@ PRESETS: dict[str, Preset] = {
     "smollm2-360m": Preset(960, 49152, True),
     "smollm2-1.7b": Preset(2048, 49152, True),
 }
+
+# Dense bfloat16 and float16 peaks of the vendors' data sheets, TFLOP/s.
+PEAKS: dict[str, float] = {"a100": 312, "h100": 989, "h200": 989, "b200": 2250, "mi300x": 1307}
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _UNITS = {"": 1, "B": 1} | {
@@ -67,7 +71,7 @@ def parse_memory(text: str) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One loss call with gradients for the student's hidden states and head."""
+    """One loss call with gradients for the student's hidden states and head, of all ranks together."""
 
     tokens: int  # N
     vocab: int  # V, joint
@@ -78,6 +82,12 @@ class Job:
     estimator: Estimator = "full"
     reward_scale: float = 1.25
     device: str = "gpu"
+    divergence: Divergence = "reverse_kl"
+    k: int | None = None  # of topk
+    support: Support = "teacher"
+    tp: int = 1  # ranks that share the vocabulary
+    dp: int = 1  # ranks that share the sequences
+    cp: int = 1  # ranks that share each sequence
 
     @property
     def element(self) -> int:
@@ -98,6 +108,19 @@ class Job:
         if self.reward_scale != 1:
             models["ref"] = self.ref_hidden
         return models
+
+    @property
+    def share(self) -> Job:
+        """What the rank with the most to do computes: its tokens, all of them on its rows of the heads."""
+        tokens, vocab = -(-self.tokens // (self.dp * self.cp)), -(-self.vocab // self.tp)
+        return replace(self, tokens=tokens, vocab=vocab, tp=1, dp=1, cp=1)
+
+    @property
+    def buffers(self) -> int:
+        """Logits buffers of a chunk that are alive at once."""
+        from fused_gopd.chunks import logits_buffers
+
+        return logits_buffers(self.estimator == "full", len(self.needed), self.support == "student")
 
 
 def inputs(job: Job) -> dict[str, int]:
@@ -125,8 +148,8 @@ def dense_peak(job: Job) -> dict[str, int]:
 
         peak = max(k N V a,  N V e + gradients)
 
-        full:     k = 5, at the end of the forward: log p, the target, p, the bracket and their product
-        sampled:  k = 3, in the backward: log p, the gradient of the gather and that of the log-softmax
+        full:           k = 5, at the end of the forward: log p, the target, p, the bracket and their product
+        sampled, topk:  k = 3, in the backward: log p, the gradient of the gather and that of the log-softmax
 
     Measured on a CPU (N = 256, V = 49152, float32 and bfloat16): 20 and 12 bytes per N V. The second term (e =
     bytes of the model's dtype) is the end of the backward, when the gradient of the logits becomes that of hidden and
@@ -134,7 +157,7 @@ def dense_peak(job: Job) -> dict[str, int]:
     Code that keeps more alive, such as an upcast of the logits, needs more.
     """
     entries = job.tokens * job.vocab
-    alive = 3 if job.estimator == "sampled" else 5
+    alive = 5 if job.estimator == "full" else 3
     forward = {"[tokens, vocabulary] tensors": alive * entries * job.wide}
     end = {"gradient of logits": entries * job.element, **_gradients(job)}
     return max(forward, end, key=_total)
@@ -142,30 +165,58 @@ def dense_peak(job: Job) -> dict[str, int]:
 
 def chunk_size(job: Job) -> int:
     """Tokens per chunk, from the function that the loss itself asks."""
-    from fused_gopd.chunks import chunk_size_for, logits_buffers
+    from fused_gopd.chunks import chunk_size_for
 
-    buffers = logits_buffers(job.estimator == "full", len(job.needed))
-    return chunk_size_for(job.vocab, buffers, "cuda" if job.device == "gpu" else "cpu", job.wide)
+    return chunk_size_for(job.vocab, job.buffers, "cuda" if job.device == "gpu" else "cpu", job.wide)
 
 
-def fused_peak(job: Job) -> dict[str, int]:
-    """Bytes beyond the inputs of :func:`fused_gopd.gopd_loss`, itemised; the sum counts all of it as alive at once.
+def _chunk_rows(job: Job) -> int:
+    """Tokens of the largest chunk: chunks are of nearly equal size."""
+    from fused_gopd.chunks import _balanced
 
-    Chunk buffers C V a for each model that ``full`` holds (one buffer for ``sampled``) do not depend on the number of
-    tokens; a low-precision weight has its gradient accumulated in float32 and rounded once at the end.
+    return min(job.tokens, _balanced(job.tokens, chunk_size(job)))
+
+
+def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
+    """Bytes beyond the inputs at the peak of :func:`fused_gopd.gopd_loss` on one rank, itemised.
+
+    The larger of two moments. In the forward: chunk buffers C V a for each model that ``full`` holds (one buffer where
+    models take turns), which do not depend on the number of tokens, and the gradients as they are summed, the weight's
+    in float32. In the backward the buffers are gone, and a low-precision weight's gradient is rounded beside its sum.
+
+    ``ranks`` is how many gather their statistics; ``job`` is then the share of one of them.
     """
-    from fused_gopd.chunks import STATISTICS, logits_buffers
+    from fused_gopd import gemm
+    from fused_gopd.chunks import STATISTICS
+    from fused_gopd.rowops import Stat, entries
 
-    rows = min(job.tokens, chunk_size(job))
-    items = {
-        "chunk buffers": logits_buffers(job.estimator == "full", len(job.needed)) * rows * job.vocab * job.wide,
-        "chunk of the hidden gradient": rows * job.hidden * job.wide,
+    rows, weight = _chunk_rows(job), job.vocab * job.hidden
+    kept = {
         "statistics per token": STATISTICS * job.tokens * job.wide,
-        **_gradients(job),
+        "gradient of hidden": job.tokens * job.hidden * job.element,
     }
-    if job.wide != job.element:
-        items["float32 accumulator of the weight gradient"] = job.vocab * job.hidden * job.wide
-    return items
+    low = job.wide != job.element
+    summed = "float32 accumulator of the weight gradient" if low else "gradient of weight"
+    forward = {
+        "chunk buffers": job.buffers * rows * job.vocab * job.wide,
+        "chunk of the hidden gradient": rows * job.hidden * job.wide,
+        **kept,
+        summed: weight * job.wide,
+    }
+    if low and job.device == "cpu":
+        widest = max(job.needed.values())
+        forward["widened block of a weight"] = min(gemm._BLOCK_ELEMENTS, job.vocab * widest) * job.wide
+    if job.k is not None:
+        searched = min(rows, max(1, entries._SEARCHED[job.device] // job.vocab))
+        # ids twice and logits once of the blocks that may hold the largest
+        forward["search for the support"] = searched * min(job.vocab, job.k * entries._BLOCK) * (8 + 8 + job.wide)
+    if ranks > 1:
+        statistics = len(Stat) + 2 * (job.divergence == "jsd") + 3 * (job.k or 0)
+        forward["gathered statistics of a chunk"] = ranks * statistics * rows * job.wide
+    backward = {**kept, summed: weight * job.wide}
+    if low:
+        backward["gradient of weight"] = weight * job.element
+    return max(forward, backward, key=_total)
 
 
 def _total(items: dict[str, int]) -> int:
@@ -181,12 +232,74 @@ def gemm_flop(job: Job) -> float:
     return 2.0 * job.tokens * job.vocab * widths
 
 
+@dataclass(frozen=True)
+class Collective:
+    """What goes over the wire in one step, for one rank."""
+
+    what: str
+    kind: str  # all-gather, all-reduce or reduce-scatter
+    ranks: int
+    size: int  # bytes of the whole: the gathered result, or what is summed
+    calls: int  # in how many collectives
+
+    @property
+    def received(self) -> int:
+        """Bytes that a rank receives, and sends, over a ring: S (n - 1) / n, twice for an all-reduce."""
+        return (2 if self.kind == "all-reduce" else 1) * self.size * (self.ranks - 1) // self.ranks
+
+
+def collectives(job: Job) -> list[Collective]:
+    """The collectives of one step; empty on one rank.
+
+    Vocabulary-parallel heads exchange what is left of a row once the vocabulary has been summed over: statistics, and
+    the hidden states' gradient, which is a sum over the vocabulary. The weight's gradient stays where its rows are.
+    Data and context parallelism shard the heads over their ranks together, as FSDP does: each head that is needed is
+    gathered once, and the gradient of the student's is reduced and scattered in the dtype of the weight.
+    """
+    from fused_gopd.rowops import Stat
+
+    share, found = job.share, []
+    chunks = -(-share.tokens // max(1, _chunk_rows(share)))
+
+    def over_vocabulary(what: str, kind: str, per_token: int, times: int = 1) -> None:
+        size = per_token * share.tokens * (job.tp if kind == "all-gather" else 1)
+        found.append(Collective(what, kind, job.tp, size, times * chunks))
+
+    if job.tp > 1:
+        models = len(job.needed)
+        if job.estimator == "full":
+            over_vocabulary("statistics", "all-gather", len(Stat) * job.wide)
+            if job.divergence == "jsd":
+                over_vocabulary("statistics of the mixture", "all-gather", 2 * job.wide)
+        elif job.estimator == "sampled":
+            over_vocabulary("statistics, model by model", "all-gather", models * len(Stat) * job.wide, models)
+        else:
+            assert job.k is not None
+            over_vocabulary("candidates of the support", "all-gather", job.k * (job.wide + 8))
+            width = len(Stat) + job.k
+            over_vocabulary("statistics, model by model", "all-gather", models * width * job.wide, models)
+        over_vocabulary("gradient of hidden", "all-reduce", job.hidden * job.wide)
+    sharded = job.dp * job.cp
+    if sharded > 1:
+        for name, width in job.needed.items():
+            found.append(
+                Collective(f"head of the {_MODELS[name]}", "all-gather", sharded, share.vocab * width * job.element, 1)
+            )
+        gradient = share.vocab * job.hidden * job.element
+        found.append(Collective("gradient of the student's head", "reduce-scatter", sharded, gradient, 1))
+        found.append(Collective("number of tokens", "all-reduce", sharded, 8, 1))
+    return found
+
+
+_MODELS = {"student": "student", "teacher": "teacher", "ref": "reference"}
+
+
 def tokens_that_fit(job: Job, memory: int, *, fused: bool) -> int:
-    """The most tokens whose inputs and peak fit in ``memory`` bytes; 0 if not even one does."""
+    """The most tokens whose inputs and peak fit in ``memory`` bytes on every rank; 0 if not even one does."""
 
     def fits(tokens: int) -> bool:
-        at = replace(job, tokens=tokens)
-        return _total(inputs(at)) + _total(fused_peak(at) if fused else dense_peak(at)) <= memory
+        at = replace(job, tokens=tokens).share
+        return _total(inputs(at)) + _total(fused_peak(at, job.tp) if fused else dense_peak(at)) <= memory
 
     low, high = 0, 1
     while high < 1 << 60 and fits(high):
@@ -197,16 +310,22 @@ def tokens_that_fit(job: Job, memory: int, *, fused: bool) -> int:
     return low
 
 
-def figures(job: Job, memory: int | None) -> dict[str, Any]:
-    """All that the command prints, as plain data; bytes unless said otherwise."""
-    dense, fused = dense_peak(job), fused_peak(job)
+def figures(job: Job, memory: int | None, tflops: float | None = None) -> dict[str, Any]:
+    """All that the command prints, as plain data: of one rank where there are several, bytes unless said otherwise."""
+    share = job.share
+    dense, fused = dense_peak(share), fused_peak(share, job.tp)
     result: dict[str, Any] = {
         "job": asdict(job),
-        "inputs": inputs(job),
+        "share": {"ranks": job.tp * job.dp * job.cp, "tokens": share.tokens, "vocab": share.vocab},
+        "inputs": inputs(share),
         "dense": {"items": dense, "peak": _total(dense)},
-        "fused": {"items": fused, "peak": _total(fused), "chunk_size": chunk_size(job)},
-        "gemm_tflop": gemm_flop(job) / 1e12,
+        "fused": {"items": fused, "peak": _total(fused), "chunk_size": chunk_size(share)},
+        "gemm_tflop": gemm_flop(share) / 1e12,
+        "wire": [{**asdict(c), "received": c.received} for c in collectives(job)],
     }
+    if tflops is not None:
+        result["tflops"] = tflops
+        result["gemm_ms"] = result["gemm_tflop"] / tflops * 1e3
     if memory is not None:
         result["memory"] = memory
         for name in ("dense", "fused"):
@@ -221,19 +340,32 @@ def _bytes(n: int) -> str:
     return f"{n} B"
 
 
+def _title(job: dict[str, Any], share: dict[str, int]) -> str:
+    widths = f"{job['hidden']} / {job['teacher_hidden']} / {job['ref_hidden']}"
+    estimator = job["estimator"]
+    if job["k"] is not None:
+        estimator += f", {job['k']} tokens of the {job['support']}"
+    if job["divergence"] != "reverse_kl":
+        estimator += f", {job['divergence']}"
+    title = (
+        f"{job['tokens']:,} tokens x {job['vocab']:,} entries, hidden (student / teacher / reference) {widths}\n"
+        f"{job['dtype']}, {estimator}, lambda = {job['reward_scale']:g}, {job['device']}"
+    )
+    if share["ranks"] == 1:
+        return title
+    parallel = " x ".join(f"{name} {job[name]}" for name in ("tp", "dp", "cp") if job[name] > 1)
+    return f"{title}\n{parallel}: each rank {share['tokens']:,} tokens x {share['vocab']:,} entries"
+
+
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    job = result["job"]
-    widths = f"{job['hidden']} / {job['teacher_hidden']} / {job['ref_hidden']}"
-    table = Table(
-        title=f"{job['tokens']:,} tokens x {job['vocab']:,} entries, hidden (student / teacher / reference) {widths}\n"
-        f"{job['dtype']}, {job['estimator']}, lambda = {job['reward_scale']:g}, {job['device']}"
-    )
-    table.add_column("beyond the inputs")
+    several = result["share"]["ranks"] > 1
+    table = Table(title=_title(result["job"], result["share"]))
+    table.add_column("beyond the inputs, on one rank" if several else "beyond the inputs")
     table.add_column("dense", justify="right")
     table.add_column("fused", justify="right")
     dense, fused = result["dense"], result["fused"]
@@ -245,19 +377,42 @@ def _print(result: dict[str, Any]) -> None:
     table.add_row("peak memory", _bytes(dense["peak"]), _bytes(fused["peak"]), style="bold")
     if "memory" in result:
         table.add_row(
-            f"tokens that fit in {_bytes(result['memory'])}",
+            f"tokens that fit in {_bytes(result['memory'])}" + (" on every rank" if several else ""),
             *(f"{side['tokens_that_fit']:,}" for side in (dense, fused)),
         )
     table.add_row("tokens per chunk", "", f"{fused['chunk_size']:,}")
     table.add_row("GEMM work", *[f"{result['gemm_tflop']:,.4g} TFLOP"] * 2)
+    if "gemm_ms" in result:
+        table.add_row(f"GEMMs at {result['tflops']:g} TFLOP/s", *[f"{result['gemm_ms']:,.4g} ms"] * 2)
     console.print(table)
+    if result["wire"]:
+        table = Table(title="received by each rank in one step (ring)")
+        for column in ("", "collective", "ranks", "calls", "bytes"):
+            table.add_column(column, justify="right" if column in ("ranks", "calls", "bytes") else "left")
+        for one in result["wire"]:
+            table.add_row(one["what"], one["kind"], str(one["ranks"]), f"{one['calls']:,}", _bytes(one["received"]))
+        table.add_section()
+        table.add_row("together", "", "", "", _bytes(sum(one["received"] for one in result["wire"])), style="bold")
+        console.print(table)
     console.print(
         f"Inputs, the same for both: {_bytes(_total(result['inputs']))} of hidden states and heads. They count towards "
         "what fits; the rest of the models, the optimizer and activations do not.\n"
         "Dense is the least that eager PyTorch holds at its peak: max(k N V a, N V e + gradients), k = 5 for full, "
-        "3 for sampled, a = bytes of float32, e = bytes of the dtype. Fused counts all of its items as alive at once.",
+        "3 for sampled and topk, a = bytes of float32, e = bytes of the dtype. Fused lists what is alive at its peak.",
         style="dim",
     )
+    if several:
+        console.print(
+            "Heads are sharded over the ranks of dp and cp, gathered whole (of the vocabulary share) for the loss, and "
+            "their gradient scattered in their dtype. Formulas, not measurements.",
+            style="dim",
+        )
+    if "gemm_ms" in result:
+        console.print(
+            "The GEMM time is a roofline, work over the rate that was given, not a measurement: row operations, "
+            "the wire and what a GEMM falls short of that rate come on top.",
+            style="dim",
+        )
 
 
 def _preset(name: str, option: str) -> Preset:
@@ -279,8 +434,50 @@ def _print_presets() -> None:
     Console().print(table)
 
 
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=option)
+
+
+def _check(job: Job) -> None:
+    """Options that have nothing to act on, and ranks without work."""
+    if not math.isfinite(job.reward_scale):
+        raise typer.BadParameter(f"expected a finite number, got {job.reward_scale}", param_hint="--reward-scale")
+    if (job.k is None) == (job.estimator == "topk"):
+        said = "must be given for --estimator topk" if job.k is None else "is an option of --estimator topk"
+        raise typer.BadParameter(said, param_hint="--k")
+    if job.k is not None and job.k > job.vocab:
+        raise typer.BadParameter(f"must be at most the vocabulary of {job.vocab}, got {job.k}", param_hint="--k")
+    if job.support == "student" and job.estimator != "topk":
+        raise typer.BadParameter("is an option of --estimator topk", param_hint="--support")
+    if job.divergence != "reverse_kl" and job.estimator == "sampled":
+        raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--divergence")
+    if job.tp > job.vocab:
+        raise typer.BadParameter(f"{job.tp} ranks cannot share {job.vocab} vocabulary entries", param_hint="--tp")
+    if job.dp * job.cp > job.tokens:
+        raise typer.BadParameter(
+            f"{job.tokens} tokens are fewer than the {job.dp * job.cp} ranks of --dp times --cp", param_hint="--tokens"
+        )
+
+
+def _rate(tflops: float | None, gpu: str | None, dtype: str) -> float | None:
+    """The rate of the GEMMs in TFLOP/s, where one is given."""
+    if gpu is None:
+        if tflops is not None and not (math.isfinite(tflops) and tflops > 0):
+            raise typer.BadParameter(f"expected a positive number, got {tflops}", param_hint="--tflops")
+        return tflops
+    if tflops is not None:
+        raise typer.BadParameter("give one of --gpu and --tflops", param_hint="--gpu")
+    _one_of("--gpu", gpu.lower(), tuple(PEAKS))
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(
+            f"peaks are those of bfloat16 and float16; give --tflops for {dtype}", param_hint="--gpu"
+        )
+    return PEAKS[gpu.lower()]
+
+
 def plan(
-    tokens: Annotated[int, typer.Option(min=1, help="Unmasked tokens in one loss call.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="Unmasked tokens in one loss call, of all ranks together.")] = 8192,
     model: Annotated[str | None, typer.Option(help="Student preset; see --list-models.")] = None,
     teacher_model: Annotated[str | None, typer.Option(help="Teacher preset. Default: as the student.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Joint vocabulary.")] = None,
@@ -289,30 +486,36 @@ def plan(
     ref_hidden: Annotated[int | None, typer.Option(min=1, help="Default: as the student.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64.")] = "bfloat16",
     memory: Annotated[str | None, typer.Option(help="Memory for the loss, such as 80GiB: how many tokens fit?")] = None,
-    estimator: Annotated[str, typer.Option(help="full or sampled.")] = "full",
+    estimator: Annotated[str, typer.Option(help="full, sampled or topk.")] = "full",
+    divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl or jsd.")] = "reverse_kl",
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Tokens that topk looks at.")] = None,
+    support: Annotated[str, typer.Option(help="Whose tokens topk looks at: teacher or student.")] = "teacher",
     reward_scale: Annotated[float, typer.Option(help="lambda: 1 needs no reference, 0 no teacher.")] = 1.25,
     device: Annotated[str, typer.Option(help="gpu or cpu; decides the chunk size.")] = "gpu",
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that share the vocabulary of every head.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", min=1, help="Ranks that share the sequences, heads sharded (FSDP).")] = 1,
+    cp: Annotated[int, typer.Option("--cp", min=1, help="Ranks that share the tokens of each sequence.")] = 1,
+    tflops: Annotated[float | None, typer.Option(help="Rate of a rank's GEMMs, for their time.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"The same from a data sheet: {', '.join(PEAKS)}.")] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Show the presets and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data, sizes in bytes.")] = False,
 ) -> None:
-    """Compare dense and fused: peak memory, chunk size, GEMM work, how many tokens fit.
+    """Compare dense and fused: peak memory, chunk size, GEMM work, how many tokens fit; on many ranks, the wire.
 
     Dense is eager PyTorch at its leanest and holds max(k N V a, N V e + gradients) bytes beyond its inputs: k = 5
-    tensors of [tokens N, vocabulary V] for full, 3 for sampled; a = 4 bytes of float32, e = bytes of the dtype. Fused
-    holds chunk buffers, gradients and a float32 accumulator of the weight gradient.
+    tensors of [tokens N, vocabulary V] for full, 3 for sampled and topk; a = 4 bytes of float32, e = bytes of the
+    dtype. Fused holds chunk buffers and gradients, or gradients and the float32 sum that a weight's is rounded from.
+
+    With --tp, --dp or --cp all figures but --tokens are those of one rank.
     """
     if list_models:
         _print_presets()
         return
-    for name, value, allowed in (
-        ("--dtype", dtype, tuple(_BYTES)),
-        ("--estimator", estimator, ("full", "sampled")),
-        ("--device", device, ("gpu", "cpu")),
-    ):
-        if value not in allowed:
-            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=name)
-    if not math.isfinite(reward_scale):
-        raise typer.BadParameter(f"expected a finite number, got {reward_scale}", param_hint="--reward-scale")
+    _one_of("--dtype", dtype, tuple(_BYTES))
+    _one_of("--estimator", estimator, ("full", "sampled", "topk"))
+    _one_of("--divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
+    _one_of("--support", support, ("teacher", "student"))
+    _one_of("--device", device, ("gpu", "cpu"))
     student = None if model is None else _preset(model, "--model")
     teacher = None if teacher_model is None else _preset(teacher_model, "--teacher-model")
     if hidden is None:
@@ -336,8 +539,15 @@ def plan(
         estimator=cast("Estimator", estimator),
         reward_scale=reward_scale,
         device=device,
+        divergence=cast("Divergence", divergence),
+        k=k,
+        support=cast("Support", support),
+        tp=tp,
+        dp=dp,
+        cp=cp,
     )
-    result = figures(job, None if memory is None else parse_memory(memory))
+    _check(job)
+    result = figures(job, None if memory is None else parse_memory(memory), _rate(tflops, gpu, dtype))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
