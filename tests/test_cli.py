@@ -272,20 +272,20 @@ def received(job: plan.Job) -> dict[str, int]:
 
 @pytest.mark.parametrize("tp", [2, 8])
 def test_plan_vocabulary_parallel_wire_in_closed_form(tp: int) -> None:
-    """All-gather of S in all: S (n - 1) / n; all-reduce of S: twice that. 14 statistics a token, jsd 2 more."""
+    """All-gather of S in all: S (n - 1) / n; all-reduce of S: twice that. (tests/test_shards.py counts them.)"""
     n, others = 8192, tp - 1
     gradient = {"gradient of hidden": 2 * n * 512 * 4 * others // tp}
     job = dataclasses.replace(BIG, tp=tp)
-    assert received(job) == {"statistics": n * 14 * 4 * others, **gradient}
+    assert received(job) == {"statistics": n * 12 * 4 * others, **gradient}
     jsd = dataclasses.replace(job, divergence="jsd")
     assert received(jsd) == {**received(job), "statistics of the mixture": n * 2 * 4 * others}
     for scale, models in ((1.25, 3), (1.0, 2), (0.0, 2)):
         sampled = dataclasses.replace(job, estimator="sampled", reward_scale=scale)
-        assert received(sampled) == {"statistics, model by model": models * n * 14 * 4 * others, **gradient}
+        assert received(sampled) == {"statistics, model by model": models * n * 4 * 4 * others, **gradient}
     topk = dataclasses.replace(job, estimator="topk", k=32)
     assert received(topk) == {
-        "candidates of the support": n * 32 * (4 + 8) * others,
-        "statistics, model by model": 3 * n * (14 + 32) * 4 * others,
+        "candidates of the support": n * 2 * 32 * 4 * others,
+        "statistics, model by model": 3 * n * (4 + 32) * 4 * others,
         **gradient,
     }
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import fused_gopd as fg
 from builders import Batch, assert_close, make_batch, relative_error, widened
+from fused_gopd.cli import plan
 from ranks import RankError, run_on_ranks
 
 V = 1003
@@ -543,6 +544,13 @@ def _bytes_on_the_wire() -> None:
             assert sum(gathers) == 4 * numbers * N, options
             assert kinds.count("sum") == chunks
             assert sum(size for kind, size in counted if kind == "sum") == 4 * N * H
+            # what fused-gopd plan says of it
+            scale = {"reward_scale": 1.25, **options}["reward_scale"]
+            job = plan.Job(N, V, H, 24, 16, "float32", options.get("estimator", "sampled"), scale, "cpu", tp=n,
+                           divergence=options.get("divergence", "reverse_kl"), k=options.get("k"))  # fmt: skip
+            wire = {c.what: c.size for c in plan.collectives(job)}
+            assert wire.pop("gradient of hidden") == 4 * N * H
+            assert sum(wire.values()) == n * sum(gathers)
     finally:
         fg.VocabShard.gather, fg.VocabShard.sum_ = gather, reduce
     assert n == len(shard.bounds)

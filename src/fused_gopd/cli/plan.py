@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
@@ -211,8 +211,9 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
         # ids twice and logits once of the blocks that may hold the largest
         forward["search for the support"] = searched * min(job.vocab, job.k * entries._BLOCK) * (8 + 8 + job.wide)
     if ranks > 1:
-        statistics = len(Stat) + 2 * (job.divergence == "jsd") + 3 * (job.k or 0)
-        forward["gathered statistics of a chunk"] = ranks * statistics * rows * job.wide
+        # as they come, and laid out and widened to float64 to be merged
+        gathered = max(exchange.numbers for exchange in exchanges(job)) * job.wide + len(Stat) * (job.wide + 8)
+        forward["gathered statistics of a chunk"] = ranks * gathered * rows
     backward = {**kept, summed: weight * job.wide}
     if low:
         backward["gradient of weight"] = weight * job.element
@@ -248,6 +249,32 @@ class Collective:
         return (2 if self.kind == "all-reduce" else 1) * self.size * (self.ranks - 1) // self.ranks
 
 
+class Exchange(NamedTuple):
+    """What the ranks that share a vocabulary gather for each token of a chunk."""
+
+    what: str
+    numbers: int  # of the accumulation dtype
+    times: int  # in how many collectives a chunk
+
+
+def exchanges(job: Job) -> list[Exchange]:
+    """The all-gathers of vocabulary-parallel heads, whose sampled tokens are known."""
+    from fused_gopd.objective import merged_statistics
+
+    models = len(job.needed)
+    if job.estimator == "full":
+        has = "teacher" in job.needed, "ref" in job.needed
+        found = [Exchange("statistics", len(merged_statistics(has, job.divergence, tokens=True)), 1)]
+        return found + ([Exchange("statistics of the mixture", 2, 1)] if job.divergence == "jsd" else [])
+    alone = len(merged_statistics((False, False), None, tokens=True))
+    if job.estimator == "sampled":
+        return [Exchange("statistics, model by model", models * alone, models)]
+    assert job.k is not None
+    # ids travel as numbers of the same size
+    candidates = Exchange("candidates of the support", 2 * job.k, 1)
+    return [candidates, Exchange("statistics, model by model", models * (alone + job.k), models)]
+
+
 def collectives(job: Job) -> list[Collective]:
     """The collectives of one step; empty on one rank.
 
@@ -256,29 +283,17 @@ def collectives(job: Job) -> list[Collective]:
     Data and context parallelism shard the heads over their ranks together, as FSDP does: each head that is needed is
     gathered once, and the gradient of the student's is reduced and scattered in the dtype of the weight.
     """
-    from fused_gopd.rowops import Stat
-
     share, found = job.share, []
     chunks = -(-share.tokens // max(1, _chunk_rows(share)))
 
-    def over_vocabulary(what: str, kind: str, per_token: int, times: int = 1) -> None:
-        size = per_token * share.tokens * (job.tp if kind == "all-gather" else 1)
+    def over_vocabulary(what: str, kind: str, numbers: int, times: int = 1) -> None:
+        size = numbers * job.wide * share.tokens * (job.tp if kind == "all-gather" else 1)
         found.append(Collective(what, kind, job.tp, size, times * chunks))
 
     if job.tp > 1:
-        models = len(job.needed)
-        if job.estimator == "full":
-            over_vocabulary("statistics", "all-gather", len(Stat) * job.wide)
-            if job.divergence == "jsd":
-                over_vocabulary("statistics of the mixture", "all-gather", 2 * job.wide)
-        elif job.estimator == "sampled":
-            over_vocabulary("statistics, model by model", "all-gather", models * len(Stat) * job.wide, models)
-        else:
-            assert job.k is not None
-            over_vocabulary("candidates of the support", "all-gather", job.k * (job.wide + 8))
-            width = len(Stat) + job.k
-            over_vocabulary("statistics, model by model", "all-gather", models * width * job.wide, models)
-        over_vocabulary("gradient of hidden", "all-reduce", job.hidden * job.wide)
+        for exchange in exchanges(job):
+            over_vocabulary(exchange.what, "all-gather", exchange.numbers, exchange.times)
+        over_vocabulary("gradient of hidden", "all-reduce", job.hidden)
     sharded = job.dp * job.cp
     if sharded > 1:
         for name, width in job.needed.items():
