@@ -248,6 +248,7 @@ def _calls() -> None:
         _bad_bounds,
         _disagreements,
         _bytes_on_the_wire,
+        _under_a_compiler,
     ):
         check()
 
@@ -554,6 +555,27 @@ def _bytes_on_the_wire() -> None:
     finally:
         fg.VocabShard.gather, fg.VocabShard.sum_ = gather, reduce
     assert n == len(shard.bounds)
+
+
+def _under_a_compiler() -> None:
+    """The same bits with the heads made inside the graph."""
+    batch, shard = _batch(torch.float32), _shard()
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    leaves = sharded.student.hidden, sharded.student.weight
+    for options in ({"estimator": "full"}, {}, {"estimator": "topk", "k": 5, "reduction": "none"}):
+
+        def step(hidden: torch.Tensor, weight: torch.Tensor, options: Any = options) -> tuple[torch.Tensor, ...]:
+            student = fg.LinearHead(hidden, weight, shard=shard)
+            models = student, sharded.teacher, sharded.ref
+            out = fg.gopd_loss(*models, batch.token_ids, mask=batch.mask, reward_scale=1.25, **options)
+            return out.loss, out.token_loss
+
+        results = []
+        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            loss, token_loss = function(*leaves)
+            results.append((loss, token_loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))))
+        for eager, compiled in zip(*results, strict=True):
+            assert torch.equal(eager, compiled), options
 
 
 def test_a_rank_that_dies_ends_the_others():

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import chunks, objective
 from .chunks import NOTHING, STATISTICS, Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .gemm import without_autocast
-from .heads import LinearHead, Logits
+from .heads import Head, LinearHead, Logits
 from .objective import AdvantageFn, Surrogate
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
@@ -443,6 +443,16 @@ class _TokenLosses(_Recomputed):
         return _Recomputed.gradients(ctx, coefficients.times(upstream.to(job.dtype).contiguous()))
 
 
+def logprob_coefficients(job: Job, upstream: Tensor | None, upstream_entropy: Tensor | None) -> Coefficients:
+    """Of log p of the given tokens and of the entropy, for upstream gradients (n,) of either."""
+    # dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's divergence of a model alone
+    divergence = None if upstream_entropy is None else -upstream_entropy.to(job.dtype).contiguous()
+    if upstream is None:
+        return Coefficients(divergence)
+    assert job.token_ids is not None
+    return Coefficients(divergence, -upstream.to(job.dtype).contiguous(), job.token_ids[:, None])
+
+
 class _TokenLogProbs(_Recomputed):
     """log p of the given tokens and the entropy, for any upstream gradients."""
 
@@ -457,16 +467,7 @@ class _TokenLogProbs(_Recomputed):
         if upstream is None and upstream_entropy is None:
             return (None,) * 4
         job, _, _ = _Recomputed.saved(ctx)
-        return _Recomputed.gradients(ctx, _logprob_coefficients(job, upstream, upstream_entropy))
-
-
-def _logprob_coefficients(job: Job, upstream: Tensor | None, upstream_entropy: Tensor | None) -> Coefficients:
-    # dH / dz = -p (log p + H) = -p (z - sum p z): the row operation's divergence of a model alone
-    divergence = None if upstream_entropy is None else -upstream_entropy.to(job.dtype).contiguous()
-    if upstream is None:
-        return Coefficients(divergence)
-    assert job.token_ids is not None
-    return Coefficients(divergence, -upstream.to(job.dtype).contiguous(), job.token_ids[:, None])
+        return _Recomputed.gradients(ctx, logprob_coefficients(job, upstream, upstream_entropy))
 
 
 _STUDENT = slice(len(_VECTORS) + 1, len(_VECTORS) + 4)
@@ -508,7 +509,7 @@ class _Transformed(torch.autograd.Function):
         *tensors, statistics, ids, values = _unpacked(ctx)
         job = _unpack(tensors, ctx.static)
         if ctx.scores:
-            coefficients = _logprob_coefficients(job, upstream, upstream_entropy)
+            coefficients = logprob_coefficients(job, upstream, upstream_entropy)
         else:
             assert upstream is not None
             coefficients = job.coefficients(statistics, chosen=Chosen(ids, values) if job.truncated else None)
@@ -542,25 +543,29 @@ def _call(function: Any, job: Job, *rest: Tensor) -> Any:
     return function.apply(*tensors, job, *rest)
 
 
-def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, token losses (n,) and statistics (STATISTICS, n), for weights () or (n,) that are known now.
+def gradient_waits(student: Head, ratio: object, unbounded: bool) -> bool:
+    """Whether a loss with known token weights takes the recomputing path all the same.
 
-    A low-precision ``Logits`` student takes the recomputing path: no GEMM is repeated by it, and the gradient, which
-    is the size of all logits, is rounded once with all factors applied. So do ratios of whole sequences, which are
-    known only when all chunks are through, and float16 hidden states under ratios, importance weights, advantages or
-    supervised weights of the caller's, which may be so large that a gradient without its token weight overflows.
+    A low-precision ``Logits`` student does: no GEMM is repeated by it, and the gradient, which is the size of all
+    logits, is rounded once with all factors applied. So do ratios of whole sequences, which are known only when all
+    chunks are through, and float16 hidden states under ratios, importance weights, advantages or supervised weights of
+    the caller's (``unbounded``), which may be so large that a gradient without its token weight overflows.
     """
-    dtype = job.student.rows.dtype
-    if isinstance(job.student, Logits):
-        recompute = dtype in (torch.float16, torch.bfloat16)
+    dtype = student.rows.dtype
+    if isinstance(student, Logits):
+        waits = dtype in (torch.float16, torch.bfloat16)
     else:
-        factors = (job.old_logprobs, job.rollout_logprobs, job.advantage_fn, job.labels)
-        unbounded = any(x is not None for x in factors)
-        recompute = dtype == torch.float16 and unbounded
+        waits = dtype == torch.float16 and unbounded
+    return waits or ratio == "sequence"
+
+
+def weighted_loss(job: Job, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, token losses (n,) and statistics (STATISTICS, n), for weights () or (n,) that are known now."""
     if _transformed():
         token_loss, _, statistics = _Transformed.apply_to(job, scores=False)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
-    if recompute or job.surrogate.ratio == "sequence":
+    factors = (job.old_logprobs, job.rollout_logprobs, job.advantage_fn, job.labels)
+    if gradient_waits(job.student, job.surrogate.ratio, any(x is not None for x in factors)):
         token_loss, statistics = _call(_TokenLosses, job)
         return (token_loss * weights).sum(), token_loss.detach(), statistics
     loss, token_loss, statistics = _call(_WeightedLoss, job, weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def refuse(wrong: Tensor, values: Tensor, error: type[Exception], message: str, 
         raise error(f"{message}, {found} {value:g}" if isinstance(value, float) else f"{message}, {found} {value}")
 
 
-def require_reverse_mode(name: str, tensors: Iterable[Tensor]) -> None:
+def require_reverse_mode(name: str, student: object) -> None:
     """Raise NotImplementedError under what the fused calls have no rule for: batching and forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return
@@ -93,7 +93,9 @@ def require_reverse_mode(name: str, tensors: Iterable[Tensor]) -> None:
                     f"{name} runs under torch.func.grad, vjp and functional_call, not under {transform}: it has no "
                     "forward-mode derivative; fused_gopd.reference.gopd_loss is plain PyTorch and has"
                 )
-    elif any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        return
+    tensors = getattr(student, "tensors", {}).values()
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             f"{name} has no forward-mode derivative, and the student carries a tangent; "
             "fused_gopd.reference.gopd_loss is plain PyTorch and has one"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import autograd, objective
-from .checks import one_of, require_count, require_reverse_mode
-from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers
-from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
+from . import autograd, compiled
+from .checks import one_of, require_reverse_mode
+from .heads import Head, Source
+from .jobs import make_job, make_output, most_likely, prepare_alone
 from .objective import (
     BASELINES,
     DIVERGENCES,
@@ -31,98 +30,26 @@ from .objective import (
     Tail,
 )
 from .output import GOPDOutput
-from .prepare import Prepared, prepare
-from .rowops import select_backend
+from .prepare import prepare
 
 
-def _heads(models: tuple[Source, ...], p: Prepared) -> list[Head | None]:
-    """What has a vocabulary axis among the models, one a route; detached: only the student receives gradients.
-
-    Where the student's vocabulary is shared among ranks and models are looked at together, each rank takes the same
-    columns of all.
-    """
-    heads: list[Head | None] = [None] * len(p.stops)
-    for i, model in enumerate(models):
-        if isinstance(model, (LinearHead, Logits)):
-            detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
-            heads[i] = _cut(replace(model, **detached), p)
-    return heads
+def _gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
+    require_reverse_mode("gopd_loss", arguments["student"])
+    p = prepare(**arguments)
+    job = make_job(p)
+    if arguments["reduction"] == "none":
+        token_loss, statistics = autograd.token_losses(job)
+        loss = p.rows.scatter(token_loss)
+    else:
+        loss, token_loss, statistics = autograd.weighted_loss(job, p.weights)
+    return make_output(p, job, loss, token_loss, statistics, arguments["score_cancelled"])
 
 
-def _cut(head: Head, p: Prepared) -> Head:
-    """A head with a shard that ends where the joint vocabulary does."""
-    if head.shard is not None:
-        return replace(head, shard=head.shard.within(p.vocab_size))
-    if p.student.shard is not None and (p.joint or p.estimator == "topk"):
-        return head.part(p.student.shard.within(p.vocab_size))
-    return head
-
-
-def _job(p: Prepared) -> Job:
-    student = _cut(p.student, p)
-    teachers, refs = (_heads(models, p) for models in (p.teacher, p.ref))
-    kinds = ([student], teachers, refs)
-    dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
-    linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
-    buffers = logits_buffers(p.joint, linear, student_waits=p.truncation.support == "student")
-    # of the rank that has the most: all of them go through the same chunks
-    widest = max(
-        p.vocab_size if head.shard is None else head.shard.largest
-        for heads in kinds
-        for head in heads
-        if head is not None
-    )
-    auto = chunk_size_for(widest, max(1, buffers), p.device.type, p.dtype.itemsize)
-    return Job(
-        p.rows,
-        p.vocab_size,
-        p.chunk_size or auto,
-        select_backend(p.backend, p.device, dtypes),
-        student,
-        teachers[0],
-        refs[0],
-        tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else (),
-        p.estimator,
-        p.divergence,
-        p.beta,
-        p.reward_scale,
-        p.token_ids,
-        p.logprobs(p.teacher),
-        p.logprobs(p.ref),
-        p.old_logprobs,
-        p.rollout_logprobs,
-        p.surrogate,
-        p.sequences.cu_seqlens,
-        p.advantage_fn,
-        truncation=p.truncation,
-        support_ids=p.scores.token_ids,
-        teacher_topk=p.scores.teacher,
-        ref_topk=p.scores.ref,
-        labels=p.labels,
-        sft_weight=p.sft_weight,
-        grad_filter=p.grad_filter,
-    )
-
-
-def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
-    """log-probs (n,) of the sampled tokens under models that the loss does not need, forward only."""
-    given = p.logprobs(models)
-    out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
-    assert p.token_ids is not None
-    for head, (start, stop) in zip(_heads(models, p), p.slices, strict=True):
-        if head is not None:
-            rows = p.rows
-            if len(p.stops) > 1:
-                assert rows.index is not None
-                rows = TokenRows(rows.shape, rows.index[start:stop])
-            ops = select_backend(p.backend, p.device, {head.rows.dtype})
-            alone = Job(rows, p.vocab_size, job.chunk_size, ops, head, token_ids=p.token_ids[start:stop])
-            out[start:stop] = autograd.token_logprobs(alone)[0]
-    return out
-
-
-def _require_reverse_mode(name: str, head: object) -> None:
-    require_reverse_mode(name, head.tensors.values() if isinstance(head, (LinearHead, Logits)) else ())
+_outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _gopd_loss,
+    reason="advantage_fn is a Python function, which a compiled graph cannot hold: leave out fullgraph=True, or the "
+    "loss of what is compiled",
+)
 
 
 def gopd_loss(
@@ -200,7 +127,8 @@ def gopd_loss(
         logprob_min: teacher's and reference's log-probs are at least this, before any arithmetic: a token that they
             rule out then has a finite advantage.
         advantage_fn: an advantage of one's own in place of A: called with the :class:`fused_gopd.TokenStats` of each
-            chunk, once, returns (C,), detached. Costs no GEMM. ``docs/objectives.md`` has published ones.
+            chunk, once, returns (C,), detached. Costs no GEMM. ``docs/objectives.md`` has published ones. The one
+            argument that ``torch.compile(fullgraph=True)`` cannot take.
         baseline: ``"expected"`` adds the ``full`` value to the advantage, whose mean over the vocabulary is then 0:
             an unbiased control variate. The reported loss leaves it out. Needs whole-vocabulary heads, whose logits it
             holds together (chunk buffers as in ``full``), and no further GEMM where none is repeated. As in ``full``
@@ -258,57 +186,10 @@ def gopd_loss(
         ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
         RuntimeError: a backend that was asked for by name is not available.
     """
-    _require_reverse_mode("gopd_loss", student)
-    p = prepare(**locals())
-    job = _job(p)
-    if reduction == "none":
-        token_loss, statistics = autograd.token_losses(job)
-        loss = p.rows.scatter(token_loss)
-    else:
-        loss, token_loss, statistics = autograd.weighted_loss(job, p.weights)
-    with torch.no_grad():
-        term = job.policy_term(statistics) if estimator == "sampled" else None
-        kl = None if estimator == "sampled" else autograd.token_values(job, statistics)[1]
-        advantages: Tensor | None = None
-        student_logprobs: Tensor | None = None
-        others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
-        if job.token_ids is not None:
-            student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
-            unknown = False
-            for name, models in (("teacher", p.teacher), ("ref", p.ref)):
-                if any(isinstance(model, TopKLogProbs) for model in models):
-                    others[name], unknown = None, True
-            if term is not None:
-                advantages = term.advantages
-            elif not unknown:
-                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
-            if score_cancelled:
-                for name, models in p.cancelled.items():
-                    others[name] = _score_alone(models, job, p)
-        return p.output(
-            loss,
-            token_loss,
-            advantages,
-            student_logprobs,
-            others["teacher"],
-            others["ref"],
-            objective.entropy(statistics),
-            kl,
-            None if term is None else term.clipped,
-            None if term is None else term.importance,
-            *objective.label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
-        )
-
-
-def _alone(head: Head, token_ids: Tensor | None, **options: Any) -> Prepared:
-    """Checked input of a call with one model."""
-    if not isinstance(head, (LinearHead, Logits)):
-        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
-    _require_reverse_mode("token_logprobs" if token_ids is not None else "token_topk", head)
-    # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes a loss's call complete
-    estimator: Estimator = "full" if token_ids is None else "sampled"
-    p = prepare(head, None, head, token_ids, reward_scale=0.0, estimator=estimator, reduction="none", **options)
-    return replace(p, estimator="sampled", ref=())
+    arguments = locals()
+    if not torch.compiler.is_compiling():
+        return _gopd_loss(arguments)
+    return compiled.gopd_loss(arguments) if advantage_fn is None else _outside_of_graphs(arguments)
 
 
 def token_logprobs(
@@ -339,9 +220,12 @@ def token_logprobs(
     """
     if token_ids is None:
         raise ValueError("token_ids must be given")
-    p = _alone(head, token_ids, mask=mask, vocab_size=vocab_size, chunk_size=chunk_size, backend=backend)
-    job = _job(p)
-    logprobs, entropy = autograd.token_logprobs(job)
+    options: dict[str, Any] = {"mask": mask, "vocab_size": vocab_size, "chunk_size": chunk_size, "backend": backend}
+    if torch.compiler.is_compiling():
+        logprobs, entropy = compiled.token_logprobs(head, token_ids, options)
+        return (logprobs, entropy) if return_entropy else logprobs
+    p = prepare_alone(head, token_ids, **options)
+    logprobs, entropy = autograd.token_logprobs(make_job(p))
     result = p.rows.scatter(logprobs)
     return (result, p.rows.scatter(entropy)) if return_entropy else result
 
@@ -370,14 +254,10 @@ def token_topk(
         ids (..., k) int64, the likeliest first, and their log-probs (..., k), normalised over the vocabulary; float32,
         float64 for float64 inputs.
     """
-    p = _alone(head, None, mask=mask, vocab_size=vocab_size, chunk_size=chunk_size, backend=backend)
-    if require_count("k", k) > p.vocab_size:
-        raise ValueError(f"k must be at most the vocabulary of {p.vocab_size}, got {k}")
-    ids, logprobs = autograd.token_topk(_job(p), k)
-    if p.rows.keep is None:
-        return ids, logprobs
-    gone = ~p.rows.keep[..., None]
-    return ids.masked_fill(gone, -1), logprobs.masked_fill(gone, 0)
+    options: dict[str, Any] = {"mask": mask, "vocab_size": vocab_size, "chunk_size": chunk_size, "backend": backend}
+    if torch.compiler.is_compiling():
+        return compiled.token_topk(head, k, options)
+    return most_likely(head, k, **options)
 
 
 class GOPDLoss(nn.Module):

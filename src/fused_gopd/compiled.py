@@ -1,0 +1,446 @@
+"""The public calls under ``torch.compile``: each is one custom op around the code that runs without it.
+
+Whatever depends on values (checks, which tokens are live, routes, the loop itself) happens inside the op, on real
+tensors: the same code, the same bits, and the same errors, raised when the compiled function runs. A compiler sees
+tensors of the token shape alone, so that no number of tokens is built into what it makes.
+
+A loss's gradients are outputs of its op where they are computed in the forward. Where they are recomputed a second op
+takes the call's arguments once more, with the statistics, which are padded from the live tokens to all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from . import autograd, chunks, objective
+from .chunks import STATISTICS, Chosen, Gradients, Needs, Scaling
+from .gemm import without_autocast
+from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .jobs import make_job, make_output, most_likely, prepare_alone
+from .output import GOPDOutput
+from .prepare import prepare
+from .rowops.torch import accumulation_dtype
+from .shards import VocabShard
+
+# ------------------------------------------------------------------------------------------ a call as an op's arguments
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LinearHead, Logits, TokenLogProbs, TopKLogProbs)}
+
+
+class _Parts(NamedTuple):
+    """What the string of an op refers to. Numbers are not in it: one that changes shall not have all compiled again."""
+
+    tensors: list[Any]
+    ints: list[Any]
+    floats: list[Any]
+
+
+class _Packed(NamedTuple):
+    """The arguments of an op."""
+
+    rows: Tensor  # the student's hidden states or logits
+    weight: Tensor | None
+    bias: Tensor | None
+    tensors: list[Tensor]  # all others
+    ints: list[int]
+    floats: list[float]
+    static: str
+
+
+_SCHEMA = "Tensor rows, Tensor? weight, Tensor? bias, Tensor[] tensors, SymInt[] ints, float[] floats, str static"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _dumps(static: dict[str, Any]) -> str:
+    return json.dumps(static)
+
+
+@functools.lru_cache(maxsize=256)
+def _loads(static: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(static))
+
+
+def _pack(name: str, value: Any, parts: _Parts) -> Any:
+    """What JSON can say of an argument; its tensors and numbers go to the lists."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    for kind, part in ((Tensor, parts.tensors), (int, parts.ints), (float, parts.floats)):
+        if isinstance(value, kind):
+            part.append(value)
+            return {kind.__name__: len(part) - 1}
+    if isinstance(value, VocabShard):
+        return {"VocabShard": value.described}
+    if type(value).__name__ in _KINDS:
+        fields = {f.name: _pack(name, getattr(value, f.name), parts) for f in dataclasses.fields(value)}
+        return {type(value).__name__: fields}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(name, x, parts) for x in value]}
+    raise TypeError(f"{name} is a {type(value).__name__}, which a compiled graph cannot hold")
+
+
+def _unpack(value: Any, parts: _Parts) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _KINDS:
+        return _KINDS[kind](**{name: _unpack(x, parts) for name, x in content.items()})
+    if kind == "VocabShard":
+        return VocabShard.of(content)
+    if kind in ("list", "tuple"):
+        values = [_unpack(x, parts) for x in content]
+        return values if kind == "list" else tuple(values)
+    return {"Tensor": parts.tensors, "int": parts.ints, "float": parts.floats}[kind][content]
+
+
+def _packed(name: str, student: Head, arguments: dict[str, Any]) -> _Packed:
+    """A call under a compiler; ``name`` is what the call calls the student."""
+    if not isinstance(student, (LinearHead, Logits)):
+        raise TypeError(f"{name} must be a LinearHead or Logits, got {type(student).__name__}")
+    parts = _Parts([], [], [])
+    static = {name: _pack(name, student, parts)}
+    own = parts.tensors + [None] * (3 - len(parts.tensors))
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in own]
+    # a Function is told that its inputs require gradients even where nobody wants any
+    rows, weight, bias = [x if x is None or needed else x.detach() for x, needed in zip(own, needs, strict=True)]
+    parts = parts._replace(tensors=[None] * 3)
+    for key, value in arguments.items():
+        static[key] = _pack(key, value, parts)
+    others = [x.detach() for x in parts.tensors[3:]]
+    text = _dumps({"needs": needs, "arguments": static})
+    return _Packed(rows, weight, bias, others, parts.ints, parts.floats, text)
+
+
+class _Call(NamedTuple):
+    arguments: dict[str, Any]
+    needs: Needs
+
+
+def _call(packed: Sequence[Any]) -> _Call:
+    """A call from the arguments of its op; symbols in them stay symbols."""
+    *student, tensors, ints, floats, static = packed
+    parts, parsed = _Parts([*student, *tensors], ints, floats), _loads(static)
+    return _Call({name: _unpack(x, parts) for name, x in parsed["arguments"].items()}, Needs(*parsed["needs"]))
+
+
+# ---------------------------------------------------------------------------------------------- what the ops have alike
+
+
+def _op(name: str, extra: str = "") -> Callable[[Callable[..., list[Tensor]]], Any]:
+    """Register an op that takes a call, after ``extra`` arguments, and returns tensors."""
+    return torch.library.custom_op(
+        f"fused_gopd::{name}",
+        mutates_args=(),
+        schema=f"({extra}{_SCHEMA}) -> Tensor[]",
+        # the host waits in it for the number of live tokens: nothing that a CUDA graph can contain
+        tags=(torch.Tag.cudagraph_unsafe,),
+    )
+
+
+@contextmanager
+def _plain(packed: Sequence[Any]) -> Iterator[None]:
+    """Inside an op nothing is recorded, and precision is the loop's own business."""
+    with torch.no_grad(), without_autocast(packed[0].device):
+        yield
+
+
+def _padded(x: Tensor, shape: Sequence[int], fill: float = 0) -> Tensor:
+    """x in the corner of a larger tensor."""
+    if x.shape == torch.Size(shape):
+        return x
+    out = x.new_full(tuple(shape), fill)
+    out[tuple(slice(size) for size in x.shape)] = x
+    return out
+
+
+def _fake_gradients(packed: Sequence[Any]) -> list[Tensor]:
+    """As the loop leaves them."""
+    rows, weight, bias = packed[:3]
+    needs, dtype = Needs(*_loads(packed[-1])["needs"]), accumulation_dtype(rows)
+    gradients = Gradients(
+        rows.new_empty(math.prod(rows.shape[:-1]), rows.shape[-1]) if needs.rows else None,
+        weight.new_empty(weight.shape, dtype=dtype) if needs.weight else None,
+        bias.new_empty(bias.shape, dtype=dtype) if needs.bias else None,
+    )
+    return autograd._dense(gradients, rows.new_empty(0, dtype=dtype))
+
+
+def _keep(ctx: Any, packed: Sequence[Any], made: Sequence[Tensor], recomputes: bool) -> None:
+    """Keep what a backward needs: what the op made for it, and the call itself where it recomputes."""
+    *student, tensors, ints, floats, static = packed
+    ctx.needs, ctx.meta, ctx.recomputes = Needs(*_loads(static)["needs"]), autograd._meta(student), recomputes
+    ctx.constants, ctx.others, ctx.made = (ints, floats, static), len(tensors), len(made)
+    ctx.save_for_backward(*made, *((*student, *tensors) if recomputes else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _kept(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """What the op made for the backward, and the call."""
+    made, inputs = ctx.saved_tensors[: ctx.made], ctx.saved_tensors[ctx.made :]
+    return list(made), (*inputs[:3], list(inputs[3:]), *ctx.constants)
+
+
+def _given(ctx: Any, gradients: Sequence[Tensor] | None) -> tuple[Any, ...]:
+    """What a backward gives for each argument of an op; None is nothing at all."""
+    student = (None,) * 3 if gradients is None else autograd._like(gradients, ctx.needs, ctx.meta)
+    # PyTorch takes an empty list for one of tensors
+    numbers: list[Any] = [None if x else [] for x in ctx.constants[:2]]
+    return (*student, [None] * ctx.others, *numbers, None)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+_FLAGS = ("clipped", "labelled")
+
+
+def _models(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _reported(arguments: dict[str, Any]) -> list[str]:
+    """The vectors of a call's output that are not None: options decide that, values do not."""
+    a = arguments
+    scale, sampled = a["reward_scale"], a["estimator"] == "sampled"
+    known, scored = True, {}
+    for name, cancelled_at in (("teacher", 0.0), ("ref", 1.0)):
+        models = _models(a[name])
+        needed = isinstance(scale, Tensor) or scale != cancelled_at
+        elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
+        known = known and not (needed and elsewhere)
+        scored[name] = len(models) > 0 and not elsewhere and (needed or a["score_cancelled"])
+    ids, labels = a["token_ids"] is not None, a["sft_labels"] is not None
+    there = {
+        "token_loss": True,
+        "advantages": ids and (sampled or known),
+        "student_logprobs": ids,
+        "teacher_logprobs": ids and scored["teacher"],
+        "ref_logprobs": ids and scored["ref"],
+        "entropy": True,
+        "kl": not sampled,
+        "clipped": a["clip"] is not None or a["clip_dual"] is not None,
+        "importance": a["rollout_logprobs"] is not None,
+        "label_logprobs": labels,
+        "labelled": labels,
+        "reward_scale": isinstance(scale, Tensor),
+    }
+    return [name for name, is_there in there.items() if is_there]
+
+
+def _recomputes(arguments: dict[str, Any]) -> bool:
+    """Whether the gradients wait for the backward."""
+    factors = ("old_logprobs", "rollout_logprobs", "sft_labels")
+    unbounded = any(arguments[name] is not None for name in factors)
+    waits = autograd.gradient_waits(arguments["student"], arguments["ratio"], unbounded)
+    return waits or arguments["reduction"] == "none"
+
+
+def _width(arguments: dict[str, Any]) -> int:
+    """At least :attr:`fused_gopd.chunks.Job.width`, whichever model lambda cancels."""
+    answers = [x for name in ("teacher", "ref") for x in _models(arguments[name]) if isinstance(x, TopKLogProbs)]
+    return max([arguments["k"] or 0, *(x.k for x in answers)]) + (arguments["sft_labels"] is not None)
+
+
+def _dtype(arguments: dict[str, Any]) -> torch.dtype:
+    """Of the outputs."""
+    models = [arguments["student"], *_models(arguments["teacher"]), *_models(arguments["ref"])]
+    return accumulation_dtype(*(x.rows for x in models if isinstance(x, (LinearHead, Logits))))
+
+
+@_op("loss")
+def _loss_op(*packed: Any) -> list[Tensor]:
+    """The loss, what is :func:`_reported`, and what a backward needs.
+
+    That is the student's gradients and two factors of them, or statistics of all tokens and what topk chose.
+    """
+    a, needs = _call(packed)
+    with _plain(packed):
+        p = prepare(**a)
+        job = make_job(p)
+        scaling, now = Scaling.of(job, p.weights), any(needs) and not _recomputes(a)
+        statistics, gradients, chosen = chunks.run(job, needs, relative=scaling.relative if now else None)
+        token_loss, _ = autograd.token_values(job, statistics)
+        # cloned: no two results of an op may share memory
+        loss = p.rows.scatter(token_loss).clone() if a["reduction"] == "none" else (token_loss * p.weights).sum()
+        out = make_output(p, job, loss, token_loss, statistics, a["score_cancelled"])
+        values = {name: getattr(out, name) for name in _reported(a)}
+        result = [loss.to(p.dtype), *(x if name in _FLAGS else x.to(p.dtype) for name, x in values.items())]
+        if now:
+            factors = [loss.new_ones(()) if x is None else x.clone() for x in (scaling.rows, scaling.weight)]
+            result += [*autograd._dense(gradients, statistics), *(x.to(p.dtype) for x in factors)]
+        elif any(needs):
+            tokens = p.rows.shape.numel()
+            result.append(_padded(statistics.to(p.dtype), (STATISTICS, tokens)))
+            if chosen is not None:
+                shape = (tokens, _width(a))
+                result += [_padded(chosen.token_ids, shape, -1), _padded(chosen.values.to(p.dtype), shape)]
+        return result
+
+
+@_loss_op.register_fake  # type: ignore[untyped-decorator]
+def _(*packed: Any) -> list[Tensor]:
+    a, needs = _call(packed)
+    rows, dtype = packed[0], _dtype(a)
+    shape = rows.shape[:-1]
+    result = [rows.new_empty(shape if a["reduction"] == "none" else (), dtype=dtype)]
+    result += [rows.new_empty(shape, dtype=torch.bool if name in _FLAGS else dtype) for name in _reported(a)]
+    if any(needs) and not _recomputes(a):
+        result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
+    elif any(needs):
+        tokens = math.prod(shape)
+        result.append(rows.new_empty(STATISTICS, tokens, dtype=dtype))
+        if a["estimator"] == "topk":
+            result += [rows.new_empty(tokens, _width(a), dtype=x) for x in (torch.int64, dtype)]
+    return result
+
+
+@_op("loss_backward", "Tensor upstream, Tensor[] made, ")
+def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
+    """The student's gradients from what :func:`_loss_op` left, its logits recomputed."""
+    a, needs = _call(packed)
+    with _plain(packed):
+        p = prepare(**a)
+        job = make_job(p)
+        n = job.rows.count
+        statistics = made[0][:, :n].to(job.dtype).contiguous()
+        chosen = None
+        if job.truncated:
+            ids, values = (x[:n, : job.width].contiguous() for x in made[1:])
+            chosen = Chosen(ids, values.to(job.dtype))
+        each = p.rows.take(upstream) if a["reduction"] == "none" else upstream.expand(n) * p.weights
+        coefficients = job.coefficients(statistics, chosen=chosen).times(each.to(job.dtype).contiguous())
+        gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
+        return autograd._dense(gradients, statistics)
+
+
+@_loss_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
+    return _fake_gradients(packed)
+
+
+def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    arguments = _call(inputs).arguments
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output[1 + len(_reported(arguments)) :], _recomputes(arguments))
+
+
+def _loss_backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+    upstream = upstreams[0]
+    if upstream is None:
+        return _given(ctx, None)
+    made, packed = _kept(ctx)
+    if ctx.recomputes:
+        return _given(ctx, _loss_backward_op(upstream, made, *packed))
+    *gradients, rows, rest = made
+    # not in place, as without a compiler: whoever compiles this finds that the buffers can be reused.
+    # factors of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
+    factors = [(upstream * x).reshape(1) for x in (rows, rest, rest)]
+    return _given(ctx, [g * f if needed else g for g, f, needed in zip(gradients, factors, ctx.needs, strict=True)])
+
+
+_loss_op.register_autograd(_loss_backward, setup_context=_keep_loss)
+
+
+def gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
+    """:func:`fused_gopd.gopd_loss` under a compiler."""
+    a = arguments
+    names = _reported(a)
+    loss, *out = _loss_op(*_packed("student", a["student"], {k: x for k, x in a.items() if k != "student"}))
+    values = {"reward_scale": a["reward_scale"], **dict(zip(names, out[: len(names)], strict=True))}
+    for name in ("advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "kl"):
+        values.setdefault(name, None)
+    mask = None if a["mask"] is None else a["mask"] != 0
+    joint = objective.looks_jointly(a["estimator"], objective.Surrogate(baseline=a["baseline"]))
+    return GOPDOutput(loss, **values, mask=mask, joint=joint)
+
+
+# --------------------------------------------------------------------------------------------------- one model's scores
+
+
+@_op("token_logprobs")
+def _logprobs_op(*packed: Any) -> list[Tensor]:
+    """log-probs, entropies, and the statistics where a backward needs them."""
+    a, needs = _call(packed)
+    with _plain(packed):
+        p = prepare_alone(**a)
+        job = make_job(p)
+        statistics = chunks.run(job, needs).statistics
+        values = (job.model_logprobs(statistics)[0], objective.entropy(statistics))
+        kept = [_padded(statistics, (STATISTICS, p.rows.shape.numel()))] if any(needs) else []
+        return [*(p.rows.scatter(x).clone() for x in values), *kept]
+
+
+@_logprobs_op.register_fake  # type: ignore[untyped-decorator]
+def _(*packed: Any) -> list[Tensor]:
+    rows, dtype = packed[0], accumulation_dtype(packed[0])
+    shape = rows.shape[:-1]
+    kept = [rows.new_empty(STATISTICS, math.prod(shape), dtype=dtype)] if any(_loads(packed[-1])["needs"]) else []
+    return [*(rows.new_empty(shape, dtype=dtype) for _ in range(2)), *kept]
+
+
+@_op("token_logprobs_backward", "Tensor? upstream, Tensor? upstream_entropy, Tensor statistics, ")
+def _logprobs_backward_op(
+    upstream: Tensor | None, upstream_entropy: Tensor | None, statistics: Tensor, *packed: Any
+) -> list[Tensor]:
+    a, needs = _call(packed)
+    with _plain(packed):
+        p = prepare_alone(**a)
+        job = make_job(p)
+        statistics = statistics[:, : job.rows.count].contiguous()
+        each = (None if x is None else p.rows.take(x) for x in (upstream, upstream_entropy))
+        coefficients = autograd.logprob_coefficients(job, *each)
+        gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
+        return autograd._dense(gradients, statistics)
+
+
+@_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(upstream: Tensor | None, upstream_entropy: Tensor | None, statistics: Tensor, *packed: Any) -> list[Tensor]:
+    return _fake_gradients(packed)
+
+
+def _keep_logprobs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    _keep(ctx, inputs, output[2:], recomputes=True)
+
+
+def _logprobs_backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+    upstream, upstream_entropy = upstreams[:2]
+    if upstream is None and upstream_entropy is None:
+        return _given(ctx, None)
+    (statistics,), packed = _kept(ctx)
+    return _given(ctx, _logprobs_backward_op(upstream, upstream_entropy, statistics, *packed))
+
+
+_logprobs_op.register_autograd(_logprobs_backward, setup_context=_keep_logprobs)
+
+
+def token_logprobs(head: Head, token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """:func:`fused_gopd.token_logprobs` and entropies under a compiler."""
+    logprobs, entropy, *_ = _logprobs_op(*_packed("head", head, {"token_ids": token_ids, **options}))
+    return logprobs, entropy
+
+
+@_op("token_topk")
+def _topk_op(*packed: Any) -> list[Tensor]:
+    return list(most_likely(**_call(packed).arguments))
+
+
+@_topk_op.register_fake  # type: ignore[untyped-decorator]
+def _(*packed: Any) -> list[Tensor]:
+    rows = packed[0]
+    shape = (*rows.shape[:-1], _call(packed).arguments["k"])
+    return [rows.new_empty(shape, dtype=dtype) for dtype in (torch.int64, accumulation_dtype(rows))]
+
+
+def token_topk(head: Head, k: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """:func:`fused_gopd.token_topk` under a compiler."""
+    with torch.no_grad():
+        ids, logprobs = _topk_op(*_packed("head", head, {"k": k, **options}))
+    return ids, logprobs

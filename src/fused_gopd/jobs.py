@@ -1,0 +1,165 @@
+"""From checked input to a job of the loop, and from the job's statistics to the output. Nothing here differentiates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, objective
+from .checks import require_count, require_reverse_mode
+from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers
+from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
+from .objective import Estimator
+from .output import GOPDOutput
+from .prepare import Prepared, prepare
+from .rowops import select_backend
+
+
+def _heads(models: tuple[Source, ...], p: Prepared) -> list[Head | None]:
+    """What has a vocabulary axis among the models, one a route; detached: only the student receives gradients.
+
+    Where the student's vocabulary is shared among ranks and models are looked at together, each rank takes the same
+    columns of all.
+    """
+    heads: list[Head | None] = [None] * len(p.stops)
+    for i, model in enumerate(models):
+        if isinstance(model, (LinearHead, Logits)):
+            detached: dict[str, Any] = {name: t.detach() for name, t in model.tensors.items()}
+            heads[i] = _cut(replace(model, **detached), p)
+    return heads
+
+
+def _cut(head: Head, p: Prepared) -> Head:
+    """A head with a shard that ends where the joint vocabulary does."""
+    if head.shard is not None:
+        return replace(head, shard=head.shard.within(p.vocab_size))
+    if p.student.shard is not None and (p.joint or p.estimator == "topk"):
+        return head.part(p.student.shard.within(p.vocab_size))
+    return head
+
+
+def make_job(p: Prepared) -> Job:
+    student = _cut(p.student, p)
+    teachers, refs = (_heads(models, p) for models in (p.teacher, p.ref))
+    kinds = ([student], teachers, refs)
+    dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
+    linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
+    buffers = logits_buffers(p.joint, linear, student_waits=p.truncation.support == "student")
+    # of the rank that has the most: all of them go through the same chunks
+    widest = max(
+        p.vocab_size if head.shard is None else head.shard.largest
+        for heads in kinds
+        for head in heads
+        if head is not None
+    )
+    auto = chunk_size_for(widest, max(1, buffers), p.device.type, p.dtype.itemsize)
+    return Job(
+        p.rows,
+        p.vocab_size,
+        p.chunk_size or auto,
+        select_backend(p.backend, p.device, dtypes),
+        student,
+        teachers[0],
+        refs[0],
+        tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else (),
+        p.estimator,
+        p.divergence,
+        p.beta,
+        p.reward_scale,
+        p.token_ids,
+        p.logprobs(p.teacher),
+        p.logprobs(p.ref),
+        p.old_logprobs,
+        p.rollout_logprobs,
+        p.surrogate,
+        p.sequences.cu_seqlens,
+        p.advantage_fn,
+        truncation=p.truncation,
+        support_ids=p.scores.token_ids,
+        teacher_topk=p.scores.teacher,
+        ref_topk=p.scores.ref,
+        labels=p.labels,
+        sft_weight=p.sft_weight,
+        grad_filter=p.grad_filter,
+    )
+
+
+def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
+    """log-probs (n,) of the sampled tokens under models that the loss does not need, forward only."""
+    given = p.logprobs(models)
+    out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
+    assert p.token_ids is not None
+    for head, (start, stop) in zip(_heads(models, p), p.slices, strict=True):
+        if head is not None:
+            rows = p.rows
+            if len(p.stops) > 1:
+                assert rows.index is not None
+                rows = TokenRows(rows.shape, rows.index[start:stop])
+            ops = select_backend(p.backend, p.device, {head.rows.dtype})
+            alone = Job(rows, p.vocab_size, job.chunk_size, ops, head, token_ids=p.token_ids[start:stop])
+            out[start:stop] = autograd.token_logprobs(alone)[0]
+    return out
+
+
+def make_output(
+    p: Prepared, job: Job, loss: Tensor, token_loss: Tensor, statistics: Tensor, score_cancelled: bool
+) -> GOPDOutput:
+    """Everything that a call reports, from the loop's statistics."""
+    with torch.no_grad():
+        term = job.policy_term(statistics) if job.estimator == "sampled" else None
+        kl = None if job.estimator == "sampled" else autograd.token_values(job, statistics)[1]
+        advantages: Tensor | None = None
+        student_logprobs: Tensor | None = None
+        others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
+        if job.token_ids is not None:
+            student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
+            unknown = False
+            for name, models in (("teacher", p.teacher), ("ref", p.ref)):
+                if any(isinstance(model, TopKLogProbs) for model in models):
+                    others[name], unknown = None, True
+            if term is not None:
+                advantages = term.advantages
+            elif not unknown:
+                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
+            if score_cancelled:
+                for name, models in p.cancelled.items():
+                    others[name] = _score_alone(models, job, p)
+        return p.output(
+            loss,
+            token_loss,
+            advantages,
+            student_logprobs,
+            others["teacher"],
+            others["ref"],
+            objective.entropy(statistics),
+            kl,
+            None if term is None else term.clipped,
+            None if term is None else term.importance,
+            *objective.label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
+        )
+
+
+def prepare_alone(head: Head, token_ids: Tensor | None, **options: Any) -> Prepared:
+    """Checked input of a call with one model."""
+    if not isinstance(head, (LinearHead, Logits)):
+        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
+    require_reverse_mode("token_logprobs" if token_ids is not None else "token_topk", head)
+    # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes a loss's call complete
+    estimator: Estimator = "full" if token_ids is None else "sampled"
+    p = prepare(head, None, head, token_ids, reward_scale=0.0, estimator=estimator, reduction="none", **options)
+    return replace(p, estimator="sampled", ref=())
+
+
+def most_likely(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs of the k most likely tokens: see :func:`fused_gopd.token_topk`."""
+    p = prepare_alone(head, None, **options)
+    if require_count("k", k) > p.vocab_size:
+        raise ValueError(f"k must be at most the vocabulary of {p.vocab_size}, got {k}")
+    ids, logprobs = autograd.token_topk(make_job(p), k)
+    if p.rows.keep is None:
+        return ids, logprobs
+    gone = ~p.rows.keep[..., None]
+    return ids.masked_fill(gone, -1), logprobs.masked_fill(gone, 0)
