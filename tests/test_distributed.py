@@ -594,7 +594,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 def recipes() -> Any:
     """The functions of the page, executed from its text."""
     namespace: dict[str, Any] = {"torch": torch, "fg": fg}
-    for source in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+    for source in re.findall(r"```python\n(def .*?)```", PAGE.read_text(), re.DOTALL):
         exec(source, namespace)
     return types.SimpleNamespace(**namespace)
 

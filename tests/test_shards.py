@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,6 +251,7 @@ def _calls() -> None:
         _disagreements,
         _bytes_on_the_wire,
         _under_a_compiler,
+        _as_documented,
     ):
         check()
 
@@ -576,6 +579,24 @@ def _under_a_compiler() -> None:
             results.append((loss, token_loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))))
         for eager, compiled in zip(*results, strict=True):
             assert torch.equal(eager, compiled), options
+
+
+def _as_documented() -> None:
+    """The first lines of docs/scaling.md, as they stand there."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text()
+    (source,) = re.findall(r"```python\n(shard = .*?)```", page, re.DOTALL)
+    batch, bounds = _batch(), UNEVEN[dist.get_world_size()][dist.get_rank()]
+    names: dict[str, Any] = {"fg": fg, "group": None, "start": bounds[0], "stop": bounds[1]}
+    names |= {"token_ids": batch.token_ids, "mask": batch.mask}
+    for name in ("student", "teacher", "ref"):
+        model = getattr(batch, name)
+        rows = model.weight.detach()[slice(*bounds)].requires_grad_(name == "student")
+        names |= {f"{name}_hidden": model.hidden, f"{name}_rows": rows}
+    exec(source, names)
+    want = _values(batch, {"estimator": "full", "reward_scale": 1.25})
+    assert_close(names["out"].loss, want["loss"], 1e-12)
+    assert_close(batch.student.hidden.grad, want["gradient of hidden"], 1e-12)
+    assert_close(names["student_rows"].grad, want["gradient of weight"][slice(*bounds)], 1e-12)
 
 
 def test_a_rank_that_dies_ends_the_others():
