@@ -277,45 +277,21 @@ def test_hidden_and_weight_may_be_one_leaf(backend):
     assert torch.equal(got, want[0] + want[1])
 
 
-# ------------------------------------------------------------------------------------------------- the registered ops
-
-
-def op_arguments(kind, objective, masked):
-    """The arguments that the autograd Functions call the two ops with."""
-    batch = make_batch(17, kinds=(kind, "linear", "linear"), dtype=torch.float32, masked=masked)
-    options = {"mask": batch.mask, "reward_scale": 1.25, "chunk_size": 4, "backend": "torch", **objective}
-    job = make_job(prepare(*batch.models, batch.token_ids, **options))
-    tensors, static = autograd._pack(job)
-    # opcheck differentiates what requires a gradient; the op is only ever called inside a Function, on detached input
-    tensors = [None if t is None else t.detach() for t in tensors]
-    needs = [True, kind == "linear", False]
-    return job, tensors, static, torch.ones(()), needs
-
-
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("objective", [*OBJECTIVES[:2], {"estimator": "topk", "k": 3}], ids=lambda x: x["estimator"])
-def test_the_registered_ops_say_the_truth_about_themselves(kind, masked, objective):
-    """Schema (nothing mutated, nothing aliased) and fake (shapes and dtypes, of symbols too) of both ops."""
-    job, tensors, static, relative, needs = op_arguments(kind, objective, masked)
-    torch.library.opcheck(autograd._forward_op, (tensors, static, relative, needs))
-    torch.library.opcheck(autograd._forward_op, (tensors, static, None, [False] * 3))
-    torch.library.opcheck(autograd._forward_op, (tensors, static, None, needs))
-    statistics, *chosen = autograd._forward_op(tensors, static, None, needs)[:3]
-    chosen = chunks.Chosen(*chosen) if job.truncated else None
-    coefficients = job.coefficients(statistics, chosen=chosen)
-    torch.library.opcheck(autograd._backward_op, (tensors, static, statistics, *coefficients, needs))
-
-
-def test_a_job_survives_the_way_through_the_op():
-    job, tensors, static, *_ = op_arguments("linear", OBJECTIVES[3], True)
-    back = autograd._unpack(tensors, static)
-    for name in ("vocab_size", "chunk_size", "estimator", "divergence", "beta", "reward_scale", "surrogate"):
-        assert getattr(back, name) == getattr(job, name), name
-    assert back.rows.shape == job.rows.shape
-    assert torch.equal(back.rows.index, job.rows.index)
+def test_a_job_is_what_it_was_when_its_tensors_come_back():
+    batch = make_batch(17, dtype=torch.float32)
+    teachers = [batch.teacher, make_batch(18, dtype=torch.float32).teacher]
+    index = torch.arange(batch.token_ids.shape[0]) % 2
+    options = {"teacher_index": index, "mask": batch.mask, "reward_scale": 1.25, **OBJECTIVES[3]}
+    job = make_job(prepare(batch.student, teachers, batch.ref, batch.token_ids, **options))
+    tensors = []
+    frame = autograd._apart(job, tensors)
+    assert "tensor(" not in repr(frame)
+    back = autograd._together(frame, tensors)
     assert isinstance(back, chunks.Job)
-    assert torch.equal(back.teacher.weight, job.teacher.weight)
+    again = []
+    assert autograd._apart(back, again) == frame
+    assert len(again) == len(tensors) > 10
+    assert all(a is b for a, b in zip(again, tensors, strict=True))
 
 
 def test_a_float64_bias_runs_on_every_backend():

@@ -27,7 +27,7 @@ from builders import (
     run,
     trainable,
 )
-from fused_gopd import autograd, prepare
+from fused_gopd import prepare
 from test_work import Memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -420,14 +420,6 @@ def on_meta(value):
 OFF_POLICY = {"old_logprobs": -torch.rand(2, 5, generator=generator(0)), "clip": (0.2, 0.28), "logprob_min": -9.0}
 
 
-@pytest.fixture
-def the_loop_itself(monkeypatch):
-    """The custom ops replaced by what they run: on meta they would answer from their fakes."""
-    for name in ("_forward_op", "_backward_op"):
-        monkeypatch.setattr(autograd, name, getattr(autograd, name)._init_fn)
-
-
-@pytest.mark.usefixtures("the_loop_itself")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
 @pytest.mark.parametrize("objective", [*OBJECTIVES, OFF_POLICY], ids=[*IDS, "off-policy"])

@@ -145,6 +145,11 @@ def _op(name: str, extra: str = "") -> Callable[[Callable[..., list[Tensor]]], A
     )
 
 
+def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """An op returns tensors: an empty one stands for what nobody needs."""
+    return [like.new_empty(0) if x is None else x for x in tensors]
+
+
 @contextmanager
 def _plain(packed: Sequence[Any]) -> Iterator[None]:
     """Inside an op nothing is recorded, and precision is the loop's own business."""
@@ -170,13 +175,13 @@ def _fake_gradients(packed: Sequence[Any]) -> list[Tensor]:
         weight.new_empty(weight.shape, dtype=dtype) if needs.weight else None,
         bias.new_empty(bias.shape, dtype=dtype) if needs.bias else None,
     )
-    return autograd._dense(gradients, rows.new_empty(0, dtype=dtype))
+    return _dense(gradients, rows.new_empty(0, dtype=dtype))
 
 
 def _keep(ctx: Any, packed: Sequence[Any], made: Sequence[Tensor], recomputes: bool) -> None:
     """Keep what a backward needs: what the op made for it, and the call itself where it recomputes."""
     *student, tensors, ints, floats, static = packed
-    ctx.needs, ctx.meta, ctx.recomputes = Needs(*_loads(static)["needs"]), autograd._meta(student), recomputes
+    ctx.needs, ctx.meta, ctx.recomputes = Needs(*_loads(static)["needs"]), autograd.meta(student), recomputes
     ctx.constants, ctx.others, ctx.made = (ints, floats, static), len(tensors), len(made)
     ctx.save_for_backward(*made, *((*student, *tensors) if recomputes else ()))
     ctx.set_materialize_grads(False)
@@ -190,7 +195,10 @@ def _kept(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 def _given(ctx: Any, gradients: Sequence[Tensor] | None) -> tuple[Any, ...]:
     """What a backward gives for each argument of an op; None is nothing at all."""
-    student = (None,) * 3 if gradients is None else autograd._like(gradients, ctx.needs, ctx.meta)
+    student: tuple[Tensor | None, ...] = (None,) * 3
+    if gradients is not None:
+        needed = [g if needs else None for g, needs in zip(gradients, ctx.needs, strict=True)]
+        student = autograd.like(needed, ctx.meta)
     # PyTorch takes an empty list for one of tensors
     numbers: list[Any] = [None if x else [] for x in ctx.constants[:2]]
     return (*student, [None] * ctx.others, *numbers, None)
@@ -274,7 +282,7 @@ def _loss_op(*packed: Any) -> list[Tensor]:
         result = [loss.to(p.dtype), *(x if name in _FLAGS else x.to(p.dtype) for name, x in values.items())]
         if now:
             factors = [loss.new_ones(()) if x is None else x.clone() for x in (scaling.rows, scaling.weight)]
-            result += [*autograd._dense(gradients, statistics), *(x.to(p.dtype) for x in factors)]
+            result += [*_dense(gradients, statistics), *(x.to(p.dtype) for x in factors)]
         elif any(needs):
             tokens = p.rows.shape.numel()
             result.append(_padded(statistics.to(p.dtype), (STATISTICS, tokens)))
@@ -317,7 +325,7 @@ def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) ->
         each = p.rows.take(upstream) if a["reduction"] == "none" else upstream.expand(n) * p.weights
         coefficients = job.coefficients(statistics, chosen=chosen).times(each.to(job.dtype).contiguous())
         gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
-        return autograd._dense(gradients, statistics)
+        return _dense(gradients, statistics)
 
 
 @_loss_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -397,7 +405,7 @@ def _logprobs_backward_op(
         each = (None if x is None else p.rows.take(x) for x in (upstream, upstream_entropy))
         coefficients = autograd.logprob_coefficients(job, *each)
         gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
-        return autograd._dense(gradients, statistics)
+        return _dense(gradients, statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]

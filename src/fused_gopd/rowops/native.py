@@ -47,7 +47,7 @@ class NativeRowOps:
     name = "native"
 
     def statistics(self, problem: RowProblem) -> Tensor:
-        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32)
+        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32, device="cpu")
         with _Job(problem, statistics) as job:
             job.handle.request_statistics()
         return statistics
@@ -66,7 +66,7 @@ class NativeRowOps:
         return out[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32)
+        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32, device="cpu")
         with _Job(problem, statistics) as job:
             job.handle.request_statistics()
             job.request_gradient(weights, out)
