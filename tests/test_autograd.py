@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, trainable
@@ -302,3 +303,19 @@ def test_a_float64_bias_runs_on_every_backend():
     (grad,) = torch.autograd.grad(out.loss, bias)
     assert grad.dtype == torch.float64
     assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_the_loss_may_be_checkpointed(reentrant, reduction):
+    batch = make_batch(3)
+
+    def loss(hidden):
+        student = like(batch.student, hidden=hidden)
+        out = fg.gopd_loss(student, batch.teacher, None, batch.token_ids, mask=batch.mask, reduction=reduction)
+        return out.loss.sum() + fg.token_logprobs(student, batch.token_ids, mask=batch.mask).sum()
+
+    want = torch.autograd.grad(loss(batch.student.hidden), batch.student.hidden)
+    hidden = batch.student.hidden.detach().clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=reentrant).backward()
+    assert_all_close([hidden.grad], want, 0.0)

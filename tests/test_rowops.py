@@ -176,11 +176,15 @@ def test_equal_models_are_equal_in_parts_too(machine, divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
-def test_a_diverged_part_poisons_all_of_its_row(machine, divergence, model):
+@pytest.mark.parametrize("unlikely", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_diverged_part_poisons_all_of_its_row(machine, divergence, model, unlikely, poison):
     if divergence == "none" and model != "student":
         pytest.skip("a single model")
     problem = problem_for(machine, divergence)
-    getattr(problem, model).raw[2, 7] = math.nan
+    if unlikely:
+        problem.student.raw[2, :10] -= 1e4  # of probability 0
+    getattr(problem, model).raw[2, 7] = poison
     one = torch.ones(C, dtype=machine.dtype)
     got, gradient = in_parts(ops_for(machine), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
     assert got[Stat[f"LOGSUM_{model.upper()}"]].isnan().tolist() == [i == 2 for i in range(C)]

@@ -244,6 +244,9 @@ def _calls() -> None:
         _equal_models,
         _a_diverged_part,
         _low_precision,
+        _mixed_dtypes,
+        _ruled_out_tokens,
+        _two_groups,
         _opting_out,
         _dtensors,
         _bad_dtensors,
@@ -372,6 +375,45 @@ def _low_precision() -> None:
             _everywhere(got)
             error, single = (relative_error(x, exact) for x in (got["gradient of hidden"], alone))
             assert error <= 1.5 * single, (dtype, options, error, single)
+
+
+def _mixed_dtypes() -> None:
+    """A frozen model wider than the student, where one rank has no columns."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    shard = fg.VocabShard(None, *((0, V) if rank == n - 1 else (0, 0)))
+    batch = _batch(torch.float32)
+    batch = batch.replaced(teacher=widened(batch.teacher))
+    sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
+    for divergence in ("reverse_kl", "jsd"):
+        _compare(batch, sharded, shard, 1e-5, estimator="full", divergence=divergence, reward_scale=1.25)
+
+
+def _ruled_out_tokens() -> None:
+    """A rank that has fewer tokens than are asked for leaves them to the ranks that have more, of logit -inf too."""
+    logits, shard = torch.full((3, V), -math.inf), _shard()
+    logits[:, 800], logits[:, 2] = 1, 0
+    ids, logprobs = fg.token_topk(fg.Logits(logits[:, shard.start : shard.stop], shard=shard), 900)
+    assert torch.equal(ids[:, :2], torch.tensor([[800, 2]] * 3))
+    assert all(len(row.unique()) == 900 and row.min() >= 0 for row in ids)
+    assert logprobs[:, 2:].isneginf().all()
+
+
+def _two_groups() -> None:
+    """Student and teacher cut over different ranks, the teacher not alike everywhere."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    if n != 4:
+        return
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    batch, bound = _batch(), 300 + rank % 2
+    shard = fg.VocabShard(groups[rank // 2], *((0, 700) if rank % 2 else (700, V)))
+    other = fg.VocabShard(groups[2 + rank % 2], *((0, bound) if rank // 2 else (bound, V)))
+    sharded = _sharded(batch, {"student": "alike", "teacher": "other"}, {"alike": shard, "other": other})
+    got, want = _values(sharded, {"reward_scale": 1.25}), _values(batch, {"reward_scale": 1.25})
+    for what, x in got.items():
+        x = x[: shard.count] if what in OWN else x
+        assert_close(x, _own_part(what, want[what], shard), 1e-12, what)
+    with pytest.raises(ValueError, match="teacher must have the shard of student, or no shard at all, for"):
+        _values(sharded, {"estimator": "full", "reward_scale": 1.25})
 
 
 def _opting_out() -> None:
@@ -504,9 +546,18 @@ def _disagreements() -> None:
         (frozen, full, "models, options and requires_grad"),
         (sharded, {**full, "divergence": "jsd"}, "models, options and requires_grad"),
         (sharded, {**full, "chunk_size": 24}, "chunk_size"),
+        (sharded, {**full, "reduction": "none"}, "models, options and requires_grad"),
     ):
         with pytest.raises(ValueError, match=f"must call the loss with the same {message}, got"):
             _values(changed, options) if last else _values(sharded, full)
+
+    student = dataclasses.replace(sharded.student, shard=dataclasses.replace(shard, reduce_hidden=not last))
+    with pytest.raises(ValueError, match="the same models, options and requires_grad, got"):
+        _values(sharded.replaced(student=student), full)
+    # the tokens are the same, in the same order: only where the first teacher's end differs
+    several = sharded.replaced(teacher=[sharded.teacher] * 2)
+    with pytest.raises(ValueError, match="the same teacher_index, got"):
+        _values(several, {**full, "teacher_index": torch.full((SHAPE[0],), int(last))})
 
 
 def _bytes_on_the_wire() -> None:

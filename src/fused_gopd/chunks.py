@@ -644,8 +644,8 @@ def _own_statistics(ops: RowOps, problem: RowProblem) -> Tensor:
     """Those of the columns that this rank computes, of which it may have none."""
     if problem.vocab_size:
         return ops.statistics(problem)
-    raw = problem.student.raw
-    own = torch.zeros(len(Stat), problem.rows, dtype=accumulation_dtype(raw), device=raw.device)
+    models = [m.raw for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    own = torch.zeros(len(Stat), problem.rows, dtype=accumulation_dtype(*models), device=models[0].device)
     own[_LOGSUMS] = -math.inf
     return own
 
@@ -709,6 +709,8 @@ def _largest(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
     if head.shard is None:
         return ids
     logits = entries.logits_at(rows, ids)
+    # a token that the model rules out still comes before none
+    logits = torch.where(ids < 0, logits, logits.clamp_min(torch.finfo(logits.dtype).min))
     ids = torch.where(ids < 0, ids, ids + head.shard.start)
     # the bits of an id as a float of its size: one collective for both
     bits = _INTEGERS[logits.dtype]
@@ -746,7 +748,7 @@ def run(
     n = job.rows.count
     job = _as_multiplied(job)
     if coefficients is None:
-        _require_agreement(job, needs)
+        _require_agreement(job, needs, relative is not None)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
     steps = [_balanced(stop - start, job.chunk_size) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
@@ -781,28 +783,51 @@ def run(
     return Run(out, sink.result(), chosen)
 
 
-def _require_agreement(job: Job, needs: Needs) -> None:
-    """Raise on all ranks unless those that share a vocabulary go through the same chunks of the same tokens."""
+def _require_agreement(job: Job, needs: Needs, fused: bool = False) -> None:
+    """Raise on all ranks unless those that share a vocabulary go through the same chunks of the same tokens.
+
+    ``fused`` says whether the gradients come with the statistics.
+    """
     if not job.shards:
         return
     student = job.student
-    options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, needs)
-    kinds = [(type(head).__name__, head.shard and head.shard.bounds, str(head.rows.dtype)) for head in job.heads]
     scale = "per token" if isinstance(job.reward_scale, Tensor) else job.reward_scale
-    given = [name for name in ("token_ids", "old_logprobs", "labels", "support_ids") if getattr(job, name) is not None]
-    terms: dict[str, int | Tensor] = {
-        "number of live tokens": job.rows.count,
-        "hidden size": student.rows.shape[-1] if isinstance(student, LinearHead) else 0,
-        "chunk_size": job.chunk_size,
-        "models, options and requires_grad": zlib.crc32(repr((options, kinds, scale, given, job.width)).encode()),
-    }
-    for name, values in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
-        terms[name] = 0  # every rank sends as many terms
-        if values is not None:
+    given = [name for name in _OPTIONAL if getattr(job, name) is not None]
+    options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, job.grad_filter)
+    values: dict[str, int | Tensor] = {}
+    for name, tensor in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
+        values[name] = 0  # every rank sends as many terms
+        if tensor is not None:
             # a sum in which places count; it wraps around, alike everywhere
-            terms[name] = ((values + 2) * torch.arange(1, job.rows.count + 1, device=values.device)).sum()
+            values[name] = ((tensor + 2) * torch.arange(1, job.rows.count + 1, device=tensor.device)).sum()
     for shard in job.shards:
-        require_agreement(shard, job.device, terms)
+        kinds = [(type(head).__name__, str(head.rows.dtype), _cut_by(shard, head)) for head in job.heads]
+        terms: dict[str, int | Tensor] = {
+            "number of live tokens": job.rows.count,
+            "teacher_index": zlib.crc32(repr([route.stop for route in job.routes]).encode()),
+            "hidden size": student.rows.shape[-1] if isinstance(student, LinearHead) else 0,
+            "chunk_size": job.chunk_size,
+            "models, options and requires_grad": zlib.crc32(
+                repr((options, kinds, scale, given, job.width, needs, fused)).encode()
+            ),
+        }
+        require_agreement(shard, job.device, terms | values)
+
+
+# Of the vectors of a job, and its advantage_fn: whether they are there decides what is computed.
+_OPTIONAL = (
+    *("token_ids", "teacher_logprobs", "ref_logprobs", "old_logprobs", "rollout_logprobs", "cu_seqlens"),
+    *("advantage_fn", "labels", "support_ids", "teacher_topk", "ref_topk"),
+)
+
+
+def _cut_by(shard: VocabShard, head: Head) -> object:
+    """How the ranks of a shard's group cut a head: what they have to agree on."""
+    if head.shard is None:
+        return None
+    if head.shard.group is not shard.group:
+        return "by other ranks"
+    return head.shard.bounds, head.shard.reduce_hidden
 
 
 def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
