@@ -62,6 +62,7 @@ class _Wire:
         self.gathered: list[int] = []
         self.summed: list[int] = []
         self.seconds = 0.0
+        self.waits = False  # for each sum at once, in place of beside the next chunk
         self._gather, self._sum = fg.VocabShard.gather, fg.VocabShard.sum_
 
     def gather(self, shard: fg.VocabShard, mine: Tensor) -> Tensor:
@@ -75,6 +76,8 @@ class _Wire:
         work = self._sum(shard, x)
         self.summed.append(x.numel() * x.element_size())
         wire = self
+        if self.waits:
+            work.wait()
 
         class Timed:
             def wait(self) -> None:
@@ -112,12 +115,15 @@ def _worker(rounds: int, target: Path) -> None:
              patch.object(fg.VocabShard, "sum_", lambda s, x, w=wire: w.sum_(s, x)):  # fmt: skip
             step(options, shard)
             counted = {"gathered": wire.gathered[1:], "agreement": wire.gathered[0], "summed": list(wire.summed)}
-            times, shares = [], []
+            times, shares, waiting = [], [], []
             for _ in range(rounds if n == 2 else 0):
-                dist.barrier()
-                wire.seconds = 0.0
-                times.append(timed(options, shard))
-                shares.append(wire.seconds / times[-1])
+                for wire.waits in (False, True):
+                    dist.barrier()
+                    wire.seconds = 0.0
+                    seconds = timed(options, shard)
+                    (waiting if wire.waits else times).append(seconds)
+                    if not wire.waits:
+                        shares.append(wire.seconds / seconds)
         alone = []
         for _ in range(rounds if n == 2 else 0):
             dist.barrier()
@@ -137,6 +143,7 @@ def _worker(rounds: int, target: Path) -> None:
             "step_ms": [1000 * x for x in times],
             "one_process_ms": [1000 * x for x in alone],
             "share_in_collectives": shares,
+            "step_ms_without_overlap": [1000 * x for x in waiting],
         })  # fmt: skip
     if rank == 0:
         target.write_text(json.dumps(rows))
@@ -179,13 +186,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
         total = received(r, own)
         cells += [f"{r['hidden_gradient_bytes_per_token']:g}", f"{total:g}", f"{total / received(r, least):.2f}×"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| two ranks, one core each | step, ms | one process, one core, ms | ratio | in collectives |"]
-    lines.append("|---|---:|---:|---:|---:|")
+    lines += [
+        "",
+        "| two ranks of one core | step, ms | one process of one core | ratio | in collectives | without overlap |",
+    ]
+    lines.append("|---|---:|---:|---:|---:|---:|")
     for r in rows:
         if r["step_ms"]:
             step, alone = (statistics.median(r[name]) for name in ("step_ms", "one_process_ms"))
             cells = [f"`{r['objective']}`", f"{step:.0f}", f"{alone:.0f}", f"{step / alone:.2f}×"]
-            lines.append("| " + " | ".join([*cells, f"{statistics.median(r['share_in_collectives']):.1%}"]) + " |")
+            # of neighbours in time
+            waited = [b / a for a, b in zip(r["step_ms"], r["step_ms_without_overlap"], strict=True)]
+            cells += [f"{statistics.median(r['share_in_collectives']):.1%}", f"{statistics.median(waited):.2f}×"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
