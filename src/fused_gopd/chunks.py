@@ -811,7 +811,25 @@ def _require_agreement(job: Job, needs: Needs, fused: bool = False) -> None:
                 repr((options, kinds, scale, given, job.width, needs, fused)).encode()
             ),
         }
-        require_agreement(shard, job.device, terms | values)
+        require_agreement(shard, job.device, terms | values, {"hidden states": _fingerprint(job)})
+
+
+_SAMPLED_ROWS = 4
+
+
+def _fingerprint(job: Job) -> Tensor:
+    """(4,) numbers of the order of 1 that tell the student's hidden states of some tokens from those of others.
+
+    Not bits: a layer below may sum in another order on each rank. Logits have nothing that all ranks hold.
+    """
+    student, n = job.student, job.rows.count
+    if not isinstance(student, LinearHead) or not n:
+        return torch.zeros(_SAMPLED_ROWS, device=job.device)
+    places = [(2 * i + 1) * n // (2 * _SAMPLED_ROWS) for i in range(_SAMPLED_ROWS)]
+    rows = torch.cat([job.rows.take(student.hidden, i, i + 1) for i in places]).float()
+    pattern = torch.arange(1, rows.shape[1] + 1, device=rows.device).cos()  # unrelated to any direction of a model
+    scale = rows.square().mean(1).sqrt() * pattern.square().sum().sqrt()
+    return (rows @ pattern / scale.clamp_min(torch.finfo(scale.dtype).tiny)).nan_to_num(0, 0, 0)
 
 
 # Of the vectors of a job, and its advantage_fn: whether they are there decides what is computed.

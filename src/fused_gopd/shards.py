@@ -53,6 +53,8 @@ class VocabShard:
         reduce_hidden: sum the gradient of the hidden states over the group, in float32, so that every rank has the
             whole of it. False leaves each rank its own part, for whoever reduces it later (reduce-scatter under
             sequence parallelism).
+        bounds: (start, stop) of every rank in the order of the group, where they are known (they must be alike on all
+            ranks): the constructor is no collective then.
 
     Raises:
         ValueError: bounds that are not a slice, or do not make up [0, V) together (on all ranks).
@@ -84,12 +86,14 @@ class VocabShard:
             gathered: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(gathered, (start, stop), group=group)
             bounds = tuple(gathered)
-            for a, b in bounds:
-                if not 0 <= a <= b:
-                    raise ValueError(
-                        f"start and stop must satisfy 0 <= start <= stop on every rank, got {list(bounds)}"
-                    )
-            _check_bounds(bounds)
+        elif len(bounds) != dist.get_world_size(group) or bounds[dist.get_rank(group)] != (start, stop):
+            raise ValueError(
+                f"bounds must have one pair for each of the {dist.get_world_size(group)} ranks, this rank's "
+                f"({start}, {stop}) at its place, got {list(bounds)}"
+            )
+        if any(not 0 <= a <= b for a, b in bounds):
+            raise ValueError(f"start and stop must satisfy 0 <= start <= stop on every rank, got {list(bounds)}")
+        _check_bounds(bounds)
         object.__setattr__(self, "group", group)
         object.__setattr__(self, "start", start)
         object.__setattr__(self, "stop", stop)
@@ -231,21 +235,33 @@ def from_dtensors(
     return hidden, weight, bias, shard
 
 
-def require_agreement(shard: VocabShard, device: torch.device, terms: dict[str, int | Tensor]) -> None:
+# Of a number of the order of 1: what rounding in another order below leaves alike, and other tokens do not.
+_ALIKE = 0.1
+_UNITS = 1000
+
+
+def require_agreement(
+    shard: VocabShard, device: torch.device, terms: dict[str, int | Tensor], alike: dict[str, Tensor]
+) -> None:
     """Raise on all ranks where they do not have the same terms: what follows would hang, or mix up tokens.
 
-    On a GPU a device-side assert, which waits for nothing.
+    ``alike`` are vectors of numbers of the order of 1 that have to agree within a tenth. One collective; on a GPU a
+    device-side assert, which waits for nothing.
     """
     values = [
-        v.reshape(()).to(torch.int64) if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=device)
+        v.reshape(1).to(torch.int64) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.int64, device=device)
         for v in terms.values()
     ]
-    gathered = shard.gather(torch.stack(values))
-    differ = (gathered != gathered[0]).any(0)
+    vectors = [(x * _UNITS).round().to(torch.int64) for x in alike.values()]
+    gathered = shard.gather(torch.cat((*values, *vectors)))
+    allowed = torch.zeros_like(gathered[0])
+    allowed[len(terms) :] = round(_ALIKE * _UNITS)
+    differ = ((gathered - gathered[0]).abs() > allowed).any(0)
     if device.type == "cpu" and bool(differ.any()):
-        name, column = next((n, i) for i, n in enumerate(terms) if differ[i])
+        names = [*terms, *(name for name, x in alike.items() for _ in range(x.shape[0]))]
+        column = int(differ.nonzero()[0])
         raise ValueError(
-            f"all ranks that share a vocabulary must call the loss with the same {name}, got "
+            f"all ranks that share a vocabulary must call the loss with the same {names[column]}, got "
             f"{gathered[:, column].tolist()} on its ranks. Ranks with tokens of their own (data or context parallel, "
             "FSDP) need the whole weight: docs/scaling.md"
         )
