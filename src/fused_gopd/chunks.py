@@ -636,8 +636,9 @@ def _local(shard: VocabShard | None, token_ids: Tensor) -> Tensor:
     return token_ids if shard is None else shard.local(token_ids)
 
 
-_LOGSUMS = [Stat.LOGSUM_STUDENT, Stat.LOGSUM_TEACHER, Stat.LOGSUM_REF, Stat.LOGSUM_TARGET]
-_LOGITS = [Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF]
+# Slices and loops: an index that is a list would be copied to the device, which waits for it.
+_LOGSUMS = slice(Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET + 1)
+_LOGITS = slice(Stat.LOGIT_STUDENT, Stat.LOGIT_REF + 1)
 
 
 def _own_statistics(ops: RowOps, problem: RowProblem) -> Tensor:
@@ -661,11 +662,12 @@ def _merge(
 ) -> tuple[Tensor, list[Tensor]]:
     """Statistics of all ranks' columns; one collective."""
     if token_ids is not None:
-        own[_LOGITS] = own[_LOGITS].masked_fill(token_ids < 0, -math.inf)
+        own[_LOGITS].masked_fill_(token_ids < 0, -math.inf)
     sent = objective.merged_statistics(has, divergence, token_ids is not None)
-    gathered = shard.gather(torch.cat((own[sent], *along)))
+    gathered = shard.gather(torch.cat((torch.stack([own[stat] for stat in sent]), *along)))
     parts = own.new_zeros((gathered.shape[0], *own.shape))
-    parts[:, sent] = gathered[:, : len(sent)]
+    for i, stat in enumerate(sent):
+        parts[:, stat] = gathered[:, i]
     rest = torch.split(gathered[:, len(sent) :].amax(0), [x.shape[0] for x in along]) if along else ()
     return objective.merge(parts, reward_scale, has, divergence), list(rest)
 

@@ -63,7 +63,8 @@ class TorchRowOps:
         out = torch.empty(2, problem.rows, dtype=dtype, device=problem.student.raw.device)
         for rows, part in _blocks(problem):
             own = statistics[:, rows]
-            out[:, rows] = torch.stack(_jsd_parts(part, _load(part, dtype, own), *own[_JSD_LOGSUMS]))
+            logsums = own[Stat.LOGSUM_STUDENT], own[Stat.LOGSUM_TARGET]
+            out[:, rows] = torch.stack(_jsd_parts(part, _load(part, dtype, own), *logsums))
         return out
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
@@ -201,9 +202,6 @@ def _log_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tens
     assert x.u is not None
     log_p, log_t = x.z - logsum_p[:, None], x.u - logsum_u[:, None]
     return torch.logaddexp(log_t + math.log(problem.beta), log_p + math.log1p(-problem.beta))
-
-
-_JSD_LOGSUMS = [Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET]
 
 
 def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
