@@ -62,7 +62,7 @@ class _Wire:
         self.gathered: list[int] = []
         self.summed: list[int] = []
         self.seconds = 0.0
-        self.waits = False  # for each sum at once, in place of beside the next chunk
+        self.waits = False  # for each sum at once, in place of beside the weight's product
         self._gather, self._sum = fg.VocabShard.gather, fg.VocabShard.sum_
 
     def gather(self, shard: fg.VocabShard, mine: Tensor) -> Tensor:
@@ -116,8 +116,9 @@ def _worker(rounds: int, target: Path) -> None:
             step(options, shard)
             counted = {"gathered": wire.gathered[1:], "agreement": wire.gathered[0], "summed": list(wire.summed)}
             times, shares, waiting = [], [], []
-            for _ in range(rounds if n == 2 else 0):
-                for wire.waits in (False, True):
+            for i in range(rounds if n == 2 else 0):
+                # in turns, so that neither is always the first
+                for wire.waits in ((False, True), (True, False))[i % 2]:
                     dist.barrier()
                     wire.seconds = 0.0
                     seconds = timed(options, shard)

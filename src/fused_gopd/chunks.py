@@ -490,16 +490,6 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
-class _Unfinished(NamedTuple):
-    """The rows' gradient of a chunk while the ranks of a vocabulary sum it, and where it goes."""
-
-    work: torch.distributed.Work | None
-    rows: Tensor  # (C, H)
-    scale: Tensor | None  # () or (C,)
-    start: int
-    stop: int
-
-
 class _Sink:
     """Takes the logit gradients of chunks in, gives the gradients of the student's tensors out."""
 
@@ -521,7 +511,6 @@ class _Sink:
             self.weight[job.columns(student) if job.rows.count and not job.grad_filter else 0 :].zero_()
         if isinstance(student, LinearHead) and needs.bias:
             self.bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
-        self._unfinished: _Unfinished | None = None
 
     @property
     def wanted(self) -> bool:
@@ -548,32 +537,22 @@ class _Sink:
         rows: Tensor | None = None
         if columns is not None:
             rows = gemm.selected_products(dlogits, weight, columns, hidden, total, self.rows is not None)
-        else:
-            if self.rows is not None:
-                rows = gemm.dhidden(dlogits, weight)
-            if total is not None:
-                gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
-        self._finish()  # of the chunk before, which the ranks have summed meanwhile
-        if rows is not None:
-            shared = student.shard is not None and student.shard.reduce_hidden
-            work = student.shard.sum_(rows) if student.shard is not None and shared else None
-            self._unfinished = _Unfinished(work, rows, rows_scale, start, stop)
-            if not shared:
-                self._finish()
+        elif self.rows is not None:
+            rows = gemm.dhidden(dlogits, weight)
+        summed = None
+        if rows is not None and student.shard is not None and student.shard.reduce_hidden:
+            summed = student.shard.sum_(rows)  # over the ranks, beside the next product
+        if columns is None and total is not None:
+            gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
+        if summed is not None:
+            summed.wait()
+        if self.rows is not None and rows is not None:
+            if rows_scale is not None:
+                rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
+            self._job.rows.put(self.rows, rows, start, stop)
         if self.bias is not None:
             scale = self.bias.new_ones(()) if weight_scale is None else weight_scale
             gemm.add_dbias_(self.bias[:V], dlogits, scale)
-
-    def _finish(self) -> None:
-        if self._unfinished is None or self.rows is None:
-            return
-        work, rows, scale, start, stop = self._unfinished
-        self._unfinished = None
-        if work is not None:
-            work.wait()
-        if scale is not None:
-            rows.mul_(scale if scale.ndim == 0 else scale[:, None])
-        self._job.rows.put(self.rows, rows, start, stop)
 
     def logits_buffer(self, start: int, stop: int) -> Tensor:
         """Where the gradient of a chunk of ``Logits`` goes: straight into the result, unless rows are missing."""
@@ -589,7 +568,6 @@ class _Sink:
             self._job.rows.put(self.rows[:, : buffer.shape[1]], buffer, start, stop)
 
     def result(self) -> Gradients:
-        self._finish()
         return Gradients(self.rows, self.weight, self.bias)
 
 
