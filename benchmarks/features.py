@@ -9,8 +9,6 @@ of their ratios.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +21,7 @@ import fused_gopd as fg
 
 from .conftest import milliseconds
 from .report import publish
-from .run import _commit, device_name
+from .run import device_name, origin, write
 from .workloads import SUITES, Inputs, Workload
 
 TOKENS = {"cpu": 1024, "gpu": 8192}
@@ -113,9 +111,7 @@ def main() -> None:
     where = f"N={tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
     where += device_name(args.device)
     if args.json:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        result = {"device": device_name(args.device), "commit": _commit(), "date": date, "tokens": tokens, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write({**origin(args.device), "tokens": tokens, "rows": rows}, args.json)
     publish("features", f"{table(rows)}\n{where}.\n", args.pages)
 
 

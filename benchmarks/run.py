@@ -79,6 +79,12 @@ def _commit() -> str | None:
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 
+def origin(device: str) -> dict[str, Any]:
+    """What was measured, where and when: the top of every raw result."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"device": device_name(device), "commit": _commit(), "date": date}
+
+
 _PACKAGES = ("fused-gopd", "pytest-benchmark", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 
 
@@ -208,12 +214,10 @@ def measure(options: Options, done: Callable[[str], None]) -> dict[str, Any]:
             raise RuntimeError(f"pytest ended with {process.returncode}:\n{''.join(output[-100:])}")
     return {
         "suite": options.suite,
-        "device": device_name(options.device),
+        **origin(options.device),
         "driver": _driver(options.device),
         "versions": _versions(),
         "allocator": allocator,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 1),
         "rows": rows_of(json.loads(text)) if text else [],
         "skipped": skipped,

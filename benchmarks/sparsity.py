@@ -9,10 +9,8 @@ packages and its model (see the README). Random logits would say nothing: theirs
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import itertools
-import json
 import statistics
 import unittest.mock
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from fused_gopd import gemm
 
 from .conftest import milliseconds
 from .report import publish
-from .run import _commit, device_name
+from .run import device_name, origin, write
 
 FILTERS = (1e-6, 1e-5, 1e-4, 1e-3)
 CHUNKS = (None, 128)  # the default, and shorter ones, which leave out more
@@ -140,9 +138,7 @@ def main() -> None:
     rows, shape = measure(args.rounds)
     where = f"SmolLM2-135M, N={shape['tokens']}, H={shape['hidden']}, V={shape['vocab']}, float32; {device_name('cpu')}"
     if args.json:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        result = {"device": device_name("cpu"), "commit": _commit(), "date": date, **shape, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write({**origin("cpu"), **shape, "rows": rows}, args.json)
     publish("sparsity", f"{table(rows)}\n{where}.\n", args.pages)
 
 

@@ -8,7 +8,6 @@ taken for each token of the vocabulary; the trace of its covariance under the st
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from .report import publish
+from .run import write
 
 VOCAB, POSITIONS = 256, 64
 SCALES = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 4.0)
@@ -81,7 +81,7 @@ def main() -> None:
     rows = measure()
     if args.json:
         result = {"vocab": VOCAB, "positions": POSITIONS, "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.json)
     publish("variance", table(rows), args.pages)
 
 

@@ -9,7 +9,6 @@ step's time with that of one process of one thread. Prints the tables and fills 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from .report import publish
-from .run import _commit, device_name
+from .run import origin, write
 
 TOKENS, HIDDEN, VOCAB = 2048, 576, 49152  # SmolLM2's head; several chunks on each rank
 LAMBDA = 1.25
@@ -220,11 +219,10 @@ def main() -> None:
         _worker(args.rounds, args.worker)
         return
     rows = [row for n in (2, 4) for row in _launch(n, args.rounds)]
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     shape = {"tokens": TOKENS, "hidden": HIDDEN, "vocab": VOCAB, "dtype": "float32"}
-    result = {"device": device_name("cpu"), "commit": _commit(), "date": date, **shape, "rows": rows}
+    result = {**origin("cpu"), **shape, "rows": rows}
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.json)
     publish("wire", text(result), args.pages)
 
 
