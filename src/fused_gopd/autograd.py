@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import chunks, objective
-from .chunks import NOTHING, Chosen, Coefficients, Job, Needs, Route, Run, Scaling, TokenRow, TokenRows
-from .gemm import without_autocast
+from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import Head, LinearHead, Logits
 
 # ----------------------------------------------------------------------------------------- a job apart from its tensors
@@ -52,11 +51,6 @@ def _together(x: Any, tensors: Sequence[Tensor | None]) -> Any:
     if isinstance(x, _Frame):
         return x.kind(**{name: _together(y, tensors) for name, y in x.fields.items()})
     return tuple(_together(y, tensors) for y in x) if type(x) is tuple else x
-
-
-def _run(job: Job, needs: Needs = NOTHING, **options: Any) -> Run:
-    with without_autocast(job.device):
-        return chunks.run(job, needs, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- token values
@@ -195,7 +189,7 @@ class _WeightedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = Needs(*(ctx.needs_input_grad[:3]))
         scaling = Scaling.of(job, weights)
-        statistics, gradients, _ = _run(job, needs, relative=scaling.relative if any(needs) else None)
+        statistics, gradients, _ = chunks.run(job, needs, relative=scaling.relative if any(needs) else None)
         token_loss, _ = token_values(job, statistics)
         if job.advantage_fn is not None:
             # a second backward computes the loop anew, with these advantages: the function is called once
@@ -216,7 +210,7 @@ class _WeightedLoss(torch.autograd.Function):
         scaling: Scaling = ctx.scaling
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = _run(_saved(ctx)[0], ctx.needs, relative=scaling.relative).gradients
+            gradients = chunks.run(_saved(ctx)[0], ctx.needs, relative=scaling.relative).gradients
         rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
         return (*like(list(map(_scale_, gradients, (rows, rest, rest))), ctx.meta), None, None)
 
@@ -227,7 +221,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def statistics(ctx: Any, job: Job) -> Tensor:
         ctx.needs, ctx.meta = Needs(*(ctx.needs_input_grad[:3])), meta(_student_tensors(job))
-        statistics, _, chosen = _run(job, ctx.needs)
+        statistics, _, chosen = chunks.run(job, ctx.needs)
         # the backward finds the advantages in the statistics
         _save(ctx, dataclasses.replace(job, advantage_fn=None), statistics, *(chosen or (None, None)))
         ctx.set_materialize_grads(False)
@@ -241,7 +235,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, job: Job, statistics: Tensor, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
-        gradients = _run(job, ctx.needs, statistics=statistics, coefficients=coefficients).gradients
+        gradients = chunks.run(job, ctx.needs, statistics=statistics, coefficients=coefficients).gradients
         return (*like(gradients, ctx.meta), None)
 
 
@@ -303,7 +297,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(frame: _Frame, needs: Needs, scores: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         job: Job = _together(frame, tensors)
-        statistics, _, chosen = _run(job, needs)
+        statistics, _, chosen = chunks.run(job, needs)
         kept = (statistics, *(chosen or (statistics.new_empty(0), statistics.new_empty(0))))
         if scores:
             return job.model_logprobs(statistics)[0], objective.entropy(statistics), *kept
@@ -372,7 +366,7 @@ class _TransformedBackward(torch.autograd.Function):
             assert upstream is not None
             coefficients = job.coefficients(statistics, chosen=Chosen(ids, values) if job.truncated else None)
             coefficients = coefficients.times(upstream.to(job.dtype).contiguous())
-        gradients = _run(job, needs, statistics=statistics, coefficients=coefficients).gradients
+        gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
         return tuple(g for g in like(gradients, meta(_student_tensors(job))) if g is not None)
 
     setup_context = _Twice.setup_context
@@ -441,5 +435,5 @@ def token_logprobs(job: Job) -> tuple[Tensor, Tensor]:
 
 def token_topk(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; not differentiable."""
-    with torch.no_grad(), without_autocast(job.device):
+    with torch.no_grad():
         return chunks.most_likely(job, k)

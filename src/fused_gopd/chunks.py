@@ -8,11 +8,12 @@ nothing here knows a machine beyond the row operations and GEMMs that it calls.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ from .objective import (
     TokenStats,
 )
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
-from .rowops.torch import TorchRowOps, accumulation_dtype
+from .rowops.torch import TorchRowOps, accumulation_dtype, rows_of
 from .shards import VocabShard, require_agreement
 from .topk import Entries, OnSupport, Truncation
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------ memory plan
 
@@ -605,10 +608,6 @@ def _transform(head: Head) -> LogitTransform:
     return LogitTransform(head.logit_scale, head.softcap, head.temperature, bias)
 
 
-def _cut(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
 def _local(shard: VocabShard | None, token_ids: Tensor) -> Tensor:
     """Ids among the columns that this rank computes; -1 elsewhere."""
     return token_ids if shard is None else shard.local(token_ids)
@@ -702,6 +701,17 @@ def _largest(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+def _in_own_precision(loop: Callable[..., T]) -> Callable[..., T]:
+    """The loop chooses its own precision: autocast would turn its float32 GEMMs on a CPU into bfloat16 ones."""
+
+    @functools.wraps(loop)
+    def wrapped(job: Job, *arguments: Any, **options: Any) -> T:
+        with gemm.without_autocast(job.device):
+            return loop(job, *arguments, **options)
+
+    return wrapped
+
+
 class Run(NamedTuple):
     """What the loop leaves."""
 
@@ -710,6 +720,7 @@ class Run(NamedTuple):
     chosen: Chosen | None  # of topk, for a backward after statistics alone
 
 
+@_in_own_precision
 def run(
     job: Job,
     needs: Needs = NOTHING,
@@ -828,6 +839,7 @@ def _cut_by(shard: VocabShard, head: Head) -> object:
     return head.shard.bounds, head.shard.reduce_hidden
 
 
+@_in_own_precision
 def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
     job = _as_multiplied(job)
@@ -927,7 +939,7 @@ def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int
         chunk, along = _statistics(job, problem, *along)
     else:
         chunk, student, along = _statistics_around(
-            job.ops, problem, support.token_ids, _cut(job.token_ids, cut), job.student.shard, *along
+            job.ops, problem, support.token_ids, rows_of(job.token_ids, cut), job.student.shard, *along
         )
     _store(job, statistics, chunk, start, stop)
     if along:
@@ -987,7 +999,7 @@ def _support(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: 
             if ids is None:
                 assert k is not None
                 ids = _largest(head, rows, job.columns(head), k)
-            sampled = _cut(job.token_ids, cut)
+            sampled = rows_of(job.token_ids, cut)
             own_sampled = None if sampled is None else _local(head.shard, sampled)
             alone = RowProblem(job.columns(head), rows, token_ids=own_sampled)
             scored, on_support, _ = _statistics_around(job.ops, alone, ids, sampled, head.shard)

@@ -14,8 +14,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from . import autograd, chunks, objective
 from .chunks import STATISTICS, Chosen, Gradients, Needs, Scaling
-from .gemm import without_autocast
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .jobs import make_job, make_output, most_likely, prepare_alone
 from .output import GOPDOutput
@@ -150,13 +148,6 @@ def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x for x in tensors]
 
 
-@contextmanager
-def _plain(packed: Sequence[Any]) -> Iterator[None]:
-    """Inside an op nothing is recorded, and precision is the loop's own business."""
-    with torch.no_grad(), without_autocast(packed[0].device):
-        yield
-
-
 def _padded(x: Tensor, shape: Sequence[int], fill: float = 0) -> Tensor:
     """x in the corner of a larger tensor."""
     if x.shape == torch.Size(shape):
@@ -269,7 +260,7 @@ def _loss_op(*packed: Any) -> list[Tensor]:
     That is the student's gradients and two factors of them, or statistics of all tokens and what topk chose.
     """
     a, needs = _call(packed)
-    with _plain(packed):
+    with torch.no_grad():
         p = prepare(**a)
         job = make_job(p)
         scaling, now = Scaling.of(job, p.weights), any(needs) and not _recomputes(a)
@@ -313,7 +304,7 @@ def _(*packed: Any) -> list[Tensor]:
 def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
     """The student's gradients from what :func:`_loss_op` left, its logits recomputed."""
     a, needs = _call(packed)
-    with _plain(packed):
+    with torch.no_grad():
         p = prepare(**a)
         job = make_job(p)
         n = job.rows.count
@@ -376,7 +367,7 @@ def gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
 def _logprobs_op(*packed: Any) -> list[Tensor]:
     """log-probs, entropies, and the statistics where a backward needs them."""
     a, needs = _call(packed)
-    with _plain(packed):
+    with torch.no_grad():
         p = prepare_alone(**a)
         job = make_job(p)
         statistics = chunks.run(job, needs).statistics
@@ -398,7 +389,7 @@ def _logprobs_backward_op(
     upstream: Tensor | None, upstream_entropy: Tensor | None, statistics: Tensor, *packed: Any
 ) -> list[Tensor]:
     a, needs = _call(packed)
-    with _plain(packed):
+    with torch.no_grad():
         p = prepare_alone(**a)
         job = make_job(p)
         statistics = statistics[:, : job.rows.count].contiguous()

@@ -26,6 +26,7 @@ from .checks import one_of, require_number
 from .heads import LinearHead
 from .objective import REDUCTIONS, Sequences, widest
 from .output import GOPDOutput
+from .shards import is_dtensor
 
 T = TypeVar("T")
 
@@ -135,14 +136,6 @@ def through_head(
 # ------------------------------------------------------------------------------------------------- one gather a step
 
 
-def _is_dtensor(x: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
 @contextmanager
 def gathered(
     weight: Tensor, *, dtype: torch.dtype | None = None, gradient_divide_factor: float | None = None
@@ -174,7 +167,7 @@ def gathered(
         ValueError: an option that the kind of weight does not have; a ZeRO-3 parameter.
         RuntimeError: a backward through the weight after the block.
     """
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         with _gathered_dtensor(weight, weight.dtype if dtype is None else dtype, gradient_divide_factor) as whole:
             yield whole
         return

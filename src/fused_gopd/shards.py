@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import refuse
+from .checks import refuse, require_count
 
 # PyTorch 2.13 renamed it
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -106,10 +106,7 @@ class VocabShard:
 
         No collective.
         """
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        require_count("vocab_size", vocab_size)
         group = _group(group)
         ranks = dist.get_world_size(group)
         size = -(-vocab_size // ranks)

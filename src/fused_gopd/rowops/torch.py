@@ -54,7 +54,7 @@ class TorchRowOps:
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
         dtype = _dtype(problem)
         for rows, part in _blocks(problem):
-            part_weights = GradientWeights(_cut(weights.divergence, rows), _cut(weights.token, rows))
+            part_weights = GradientWeights(rows_of(weights.divergence, rows), rows_of(weights.token, rows))
             own = statistics[:, rows]
             out[rows, : problem.vocab_size].copy_(_gradient(part, _load(part, dtype, own), own, part_weights))
 
@@ -83,7 +83,7 @@ def _dtype(problem: RowProblem) -> torch.dtype:
     return accumulation_dtype(*(m.raw for m in models if m is not None))
 
 
-def _cut(x: Tensor | None, rows: slice) -> Tensor | None:
+def rows_of(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
 
 
@@ -106,7 +106,7 @@ def _blocks(problem: RowProblem) -> Iterator[tuple[slice, RowProblem]]:
                 teacher=part(problem.teacher),
                 ref=part(problem.ref),
                 reward_scale=lam[rows] if isinstance(lam, Tensor) else lam,
-                token_ids=_cut(problem.token_ids, rows),
+                token_ids=rows_of(problem.token_ids, rows),
             ),
         )
 
