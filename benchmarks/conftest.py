@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--jobs", default="", help="comma-separated jobs, default all")
     group.addoption("--providers", default="", help="comma-separated providers, default all; floor is the floors")
     group.addoption("--seconds", type=float, default=None, help="factor on the time spent per provider")
+    group.addoption("--limit", type=float, default=None, help="seconds after which no further case is started")
     group.addoption("--no-memory", action="store_true", help="skip the memory runs")
     group.addoption("--no-accuracy", action="store_true", help="skip the accuracy runs")
 
@@ -95,11 +96,17 @@ class Session:
     """One workload's inputs at a time: two would not fit a small machine."""
 
     config: pytest.Config
+    started: float = field(default_factory=time.monotonic)
     workload: Workload | None = None
     _inputs: list[Inputs] = field(default_factory=list)
     _truth: Result | None = None
     _peaks: dict[str, memory.Peak | str] = field(default_factory=dict)
     _floor: Floor | None = None
+
+    @property
+    def out_of_time(self) -> bool:
+        limit = self.config.getoption("--limit")
+        return limit is not None and time.monotonic() - self.started > limit
 
     def enter(self, workload: Workload) -> None:
         """Make this workload the current one."""

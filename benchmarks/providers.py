@@ -159,15 +159,20 @@ def _compile(workload: Workload) -> Run:
     return of_live(torch.compile(dense(workload), fullgraph=True, dynamic=False))
 
 
+# Ends the name of a provider of this package whose chunks have logits in the dtype of the heads.
+LOW_CHUNKS = "-low-chunks"
+
+
 def buffers(workload: Workload) -> int:
     """C x V buffers of logits that a chunk of the job holds at once."""
     joint = workload.kind.objective not in ("logprobs", "nll", "policy", "sampled")
     return logits_buffers(joint, workload.kind.models)
 
 
-def chunk_size(workload: Workload) -> int:
+def chunk_size(workload: Workload, element_bytes: int = 4) -> int:
     """Tokens of a chunk in this package; the compiled chunks have as many."""
-    return min(workload.live_tokens, chunk_size_for(workload.vocab, buffers(workload), workload.device))
+    fitting = chunk_size_for(workload.vocab, buffers(workload), workload.device, element_bytes)
+    return min(workload.live_tokens, fitting)
 
 
 def _chunks(inputs: Inputs, size: int) -> list[Inputs]:
@@ -221,10 +226,12 @@ def _heads(inputs: Inputs) -> tuple[fg.LinearHead | fg.Logits, ...]:
     return tuple(fg.LinearHead(h, w) for h, w in zip(inputs.rows, inputs.weights, strict=True))
 
 
-def gopd(gopd_loss: Callable[..., fg.GOPDOutput], workload: Workload, inputs: Inputs, backend: str) -> Tensor:
+def gopd(
+    gopd_loss: Callable[..., fg.GOPDOutput], workload: Workload, inputs: Inputs, backend: str, **options: Any
+) -> Tensor:
     """The job by this package's call, or by its dense reference of the same signature."""
     objective, heads = workload.kind.objective, _heads(inputs)
-    options: dict[str, Any] = {"reward_scale": REWARD_SCALE, "mask": inputs.mask, "backend": backend}
+    options |= {"reward_scale": REWARD_SCALE, "mask": inputs.mask, "backend": backend}
     ids: Tensor | None = inputs.token_ids
     if objective == "policy":
         old, q, r = inputs.scores
@@ -253,6 +260,15 @@ def _package(backend: str) -> Callable[[Workload], Run]:
         if workload.job == "nll":
             return differentiated(lambda inputs: -logprobs(inputs).sum() / live_count(inputs))
         return differentiated(lambda inputs: gopd(fg.gopd_loss, workload, inputs, backend))
+
+    return prepare
+
+
+def _low_chunks(backend: str) -> Callable[[Workload], Run]:
+    """The chunk's logits in the dtype of the heads."""
+
+    def prepare(workload: Workload) -> Run:
+        return differentiated(lambda i: gopd(fg.gopd_loss, workload, i, backend, chunk_dtype=workload.dtype))
 
     return prepare
 
@@ -286,6 +302,7 @@ BACKENDS = ("triton", "native", "torch")
 _ALL = tuple(JOBS)
 _HIDDEN = tuple(name for name, job in JOBS.items() if job.level == "hidden")
 _REFERENCE = tuple(name for name, job in JOBS.items() if job.models > 1)
+_JOINT = tuple(name for name in _REFERENCE if name in _HIDDEN and JOBS[name].objective != "sampled")
 
 
 def _free_memory(device: str) -> int:
@@ -318,6 +335,15 @@ def _backend_reason(backend: str) -> Callable[[Workload], str | None]:
     return reason
 
 
+def _low_reason(backend: str) -> Callable[[Workload], str | None]:
+    def reason(workload: Workload) -> str | None:
+        if torch.device(workload.device).type == "cpu":
+            return "for a GPU"
+        return "the heads are float32" if workload.dtype == torch.float32 else _backend_reason(backend)(workload)
+
+    return reason
+
+
 def _one_chunk(workload: Workload) -> str | None:
     return (
         "all tokens fit one chunk: the same as without chunks" if chunk_size(workload) == workload.live_tokens else None
@@ -329,7 +355,8 @@ def _fused() -> dict[str, Provider]:
     for backend in BACKENDS:
         found[FUSED_PREFIX + backend] = Provider(_ALL, _package(backend), _backend_reason(backend))
         found[f"{FUSED_PREFIX}{backend}-one-pass"] = Provider(("nll",), _one_pass(backend), _backend_reason(backend))
-    return found
+    low = Provider(_JOINT, _low_chunks("triton"), _low_reason("triton"))
+    return found | {FUSED_PREFIX + "triton" + LOW_CHUNKS: low}
 
 
 # tensors of [tokens, vocabulary] in float32 that are alive at once: fused_gopd.cli.plan.dense_peak says where they are

@@ -39,6 +39,7 @@ NAMES = {
     "fused-native": "**this package**, `native`",
     "fused-torch": "this package, `torch`",
     "fused-triton": "**this package**, `triton`",
+    "fused-triton-low-chunks": "**this package**, `triton`, `chunk_dtype` of the heads",
     "fused-native-one-pass": "**this package**, `native`, `gopd_loss` with advantage 1",
     "fused-torch-one-pass": "this package, `torch`, `gopd_loss` with advantage 1",
     "fused-triton-one-pass": "**this package**, `triton`, `gopd_loss` with advantage 1",

@@ -142,6 +142,7 @@ class Options:
     memory: bool = True
     accuracy: bool = True
     keep_memory: bool = False
+    limit: float | None = None  # seconds after which no further case is started
 
     def checked(self) -> Options:
         """Itself with the suite filled in, or an error that says which option, what was expected and what came."""
@@ -184,6 +185,7 @@ class Options:
         command += [f"--device={self.device}", f"--suite={self.suite}"]
         command += [f"--jobs={','.join(self.jobs)}", f"--providers={','.join(self.providers)}"]
         command += [] if self.seconds is None else [f"--seconds={self.seconds}"]
+        command += [] if self.limit is None else [f"--limit={self.limit}"]
         return command + ["--no-memory"] * (not self.memory) + ["--no-accuracy"] * (not self.accuracy)
 
 
@@ -250,12 +252,14 @@ def main() -> int:
     parser.add_argument("--jobs", default="", help="comma-separated, default all")
     parser.add_argument("--providers", default="", help="comma-separated, default all; the floors are called floor")
     parser.add_argument("--seconds", type=float, help="factor on the time spent per provider")
+    parser.add_argument("--limit", type=float, help="seconds after which no further case is started")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-accuracy", action="store_true")
     parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory while timing")
     args = parser.parse_args()
     selection = {"jobs": names(args.jobs), "providers": names(args.providers), "seconds": args.seconds}
     rest = {"memory": not args.no_memory, "accuracy": not args.no_accuracy, "keep_memory": args.keep_memory}
+    rest["limit"] = args.limit
     try:
         options = Options(args.device, args.suite, **selection, **rest).checked()
     except BadOptionError as error:

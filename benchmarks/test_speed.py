@@ -19,14 +19,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .conftest import Session, milliseconds
 from .floors import count
-from .providers import FUSED_PREFIX, chunk_size
+from .providers import FUSED_PREFIX, LOW_CHUNKS, chunk_size
 from .registry import FLOOR, PROVIDERS, has_floor
 from .workloads import SUITES, Workload, synchronize
 
 # Seconds of measured rounds per provider, and the fewest and the most rounds; seconds of warm-up.
 SECONDS = {"logits": 4.0, "hidden": 16.0}
 ROUNDS = (3, 41)
-WARM_UP = 1.0
+WARM_UP = {"cpu": 1.0, "cuda": 0.3}
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -35,7 +35,8 @@ def row_of(workload: Workload, provider: str) -> dict[str, Any]:
     hidden = None if workload.hidden is None else [*workload.hidden, None, None][:3]
     chunk_dtypes = {"compile-chunked": workload.dtype_name}
     if provider.startswith(FUSED_PREFIX) and hidden is not None:
-        chunk_dtypes[provider] = "float32"
+        chunk_dtypes[provider] = workload.dtype_name if provider.endswith(LOW_CHUNKS) else "float32"
+    element_bytes = 2 if provider.endswith(LOW_CHUNKS) else 4
     return {
         "job": workload.job,
         "provider": provider,
@@ -44,7 +45,7 @@ def row_of(workload: Workload, provider: str) -> dict[str, Any]:
         "vocab": workload.vocab,
         "dtype": workload.dtype_name,
         "chunk_dtype": chunk_dtypes.get(provider),
-        "chunk_size": chunk_size(workload) if provider in chunk_dtypes else None,
+        "chunk_size": chunk_size(workload, element_bytes) if provider in chunk_dtypes else None,
         "masked": workload.masked,
         "frozen": workload.frozen,
     }
@@ -87,7 +88,7 @@ def _rounds(timed: Callable[[], float], beside: float, workload: Workload, secon
     of later ones. The last call and the floor's time ``beside`` each round say how many rounds fit.
     """
     estimates = [timed() for _ in range(2 if compiles else 1)]
-    while seconds and sum(estimates) < 1e3 * WARM_UP:
+    while seconds and sum(estimates) < 1e3 * WARM_UP[torch.device(workload.device).type]:
         estimates.append(timed())
     fitting = round(seconds * 1e3 * SECONDS[workload.level] / (estimates[-1] + beside))
     return min(max(fitting, ROUNDS[0]), ROUNDS[1])
@@ -95,6 +96,8 @@ def _rounds(timed: Callable[[], float], beside: float, workload: Workload, secon
 
 def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, session: Session) -> None:
     option = session.config.getoption
+    if session.out_of_time:
+        pytest.skip(f"the limit of {option('--limit'):.0f} s was over")
     session.enter(workload)
     benchmark.group = workload.name
     benchmark.extra_info |= row_of(workload, provider)

@@ -221,6 +221,17 @@ CASES = {
     "beta 1": (dict(divergence="jsd", beta=1, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 1.0"),
     "beta type": (dict(divergence="jsd", beta="0.5", **FULL), TypeError, "beta must be a Python number, got str"),
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    "chunk_dtype of sampled": (
+        {"chunk_dtype": torch.bfloat16},
+        ValueError,
+        "chunk_dtype is for the estimators full and topk",
+    ),
+    "chunk_dtype of another dtype": (
+        {"chunk_dtype": torch.bfloat16, "estimator": "full"},
+        ValueError,
+        "student.hidden is torch.float32: leave chunk_dtype out",
+    ),
+    "chunk_dtype type": ({"chunk_dtype": "bfloat16"}, TypeError, "chunk_dtype must be a torch.dtype, got str"),
     "chunk_size type": ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int, got float"),
     "vocab_size too large": ({"vocab_size": V + 1}, ValueError, "vocab_size must be between 1 and 7.*got 8"),
     "vocab_size 0": ({"vocab_size": 0}, ValueError, "vocab_size must be between 1 and 7.*got 0"),

@@ -32,6 +32,7 @@ def low_precision_products(monkeypatch):
         return [t.float() for t in tensors]
 
     def logits_(out, hidden, weight):
+        assert out.dtype in (torch.float32, weight.dtype)
         h, w = operands(hidden, weight)
         return out.copy_(h @ w.T)
 
@@ -76,6 +77,40 @@ def test_gradients_are_rounded_at_three_places_at_most(dtype, objective, reducti
     want = gradients(wide, fg.reference.gopd_loss, **options)
     for g, w in zip(got, want, strict=True):
         assert relative_error(g, w) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES[1:], ids=str)
+def test_chunks_in_low_precision_give_what_logits_in_that_dtype_give(dtype, objective, backend):
+    """As if each model had returned its logits in that dtype: no rounding but of these and of the gradients."""
+    batch = make_batch(6, dtype=dtype)
+    options = dict(reward_scale=1.25, backend=backend, **objective)
+    out = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, chunk_size=3, chunk_dtype=dtype, **options)
+    got = torch.autograd.grad(out.loss, batch.leaves)
+    student = widened(batch.student)
+    logits = [(student.hidden @ student.weight.T)]
+    logits += [widened(m).hidden @ widened(m).weight.T for m in (batch.teacher, batch.ref)]
+    # rounded in the forward, and passed through in the backward
+    heads = [fg.Logits(z + (z.to(dtype).double() - z).detach()) for z in logits]
+    want = fg.reference.gopd_loss(*heads, batch.token_ids, mask=batch.mask, reward_scale=1.25, **objective)
+    assert relative_error(out.token_loss, want.token_loss) < 2e-5
+    for g, w in zip(got, torch.autograd.grad(want.loss, (student.hidden, student.weight)), strict=True):
+        assert relative_error(g, w) <= bound(dtype)
+
+
+def test_chunks_in_low_precision_need_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    batch = make_batch(6, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"chunk_dtype=.* is for .* a CUDA GPU, .*student.hidden .* on cpu"):
+        gradients(batch, estimator="full", chunk_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_equal_models_give_zero_in_low_precision_chunks(dtype):
+    batch = make_batch(7, dtype=dtype)
+    same = batch.replaced(teacher=batch.student, ref=batch.student)
+    options = {"estimator": "full", "chunk_dtype": dtype, "reward_scale": 1.25}
+    assert all((g == 0).all() for g in gradients(same, **options))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=str)

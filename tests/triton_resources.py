@@ -69,6 +69,9 @@ MAIN = (
 )
 
 
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     device: Device
@@ -261,9 +264,10 @@ def compile_launch(kernel: str, target_name: str) -> Resources:
             constants[name] = value
             signature[name] = "constexpr"
         elif isinstance(value, torch.Tensor):
-            names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64"}
-            signature[name] = "*" + names[str(value.dtype).removeprefix("torch.")]
+            signature[name] = "*" + DTYPES[value.dtype]
             divisible = True
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            signature[name] = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

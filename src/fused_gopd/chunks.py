@@ -43,6 +43,8 @@ T = TypeVar("T")
 # within 10 % on two AVX-512 cores, so a larger budget buys nothing.
 # GPU: 1.75 GiB give the 1024 tokens that the accumulation of the weight gradient needs (C / 4 FLOP per byte).
 CHUNK_BUDGET_BYTES = {"cpu": 256 << 20, "gpu": 1792 << 20}
+# The same for logits in 16 bits, which need less for chunks of more tokens.
+LOW_PRECISION_BUDGET_BYTES = 1440 << 20
 # Never fewer tokens than this by default, whatever the budget.
 CHUNK_FLOOR = {"cpu": 32, "gpu": 1024}
 # More tokens than this make no GEMM faster.
@@ -58,7 +60,8 @@ def chunk_size_for(vocab_size: int, buffers: int, device_type: str, element_byte
     Depends on shapes, dtype and the kind of device only, never on free memory or a timing: two runs give the same bits.
     """
     kind = "cpu" if device_type == "cpu" else "gpu"
-    fitting = CHUNK_BUDGET_BYTES[kind] // max(1, buffers * vocab_size * element_bytes)
+    budget = LOW_PRECISION_BUDGET_BYTES if element_bytes < 4 else CHUNK_BUDGET_BYTES[kind]
+    fitting = budget // max(1, buffers * vocab_size * element_bytes)
     fitting -= fitting % _CHUNK_MULTIPLE
     return int(min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting)))
 
@@ -200,6 +203,7 @@ class Job:
     labels: Tensor | None = None  # (n,) int64, -1 is none
     sft_weight: float = 1.0
     grad_filter: float = 0.0  # columns of a chunk's logit gradient that are below it everywhere are left out of GEMMs
+    chunk_dtype: torch.dtype | None = None  # of linear models' logits; None is that of accumulation
 
     @property
     def truncated(self) -> bool:
@@ -590,7 +594,8 @@ class _Buffers:
             if writable:
                 raw = self._buffer(slot, raw.dtype, stop - start, columns).copy_(raw[:, :columns])
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), _transform(head))
-        out = self._buffer(slot, accumulation_dtype(head.weight), stop - start, columns)
+        dtype = accumulation_dtype(head.weight) if job.chunk_dtype is None else job.chunk_dtype
+        out = self._buffer(slot, dtype, stop - start, columns)
         if columns:
             gemm.logits_(out, job.rows.take(head.hidden, start, stop), head.weight[:columns])
         return ModelRows(out, _transform(head))
@@ -785,6 +790,7 @@ def _require_agreement(job: Job, needs: Needs, fused: bool = False) -> None:
     scale = "per token" if isinstance(job.reward_scale, Tensor) else job.reward_scale
     given = [name for name in _OPTIONAL if getattr(job, name) is not None]
     options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, job.grad_filter)
+    dtype = str(job.chunk_dtype)
     values: dict[str, int | Tensor] = {}
     for name, tensor in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
         values[name] = 0  # every rank sends as many terms
@@ -799,7 +805,7 @@ def _require_agreement(job: Job, needs: Needs, fused: bool = False) -> None:
             "hidden size": student.rows.shape[-1] if isinstance(student, LinearHead) else 0,
             "chunk_size": job.chunk_size,
             "models, options and requires_grad": zlib.crc32(
-                repr((options, kinds, scale, given, job.width, needs, fused)).encode()
+                repr((options, dtype, kinds, scale, given, job.width, needs, fused)).encode()
             ),
         }
         require_agreement(shard, job.device, terms | values, {"hidden states": _fingerprint(job)})

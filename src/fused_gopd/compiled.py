@@ -71,17 +71,21 @@ def _pack(name: str, value: Any, parts: _Parts) -> Any:
     """What JSON can say of an argument; its tensors and numbers go to the lists."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    for kind, part in ((Tensor, parts.tensors), (int, parts.ints), (float, parts.floats)):
-        if isinstance(value, kind):
+    lists = (("Tensor", Tensor, parts.tensors), ("int", int, parts.ints), ("float", float, parts.floats))
+    for kind, python_type, part in lists:
+        if isinstance(value, python_type):
             part.append(value)
-            return {kind.__name__: len(part) - 1}
+            return {kind: len(part) - 1}
     if isinstance(value, VocabShard):
         return {"VocabShard": value.described}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if type(value).__name__ in _KINDS:
         fields = {f.name: _pack(name, getattr(value, f.name), parts) for f in dataclasses.fields(value)}
         return {type(value).__name__: fields}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_pack(name, x, parts) for x in value]}
+        # names written out, here and above: Dynamo of PyTorch 2.11 does not follow the __name__ of a built-in type
+        return {"list" if isinstance(value, list) else "tuple": [_pack(name, x, parts) for x in value]}
     raise TypeError(f"{name} is a {type(value).__name__}, which a compiled graph cannot hold")
 
 
@@ -93,6 +97,8 @@ def _unpack(value: Any, parts: _Parts) -> Any:
         return _KINDS[kind](**{name: _unpack(x, parts) for name, x in content.items()})
     if kind == "VocabShard":
         return VocabShard.of(content)
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind in ("list", "tuple"):
         values = [_unpack(x, parts) for x in content]
         return values if kind == "list" else tuple(values)

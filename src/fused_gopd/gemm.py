@@ -93,12 +93,12 @@ def _wide_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def logits_(
-    out: Tensor,  # (C, V) float32, float64 for a float64 weight; rows may be strided
+    out: Tensor,  # (C, V) float32, float64 for a float64 weight, or the dtype of the weight; rows may be strided
     hidden: Tensor,  # (C, H)
     weight: Tensor,  # (V, H)
 ) -> Tensor:
     """out = hidden @ weight.T"""
-    if accumulates_low_precision(weight):
+    if accumulates_low_precision(weight) and out.dtype != weight.dtype:
         return torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=out)  # type: ignore[no-any-return]
     onednn = _uses_onednn(hidden.shape[0], weight)
     if weight.dtype == out.dtype and not onednn:

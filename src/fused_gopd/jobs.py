@@ -55,7 +55,7 @@ def make_job(p: Prepared) -> Job:
         for head in heads
         if head is not None
     )
-    auto = chunk_size_for(widest, max(1, buffers), p.device.type, p.dtype.itemsize)
+    auto = chunk_size_for(widest, max(1, buffers), p.device.type, (p.chunk_dtype or p.dtype).itemsize)
     return Job(
         p.rows,
         p.vocab_size,
@@ -84,6 +84,7 @@ def make_job(p: Prepared) -> Job:
         labels=p.labels,
         sft_weight=p.sft_weight,
         grad_filter=p.grad_filter,
+        chunk_dtype=p.chunk_dtype,
     )
 
 

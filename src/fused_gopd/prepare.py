@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import objective
+from . import gemm, objective
 from .checks import (
     IGNORE,
     one_of,
@@ -93,6 +93,35 @@ def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor
 def _must_not_wait(device: torch.device) -> bool:
     """Whether no value may decide anything: while a CUDA graph is captured, and on meta, which has no values."""
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _check_chunk_dtype(
+    chunk_dtype: torch.dtype | None, default: torch.dtype, models: dict[str, Source], estimator: Estimator
+) -> torch.dtype | None:
+    """None for the default, which is that of accumulation.
+
+    A library's product has the dtype of its operands or float32: nothing else can be asked for.
+    """
+    if chunk_dtype is not None and not isinstance(chunk_dtype, torch.dtype):
+        raise TypeError(f"chunk_dtype must be a torch.dtype, got {type(chunk_dtype).__name__}")
+    if chunk_dtype in (None, default):
+        return None
+    if estimator == "sampled":
+        raise ValueError("chunk_dtype is for the estimators full and topk: sampled holds one model's logits at a time")
+    for name, model in models.items():
+        if not isinstance(model, LinearHead):
+            continue
+        if model.hidden.dtype != chunk_dtype:
+            raise ValueError(
+                f"chunk_dtype={chunk_dtype} needs all hidden states in that dtype, and {name}.hidden is "
+                f"{model.hidden.dtype}: leave chunk_dtype out"
+            )
+        if not gemm.accumulates_low_precision(model.hidden):
+            raise ValueError(
+                f"chunk_dtype={chunk_dtype} is for bfloat16 and float16 heads on a CUDA GPU, and {name}.hidden is "
+                f"{model.hidden.dtype} on {model.hidden.device}: leave chunk_dtype out"
+            )
+    return chunk_dtype
 
 
 def _check_without_waiting(masked: bool, routed: bool, grad_filter: float, ratio: Ratio, advantage_fn: object) -> None:
@@ -504,6 +533,7 @@ class Prepared:
     sequences: Sequences
     weights: Tensor  # () or (n,)
     chunk_size: int | None
+    chunk_dtype: torch.dtype | None
     grad_filter: float
     backend: str
     dtype: torch.dtype  # of accumulation and of the outputs
@@ -580,6 +610,7 @@ def prepare(
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    chunk_dtype: torch.dtype | None = None,
     grad_filter: float = 0.0,
     backend: str = "auto",
 ) -> Prepared:
@@ -677,6 +708,7 @@ def prepare(
     labels, sft_weight = _check_labels(sft_labels, sft_weight, rows, shape, device, joint)
     heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
     dtype = accumulation_dtype(*(head.rows for head in heads))
+    chunk_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others}, estimator)
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if rows.keep is not None:
         weights = weights * rows.keep
@@ -706,6 +738,7 @@ def prepare(
         sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
         chunk_size,
+        chunk_dtype,
         grad_filter,
         backend,
         dtype,

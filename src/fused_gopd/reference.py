@@ -350,12 +350,14 @@ def gopd_loss(
     score_cancelled: bool = False,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    chunk_dtype: torch.dtype | None = None,
     grad_filter: float = 0.0,
     backend: str = "auto",
 ) -> GOPDOutput:
     """:func:`fused_gopd.gopd_loss` in dense PyTorch: same arguments, same result, [tokens, V] memory.
 
-    ``chunk_size``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing to choose here.
+    ``chunk_size``, ``chunk_dtype``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing
+    to choose here.
     """
     p = prepare(**locals())
     for model in (p.student, *p.teacher, *p.ref, *itertools.chain(*p.cancelled.values())):

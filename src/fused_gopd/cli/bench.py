@@ -82,6 +82,9 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(min=0.0, help="Factor on the time spent per provider. Default: the suite's.")
     ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds after which no further case is started. Default: none.")
+    ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     accuracy: Annotated[bool, typer.Option(help="Measure errors against float64.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
@@ -97,7 +100,7 @@ def bench(
     if list_all:
         typer.echo(run.listing())
         return
-    rest = {"seconds": seconds, "memory": memory, "accuracy": accuracy}
+    rest = {"seconds": seconds, "limit": limit, "memory": memory, "accuracy": accuracy}
     try:
         options = run.Options(device, suite or "", run.names(jobs), run.names(providers), **rest).checked()
     except run.BadOptionError as error:

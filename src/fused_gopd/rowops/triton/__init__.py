@@ -7,6 +7,7 @@ this file decides what they are launched with. Importing it needs neither Triton
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import math
@@ -56,6 +57,7 @@ class Device:
     capability: int = 90  # CUDA compute capability, major * 10 + minor; 0 on AMD
 
     @staticmethod
+    @functools.cache
     def of(device: torch.device) -> Device:
         if device.type != "cuda":  # the interpreter: any number will do, a small one makes fewer programs
             return Device(multiprocessors=4)
@@ -83,7 +85,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """The tile of the linear kernel: rows, vocabulary entries and hidden units; ``group`` row tiles share L2."""
+    """The tile of the linear kernel: rows, vocabulary entries and hidden units; up to ``group`` row tiles share L2."""
 
     rows: int
     vocabulary: int
@@ -92,28 +94,42 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
+    descriptors: bool = False  # the copy engine of Hopper and later fetches the operands
 
 
-def _row_stages() -> int:
-    """Two, but one for Triton 3.2, whose compiler asserts on prefetching blocks of three dimensions."""
+@functools.cache
+def _prefetches() -> bool:
+    """Not Triton 3.2, whose compiler asserts on prefetching blocks of three dimensions."""
     major, minor = importlib.import_module("triton").__version__.split(".")[:2]
-    return 2 if (int(major), int(minor)) >= (3, 3) else 1
+    return (int(major), int(minor)) >= (3, 3)
+
+
+@functools.cache
+def _has_descriptors() -> bool:
+    """Whether this Triton makes tensor descriptors on the host."""
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def _copyable(x: Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of a matrix: rows that start on multiples of 16 bytes."""
+    row_bytes = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and row_bytes > 0 and row_bytes % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def tiles(problem: RowProblem, device: Device) -> Tiles:
     """The row kernel's tile, from the problem alone and not the operation: `statistics` and `gradient` agree on it.
 
-    A thread loads 16 bytes at a time where every row starts on a multiple of 16 elements, single elements otherwise,
-    and has 8 columns per tile. 256 threads: three models then take 64 to 80 registers without spills, so three
-    programs of 8 warps fit on a multiprocessor and one waits for loads or the barrier while another computes (with 512
-    threads it is 95 registers and one program). Two stages: the statistics passes prefetch the next tile into 24 KiB
-    of shared memory. From compile-time resources (tests/triton_resources.py), not yet measured on a GPU; there, try
-    1024 threads for a single model in 16 bits, whose rows in flight would then fit into L2 for the second pass.
+    Where every row starts on a multiple of 16 elements a thread has the 16 bytes of one load per model and tile, and
+    256 threads leave registers for several programs on a multiprocessor. The statistics passes fetch one to three tiles
+    ahead into shared memory. Measured on an H200 and an H100 (1024 rows of 151936, see docs/performance.md): in float32
+    a second load per thread takes 3 to 40 % longer, other numbers of threads up to 25 %. Only Hopper is measured; where
+    nothing is, one tile ahead: with more the jsd would spill on Blackwell and on AMD's GPUs.
 
-    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
-    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
-    loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are two
-    programs; with single loads, whose addresses are all live, 255 are one.
+    Rows that are not aligned are loaded element by element, 8 columns a thread: the rest is from compile-time resources
+    (tests/triton_resources.py). Three models with a softcap, and the jsd with lambda per token, keep too much per
+    column: half of them. Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or
+    single loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are
+    two programs; with single loads, whose addresses are all live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -124,11 +140,14 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     jsd = problem.divergence == "jsd"
     per_token = isinstance(problem.reward_scale, Tensor)
     heavy = len(given) == 3 and (softcap or (jsd and per_token))
-    repeat = max(1, (4 if heavy else 8) // vector)
+    repeat = 1 if aligned else 4 if heavy else 8
+    stages = 2
+    if device.capability == 90 and aligned and (itemsize == 4 or len(given) > 1):
+        stages = 4 if itemsize == 4 else 3
     limited = heavy and (jsd or per_token or not aligned) and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
-    return Tiles(repeat, threads, vector, threads // device.warp_size, _row_stages(), max_registers)
+    return Tiles(repeat, threads, vector, threads // device.warp_size, stages if _prefetches() else 1, max_registers)
 
 
 def linear_tiles(
@@ -149,18 +168,21 @@ def linear_tiles(
         limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
         return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    if not aligned or H % 64 != 0:
+    descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, (hidden, weight)))
+    if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
         return LinearTiles(64, 64, 32, 16, eight_warps, 2)
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
-        return LinearTiles(16, 64, depth, 16, 4, stages)
+        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors)
     if rows <= 64:
-        return LinearTiles(64, 128, depth, 16, 4 if plain_epilogue or device.amd else 8, stages)
+        warps = 4 if plain_epilogue or device.amd else 8
+        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors)
     if device.amd:
         return LinearTiles(128, 128, depth, 16, 4, stages)
-    return LinearTiles(128, 256 if device.capability == 90 and plain_epilogue else 128, depth, 16, 8, stages)
+    width = 256 if device.capability == 90 and plain_epilogue else 128
+    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors)
 
 
 @dataclass(frozen=True)
@@ -299,14 +321,19 @@ def linear_launches(
 
     kind, pre, post = _transform_arguments(transform)
     rows, splits = hidden.shape[0], partial.shape[0]
+    operands: tuple[Any, Any] = (hidden.detach(), weight.detach())
+    if tile.descriptors:
+        descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
+        blocks = ((tile.rows, tile.hidden), (tile.vocabulary, tile.hidden))
+        operands = tuple(descriptor(x, list(block)) for x, block in zip(operands, blocks, strict=True))
     gemm = Launch(
         linear.linear_kernel,
         math.ceil(rows / tile.rows) * splits,
         {
-            "hidden_ptr": hidden.detach(),
+            "hidden_ptr": operands[0],
             "hidden_stride": hidden.stride(0),
             "hidden_stride_h": hidden.stride(1),
-            "weight_ptr": weight.detach(),
+            "weight_ptr": operands[1],
             "weight_stride": weight.stride(0),
             "weight_stride_h": weight.stride(1),
             "bias_ptr": _bias(transform),
@@ -318,16 +345,17 @@ def linear_launches(
             "V": vocab_size,
             "H": hidden.shape[1],
             "splits": splits,
+            "group": group_size(rows, tile),
         },
         {
             "KIND": kind,
             "INPUT_PRECISION": input_precision,
             "WIDEN": widen,
             "EVEN_H": hidden.shape[1] % tile.hidden == 0,
+            "DESCRIPTORS": tile.descriptors,
             "BLOCK_C": tile.rows,
             "BLOCK_V": tile.vocabulary,
             "BLOCK_H": tile.hidden,
-            "GROUP": tile.group,
         },
         _options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )
@@ -342,10 +370,16 @@ def linear_launches(
     return gemm, merge
 
 
+def group_size(rows: int, tile: LinearTiles) -> int:
+    """Row tiles of a group: groups are alike, or the last one would leave most of the device without work."""
+    row_tiles = math.ceil(rows / tile.rows)
+    return math.ceil(row_tiles / math.ceil(row_tiles / tile.group))
+
+
 def splits(rows: int, vocab_size: int, tile: LinearTiles, device: Device) -> int:
     """Slices of the vocabulary in :func:`linear_launches`: enough that a group of row tiles fills the device."""
-    group = min(math.ceil(rows / tile.rows), tile.group)
-    return max(1, min(device.multiprocessors // group, math.ceil(vocab_size / tile.vocabulary)))
+    slices = device.multiprocessors // group_size(rows, tile)
+    return max(1, min(slices, math.ceil(vocab_size / tile.vocabulary)))
 
 
 def _input_precision(dtype: torch.dtype, device: Device) -> str:

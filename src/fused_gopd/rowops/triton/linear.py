@@ -15,29 +15,31 @@ from .rows import LOGIT_STUDENT, LOGSUM_STUDENT, MAX_STUDENT, MEAN_LOGIT, finite
 @triton.jit
 def linear_kernel(
     hidden_ptr, hidden_stride, hidden_stride_h, weight_ptr, weight_stride, weight_stride_h, bias_ptr, pre, post,
-    token_ptr, partial_ptr, C, V, H, splits,
+    token_ptr, partial_ptr, C, V, H, splits, group,
     KIND: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN_H: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of z = transform(hidden weight^T + bias) for one tile of rows and one slice of the vocabulary.
 
-    hidden_ptr    (C, H) floating, any strides
-    weight_ptr    (>= V, H) the same dtype, any strides
+    hidden_ptr    (C, H) floating, any strides; with DESCRIPTORS a descriptor of it in blocks of BLOCK_C x BLOCK_H
+    weight_ptr    (>= V, H) the same dtype, any strides; with DESCRIPTORS a descriptor, BLOCK_V x BLOCK_H
     bias_ptr      (>= V,) any floating dtype, or None
     token_ptr     (C,) int64
     partial_ptr   (splits, 4, C) fp32, written: maximum m, sum exp(z - m), sum exp(z - m) (z - m), z[token]
 
-    The grid is (row tiles * splits,). Consecutive programs take the GROUP row tiles of one slice: they walk through the
-    same weight tiles together, which device memory then delivers once, and all slices of a group find its GROUP *
-    BLOCK_C hidden states in L2. Device memory is read about C / (GROUP * BLOCK_C) times for the weight and once for the
-    hidden states. WIDEN multiplies in fp32, for the interpreter, whose dot takes raw bits for bf16.
+    The grid is (row tiles * splits,). Consecutive programs take the ``group`` row tiles of one slice: they walk through
+    the same weight tiles together, which device memory then delivers once, and all slices of a group find its group *
+    BLOCK_C hidden states in L2. Device memory is read about C / (group * BLOCK_C) times for the weight and once for the
+    hidden states. With DESCRIPTORS the copy engine fetches the operands, and fills what is outside with 0; without,
+    every thread computes addresses. WIDEN multiplies in fp32, for the interpreter, whose dot takes raw bits for bf16.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(C, BLOCK_C)
-    first = pid // (GROUP * splits) * GROUP
-    group = tl.minimum(row_tiles - first, GROUP)
+    first = pid // (group * splits) * group
+    group = tl.minimum(row_tiles - first, group)
     local = pid - first * splits
-    rows = (first + local % group) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_row = (first + local % group) * BLOCK_C
+    rows = first_row + tl.arange(0, BLOCK_C)
     split = local // group
     vocabulary_tiles = tl.cdiv(V, BLOCK_V)
     begin = split * vocabulary_tiles // splits
@@ -51,7 +53,8 @@ def linear_kernel(
     valid = (token >= 0) & (token < V)
     token = tl.where(valid, token, -1).to(tl.int32)
     h = tl.arange(0, BLOCK_H)
-    hidden_tile = hidden_ptr + safe_rows[:, None] * hidden_stride + h[None, :] * hidden_stride_h
+    if not DESCRIPTORS:
+        hidden_tile = hidden_ptr + safe_rows[:, None] * hidden_stride + h[None, :] * hidden_stride_h
 
     maximum = tl.full([BLOCK_C], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_C], tl.float32)
@@ -61,10 +64,14 @@ def linear_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = columns < V
         safe_columns = tl.where(inside, columns, 0).to(tl.int64)
-        weight_tile = weight_ptr + safe_columns[None, :] * weight_stride + h[:, None] * weight_stride_h
+        if not DESCRIPTORS:
+            weight_tile = weight_ptr + safe_columns[None, :] * weight_stride + h[:, None] * weight_stride_h
         logits = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
         for start in range(0, H, BLOCK_H):
-            if EVEN_H:
+            if DESCRIPTORS:
+                a = hidden_ptr.load([first_row, start])
+                b = weight_ptr.load([tile * BLOCK_V, start]).T
+            elif EVEN_H:
                 a = tl.load(hidden_tile + start * hidden_stride_h)
                 b = tl.load(weight_tile + start * weight_stride_h)
             else:

@@ -1,0 +1,200 @@
+"""Whole calls on a CUDA GPU: against the float64 reference on the same device, at sizes that a CPU suite cannot have.
+
+The kernels' own tests (test_triton.py) and the contract's checks run on a GPU too; this file has what is left: real
+low-precision products, real vocabularies, offsets past 2^31, the same bits twice, torch.compile and NCCL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fused_gopd as fg
+from builders import (
+    OBJECTIVES,
+    TOLERANCE,
+    Batch,
+    assert_close,
+    like,
+    make_batch,
+    relative_error,
+    run,
+    trainable,
+    widened,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+OBJECTIVE_IDS = [" ".join(map(str, o.values())) for o in OBJECTIVES]
+QWEN3 = 151936
+
+
+def on_gpu(batch: Batch) -> Batch:
+    heads = [like(m, **{k: x.detach().cuda() for k, x in m.tensors.items()}) for m in batch.models]
+    mask = None if batch.mask is None else batch.mask.cuda()
+    return Batch(trainable(heads[0]), heads[1], heads[2], batch.token_ids.cuda(), mask)
+
+
+def large(tokens: int, hidden: int, dtype: torch.dtype, seed: int = 0) -> Batch:
+    """Heads over a real vocabulary, made on the device; the models resemble each other."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    base = torch.randn(QWEN3, hidden, generator=g, device="cuda") * 2 / hidden**0.5
+    h = torch.randn(tokens, hidden, generator=g, device="cuda")
+
+    def model() -> fg.LinearHead:
+        w = base + 0.3 * torch.randn(base.shape, generator=g, device="cuda") * 2 / hidden**0.5
+        return fg.LinearHead(h.to(dtype), w.to(dtype))
+
+    ids = torch.randint(QWEN3, (tokens,), generator=g, device="cuda")
+    return Batch(trainable(model()), model(), model(), ids, None)
+
+
+def wide(batch: Batch) -> Batch:
+    return batch.replaced(student=widened(batch.student), teacher=widened(batch.teacher), ref=widened(batch.ref))
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Low precision: rounded at three places at most, as test_gpu_precision.py has it."""
+    return TOLERANCE[dtype] if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_same_as_the_reference(backend: str, reduction: str, objective: dict[str, Any], dtype: torch.dtype) -> None:
+    batch = on_gpu(make_batch(3, shape=(5, 8), vocab=(1003, 1000, 1001), hidden=(64, 128, 72), dtype=dtype))
+    # a sum, not a mean: float16 gradients below 6e-5 would have fewer digits than the bound is about
+    upstream = torch.linspace(-1, 2, 40, device="cuda").reshape(5, 8) if reduction == "none" else None
+
+    def gradients(b: Batch, function: Any, **more: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        out = function(*b.models, b.token_ids, mask=b.mask, reward_scale=1.25, reduction=reduction, **objective, **more)
+        value = out.loss if upstream is None else (out.loss * upstream).sum()
+        return out, torch.autograd.grad(value, b.leaves)
+
+    out, got = gradients(batch, fg.gopd_loss, backend=backend, chunk_size=16)
+    want_out, want = gradients(wide(batch), fg.reference.gopd_loss)
+    # what is not rounded to the hidden states' dtype is as accurate as in float32
+    assert_close(out.token_loss, want_out.token_loss, TOLERANCE[torch.float32])
+    assert_close(out.student_logprobs, want_out.student_logprobs, TOLERANCE[torch.float32])
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        assert relative_error(g, w) <= bound(dtype)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:4], ids=OBJECTIVE_IDS[:4])
+def test_a_real_vocabulary_in_several_chunks(objective: dict[str, Any]) -> None:
+    batch = large(1100, 64, torch.bfloat16)
+    out, got = run(batch, backend="triton", reward_scale=1.25, chunk_size=512, **objective)
+    want_out, want = run(wide(batch), fg.reference.gopd_loss, reward_scale=1.25, **objective)
+    assert_close(out.token_loss, want_out.token_loss, TOLERANCE[torch.float32])
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) <= bound(torch.bfloat16)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:], ids=OBJECTIVE_IDS[1:])
+def test_chunks_in_bfloat16_are_as_accurate_as_dense_code(objective: dict[str, Any]) -> None:
+    """SPEC's rule: the error against float64 is at most that of the dense path in the same dtype."""
+    batch = large(400, 256, torch.bfloat16)
+    _, want = run(wide(batch), fg.reference.gopd_loss, reward_scale=1.25, **objective)
+    _, got = run(batch, reward_scale=1.25, chunk_dtype=torch.bfloat16, **objective)
+    student = trainable(batch.student)
+    dense = [fg.Logits(m.hidden @ m.weight.T) for m in (student, batch.teacher, batch.ref)]
+    loss = fg.reference.gopd_loss(*dense, batch.token_ids, reward_scale=1.25, **objective).loss
+    naive = torch.autograd.grad(loss, (student.hidden, student.weight))
+    for g, n, w in zip(got, naive, want, strict=True):
+        assert relative_error(g, w) <= 1.05 * relative_error(n, w)
+
+
+@pytest.mark.parametrize("hidden", [64, 1000, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probs_of_hidden_states(dtype: torch.dtype, hidden: int) -> None:
+    """The kernel with the statistics in the epilogue of its own GEMM."""
+    batch = large(300, hidden, dtype)
+    with torch.no_grad():
+        got, entropy = fg.token_logprobs(batch.student, batch.token_ids, return_entropy=True)
+        h, w = batch.student.hidden.double(), batch.student.weight.double()
+        logp = (h @ w.T).log_softmax(-1)
+    assert_close(got, logp.gather(-1, batch.token_ids[:, None])[:, 0], TOLERANCE[torch.float32])
+    assert_close(entropy, -(logp.exp() * logp).sum(-1), TOLERANCE[torch.float32])
+
+
+def test_logits_past_two_to_the_31_elements() -> None:
+    """Rows at the end of the tensors have the results that they have alone."""
+    n = 2**31 // QWEN3 + 70
+    g = torch.Generator("cuda").manual_seed(1)
+    logits = [torch.randn(n, QWEN3, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    ids = torch.randint(QWEN3, (n,), generator=g, device="cuda")
+
+    def call(rows: slice) -> tuple[fg.GOPDOutput, torch.Tensor]:
+        student = logits[0][rows].requires_grad_()
+        heads = [fg.Logits(x) for x in (student, *(x[rows] for x in logits[1:]))]
+        out = fg.gopd_loss(*heads, ids[rows], estimator="full", reward_scale=1.25, reduction="sum")
+        return out, torch.autograd.grad(out.loss, student)[0]
+
+    out, grad = call(slice(None))
+    last, last_grad = call(slice(n - 16, n))
+    assert torch.equal(out.token_loss[-16:], last.token_loss)
+    assert torch.equal(grad[-16:], last_grad)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+def test_two_runs_give_the_same_bits(objective: dict[str, Any]) -> None:
+    batch = large(600, 256, torch.bfloat16)
+    first, second = (run(batch, reward_scale=1.25, **objective) for _ in range(2))
+    assert torch.equal(first[0].token_loss, second[0].token_loss)
+    assert all(map(torch.equal, first[1], second[1]))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_compiled_gives_the_same_bits(estimator: str) -> None:
+    batch = large(200, 64, torch.bfloat16)
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        student = fg.LinearHead(hidden * 1, weight)
+        return fg.gopd_loss(student, batch.teacher, batch.ref, batch.token_ids, estimator=estimator).loss
+
+    want = step(*batch.leaves)
+    want_grads = torch.autograd.grad(want, batch.leaves)
+    got = torch.compile(step, fullgraph=True)(*batch.leaves)
+    grads = torch.autograd.grad(got, batch.leaves)
+    assert torch.equal(got, want)
+    assert all(map(torch.equal, grads, want_grads))
+
+
+def test_peak_memory_does_not_grow_with_tokens() -> None:
+    """Beyond inputs, results and the float32 sum of the weight's gradient: chunk buffers."""
+    peaks = []
+    for tokens in (4096, 8192):
+        batch = large(tokens, 128, torch.bfloat16)
+        run(batch, estimator="full", reward_scale=1.25)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _, grads = run(batch, estimator="full", reward_scale=1.25)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads))
+        del batch, grads
+    assert max(peaks) < 2 << 30
+    assert peaks[1] - peaks[0] < 8 << 20  # vectors of statistics
+
+
+def test_a_shard_over_nccl() -> None:
+    """One rank that holds the whole vocabulary: the collectives of the loss, by NCCL."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        batch = large(300, 64, torch.bfloat16)
+        shard = fg.VocabShard(None, 0, QWEN3)
+        for objective in OBJECTIVES[:4]:
+            want, want_grads = run(batch, reward_scale=1.25, **objective)
+            student, teacher, ref = (fg.LinearHead(m.hidden, m.weight, shard=shard) for m in batch.models)
+            shared = batch.replaced(student=student, teacher=teacher, ref=ref)
+            out, grads = run(shared, reward_scale=1.25, **objective)
+            assert_close(out.token_loss, want.token_loss, TOLERANCE[torch.float32])
+            for g, w in zip(grads, want_grads, strict=True):
+                assert relative_error(g, w) <= bound(torch.bfloat16)
+    finally:
+        dist.destroy_process_group()
