@@ -20,7 +20,8 @@ from .providers import FUSED_PREFIX, Result, Run
 from .registry import PROVIDERS, cases, providers_of
 from .workloads import SUITES, Inputs, Workload, default_suite, rotation, synchronize
 
-# What a case that has no row says of itself on standard output, for run.py
+# What a case says of itself on standard output, for run.py: DONE is the last
+MEASURED = "measured-case "
 SKIPPED = "skipped-case "
 DONE = "done-case "
 
@@ -55,15 +56,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report: Any = yield
     if isinstance(item, pytest.Function) and (call.when == "call" or not report.passed):
         workload, provider = (item.callspec.params[name] for name in ("workload", "provider"))
-        print(DONE + item.callspec.id, flush=True)
-        if not report.passed:
+        if report.passed:
+            benchmark = item.funcargs["benchmark"]
+            print(MEASURED + json.dumps({"info": benchmark.extra_info, "seconds": benchmark.stats.stats.data}))
+        else:
             from .test_speed import row_of
 
             assert call.excinfo is not None
             said = call.excinfo.exconly().splitlines()[0]
             reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {said}"
             line = {**row_of(workload, provider), "reason": reason, "failed": report.failed}
-            print(SKIPPED + json.dumps(line), flush=True)
+            print(SKIPPED + json.dumps(line))
+        print(DONE + item.callspec.id, flush=True)
     return report
 
 

@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -107,19 +106,15 @@ def _quantile(values: list[float], q: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def rows_of(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows from pytest-benchmark's JSON. Each has the time of the floor that ran beside it."""
-    rows = []
-    for bench in measured["benchmarks"]:
-        times = [1e3 * t for t in bench["stats"]["data"]]
-        row = dict(bench["extra_info"])
-        beside = row.pop("floor_ms", times if "floor" in row else None)
-        row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
-        row["rounds"] = len(times)
-        if beside:
-            row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(beside)
-        rows.append(row)
-    return rows
+def row_of(info: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
+    """A row from what a case says of itself and its rounds, with the time of the floor that ran beside it."""
+    times, row = [1e3 * t for t in seconds], dict(info)
+    beside = row.pop("floor_ms", times if "floor" in row else None)
+    row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
+    row["rounds"] = len(times)
+    if beside:
+        row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(beside)
+    return row
 
 
 class BadOptionError(ValueError):
@@ -177,11 +172,12 @@ class Options:
         found = registry.cases(self.suite, self.device, self.jobs, self.providers)
         return [f"{workload.name}-{provider}" for workload, provider in found]
 
-    def command(self, raw: Path) -> list[str]:
+    @property
+    def command(self) -> list[str]:
         """pytest on this folder's suite, whatever project the caller stands in."""
         command = [sys.executable, "-m", "pytest", str(_HERE / "test_speed.py"), "-c", os.devnull]
         command += [f"--rootdir={_HERE}", "-q", "-s", "-p", "no:cacheprovider"]
-        command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={raw}"]
+        command += ["--benchmark-disable-gc", "--benchmark-quiet"]
         command += [f"--device={self.device}", f"--suite={self.suite}"]
         command += [f"--jobs={','.join(self.jobs)}", f"--providers={','.join(self.providers)}"]
         command += [] if self.seconds is None else [f"--seconds={self.seconds}"]
@@ -189,41 +185,45 @@ class Options:
         return command + ["--no-memory"] * (not self.memory) + ["--no-accuracy"] * (not self.accuracy)
 
 
-def measure(options: Options, done: Callable[[str], None]) -> dict[str, Any]:
-    """Run the cases and call ``done`` with the name of each. Failed cases are in ``skipped`` with ``failed`` set."""
+def measure(options: Options, done: Callable[[str], None], path: Path | None = None) -> dict[str, Any]:
+    """Run the cases and call ``done`` with the name of each. Failed cases are in ``skipped`` with ``failed`` set.
+
+    Each case is in the file at ``path`` as soon as it is measured: a run that is cut off leaves what it has.
+    """
     allocator = ALLOCATOR if options.keep_memory else {}
-    start = time.monotonic()
-    skipped, output = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / "pytest-benchmark.json"
-        # a pytest of its own, also inside another one: in a worker of pytest-xdist pytest-benchmark measures nothing
-        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment = {**outer, **allocator, "PYTHONUNBUFFERED": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(options.command(raw), env=environment, **pipes) as process:
-            for line in process.stdout or ():
-                # pytest's dots stand before the marks
-                _, mark, rest = line.partition(conftest.SKIPPED)
-                if mark:
-                    skipped.append(json.loads(rest))
-                _, mark, name = line.partition(conftest.DONE)
-                if mark:
-                    done(name.strip())
-                output.append(line)
-        # it writes no file where not one case has a time
-        text = raw.read_text() if raw.exists() else ""
-        if process.returncode not in (0, 1) or not (text or skipped):
-            raise RuntimeError(f"pytest ended with {process.returncode}:\n{''.join(output[-100:])}")
-    return {
+    start, output = time.monotonic(), []
+    result: dict[str, Any] = {
         "suite": options.suite,
         **origin(options.device),
         "driver": _driver(options.device),
         "versions": _versions(),
         "allocator": allocator,
-        "seconds": round(time.monotonic() - start, 1),
-        "rows": rows_of(json.loads(text)) if text else [],
-        "skipped": skipped,
+        "seconds": 0.0,
+        "rows": [],
+        "skipped": [],
     }
+    # a pytest of its own, also inside another one: in a worker of pytest-xdist pytest-benchmark measures nothing
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outer, **allocator, "PYTHONUNBUFFERED": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(options.command, env=environment, **pipes) as process:
+        for line in process.stdout or ():
+            # pytest's dots stand before the marks
+            for mark, add in ((conftest.SKIPPED, result["skipped"].append), (conftest.MEASURED, result["rows"].append)):
+                _, found, rest = line.partition(mark)
+                if found:
+                    case = json.loads(rest)
+                    add(case if mark == conftest.SKIPPED else row_of(**case))
+            _, found, name = line.partition(conftest.DONE)
+            if found:
+                result["seconds"] = round(time.monotonic() - start, 1)
+                if path is not None:
+                    write(result, path)
+                done(name.strip())
+            output.append(line)
+    if process.returncode not in (0, 1) or not (result["rows"] or result["skipped"]):
+        raise RuntimeError(f"pytest ended with {process.returncode}:\n{''.join(output[-100:])}")
+    return result
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -264,9 +264,7 @@ def main() -> int:
         options = Options(args.device, args.suite, **selection, **rest).checked()
     except BadOptionError as error:
         parser.error(f"{error.option}: {error}")
-    result = measure(options, lambda name: print(name, file=sys.stderr, flush=True))
-    if args.json:
-        write(result, args.json)
+    result = measure(options, lambda name: print(name, file=sys.stderr, flush=True), args.json)
     print(report.markdown(result))
     return int(any(row["failed"] for row in result["skipped"]))
 

@@ -113,6 +113,9 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
             compiles = PROVIDERS[provider].compiles
         floor = session.floor if provider != FLOOR and has_floor(workload) else None
 
+        gc.collect()
+        gc.freeze()  # what is there now is not looked at again before every round
+
         def before_round() -> None:
             gc.collect()
             if floor is not None:
@@ -129,5 +132,7 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
     except torch.OutOfMemoryError:
         gc.collect()
         pytest.skip("out of memory on the GPU")
+    finally:
+        gc.unfreeze()
     if beside:
         benchmark.extra_info["floor_ms"] = beside

@@ -28,7 +28,7 @@ def benchmarks_module(name: str) -> ModuleType:
     raise typer.BadParameter(f"found neither {_PLACES[0]} nor, in the current folder, {_PLACES[1]}/")
 
 
-def _run(bench: ModuleType, options: Any) -> dict[str, Any]:
+def _run(bench: ModuleType, options: Any, json_file: Path | None) -> dict[str, Any]:
     """The measurement, with a progress bar on a terminal and a line per case elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +44,7 @@ def _run(bench: ModuleType, options: Any) -> dict[str, Any]:
                 elapsed = progress.tasks[0].elapsed or 0.0
                 typer.echo(f"{elapsed:5.0f} s  {name}", err=True)
 
-        result: dict[str, Any] = bench.measure(options, done)
+        result: dict[str, Any] = bench.measure(options, done, json_file)
     return result
 
 
@@ -87,7 +87,9 @@ def bench(
     ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     accuracy: Annotated[bool, typer.Option(help="Measure errors against float64.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows here, each as soon as it is measured.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against memory into this image file.")] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Show suites, jobs and providers and exit.")] = False,
 ) -> None:
@@ -111,9 +113,7 @@ def bench(
         raise typer.BadParameter('needs matplotlib: pip install "fused-gopd[bench]"', param_hint="--plot")
     for path in filter(None, (json_file, plot)):
         path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the measurement
-    result = _run(run, options)
-    if json_file is not None:
-        run.write(result, json_file)
+    result = _run(run, options, json_file)
     _print(report, result)
     if plot is not None:
         report.plot(result, plot)

@@ -119,17 +119,19 @@ def _copyable(x: Tensor) -> bool:
 def tiles(problem: RowProblem, device: Device) -> Tiles:
     """The row kernel's tile, from the problem alone and not the operation: `statistics` and `gradient` agree on it.
 
-    Where every row starts on a multiple of 16 elements a thread has the 16 bytes of one load per model and tile, and
-    256 threads leave registers for several programs on a multiprocessor. The statistics passes fetch one to three tiles
-    ahead into shared memory. Measured on an H200 and an H100 (1024 rows of 151936, see docs/performance.md): in float32
-    a second load per thread takes 3 to 40 % longer, other numbers of threads up to 25 %. Only Hopper is measured; where
-    nothing is, one tile ahead: with more the jsd would spill on Blackwell and on AMD's GPUs.
+    Where every row starts on a multiple of 16 elements a thread loads 16 bytes at a time, single elements otherwise.
+    256 threads leave registers for several programs on a multiprocessor. The statistics passes fetch tiles ahead into
+    shared memory.
 
-    Rows that are not aligned are loaded element by element, 8 columns a thread: the rest is from compile-time resources
-    (tests/triton_resources.py). Three models with a softcap, and the jsd with lambda per token, keep too much per
-    column: half of them. Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or
-    single loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are
-    two programs; with single loads, whose addresses are all live, 255 are one.
+    On Hopper a thread has one such load per model and tile, and up to three tiles are ahead: measured on an H200 and an
+    H100 (1024 rows of 151936, see docs/performance.md), a second load takes 3 to 40 % longer in float32 and other
+    numbers of threads up to 25 %. Elsewhere, not measured, it is 8 columns and one tile ahead, from compile-time
+    resources (tests/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
+
+    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
+    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
+    loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are two
+    programs; with single loads, whose addresses are all live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -140,10 +142,11 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     jsd = problem.divergence == "jsd"
     per_token = isinstance(problem.reward_scale, Tensor)
     heavy = len(given) == 3 and (softcap or (jsd and per_token))
-    repeat = 1 if aligned else 4 if heavy else 8
-    stages = 2
-    if device.capability == 90 and aligned and (itemsize == 4 or len(given) > 1):
-        stages = 4 if itemsize == 4 else 3
+    repeat, stages = max(1, (4 if heavy else 8) // vector), 2
+    if aligned and device.capability == 90:
+        repeat = 1
+        if itemsize == 4 or len(given) > 1:
+            stages = 4 if itemsize == 4 else 3
     limited = heavy and (jsd or per_token or not aligned) and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
