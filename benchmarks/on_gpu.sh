@@ -4,8 +4,9 @@
 #     benchmarks/on_gpu.sh FOLDER
 #
 # writes FOLDER/tests.log, conformance.log, gpu.json and gpu.png. PYTHON names the interpreter, which needs PyTorch,
-# Triton, numpy, typer, rich, pytest, pytest-benchmark, hypothesis, and the peers that are to stand in the table. Where
-# CONFORMANCE names the contract's checks they run too. Where something is wrong nothing is timed. Never run on a GPU yet.
+# Triton, numpy, typer, rich, pytest, pytest-xdist, pytest-benchmark, hypothesis, and the peers that are to stand in the
+# table. Where CONFORMANCE names the contract's checks they run too. Where something is wrong nothing is timed. LIMIT is
+# how many seconds the timing may take (default 420): its file has each row as soon as it is measured.
 set -euo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
 cd "$(dirname "$0")/.."
@@ -13,10 +14,11 @@ python=${PYTHON:-python3}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"'
-"$python" -m pytest -q -p no:cacheprovider tests/test_triton.py 2>&1 | tee "$out/tests.log"
+"$python" -m pytest -q -n 8 -p no:cacheprovider -k "not interpreted" \
+    tests/test_triton.py tests/test_gpu.py tests/test_regimes.py 2>&1 | tee "$out/tests.log"
 if [ -n "${CONFORMANCE:-}" ]; then
     CONFORMANCE_DEVICE=cuda CONFORMANCE_BACKENDS=triton,torch \
-        "$python" -m pytest -q -p no:cacheprovider "$CONFORMANCE" 2>&1 | tee "$out/conformance.log"
+        "$python" -m pytest -q -n 8 -p no:cacheprovider "$CONFORMANCE" 2>&1 | tee "$out/conformance.log"
 fi
-"$python" -m benchmarks --device cuda --suite gpu --json "$out/gpu.json"
+"$python" -m benchmarks --device cuda --suite gpu --limit "${LIMIT:-420}" --json "$out/gpu.json"
 "$python" benchmarks/report.py "$out/gpu.json" --plot "$out/gpu.png" > "$out/gpu.md"

@@ -212,6 +212,24 @@ def test_a_plot_of_nothing_raises(tmp_path: Path) -> None:
         report.plot({"rows": []}, tmp_path / "x.png")
 
 
+def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "none.json"
+    arguments = ["--suite", "quick", "--jobs", "nll", "--providers", "floor,eager-lean", "--limit", "0"]
+    result = runner.invoke(app, ["bench", *arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(file.read_text())
+    assert written["rows"] == []
+    assert {row["reason"] for row in written["skipped"]} == {"the limit of 0 s was over"}
+
+
+def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
+    kernels, root = bench.benchmarks_module("kernels"), Path(__file__).parents[1]
+    file = json.loads((root / "benchmarks" / "results" / "gpu-kernels.json").read_text())
+    assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
+    steps = "\n".join(kernels._steps(file["runs"][1]["ms"])).strip()
+    assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance.md"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
