@@ -20,6 +20,20 @@ def test_a_linear_head_knows_its_shapes():
     assert set(fg.LinearHead(hidden, weight).tensors) == {"hidden", "weight"}
 
 
+def test_a_linear_head_is_indexed_by_tokens_as_logits_are():
+    hidden, weight = torch.arange(24.0).view(2, 3, 4), torch.arange(28.0).view(7, 4)  # exact, however it is summed
+    head = fg.LinearHead(hidden, weight, torch.zeros(7), logit_scale=2, temperature=0.5)
+    logits = head.hidden @ head.weight.T
+    for index in (slice(1, None), (slice(None), slice(None, -1)), (..., slice(2), slice(None)), torch.tensor([1, 0])):
+        part = head[index]
+        assert torch.equal(part.hidden @ part.weight.T, logits[index])
+        assert part.weight is weight
+        assert part.bias is head.bias
+        assert (part.logit_scale, part.temperature) == (2, 0.5)
+    with pytest.raises(ValueError, match="hidden and weight must agree in H"):
+        head[..., :3]
+
+
 def test_logits_know_their_shapes():
     logits = torch.zeros(2, 3, 7)
     head = fg.Logits(logits)

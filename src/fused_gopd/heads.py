@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,10 @@ class LinearHead:
             ("shard", shard),
         ):
             object.__setattr__(self, name, value)
+
+    def __getitem__(self, index: Any) -> LinearHead:
+        """The head on some of the tokens, indexed as (..., V) logits would be: ``head[:, :-1]``."""
+        return replace(self, hidden=self.hidden[index])
 
     @property
     def rows(self) -> Tensor:
