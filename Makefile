@@ -16,7 +16,7 @@ $(BIN)/python:
 # torch is named first so that the pinned version is what every later step finds.
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(PIP) torch
-	$(PIP) ".[test,dev,triton,bench,demo]"
+	$(PIP) ".[test,dev,triton,bench,demo,train]"
 	touch $@
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)

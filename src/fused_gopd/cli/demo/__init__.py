@@ -8,7 +8,6 @@ on the student's own answers with lambda = 1 and lambda = 1.25 and evaluates on 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..threads import restart_with_patient_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -230,20 +231,6 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _restart_with_patient_threads() -> None:
-    """Start the command over with OpenMP threads that sleep while they wait, unless the user chose a policy.
-
-    By default they spin. With as many threads as cores and one other busy process, the threads that spin hold back the
-    one that is waited for: sampling ten tokens took 18 to 30 s instead of 1.7 s (two cores, libgomp). OpenMP reads the
-    policy when PyTorch loads it, long before this line, hence a fresh process image.
-    """
-    started_as_script = Path(sys.argv[0]).stem == "fused-gopd"  # not from a test or a notebook
-    if sys.platform == "linux" and started_as_script and "OMP_WAIT_POLICY" not in os.environ:
-        sys.stdout.flush()
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
 def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Under a minute; too short to tell lambda = 1 from 1.25.")
@@ -266,7 +253,7 @@ def demo(
 
     console = Console()
     started = time.perf_counter()
-    _restart_with_patient_threads()
+    restart_with_patient_threads()
     try:
         smollm.require_packages()
         try:

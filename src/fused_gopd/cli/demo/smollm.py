@@ -77,6 +77,18 @@ def quiet_transformers() -> Iterator[None]:
         yield
 
 
+def local_copy() -> Path:
+    """The folder of the float32 copy, for ``from_pretrained``; it is written by the first call.
+
+    Raises:
+        DemoError: the package with the model is not installed and there is no cached copy.
+    """
+    if not is_cached():
+        with quiet_transformers():
+            _fill_cache()
+    return _cached()
+
+
 def load() -> tuple[Any, Any]:
     """(model, tokenizer) in float32, in evaluation mode; writes the cache on the first call.
 
@@ -85,10 +97,9 @@ def load() -> tuple[Any, Any]:
     """
     with quiet_transformers():
         transformers = importlib.import_module("transformers")
-        if not is_cached():
-            _fill_cache()
-        model = transformers.AutoModelForCausalLM.from_pretrained(_cached())  # float32, as it was saved
-        tokenizer = transformers.AutoTokenizer.from_pretrained(_cached())
+        folder = local_copy()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)  # float32, as it was saved
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return model.float().eval(), tokenizer
 
 

@@ -1,0 +1,97 @@
+"""``fused-gopd distill``: train a student on its own answers, towards one or several teachers, with one command.
+
+The training is :class:`fused_gopd.integrations.trl.GOPDTrainer`'s. What is here: options that are checked before any
+model is loaded, prompts from a file, a run that can be interrupted and resumed, and figures of it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..threads import restart_with_patient_threads
+from .options import Options, resumed, started
+
+__all__ = ["distill"]
+
+
+def distill(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
+    student: Annotated[str, typer.Option(help="The model to train: a folder, a hub name, or smollm2.")] = "",
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Likewise; several as ROUTE=MODEL, by the prompts' --route-column.")
+    ] = None,
+    teacher_server: Annotated[str, typer.Option(metavar="URL", help="A teacher behind an inference server.")] = "",
+    teacher_server_model: Annotated[str, typer.Option(help="The name under which it serves the teacher.")] = "",
+    teacher_server_api: Annotated[str, typer.Option(help="vllm, sglang or openai.")] = "vllm",
+    teacher_server_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for its answer.")] = 120.0,
+    teacher_server_key: Annotated[
+        str, typer.Option(envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.")
+    ] = "",
+    ref: Annotated[
+        str, typer.Option(help="The reference: a model, or `student` as it is before training. Needed unless λ is 1.")
+    ] = "",
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="A .jsonl or .parquet file, one prompt a row.")] = "",
+    prompt_column: Annotated[
+        str, typer.Option(help="Its column of texts or lists of messages. Default: prompt, or messages.")
+    ] = "",
+    route_column: Annotated[str, typer.Option(help="Its column that names each prompt's teacher.")] = "",
+    chat: Annotated[
+        bool, typer.Option(help="Take texts for a user's messages, where the student has a chat template.")
+    ] = True,
+    reward_scale: Annotated[
+        float, typer.Option(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")
+    ] = 1.0,
+    estimator: Annotated[
+        str, typer.Option(help="full, sampled or topk. Default: full; sampled with --teacher-server.")
+    ] = "",
+    divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl or jsd, of full and topk.")] = "reverse_kl",
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Tokens of each position that topk looks at.")] = None,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0,
+    lora_alpha: Annotated[float | None, typer.Option(min=0.0, help="Its alpha. Default: twice the rank.")] = None,
+    save: Annotated[
+        str, typer.Option(help="With --lora: merged (a plain model) or adapter (the adapter alone).")
+    ] = "merged",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in memory at once.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches to one step.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Constant. Default: 1e-5; 1e-4 with --lora.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers and of the loss.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16. Default: bfloat16 on a GPU, float32 on a CPU.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+) -> None:
+    """Distil teachers into a student on the student's own answers; λ > 1 extrapolates beyond them.
+
+    A run is a folder: the trained model (`model`, for `from_pretrained`), `metrics.jsonl`, `metrics.png`,
+    `tensorboard`, checkpoints, and the options. Ctrl-C ends the step, saves, and says how to go on; `--resume --output
+    FOLDER` needs no other option, and ends with the weights that an uninterrupted run would have had.
+
+    Needs `pip install "fused-gopd[train]"`. Exit status 2: wrong options, known before a model is loaded; 130: stopped.
+    """
+    given = {name: value for name, value in locals().items() if name in Options.names()}
+    given["teacher"] = teacher or []
+    explicit = {name for name in given if _was_given(context, name)}
+    options = resumed(output, given, explicit) if resume else started(output, given)
+    restart_with_patient_threads()
+    if all(name == "smollm2" or Path(name).exists() for name in options.models()):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is nothing to ask it for
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # what they say to each other
+    from .training import Run
+
+    if not Run(options, output, teacher_server_key or None).carry_out():
+        raise typer.Exit(130)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source: Any = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")

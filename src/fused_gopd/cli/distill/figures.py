@@ -1,0 +1,135 @@
+"""The figures of a run: one line of JSON a step, a bar on the terminal, a picture at the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# our names of what the trainer logs
+NAMES = {
+    "loss": "loss",
+    "gopd/reward": "reward",
+    "gopd/kl_teacher": "kl_teacher",
+    "gopd/kl_ref": "kl_ref",
+    "gopd/kl_target": "kl_target",
+    "gopd/advantage": "advantage",
+    "gopd/reward_scale": "reward_scale",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "completions/clipped_ratio": "truncated",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "step_time": "seconds",
+}
+_SHOWN = (("reward", "reward"), ("kl_teacher", "KL"), ("entropy", "entropy"), ("length", "length"))
+_PANELS = (
+    (("reward",), "implicit reward, log q - log r", "nats per token"),
+    (("kl_teacher", "kl_target"), "divergence", "nats per token"),
+    (("entropy",), "entropy of the student", "nats per token"),
+    (("length",), "length of the answers", "tokens"),
+)
+
+
+class Record:
+    """``metrics.jsonl`` of a run that may have been interrupted: one line a step, each step once."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        """``done``: the steps that the run goes on from; lines of later ones are of work that was lost."""
+        self.path = path
+        self.rows = [row for row in read(path) if row["step"] <= done]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+        """One step, by our names; what is not a number (of no token, say) is null."""
+        row: dict[str, Any] = {"step": step}
+        for name, ours in NAMES.items():
+            if name in logs:
+                value = logs[name]
+                row[ours] = float(value) if value is not None and math.isfinite(value) else None
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record; a last one that was cut off counts as not written."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """The four figures to watch."""
+    shown = [(title, row.get(name)) for name, title in _SHOWN]
+    return "  ".join(f"{title} {'–' if value is None else format(value, '.3g')}" for title, value in shown)
+
+
+class Display:
+    """A bar on a terminal, a line a step elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console = console
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(
+            *columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal
+        )
+        self._steps = steps
+        self._task = self._progress.add_task("the student answers", total=steps)
+
+    @contextmanager
+    def running(self, done: int) -> Iterator[None]:
+        self._progress.update(self._task, completed=done)
+        with self._progress:
+            yield
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._progress.update(self._task, completed=row["step"], description=summary(row))
+        if not self.console.is_terminal:
+            seconds = "" if row.get("seconds") is None else f"  {row['seconds']:.1f} s"
+            self.console.print(f"step {row['step']}/{self._steps}  {summary(row)}{seconds}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line of plain text, above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """The curves of a run."""
+    importlib.import_module("matplotlib").use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")
+    labels = {"kl_teacher": "to the teacher, log p - log q", "kl_target": "to the target, exact"}
+    for axis, (names, heading, unit) in zip(axes, _PANELS, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                marker = "o" if len(points) < 40 else ""
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=labels.get(name, name))
+        if not axis.lines:
+            axis.text(
+                0.5,
+                0.5,
+                "not computed:\nthis λ needs one of\nteacher and reference only",
+                ha="center",
+                transform=axis.transAxes,
+            )
+        elif len(names) > 1:
+            axis.legend(fontsize=7)
+        axis.set(title=heading, xlabel="step", ylabel=unit)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,241 @@
+"""The options of a run: what can be wrong with them is said before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ...objective import DIVERGENCES, ESTIMATORS
+
+FILE = "distill.json"
+# what a resumed run may do otherwise without being another run
+_MAY_CHANGE = ("steps", "save_every", "teacher_server", "teacher_server_timeout")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What defines a run, as the command has it; paths are absolute."""
+
+    student: str
+    teacher: list[str]
+    teacher_server: str
+    teacher_server_model: str
+    teacher_server_api: str
+    teacher_server_timeout: float
+    ref: str
+    prompts: str
+    prompt_column: str
+    route_column: str
+    chat: bool
+    reward_scale: float
+    estimator: str
+    divergence: str
+    k: int | None
+    lora: int
+    lora_alpha: float | None
+    save: str
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float | None
+    max_new_tokens: int
+    temperature: float
+    dtype: str
+    seed: int
+    save_every: int
+
+    @staticmethod
+    def names() -> set[str]:
+        return {field.name for field in fields(Options)}
+
+    @staticmethod
+    def of(given: dict[str, Any]) -> Options:
+        """Of the command's options: with absolute paths, and with the defaults that depend on others."""
+        said = dict(given)
+        for name in ("student", "ref", "prompts"):
+            said[name] = _absolute(said[name])
+        routes = [_route(entry) for entry in said["teacher"]]
+        said["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
+        said["estimator"] = said["estimator"] or ("sampled" if said["teacher_server"] else "full")
+        if said["learning_rate"] is None:
+            said["learning_rate"] = 1e-4 if said["lora"] else 1e-5
+        if said["lora"] and said["lora_alpha"] is None:
+            said["lora_alpha"] = 2.0 * said["lora"]
+        return Options(**said)
+
+    def routes(self) -> dict[str | None, str]:
+        """The teachers' models by route; one teacher has the route None, one behind a server is not there."""
+        return dict(_route(entry) for entry in self.teacher)
+
+    def models(self) -> list[str]:
+        """Folders and hub names of all models that are loaded here."""
+        ref = [] if self.ref in ("", "student") else [self.ref]
+        return [self.student, *self.routes().values(), *ref]
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+
+
+def _route(entry: str) -> tuple[str | None, str]:
+    """A teacher as it is given: MODEL or ROUTE=MODEL, where a folder may have an = in its name."""
+    route, sign, model = entry.partition("=")
+    if not sign or Path(entry).expanduser().exists():
+        return None, _absolute(entry)
+    return route, _absolute(model)
+
+
+def started(output: Path, given: dict[str, Any]) -> Options:
+    """The options of a new run."""
+    if (output / FILE).exists():
+        raise typer.BadParameter(
+            f"{output} holds a run already: go on with it by --resume, or choose another folder", param_hint="--output"
+        )
+    if any(output.glob("checkpoint-*")):
+        raise typer.BadParameter(
+            f"{output} has the checkpoints of something else: choose another folder", param_hint="--output"
+        )
+    for name in ("student", "prompts"):
+        if not given[name]:
+            raise typer.BadParameter("must be given", param_hint=f"--{name}")
+    options = Options.of(given)
+    check(options)
+    return options
+
+
+def resumed(output: Path, given: dict[str, Any], explicit: Iterable[str]) -> Options:
+    """The options of the run in a folder; those that are given again must be the same."""
+    path = output / FILE
+    if not path.is_file():
+        raise typer.BadParameter(
+            f"{output} holds no run to go on with ({FILE} is missing): start one without --resume",
+            param_hint="--output",
+        )
+    try:
+        saved = Options(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"{path} is not what this version writes: {error}", param_hint="--output") from None
+    again = asdict(saved)
+    said = asdict(Options.of({**asdict(saved), **{name: given[name] for name in explicit}}))
+    for name in explicit:
+        if name in _MAY_CHANGE:
+            again[name] = said[name]
+        elif said[name] != again[name]:
+            raise typer.BadParameter(
+                f"the run in {output} was started with {again[name]!r}, got {said[name]!r}: leave it out, or start "
+                "another run",
+                param_hint=f"--{name.replace('_', '-')}",
+            )
+    options = Options(**again)
+    check(options)
+    return options
+
+
+def write(output: Path, options: Options) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / FILE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=option)
+
+
+def _wrong(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=option)
+
+
+def check(options: Options) -> None:
+    """Options that contradict each other, files that are not there, packages that are not installed."""
+    _one_of("--estimator", options.estimator, ESTIMATORS)
+    _one_of("--divergence", options.divergence, DIVERGENCES)
+    _one_of("--save", options.save, ("merged", "adapter"))
+    _one_of("--dtype", options.dtype, ("", "float32", "bfloat16"))
+    if not math.isfinite(options.reward_scale):
+        raise _wrong("--reward-scale", f"expected a finite number, got {options.reward_scale}")
+    if options.temperature == 0:
+        raise _wrong("--temperature", "must be positive: the student's own answers are sampled")
+    if options.divergence != "reverse_kl" and options.estimator == "sampled":
+        raise _wrong("--divergence", "is an option of --estimator full and topk")
+    if (options.k is None) == (options.estimator == "topk"):
+        raise _wrong(
+            "--k", "must be given for --estimator topk" if options.k is None else "is an option of --estimator topk"
+        )
+    if options.save == "adapter" and not options.lora:
+        raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
+    _check_teachers(options)
+    if options.reward_scale != 1 and not options.ref:
+        raise _wrong(
+            "--ref",
+            f"must be given for --reward-scale {options.reward_scale:g}: only 1 does without a reference. Usually it "
+            "is the student before training: --ref student",
+        )
+    if not Path(options.prompts).is_file():
+        raise _wrong("--prompts", f"there is no file {options.prompts}")
+    for option, name in (("--student", options.student), ("--ref", options.ref)):
+        _check_model(option, name)
+    _check_packages(options)
+
+
+def _check_teachers(options: Options) -> None:
+    if bool(options.teacher) == bool(options.teacher_server):
+        raise _wrong("--teacher", "give either --teacher (or several) or --teacher-server")
+    if options.teacher_server:
+        _check_server(options)
+        return
+    if options.teacher_server_model:
+        raise _wrong("--teacher-server-model", "is an option of --teacher-server")
+    routes = options.routes()
+    if len(routes) < len(options.teacher):
+        raise _wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")
+    if None in routes and len(routes) > 1:
+        raise _wrong("--teacher", "several teachers need a route each: --teacher ROUTE=MODEL")
+    if (None in routes) == bool(options.route_column):
+        raise _wrong(
+            "--route-column",
+            "needs teachers with routes: --teacher ROUTE=MODEL"
+            if options.route_column
+            else f"must be given: which column of the prompts says {' or '.join(map(repr, routes))}?",
+        )
+    for model in routes.values():
+        _check_model("--teacher", model)
+
+
+def _check_server(options: Options) -> None:
+    _one_of("--teacher-server-api", options.teacher_server_api, ("vllm", "sglang", "openai"))
+    if not options.teacher_server_model:
+        raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
+    if options.estimator == "full":
+        raise _wrong("--estimator", "full needs the teacher's whole vocabulary: a server gives sampled or topk")
+    if options.temperature != 1:
+        raise _wrong("--temperature", "must be 1 with --teacher-server, whose log-probs are those of temperature 1")
+    if options.route_column:
+        raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
+
+
+def _check_model(option: str, name: str) -> None:
+    """A hub name has at most one slash and does not begin with a dot; all else is a folder."""
+    folder = Path(name).expanduser()
+    if name in ("", "student", "smollm2") or folder.is_dir():
+        return
+    if folder.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise _wrong(option, f"there is no folder {name}")
+
+
+def _check_packages(options: Options) -> None:
+    needed = ["transformers", "trl", "datasets", "accelerate", "tensorboard", "matplotlib"]
+    needed += ["peft"] if options.lora else []
+    needed += ["httpx"] if options.teacher_server else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise typer.BadParameter(f'distill needs {", ".join(missing)}: pip install "fused-gopd[train]"')

