@@ -1,0 +1,831 @@
+"""G-OPD in TRL: tiny random Qwen3 models, a tokenizer made in memory, real trainers on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+pytest.importorskip("trl", minversion="1.16")
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+peft = pytest.importorskip("peft")
+
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers.trainer_utils import set_seed  # noqa: E402
+from trl import DistillationConfig, DistillationTrainer, GRPOTrainer  # noqa: E402
+
+import fused_gopd as fg  # noqa: E402
+from fused_gopd.integrations import trl as gopd_trl  # noqa: E402
+from fused_gopd.integrations.trl import (  # noqa: E402
+    GOPDConfig,
+    GOPDTrainer,
+    GRPOGOPDConfig,
+    GRPOGOPDTrainer,
+    patch_distillation_loss,
+)
+from ranks import run_on_ranks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VOCAB = 320
+# plain SGD where runs are compared: Adam divides by a gradient's own size, and makes steps of the rounding of zeros
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3}
+PROMPTS = ["the cat", "one two three", "mat", "numbers one", "a", "four two", "the mat sat", "cat one"]
+
+
+def tokenizer(first: str = "the cat sat on the mat") -> PreTrainedTokenizerFast:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([first, "numbers one two three four"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def model(seed: int, hidden: int = 32, vocab: int = VOCAB) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.2,
+    )
+    made = Qwen3ForCausalLM(config)
+    # completions end at various lengths
+    made.generation_config.eos_token_id = list(range(0, vocab, 6))
+    return made
+
+
+def prompts(**columns: list[Any]) -> Any:
+    return datasets.Dataset.from_dict({"prompt": PROMPTS, **columns})
+
+
+def config(folder: Path, kind: type = GOPDConfig, **options: Any) -> Any:
+    """Two steps of two accumulated batches of two prompts, in float32, unless told otherwise."""
+    plain = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return kind(str(folder), **{**plain, **options})
+
+
+def trainer(folder: Path, kind: type = GOPDTrainer, student: Any = None, data: Any = None, **arguments: Any) -> Any:
+    """A trainer; what its configuration and its constructor know go where they belong."""
+    names = ("ref_model", "reward_scale_fn", "teacher_processing_class", "peft_config", "advantage_fn", "callbacks")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
+    own["teacher"] = arguments.pop("teacher") if "teacher" in arguments else model(1, hidden=48)
+    return kind(
+        model(0) if student is None else student,
+        args=config(folder, **arguments),
+        train_dataset=prompts() if data is None else data,
+        processing_class=tokenizer(),
+        **own,
+    )
+
+
+def weights(trained: Any) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in trained.model.state_dict().items()}
+
+
+def trained(*args: Any, **arguments: Any) -> dict[str, Tensor]:
+    run = trainer(*args, **arguments)
+    run.train()
+    return weights(run)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert worst <= tolerance, f"weights differ by {worst}"
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def recorded(seed: int) -> tuple[Qwen3ForCausalLM, list[int]]:
+    """A model, and how many sequences each of its forwards has had."""
+    made, rows = model(seed), list[int]()
+    made.model.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(inputs["input_ids"].shape[0]), with_kwargs=True
+    )
+    return made, rows
+
+
+# ------------------------------------------------------------------------------------------------------ same numbers
+
+
+class Dense(GOPDTrainer):
+    """The same trainer with logits from the models' own forward; its loss is made dense by ``dense_loss``."""
+
+    def _hidden(self, model: Any, batch: Any) -> Tensor:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return logits[:, -batch.token_ids.shape[1] - 1 : -1]
+
+    def _head(self, model: Any, hidden: Tensor, gathered: Any) -> fg.Logits:
+        return fg.Logits(hidden, temperature=self.temperature)
+
+
+@pytest.fixture
+def dense_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(gopd_trl, "gopd_loss", fg.reference.gopd_loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reward_scale": 1.25},
+        {"reward_scale": 1.0, "divergence": "forward_kl", "temperature": 0.7},
+        {"reward_scale": 0.5, "divergence": "jsd", "reduction": "seq-mean-token-mean"},
+        {"reward_scale": 1.5, "estimator": "sampled", "advantage_clip": 3.0},
+        {"reward_scale": 1.25, "estimator": "sampled", "baseline": "expected"},
+        {"reward_scale": 1.25, "estimator": "topk", "k": 8},
+    ],
+    ids=lambda options: "-".join(str(x) for x in options.values()),
+)
+def test_two_steps_end_in_the_weights_of_a_dense_loss(
+    tmp_path: Path, dense_loss: Callable[[], None], options: dict[str, Any]
+) -> None:
+    options = {**SGD, **options}
+    fused = trained(tmp_path, ref_model=model(2), **options)
+    dense_loss()
+    dense = trained(tmp_path, kind=Dense, ref_model=model(2), **options)
+    assert difference(fused, model(0).state_dict()) > 3e-3
+    assert_same(fused, dense, 1e-5)
+
+
+def test_lambda_1_with_trls_beta_ends_in_the_weights_of_trls_own_trainer(tmp_path: Path) -> None:
+    own = DistillationTrainer(
+        model(0),
+        model(1, hidden=48),
+        args=config(tmp_path, DistillationConfig, **SGD, beta=0.5),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+    )
+    own.train()
+    assert_same(trained(tmp_path, **SGD, beta=0.5), weights(own), 1e-5)
+
+
+def test_accumulated_batches_are_one_big_batch(tmp_path: Path) -> None:
+    """Greedy completions end at different lengths: a mean of means would be another number."""
+    options: dict[str, Any] = {**SGD, "generation_kwargs": {"do_sample": False}, "max_steps": 1}
+    options |= {"reward_scale": 1.25, "max_completion_length": 12, "shuffle_dataset": False}
+    big = trainer(tmp_path, ref_model=model(2), per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
+    big.train()
+    assert big.state.log_history[0]["completions/min_length"] < big.state.log_history[0]["completions/max_length"]
+    small = trained(
+        tmp_path, ref_model=model(2), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
+    )
+    assert_same(weights(big), small, 1e-6)
+
+
+def _run(folder: Path, batch: int, lora: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and first log of a greedy run, so that what is sampled does not depend on the rank."""
+    run = trainer(
+        folder,
+        ref_model=model(2),
+        data=prompts(domain=["a", "b"] * 4),
+        teacher={"a": model(1), "b": model(3, hidden=48)},
+        route_column="domain",
+        reward_scale=1.25,
+        **SGD,
+        generation_kwargs={"do_sample": False},
+        max_completion_length=12,
+        per_device_train_batch_size=batch,
+        peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"]) if lora else None,
+    )
+    run.train()
+    return weights(run), run.state.log_history[0]
+
+
+def _sharded(whole: Qwen3ForCausalLM) -> Any:
+    for layer in whole.model.layers:
+        torch.distributed.fsdp.fully_shard(layer)
+    return torch.distributed.fsdp.fully_shard(whole)
+
+
+def _gradients(folder: Path, rows: list[int], shard: Callable[[Any], Any]) -> dict[str, Tensor]:
+    """Of one batch, all models sharded or none; accelerate shards nothing on a CPU."""
+    data = prompts(domain=["a", "b"] * 4)
+    run = trainer(
+        folder,
+        teacher={"a": shard(model(1)), "b": shard(model(3, hidden=48))},
+        ref_model=shard(model(2)),
+        data=data,
+        route_column="domain",
+        reward_scale=1.25,
+        generation_kwargs={"do_sample": False},
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=len(rows),
+    )
+    inputs = run._prepare_inputs([data[i] for i in rows])
+    shard(run.model)
+    run.compute_loss(run.model, inputs).backward()
+    gradients = {name: x.grad for name, x in run.model.named_parameters()}
+    return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in gradients.items()}
+
+
+def _ranks(folder: str) -> dict[str, Any]:
+    """Over this process group: trained without and with an adapter, and gradients where all models are sharded."""
+    rank = int(os.environ["RANK"])
+    runs = [_run(Path(folder) / str(rank), 2, lora) for lora in (False, True)]
+    # the second teacher has no prompt on the first rank, and must be called there all the same
+    return {"runs": runs, "gradients": _gradients(Path(folder) / str(rank), [[0, 2], [1, 4]][rank], _sharded)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One launch for the tests below."""
+    return run_on_ranks("test_trl:_ranks", 2, str(tmp_path_factory.mktemp("ranks")), timeout=120)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, ranks: list[dict[str, Any]], lora: bool) -> None:
+    (first, log), (second, _) = (rank["runs"][lora] for rank in ranks)
+    one, one_log = _run(tmp_path, 4, lora)
+    assert_same(first, second)
+    assert_same(first, one, 1e-5)
+    for name in ("gopd/reward", "gopd/kl_target", "gopd/advantage_std", "loss"):
+        assert log[name] == pytest.approx(one_log[name], rel=1e-4), name
+
+
+def test_sharded_models_have_the_gradients_of_whole_ones(tmp_path: Path, ranks: list[dict[str, Any]]) -> None:
+    whole = _gradients(tmp_path, [0, 2, 1, 4], lambda x: x)
+    for rank in ranks:
+        assert_same(rank["gradients"], whole, 1e-5)
+
+
+def _zero_3(folder: str) -> dict[str, Tensor]:
+    """Gradients of :func:`_gradients` on this rank's part, all models under ZeRO-3, which accelerate leaves to GPUs."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+    from transformers.integrations import HfDeepSpeedConfig
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    settings |= {"zero_allow_untested_optimizer": True}
+    rank, data = int(os.environ["RANK"]), prompts()
+    options = {"reward_scale": 1.25, "generation_kwargs": {"do_sample": False}, "gradient_accumulation_steps": 1}
+    run = trainer(Path(folder) / str(rank), ref_model=model(2), **options)
+    inputs = run._prepare_inputs([data[i] for i in [[0, 2], [1, 4]][rank]])
+    alive = HfDeepSpeedConfig(settings)  # what tells TRL that parameters are sharded
+    run._teachers[0], run._reference = (
+        deepspeed.initialize(model=x, config=settings)[0] for x in (run._teachers[0], run._reference)
+    )
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    engine, *_ = deepspeed.initialize(model=run.model, optimizer=optimizer, config=settings)
+    assert run.model.lm_head.weight.numel() == 0
+    engine.backward(run.compute_loss(engine, inputs))
+    assert run.model.lm_head.weight.numel() == 0
+    assert alive.is_zero3()
+    return {name: safe_get_full_grad(x) for name, x in run.model.named_parameters()}
+
+
+def test_zero_3_has_the_gradients_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    ranks = run_on_ranks("test_trl:_zero_3", 2, str(tmp_path), timeout=120)
+    data = prompts()
+    options = {"reward_scale": 1.25, "generation_kwargs": {"do_sample": False}, "gradient_accumulation_steps": 1}
+    run = trainer(tmp_path, ref_model=model(2), per_device_train_batch_size=4, **options)
+    run.compute_loss(run.model, run._prepare_inputs([data[i] for i in [0, 2, 1, 4]])).backward()
+    for gradients in ranks:
+        assert_same(gradients, {name: x.grad for name, x in run.model.named_parameters()}, 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- which model runs
+
+
+def test_lambda_1_never_runs_the_reference(tmp_path: Path) -> None:
+    ref, rows = recorded(2)
+    alone = trained(tmp_path)
+    assert_same(trained(tmp_path, ref_model=ref), alone)
+    assert rows == []
+
+
+def test_lambda_0_never_runs_the_teacher(tmp_path: Path) -> None:
+    teacher, rows = recorded(1)
+    trainer(tmp_path, teacher=teacher, ref_model=model(2), reward_scale=0.0).train()
+    assert rows == []
+
+
+def test_a_teacher_runs_on_the_prompts_that_are_routed_to_it(tmp_path: Path) -> None:
+    (a, rows_a), (b, rows_b) = recorded(1), recorded(3)
+    data = prompts(domain=["a", "a", "a", "b", "a", "a", "a", "b"])
+    run = trainer(tmp_path, teacher={"a": a, "b": b}, route_column="domain", data=data, max_steps=2)
+    run.train()
+    assert (sum(rows_a), sum(rows_b)) == (6, 2)
+    assert 0 not in rows_b
+
+
+def test_routed_losses_are_those_of_each_teacher_on_its_prompts(tmp_path: Path) -> None:
+    teachers = {"a": model(1), "b": model(3, hidden=48)}
+    data = prompts(domain=["a", "b"] * 4)
+    run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, reward_scale=1.25, ref_model=model(2))
+    batch = run._prepare_inputs([data[i] for i in range(4)])
+    batch = gopd_trl._Batch.of(batch)
+    out = run._loss(run.model, batch)
+    for i, teacher in enumerate(teachers.values()):
+        alone = trainer(tmp_path, teacher=teacher, reward_scale=1.25, ref_model=model(2))
+        rows = batch.teacher_index == i
+        expected = alone._loss(alone.model, replace(batch.take(rows), teacher_index=None))
+        torch.testing.assert_close(out.token_loss[rows], expected.token_loss)
+
+
+def test_the_base_of_an_adapter_is_the_reference_that_a_copy_would_be(tmp_path: Path) -> None:
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    runs = [
+        trained(tmp_path, peft_config=lora, ref_model=ref, reward_scale=1.25, max_steps=3) for ref in ("base", model(0))
+    ]
+    assert_same(*runs, 1e-6)
+
+
+def test_padding_beyond_the_joint_vocabulary_is_never_sampled(tmp_path: Path) -> None:
+    """As 151936 rows beside 152064: the student's own padding is as likely as any token here."""
+    run = trainer(tmp_path, student=model(0, vocab=4 * VOCAB), teacher=model(1), max_completion_length=12)
+    sampled = run._prepare_inputs([{"prompt": text} for text in PROMPTS[:4]])["completion_ids"]
+    assert sampled.max() < VOCAB
+    run.train()
+
+
+def test_a_scorer_is_the_teacher_whose_log_probs_it_tells(tmp_path: Path) -> None:
+    teacher = model(1, hidden=48).eval()
+
+    def head(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.Logits:
+        with torch.no_grad():
+            logits = teacher(input_ids=input_ids, attention_mask=attention_mask).logits
+        return fg.Logits(logits[:, -completion_mask.shape[1] - 1 : -1])
+
+    def sampled(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TokenLogProbs:
+        token_ids = input_ids[:, -completion_mask.shape[1] :]
+        return fg.TokenLogProbs(fg.token_logprobs(head(input_ids, attention_mask, completion_mask), token_ids))
+
+    def likeliest(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TopKLogProbs:
+        return fg.TopKLogProbs(*fg.token_topk(head(input_ids, attention_mask, completion_mask), 8))
+
+    for scorer, options in ((sampled, {"estimator": "sampled"}), (likeliest, {"estimator": "topk"})):
+        here = {"k": 8} if options["estimator"] == "topk" else {}
+        local = trained(tmp_path, teacher=teacher, **SGD, **options, **here)
+        assert_same(trained(tmp_path, teacher=scorer, **SGD, **options), local, 1e-6)
+
+
+def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
+    def scorer(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TokenLogProbs:
+        assert input_ids.shape == attention_mask.shape
+        return fg.TokenLogProbs(torch.full(completion_mask.shape, -2.0))
+
+    data = prompts(domain=["a", "b"] * 4)
+    teachers = {"a": model(1), "b": scorer}
+    run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, estimator="sampled")
+    batch = gopd_trl._Batch.of(run._prepare_inputs([data[i] for i in range(4)]))
+    out = run._loss(run.model, batch)
+    assert (out.teacher_logprobs[(batch.teacher_index == 1)[:, None] & (batch.mask != 0)] == -2).all()
+
+
+# ----------------------------------------------------------------------------------------------- lambda, steps, resume
+
+
+def test_lambda_moves_linearly_over_the_steps_that_are_given(tmp_path: Path) -> None:
+    options = {"reward_scale": 1.0, "reward_scale_end": 1.5, "reward_scale_steps": 2, "max_steps": 4}
+    run = trainer(tmp_path, ref_model=model(2), **options)
+    run.train()
+    assert [log["gopd/reward_scale"] for log in run.state.log_history[:4]] == [1.0, 1.25, 1.5, 1.5]
+
+
+def test_lambda_may_be_a_function_of_the_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ref_model=model(2), reward_scale_fn=lambda step: 1.0 + step)
+    run.train()
+    assert [log["gopd/reward_scale"] for log in run.state.log_history[:2]] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reward_scale": 1.0, "reward_scale_end": 1.5, "save_steps": 2},
+        {"reward_scale": 1.25, "save_steps": 3, "optim": "sgd"},
+        {"estimator": "sampled", "num_iterations": 2, "clip": [0.2, 0.2], "save_steps": 2},
+    ],
+    ids=["lambda-between-epochs", "within-the-second-epoch", "iterations"],
+)
+def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    """An epoch has two steps, or four where each batch of completions has two."""
+    options = {"max_steps": 4, "save_strategy": "steps", **options}
+    whole = trained(tmp_path, ref_model=model(2), **options)
+    resumed = trainer(tmp_path, ref_model=model(2), student=model(5), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{options['save_steps']}"))
+    assert_same(weights(resumed), whole)
+
+
+def test_a_run_that_resumes_within_iterations_samples_for_new_prompts_when_they_come(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"estimator": "sampled", "num_iterations": 2, "max_steps": 4}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    trained(tmp_path, **options)
+    resumed = trainer(tmp_path, **{**options, "max_steps": 6, "save_strategy": "no"})
+    asked: list[list[str]] = []
+    generate = resumed._generate
+    resumed._generate = lambda texts: (asked.append(texts), generate(texts))[1]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    # step 3 is the second on its prompts, whose completions the checkpoint does not have; 4 and 5 share others
+    assert len(asked) == 2
+    assert sorted(asked[0]) != sorted(asked[1])
+
+
+def test_iterations_share_completions_and_clip_their_ratios(tmp_path: Path) -> None:
+    run = trainer(tmp_path, estimator="sampled", num_iterations=2, clip=[0.05, 0.05], max_steps=2)
+    run.train()
+    first, second = run.state.log_history[:2]
+    assert "completions/mean_length" in first
+    assert "completions/mean_length" not in second
+    assert first["gopd/clip_fraction"] == 0 < second["gopd/clip_fraction"]
+    assert first["gopd/advantage"] == pytest.approx(second["gopd/advantage"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ logging
+
+
+def test_metrics_are_means_over_all_tokens_since_the_last_log(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, ref_model=model(2), estimator="sampled", reward_scale=1.25, max_completion_length=12, seed=3
+    )
+    run.train()
+    log = run.state.log_history[0]
+    assert log["completions/min_length"] < log["completions/max_length"]
+    # on-policy the loss of a token is -A, and TRL's loss is the mean over the tokens of both batches
+    assert log["loss"] == pytest.approx(-log["gopd/advantage"], rel=1e-5)
+    # A = 1.25 (log q - log r) - (log p - log r)
+    assert log["gopd/advantage"] == pytest.approx(1.25 * log["gopd/reward"] - log["gopd/kl_ref"], rel=1e-5)
+
+
+def test_a_log_over_steps_with_and_without_the_reference_has_the_metrics_of_both(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ref_model=model(2), reward_scale=1.0, reward_scale_end=1.5, logging_steps=2)
+    run.train()
+    assert {"gopd/reward", "gopd/kl_ref", "gopd/kl_target"} <= run.state.log_history[0].keys()
+
+
+def test_evaluation_has_the_same_metrics(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ref_model=model(2), reward_scale=1.25, per_device_eval_batch_size=4)
+    logged = run.evaluate(prompts())
+    assert logged["eval_loss"] > 0
+    assert {"eval_gopd/reward", "eval_gopd/kl_target"} <= run.state.log_history[-1].keys()
+    assert all(x.grad is None for x in run.model.parameters())
+
+
+def test_mixed_precision_multiplies_in_the_dtype_of_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def loss(student: Any, teacher: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(student, fg.LinearHead):
+            seen.extend((student.hidden.dtype, teacher.hidden.dtype))
+        return fg.gopd_loss(student, teacher, *args, **options)
+
+    monkeypatch.setattr(gopd_trl, "gopd_loss", loss)
+    run = trainer(tmp_path, bf16=True, max_steps=1)
+    run.train()
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+    assert {x.dtype for x in run.model.parameters()} == {torch.float32}
+
+
+# --------------------------------------------------------------------------------------------------------------- GRPO
+
+
+def lengths(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def grpo(folder: Path, **arguments: Any) -> Any:
+    plain = {"num_generations": 2, "beta": 0.0, "kind": GRPOGOPDConfig, "max_completion_length": 6}
+    own = {name: arguments.pop(name) for name in ("ref_model", "teacher", "reward_funcs") if name in arguments}
+    return GRPOGOPDTrainer(
+        model(0),
+        args=config(folder, **{**plain, **arguments}),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+        **{"reward_funcs": lengths, "teacher": model(1, hidden=48), "ref_model": model(2), **own},
+    )
+
+
+def by_hand(run: Any, output: dict[str, Tensor], scale: float) -> Tensor:
+    """lambda (log q - log r) - (log p - log r), from whole logits."""
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+    keep = output["completion_ids"].shape[1]
+
+    def logprobs(of: Any) -> Tensor:
+        with torch.no_grad():
+            logits = of(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1]
+        return (logits / run.temperature).log_softmax(-1).gather(-1, output["completion_ids"][..., None])[..., 0]
+
+    p, q, r = logprobs(run.model), logprobs(run._teachers[0]), logprobs(run._reference)
+    return (scale * (q - r) - (p - r)) * output["completion_mask"]
+
+
+def test_grpo_adds_the_advantage_of_each_token_to_that_of_the_rewards(tmp_path: Path) -> None:
+    run = grpo(tmp_path, reward_scale=1.25, gopd_weight=0.5, outcome_weight=2.0, temperature=0.8)
+    inputs = [{"prompt": text} for text in PROMPTS[:2] for _ in range(2)]
+    set_seed(0)
+    output = run._generate_and_score_completions(copy.deepcopy(inputs))
+    set_seed(0)
+    plain = GRPOTrainer._generate_and_score_completions(run, copy.deepcopy(inputs))
+    assert torch.equal(output["completion_ids"], plain["completion_ids"])
+    expected = 2 * plain["advantages"][:, None] + 0.5 * by_hand(run, output, 1.25)
+    live = output["completion_mask"] != 0
+    torch.testing.assert_close(output["advantages"][live], expected[live], rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_path: Path) -> None:
+    """One on-policy step: PPO's surrogate at ratio 1 has the gradient of -A log p."""
+    shared: dict[str, Any] = {**SGD, "max_steps": 1, "reward_scale": 1.25, "shuffle_dataset": False}
+    shared |= {"generation_kwargs": {"do_sample": False}, "max_grad_norm": 0.0}
+    run = grpo(tmp_path, outcome_weight=0.0, reward_funcs=None, loss_type="dapo", **shared)
+    run.train()
+    data = datasets.Dataset.from_dict({"prompt": [text for text in PROMPTS for _ in range(2)]})
+    distilled = trained(tmp_path, ref_model=model(2), data=data, estimator="sampled", **shared)
+    assert_same(weights(run), distilled, 1e-5)
+    assert run.state.log_history[0]["gopd/reward"] == pytest.approx(run.state.log_history[0]["gopd/reward"])
+
+
+def test_grpo_has_routes_and_logs_the_implicit_reward(tmp_path: Path) -> None:
+    data = prompts(domain=["a", "b"] * 4)
+    run = GRPOGOPDTrainer(
+        model(0),
+        lengths,
+        config(tmp_path, GRPOGOPDConfig, num_generations=2, reward_scale=1.25, route_column="domain"),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        teacher={"a": model(1), "b": model(3, hidden=48)},
+        ref_model=model(2),
+    )
+    run.train()
+    assert {"gopd/reward", "gopd/advantage", "reward", "gopd/reward_scale"} <= run.state.log_history[0].keys()
+
+
+# ------------------------------------------------------------------------------------- the loss of TRL's own trainer
+
+
+def own_trainer(folder: Path, **options: Any) -> DistillationTrainer:
+    return DistillationTrainer(
+        model(0),
+        model(1, hidden=48),
+        args=config(folder, DistillationConfig, **SGD, **options),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_patched_trainer_ends_in_the_weights_and_logs_of_trls_loss(tmp_path: Path, beta: float) -> None:
+    options: dict[str, Any] = {"beta": beta, "temperature": 0.8, "max_completion_length": 12}
+    plain = own_trainer(tmp_path, **options)
+    plain.train()
+    patched = own_trainer(tmp_path, **options)
+    with patch_distillation_loss(patched):
+        patched.train()
+    assert_same(weights(patched), weights(plain), 1e-5)
+    for ours, theirs in zip(patched.state.log_history[:2], plain.state.log_history[:2], strict=True):
+        for name in ("loss", "grad_norm", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_patched_function_has_the_values_of_trls(beta: float, dtype: torch.dtype) -> None:
+    """With bias, scales, softcaps and masked tokens, as TRL's own tests of its function have them."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss as theirs
+
+    torch.manual_seed(0)
+    hidden = [torch.randn(2, 6, h).to(dtype) for h in (8, 12)]
+    weight = [torch.randn(17, h).to(dtype) for h in (8, 12)]
+    bias = [torch.randn(17) for _ in range(2)]
+    mask = (torch.rand(2, 6) > 0.3).int()
+    results = []
+    for function in (theirs, gopd_trl._fused_divergence_loss):
+        leaves = [x.clone().requires_grad_() for x in (hidden[0], weight[0], bias[0])]
+        loss, entropy, count = function(
+            leaves[0],
+            hidden[1],
+            leaves[1],
+            weight[1],
+            mask,
+            beta,
+            num_items_in_batch=torch.tensor(5.0),
+            student_lm_head_bias=leaves[2],
+            teacher_lm_head_bias=bias[1],
+            student_logit_scale=0.7,
+            teacher_logit_scale=1.3,
+            student_final_logit_softcapping=5.0,
+            teacher_final_logit_softcapping=3.0,
+            temperature=0.8,
+        )
+        results.append([loss, entropy, count, *torch.autograd.grad(loss, leaves)])
+    # the gradients of low precision are rounded once to it by both
+    tolerance = {"rtol": 1.6e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours.detach(), expected.detach(), **tolerance)
+
+
+def test_a_batch_without_a_live_token_keeps_its_graph() -> None:
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
+    mask = torch.zeros(2, 3)
+    loss, _, count = gopd_trl._fused_divergence_loss(
+        hidden, torch.randn(2, 3, 8), weight, torch.randn(17, 8), mask, 0.5
+    )
+    loss.backward()
+    assert loss == 0
+    assert count == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_a_patch_reaches_its_trainer_alone_and_is_undone(tmp_path: Path) -> None:
+    import trl.trainer.distillation_trainer as module
+
+    theirs, function = module._chunked_divergence_loss, DistillationTrainer._compute_loss
+    patched, other = own_trainer(tmp_path), own_trainer(tmp_path)
+    patch = patch_distillation_loss(patched)
+    assert module._chunked_divergence_loss is theirs
+    assert patched._compute_loss.__globals__["_chunked_divergence_loss"] is not theirs
+    assert other._compute_loss.__func__ is function
+    patch.undo()
+    patch.undo()
+    assert patched._compute_loss.__func__ is function
+
+
+def test_a_class_is_patched_for_all_its_trainers_and_undone(tmp_path: Path) -> None:
+    function = DistillationTrainer._compute_loss
+    with patch_distillation_loss(DistillationTrainer):
+        assert own_trainer(tmp_path)._compute_loss.__func__ is not function
+    assert DistillationTrainer._compute_loss is function
+
+
+def test_what_cannot_be_patched_says_why(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="DistillationTrainer"):
+        patch_distillation_loss(torch.nn.Linear)
+    with pytest.raises(ValueError, match="GOPDTrainer has a loss of its own"):
+        patch_distillation_loss(GOPDTrainer)
+    with (
+        patch_distillation_loss(DistillationTrainer),
+        pytest.raises(ValueError, match=r"patched already: undo\(\)"),
+    ):
+        patch_distillation_loss(DistillationTrainer)
+
+
+# -------------------------------------------------------------------------------------------------------- wrong use
+
+
+def test_options_are_read_from_the_command_line() -> None:
+    line = ["--output_dir", "x", "--reward_scale", "1.25", "--clip", "0.2", "0.28", "--num_iterations", "2"]
+    line += ["--estimator", "sampled", "--use_cpu", "--bf16", "False"]
+    (args,) = HfArgumentParser(GOPDConfig).parse_args_into_dataclasses(line)
+    assert (args.reward_scale, args.clip, args.estimator) == (1.25, [0.2, 0.28], "sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "exact"}, "estimator must be one of 'sampled', 'full', 'topk', got 'exact'"),
+        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"divergence": "jsd", "beta": 1.0}, "divergence='jsd' and beta=1.0 disagree"),
+        ({"reduction": "sum"}, "reduction must be one of"),
+        ({"baseline": "mean"}, "baseline must be one of"),
+        ({"reward_scale_steps": 3}, "reward_scale_steps needs reward_scale_end"),
+        ({"reward_scale": float("nan")}, "reward_scale must be finite"),
+        ({"estimator": "sampled", "clip": [0.2, 0.2]}, "clip needs num_iterations of at least 2"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_says_what_is_wrong(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("the student was loaded before the arguments were checked")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward_scale": 1.25}, "ref_model must be given for reward_scale=1.25"),
+        ({"reward_scale_end": 1.5}, "ref_model must be given for reward_scale=1.0 to reward_scale_end=1.5"),
+        ({"reward_scale_fn": lambda step: 1.0}, "ref_model must be given for a reward_scale_fn"),
+        ({"teacher": None}, "teacher must be given"),
+        ({"teacher": 3}, "teacher must be a model, its path, or a scorer, got int"),
+        ({"teacher": {"a": "x"}}, "needs route_column"),
+        ({"route_column": "domain"}, "needs a dict of teachers"),
+        ({"teacher": {"a": "x"}, "route_column": "domain"}, r"train_dataset has no column 'domain'"),
+        ({"estimator": "topk"}, "k must be given for estimator='topk'"),
+        ({"baseline": "expected"}, "baseline is an option of estimator='sampled'"),
+        ({"teacher": lambda *_: None}, "teacher is TokenLogProbs, which estimator='sampled' alone can use"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a path"),
+    ],
+)
+def test_wrong_arguments_are_named_before_the_student_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("trl.trainer.distillation_trainer.create_model_from_path", never)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer(tmp_path, student="a-path", **{"teacher": "another", **arguments})
+
+
+def test_a_route_without_a_teacher_is_named_before_training(tmp_path: Path) -> None:
+    data = prompts(domain=["math", "code"] * 4)
+    with pytest.raises(ValueError, match=r"no teacher for the route 'code', which is in column 'domain' of train"):
+        trainer(tmp_path, teacher={"math": model(1)}, route_column="domain", data=data)
+
+
+def test_a_streamed_route_without_a_teacher_is_named_when_it_comes(tmp_path: Path) -> None:
+    data = prompts(domain=["code"] * 8).to_iterable_dataset()
+    run = trainer(tmp_path, teacher={"math": model(1)}, route_column="domain", data=data)
+    with pytest.raises(ValueError, match="no teacher for the route 'code'"):
+        run.train()
+
+
+def test_a_tokenizer_that_says_other_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the tokenizers of the student and of teacher differ at \d+ ids"):
+        trainer(tmp_path, teacher_processing_class=tokenizer("zebras zigzag zestfully in the zoo zone"))
+
+
+def test_a_tokenizer_for_a_route_that_no_teacher_has_is_named(tmp_path: Path) -> None:
+    arguments = {"teacher": {"math": model(1)}, "route_column": "domain", "data": prompts(domain=["math"] * 8)}
+    with pytest.raises(ValueError, match="no teacher for the route 'maths', which is in teacher_processing_class"):
+        trainer(tmp_path, teacher_processing_class={"maths": tokenizer()}, **arguments)
+
+
+def test_a_tokenizer_beside_a_teacher_is_found_and_compared(tmp_path: Path) -> None:
+    model(1).save_pretrained(tmp_path / "teacher")
+    tokenizer("zebras zigzag zestfully in the zoo zone").save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="the tokenizers of the student and of teacher differ"):
+        trainer(tmp_path, teacher=str(tmp_path / "teacher"))
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    trainer(tmp_path, teacher=str(tmp_path / "teacher"))
+
+
+def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher has 200 tokens, and the student's tokenizer goes up to id 279"):
+        trainer(tmp_path, teacher=model(1, vocab=200))
+
+
+def test_the_student_cannot_be_its_own_reference(tmp_path: Path) -> None:
+    student = model(0)
+    with pytest.raises(ValueError, match="ref_model is the student itself, which changes: pass a copy"):
+        trainer(tmp_path, student=student, ref_model=student, reward_scale=1.25)
+    with pytest.raises(ValueError, match='ref_model="base" is the student without its PEFT adapter'):
+        trainer(tmp_path, ref_model="base", reward_scale=1.25)
+
+
+def test_trls_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args must be a GOPDConfig"):
+        GOPDTrainer(model(0), model(1), config(tmp_path, DistillationConfig), prompts(), processing_class=tokenizer())
+    with pytest.raises(TypeError, match="teacher_model: it is called teacher"):
+        GOPDTrainer(model(0), teacher_model=model(1), args=config(tmp_path), processing_class=tokenizer())
+
+
+def test_empty_completions_are_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.use_vllm, run._last_loaded_step = True, 0
+    run.vllm_generation = SimpleNamespace(generate=lambda **_: (None, [[5, 6], [], [7], []], None, None))
+    with pytest.raises(ValueError, match=r"completions \[1, 3\] of 4 are empty"):
+        run._generate([*PROMPTS[:4]])
+
+
+def test_a_scorer_that_returns_something_else_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, teacher=lambda *_: torch.zeros(2, 6), estimator="sampled")
+    with pytest.raises(TypeError, match=r"the scorer teacher must return fused_gopd.TokenLogProbs .* got Tensor"):
+        run.train()
