@@ -646,6 +646,7 @@ def test_what_the_loss_could_not_take_is_an_error_when_patched():
 
 def test_accelerate_may_prepare_a_patched_model():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one for a process: of an earlier trainer
     model = llama().train()
     with patch_lm_head(model):
         prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
