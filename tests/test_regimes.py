@@ -529,8 +529,6 @@ def test_what_has_to_wait_for_the_device_says_so(options, named):
 @pytest.mark.parametrize("masked", [False, True])
 @one_of_each
 def test_a_captured_step_replays_on_new_values(objective, masked):
-    """Written for a GPU; not yet run on one."""
-
     def batch_of(seed):
         batch = make_batch(seed, shape=(64,), vocab=(1000,) * 3, hidden=(64,) * 3, dtype=BF16, masked=masked)
         heads = [like(m, **{k: x.detach().cuda() for k, x in m.tensors.items()}) for m in batch.models]
