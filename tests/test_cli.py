@@ -105,6 +105,13 @@ def planned(*arguments: str) -> dict[str, Any]:
     return data
 
 
+def test_plan_low_chunks_have_logits_of_two_bytes() -> None:
+    low, wide = (planned("--model", "qwen3-1.7b", *more)["fused"] for more in (("--low-chunks",), ()))
+    per_token = {name: side["items"]["chunk buffers"] / 151936 / 3 for name, side in (("low", low), ("wide", wide))}
+    assert per_token == {"low": 2 * low["chunk_size"], "wide": 4 * wide["chunk_size"]}
+    assert low["chunk_size"] > wide["chunk_size"]
+
+
 def test_plan_dense_peak_is_k_tensors() -> None:
     entries = 1000 * 50_000 * 4
     for estimator, alive in (("full", 5), ("sampled", 3), ("topk", 3)):
@@ -236,6 +243,8 @@ def test_plan_understands_sizes(text: str, size: int) -> None:
         (["--model", "qwen3-8b", "--tflops", "0"], "positive number"),
         (["--model", "qwen3-8b", "--tflops", "inf"], "positive number"),
         (["--model", "qwen3-8b", "--gpu", "abacus"], "expected one of a100, h100"),
+        (["--model", "qwen3-8b", "--low-chunks", "--device", "cpu"], "is for bfloat16 and float16 on a GPU"),
+        (["--model", "qwen3-8b", "--low-chunks", "--estimator", "sampled"], "--low-chunks"),
         (["--model", "qwen3-8b", "--gpu", "h100", "--tflops", "700"], "give one of --gpu and --tflops"),
         (["--model", "qwen3-8b", "--gpu", "h100", "--dtype", "float32"], "give --tflops for float32"),
         (["--model", "qwen3-8b", "--device", "tpu"], "--device"),

@@ -85,6 +85,7 @@ class Job:
     divergence: Divergence = "reverse_kl"
     k: int | None = None  # of topk
     support: Support = "teacher"
+    low_chunks: bool = False  # the chunk's logits in the model's dtype
     tp: int = 1  # ranks that share the vocabulary
     dp: int = 1  # ranks that share the sequences
     cp: int = 1  # ranks that share each sequence
@@ -98,6 +99,11 @@ class Job:
     def wide(self) -> int:
         """Bytes of one number in the accumulation dtype."""
         return max(4, self.element)
+
+    @property
+    def logit(self) -> int:
+        """Bytes of one logit of a chunk."""
+        return self.element if self.low_chunks else self.wide
 
     @property
     def needed(self) -> dict[str, int]:
@@ -167,7 +173,7 @@ def chunk_size(job: Job) -> int:
     """Tokens per chunk, from the function that the loss itself asks."""
     from fused_gopd.chunks import chunk_size_for
 
-    return chunk_size_for(job.vocab, job.buffers, "cuda" if job.device == "gpu" else "cpu", job.wide)
+    return chunk_size_for(job.vocab, job.buffers, "cuda" if job.device == "gpu" else "cpu", job.logit)
 
 
 def _chunk_rows(job: Job) -> int:
@@ -198,7 +204,7 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
     low = job.wide != job.element
     summed = "float32 accumulator of the weight gradient" if low else "gradient of weight"
     forward = {
-        "chunk buffers": job.buffers * rows * job.vocab * job.wide,
+        "chunk buffers": job.buffers * rows * job.vocab * job.logit,
         "chunk of the hidden gradient": rows * job.hidden * job.wide,
         **kept,
         summed: weight * job.wide,
@@ -467,6 +473,10 @@ def _check(job: Job) -> None:
         raise typer.BadParameter("is an option of --estimator topk", param_hint="--support")
     if job.divergence != "reverse_kl" and job.estimator == "sampled":
         raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--divergence")
+    if job.low_chunks and (job.device == "cpu" or job.dtype not in ("bfloat16", "float16")):
+        raise typer.BadParameter("is for bfloat16 and float16 on a GPU", param_hint="--low-chunks")
+    if job.low_chunks and job.estimator == "sampled":
+        raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--low-chunks")
     if job.tp > job.vocab:
         raise typer.BadParameter(f"{job.tp} ranks cannot share {job.vocab} vocabulary entries", param_hint="--tp")
     if job.dp * job.cp > job.tokens:
@@ -507,6 +517,9 @@ def plan(
     support: Annotated[str, typer.Option(help="Whose tokens topk looks at: teacher or student.")] = "teacher",
     reward_scale: Annotated[float, typer.Option(help="lambda: 1 needs no reference, 0 no teacher.")] = 1.25,
     device: Annotated[str, typer.Option(help="gpu or cpu; decides the chunk size.")] = "gpu",
+    low_chunks: Annotated[
+        bool, typer.Option("--low-chunks", help="The chunk's logits in --dtype: chunk_dtype of the loss.")
+    ] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that share the vocabulary of every head.")] = 1,
     dp: Annotated[int, typer.Option("--dp", min=1, help="Ranks that share the sequences, heads sharded (FSDP).")] = 1,
     cp: Annotated[int, typer.Option("--cp", min=1, help="Ranks that share the tokens of each sequence.")] = 1,
@@ -557,6 +570,7 @@ def plan(
         divergence=cast("Divergence", divergence),
         k=k,
         support=cast("Support", support),
+        low_chunks=low_chunks,
         tp=tp,
         dp=dp,
         cp=cp,
