@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo test test-python lint conformance bench clean
+.PHONY: demo quick-demo test test-verl lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,17 @@ conformance: $(VENV)/.test
 	$(BIN)/python -m pytest -p no:cacheprovider $(CONFORMANCE)
 	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
+
+# verl wants an older transformers than the rest: an environment of its own, which CI does not make.
+.venv-verl/.test: $(SOURCES) tests/verl-constraints.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/pip install --quiet --constraint tests/verl-constraints.txt torch
+	.venv-verl/bin/pip install --quiet --requirement tests/verl-constraints.txt ".[test]"
+	.venv-verl/bin/pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
+test-verl: .venv-verl/.test
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py
 
 # The peers are not part of what the tests install.
 $(VENV)/.bench: $(VENV)/.test

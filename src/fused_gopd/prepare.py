@@ -74,7 +74,7 @@ def _require_source(name: str, value: object, estimator: Estimator) -> None:
         )
 
 
-def _check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
     require_shape("mask", mask, shape, "student")
@@ -231,7 +231,7 @@ def _tells_sequences(sequences: Sequences) -> bool:
     return len(sequences.shape) > 1 or sequences.cu_seqlens is not None
 
 
-def _check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:
+def check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:
     """The slices of packed tokens. Values: ValueError on a CPU, a device-side assert (no host sync) on a GPU."""
     if cu_seqlens is None:
         return Sequences(shape)
@@ -283,7 +283,7 @@ def _check_advantage_clip(bound: object) -> tuple[float, float]:
     return low, high
 
 
-def _check_surrogate(
+def check_surrogate(
     estimator: Estimator,
     sequences: Sequences,
     old_logprobs: Tensor | None,
@@ -643,7 +643,7 @@ def prepare(
             )
         for field, tensor in model.tensors.items():
             require_device(f"{name}.{field}", tensor, device)
-    sequences = _check_cu_seqlens(cu_seqlens, shape, device)
+    sequences = check_cu_seqlens(cu_seqlens, shape, device)
     lam = _check_reward_scale(reward_scale, sequences, device)
     count, route = _check_routes(teacher, ref, teacher_index, sequences, device)
     _require_models(lam, given)
@@ -654,7 +654,7 @@ def prepare(
         require_integer("token_ids", token_ids)
         require_shape("token_ids", token_ids, shape, "student")
         require_device("token_ids", token_ids, device)
-    surrogate = _check_surrogate(
+    surrogate = check_surrogate(
         estimator,
         sequences,
         old_logprobs,
@@ -671,7 +671,7 @@ def prepare(
     old = None if old_logprobs is None else _check_vector("old_logprobs", old_logprobs, shape, device)
     rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
     normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
-    live_mask = None if mask is None else _check_mask(mask, shape, device)
+    live_mask = None if mask is None else check_mask(mask, shape, device)
     joint = _joint_vocab_size({"student": student, **others}, vocab_size)
     if baseline == "expected":
         for name, model in others.items():

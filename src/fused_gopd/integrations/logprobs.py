@@ -1,0 +1,177 @@
+"""The sampled estimator where a framework hands over log-probs of the sampled tokens and keeps the model to itself.
+
+What the adapters of RL frameworks share. The student's log-probs carry the gradient there, so that no head is needed;
+the formulas are those of :mod:`fused_gopd.objective`, which :func:`fused_gopd.gopd_loss` uses too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import require_device, require_float, require_number, require_shape
+from ..objective import PolicyTerm, Sequences, Surrogate, TokenStats, advantages_of, policy_term
+from ..output import GOPDOutput
+from ..prepare import check_cu_seqlens, check_mask, check_surrogate
+
+
+def check_options(
+    *,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    sequences: Sequences | None = None,
+    clip: tuple[float, float] | None = None,
+    clip_dual: float | None = None,
+    ratio: str = "token",
+    rollout_is_cap: float | None = None,
+    advantage_clip: float | tuple[float, float] | None = None,
+    logprob_min: float | None = None,
+) -> Surrogate:
+    """The options of :func:`sampled_loss` in one object; raises like :func:`fused_gopd.gopd_loss`.
+
+    Before there is a batch, call it with the options alone: what a batch must bring is then taken to be there.
+    """
+    if sequences is None:
+        anything = torch.zeros(1, 1)
+        sequences, old_logprobs, rollout_logprobs = Sequences(anything.shape), anything, anything
+    given = (clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min)
+    return check_surrogate("sampled", sequences, old_logprobs, rollout_logprobs, *given, "none", None)
+
+
+def require_reference(reward_scale: float, ref: object, fix: str) -> float:
+    """lambda as a float; raises where it needs a reference that is not there, and says what the framework's fix is."""
+    reward_scale = require_number("reward_scale", reward_scale)
+    if ref is None and reward_scale != 1:
+        raise ValueError(
+            f"reward_scale={reward_scale} needs the reference's log-probs, which are not there (reward_scale=1 does "
+            f"without): {fix}"
+        )
+    return reward_scale
+
+
+def token_losses(
+    surrogate: Surrogate,
+    advantages: Tensor,
+    student_logprobs: Tensor,  # with its gradient
+    old: Tensor | None,
+    rollout: Tensor | None,
+    live: Tensor,
+    sequences: Sequences,
+) -> tuple[Tensor, PolicyTerm]:
+    """-A rho w of live tokens, differentiable in the student's log-probs and 0 elsewhere; all of one token shape."""
+    student = student_logprobs.masked_fill(~live, 0)
+    known, counts = student.detach(), sequences.sum(live).clamp_min(1)
+
+    def mean(x: Tensor) -> Tensor:
+        return sequences.expand(sequences.sum(x.masked_fill(~live, 0)) / counts).to(x.dtype)
+
+    term = policy_term(surrogate, advantages, known, old, rollout, mean)
+    # the value is term.loss, the derivative term.dlogprob; 0 * (-inf - -inf) would be NaN
+    step = torch.where(torch.isneginf(known), 0, student - known)
+    return (term.loss + term.dlogprob * step).masked_fill(~live, 0), term
+
+
+def sampled_loss(
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    ref_logprobs: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reward_scale: float = 1.0,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    entropy: Tensor | None = None,
+    **options: Any,
+) -> GOPDOutput:
+    """``gopd_loss(estimator="sampled", reduction="none")`` of log-probs, the student's being differentiable.
+
+    Args:
+        student_logprobs: (B, T), or (N,) with ``cu_seqlens``; float. Gradients flow to it, and to nothing else.
+        teacher_logprobs, ref_logprobs: of the same tokens, under the same temperature. ``ref_logprobs`` may be None for
+            ``reward_scale=1``; given there, it serves the metrics alone.
+        mask: bool or 0/1 integer; masked entries may hold anything.
+        reward_scale: lambda.
+        old_logprobs, rollout_logprobs, cu_seqlens: as in :func:`fused_gopd.gopd_loss`.
+        entropy: the student's, for the metrics; NaN in the output if not given.
+        **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``.
+
+    Returns:
+        The output, ``loss`` being the token losses in the token shape, 0 where masked: for the framework to reduce.
+        float32, float64 where the student's log-probs are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was found.
+    """
+    require_float("student_logprobs", student_logprobs)
+    shape, device = student_logprobs.shape, student_logprobs.device
+    dtype = torch.float64 if student_logprobs.dtype == torch.float64 else torch.float32
+    sequences = check_cu_seqlens(cu_seqlens, shape, device)
+    live = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else check_mask(mask, shape, device)
+
+    def vector(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        require_float(name, x)
+        require_shape(name, x, shape, "student_logprobs")
+        require_device(name, x, device)
+        return x.detach().to(dtype).masked_fill(~live, 0)
+
+    teacher, ref = vector("teacher_logprobs", teacher_logprobs), vector("ref_logprobs", ref_logprobs)
+    old, rollout = vector("old_logprobs", old_logprobs), vector("rollout_logprobs", rollout_logprobs)
+    if teacher is None:
+        raise ValueError("teacher_logprobs must be given")
+    reward_scale = require_reference(reward_scale, ref, "pass ref_logprobs")
+    surrogate = check_options(old_logprobs=old, rollout_logprobs=rollout, sequences=sequences, **options)
+    known = vector("student_logprobs", student_logprobs)
+    assert known is not None
+    nothing = torch.full_like(known, torch.nan)
+    entropy = nothing if entropy is None else vector("entropy", entropy)
+    assert entropy is not None
+    index = torch.arange(shape.numel(), device=device).reshape(shape)
+    q, r = (teacher if reward_scale != 0 else None), (ref if reward_scale != 1 else None)
+    stats = TokenStats(index, known, known, q, r, old, entropy, None, None, reward_scale)
+    advantages, _ = advantages_of(surrogate, stats, None, None)
+    loss, term = token_losses(surrogate, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
+    clips = surrogate.clip is not None or surrogate.clip_dual is not None
+    return GOPDOutput(
+        loss=loss,
+        token_loss=term.loss.masked_fill(~live, 0),
+        advantages=advantages.masked_fill(~live, 0),
+        student_logprobs=known,
+        teacher_logprobs=teacher,
+        ref_logprobs=ref,
+        entropy=entropy,
+        kl=None,
+        clipped=term.clipped & live if clips else None,
+        importance=None if term.importance is None else term.importance.masked_fill(~live, 0),
+        mask=live,
+        reward_scale=reward_scale,
+    )
+
+
+def advantages(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, ref_logprobs: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """A = lambda log q + (1 - lambda) log r - log p of the sampled tokens, detached, in the token shape.
+
+    For frameworks with a policy loss of their own. ``student_logprobs`` are those of the policy that their ratio is
+    relative to. Arguments as in :func:`sampled_loss`.
+    """
+    result = sampled_loss(student_logprobs.detach(), teacher_logprobs, ref_logprobs, **arguments).advantages
+    assert result is not None
+    return result
+
+
+def named_metrics(out: GOPDOutput, prefix: str = "") -> dict[str, Tensor]:
+    """The means of a call as 0-d tensors on the device, without what frameworks log by themselves."""
+    return {f"{prefix}{k}": v for k, v in out.metrics().items() if k not in ("tokens", "loss", "entropy")}
+
+
+def metric_sums(out: GOPDOutput) -> dict[str, Tensor]:
+    """The same as sums over the live tokens, for frameworks that divide by a global count of their own."""
+    metrics = out.metrics()
+    sums = dict(zip(metrics, metrics.sums[:, 0], strict=True))
+    return {k: v for k, v in sums.items() if k not in ("tokens", "loss", "entropy") and not k.endswith("_std")}

@@ -1,0 +1,78 @@
+"""NeMo-RL: the sampled estimator as one of its loss functions.
+
+``GOPDLossFn(reward_scale=1.25)`` goes where a recipe makes its ``ClippedPGLossFn``; the recipe puts the teacher's
+scores into the training data beside those of the reference::
+
+    train_data["teacher_logprobs"] = teacher_policy.get_logprobs(logprob_data)["logprobs"]
+
+Hook: ``nemo_rl/algorithms/loss/interfaces.py``, ``LossFunction``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer  # type: ignore[import-not-found]
+from torch import Tensor
+
+from .logprobs import check_options, metric_sums, require_reference, sampled_loss
+
+__all__ = ["GOPDLossFn"]
+
+
+class GOPDLossFn:
+    """NeMo-RL's LossFunction of G-OPD at the sampled tokens, normalised over the global number of tokens.
+
+    Args:
+        reward_scale: lambda; any but 1 needs ``reference_policy_logprobs`` in the data.
+        **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min`` as in
+            :func:`fused_gopd.gopd_loss`. ``rollout_is_cap`` switches on the weights of ``generation_logprobs``.
+    """
+
+    loss_type = LossType.TOKEN_LEVEL
+    input_type = LossInputType.LOGPROB
+
+    def __init__(self, reward_scale: float = 1.0, **options: Any) -> None:
+        self.reward_scale = require_reference(reward_scale, True, "")
+        check_options(**options)
+        self.options = options
+        names = ("reward", "kl_teacher", "kl_ref", "impossible", "advantage", "clip_fraction", "importance", "loss")
+        self.metric_normalizations = dict.fromkeys(names, MetricNormalizer.TOKENS)
+
+    def __call__(
+        self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and metrics of a micro-batch, both sums over its tokens over ``global_valid_toks``.
+
+        Args:
+            next_token_logprobs: (B, S - 1), of the tokens after the first.
+            data: NeMo-RL's BatchedDataDict: (B, S) ``token_mask``, ``prev_logprobs``, ``teacher_logprobs``,
+                ``reference_policy_logprobs`` for lambda != 1, ``generation_logprobs`` for ``rollout_is_cap``;
+                ``sample_mask`` (B,).
+        """
+
+        def after_the_first(name: str) -> Tensor | None:
+            return data[name][:, 1:] if name in data else None
+
+        teacher = after_the_first("teacher_logprobs")
+        if teacher is None:
+            raise ValueError(
+                "data['teacher_logprobs'] must hold the teacher's log-probs (B, S), and is not there: put "
+                "teacher_policy.get_logprobs(...)['logprobs'] into the training data"
+            )
+        ref = after_the_first("reference_policy_logprobs")
+        require_reference(self.reward_scale, ref, "put data['reference_policy_logprobs'] into the training data")
+        capped = self.options.get("rollout_is_cap") is not None
+        out = sampled_loss(
+            next_token_logprobs,
+            teacher,
+            ref,
+            mask=(data["token_mask"][:, 1:] * data["sample_mask"][:, None]) != 0,
+            reward_scale=self.reward_scale,
+            old_logprobs=after_the_first("prev_logprobs"),
+            rollout_logprobs=after_the_first("generation_logprobs") if capped else None,
+            **self.options,
+        )
+        loss = out.loss.sum() / global_valid_toks
+        metrics = {name: (value / global_valid_toks).item() for name, value in metric_sums(out).items()}
+        return loss, {"loss": loss.item(), "num_valid_samples": data["sample_mask"].sum().item(), **metrics}

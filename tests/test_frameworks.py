@@ -1,0 +1,533 @@
+"""Adapters of RL frameworks: on a framework's own types where it can be imported, on their recorded shapes elsewhere.
+
+What is recorded, and from which version, is in ``docs/integrations/README.md``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_gopd as fg
+from builders import assert_close
+from fused_gopd.integrations import logprobs, prime_rl, skyrl, slime
+
+
+def framework(name: str) -> ModuleType:
+    """A module of a framework; skips where it cannot be imported, whatever the reason."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+@dataclass
+class Scores:
+    """Log-probs (B, T) of sampled tokens under student (with a gradient), teacher, reference and old policy."""
+
+    student: Tensor
+    teacher: Tensor
+    ref: Tensor
+    old: Tensor
+    mask: Tensor
+
+    def advantages(self, scale: float, behaviour: Tensor) -> Tensor:
+        return (scale * self.teacher + (1 - scale) * self.ref - behaviour.detach()) * self.mask
+
+    def surrogate(self, scale: float) -> Tensor:
+        """(B, T) of -A rho, against the old policy."""
+        ratio = (self.student - self.old).exp()
+        return -self.advantages(scale, self.old) * ratio * self.mask
+
+
+@pytest.fixture
+def scores() -> Scores:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, ref, old = (-3 * torch.rand(3, 6, generator=generator, dtype=torch.float64) for _ in range(4))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[0, 4:] = mask[1, 1] = False
+    return Scores(student.requires_grad_(), teacher, ref, student.detach() + 0.1 * old, mask)
+
+
+def assert_same_gradient(scores: Scores, loss: Tensor, want: Tensor) -> None:
+    assert_close(loss.detach(), want.detach(), 1e-12, "loss")
+    (got,) = torch.autograd.grad(loss, scores.student)
+    (expected,) = torch.autograd.grad(want, scores.student)
+    assert_close(got, expected, 1e-12, "gradient")
+
+
+# ------------------------------------------------------------------------------------ what all share: from log-probs
+
+
+def as_logits(scores: Scores) -> fg.Logits:
+    """Logits of two tokens, of which token 0 has the student's log-prob."""
+    return fg.Logits(torch.stack((scores.student, torch.log1p(-scores.student.exp())), -1))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.25])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip": (0.05, 0.1), "clip_dual": 1.5},
+        {"ratio": "sequence", "clip": (0.05, 0.1)},
+        {"advantage_clip": 0.7, "logprob_min": -1.5},
+        {"rollout_is_cap": 1.05},
+    ],
+)
+def test_loss_from_logprobs_is_the_loss_from_logits(scores, scale, options):
+    rollout = {"rollout_logprobs": scores.old + 0.05} if "rollout_is_cap" in options else {}
+    given = {"mask": scores.mask, "reward_scale": scale, "old_logprobs": scores.old, **options, **rollout}
+    got = logprobs.sampled_loss(scores.student, scores.teacher, scores.ref, **given)
+    teacher, ref = fg.TokenLogProbs(scores.teacher), fg.TokenLogProbs(scores.ref)
+    ids = torch.zeros(3, 6, dtype=torch.int64)
+    want = fg.reference.gopd_loss(as_logits(scores), teacher, ref, ids, reduction="none", **given)
+    weights = torch.linspace(-1, 2, 18, dtype=torch.float64).reshape(3, 6)
+    assert_same_gradient(scores, (got.loss * weights).sum(), (want.loss * weights).sum())
+    for name in ("token_loss", "advantages", "student_logprobs", "clipped", "importance"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a.double(), b.double(), 1e-12, name)
+
+
+def test_packed_sequences_have_the_ratios_of_padded_ones(scores):
+    options = {"reward_scale": 1.25, "ratio": "sequence"}
+    padded = logprobs.sampled_loss(
+        scores.student, scores.teacher, scores.ref, mask=scores.mask, old_logprobs=scores.old, **options
+    )
+    names = ("student", "teacher", "ref", "old")
+    student, teacher, ref, old = (getattr(scores, name)[scores.mask] for name in names)
+    bounds = torch.tensor([0, 4, 9, 15], dtype=torch.int32)
+    packed = logprobs.sampled_loss(student, teacher, ref, old_logprobs=old, cu_seqlens=bounds, **options)
+    assert_close(packed.loss.detach(), padded.loss[scores.mask].detach(), 1e-12)
+
+
+def test_masked_tokens_may_hold_anything(scores):
+    broken = {
+        name: getattr(scores, name).detach().masked_fill(~scores.mask, torch.nan) for name in ("teacher", "ref", "old")
+    }
+    student = scores.student.detach().masked_fill(~scores.mask, torch.nan).requires_grad_()
+    out = logprobs.sampled_loss(
+        student, broken["teacher"], broken["ref"], mask=scores.mask, reward_scale=1.25, old_logprobs=broken["old"]
+    )
+    out.loss.sum().backward()
+    assert torch.isfinite(out.loss).all()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_a_token_that_a_model_rules_out_has_no_loss(scores):
+    teacher = scores.teacher.clone()
+    teacher[2, 3] = -torch.inf
+    out = logprobs.sampled_loss(scores.student, teacher, scores.ref, reward_scale=1.25)
+    out.loss.sum().backward()
+    assert out.loss[2, 3] == 0
+    assert scores.student.grad[2, 3] == 0
+    assert torch.isfinite(scores.student.grad).all()
+
+
+def test_a_reference_that_lambda_cancels_does_not_matter(scores):
+    ref = torch.full_like(scores.ref, -torch.inf)
+    got = logprobs.sampled_loss(scores.student, scores.teacher, ref)
+    want = logprobs.sampled_loss(scores.student, scores.teacher)
+    assert torch.equal(got.loss, want.loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reward_scale": 1.25, "ref_logprobs": None}, ValueError, "reward_scale=1.25 needs the reference's log-probs"),
+        ({"teacher_logprobs": None}, ValueError, "teacher_logprobs must be given"),
+        ({"teacher_logprobs": torch.zeros(3, 5)}, ValueError, r"teacher_logprobs must have the token shape \(3, 6\)"),
+        ({"clip": (0.2, 0.2)}, ValueError, "clip needs old_logprobs"),
+        ({"clap": 1}, TypeError, "clap"),
+    ],
+)
+def test_bad_input_is_named(scores, change, error, message):
+    given = {"teacher_logprobs": scores.teacher, "ref_logprobs": scores.ref, **change}
+    with pytest.raises(error, match=message):
+        logprobs.sampled_loss(scores.student, **given)
+
+
+# -------------------------------------------------------------------------------------------------------------- slime
+
+
+def slime_args(**changes: Any) -> Namespace:
+    given = {"gopd_reward_scale": 1.25, "use_opd": True, "opd_kl_coef": 0.0, "opd_type": "sglang", "kl_coef": 0.0}
+    more = {"use_rollout_logprobs": False, "normalize_advantages": False, "advantage_estimator": "grpo"}
+    path = "fused_gopd.integrations.slime.gopd_advantages"
+    return Namespace(**{**given, **more, "custom_advantage_function_path": path, **changes})
+
+
+def slime_data(scores: Scores) -> dict[str, Any]:
+    """Per sample a (R_i,) tensor, of different lengths, and one sample of which this rank has no token."""
+
+    def samples(x: Tensor) -> list[Tensor]:
+        return [x[0, :4], x[1], x[2, :0]]
+
+    entries = {"log_probs": scores.student, "teacher_log_probs": scores.teacher, "ref_log_probs": scores.ref}
+    data: dict[str, Any] = {name: samples(x.detach()) for name, x in entries.items()}
+    return {**data, "rewards": [0.0] * 3, "response_lengths": [4, 6, 0], "loss_masks": samples(scores.mask.int())}
+
+
+def assert_slime_advantages(scores: Scores, data: dict[str, Any]) -> None:
+    scores.mask[:] = True  # slime masks later
+    want = scores.advantages(1.25, scores.student)
+    for got, expected in zip(data["advantages"], (want[0, :4], want[1], want[2, :0]), strict=True):
+        assert_close(got, expected, 1e-6)
+    assert data["returns"] is data["advantages"]
+
+
+def test_slime_gets_the_advantages_of_each_sample(scores):
+    data = slime_data(scores)
+    slime.gopd_advantages(slime_args(), data)
+    assert_slime_advantages(scores, data)
+
+
+def test_slimes_own_function_calls_it(scores, monkeypatch):
+    loss = framework("slime.backends.megatron_utils.loss")
+    monkeypatch.setattr(loss.mpu, "is_pipeline_last_stage", lambda: True, raising=False)
+    data = slime_data(scores)
+    loss.compute_advantages_and_returns(slime_args(), data)
+    assert_slime_advantages(scores, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "without", "message"),
+    [
+        ({"opd_kl_coef": 1.0}, None, "--opd-kl-coef must be 0"),
+        ({"normalize_advantages": True}, None, "--normalize-advantages must not be set"),
+        ({}, "teacher_log_probs", "slime scores a teacher with --use-opd"),
+        ({}, "ref_log_probs", "reward_scale=1.25 needs .* --use-kl-loss"),
+        ({}, "log_probs", "slime keeps them with --use-opd"),
+    ],
+)
+def test_slime_is_told_what_to_set(scores, change, without, message):
+    data = slime_data(scores)
+    data.pop(without, None)
+    with pytest.raises(ValueError, match=message):
+        slime.gopd_advantages(slime_args(**change), data)
+
+
+def test_slime_needs_a_lambda(scores):
+    args = slime_args()
+    del args.gopd_reward_scale
+    with pytest.raises(ValueError, match=r"gopd_reward_scale .* --custom-config-path"):
+        slime.gopd_advantages(args, slime_data(scores))
+
+
+# ----------------------------------------------------------------------------------------------------------- prime-rl
+
+
+@dataclass
+class LossInputs:
+    """As recorded."""
+
+    trainer_logprobs: Tensor
+    inference_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    loss_weights: Tensor | None = field(default=None)
+
+
+@dataclass
+class LossOutputs:
+    """As recorded."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> ModuleType:
+    """A module of a framework with nothing but what an adapter imports from it."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+    module = ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.fixture(params=["recorded", "prime_rl"])
+def prime(request, monkeypatch) -> ModuleType:
+    if request.param == "recorded":
+        return recorded(monkeypatch, "prime_rl.trainer.rl.loss", LossInputs=LossInputs, LossOutputs=LossOutputs)
+    return framework("prime_rl.trainer.rl.loss")
+
+
+def prime_inputs(module: ModuleType, scores: Scores, target: Tensor, inference: Tensor, row: int = 0) -> Any:
+    zeros = torch.zeros_like(target[row])
+    return module.LossInputs(scores.student[row], inference[row], target[row], zeros, scores.mask[row])
+
+
+def target_of(scores: Scores, scale: float) -> Tensor:
+    rows = zip(scores.teacher.tolist(), scores.ref.tolist(), strict=True)
+    return torch.tensor([prime_rl.target_logprobs(scale, q, r) for q, r in rows], dtype=torch.float64)
+
+
+def test_prime_rls_custom_loss_is_the_surrogate(scores, prime):
+    inputs = prime_inputs(prime, scores, target_of(scores, 1.25), scores.old)
+    result = prime_rl.gopd_loss(inputs)
+    assert isinstance(result, prime.LossOutputs)
+    assert_same_gradient(scores, result.loss, scores.surrogate(1.25)[0].sum())
+    want = scores.advantages(1.25, scores.old)[0].sum() / scores.mask[0].sum()
+    assert_close(result.metrics["gopd/advantage"], want, 1e-12)
+
+
+def test_prime_rls_own_distillation_of_the_target_is_gopd(scores):
+    loss = framework("prime_rl.trainer.rl.loss")
+    on_policy = scores.student.detach()  # where its trust region and its regulariser do nothing
+    result = loss.ref_kl_loss_fn(prime_inputs(loss, scores, target_of(scores, 1.25), on_policy))
+    (got,) = torch.autograd.grad(result.loss, scores.student)
+    assert_close(got[0], -scores.advantages(1.25, scores.student)[0], 1e-12)
+
+
+def test_prime_rls_configuration_finds_the_loss():
+    config, loss = framework("prime_rl.configs.trainer"), framework("prime_rl.trainer.rl.loss")
+    path = "fused_gopd.integrations.prime_rl.gopd_loss"
+    assert callable(loss.setup_rl_loss_fn(config.CustomLossConfig(import_path=path, kwargs={"clip": [0.2, 0.2]})))
+
+
+def test_prime_rl_is_told_where_lambda_belongs(scores, prime):
+    inputs = prime_inputs(prime, scores, scores.teacher, scores.old)
+    with pytest.raises(ValueError, match=r"reward_scale must be 1 .* target_logprobs"):
+        prime_rl.gopd_loss(inputs, reward_scale=1.25)
+    with pytest.raises(ValueError, match="token 1 must have finite log-probs"):
+        prime_rl.target_logprobs(1.25, [-1.0, -2.0], [-1.0, -torch.inf])
+    assert prime_rl.target_logprobs(1.0, [-1.0, -2.0], [-1.0, -torch.inf]) == [-1.0, -2.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- SkyRL
+
+
+def skyrl_data(scores: Scores) -> dict[str, Any]:
+    names = {"action_log_probs": scores.student, "base_action_log_probs": scores.teacher}
+    more = {"ref_action_log_probs": scores.ref, "loss_mask": scores.mask.double()}
+    return {name: x.detach() for name, x in {**names, **more}.items()}
+
+
+@pytest.fixture(params=["recorded", "skyrl"])
+def skyrl_batch(request) -> Callable[[dict[str, Any]], Any]:
+    if request.param == "recorded":
+        return dict
+    return framework("skyrl.backends.skyrl_train.training_batch").TrainingInputBatch
+
+
+def test_skyrls_rewards_are_the_advantages(scores, skyrl_batch):
+    data = skyrl.gopd_rewards(skyrl_batch(skyrl_data(scores)), reward_scale=1.25)
+    assert_close(data["rewards"], scores.advantages(1.25, scores.student), 1e-12)
+
+
+def test_skyrls_estimator_hands_them_on(scores):
+    utils = framework("skyrl.backends.skyrl_train.utils.ppo_utils")
+    skyrl.register_estimator()
+    rewards = torch.randn(3, 6)
+    advantages, _ = utils.compute_advantages_and_returns(rewards, torch.ones(3, 6), None, "gopd", None)
+    assert torch.equal(advantages, rewards)
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("base_action_log_probs", "trainer.ref.model.path is the teacher"),
+        ("ref_action_log_probs", "reward_scale=1.25 needs .* SkyRL scores no third model"),
+    ],
+)
+def test_skyrl_is_told_what_is_missing(scores, without, message):
+    data = skyrl_data(scores)
+    del data[without]
+    with pytest.raises(ValueError, match=message):
+        skyrl.gopd_rewards(data, reward_scale=1.25)
+
+
+# ------------------------------------------------------------------------------------------------------------ NeMo-RL
+
+NEMO = "nemo_rl.algorithms.loss.interfaces"
+
+
+@pytest.fixture(params=["recorded", "nemo_rl"])
+def nemo(request, monkeypatch) -> Iterator[Any]:
+    """The adapter, and what makes NeMo-RL's data."""
+    batch: Callable[[dict[str, Any]], Any] = dict
+    if request.param == "recorded":
+        enums = {
+            "LossInputType": Enum("LossInputType", {"LOGPROB": "logprob"}),
+            "LossType": Enum("LossType", {"TOKEN_LEVEL": "token_level"}),
+            "MetricNormalizer": Enum("MetricNormalizer", {"TOKENS": "tokens"}),
+        }
+        recorded(monkeypatch, NEMO, **enums)
+    else:
+        framework(NEMO)
+        batch = framework("nemo_rl.distributed.batched_data_dict").BatchedDataDict
+    adapter = "fused_gopd.integrations.nemo_rl"
+    monkeypatch.delitem(sys.modules, adapter, raising=False)
+    yield SimpleNamespace(adapter=importlib.import_module(adapter), batch=batch)
+    sys.modules.pop(adapter, None)
+
+
+def nemo_data(scores: Scores) -> dict[str, Any]:
+    """(B, S), one token longer: the first is not predicted."""
+
+    def with_first(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x.detach(), (1, 0))
+
+    names = {"teacher_logprobs": scores.teacher, "reference_policy_logprobs": scores.ref, "prev_logprobs": scores.old}
+    data = {name: with_first(x) for name, x in {**names, "generation_logprobs": scores.old}.items()}
+    return {**data, "token_mask": with_first(scores.mask.double()), "sample_mask": torch.tensor([1.0, 1.0, 0.0])}
+
+
+def test_nemo_rls_loss_is_the_surrogate_over_the_global_number_of_tokens(scores, nemo):
+    loss_fn = nemo.adapter.GOPDLossFn(reward_scale=1.25)
+    loss, metrics = loss_fn(scores.student, nemo.batch(nemo_data(scores)), torch.tensor(9), torch.tensor(40))
+    scores.mask[2] = False
+    assert_same_gradient(scores, loss, scores.surrogate(1.25).sum() / 40)
+    assert metrics["advantage"] == pytest.approx((scores.advantages(1.25, scores.old).sum() / 40).item())
+    assert metrics.keys() - {"num_valid_samples"} <= loss_fn.metric_normalizations.keys()
+
+
+def test_nemo_rl_makes_its_input_from_logits(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)  # which it calls wherever it runs
+    utils = framework("nemo_rl.algorithms.loss.utils")
+    batch = framework("nemo_rl.distributed.batched_data_dict").BatchedDataDict
+    adapter = framework("fused_gopd.integrations.nemo_rl")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 7, 11, generator=generator).requires_grad_()
+    ids = torch.randint(11, (2, 7), generator=generator)
+    teacher, ref, old = (-3 * torch.rand(2, 7, generator=generator) for _ in range(3))
+    mask = torch.arange(7).expand(2, 7) >= 3
+    data = batch(input_ids=ids, token_mask=mask.float(), sample_mask=torch.ones(2), prev_logprobs=old,
+                 teacher_logprobs=teacher, reference_policy_logprobs=ref)  # fmt: skip
+    loss_fn = adapter.GOPDLossFn(reward_scale=1.25, clip=(0.2, 0.2))
+    given, data = utils.prepare_loss_input(logits, data, loss_fn)
+    loss, _ = loss_fn(data=data, global_valid_seqs=torch.tensor(2), global_valid_toks=mask.sum(), **given)
+    options = {"mask": mask[:, 1:], "reward_scale": 1.25, "old_logprobs": old[:, 1:], "clip": (0.2, 0.2)}
+    scores = fg.TokenLogProbs(teacher[:, 1:]), fg.TokenLogProbs(ref[:, 1:])
+    want = fg.reference.gopd_loss(fg.Logits(logits[:, :-1]), *scores, ids[:, 1:], **options).loss
+    assert_close(loss.detach(), want.detach(), 1e-6)
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(want, logits)[0], 1e-6)
+
+
+def test_nemo_rls_wrong_options_are_refused_before_training(nemo):
+    with pytest.raises(ValueError, match="clip_dual must be above 1"):
+        nemo.adapter.GOPDLossFn(clip_dual=0.5)
+    with pytest.raises(TypeError, match="reward_scale must be a Python number"):
+        nemo.adapter.GOPDLossFn(reward_scale="big")
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("teacher_logprobs", r"teacher_policy.get_logprobs"),
+        ("reference_policy_logprobs", r"reward_scale=1.25 needs .* data\['reference_policy_logprobs'\]"),
+    ],
+)
+def test_nemo_rl_is_told_what_is_missing(scores, nemo, without, message):
+    data = nemo_data(scores)
+    del data[without]
+    with pytest.raises(ValueError, match=message):
+        nemo.adapter.GOPDLossFn(reward_scale=1.25)(scores.student, nemo.batch(data), torch.tensor(9), torch.tensor(40))
+
+
+# ----------------------------------------------------------------------------------------------------------- ms-swift
+
+
+@pytest.fixture
+def swift() -> ModuleType:
+    framework("swift.rlhf_trainers.gkd_trainer")
+    framework("peft")
+    return framework("fused_gopd.integrations.ms_swift")
+
+
+def tiny_model(seed: int, adapters: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    if adapters:
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(model, lora)
+    return model
+
+
+def swift_trainer(module: ModuleType, adapters: bool = True, **changes: Any) -> Any:
+    """swift's trainer with the attributes that its constructor has set by the time of the loss."""
+    from accelerate import Accelerator
+
+    trainer = module.GOPDTrainer.__new__(module.GOPDTrainer)
+    args = {"offload_teacher_model": False, "gradient_checkpointing_kwargs": None, "sft_alpha": 0.0}
+    given = {
+        "accelerator": Accelerator(cpu=True),
+        "args": Namespace(**args),
+        "model": tiny_model(0, adapters),
+        "teacher_model": tiny_model(1, False),
+        "is_teacher_ds3": False,
+        "gkd_logits_topk": None,
+        "lmbda": 1.0,
+        "temperature": 0.7,
+        "_metrics": {"train": defaultdict(list)},
+    }
+    for name, value in {**given, **changes}.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def test_ms_swifts_loss_is_the_dense_one(swift):
+    swift.register(reward_scale=1.25, estimator="full")
+    trainer, ids = swift_trainer(swift), torch.randint(40, (2, 9))
+    trainer._prepare_liger_loss()
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    loss = trainer._compute_liger_loss(trainer.model, {**inputs, "labels": labels}, inputs)
+
+    def logits(model: Any) -> fg.Logits:
+        return fg.Logits(model(**inputs).logits[:, :-1], temperature=0.7)
+
+    with trainer.model.disable_adapter(), torch.no_grad():
+        ref = logits(trainer.model)
+    teacher, mask = logits(trainer.teacher_model), labels[:, 1:] != -100
+    options = {"mask": mask, "reward_scale": 1.25, "estimator": "full"}
+    want = fg.reference.gopd_loss(logits(trainer.model), teacher, ref, ids[:, 1:], **options).loss
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert_close(loss.detach(), want.detach(), 1e-5)
+    for got, expected in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(want, weights), strict=True):
+        assert_close(got, expected, 1e-4)
+    assert trainer._metrics["train"]["gopd/tokens"] == [12.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "adapters", "change", "message"),
+    [
+        ({"reward_scale": 1.25}, False, {}, "reward_scale=1.25, which is the student without adapters"),
+        ({}, True, {"lmbda": 0.5}, "set --lmbda 1"),
+        ({}, True, {"teacher_model": None}, "set --teacher_model"),
+        ({}, True, {"gkd_logits_topk": 8}, "leave out --gkd_logits_topk"),
+    ],
+)
+def test_ms_swift_is_told_what_to_set_before_training(swift, options, adapters, change, message):
+    swift.register(**options)
+    with pytest.raises(ValueError, match=message):
+        swift_trainer(swift, adapters, **change)._prepare_liger_loss()
+
+
+def test_ms_swifts_gkd_is_the_trainer_that_was_registered(swift):
+    from swift.trainers.trainer_factory import TrainerFactory
+
+    swift.register(estimator="full")
+    assert TrainerFactory.get_trainer_cls(Namespace(rlhf_type="gkd")) is swift.GOPDTrainer
+    with pytest.raises(TypeError, match="lambda is not an option of GOPDLoss"):
+        swift.register(**{"lambda": 1.25})
