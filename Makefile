@@ -49,7 +49,7 @@ conformance: $(VENV)/.test
 	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
 
-# verl wants an older transformers than the rest: an environment of its own, which CI does not make.
+# verl wants an older transformers than the rest: an environment of its own.
 .venv-verl/.test: $(SOURCES) tests/verl-constraints.txt
 	$(PYTHON) -m venv .venv-verl
 	.venv-verl/bin/pip install --quiet --constraint tests/verl-constraints.txt torch
