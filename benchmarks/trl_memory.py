@@ -88,6 +88,7 @@ def _made_dense(made: Any) -> None:
 
     made._hidden = hidden
     made._head = lambda of, logits: fg.Logits(logits)
+    made._at_head = lambda of, logits, function: function(fg.Logits(logits))
     trl.gopd_loss = fg.reference.gopd_loss
 
 

@@ -154,8 +154,11 @@ class Dense(GOPDTrainer):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return logits[:, -batch.token_ids.shape[1] - 1 : -1]
 
-    def _head(self, model: Any, hidden: Tensor, gathered: Any) -> fg.Logits:
+    def _head(self, model: Any, hidden: Tensor) -> fg.Logits:
         return fg.Logits(hidden, temperature=self.temperature)
+
+    def _at_head(self, model: Any, hidden: Tensor, function: Callable[[Any], Any]) -> Any:
+        return function(self._head(model, hidden))
 
 
 @pytest.fixture

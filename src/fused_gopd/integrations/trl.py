@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import get_logger
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
@@ -551,21 +552,28 @@ class _Models:
         keep = batch.token_ids.shape[1]
         return last_hidden_state(model, batch.input_ids, batch.attention_mask, keep=keep, **batch.multimodal)
 
-    def _head(self, model: nn.Module, hidden: Tensor, gathered: ExitStack) -> LinearHead:
-        """A model's head, at the temperature at which completions are sampled.
-
-        Its forward, in which ZeRO-3 would gather it, is never called: the weight is whole for as long as ``gathered``
-        is open. That is enough where gradients are made in the forward.
-        """
-        gathered.enter_context(maybe_gather_lm_head_ctx(*cast("Any", model).get_output_embeddings().parameters()))
+    def _head(self, model: nn.Module, hidden: Tensor) -> LinearHead:
+        """A model's head, at the temperature at which completions are sampled."""
         return replace(head_of(model, hidden), temperature=self.temperature)
+
+    def _frozen_head(self, model: Any, hidden: Tensor, gathered: ExitStack) -> LinearHead:
+        """A head of which ZeRO-3 leaves the weight whole for as long as ``gathered`` is open."""
+        gathered.enter_context(maybe_gather_lm_head_ctx(*model.get_output_embeddings().parameters()))
+        return self._head(model, hidden)
+
+    def _at_head(self, model: Any, hidden: Tensor, function: Callable[[LinearHead], T]) -> T:
+        """A function of a model's head in the place of its forward, for which wrappers make its weight whole."""
+        embeddings = model.get_output_embeddings()
+        if not isinstance(embeddings, nn.Linear):  # an adapter's
+            return function(self._head(model, hidden))
+        return distributed.through_head(embeddings, hidden, lambda given: function(self._head(model, given.hidden)))
 
     def _score(self, name: str, model: Any, batch: _Batch, gathered: ExitStack) -> Source:
         """What a frozen model or a scorer says of a batch."""
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
             hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
-            return self._head(unwrapped, hidden, gathered)
+            return self._frozen_head(unwrapped, hidden, gathered)
         scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask)
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits)):
             raise TypeError(
@@ -619,14 +627,14 @@ class _Models:
                     teacher, index = self._score_teachers(batch, gathered)
                 if scale != 1 and self._reference == "base":
                     with self._base(student):
-                        ref = self._head(student, self._hidden(student, batch), gathered)
+                        ref = self._frozen_head(student, self._hidden(student, batch), gathered)
                 elif scale != 1:
                     ref = self._score("ref_model", self._reference, batch, gathered)
-            return gopd_loss(
-                self._head(student, self._hidden(student, batch), gathered),
-                teacher,
-                ref,
-                batch.token_ids,
+            loss = partial(
+                gopd_loss,
+                teacher=teacher,
+                ref=ref,
+                token_ids=batch.token_ids,
                 teacher_index=index,
                 mask=batch.mask,
                 reward_scale=scale,
@@ -634,6 +642,7 @@ class _Models:
                 vocab_size=self._vocab_size,
                 **{**self._options, **options},
             )
+            return self._at_head(student, self._hidden(student, batch), loss)
 
     def _routes_in(self, examples: list[dict[str, Any]]) -> Tensor:
         """(B,) the teachers of the prompts."""
@@ -798,9 +807,8 @@ class GOPDTrainer(_Models, DistillationTrainer):  # type: ignore[misc]
 
         def logprobs(part: _Batch) -> Tensor:
             options = {"chunk_size": self.args.chunk_size, "backend": self.args.backend}
-            with ExitStack() as gathered:
-                head = self._head(student, self._hidden(student, part), gathered)
-                found = token_logprobs(head, part.token_ids, mask=part.mask, vocab_size=self._vocab_size, **options)
+            score = partial(token_logprobs, token_ids=part.token_ids, mask=part.mask, vocab_size=self._vocab_size)
+            found = self._at_head(student, self._hidden(student, part), partial(score, **options))
             return cast("Tensor", found)
 
         with self.accelerator.autocast():
@@ -998,11 +1006,15 @@ def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrain
 
     Raises:
         TypeError: not a ``DistillationTrainer``.
-        ValueError: a trainer whose loss is not TRL's own, or is patched already.
+        ValueError: a trainer whose loss is not TRL's own, or is patched already; DeepSpeed ZeRO-3.
     """
     kind = target if isinstance(target, type) else type(target)
     if not issubclass(kind, DistillationTrainer):
         raise TypeError(f"target must be a trl.DistillationTrainer or a class of them, got {kind.__name__}")
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "TRL's trainer keeps its loss under DeepSpeed ZeRO-3: use GOPDTrainer with reward_scale=1 there"
+        )
     own = vars(target).get("_compute_loss")
     function = getattr(target._compute_loss, "__func__", target._compute_loss)
     if function.__globals__.get(_TRL_LOSS) is _fused_divergence_loss:
@@ -1056,13 +1068,12 @@ def _fused_divergence_loss(
     options: dict[str, Any] = {"divergence": {1.0: "reverse_kl", 0.0: "forward_kl"}.get(beta, "jsd")}
     if options["divergence"] == "jsd":
         options["beta"] = beta
-    with maybe_gather_lm_head_ctx(*student), maybe_gather_lm_head_ctx(*teacher):
-        out = gopd_loss(
-            head(student_hidden_states, *student, *student_transform),
-            head(teacher_hidden_states, *teacher, *teacher_transform),
-            mask=mask,
-            estimator="full",
-            normalizer=num_items_in_batch,
-            **options,
-        )
+    out = gopd_loss(
+        head(student_hidden_states, *student, *student_transform),
+        head(teacher_hidden_states, *teacher, *teacher_transform),
+        mask=mask,
+        estimator="full",
+        normalizer=num_items_in_batch,
+        **options,
+    )
     return out.loss, out.entropy.sum(), mask.sum()
