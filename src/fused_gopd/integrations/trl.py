@@ -1011,10 +1011,8 @@ def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrain
     kind = target if isinstance(target, type) else type(target)
     if not issubclass(kind, DistillationTrainer):
         raise TypeError(f"target must be a trl.DistillationTrainer or a class of them, got {kind.__name__}")
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "TRL's trainer keeps its loss under DeepSpeed ZeRO-3: use GOPDTrainer with reward_scale=1 there"
-        )
+    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call, unused-ignore]
+        raise ValueError("under DeepSpeed ZeRO-3 there is no patch of TRL's loss: use GOPDTrainer with reward_scale=1")
     own = vars(target).get("_compute_loss")
     function = getattr(target._compute_loss, "__func__", target._compute_loss)
     if function.__globals__.get(_TRL_LOSS) is _fused_divergence_loss:
