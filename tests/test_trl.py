@@ -40,7 +40,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 320
 # plain SGD where runs are compared: Adam divides by a gradient's own size, and makes steps of the rounding of zeros
-SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3}
+# (and clipping a gradient's norm hides its scale)
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
 PROMPTS = ["the cat", "one two three", "mat", "numbers one", "a", "four two", "the mat sat", "cat one"]
 
 
@@ -185,7 +186,7 @@ def test_two_steps_end_in_the_weights_of_a_dense_loss(
     fused = trained(tmp_path, ref_model=model(2), **options)
     dense_loss()
     dense = trained(tmp_path, kind=Dense, ref_model=model(2), **options)
-    assert difference(fused, model(0).state_dict()) > 3e-3
+    assert difference(fused, model(0).state_dict()) > 1e-3
     assert_same(fused, dense, 1e-5)
 
 
@@ -201,10 +202,11 @@ def test_lambda_1_with_trls_beta_ends_in_the_weights_of_trls_own_trainer(tmp_pat
     assert_same(trained(tmp_path, **SGD, beta=0.5), weights(own), 1e-5)
 
 
-def test_accumulated_batches_are_one_big_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
+def test_accumulated_batches_are_one_big_batch(tmp_path: Path, reduction: str) -> None:
     """Greedy completions end at different lengths: a mean of means would be another number."""
     options: dict[str, Any] = {**SGD, "generation_kwargs": {"do_sample": False}, "max_steps": 1}
-    options |= {"reward_scale": 1.25, "max_completion_length": 12, "shuffle_dataset": False}
+    options |= {"reward_scale": 1.25, "max_completion_length": 12, "shuffle_dataset": False, "reduction": reduction}
     big = trainer(tmp_path, ref_model=model(2), per_device_train_batch_size=8, gradient_accumulation_steps=1, **options)
     big.train()
     assert big.state.log_history[0]["completions/min_length"] < big.state.log_history[0]["completions/max_length"]
@@ -451,6 +453,14 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path: Pat
     assert_same(weights(resumed), whole)
 
 
+def test_prompts_come_in_trls_own_order(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    own, ours = DistillationTrainer._get_train_sampler(run), run._get_train_sampler()
+    for epoch in (0, 1, 2):
+        run.state.epoch = float(epoch)
+        assert list(ours) == list(own)
+
+
 def test_a_run_that_resumes_within_iterations_samples_for_new_prompts_when_they_come(tmp_path: Path) -> None:
     options: dict[str, Any] = {"estimator": "sampled", "num_iterations": 2, "max_steps": 4}
     options |= {"save_strategy": "steps", "save_steps": 3}
@@ -571,13 +581,12 @@ def test_grpo_adds_the_advantage_of_each_token_to_that_of_the_rewards(tmp_path: 
 def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_path: Path) -> None:
     """One on-policy step: PPO's surrogate at ratio 1 has the gradient of -A log p."""
     shared: dict[str, Any] = {**SGD, "max_steps": 1, "reward_scale": 1.25, "shuffle_dataset": False}
-    shared |= {"generation_kwargs": {"do_sample": False}, "max_grad_norm": 0.0}
+    shared |= {"generation_kwargs": {"do_sample": False}}
     run = grpo(tmp_path, outcome_weight=0.0, reward_funcs=None, loss_type="dapo", **shared)
     run.train()
     data = datasets.Dataset.from_dict({"prompt": [text for text in PROMPTS for _ in range(2)]})
     distilled = trained(tmp_path, ref_model=model(2), data=data, estimator="sampled", **shared)
     assert_same(weights(run), distilled, 1e-5)
-    assert run.state.log_history[0]["gopd/reward"] == pytest.approx(run.state.log_history[0]["gopd/reward"])
 
 
 def test_grpo_has_routes_and_logs_the_implicit_reward(tmp_path: Path) -> None:
