@@ -58,7 +58,7 @@ conformance: $(VENV)/.test
 	touch $@
 
 test-verl: .venv-verl/.test
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_scale_configs.py
 
 # The peers are not part of what the tests install.
 $(VENV)/.bench: $(VENV)/.test

@@ -30,6 +30,7 @@ PRESETS: dict[str, Preset] = {
     "qwen3-8b": Preset(4096, 151936, False),
     "qwen3-14b": Preset(5120, 151936, False),
     "qwen3-32b": Preset(5120, 151936, False),
+    "qwen3-30b-a3b": Preset(2048, 151936, False),
     "llama-3-8b": Preset(4096, 128256, False),
     "llama-3-70b": Preset(8192, 128256, False),
     "llama-3.1-405b": Preset(16384, 128256, False),
