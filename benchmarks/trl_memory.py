@@ -80,7 +80,7 @@ def batch(completion: int) -> dict[str, torch.Tensor]:
 def _made_dense(made: Any) -> None:
     """The loss of whole logits from the models' own forward, in plain PyTorch."""
     import fused_gopd as fg
-    from fused_gopd.integrations import trl
+    from fused_gopd.integrations.trl import models
 
     def hidden(of: Any, given: Any) -> torch.Tensor:
         logits: torch.Tensor = of(given.input_ids, given.attention_mask, use_cache=False).logits
@@ -89,7 +89,7 @@ def _made_dense(made: Any) -> None:
     made._hidden = hidden
     made._head = lambda of, logits: fg.Logits(logits)
     made._at_head = lambda of, logits, function: function(fg.Logits(logits))
-    trl.gopd_loss = fg.reference.gopd_loss
+    models.gopd_loss = fg.reference.gopd_loss
 
 
 def trainer(name: str, folder: str) -> Any:

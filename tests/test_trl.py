@@ -26,7 +26,6 @@ from transformers.trainer_utils import set_seed  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer  # noqa: E402
 
 import fused_gopd as fg  # noqa: E402
-from fused_gopd.integrations import trl as gopd_trl  # noqa: E402
 from fused_gopd.integrations.trl import (  # noqa: E402
     GOPDConfig,
     GOPDTrainer,
@@ -34,6 +33,9 @@ from fused_gopd.integrations.trl import (  # noqa: E402
     GRPOGOPDTrainer,
     patch_distillation_loss,
 )
+from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
+from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
+from fused_gopd.integrations.trl.patch import fused_divergence_loss  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +166,7 @@ class Dense(GOPDTrainer):
 
 @pytest.fixture
 def dense_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(gopd_trl, "gopd_loss", fg.reference.gopd_loss)
+    return lambda: monkeypatch.setattr(trl_models, "gopd_loss", fg.reference.gopd_loss)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_routed_losses_are_those_of_each_teacher_on_its_prompts(tmp_path: Path) 
     data = prompts(domain=["a", "b"] * 4)
     run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, reward_scale=1.25, ref_model=model(2))
     batch = run._prepare_inputs([data[i] for i in range(4)])
-    batch = gopd_trl._Batch.of(batch)
+    batch = Batch.of(batch)
     out = run._loss(run.model, batch)
     for i, teacher in enumerate(teachers.values()):
         alone = trainer(tmp_path, teacher=teacher, reward_scale=1.25, ref_model=model(2))
@@ -414,7 +416,7 @@ def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
     data = prompts(domain=["a", "b"] * 4)
     teachers = {"a": model(1), "b": scorer}
     run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, estimator="sampled")
-    batch = gopd_trl._Batch.of(run._prepare_inputs([data[i] for i in range(4)]))
+    batch = Batch.of(run._prepare_inputs([data[i] for i in range(4)]))
     out = run._loss(run.model, batch)
     assert (out.teacher_logprobs[(batch.teacher_index == 1)[:, None] & (batch.mask != 0)] == -2).all()
 
@@ -523,7 +525,7 @@ def test_mixed_precision_multiplies_in_the_dtype_of_autocast(tmp_path: Path, mon
             seen.extend((student.hidden.dtype, teacher.hidden.dtype))
         return fg.gopd_loss(student, teacher, *args, **options)
 
-    monkeypatch.setattr(gopd_trl, "gopd_loss", loss)
+    monkeypatch.setattr(trl_models, "gopd_loss", loss)
     run = trainer(tmp_path, bf16=True, max_steps=1)
     run.train()
     assert seen
@@ -643,7 +645,7 @@ def test_the_patched_function_has_the_values_of_trls(beta: float, dtype: torch.d
     bias = [torch.randn(17) for _ in range(2)]
     mask = (torch.rand(2, 6) > 0.3).int()
     results = []
-    for function in (theirs, gopd_trl._fused_divergence_loss):
+    for function in (theirs, fused_divergence_loss):
         leaves = [x.clone().requires_grad_() for x in (hidden[0], weight[0], bias[0])]
         loss, entropy, count = function(
             leaves[0],
@@ -671,9 +673,7 @@ def test_the_patched_function_has_the_values_of_trls(beta: float, dtype: torch.d
 def test_a_batch_without_a_live_token_keeps_its_graph() -> None:
     hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True)
     mask = torch.zeros(2, 3)
-    loss, _, count = gopd_trl._fused_divergence_loss(
-        hidden, torch.randn(2, 3, 8), weight, torch.randn(17, 8), mask, 0.5
-    )
+    loss, _, count = fused_divergence_loss(hidden, torch.randn(2, 3, 8), weight, torch.randn(17, 8), mask, 0.5)
     loss.backward()
     assert loss == 0
     assert count == 0
@@ -737,6 +737,9 @@ def test_options_are_read_from_the_command_line() -> None:
         ({"estimator": "sampled", "clip": [0.2, 0.2]}, "clip needs num_iterations of at least 2"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"chunk_dtype": "bf16"}, "chunk_dtype must be one of 'bfloat16', 'float16', got 'bf16'"),
+        ({"chunk_dtype": "bfloat16", "estimator": "sampled"}, "chunk_dtype='bfloat16' is for estimator='full' and"),
+        ({"chunk_dtype": "float16", "bf16": True}, "chunk_dtype='float16' needs models that compute in that dtype"),
     ],
 )
 def test_a_configuration_that_cannot_be_says_what_is_wrong(
@@ -765,6 +768,7 @@ def never(*_: Any, **__: Any) -> None:
         ({"baseline": "expected"}, "baseline is an option of estimator='sampled'"),
         ({"teacher": lambda *_: None}, "teacher is TokenLogProbs, which estimator='sampled' alone can use"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"chunk_dtype": "bfloat16"}, "chunk_dtype=torch.bfloat16 is for bfloat16 and float16 heads on a CUDA GPU"),
         ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a path"),
     ],
 )

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ...integrations.trl import GOPDConfig, GOPDTrainer, _check_tokenizers
+from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ..demo import smollm
 from . import figures, options, prompts
 
@@ -163,7 +163,7 @@ class Run:
         for option, model in others:
             if model != said.student:
                 try:
-                    _check_tokenizers(model, own, self._tokenizer(option, model))
+                    check_tokenizers(model, own, self._tokenizer(option, model))
                 except ValueError as error:
                     raise typer.BadParameter(str(error), param_hint=option) from None
         return own

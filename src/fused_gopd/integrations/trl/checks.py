@@ -1,0 +1,112 @@
+"""What can be known to be wrong with the models and the data before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from ... import gopd_loss
+from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+
+Scorer = Callable[[Tensor, Tensor, Tensor], Source]
+"""A model somewhere else: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
+
+Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask is (B, K), and
+so is the token shape of what is returned.
+"""
+Model = str | nn.Module | Scorer
+"""A path or hub name, a model, or a scorer."""
+
+
+def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[Any, Model]:
+    """The teachers by route; one teacher has the route None."""
+    if teacher is None:
+        raise TypeError("teacher must be given: a model, its path, a scorer, or a dict from route to one of these")
+    if not isinstance(teacher, Mapping):
+        if column is not None:
+            raise TypeError(f"route_column={column!r} needs a dict of teachers, one for each route, got one teacher")
+        return {None: teacher}
+    if not teacher:
+        raise ValueError("teacher must have one route at least, got an empty dict")
+    if column is None:
+        routes = ", ".join(map(repr, teacher))
+        raise ValueError(f"a dict of teachers ({routes}) needs route_column, the column that names them, in args")
+    return dict(teacher)
+
+
+def check_kind(name: str, model: object) -> None:
+    if not isinstance(model, (str, nn.Module)) and not callable(model):
+        raise TypeError(f"{name} must be a model, its path, or a scorer, got {type(model).__name__}")
+
+
+def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: Any) -> None:
+    """Every route of a dataset has a teacher; what is streamed is checked batch by batch."""
+    if isinstance(dataset, Mapping):
+        for split, part in dataset.items():
+            check_routes(routes, column, f"{name}[{split!r}]", part)
+    elif hasattr(dataset, "unique"):
+        if column not in dataset.column_names:
+            raise ValueError(f"{name} has no column {column!r} (route_column), only {', '.join(dataset.column_names)}")
+        for route in dataset.unique(column):
+            require_route(routes, f"column {column!r} of {name}", route)
+
+
+def require_route(routes: Mapping[Any, object], where: str, route: object) -> None:
+    if route not in routes:
+        raise ValueError(
+            f"no teacher for the route {route!r}, which is in {where}: teacher has {', '.join(map(repr, routes))}"
+        )
+
+
+def try_options(options: dict[str, Any], routes: Mapping[Any, Model], device: torch.device) -> None:
+    """One loss of one token: what is wrong with the options is said before anything is loaded or sampled."""
+    options = dict(options)
+    if "clip" in options:
+        options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
+    vocabulary, dtype = max(8, options.get("k") or 0), options.get("chunk_dtype")
+    head: LinearHead | Logits = Logits(torch.zeros(1, 1, vocabulary, device=device))
+    if dtype is not None:  # which depends on the device of hidden states
+        hidden = torch.zeros(1, 1, 8, dtype=dtype, device=device)
+        head = LinearHead(hidden, torch.zeros(vocabulary, 8, dtype=dtype, device=device))
+    token_ids, logprobs = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.full((1, 1), -1.0, device=device)
+    for model in routes.values():
+        teacher: Source = head
+        if not isinstance(model, (str, nn.Module)):
+            topk = options["estimator"] == "topk"
+            teacher = TopKLogProbs(token_ids[..., None], logprobs[..., None]) if topk else TokenLogProbs(logprobs)
+        gopd_loss(head, teacher, head, token_ids, reward_scale=1.25, **options)
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """Ids that both have are the same tokens."""
+    ours = {i: token for token, i in student.get_vocab().items()}
+    theirs = {i: token for token, i in other.get_vocab().items()}
+    different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+    if different:
+        shown = ", ".join(f"{i}: {ours[i]!r} and {theirs[i]!r}" for i in different[:3])
+        raise ValueError(
+            f"the tokenizers of the student and of {name} differ at {len(different)} ids that both have ({shown}): "
+            "log-probs of one are not those of the other's tokens. Use models of one tokenizer"
+        )
+
+
+def find_tokenizer(source: Model, model: nn.Module, **options: Any) -> PreTrainedTokenizerBase | None:
+    """What lies beside a model: loaded by its name if the model was, else only if it is on this machine."""
+    name = source if isinstance(source, str) else get_config_model_id(cast("Any", model).config)
+    if not name:
+        return None
+    try:
+        found = AutoTokenizer.from_pretrained(name, local_files_only=not isinstance(source, str), **options)
+    except (OSError, ValueError):  # there is none
+        return None
+    return cast("PreTrainedTokenizerBase", found)

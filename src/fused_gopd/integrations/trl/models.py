@@ -1,0 +1,351 @@
+"""Teachers, reference, lambda and metrics: what both trainers have beside TRL's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import get_logger
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
+
+from ... import Metrics, distributed, gopd_loss
+from ...checks import require_number
+from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from ...objective import AdvantageFn
+from ...output import GOPDOutput
+from ..transformers import head_of, last_hidden_state
+from .batch import Batch, spread
+from .checks import (
+    Model,
+    check_kind,
+    check_routes,
+    check_tokenizers,
+    find_tokenizer,
+    require_route,
+    routes_of,
+    tokenizer_of,
+    try_options,
+)
+from .config import Options
+
+logger = get_logger(__name__)
+
+# metrics that TRL logs itself
+_LOGGED = ("tokens", "loss", "entropy")
+T = TypeVar("T")
+
+
+class Models:
+    """Teachers, reference, lambda and metrics, beside a trainer of TRL's."""
+
+    accelerator: Any
+    args: Any
+    model: Any
+    state: Any
+    temperature: float
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    _metrics: Any
+    _signature_columns: list[str]
+    _tokenizer: PreTrainedTokenizerBase
+    _is_vlm: bool
+
+    # -------------------------------------------------------------------------------------------------- construction
+
+    def _announce(
+        self,
+        args: Options,
+        teacher: Model | Mapping[Any, Model],
+        ref_model: Model | None,
+        reward_scale_fn: Callable[[int], float] | None,
+        advantage_fn: AdvantageFn | None,
+        datasets: dict[str, Any],
+    ) -> None:
+        """All that can be known to be wrong before the student is loaded."""
+        routes = routes_of(teacher, args.route_column)
+        for route, model in routes.items():
+            check_kind("teacher" if route is None else f"teacher[{route!r}]", model)
+        if getattr(args, "teacher_model_init_kwargs", None) and not any(isinstance(x, str) for x in routes.values()):
+            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path")
+        if ref_model is not None:
+            check_kind("ref_model", ref_model)
+        elif reward_scale_fn is not None or args._needs_reference:
+            scale = f"reward_scale={args.reward_scale}"
+            if args.reward_scale_end is not None:
+                scale += f" to reward_scale_end={args.reward_scale_end}"
+            raise ValueError(
+                f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else scale}: only "
+                "reward_scale=1 does without a reference. It is usually the student before training: pass its path, a "
+                'copy of it, or, for a student with a PEFT adapter, "base"'
+            )
+        if args.route_column is not None:
+            for name, dataset in datasets.items():
+                check_routes(routes, args.route_column, name, dataset)
+        self._options = args._loss_options()
+        if advantage_fn is not None:
+            self._options["advantage_fn"] = advantage_fn
+        try_options(self._options, routes, cast("Any", args).device)
+        self._reward_scale_fn = reward_scale_fn
+        self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+
+    def _attach(
+        self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
+    ) -> None:
+        """Load, check and prepare the frozen models, once the trainer is there."""
+        routes = routes_of(teacher, self.args.route_column)
+        if self._is_vlm and len(routes) > 1:
+            raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
+        self._routes = {route: i for i, route in enumerate(routes)}
+        names = ["teacher" if route is None else f"teacher[{route!r}]" for route in routes]
+        if isinstance(teacher_processing_class, Mapping):
+            for route in teacher_processing_class:
+                require_route(routes, "teacher_processing_class", route)
+            tokenizers = [teacher_processing_class.get(route) for route in routes]
+        else:
+            tokenizers = [teacher_processing_class] * len(routes)
+        prepared: dict[int, Any] = {}
+        sizes = [self._vocabulary(self.model)]
+        init = getattr(self.args, "teacher_model_init_kwargs", None)
+        self._teachers = [
+            self._frozen(name, source, init, tokenizer, prepared, sizes)
+            for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
+        ]
+        self._reference: Any = None
+        if isinstance(ref_model, str) and ref_model == "base":
+            if not hasattr(self.model, "disable_adapter"):
+                raise ValueError(
+                    'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
+                    "peft_config, or the path or a copy of the student before training"
+                )
+            self._reference = "base"
+        elif ref_model is not None:
+            init = self.args.model_init_kwargs
+            self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
+        self._vocab_size = min(sizes)
+        self._sample_from_joint_vocabulary(sizes[0])
+
+    def _frozen(
+        self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]
+    ) -> Any:
+        """A model that scores: loaded, compared with the student, and prepared for this run; or a scorer."""
+        if not isinstance(source, (str, nn.Module)):
+            return source
+        if isinstance(source, nn.Module) and source is self.accelerator.unwrap_model(self.model):
+            raise ValueError(f"{name} is the student itself, which changes: pass a copy (copy.deepcopy)")
+        if isinstance(source, nn.Module) and id(source) in prepared:
+            return prepared[id(source)]
+        model = source if isinstance(source, nn.Module) else self._load(source, init)
+        size = self._vocabulary(model)
+        last = max(self._tokenizer.get_vocab().values())
+        if size <= last:
+            raise ValueError(
+                f"{name} has {size} tokens, and the student's tokenizer goes up to id {last}: it cannot score all that "
+                "the student says. Use models of one tokenizer"
+            )
+        trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
+        found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(source, model, **trust)
+        if found is not None:
+            check_tokenizers(name, self._tokenizer, found)
+        elif name != "ref_model" and self.accelerator.is_main_process:
+            logger.warning(
+                f"The tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
+                "teacher_processing_class to compare the tokens."
+            )
+        sizes.append(size)
+        model.eval()
+        if self.is_deepspeed_enabled:
+            model = prepare_deepspeed(model, self.accelerator)
+        elif self.is_fsdp_enabled:
+            # as TRL's GRPOTrainer prepares its reference: accelerate neither shards nor moves what only scores
+            model = prepare_fsdp(model, self.accelerator)
+        else:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        prepared[id(source)] = model
+        return model
+
+    def _load(self, name: str, init: dict[str, Any] | None) -> nn.Module:
+        options = dict(init or {})
+        options.setdefault("trust_remote_code", getattr(self.args, "trust_remote_code", False))
+        if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            options["device_map"] = None  # what TRL does: "auto" would spread the model over the ranks' devices
+        return cast("nn.Module", create_model_from_path(name, **options))
+
+    @staticmethod
+    def _vocabulary(model: Any) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    def _sample_from_joint_vocabulary(self, student: int) -> None:
+        """Rows that a model lacks are padding in the others' (151936 beside 152064): nothing is sampled from there."""
+        if student > self._vocab_size:
+            padding = list(range(self._vocab_size, student))
+            padding += self.generation_kwargs.get("suppress_tokens") or []
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = padding
+
+    # ------------------------------------------------------------------------------------------------------- scoring
+
+    @property
+    def reward_scale(self) -> float:
+        """lambda of the current optimizer step; it depends on nothing else, so that a resumed run goes on with it."""
+        if self._reward_scale_fn is not None:
+            return require_number("reward_scale_fn(step)", self._reward_scale_fn(self.state.global_step))
+        start: float = self.args.reward_scale
+        end: float | None = self.args.reward_scale_end
+        if end is None:
+            return start
+        done: float = min(self.state.global_step / max(self.args.reward_scale_steps or self.state.max_steps, 1), 1.0)
+        return (1 - done) * start + done * end
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B, K, H) states that predict the completions; inside the forward of the model's wrapper."""
+        keep = batch.token_ids.shape[1]
+        return last_hidden_state(model, batch.input_ids, batch.attention_mask, keep=keep, **batch.multimodal)
+
+    def _head(self, model: nn.Module, hidden: Tensor) -> LinearHead:
+        """A model's head, at the temperature at which completions are sampled."""
+        return replace(head_of(model, hidden), temperature=self.temperature)
+
+    def _frozen_head(self, model: Any, hidden: Tensor, gathered: ExitStack) -> LinearHead:
+        """A head of which ZeRO-3 leaves the weight whole for as long as ``gathered`` is open."""
+        gathered.enter_context(maybe_gather_lm_head_ctx(*model.get_output_embeddings().parameters()))
+        return self._head(model, hidden)
+
+    def _at_head(self, model: Any, hidden: Tensor, function: Callable[[LinearHead], T]) -> T:
+        """A function of a model's head in the place of its forward, for which wrappers make its weight whole."""
+        embeddings = model.get_output_embeddings()
+        if not isinstance(embeddings, nn.Linear):  # an adapter's
+            return function(self._head(model, hidden))
+        return distributed.through_head(embeddings, hidden, lambda given: function(self._head(model, given.hidden)))
+
+    def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Source:
+        """What a frozen model or a scorer says of a batch."""
+        if isinstance(model, nn.Module):
+            unwrapped = self.accelerator.unwrap_model(model)
+            hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
+            return self._frozen_head(unwrapped, hidden, gathered)
+        scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask)
+        if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits)):
+            raise TypeError(
+                f"the scorer {name} must return fused_gopd.TokenLogProbs or TopKLogProbs, got {type(scored).__name__}"
+            )
+        device = batch.token_ids.device
+        if isinstance(scored, TokenLogProbs):
+            return TokenLogProbs(scored.logprobs.to(device))
+        if isinstance(scored, TopKLogProbs):
+            return TopKLogProbs(scored.token_ids.to(device), scored.logprobs.to(device))
+        return scored
+
+    def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Source | list[Source], Tensor | None]:
+        """Each teacher on the sequences that are routed to it; the teachers, and which of them a sequence has."""
+        index = batch.teacher_index
+        if index is None:
+            return self._score("teacher", self._teachers[0], batch, gathered), None
+        # where ranks may share a model, all of them call it: on a sequence that is not used where none is routed to it
+        shared = self.accelerator.num_processes > 1
+        used, sources = [], []
+        for i, (route, model) in enumerate(zip(self._routes, self._teachers, strict=True)):
+            rows = (index == i).nonzero()[:, 0]
+            if len(rows) or (shared and isinstance(model, nn.Module)):
+                part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
+                used.append(i)
+                source = self._score(f"teacher[{route!r}]", model, part, gathered)
+                sources.append(spread(source, rows, len(index)))
+        return sources, torch.bucketize(index, torch.tensor(used)).to(batch.token_ids.device)
+
+    @contextmanager
+    def _base(self, student: Any) -> Iterator[None]:
+        """The student without its adapter, as it is when it is not trained."""
+        training = student.training
+        student.eval()
+        try:
+            with student.disable_adapter():
+                yield
+        finally:
+            student.train(training)
+
+    def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
+        """The loss of a batch; inside the forward of the student's wrapper."""
+        scale = self.reward_scale
+        teacher: Source | list[Source] | None = None
+        ref: Source | None = None
+        index = None
+        with ExitStack() as gathered, self.accelerator.autocast():
+            with torch.no_grad():
+                # a model that lambda cancels is not run
+                if scale != 0:
+                    teacher, index = self._score_teachers(batch, gathered)
+                if scale != 1 and self._reference == "base":
+                    with self._base(student):
+                        ref = self._frozen_head(student, self._hidden(student, batch), gathered)
+                elif scale != 1:
+                    ref = self._score("ref_model", self._reference, batch, gathered)
+            loss = partial(
+                gopd_loss,
+                teacher=teacher,
+                ref=ref,
+                token_ids=batch.token_ids,
+                teacher_index=index,
+                mask=batch.mask,
+                reward_scale=scale,
+                old_logprobs=batch.old_logprobs,
+                vocab_size=self._vocab_size,
+                **{**self._options, **options},
+            )
+            return self._at_head(student, self._hidden(student, batch), loss)
+
+    # --------------------------------------------------------------------------------------------- the dataset's routes
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        column = self.args.route_column
+        if column is not None and column not in self._signature_columns:
+            self._signature_columns.append(column)
+
+    def _routes_in(self, examples: list[dict[str, Any]]) -> Tensor:
+        """(B,) the teachers of the prompts."""
+        column = self.args.route_column
+        for example in examples:
+            if column not in example:
+                raise ValueError(f"a prompt has no column {column!r} (route_column), only {', '.join(example)}")
+            require_route(self._routes, f"column {column!r} of the dataset", example[column])
+        return torch.tensor([self._routes[example[column]] for example in examples])
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+
+    def _note(self, out: GOPDOutput) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._seen[mode].append(out.metrics())
+        self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
+
+    def _put_metrics(self) -> None:
+        """Means over all tokens of all ranks since the last log, among TRL's metrics; one read from the device."""
+        mode = "train" if self.model.training else "eval"
+        if not self._seen[mode]:
+            return
+        seen = _together(self._seen[mode])
+        total = Metrics(tuple(seen), self.accelerator.reduce(torch.stack(list(seen.values())), reduction="sum"))
+        self._seen[mode].clear()
+        for name, value in total.to_dict().items():
+            if name not in _LOGGED:
+                self._metrics[mode][f"gopd/{name}"].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._put_metrics()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _together(metrics: list[Metrics]) -> dict[str, Tensor]:
+    """Sums and counts by name; steps whose lambda cancels a model lack what it would have told."""
+    total: dict[str, Tensor] = {}
+    for each in metrics:
+        for name, sums in zip(each._names, each.sums, strict=True):
+            total[name] = total[name] + sums if name in total else sums
+    return total

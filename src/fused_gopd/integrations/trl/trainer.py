@@ -1,0 +1,193 @@
+"""TRL's distillation trainer with the G-OPD loss."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from trl import DistillationTrainer
+from trl.trainer.utils import RepeatSampler
+
+from ... import distributed, token_logprobs
+from ...objective import AdvantageFn
+from .batch import Batch
+from .checks import Model
+from .config import GOPDConfig, settled
+from .models import Models
+
+
+class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
+    """TRL's ``DistillationTrainer`` with the G-OPD loss.
+
+    The student samples, teachers and reference score, and the loss of all of them is made from hidden states: the
+    gradients are those of :func:`fused_gopd.gopd_loss` over the tokens of all ranks and accumulated batches. Everything
+    that TRL's trainer does around a loss works as it does there.
+
+    Args:
+        model: the student: a model, a PEFT model, or a path.
+        teacher: a model, its path, or a scorer, a function ``(input_ids, attention_mask, completion_mask)`` that
+            returns :class:`fused_gopd.TokenLogProbs` or :class:`fused_gopd.TopKLogProbs` of the completions' shape
+            (B, K); or a dict from route to one of these, where ``args.route_column`` names the route of each prompt. A
+            teacher runs on the prompts that are routed to it alone.
+        args: a :class:`GOPDConfig`.
+        train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
+            as in TRL.
+        ref_model: the reference: a model, its path, a scorer, or ``"base"``, the student without its PEFT adapter.
+            Needed for lambda other than 1; where lambda is 1 it is not run.
+        reward_scale_fn: lambda of an optimizer step, ``step -> float``, in place of ``args.reward_scale``; called with
+            the number of steps that are done.
+        advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
+        teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
+            tokenizer. By default it is looked for beside the teacher.
+
+    Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
+    log r), ``gopd/kl_teacher``, ``gopd/kl_ref``, ``gopd/kl_target``, ``gopd/advantage``, ``gopd/clip_fraction`` and
+    the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``.
+
+    Raises:
+        TypeError, ValueError: before the student is loaded, or at the latest before the first step, naming the
+            argument, what was expected and what was found.
+    """
+
+    _tag_names = ["trl", "gopd"]  # noqa: RUF012
+    _name = "G-OPD"
+    _paper = {  # noqa: RUF012
+        "title": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+        "id": "2602.12125",
+        "citation": textwrap.dedent("""\
+            @article{yang2026learning,
+                title   = {{Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation}},
+                author  = {Wenkai Yang and Weijie Liu and Ruobing Xie and Kai Yang and Saiyong Yang and Yankai Lin},
+                year    = 2026,
+                journal = {arXiv preprint arXiv:2602.12125}
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: Model | Mapping[Any, Model] | None = None,
+        args: GOPDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        ref_model: Model | None = None,
+        reward_scale_fn: Callable[[int], float] | None = None,
+        advantage_fn: AdvantageFn | None = None,
+        teacher_processing_class: Any = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        if "teacher_model" in trainer_arguments:
+            raise TypeError("GOPDTrainer has no argument teacher_model: it is called teacher, and may be a dict")
+        args = settled(GOPDConfig, args, model, "GOPD")
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        self._announce(args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets)
+        self.num_iterations = args.num_iterations
+        if self.num_iterations > 1 and not hasattr(train_dataset, "__len__"):
+            raise ValueError(
+                f"num_iterations={self.num_iterations} needs a train_dataset of known length (a datasets.Dataset), got "
+                f"{type(train_dataset).__name__}"
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **trainer_arguments,
+        )
+        self._attach(cast("Any", teacher), ref_model, teacher_processing_class)
+
+    # --------------------------------------------------------------------------------------------------- completions
+
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        completions = super()._generate_single_turn(*args, **options)
+        if not self.tools and not all(len(completion) for completion in completions):
+            empty = [i for i, completion in enumerate(completions) if not len(completion)]
+            raise ValueError(
+                f"completions {empty} of {len(completions)} are empty: an engine must return one token at least, the "
+                "end of sequence if nothing else; check its limits on prompt and completion length"
+            )
+        return completions
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
+        if self.args.route_column is not None:
+            output["teacher_index"] = self._routes_in(inputs)
+        batch = Batch.of(output)
+        # of the whole generation batch, as num_items_in_batch is
+        output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
+        if self.num_iterations > 1 and self.args.estimator == "sampled":
+            output["old_logprobs"] = self._logprobs(batch)
+        return output
+
+    @torch.no_grad()
+    def _logprobs(self, batch: Batch) -> Tensor:
+        """(B, K) log-probs of the completions under the student as it is now."""
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+
+        def logprobs(part: Batch) -> Tensor:
+            options = {"chunk_size": self.args.chunk_size, "backend": self.args.backend}
+            score = partial(token_logprobs, token_ids=part.token_ids, mask=part.mask, vocab_size=self._vocab_size)
+            found = self._at_head(student, self._hidden(student, part), partial(score, **options))
+            return cast("Tensor", found)
+
+        with self.accelerator.autocast():
+            parts = batch.split(self.args.per_device_train_batch_size)
+            return torch.cat([distributed.in_forward(self.model_wrapped, partial(logprobs, part)) for part in parts])
+
+    # ---------------------------------------------------------------------------- several steps on the same completions
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        own = super()._get_train_sampler(dataset)
+        return _EpochSampler(
+            data_source=own.data_source,
+            mini_repeat_count=own.mini_repeat_count,
+            batch_size=own.batch_size,
+            repeat_count=own.repeat_count * self.num_iterations,
+            shuffle=own.shuffle,
+            seed=own.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        # by the step, which a checkpoint keeps: a run that goes on from within the iterations stays in step
+        if self.model.training and self._buffered_inputs is not None and self.state.global_step % self.num_iterations:
+            return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return super()._prepare_inputs(generation_batch)
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normalizer = num_items_in_batch
+        if normalizer is not None and self.args.reduction != "token-mean":
+            normalizer = inputs["num_sequences"].clamp(min=1) / self.accelerator.num_processes
+        batch = Batch.of(inputs)
+        out = self._loss(unwrapped_student, batch, normalizer=normalizer)
+        self._note(out)
+        return out.loss, out.entropy.sum(), batch.mask.sum()
+
+
+class _EpochSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's sampler, whose order in an epoch depends on the epoch alone, so that a resumed run goes on with it.
+
+    TRL's own draws a permutation an epoch from one generator, and begins with the first when a later epoch is resumed.
+    """
+
+    def __init__(self, *, epoch: Callable[[], int], **options: Any) -> None:
+        super().__init__(**options)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return cast("Iterator[int]", super().__iter__())
