@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo test test-verl lint conformance bench clean
+.PHONY: demo quick-demo reproduce test test-verl lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ demo: $(VENV)/.demo
 
 quick-demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=passive $(BIN)/fused-gopd demo --quick
+
+# Options in REPRODUCE: make reproduce REPRODUCE=--quick
+REPRODUCE ?=
+reproduce: $(VENV)/.demo
+	OMP_WAIT_POLICY=passive $(BIN)/fused-gopd reproduce $(REPRODUCE)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests

@@ -1,4 +1,4 @@
-"""The command line, ``fused-gopd``: doctor, plan, bench, distill and demo.
+"""The command line, ``fused-gopd``: doctor, plan, bench, distill, reproduce and demo.
 
 Each command imports what it needs when it runs, so that ``--help`` needs neither PyTorch's kernels nor transformers.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, demo, distill, doctor, plan
+from . import bench, demo, distill, doctor, plan, reproduce
 
 app = typer.Typer(
     name="fused-gopd",
@@ -21,4 +21,5 @@ app.command()(doctor.doctor)
 app.command()(plan.plan)
 app.command()(bench.bench)
 app.command()(distill.distill)
+app.command()(reproduce.reproduce)
 app.command()(demo.demo)

@@ -14,9 +14,9 @@ import typer
 _PLACES = ("fused_gopd.benchmarks", "benchmarks")
 
 
-def benchmarks_module(name: str) -> ModuleType:
+def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_benchmark")) -> ModuleType:
     """A module of the benchmarks, or an error that says what to install."""
-    missing = [package for package in ("pytest", "pytest_benchmark") if importlib.util.find_spec(package) is None]
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         raise typer.BadParameter(
             f'the benchmarks need {" and ".join(missing)}: pip install "fused-gopd[bench]", '

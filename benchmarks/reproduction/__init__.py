@@ -1,0 +1,1 @@
+"""The paper's claims on tiny models: ``fused-gopd reproduce``."""

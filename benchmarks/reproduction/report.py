@@ -1,0 +1,184 @@
+"""The page of the reproduction, made from its JSON alone: each claim beside the paper's figure, and what failed.
+
+python -m benchmarks.reproduction.report benchmarks/results/reproduction.json docs/reproduction.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .verdicts import STRINGS, VERDICTS, Found, Runs, verdicts
+
+WORDS = {True: "yes", False: "**no**", None: "–"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """The words of a claim: heading, what the paper has, what was done here."""
+
+    title: str
+    paper: str
+    here: str
+
+
+SECTIONS = {
+    "lambda": Section(
+        "1. Below, at and above the teacher",
+        "Fig. 3 and 4; Qwen3-4B, average over math: student 15.4, teacher 46.0, OPD 46.5, λ = 1.25 48.0; over code: "
+        "52.4, 61.2, 60.8, 62.1. λ = 1.5 may be unstable.",
+        "Base, reference and where the student starts are one model, teacher A is that model after GRPO on addition. "
+        "`sampled`, 128 sequences a step. The controls ask whether something cheaper explains what λ > 1 does.",
+    ),
+    "two-teachers": Section(
+        "2. Two teachers into one student",
+        "Fig. 1, Table 2; math / code: OPD 46.4 / 60.6, λ = 1.25 47.7 / 62.0, the teachers 46.0 / 61.2: above both.",
+        "Half of each batch has the prompts of each domain, and their teacher. SFT: as many steps of as many answers, "
+        "sampled from the teachers. ExPO: base + α (what RL added for A + what it added for B), in the weights.",
+    ),
+    "strong-to-weak": Section(
+        "3. Strong to weak, and reward correction",
+        "Fig. 2, Table 3; 30B-A3B to 1.7B: OPD 23.1, λ = 1.25 25.4; to 4B: 42.6, 45.3. Fig. 15 and 16, reference = "
+        "the teacher's base before RL: 28.1 → 28.7 in math, 51.3 → 52.3 in code.",
+        "A smaller student, trained on data with the errors of the large base's (matched), or with more errors, of "
+        "another kind: a habit of writing the next symbol (mismatched). The student's reference is where it starts. "
+        "The mismatched student was tried at two lengths of its base's training, both shown: what the corrected "
+        "reference does depends on it.",
+    ),
+    "dynamics": Section(
+        "4. Training dynamics",
+        "Fig. 12 to 14: implicit reward, length and entropy rise with λ.",
+        "From `out.metrics()` with `score_cancelled=True`, per token of the rollouts; the table: means over the last "
+        "sixth of the training. Runs of the λ curve.",
+    ),
+    "length": Section(
+        "5. Accuracy against length",
+        "Fig. 5 to 10: answers get longer with λ, and better up to the best λ.",
+        "A direct answer has 6 tokens, one with a scratch 13, so that length is the share of scratches.",
+    ),
+    "estimators": Section(
+        "6. Estimators",
+        "uses `sampled` alone.",
+        "λ = 1.25, as many steps at every batch size. Variance of the gradient over rollouts of the student where it "
+        "starts, to the squared norm of the gradient; all estimators see the same rollouts.",
+    ),
+}
+
+
+def _rows_of_claim(r: Runs, claim: str) -> list[list[str]]:
+    """The table under a claim."""
+    groups = list(dict.fromkeys(row["group"] for row in r.rows if claim in row["claims"]))
+    if claim == "dynamics":
+        head = ["λ", "implicit reward", "length", "entropy", "log p/q", "log p/r", "KL to the target"]
+        names = ("reward", "length", "entropy", "kl_teacher", "kl_ref", "kl_target")
+        table = [head]
+        for x in r.scales("A"):
+            table.append(
+                [f"{x:g}", *(f"{v:.3f}" if not math.isnan(v := r.last(f"A λ={x:g}", k)) else "–" for k in names)]
+            )
+        return [[c for i, c in enumerate(line) if any(row[i] != "–" for row in table[1:])] for line in table]
+    if claim == "two-teachers":
+        lines = [[g, str(r.score(g)), str(r.score(g, STRINGS))] for g in groups]
+        return [["", "accuracy A", "accuracy B"], *lines]
+    if claim == "length":
+        fields = ("accuracy", "length", "scratch", "accuracy_scratch", "accuracy_direct")
+        head = ["", "accuracy", "tokens", "with scratch, %", "accuracy with", "accuracy without"]
+        return [head, *([g, *(str(r.score(g, field=f)) for f in fields)] for g in groups)]
+    lines = [[g, str(r.score(g)), str(r.score(g, field="length"))] for g in groups if g != "variance"]
+    return [["", "accuracy A", "tokens"], *lines]
+
+
+def _markdown(table: list[list[str]], align: str = "---:") -> list[str]:
+    head, *lines = table
+    rule = ["---", *[align] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
+
+
+def _variance(r: Runs) -> list[str]:
+    lines: list[str] = []
+    for row in r.rows_of("variance"):
+        table = [["tr Cov(g) / \\|E g\\|²", *(f"batch {b}" for b in row["batches"])]]
+        table += [[name, *(f"{v:.3g}" for v in values)] for name, values in row["variance"].items()]
+        lines += ["", *_markdown(table)]
+    return lines
+
+
+_INTRODUCTION = """\
+# The paper's claims on tiny models
+
+    fused-gopd reproduce --quick          # minutes, on two cores
+    fused-gopd reproduce --seeds 3        # everything; goes on where it stopped
+
+Transformers of about 100 thousand parameters and two domains with checkable answers, 3-digit addition (A) and two
+operations on a string of four letters (B), each answered directly or with a scratch. A base is trained on data with
+errors; GRPO makes a teacher for each domain of it; students are distilled on-policy. Every loss is this package's. The
+code is in `benchmarks/reproduction`, this page is generated from its JSON, and what does not reproduce is in it too.
+These are other models, other tasks and another scale than the paper's: what can agree is the direction, not the size.
+"""
+
+
+def _introduction(found: Found) -> list[str]:
+    s, seeds, done = found["settings"], found["seeds"], found["stages"]
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    what = f"{len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
+    lines = [
+        _INTRODUCTION,
+        f"**{what}** of each student's training; base and teachers are the same for all. ± is the standard",
+        f"deviation over seeds. Scores are means over the same {s['n']} prompts at temperature 1 (base and teachers:",
+        f"{s['shared_n']}): one score alone is uncertain by {50 / math.sqrt(s['n']):.1f} at most. Above is always by",
+        "more than twice the spread, or the sampling error where that is larger; with one seed the sampling error is",
+        "all there is, which is too small.",
+        "",
+        f"{versions}; {done['cpu_seconds'] / 60:.0f} CPU minutes in {done['timed']} stages, by two processes.",
+        "",
+    ]
+    judged = verdicts(found)
+    failed = [v.claim for v in judged if v.holds is False]
+    if judged:
+        lines += [f"{sum(v.holds is True for v in judged)} of {len(judged)} sentences below hold here."]
+        lines += [f"**Those that do not:** {'; '.join(failed)}.", ""] if failed else [""]
+    if found["missing"]:
+        names = ", ".join(
+            f"{m['group']}" + (f" (seed {m['seed']})" if m["seed"] is not None else "") for m in found["missing"]
+        )
+        lines += [f"**Not finished, and left out:** {names}.", ""]
+    return lines
+
+
+def page(found: Found, images: str = "images") -> str:
+    """The Markdown."""
+    r, lines = Runs(found), _introduction(found)
+    for claim in found["claims"]:
+        section = SECTIONS[claim]
+        lines += [f"## {section.title}", "", f"Paper: {section.paper}", "", f"Here: {section.here}", ""]
+        judged = [[v.claim, v.here, WORDS[v.holds]] for v in VERDICTS[claim](r)]
+        lines += [*_markdown([["claim", "here", "holds"], *judged], "---"), ""] if judged else []
+        lines += [f"![{section.title}]({images}/reproduction-{claim}.png)", ""]
+        lines += _markdown(_rows_of_claim(r, claim))
+        lines += _variance(r) if claim == "estimators" else []
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(found: Found, markdown: Path, images: Path) -> None:
+    """The page, and its pictures into a folder beside it."""
+    from matplotlib.figure import Figure
+
+    from .pictures import PICTURES
+
+    images.mkdir(parents=True, exist_ok=True)
+    runs = Runs(found)
+    for claim in found["claims"]:
+        draw, size = PICTURES[claim]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(runs, figure)
+        figure.savefig(images / f"reproduction-{claim}.png", dpi=110)
+    markdown.write_text(page(found, images.name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    write(json.loads(source.read_text()), target, target.parent / "images")

@@ -1,0 +1,141 @@
+"""Stages that are cached: a folder per stage, named by a hash of its configuration and of its parents'.
+
+A folder is renamed into its place when it is complete. So an interrupted run goes on where it stopped, a changed
+configuration computes what depends on it and nothing else, and two runs may share a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from transformers import LlamaForCausalLM
+
+from . import models, work
+
+# Part of every key: to be raised when the code of `work` changes what a stage computes.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+        name: for people and for the report; not part of the key.
+        kind: the function of :mod:`work` that does it.
+        config: its arguments, as JSON has them.
+        parents: stages whose models it is given, in this order.
+    """
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    parents: tuple[Stage, ...] = field(default=())
+
+    @cached_property
+    def key(self) -> str:
+        content = [VERSION, self.kind, self.config, [p.key for p in self.parents]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def folder(self, cache: Path) -> Path:
+        return cache / f"{self.kind}-{self.key}"
+
+
+def with_parents(stages: Iterable[Stage]) -> list[Stage]:
+    """All that is needed, each once, parents first."""
+    found: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.key not in found:
+            for parent in stage.parents:
+                visit(parent)
+            found[stage.key] = stage
+
+    for stage in stages:
+        visit(stage)
+    return list(found.values())
+
+
+def result(stage: Stage, cache: Path) -> dict[str, Any] | None:
+    """What a finished stage found, or None."""
+    path = stage.folder(cache) / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load(stage: Stage, cache: Path) -> LlamaForCausalLM:
+    """The model of a finished stage."""
+    folder = stage.folder(cache)
+    size = json.loads((folder / "result.json").read_text())["size"]
+    model = models.build(size, seed=0)
+    load_model(model, folder / "model.safetensors")
+    return model
+
+
+def compute(stage: Stage, cache: Path) -> None:
+    """Do the work of one stage, whose parents are finished, and keep it."""
+    start, cpu = time.perf_counter(), time.process_time()
+    model, found = getattr(work, stage.kind)([load(p, cache) for p in stage.parents], **stage.config)
+    folder = stage.folder(cache)
+    draft = cache / f"{folder.name}.{os.getpid()}"
+    draft.mkdir(parents=True, exist_ok=True)
+    if model is not None:
+        save_model(model, str(draft / "model.safetensors"))
+        found["size"] = models.size_of(model)
+    found["seconds"] = round(time.perf_counter() - start, 2)
+    found["cpu_seconds"] = round(time.process_time() - cpu, 2)  # what it takes where nobody else wants the core
+    (draft / "stage.json").write_text(json.dumps({"name": stage.name, "kind": stage.kind, "config": stage.config}))
+    (draft / "result.json").write_text(json.dumps(found))
+    try:
+        draft.rename(folder)
+    except OSError:  # another run was faster: what it has is the same
+        if not (folder / "result.json").is_file():
+            raise
+        shutil.rmtree(draft)
+
+
+def execute(
+    stages: Iterable[Stage], cache: Path, executor: Executor, workers: int, done: Callable[[Stage], None]
+) -> None:
+    """Compute what is not there: always the first stages of the order given whose parents are there.
+
+    Args:
+        executor: where; a pool of processes, since a stage keeps the interpreter busy.
+        workers: how many at once. What is handed to a pool early would go before what comes first but was not ready.
+        done: called in this process, also for what was there already.
+
+    Raises:
+        RuntimeError: a stage failed; those that were being computed are waited for and kept.
+    """
+    waiting = with_parents(stages)
+    ready: set[str] = set()
+    for stage in waiting:
+        if result(stage, cache) is not None:
+            ready.add(stage.key)
+            done(stage)
+    waiting = [stage for stage in waiting if stage.key not in ready]
+    running: dict[Future[None], Stage] = {}
+    while waiting or running:
+        able = [s for s in waiting if all(p.key in ready for p in s.parents)]
+        for stage in able[: workers - len(running)]:
+            waiting.remove(stage)
+            running[executor.submit(compute, stage, cache)] = stage
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            stage = running.pop(future)
+            try:
+                future.result()
+            except Exception as error:
+                wait(running)
+                raise RuntimeError(f"stage {stage.name} failed: {error}") from error
+            ready.add(stage.key)
+            done(stage)

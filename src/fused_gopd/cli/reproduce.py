@@ -1,0 +1,92 @@
+"""``fused-gopd reproduce``: the paper's claims on tiny models with checkable answers, on two CPU cores."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bench import benchmarks_module
+from .threads import restart_with_patient_threads
+
+_NEEDS = ("transformers", "safetensors", "matplotlib")
+
+
+def _run(runner: Any, plan: Any, output: Path, cache: Path, workers: int) -> dict[str, Any]:
+    """The run, with a progress bar on a terminal and a line per stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    total = len(runner.stages.with_parents(run.stage for run in plan.runs))
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("base models", total=total)
+
+        def done(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+            if not console.is_terminal:
+                at = progress.tasks[0]
+                typer.echo(f"{at.elapsed or 0.0:5.0f} s  {at.completed:.0f}/{total}  {name}", err=True)
+
+        found: dict[str, Any] = runner.reproduce(plan, output, cache, workers, done)
+    return found
+
+
+def _print(module: Any, found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 140))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "claim", "here"):
+        table.add_column(column, overflow="fold")
+    for verdict in module.verdicts(found):
+        table.add_row({True: "yes", False: "no", None: "–"}[verdict.holds], verdict.claim, verdict.here)
+    console.print(table)
+
+
+def reproduce(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer values of λ, fewer prompts, shorter trainings.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each student.")] = 1,
+    claim: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this one, may be repeated: lambda, two-teachers, strong-to-weak, dynamics, length, estimators."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the JSON, the page and its pictures go.")] = Path(
+        "gopd-reproduction"
+    ),
+    cache: Annotated[Path | None, typer.Option(help="Where finished stages are kept. Default: OUTPUT/cache.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
+) -> None:
+    """The paper's claims where anyone can rerun them: tiny transformers, two domains with checkable answers.
+
+    A base is trained, two teachers are made of it by GRPO, students are distilled from them; all losses are this
+    package's. Finished stages are kept: an interrupted run goes on where it stopped, with more seeds it adds to what is
+    there. The page puts each claim beside the paper's figure, also where it does not reproduce.
+    """
+    missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise typer.BadParameter(f'reproduce needs {" and ".join(missing)}: pip install "fused-gopd[demo]"')
+    restart_with_patient_threads()
+    claims = benchmarks_module("reproduction.claims", needs=())
+    unknown = [name for name in claim or () if name not in claims.CLAIMS]
+    if unknown:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(claims.CLAIMS)}; got {unknown[0]!r}", param_hint="--claim"
+        )
+    runner = benchmarks_module("reproduction.runner", needs=())
+    plan = claims.Plan(claims.settings_of(quick), range(seeds), claim or claims.CLAIMS)
+    output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
+    found = _run(runner, plan, output, cache or output / "cache", workers)
+    _print(benchmarks_module("reproduction.verdicts", needs=()), found)
+    typer.echo(f"{output / 'reproduction.md'}")
