@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
-import importlib
 import os
 import re
 import shlex
@@ -33,7 +33,7 @@ SCALE = ROOT / "benchmarks" / "reproduction" / "scale"
 PAGE = ROOT / "docs" / "at-scale.md"
 
 
-def script(name: str) -> Any:
+def imported(name: str) -> Any:
     """A file of the folder, which is on the path only for this: it has folders called trl and verl."""
     sys.path.insert(0, str(SCALE))
     try:
@@ -118,7 +118,7 @@ def script() -> Any:
     """benchmarks/reproduction/scale/train_trl.py"""
     pytest.importorskip("trl", minversion="1.16")
     pytest.importorskip("datasets")
-    return script("train_trl")
+    return imported("train_trl")
 
 
 def parsed(script: Any, name: str, *options: str) -> tuple[Any, Any]:
@@ -150,7 +150,7 @@ def test_the_reference_is_the_student_before_training(script: Any, name: str) ->
 def test_two_teachers_have_the_routes_of_the_published_data(script: Any) -> None:
     setting, args = parsed(script, "multi-teacher")
     assert set(setting.teachers) == {"math", "code"}
-    assert args.route_column == script("prepare").ROUTE
+    assert args.route_column == imported("prepare").ROUTE
 
 
 def test_several_teachers_without_routes_are_refused(script: Any) -> None:
@@ -283,7 +283,7 @@ def test_prompts_without_a_teacher_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "extra_info": {"opd_teacher": teacher}} for teacher in ("math", None)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     with pytest.raises(SystemExit, match=r"1 of 2 prompts have no extra_info\.opd_teacher"):
-        script("prepare").main(str(tmp_path / "train.parquet"), str(tmp_path / "routed.parquet"))
+        imported("prepare").main(str(tmp_path / "train.parquet"), str(tmp_path / "routed.parquet"))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -298,7 +298,7 @@ def test_one_step_with_small_random_models_of_the_same_kind(script: Any, tmp_pat
     ref = save_small(setting.ref_model, tmp_path / "ref", 9)
     write_prompts(tmp_path / "train.parquet")
     prompts = tmp_path / "routed.parquet"
-    script("prepare").main(str(tmp_path / "train.parquet"), str(prompts))
+    imported("prepare").main(str(tmp_path / "train.parquet"), str(prompts))
     given = ["--model", student, "--ref_model", ref, "--prompts", str(prompts), "--output_dir", str(tmp_path / "run")]
     given += ["--teacher", *(f"{route}={path}" if route else path for route, path in small.items())]
     given += [part for option in REDUCED.items() for part in option]
@@ -472,4 +472,4 @@ def test_the_one_gpu_command_of_the_page_passes_distills_own_check(tmp_path: Pat
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(with_outputs(PAGE.read_text()), script("train_trl")))
+    PAGE.write_text(with_table(with_outputs(PAGE.read_text()), imported("train_trl")))
