@@ -591,6 +591,19 @@ def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_pat
     assert_same(weights(run), distilled, 1e-5)
 
 
+def test_grpo_scores_with_a_head_that_trl_has_cast_to_float32(tmp_path: Path) -> None:
+    """TRL puts another forward in the place of the head's: the same product in float32."""
+    run = grpo(tmp_path, reward_scale=1.25, max_steps=1, cast_lm_head_to_fp32=True)
+    head = run.model.lm_head
+    forward = head.forward
+    hidden = torch.randn(2, 3, head.in_features)
+    scored = run._head(run.model, hidden)
+    assert scored.hidden.dtype == scored.weight.dtype == torch.float32
+    assert torch.allclose(scored.hidden @ scored.weight.T, forward(hidden), atol=1e-6)
+    run.train()
+    assert head.forward is forward
+
+
 def test_grpo_has_routes_and_logs_the_implicit_reward(tmp_path: Path) -> None:
     data = prompts(domain=["a", "b"] * 4)
     run = GRPOGOPDTrainer(

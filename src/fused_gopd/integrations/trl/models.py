@@ -42,6 +42,17 @@ _LOGGED = ("tokens", "loss", "entropy")
 T = TypeVar("T")
 
 
+@contextmanager
+def _without_cast(head: Any) -> Iterator[bool]:
+    """A head with its own forward, and whether GRPOTrainer had put the same product in float32 in its place."""
+    replaced = vars(head).pop("forward", None)
+    try:
+        yield replaced is not None
+    finally:
+        if replaced is not None:
+            head.forward = replaced
+
+
 class Models:
     """Teachers, reference, lambda and metrics, beside a trainer of TRL's."""
 
@@ -211,7 +222,12 @@ class Models:
 
     def _head(self, model: nn.Module, hidden: Tensor) -> LinearHead:
         """A model's head, at the temperature at which completions are sampled."""
-        return replace(head_of(model, hidden), temperature=self.temperature)
+        if getattr(self.args, "cast_lm_head_to_fp32", False):
+            with _without_cast(cast("Any", model).get_output_embeddings()) as cast_to_fp32:
+                head = head_of(model, hidden.float() if cast_to_fp32 else hidden)
+        else:
+            head = head_of(model, hidden)
+        return replace(head, temperature=self.temperature)
 
     def _frozen_head(self, model: Any, hidden: Tensor, gathered: ExitStack) -> LinearHead:
         """A head of which ZeRO-3 leaves the weight whole for as long as ``gathered`` is open."""
