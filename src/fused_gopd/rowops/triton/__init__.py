@@ -55,12 +55,18 @@ class Device:
     multiprocessors: int = 132
     amd: bool = False
     capability: int = 90  # CUDA compute capability, major * 10 + minor; 0 on AMD
+    interpreted: bool = False
+
+    @property
+    def flush(self) -> bool:
+        """Whether the kernels may ask for NVIDIA's exponential, see ``rows.exp``."""
+        return not self.amd and not self.interpreted
 
     @staticmethod
     @functools.cache
     def of(device: torch.device) -> Device:
         if device.type != "cuda":  # the interpreter: any number will do, a small one makes fewer programs
-            return Device(multiprocessors=4)
+            return Device(multiprocessors=4, interpreted=True)
         properties = torch.cuda.get_device_properties(device)
         amd = torch.version.hip is not None
         return Device(
@@ -81,6 +87,7 @@ class Tiles:
     num_warps: int
     stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
+    flush: bool = False  # exponentials by NVIDIA's instruction that flushes results below the normal numbers to 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class LinearTiles:
     num_stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
     descriptors: bool = False  # the copy engine of Hopper and later fetches the operands
+    flush: bool = False  # as in Tiles
 
 
 @functools.cache
@@ -150,7 +158,8 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     limited = heavy and (jsd or per_token or not aligned) and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
-    return Tiles(repeat, threads, vector, threads // device.warp_size, stages if _prefetches() else 1, max_registers)
+    stages = stages if _prefetches() else 1
+    return Tiles(repeat, threads, vector, threads // device.warp_size, stages, max_registers, device.flush)
 
 
 def linear_tiles(
@@ -169,23 +178,23 @@ def linear_tiles(
     if input_precision == "ieee" and hidden.dtype == torch.float32:
         # No tensor core: the operands pass through registers. A limit of registers as in `tiles`.
         limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
-        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
+        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit, flush=device.flush)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, (hidden, weight)))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
-        return LinearTiles(64, 64, 32, 16, eight_warps, 2)
+        return LinearTiles(64, 64, 32, 16, eight_warps, 2, flush=device.flush)
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
-        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors)
+        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors, flush=device.flush)
     if rows <= 64:
         warps = 4 if plain_epilogue or device.amd else 8
-        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors)
+        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors, flush=device.flush)
     if device.amd:
         return LinearTiles(128, 128, depth, 16, 4, stages)
     width = 256 if device.capability == 90 and plain_epilogue else 128
-    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors)
+    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors, flush=device.flush)
 
 
 @dataclass(frozen=True)
@@ -301,6 +310,7 @@ def row_launch(
         "LANES": tile.lanes,
         "VECTOR": tile.vector,
         "STAGES": tile.stages,
+        "FLUSH": tile.flush,
     }
     # Without FMA contraction, see rows.py.
     options = _options(tile.num_warps, tile.max_registers) | {"enable_fp_fusion": False}
@@ -359,6 +369,7 @@ def linear_launches(
             "BLOCK_C": tile.rows,
             "BLOCK_V": tile.vocabulary,
             "BLOCK_H": tile.hidden,
+            "FLUSH": tile.flush,
         },
         _options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )

@@ -9,7 +9,7 @@ every run.
 import triton
 import triton.language as tl
 
-from .rows import LOGIT_STUDENT, LOGSUM_STUDENT, MAX_STUDENT, MEAN_LOGIT, finite, moved, transform
+from .rows import LEAST, LOGIT_STUDENT, LOGSUM_STUDENT, MAX_STUDENT, MEAN_LOGIT, exp, finite, moved, transform
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def linear_kernel(
     token_ptr, partial_ptr, C, V, H, splits, group,
     KIND: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN_H: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    FLUSH: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of z = transform(hidden weight^T + bias) for one tile of rows and one slice of the vocabulary.
 
@@ -87,11 +88,11 @@ def linear_kernel(
         new = tl.maximum(maximum, tl.max(z, axis=1))
         base = finite(new)
         move = moved(maximum, base)
-        rescale = tl.exp(-move)
+        rescale = exp(-move, FLUSH)
         relative = z - base[:, None]
-        e = tl.exp(relative)
+        e = exp(relative, FLUSH)
         # e is 0 where z is -inf: any finite number will do there, and a NaN that maximum drops is in the total already
-        weighted = (weighted - move * total) * rescale + tl.sum(e * tl.maximum(relative, -3.0e38), axis=1)
+        weighted = (weighted - move * total) * rescale + tl.sum(e * tl.maximum(relative, LEAST), axis=1)
         total = total * rescale + tl.sum(e, axis=1)
         # few tiles hold a token: one vote spares the others three instructions per logit
         here = (token >= tile * BLOCK_V) & (token < tile * BLOCK_V + BLOCK_V)

@@ -38,6 +38,8 @@ MAX_STUDENT = tl.constexpr(11)
 MAX_TEACHER = tl.constexpr(12)
 MAX_REF = tl.constexpr(13)
 
+LEAST = tl.constexpr(-3.0e38)  # in place of -inf in a product with 0
+
 # Kinds of logit transform: z = x, z = pre x, z = post tanh(pre x), each of x + bias where there is a bias.
 PLAIN = tl.constexpr(0)
 SCALED = tl.constexpr(1)
@@ -60,6 +62,19 @@ def tanh(x):
     magnitude = tl.abs(x)
     large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
     return tl.where(magnitude < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def exp(x, FLUSH: tl.constexpr):
+    """e^x. FLUSH, for NVIDIA alone: a result below 2^-126 is 0, which spares the three instructions around each one
+    that rescale it; PTX is the only way to say so."""
+    if FLUSH:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.exp(x)
+    return y
 
 
 @triton.jit
@@ -104,7 +119,7 @@ def model_logits(row_ptr, bias_ptr, columns, V, needed, pre, post, KIND: tl.cons
         z = transform(x, bias_ptr, columns, None, pre, post, KIND)
     if needed is not None:
         z = tl.where(used, z, 0.0)
-    if TAIL:
+    if TAIL and (KIND != PLAIN or bias_ptr is not None):
         # after the transform: a negative scale would have turned the padding into +inf
         z = tl.where(inside, z, float("-inf"))
     return z
@@ -117,11 +132,11 @@ def problem_logits(
     ref_row, ref_bias, ref_pre, ref_post, REF_KIND: tl.constexpr,
     needs_teacher, needs_ref, columns, V, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """z, z_q, z_r and the support S for a tile (or one column). Values outside S are arbitrary."""
+    """z, z_q, z_r for a tile (or one column), all three -inf outside the support S."""
     z = model_logits(student_row, student_bias, columns, V, None, student_pre, student_post, STUDENT_KIND, TAIL)
-    support = z != float("-inf")
     q = z
     r = z
+    support = z != float("-inf")
     if teacher_row is not None:
         q = model_logits(
             teacher_row, teacher_bias, columns, V, needs_teacher, teacher_pre, teacher_post, TEACHER_KIND, TAIL
@@ -130,7 +145,11 @@ def problem_logits(
     if ref_row is not None:
         r = model_logits(ref_row, ref_bias, columns, V, needs_ref, ref_pre, ref_post, REF_KIND, TAIL)
         support = support & (r != float("-inf"))
-    return z, q, r, support
+    if teacher_row is not None or ref_row is not None:
+        z = tl.where(support, z, float("-inf"))
+        q = tl.where(support, q, float("-inf"))
+        r = tl.where(support, r, float("-inf"))
+    return z, q, r
 
 
 @triton.jit
@@ -173,7 +192,7 @@ def finite(maximum):
 
 
 @triton.jit
-def online(maximum, total, x):
+def online(maximum, total, x, FLUSH: tl.constexpr):
     """Take a tile into (maximum, sum of exp(x - maximum)) of each lane; x is -inf outside the support.
 
     Returns them with x - maximum, its exponential, how far the maximum moved, and the factor for sums from before.
@@ -182,21 +201,21 @@ def online(maximum, total, x):
     new = tl.maximum(maximum, lane_max(x))
     base = finite(new)
     move = moved(maximum, base)
-    rescale = tl.exp(-move)
+    rescale = exp(-move, FLUSH)
     x = x - base[None, :, None]
-    e = tl.exp(x)
+    e = exp(x, FLUSH)
     return new, tl.fma(total, rescale, lane_sum(e)), x, e, move, rescale
 
 
 @triton.jit
-def merged(maximum, total):
+def merged(maximum, total, FLUSH: tl.constexpr):
     """The row's maximum (0 without support), and for each lane how far its own is from it and the factor that makes.
 
     Last the row's sum: at least 1, 0 without support, NaN in a poisoned row.
     """
     base = finite(tl.max(maximum, axis=0))
     move = moved(maximum, base)
-    scale = tl.exp(-move)
+    scale = exp(-move, FLUSH)
     return base, move, scale, tl.sum(total * scale, axis=0)
 
 
@@ -207,14 +226,14 @@ def mean_of(weighted, scale, total):
 
 
 @triton.jit
-def mixture_log_ratios(gap, logsum_difference, beta):
+def mixture_log_ratios(gap, logsum_difference, beta, FLUSH: tl.constexpr):
     """log p - log m and log t - log m, for gap = z' - u and logsum_difference = LOGSUM_TARGET - LOGSUM_STUDENT.
 
     With delta = log t - log p: log p - log m = -log((1 - beta) + beta e^delta), rewritten for delta > 0 so that no
     exponential overflows; no probability is formed, which would be 0 in fp32 below e^-104.
     """
     delta = -gap - logsum_difference
-    e = tl.exp(-tl.abs(delta))
+    e = exp(-tl.abs(delta), FLUSH)
     mixture = tl.log(tl.where(delta > 0.0, tl.fma(1.0 - beta, e, beta), tl.fma(beta, e, 1.0 - beta)))
     # minimum and maximum may drop NaN; the exponential inside the mixture keeps it
     return -tl.maximum(delta, 0.0) - mixture, tl.minimum(delta, 0.0) - mixture
@@ -229,7 +248,7 @@ def row_kernel(
     divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
     STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
-    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     """One row: its statistics (``Stat``), its gradient (``RowOps.gradient``), or both. The grid is (C,).
 
@@ -288,12 +307,13 @@ def row_kernel(
             valid = (token >= 0) & (token < V)
             # an invalid id reads column 0 and is then overruled by NaN
             column = tl.where(valid, token, 0)
-            logit_z, logit_q, logit_r, present = problem_logits(
+            logit_z, logit_q, logit_r = problem_logits(
                 student_row, student_bias, student_pre, student_post, STUDENT_KIND,
                 teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
                 ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
                 needs_teacher, needs_ref, column, V, False,
             )  # fmt: skip
+            present = logit_z != float("-inf")
 
         max_z = tl.full([LANES], float("-inf"), tl.float32)
         max_q = max_z
@@ -308,46 +328,44 @@ def row_kernel(
         weighted_target = sum_z  # sum e^u (u - z')
         for tail in tl.static_range(2):
             for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
-                z, q, r, support = problem_logits(
+                z, q, r = problem_logits(
                     student_row, student_bias, student_pre, student_post, STUDENT_KIND,
                     teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
                     ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
                     needs_teacher, needs_ref, start + tile, V, tail == 1,
                 )  # fmt: skip
                 old_sum = sum_z
-                max_z, sum_z, z, e, move_z, rescale = online(max_z, sum_z, tl.where(support, z, float("-inf")))
+                max_z, sum_z, z, e, move_z, rescale = online(max_z, sum_z, z, FLUSH)
                 weighted_logit = tl.fma(
-                    tl.fma(-move_z, old_sum, weighted_logit), rescale, lane_sum(e * tl.where(support, z, 0.0))
+                    tl.fma(-move_z, old_sum, weighted_logit), rescale, lane_sum(e * tl.maximum(z, LEAST))
                 )
                 if HAS_TARGET:
                     move_q = move_z
                     move_r = move_z
                     if HAS_TEACHER:
                         old_target_sum = sum_q
-                        max_q, sum_q, q, e_u, move_q, rescale_u = online(
-                            max_q, sum_q, tl.where(support, q, float("-inf"))
-                        )
+                        max_q, sum_q, q, e_u, move_q, rescale_u = online(max_q, sum_q, q, FLUSH)
                     if HAS_REF:
                         old_target_sum = sum_r
-                        max_r, sum_r, r, e_u, move_r, rescale_u = online(
-                            max_r, sum_r, tl.where(support, r, float("-inf"))
-                        )
+                        max_r, sum_r, r, e_u, move_r, rescale_u = online(max_r, sum_r, r, FLUSH)
                     u = target(q, r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
                     move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                    gap = tl.where(support, z - u, 0.0)
+                    # outside the support u may be NaN, -inf - -inf
+                    inside = (r if HAS_REF else q) != float("-inf")
+                    gap = tl.where(inside, z - u, 0.0)
                     weighted_gap = tl.fma(tl.fma(move_u - move_z, old_sum, weighted_gap), rescale, lane_sum(e * gap))
                     if HAS_TEACHER and HAS_REF:
                         # u has a maximum of its own: with lambda > 1 it is not 0 where those of q' and r' are
                         old_target_sum = sum_u
                         max_u, sum_u, u, e_u, _move, rescale_u = online(
-                            max_u - move_u, sum_u, tl.where(support, u, float("-inf"))
+                            max_u - move_u, sum_u, tl.where(inside, u, float("-inf")), FLUSH
                         )
                     if DIVERGENCE == "forward_kl":
                         weighted_target = tl.fma(
                             tl.fma(move_z - move_u, old_target_sum, weighted_target), rescale_u, lane_sum(e_u * -gap)
                         )
 
-        max_student, move_z, scale, total = merged(max_z, sum_z)
+        max_student, move_z, scale, total = merged(max_z, sum_z, FLUSH)
         logsum_z = tl.log(total)
         mean_logit = mean_of(tl.fma(-move_z, sum_z, weighted_logit), scale, total)
         max_teacher = 0.0
@@ -362,19 +380,19 @@ def row_kernel(
             move_q = move_z
             move_r = move_z
             if HAS_TEACHER:
-                max_teacher, move_q, scale_u, total_u = merged(max_q, sum_q)
+                max_teacher, move_q, scale_u, total_u = merged(max_q, sum_q, FLUSH)
                 logsum_q = tl.log(total_u)
                 logsum_u = logsum_q
                 sum_target = sum_q
             if HAS_REF:
-                max_ref, move_r, scale_u, total_u = merged(max_r, sum_r)
+                max_ref, move_r, scale_u, total_u = merged(max_r, sum_r, FLUSH)
                 logsum_r = tl.log(total_u)
                 logsum_u = logsum_r
                 sum_target = sum_r
             move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
             mean_gap = mean_of(tl.fma(move_u - move_z, sum_z, weighted_gap), scale, total)
             if HAS_TEACHER and HAS_REF:
-                max_target, _move, scale_u, total_u = merged(max_u - move_u, sum_u)
+                max_target, _move, scale_u, total_u = merged(max_u - move_u, sum_u, FLUSH)
                 logsum_u = max_target + tl.log(total_u)
                 sum_target = sum_u
             if DIVERGENCE == "forward_kl":
@@ -398,17 +416,18 @@ def row_kernel(
         target_sum = student_sum
         for tail in tl.static_range(2):
             for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
-                z, q, r, support = problem_logits(
+                z, q, r = problem_logits(
                     student_row, student_bias, student_pre, student_post, STUDENT_KIND,
                     teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
                     ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
                     needs_teacher, needs_ref, start + tile, V, tail == 1,
                 )  # fmt: skip
+                support = z != float("-inf")
                 z = z - max_student
                 u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
-                student_sum += lane_sum(tl.where(support, tl.exp(z - logsum_z) * log_pm, 0.0))
-                target_sum += lane_sum(tl.where(support, tl.exp(u - logsum_u) * log_tm, 0.0))
+                log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta, FLUSH)
+                student_sum += lane_sum(tl.where(support, exp(z - logsum_z, FLUSH) * log_pm, 0.0))
+                target_sum += lane_sum(tl.where(support, exp(u - logsum_u, FLUSH) * log_tm, 0.0))
         student_part = tl.sum(student_sum, axis=0)
         target_part = tl.sum(target_sum, axis=0)
         if not STATISTICS:
@@ -456,22 +475,25 @@ def row_kernel(
         if token_weight_ptr is not None:
             token_weight = tl.load(token_weight_ptr + row)
             token_column = tl.load(token_ptr + row)
-        live = (divergence_weight != 0.0) | (token_weight != 0.0)
+        live = tl.where((divergence_weight != 0.0) | (token_weight != 0.0), 1, 0)
         for tail in tl.static_range(2):
             for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
                 columns = start + tile
-                z, q, r, support = problem_logits(
+                z, q, r = problem_logits(
                     student_row, student_bias, student_pre, student_post, STUDENT_KIND,
                     teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
                     ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
                     needs_teacher, needs_ref, columns, V, tail == 1,
                 )  # fmt: skip
+                # A weight of exactly 0 switches its term off, NaN included (in z, and with a softcap in its slope). An
+                # integer comparison of live, as in model_logits.
+                nonzero = (z != float("-inf")) & (columns * 0 + live != 0)
                 if STUDENT_KIND == SOFTCAPPED:
                     tanh_x = z * tanh_of_z
                 z = z - max_student
                 if HAS_TARGET:
                     u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                p = tl.exp(z - logsum_z)
+                p = exp(z - logsum_z, FLUSH)
                 grad = tl.zeros([REPEAT, LANES, VECTOR], tl.float32)
                 if divergence_weight_ptr is not None:
                     if DIVERGENCE == "none":
@@ -479,21 +501,23 @@ def row_kernel(
                     elif DIVERGENCE == "reverse_kl":
                         term = p * (z - u - mean_gap)
                     elif DIVERGENCE == "forward_kl":
-                        term = p - tl.exp(u - logsum_u)
+                        term = p - exp(u - logsum_u, FLUSH)
                     else:
-                        log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta)
+                        log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta, FLUSH)
                         term = p * ((1.0 - beta) * (log_pm - student_part))
-                    # A weight of exactly 0 switches its term off, NaN included.
-                    grad = tl.where(divergence_weight == 0.0, 0.0, divergence_weight * term)
+                    grad = divergence_weight * term
                 if token_weight_ptr is not None:
-                    term = p - tl.where(columns == token_column, 1.0, 0.0)
-                    grad += tl.where(token_weight == 0.0, 0.0, token_weight * term)
+                    token_term = token_weight * (p - tl.where(columns == token_column, 1.0, 0.0))
+                    if divergence_weight_ptr is not None:
+                        grad = tl.where(divergence_weight == 0.0, 0.0, grad)
+                        grad += tl.where(token_weight == 0.0, 0.0, token_term)
+                    else:
+                        grad = token_term
                 if STUDENT_KIND == SOFTCAPPED:
                     grad = grad * (slope * (1.0 - tanh_x * tanh_x))
                 elif STUDENT_KIND == SCALED:
                     grad = grad * slope
-                # With both weights 0 the row is 0 even where the softcap's slope is NaN.
-                grad = tl.where(support, tl.where(live, grad, 0.0), 0.0).to(out_ptr.dtype.element_ty)
+                grad = tl.where(nonzero, grad, 0.0).to(out_ptr.dtype.element_ty)
                 if ALIASED:
                     # out may lie on the logits, in a narrower dtype even: row i of both starts at the same address, so
                     # the store of columns [v, v + B) covers bytes [b v, b (v + B)) of the row with b no wider than a
