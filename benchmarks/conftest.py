@@ -18,7 +18,7 @@ from fused_gopd.chunks import CHUNK_BUDGET_BYTES
 from . import accuracy, floors, memory
 from .providers import FUSED_PREFIX, Result, Run
 from .registry import PROVIDERS, cases, providers_of
-from .workloads import SUITES, Inputs, Workload, default_suite, rotation, synchronize
+from .workloads import SUITES, Inputs, Workload, default_suite, queued, rotation, synchronize
 
 # What a case says of itself on standard output, for run.py: DONE is the last
 MEASURED = "measured-case "
@@ -77,10 +77,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def milliseconds(step: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    step()
+    """Of a step."""
+    start, steps = time.perf_counter(), queued(device)
+    for _ in range(steps):
+        step()
     synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - start) * 1e3 / steps
 
 
 class Floor(NamedTuple):

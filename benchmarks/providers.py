@@ -163,15 +163,16 @@ def _compile(workload: Workload) -> Run:
 LOW_CHUNKS = "-low-chunks"
 
 
-def buffers(workload: Workload) -> int:
+def buffers(workload: Workload) -> float:
     """C x V buffers of logits that a chunk of the job holds at once."""
     joint = workload.kind.objective not in ("logprobs", "nll", "policy", "sampled")
-    return logits_buffers(joint, workload.kind.models)
+    return logits_buffers(joint, workload.kind.models, device_type=torch.device(workload.device).type)
 
 
 def chunk_size(workload: Workload, element_bytes: int = 4) -> int:
     """Tokens of a chunk in this package; the compiled chunks have as many."""
-    fitting = chunk_size_for(workload.vocab, buffers(workload), workload.device, element_bytes)
+    device_type = torch.device(workload.device).type
+    fitting = chunk_size_for(workload.vocab, buffers(workload), device_type, element_bytes)
     return min(workload.live_tokens, fitting)
 
 

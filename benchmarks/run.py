@@ -108,7 +108,8 @@ def _quantile(values: list[float], q: float) -> float:
 
 def row_of(info: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
     """A row from what a case says of itself and its rounds, with the time of the floor that ran beside it."""
-    times, row = [1e3 * t for t in seconds], dict(info)
+    row = dict(info)
+    times = [1e3 * t / row.get("queued", 1) for t in seconds]
     beside = row.pop("floor_ms", times if "floor" in row else None)
     row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
     row["rounds"] = len(times)

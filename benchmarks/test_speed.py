@@ -21,7 +21,7 @@ from .conftest import Session, milliseconds
 from .floors import count
 from .providers import FUSED_PREFIX, LOW_CHUNKS, chunk_size
 from .registry import FLOOR, PROVIDERS, has_floor
-from .workloads import SUITES, Workload, synchronize
+from .workloads import SUITES, Workload, queued, synchronize
 
 # Seconds of measured rounds per provider, and the fewest and the most rounds; seconds of warm-up.
 SECONDS = {"logits": 4.0, "hidden": 16.0}
@@ -90,7 +90,8 @@ def _rounds(timed: Callable[[], float], beside: float, workload: Workload, secon
     estimates = [timed() for _ in range(2 if compiles else 1)]
     while seconds and sum(estimates) < 1e3 * WARM_UP[torch.device(workload.device).type]:
         estimates.append(timed())
-    fitting = round(seconds * 1e3 * SECONDS[workload.level] / (estimates[-1] + beside))
+    each = queued(workload.device) * (estimates[-1] + beside)
+    fitting = round(seconds * 1e3 * SECONDS[workload.level] / each)
     return min(max(fitting, ROUNDS[0]), ROUNDS[1])
 
 
@@ -121,13 +122,17 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
             if floor is not None:
                 beside.append(milliseconds(floor.step, workload.device))
 
+        steps = queued(workload.device)
+
         def timed() -> None:
-            step()
+            for _ in range(steps):
+                step()
             synchronize(workload.device)
 
         floor_ms = 0.0 if floor is None else floor.candidates_ms[floor.name]
         warm_up = functools.partial(milliseconds, step, workload.device)
         rounds = _rounds(warm_up, floor_ms, workload, seconds, compiles=compiles)
+        benchmark.extra_info["queued"] = steps
         benchmark.pedantic(timed, setup=before_round, rounds=rounds)
     except torch.OutOfMemoryError:
         gc.collect()

@@ -27,16 +27,30 @@ def test_wider_elements_make_smaller_chunks():
     assert chunks.chunk_size_for(150_000, 1, "cpu", 8) < chunks.chunk_size_for(150_000, 1, "cpu", 4)
 
 
-@given(rows=st.integers(1, 20_000), chunk=st.integers(1, 9000))
-def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk):
-    even = chunks._balanced(rows, chunk)
+@given(rows=st.integers(1, 20_000), chunk=st.integers(1, 9000), device=st.sampled_from(["cpu", "cuda"]))
+def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk, device):
+    even = chunks._balanced(rows, chunk, device)
     assert 1 <= even <= chunk
     assert -(-rows // even) <= -(-rows // chunk)  # no chunk more
     assert even * (-(-rows // even)) - rows < even  # and all but the last are full
 
 
+@given(vocab=SIZES, models=st.integers(2, 3), device=st.sampled_from(["cpu", "cuda"]))
+def test_a_joint_chunk_with_its_parts_of_the_others_fits_the_budget(vocab, models, device):
+    kind = "cpu" if device == "cpu" else "gpu"
+    chunk = chunks.chunk_size_for(vocab, chunks.logits_buffers(True, models, device_type=device), device)
+    others = chunks.others_size(chunk, device)
+    assert 0 < others <= chunk
+    # a part is rounded up to a whole tile
+    rounding = (models - 1) * chunks._CHUNK_MULTIPLE[kind] * vocab * 4
+    fits = (chunk + (models - 1) * others) * vocab * 4 <= chunks.CHUNK_BUDGET_BYTES[kind] + rounding
+    assert fits or chunk == chunks.CHUNK_FLOOR[kind]
+
+
 def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
     assert chunks.logits_buffers(True, 3) == 3
+    assert chunks.logits_buffers(True, 3, device_type="cuda") == 1.5
+    assert chunks.logits_buffers(True, 2, linear_student=False, device_type="cuda") == 2
     assert chunks.logits_buffers(False, 3) == 1
     assert chunks.logits_buffers(False, 0) == 0
 

@@ -522,6 +522,19 @@ def test_two_runs_give_the_same_bits(ops: TritonRowOps) -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 4099)])
+def test_scaled_is_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    x, factor = torch.randn(shape, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    found, want = backend.scaled(x, factor, dtype), (x * factor).to(dtype)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts off the bits
+        torch.testing.assert_close(found, want, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(found, want)
+
+
 def test_float64_and_strided_vocabulary_are_refused() -> None:
     if not RUNNABLE:
         pytest.skip("no GPU and TRITON_INTERPRET is not set")

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import chunks, objective
 from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import Head, LinearHead, Logits
+from .rowops import triton
 
 # ----------------------------------------------------------------------------------------- a job apart from its tensors
 
@@ -124,10 +125,18 @@ def _is_one(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.item() == 1.0
 
 
-def _scale_(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Multiply in place: the buffers belong to us, and a copy of [V, H] would cost as much memory again."""
+def _scale_(gradient: Tensor | None, factor: Tensor, source: _Meta | None, backend: str) -> Tensor | None:
+    """Multiply in place: the buffers belong to us, and a copy of [V, H] would cost as much memory again.
+
+    Unless there has to be one, in the dtype of what it is the gradient of.
+    """
+    if gradient is None or _is_one(factor):
+        return gradient
+    assert source is not None
+    if backend == "triton" and gradient.dtype == factor.dtype == torch.float32 != source[1]:
+        return triton.scaled(gradient, factor, source[1])
     # a factor of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
-    return gradient if gradient is None or _is_one(factor) else gradient.mul_(factor.reshape(1))
+    return gradient.mul_(factor.reshape(1))
 
 
 class _Twice(torch.autograd.Function):
@@ -196,7 +205,7 @@ class _WeightedLoss(torch.autograd.Function):
             known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
             job = dataclasses.replace(job, advantage_fn=None, advantages=known)
         ctx.scaling, ctx.needs, ctx.gradients = scaling, needs, gradients
-        ctx.meta = meta((rows, weight, bias))
+        ctx.meta, ctx.backend = meta((rows, weight, bias)), job.ops.name
         _save(ctx, job)
         ctx.mark_non_differentiable(token_loss, statistics)
         ctx.set_materialize_grads(False)
@@ -212,7 +221,11 @@ class _WeightedLoss(torch.autograd.Function):
         if gradients is None:
             gradients = chunks.run(_saved(ctx)[0], ctx.needs, relative=scaling.relative).gradients
         rows, rest = (upstream if s is None else upstream * s for s in (scaling.rows, scaling.weight))
-        return (*like(list(map(_scale_, gradients, (rows, rest, rest))), ctx.meta), None, None)
+        scaled = [
+            _scale_(gradient, factor, source, ctx.backend)
+            for gradient, factor, source in zip(gradients, (rows, rest, rest), ctx.meta, strict=True)
+        ]
+        return (*like(scaled, ctx.meta), None, None)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -41,7 +41,8 @@ T = TypeVar("T")
 # Bytes for all the logits buffers of a chunk together.
 # CPU: at V = 151936 and three models 256 MiB give chunks of 144 tokens; GEMMs of 128 to 512 rows ran at the same rate
 # within 10 % on two AVX-512 cores, so a larger budget buys nothing.
-# GPU: 1.75 GiB give the 1024 tokens that the accumulation of the weight gradient needs (C / 4 FLOP per byte).
+# GPU: 1.75 GiB give 2048 tokens at V = 151936 and three models, where adding to the weight's gradient takes no longer
+# than its product (C / 4 FLOP per byte).
 CHUNK_BUDGET_BYTES = {"cpu": 256 << 20, "gpu": 1792 << 20}
 # The same for logits in 16 bits, which need less for chunks of more tokens.
 LOW_PRECISION_BUDGET_BYTES = 1440 << 20
@@ -49,29 +50,55 @@ LOW_PRECISION_BUDGET_BYTES = 1440 << 20
 CHUNK_FLOOR = {"cpu": 32, "gpu": 1024}
 # More tokens than this make no GEMM faster.
 CHUNK_CEILING = 8192
-_CHUNK_MULTIPLE = 16
+# A joint row operation takes teacher and reference this much fewer tokens at a time than the student's chunk has: their
+# buffers are left to the chunk, whose length decides how often the weight's gradient is read and written. On an H200
+# that is 2 % faster at H = 2048 and 4096, on two AVX-512 cores 5 to 12 % slower.
+OTHERS_SHARE = {"cpu": 1, "gpu": 4}
+# Chunks are whole tiles of the products where they can be.
+_CHUNK_MULTIPLE = {"cpu": 16, "gpu": 256}
 # Elements that the row stride of a logits buffer is a multiple of: 64 bytes of float32, 32 of bfloat16 over it.
 _ROW_MULTIPLE = 16
 
 
-def chunk_size_for(vocab_size: int, buffers: int, device_type: str, element_bytes: int = 4) -> int:
+def _kind(device_type: str) -> str:
+    return "cpu" if device_type == "cpu" else "gpu"
+
+
+def _multiple(rows: float, device_type: str) -> int:
+    multiple = _CHUNK_MULTIPLE[_kind(device_type)]
+    return math.ceil(rows / multiple) * multiple
+
+
+def chunk_size_for(vocab_size: int, buffers: float, device_type: str, element_bytes: int = 4) -> int:
     """Tokens per chunk for a number of C x V logits buffers.
 
     Depends on shapes, dtype and the kind of device only, never on free memory or a timing: two runs give the same bits.
     """
-    kind = "cpu" if device_type == "cpu" else "gpu"
+    kind = _kind(device_type)
     budget = LOW_PRECISION_BUDGET_BYTES if element_bytes < 4 else CHUNK_BUDGET_BYTES[kind]
-    fitting = budget // max(1, buffers * vocab_size * element_bytes)
-    fitting -= fitting % _CHUNK_MULTIPLE
-    return int(min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting)))
+    fitting = int(budget / max(1.0, buffers * vocab_size * element_bytes))
+    fitting -= fitting % _CHUNK_MULTIPLE[kind]
+    return min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting))
 
 
-def logits_buffers(joint: bool, linear_models: int, student_waits: bool = False) -> int:
+def others_size(chunk_size: int, device_type: str) -> int:
+    """Tokens of teacher and reference at a time beside a chunk of the student's, in a joint row operation."""
+    return min(chunk_size, _multiple(chunk_size / OTHERS_SHARE[_kind(device_type)], device_type))
+
+
+def logits_buffers(
+    joint: bool, linear_models: int, student_waits: bool = False, linear_student: bool = True, device_type: str = "cpu"
+) -> float:
     """C x V buffers alive at once: a joint row operation holds all models of a chunk, else they take turns.
 
-    With ``student_waits`` the student's logits stay while the other models take turns beside them.
+    Of a joint one the student's alone has all of a chunk's tokens, see ``OTHERS_SHARE``. With ``student_waits`` the
+    student's logits stay while the other models take turns beside them.
     """
-    return linear_models if joint else min(2 if student_waits else 1, linear_models)
+    if not joint:
+        return min(2 if student_waits else 1, linear_models)
+    if not linear_student:
+        return linear_models
+    return 1 + (linear_models - 1) / OTHERS_SHARE[_kind(device_type)]
 
 
 class TokenRow(enum.IntEnum):
@@ -92,11 +119,10 @@ STATISTICS = len(Stat) + len(TokenRow)
 _ENTROPIES = (TokenRow.ENTROPY_TEACHER, TokenRow.ENTROPY_REF)
 
 
-def _balanced(rows: int, chunk_size: int) -> int:
+def _balanced(rows: int, chunk_size: int, device_type: str) -> int:
     """The chunk size with as many chunks but all of them nearly equal: 1040 tokens are not 1024 and 16."""
     chunks = -(-rows // chunk_size)
-    even = -(-rows // max(1, chunks))
-    return min(chunk_size, -(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
+    return max(1, min(rows, chunk_size, _multiple(rows / max(1, chunks), device_type)))
 
 
 # -------------------------------------------------------------------------------------------------------- live rows
@@ -204,6 +230,7 @@ class Job:
     sft_weight: float = 1.0
     grad_filter: float = 0.0  # columns of a chunk's logit gradient that are below it everywhere are left out of GEMMs
     chunk_dtype: torch.dtype | None = None  # of linear models' logits; None is that of accumulation
+    others_size: int | None = None  # tokens of teacher and reference at a time in a joint row operation; None is all
 
     @property
     def truncated(self) -> bool:
@@ -584,10 +611,23 @@ class _Buffers:
     def __init__(self, job: Job, chunk_size: int) -> None:
         self._job, self._chunk_size = job, chunk_size
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: tuple[int, ModelRows] | None = None  # the student's rows of a whole chunk, and where they start
+
+    def hold(self, start: int, stop: int) -> Tensor:
+        """Load the student's rows of a chunk, of which ``load`` gives parts until they are released; returns them."""
+        rows = self.load(self._job.student, "student", start, stop)
+        self._held = start, rows
+        return rows.raw
+
+    def release(self) -> None:
+        self._held = None
 
     def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
         """The raw logits of rows [start, stop) of a model; the caller's own memory only where it is not written to."""
         job = self._job
+        if self._held is not None and slot == "student":
+            first, rows = self._held
+            return replace(rows, raw=rows.raw[start - first : stop - first])
         columns = job.columns(head)
         if isinstance(head, Logits):
             raw = job.rows.take(head.logits, start, stop)
@@ -602,9 +642,11 @@ class _Buffers:
 
     def _buffer(self, slot: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
         if (slot, dtype) not in self._buffers:
+            others = self._job.others_size
+            size = self._chunk_size if others is None or slot == "student" else min(others, self._chunk_size)
             # rows start on aligned addresses, so that kernels can load whole vectors
             width = -(-self._job.widest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-            self._buffers[slot, dtype] = memory.empty((self._chunk_size, width), dtype, self._job.device)
+            self._buffers[slot, dtype] = memory.empty((size, width), dtype, self._job.device)
         return self._buffers[slot, dtype][:rows, :columns]
 
 
@@ -746,8 +788,8 @@ def run(
     if coefficients is None:
         _require_agreement(job, needs, relative is not None)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
-    steps = [_balanced(stop - start, job.chunk_size) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
+    steps = [_balanced(stop - start, job.chunk_size, job.device.type) for start, stop, _ in parts]
     out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, max(steps, default=1))
     # kept for a backward alone: it is as large as what a server sends
@@ -763,12 +805,15 @@ def run(
             if statistics is None and not part.joint and not part.truncated:
                 _score_others(part, buffers, out, start, stop)
             if coefficients is not None:
-                _gradient_chunk(part, buffers, sink, out, coefficients, shared, start, stop)
+                make = functools.partial(_gradient_part, part, buffers, sink, out, coefficients, shared)
+                _gradients(part, buffers, sink, make, start, stop)
             elif sink.wanted:
                 assert relative is not None
-                _fused_chunk(part, buffers, sink, out, relative, start, stop)
+                make = functools.partial(_fused_part, part, buffers, sink, out, relative)
+                _gradients(part, buffers, sink, make, start, stop)
             else:
-                looked_at = _statistics_chunk(part, buffers, out, start, stop)
+                look = functools.partial(_statistics_part, part, buffers, out)
+                (looked_at, *_), _ = _in_parts(part, buffers, look, start, stop)
                 if chosen is not None and looked_at is not None:
                     for kept, values in zip(chosen, looked_at, strict=True):
                         kept[start:stop, : values.shape[1]] = values  # routes may differ in how many tokens they have
@@ -853,7 +898,7 @@ def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
     _require_agreement(job, NOTHING)
-    step = max(1, _balanced(job.rows.count, job.chunk_size))
+    step = _balanced(job.rows.count, job.chunk_size, job.device.type)
     buffers = _Buffers(job, step)
     for start in range(0, job.rows.count, step):
         stop = min(start + step, job.rows.count)
@@ -1057,16 +1102,70 @@ def _statistics_around(
     return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf)), more
 
 
-def _statistics_chunk(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> Chosen | None:
+def _statistics_part(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> Chosen | None:
     if job.joint or job.truncated or job.labels is not None:
         return _look(job, buffers, statistics, start, stop).chosen
     _store(job, statistics, _score(job, job.student, buffers, start, stop), start, stop)
     return None
 
 
-def _fused_chunk(
-    job: Job, buffers: _Buffers, sink: _Sink, statistics: Tensor, relative: Tensor, start: int, stop: int
+class _Part(NamedTuple):
+    """The logit gradient of some rows of a chunk, and how the products with it are scaled (see ``_Sink.add``)."""
+
+    dlogits: Tensor
+    rows_scale: Tensor | None  # () or (n,)
+    weight_scale: Tensor | None
+
+
+def _in_parts(
+    job: Job, buffers: _Buffers, make: Callable[[int, int], T], start: int, stop: int
+) -> tuple[list[T], Tensor | None]:
+    """Call ``make`` for as many rows of a chunk at a time as teacher and reference have.
+
+    Returns what it made, and where there are several parts the student's logits of the chunk, as it left them.
+    """
+    step = stop - start if job.others_size is None else _balanced(stop - start, job.others_size, job.device.type)
+    held = buffers.hold(start, stop) if step < stop - start else None
+    made = [make(first, min(first + step, stop)) for first in range(start, stop, step)]
+    buffers.release()
+    return made, held
+
+
+def _gradients(
+    job: Job,
+    buffers: _Buffers,
+    sink: _Sink,
+    make: Callable[[int, int], _Part | None],  # None of a student's logits, which need no product
+    start: int,
+    stop: int,
 ) -> None:
+    """Gradients of a chunk: the logit gradient in parts, then one product of each kind."""
+    made, held = _in_parts(job, buffers, make, start, stop)
+    parts = [part for part in made if part is not None]
+    if not parts:
+        return
+    assert isinstance(job.student, LinearHead)
+    sink.add(
+        parts[0].dlogits if held is None else _gradient_buffer(job.student, held),
+        job.rows.take(job.student.hidden, start, stop),
+        _joined([part.rows_scale for part in parts]),
+        _joined([part.weight_scale for part in parts]),
+        start,
+        stop,
+    )
+
+
+def _joined(scales: list[Tensor | None]) -> Tensor | None:
+    """The scales of a chunk's parts: one for all of them, or one for each row."""
+    given = [x for x in scales if x is not None]
+    if not given or given[0].ndim == 0:
+        return scales[0]
+    return given[0] if len(given) == 1 else torch.cat(given)
+
+
+def _fused_part(
+    job: Job, buffers: _Buffers, sink: _Sink, statistics: Tensor, relative: Tensor, start: int, stop: int
+) -> _Part | None:
     cut = slice(start, stop)
     token_weights = relative if relative.ndim == 0 else relative[cut]
     sampled, linear = job.estimator == "sampled", isinstance(job.student, LinearHead)
@@ -1075,26 +1174,24 @@ def _fused_chunk(
         look = _look(job, buffers, statistics, start, stop)
         coefficients = job.coefficients(statistics, cut, look.chosen)
         folded = token_weights if isinstance(job.student, LinearHead) and _folds(job.student, relative) else None
-        _emit(job, look.problem, sink, look.statistics, coefficients, token_weights, folded, start, stop)
-        return
+        return _emit(job, look.problem, sink, look.statistics, coefficients, token_weights, folded, start, stop)
     problem = _problem(job, buffers, start, stop)
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)
         weights = GradientWeights(divergence=token_weights.expand(stop - start).contiguous())
         _store(job, statistics, job.ops.statistics_and_gradient(problem, weights, buffer), start, stop)
         sink.put_logits(buffer, start, stop)
-        return
+        return None
     dlogits = _gradient_buffer(job.student, problem.student.raw)
     one = torch.ones(stop - start, dtype=job.dtype, device=job.device)
     unit = GradientWeights(token=one) if sampled else GradientWeights(divergence=one)
     _store(job, statistics, job.ops.statistics_and_gradient(problem, unit, dlogits), start, stop)
     slopes = -job.policy_term(statistics, cut).dlogprob if sampled else None
     rows_scale = _product(slopes, token_weights)
-    weight_scale = rows_scale if _folds(job.student, relative) else slopes
-    sink.add(dlogits, job.rows.take(job.student.hidden, start, stop), rows_scale, weight_scale, start, stop)
+    return _Part(dlogits, rows_scale, rows_scale if _folds(job.student, relative) else slopes)
 
 
-def _gradient_chunk(
+def _gradient_part(
     job: Job,
     buffers: _Buffers,
     sink: _Sink,
@@ -1103,12 +1200,12 @@ def _gradient_chunk(
     shared: Tensor | None,
     start: int,
     stop: int,
-) -> None:
+) -> _Part | None:
     cut = slice(start, stop)
     problem = _problem(job, buffers, start, stop)
     chunk = statistics[: len(Stat), cut].contiguous()
     folded = None if shared is None else 1 / shared
-    _emit(job, problem, sink, chunk, coefficients.cut(cut), None, folded, start, stop)
+    return _emit(job, problem, sink, chunk, coefficients.cut(cut), None, folded, start, stop)
 
 
 def _emit(
@@ -1121,18 +1218,17 @@ def _emit(
     weight_factor: Tensor | None,  # () or (C,) what else multiplies that of the weight and the bias
     start: int,
     stop: int,
-) -> None:
-    """Turn the logits of a chunk, whose statistics are known, into gradients."""
+) -> _Part | None:
+    """Turn logits whose statistics are known into their gradient."""
     if isinstance(job.student, Logits):
         buffer = sink.logits_buffer(start, stop)
         complete = coefficients if rows_factor is None else coefficients.times(rows_factor)
         _write_gradient(job, problem, statistics, complete, buffer)
         sink.put_logits(buffer, start, stop)
-        return
+        return None
     dlogits = _gradient_buffer(job.student, problem.student.raw)
     size = _write_gradient(job, problem, statistics, coefficients, dlogits, unit=True)
-    hidden = job.rows.take(job.student.hidden, start, stop)
-    sink.add(dlogits, hidden, _product(size, rows_factor), _product(size, weight_factor), start, stop)
+    return _Part(dlogits, _product(size, rows_factor), _product(size, weight_factor))
 
 
 def _write_gradient(

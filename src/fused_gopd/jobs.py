@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import autograd, objective
 from .checks import require_count, require_reverse_mode
-from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers
+from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers, others_size
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
 from .objective import Estimator
 from .output import GOPDOutput
@@ -47,7 +47,8 @@ def make_job(p: Prepared) -> Job:
     kinds = ([student], teachers, refs)
     dtypes = {head.rows.dtype for heads in kinds for head in heads if head is not None}
     linear = sum(any(isinstance(head, LinearHead) for head in heads) for heads in kinds)
-    buffers = logits_buffers(p.joint, linear, student_waits=p.truncation.support == "student")
+    device_type, linear_student = p.device.type, isinstance(student, LinearHead)
+    buffers = logits_buffers(p.joint, linear, p.truncation.support == "student", linear_student, device_type)
     # of the rank that has the most: all of them go through the same chunks
     widest = max(
         p.vocab_size if head.shard is None else head.shard.largest
@@ -55,11 +56,11 @@ def make_job(p: Prepared) -> Job:
         for head in heads
         if head is not None
     )
-    auto = chunk_size_for(widest, max(1, buffers), p.device.type, (p.chunk_dtype or p.dtype).itemsize)
+    chunk_size = p.chunk_size or chunk_size_for(widest, buffers, device_type, (p.chunk_dtype or p.dtype).itemsize)
     return Job(
         p.rows,
         p.vocab_size,
-        p.chunk_size or auto,
+        chunk_size,
         select_backend(p.backend, p.device, dtypes),
         student,
         teachers[0],
@@ -85,6 +86,7 @@ def make_job(p: Prepared) -> Job:
         sft_weight=p.sft_weight,
         grad_filter=p.grad_filter,
         chunk_dtype=p.chunk_dtype,
+        others_size=others_size(chunk_size, device_type) if p.joint and linear_student and linear > 1 else None,
     )
 
 

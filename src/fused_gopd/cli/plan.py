@@ -123,11 +123,17 @@ class Job:
         return replace(self, tokens=tokens, vocab=vocab, tp=1, dp=1, cp=1)
 
     @property
-    def buffers(self) -> int:
+    def device_type(self) -> str:
+        """PyTorch's name."""
+        return "cuda" if self.device == "gpu" else "cpu"
+
+    @property
+    def buffers(self) -> float:
         """Logits buffers of a chunk that are alive at once."""
         from fused_gopd.chunks import logits_buffers
 
-        return logits_buffers(self.estimator == "full", len(self.needed), self.support == "student")
+        waits = self.support == "student"
+        return logits_buffers(self.estimator == "full", len(self.needed), waits, device_type=self.device_type)
 
 
 def inputs(job: Job) -> dict[str, int]:
@@ -174,22 +180,38 @@ def chunk_size(job: Job) -> int:
     """Tokens per chunk, from the function that the loss itself asks."""
     from fused_gopd.chunks import chunk_size_for
 
-    return chunk_size_for(job.vocab, job.buffers, "cuda" if job.device == "gpu" else "cpu", job.logit)
+    return chunk_size_for(job.vocab, job.buffers, job.device_type, job.logit)
 
 
 def _chunk_rows(job: Job) -> int:
     """Tokens of the largest chunk: chunks are of nearly equal size."""
     from fused_gopd.chunks import _balanced
 
-    return min(job.tokens, _balanced(job.tokens, chunk_size(job)))
+    return _balanced(job.tokens, chunk_size(job), job.device_type)
+
+
+def _part_rows(job: Job) -> int:
+    """Tokens that all models of the largest chunk have logits of at once."""
+    from fused_gopd.chunks import others_size
+
+    rows = _chunk_rows(job)
+    return min(rows, others_size(chunk_size(job), job.device_type)) if job.estimator == "full" else rows
+
+
+def _buffer_rows(job: Job) -> int:
+    """Rows of all logits buffers together."""
+    if job.estimator == "full":
+        return _chunk_rows(job) + (len(job.needed) - 1) * _part_rows(job)
+    return int(job.buffers) * _chunk_rows(job)
 
 
 def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
     """Bytes beyond the inputs at the peak of :func:`fused_gopd.gopd_loss` on one rank, itemised.
 
-    The larger of two moments. In the forward: chunk buffers C V a for each model that ``full`` holds (one buffer where
-    models take turns), which do not depend on the number of tokens, and the gradients as they are summed, the weight's
-    in float32. In the backward the buffers are gone, and a low-precision weight's gradient is rounded beside its sum.
+    The larger of two moments. In the forward: the gradients as they are summed, the weight's in float32, and chunk
+    buffers, which do not depend on the number of tokens: C V a of the student and with ``full`` of each other model (a
+    fourth of C on a GPU), else one that models take turns in. In the backward the buffers are gone, and a
+    low-precision weight's gradient is rounded beside its sum.
 
     ``ranks`` is how many gather their statistics; ``job`` is then the share of one of them.
     """
@@ -205,7 +227,7 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
     low = job.wide != job.element
     summed = "float32 accumulator of the weight gradient" if low else "gradient of weight"
     forward = {
-        "chunk buffers": job.buffers * rows * job.vocab * job.logit,
+        "chunk buffers": _buffer_rows(job) * job.vocab * job.logit,
         "chunk of the hidden gradient": rows * job.hidden * job.wide,
         **kept,
         summed: weight * job.wide,
@@ -220,7 +242,7 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
     if ranks > 1:
         # as they come, and laid out and widened to float64 to be merged
         gathered = max(exchange.numbers for exchange in exchanges(job)) * job.wide + len(Stat) * (job.wide + 8)
-        forward["gathered statistics of a chunk"] = ranks * gathered * rows
+        forward["gathered statistics of a chunk"] = ranks * gathered * _part_rows(job)
     backward = {**kept, summed: weight * job.wide}
     if low:
         backward["gradient of weight"] = weight * job.element
@@ -291,7 +313,8 @@ def collectives(job: Job) -> list[Collective]:
     gathered once, and the gradient of the student's is reduced and scattered in the dtype of the weight.
     """
     share, found = job.share, []
-    chunks = -(-share.tokens // max(1, _chunk_rows(share)))
+    chunk = max(1, _chunk_rows(share))
+    chunks, parts = -(-share.tokens // chunk), -(-chunk // max(1, _part_rows(share)))
 
     def over_vocabulary(what: str, kind: str, numbers: int, times: int = 1) -> None:
         size = numbers * job.wide * share.tokens * (job.tp if kind == "all-gather" else 1)
@@ -299,7 +322,7 @@ def collectives(job: Job) -> list[Collective]:
 
     if job.tp > 1:
         for exchange in exchanges(job):
-            over_vocabulary(exchange.what, "all-gather", exchange.numbers, exchange.times)
+            over_vocabulary(exchange.what, "all-gather", exchange.numbers, exchange.times * parts)
         over_vocabulary("gradient of hidden", "all-reduce", job.hidden)
     sharded = job.dp * job.cp
     if sharded > 1:

@@ -384,6 +384,23 @@ def linear_launches(
     return gemm, merge
 
 
+def scale_launch(x: Tensor, factor: Tensor, out: Tensor) -> Launch:
+    """``out = x * factor`` for contiguous float32 ``x`` and ``out`` of its size, and a factor ()."""
+    from . import scale
+
+    block = 4096  # four 16-byte loads a thread
+    arguments = {"x_ptr": x, "factor_ptr": factor, "out_ptr": out, "size": x.numel()}
+    return Launch(scale.scale_kernel, math.ceil(x.numel() / block), arguments, {"BLOCK": block}, {"num_warps": 8})
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x * factor).to(dtype)``, rounded once, for contiguous float32 ``x`` and a float32 factor ()."""
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        scale_launch(x, factor, out).run(x.device)
+    return out
+
+
 def group_size(rows: int, tile: LinearTiles) -> int:
     """Row tiles of a group: groups are alike, or the last one would leave most of the device without work."""
     row_tiles = math.ceil(rows / tile.rows)
