@@ -197,11 +197,15 @@ class Session:
         return (usable or [FUSED_PREFIX + "torch"])[0]
 
     def _fused_memory(self) -> int:
-        """What this package takes beyond inputs and gradients: the floor's chunk may take as much."""
+        """What the floor's chunk may take: as much as this package takes beyond inputs and gradients.
+
+        At least the budget of its chunks: where it holds no logits at all the floor would have 16 tokens.
+        """
         assert self.workload is not None
+        budget = CHUNK_BUDGET_BYTES["cpu" if torch.device(self.workload.device).type == "cpu" else "gpu"]
         if self.config.getoption("--no-memory"):
-            return CHUNK_BUDGET_BYTES["cpu" if torch.device(self.workload.device).type == "cpu" else "gpu"]
-        return self.peak(self._fused()).extra
+            return budget
+        return max(budget, self.peak(self._fused()).extra)
 
 
 @pytest.fixture(scope="session")

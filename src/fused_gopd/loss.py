@@ -181,8 +181,8 @@ def gopd_loss(
             left out depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
-    Memory: beyond inputs and gradients, chunk buffers of chunk_size x V per model, independent of the number of
-    tokens, and one float32 V x H accumulator where a low-precision weight is trainable. ``topk`` keeps 12 bytes for
+    Memory: beyond inputs and gradients, chunk buffers, independent of the number of tokens: chunk_size x V of the
+    student, in ``full`` as much for each other model (on a GPU a fourth of it), and one float32 V x H accumulator where a low-precision weight is trainable. ``topk`` keeps 12 bytes for
     each of the K tokens of a position where a backward recomputes.
 
     Work: 3 student GEMMs and one for each other model that is needed; 2 fewer GEMMs without gradients, one fewer for
