@@ -226,7 +226,8 @@ def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
     kernels, root = bench.benchmarks_module("kernels"), Path(__file__).parents[1]
     file = json.loads((root / "benchmarks" / "results" / "gpu-kernels.json").read_text())
     assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
-    steps = "\n".join(kernels._steps(file["runs"][1]["ms"])).strip()
+    last = [one for one in file["runs"] if any(name.startswith("five gemms") for name in one["ms"])][-1]
+    steps = "\n".join(kernels._steps(last["ms"])).strip()
     assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance.md"))
 
 

@@ -138,8 +138,9 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
 
     Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
     still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
-    loads, to fit one more program on a multiprocessor. Told how many registers it may take it does not: 128 are two
-    programs; with single loads, whose addresses are all live, 255 are one.
+    loads, and for compute capability 8.0 with lambda per token alone, to fit one more program on a multiprocessor. Told
+    how many registers it may take it does not: 128 are two programs; with single loads, whose addresses are all live,
+    255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -155,7 +156,8 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
         repeat = 1
         if itemsize == 4 or len(given) > 1:
             stages = 4 if itemsize == 4 else 3
-    limited = heavy and (jsd or per_token or not aligned) and not device.amd
+    per_token_alone = per_token and len(given) == 3 and device.capability == 80
+    limited = (heavy and (jsd or per_token or not aligned) and not device.amd) or per_token_alone
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     stages = stages if _prefetches() else 1
@@ -390,7 +392,13 @@ def scale_launch(x: Tensor, factor: Tensor, out: Tensor) -> Launch:
 
     block = 4096  # four 16-byte loads a thread
     arguments = {"x_ptr": x, "factor_ptr": factor, "out_ptr": out, "size": x.numel()}
-    return Launch(scale.scale_kernel, math.ceil(x.numel() / block), arguments, {"BLOCK": block}, {"num_warps": 8})
+    return Launch(
+        scale.scale_kernel,
+        math.ceil(x.numel() / block),
+        arguments,
+        {"BLOCK": block},
+        {"num_warps": 8, "enable_fp_fusion": False},
+    )
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
