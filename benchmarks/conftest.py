@@ -178,7 +178,7 @@ class Session:
             assert head is not None
             trained = workload.kind.backward and not workload.frozen
             dweight = torch.zeros(head[0].shape, device=device) if trained else None
-            for c in floors.chunk_sizes(workload, self._fused_memory()):
+            for c in floors.chunk_sizes(workload, self._floor_memory()):
                 for suffix, own in floors.libraries(workload).items():
                     steps = [floors.bare_gemms(workload, inputs, c, dweight, own) for inputs in self.inputs]
                     sizes[f"C={c}{suffix}"], candidates[f"C={c}{suffix}"] = c, _in_turn(steps)
@@ -196,7 +196,7 @@ class Session:
         usable = [p for p in names if PROVIDERS[p].unavailable(workload) is None]
         return (usable or [FUSED_PREFIX + "torch"])[0]
 
-    def _fused_memory(self) -> int:
+    def _floor_memory(self) -> int:
         """What the floor's chunk may take: as much as this package takes beyond inputs and gradients.
 
         At least the budget of its chunks: where it holds no logits at all the floor would have 16 tokens.

@@ -118,10 +118,11 @@ def linear_kernel(note: Note) -> None:
             note(f"linear N={N} H={H} bare", lambda h=hidden, w=weight, z=logits[:N]: torch.mm(h, w.T, out=z))
             for shape, descriptors in LINEAR_TILES:
                 tile = LinearTiles(*shape, descriptors=descriptors)
-                parts = splits(N, V, tile, Device.of(hidden.device))
+                device = Device.of(hidden.device)
+                parts = splits(N, V, tile, device)
                 partial, found = (torch.empty(*s, N, device="cuda") for s in ((parts, 4), (14,)))
                 launches = linear_launches(
-                    hidden, weight, LogitTransform(), V, ids, partial, found, tile, "ieee", False
+                    hidden, weight, LogitTransform(), V, ids, partial, found, tile, "ieee", False, device.flush
                 )
                 name = f"linear N={N} H={H} {'x'.join(map(str, shape))} tma={descriptors}"
                 note(name, lambda ls=launches, d=hidden.device: [launch.run(d) for launch in ls])

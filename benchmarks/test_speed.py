@@ -21,7 +21,7 @@ from .conftest import Session, milliseconds
 from .floors import count
 from .providers import FUSED_PREFIX, LOW_CHUNKS, chunk_size
 from .registry import FLOOR, PROVIDERS, has_floor
-from .workloads import SUITES, Workload, queued, synchronize
+from .workloads import SUITES, Workload, queued
 
 # Seconds of measured rounds per provider, and the fewest and the most rounds; seconds of warm-up.
 SECONDS = {"logits": 4.0, "hidden": 16.0}
@@ -122,17 +122,10 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
             if floor is not None:
                 beside.append(milliseconds(floor.step, workload.device))
 
-        steps = queued(workload.device)
-
-        def timed() -> None:
-            for _ in range(steps):
-                step()
-            synchronize(workload.device)
-
+        timed = functools.partial(milliseconds, step, workload.device)
         floor_ms = 0.0 if floor is None else floor.candidates_ms[floor.name]
-        warm_up = functools.partial(milliseconds, step, workload.device)
-        rounds = _rounds(warm_up, floor_ms, workload, seconds, compiles=compiles)
-        benchmark.extra_info["queued"] = steps
+        rounds = _rounds(timed, floor_ms, workload, seconds, compiles=compiles)
+        benchmark.extra_info["queued"] = queued(workload.device)
         benchmark.pedantic(timed, setup=before_round, rounds=rounds)
     except torch.OutOfMemoryError:
         gc.collect()

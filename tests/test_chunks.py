@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import assert_close, generator
+import fused_gopd as fg
+from builders import OBJECTIVES, TOLERANCE, Batch, assert_all_close, assert_close, generator, make_batch, widened
 from fused_gopd import chunks
 from fused_gopd.chunks import TokenRows
 
@@ -53,6 +54,64 @@ def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
     assert chunks.logits_buffers(True, 2, linear_student=False, device_type="cuda") == 2
     assert chunks.logits_buffers(False, 3) == 1
     assert chunks.logits_buffers(False, 0) == 0
+
+
+FULL = [o for o in OBJECTIVES if o["estimator"] == "full"]
+IN_PARTS = pytest.mark.parametrize("objective", FULL, ids=[" ".join(map(str, o.values())) for o in FULL])
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """As on a GPU: teacher and reference a fourth of a chunk at a time, here 7 tokens of 28."""
+    monkeypatch.setitem(chunks.OTHERS_SHARE, "cpu", 4)
+    monkeypatch.setitem(chunks._CHUNK_MULTIPLE, "cpu", 1)
+    assert chunks.others_size(28, "cpu") == 7
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+@pytest.mark.parametrize("labelled", [False, True])
+@IN_PARTS
+def test_parts_of_a_chunk_are_what_the_dense_loss_makes_of_it(objective, labelled, reduction):
+    batch = make_batch(11, shape=(5, 13), vocab=(211,) * 3, hidden=(16, 24, 8), dtype=torch.float32)
+    upstream = torch.linspace(-1, 2, 65).reshape(5, 13)
+    options = {"reward_scale": 1.25, "reduction": reduction, **objective}
+    if labelled:
+        options |= {"sft_labels": batch.token_ids.roll(1, -1), "sft_weight": 0.3}
+
+    def solved(function, batch, **more):
+        out = function(*batch.models, batch.token_ids, mask=batch.mask, **options, **more)
+        total = out.loss if out.loss.ndim == 0 else (out.loss * upstream).sum()
+        return [out.token_loss, *torch.autograd.grad(total, batch.leaves)]
+
+    wide = Batch(*map(widened, batch.models), batch.token_ids, batch.mask)
+    got, want = solved(fg.gopd_loss, batch, chunk_size=28), solved(fg.reference.gopd_loss, wide)
+    assert_all_close(got, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("in_parts")
+@IN_PARTS
+def test_parts_have_the_same_bits_without_gradients(objective):
+    batch = make_batch(12, shape=(65,), vocab=(211,) * 3, hidden=(16, 24, 8), dtype=torch.float32)
+    call = lambda: fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, chunk_size=28, **objective)  # noqa: E731
+    out = call()
+    with torch.no_grad():
+        assert torch.equal(call().token_loss, out.token_loss)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_only_the_student_has_the_logits_of_a_whole_chunk(monkeypatch):
+    taken = []
+    empty = chunks.memory.empty
+
+    def counted(shape, *more):
+        taken.append(tuple(shape))
+        return empty(shape, *more)
+
+    monkeypatch.setattr(chunks.memory, "empty", counted)
+    batch = make_batch(13, shape=(56,), vocab=(208,) * 3, hidden=(16, 24, 8), dtype=torch.float32, masked=False)
+    fg.gopd_loss(*batch.models, batch.token_ids, estimator="full", reward_scale=1.25, chunk_size=28)
+    assert sorted(rows for rows, width in taken if width == 208) == [7, 7, 28]
 
 
 def test_all_live_rows_of_a_contiguous_tensor_are_a_view():

@@ -153,6 +153,7 @@ def _row(
         GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None),
         grad,
         backend.tiles(problem, device),
+        device.flush,
     )
     if out is not None:
         launch.constants["ALIASED"] = True  # production's case: the gradient lies on the logits
@@ -187,6 +188,7 @@ def _linear(
         tile,
         precision,
         False,
+        device.flush,
     )
 
 

@@ -788,8 +788,8 @@ def run(
     if coefficients is None:
         _require_agreement(job, needs, relative is not None)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
-    sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
     steps = [_balanced(stop - start, job.chunk_size, job.device.type) for start, stop, _ in parts]
+    sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
     out = torch.zeros(STATISTICS, n, dtype=job.dtype, device=job.device) if statistics is None else statistics
     buffers = _Buffers(job, max(steps, default=1))
     # kept for a backward alone: it is as large as what a server sends

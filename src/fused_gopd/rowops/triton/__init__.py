@@ -87,7 +87,6 @@ class Tiles:
     num_warps: int
     stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
-    flush: bool = False  # exponentials by NVIDIA's instruction that flushes results below the normal numbers to 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ class LinearTiles:
     num_stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
     descriptors: bool = False  # the copy engine of Hopper and later fetches the operands
-    flush: bool = False  # as in Tiles
 
 
 @functools.cache
@@ -156,12 +154,14 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
         repeat = 1
         if itemsize == 4 or len(given) > 1:
             stages = 4 if itemsize == 4 else 3
-    per_token_alone = per_token and len(given) == 3 and device.capability == 80
-    limited = (heavy and (jsd or per_token or not aligned) and not device.amd) or per_token_alone
+    spills = (heavy and (jsd or per_token or not aligned)) or (
+        len(given) == 3 and per_token and device.capability == 80
+    )
+    limited = spills and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     stages = stages if _prefetches() else 1
-    return Tiles(repeat, threads, vector, threads // device.warp_size, stages, max_registers, device.flush)
+    return Tiles(repeat, threads, vector, threads // device.warp_size, stages, max_registers)
 
 
 def linear_tiles(
@@ -180,23 +180,23 @@ def linear_tiles(
     if input_precision == "ieee" and hidden.dtype == torch.float32:
         # No tensor core: the operands pass through registers. A limit of registers as in `tiles`.
         limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
-        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit, flush=device.flush)
+        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, (hidden, weight)))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
-        return LinearTiles(64, 64, 32, 16, eight_warps, 2, flush=device.flush)
+        return LinearTiles(64, 64, 32, 16, eight_warps, 2)
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
-        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors, flush=device.flush)
+        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors)
     if rows <= 64:
         warps = 4 if plain_epilogue or device.amd else 8
-        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors, flush=device.flush)
+        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors)
     if device.amd:
         return LinearTiles(128, 128, depth, 16, 4, stages)
     width = 256 if device.capability == 90 and plain_epilogue else 128
-    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors, flush=device.flush)
+    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors)
 
 
 @dataclass(frozen=True)
@@ -272,6 +272,7 @@ def row_launch(
     weights: GradientWeights,
     out: Tensor | None,
     tile: Tiles,
+    flush: bool,
 ) -> Launch:
     """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes the jsd's parts."""
     from . import rows
@@ -312,7 +313,7 @@ def row_launch(
         "LANES": tile.lanes,
         "VECTOR": tile.vector,
         "STAGES": tile.stages,
-        "FLUSH": tile.flush,
+        "FLUSH": flush,
     }
     # Without FMA contraction, see rows.py.
     options = _options(tile.num_warps, tile.max_registers) | {"enable_fp_fusion": False}
@@ -330,6 +331,7 @@ def linear_launches(
     tile: LinearTiles,
     input_precision: str,
     widen: bool,
+    flush: bool,
 ) -> tuple[Launch, Launch]:
     """The linear kernel with the kernel that merges its splits; ``partial`` is (splits, 4, C)."""
     from . import linear
@@ -371,7 +373,7 @@ def linear_launches(
             "BLOCK_C": tile.rows,
             "BLOCK_V": tile.vocabulary,
             "BLOCK_H": tile.hidden,
-            "FLUSH": tile.flush,
+            "FLUSH": flush,
         },
         _options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )
@@ -478,7 +480,7 @@ class TritonRowOps:
         partial = torch.empty(parts, 4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
         widen = interpreted() and hidden.dtype == torch.bfloat16
         for launch in linear_launches(
-            hidden, weight, transform, vocab_size, token_ids, partial, statistics, tile, precision, widen
+            hidden, weight, transform, vocab_size, token_ids, partial, statistics, tile, precision, widen, device.flush
         ):
             launch.run(hidden.device)
         return statistics
@@ -492,6 +494,6 @@ class TritonRowOps:
     ) -> None:
         if problem.rows == 0:
             return
-        device = problem.student.raw.device
-        tile = self._tile or tiles(problem, Device.of(device))
-        row_launch(problem, statistics, write, weights, out, tile).run(device)
+        device = Device.of(problem.student.raw.device)
+        tile = self._tile or tiles(problem, device)
+        row_launch(problem, statistics, write, weights, out, tile, device.flush).run(problem.student.raw.device)
