@@ -52,7 +52,7 @@ CHUNK_FLOOR = {"cpu": 32, "gpu": 1024}
 CHUNK_CEILING = 8192
 # A joint row operation takes teacher and reference this much fewer tokens at a time than the student's chunk has: their
 # buffers are left to the chunk, whose length decides how often the weight's gradient is read and written. On an H200
-# that is 2 % faster at H = 2048 and 4096, on two AVX-512 cores 5 to 12 % slower.
+# that is 2 % faster at H = 2048 and 4096, on two AVX-512 cores 6 to 12 % slower.
 OTHERS_SHARE = {"cpu": 1, "gpu": 4}
 # Chunks are whole tiles of the products where they can be.
 _CHUNK_MULTIPLE = {"cpu": 16, "gpu": 256}
