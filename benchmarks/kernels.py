@@ -49,6 +49,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "full, bfloat16 chunks": {"estimator": "full", "chunk_dtype": torch.bfloat16},
     "full, jsd": {"estimator": "full", "divergence": "jsd"},
     "sampled": {},
+    "sampled, bfloat16 chunks": {"chunk_dtype": torch.bfloat16},
 }
 
 Note = Callable[[str, Callable[[], object]], None]

@@ -3,7 +3,7 @@
 #
 #     benchmarks/on_gpu.sh FOLDER
 #
-# writes FOLDER/tests.log, conformance.log, gpu.json and gpu.png. PYTHON names the interpreter, which needs PyTorch,
+# writes FOLDER/tests.log, conformance.log, compiled.log, gpu.json and gpu.png. PYTHON names the interpreter, which needs PyTorch,
 # Triton, numpy, typer, rich, pytest, pytest-xdist, pytest-benchmark, hypothesis, and the peers that are to stand in the
 # table. Where CONFORMANCE names the contract's checks they run too. Where something is wrong nothing is timed. LIMIT is
 # how many seconds the timing may take (default 420): its file has each row as soon as it is measured.
@@ -14,11 +14,15 @@ python=${PYTHON:-python3}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"'
+# what torch.compile makes for the peers is kept on the disk: made beside the tests, it takes the suite no time
+compiled=(--providers compile,compile-chunked,cce-compile --seconds 0 --no-memory --no-accuracy)
+"$python" -m benchmarks --device cuda --suite gpu "${compiled[@]}" > "$out/compiled.log" 2>&1 &
 "$python" -m pytest -q -n 8 -p no:cacheprovider -k "not interpreted" \
     tests/test_triton.py tests/test_gpu.py tests/test_regimes.py 2>&1 | tee "$out/tests.log"
 if [ -n "${CONFORMANCE:-}" ]; then
     CONFORMANCE_DEVICE=cuda CONFORMANCE_BACKENDS=triton,torch \
         "$python" -m pytest -q -n 8 -p no:cacheprovider "$CONFORMANCE" 2>&1 | tee "$out/conformance.log"
 fi
+wait
 "$python" -m benchmarks --device cuda --suite gpu --limit "${LIMIT:-420}" --json "$out/gpu.json"
 "$python" benchmarks/report.py "$out/gpu.json" --plot "$out/gpu.png" > "$out/gpu.md"

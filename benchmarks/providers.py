@@ -278,7 +278,7 @@ def live_count(inputs: Inputs) -> int | Tensor:
     return inputs.token_ids.shape[0] if inputs.mask is None else inputs.mask.sum()
 
 
-def _one_pass(backend: str) -> Callable[[Workload], Run]:
+def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Run]:
     """NLL by gopd_loss at a constant advantage of 1: its gradient is that of the NLL, computed in the forward."""
 
     def prepare(workload: Workload) -> Run:
@@ -286,6 +286,8 @@ def _one_pass(backend: str) -> Callable[[Workload], Run]:
             (student,) = _heads(inputs)
             nothing = fg.TokenLogProbs(torch.zeros(inputs.token_ids.shape, device=inputs.token_ids.device))
             options: dict[str, Any] = {"advantage_fn": lambda stats: torch.ones_like(stats.student_logprobs)}
+            if low:
+                options["chunk_dtype"] = workload.dtype
             out = fg.gopd_loss(student, nothing, None, inputs.token_ids, mask=inputs.mask, backend=backend, **options)
             gradients = torch.autograd.grad(out.loss, inputs.leaves)
             assert out.student_logprobs is not None
@@ -303,7 +305,7 @@ BACKENDS = ("triton", "native", "torch")
 _ALL = tuple(JOBS)
 _HIDDEN = tuple(name for name, job in JOBS.items() if job.level == "hidden")
 _REFERENCE = tuple(name for name, job in JOBS.items() if job.models > 1)
-_JOINT = tuple(name for name in _REFERENCE if name in _HIDDEN and JOBS[name].objective != "sampled")
+_LOSS = tuple(name for name in _HIDDEN if name not in ("logprobs", "nll"))  # gopd_loss itself, from hidden states
 
 
 def _free_memory(device: str) -> int:
@@ -356,8 +358,9 @@ def _fused() -> dict[str, Provider]:
     for backend in BACKENDS:
         found[FUSED_PREFIX + backend] = Provider(_ALL, _package(backend), _backend_reason(backend))
         found[f"{FUSED_PREFIX}{backend}-one-pass"] = Provider(("nll",), _one_pass(backend), _backend_reason(backend))
-    low = Provider(_JOINT, _low_chunks("triton"), _low_reason("triton"))
-    return found | {FUSED_PREFIX + "triton" + LOW_CHUNKS: low}
+    low = {"": Provider(_LOSS, _low_chunks("triton"), _low_reason("triton"))}
+    low["-one-pass"] = Provider(("nll",), _one_pass("triton", low=True), _low_reason("triton"))
+    return found | {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low.items()}
 
 
 # tensors of [tokens, vocabulary] in float32 that are alive at once: fused_gopd.cli.plan.dense_peak says where they are

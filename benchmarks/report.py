@@ -43,6 +43,7 @@ NAMES = {
     "fused-native-one-pass": "**this package**, `native`, `gopd_loss` with advantage 1",
     "fused-torch-one-pass": "this package, `torch`, `gopd_loss` with advantage 1",
     "fused-triton-one-pass": "**this package**, `triton`, `gopd_loss` with advantage 1",
+    "fused-triton-one-pass-low-chunks": "**this package**, `triton`, `gopd_loss` with advantage 1, `chunk_dtype`",
     "torch-lce": "PyTorch `F.linear_cross_entropy`, chunks as long as this package's",
     "torch-lce-auto": "PyTorch `F.linear_cross_entropy`, chunks of its own choice",
     "cce": "cut-cross-entropy, skipping small gradients",

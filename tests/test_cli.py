@@ -253,7 +253,6 @@ def test_plan_understands_sizes(text: str, size: int) -> None:
         (["--model", "qwen3-8b", "--tflops", "inf"], "positive number"),
         (["--model", "qwen3-8b", "--gpu", "abacus"], "expected one of a100, h100"),
         (["--model", "qwen3-8b", "--low-chunks", "--device", "cpu"], "is for bfloat16 and float16 on a GPU"),
-        (["--model", "qwen3-8b", "--low-chunks", "--estimator", "sampled"], "--low-chunks"),
         (["--model", "qwen3-8b", "--gpu", "h100", "--tflops", "700"], "give one of --gpu and --tflops"),
         (["--model", "qwen3-8b", "--gpu", "h100", "--dtype", "float32"], "give --tflops for float32"),
         (["--model", "qwen3-8b", "--device", "tpu"], "--device"),

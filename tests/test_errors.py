@@ -221,11 +221,6 @@ CASES = {
     "beta 1": (dict(divergence="jsd", beta=1, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 1.0"),
     "beta type": (dict(divergence="jsd", beta="0.5", **FULL), TypeError, "beta must be a Python number, got str"),
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
-    "chunk_dtype of sampled": (
-        {"chunk_dtype": torch.bfloat16},
-        ValueError,
-        "chunk_dtype is for the estimators full and topk",
-    ),
     "chunk_dtype of another dtype": (
         {"chunk_dtype": torch.bfloat16, "estimator": "full"},
         ValueError,

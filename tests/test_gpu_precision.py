@@ -80,7 +80,7 @@ def test_gradients_are_rounded_at_three_places_at_most(dtype, objective, reducti
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES[1:], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_chunks_in_low_precision_give_what_logits_in_that_dtype_give(dtype, objective, backend):
     """As if each model had returned its logits in that dtype: no rounding but of these and of the gradients."""
     batch = make_batch(6, dtype=dtype)

@@ -167,10 +167,11 @@ def gopd_loss(
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
         chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
         chunk_dtype: dtype of the chunk's logits. Default float32 (float64). bfloat16 or float16, on a GPU where all
-            heads are of that dtype: half the bytes, so faster and with chunks of more tokens. For ``full`` and
-            ``topk``. Logits are then rounded as a model that returns them in that dtype rounds them (bfloat16: by up
-            to 0.06 between 16 and 32), and log-probs and gradients are as accurate as dense code makes them from such
-            logits. ``token_logprobs`` and ``sampled`` do not round: nothing to gain there.
+            heads are of that dtype: half the bytes, so faster and with chunks of more tokens. Logits are then rounded
+            as a model that returns them in that dtype rounds them (bfloat16: by up to 0.06 between 16 and 32), and
+            log-probs and gradients are as accurate as dense code makes them from such logits. What the ``triton``
+            backend scores without a buffer is not rounded: teacher and reference in ``sampled``, the student where no
+            gradient is asked for, ``token_logprobs``.
         grad_filter: leave the vocabulary entries whose logit gradient is below this at every token of a chunk out of
             the two gradient GEMMs; 0 leaves out none. The gradient meant is that with respect to the raw logits at
             unit scale: of l in ``full``, p - 1[v = y] in ``sampled``, over the token's largest entry in ``topk``, with

@@ -96,7 +96,7 @@ def _must_not_wait(device: torch.device) -> bool:
 
 
 def _check_chunk_dtype(
-    chunk_dtype: torch.dtype | None, default: torch.dtype, models: dict[str, Source], estimator: Estimator
+    chunk_dtype: torch.dtype | None, default: torch.dtype, models: dict[str, Source]
 ) -> torch.dtype | None:
     """None for the default, which is that of accumulation.
 
@@ -106,8 +106,6 @@ def _check_chunk_dtype(
         raise TypeError(f"chunk_dtype must be a torch.dtype, got {type(chunk_dtype).__name__}")
     if chunk_dtype in (None, default):
         return None
-    if estimator == "sampled":
-        raise ValueError("chunk_dtype is for the estimators full and topk: sampled holds one model's logits at a time")
     for name, model in models.items():
         if not isinstance(model, LinearHead):
             continue
@@ -708,7 +706,7 @@ def prepare(
     labels, sft_weight = _check_labels(sft_labels, sft_weight, rows, shape, device, joint)
     heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
     dtype = accumulation_dtype(*(head.rows for head in heads))
-    chunk_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others}, estimator)
+    chunk_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others})
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if rows.keep is not None:
         weights = weights * rows.keep

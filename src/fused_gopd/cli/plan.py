@@ -499,8 +499,6 @@ def _check(job: Job) -> None:
         raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--divergence")
     if job.low_chunks and (job.device == "cpu" or job.dtype not in ("bfloat16", "float16")):
         raise typer.BadParameter("is for bfloat16 and float16 on a GPU", param_hint="--low-chunks")
-    if job.low_chunks and job.estimator == "sampled":
-        raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--low-chunks")
     if job.tp > job.vocab:
         raise typer.BadParameter(f"{job.tp} ranks cannot share {job.vocab} vocabulary entries", param_hint="--tp")
     if job.dp * job.cp > job.tokens:

@@ -81,8 +81,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             one that learns, and ``sampled`` has a ratio to clip.
         route_column: with several teachers, the column of the dataset that says whose prompt it is.
         chunk_size, chunk_dtype, grad_filter, backend: how it is computed. ``chunk_dtype``, ``"bfloat16"`` or
-            ``"float16"``, is the dtype of the chunk's logits, of ``full`` and ``topk`` on a CUDA GPU, where all models
-            compute in that dtype.
+            ``"float16"``, is the dtype of the chunk's logits, on a CUDA GPU where all models compute in that dtype.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what was found.
@@ -128,11 +127,6 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         if self.chunk_dtype is None:
             return
         one_of("chunk_dtype", self.chunk_dtype, tuple(_CHUNK_DTYPES))
-        if self.estimator == "sampled":
-            raise ValueError(
-                f"chunk_dtype={self.chunk_dtype!r} is for estimator='full' and 'topk': 'sampled' holds one model's "
-                "logits at a time; leave chunk_dtype out"
-            )
         autocast = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.chunk_dtype  # else the models' own
         if self.chunk_dtype != autocast:
             raise ValueError(
