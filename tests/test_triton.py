@@ -522,6 +522,18 @@ def test_two_runs_give_the_same_bits(ops: TritonRowOps) -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+@pytest.mark.parametrize("factor", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scaled_in_place(dtype: torch.dtype, factor: float) -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    x = torch.randn(3, 33333, device=DEVICE).to(dtype)
+    want = x * factor
+    found = backend.scaled(x, torch.tensor(factor, device=DEVICE), dtype)
+    assert found is x
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 4099)])
 def test_scaled_is_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

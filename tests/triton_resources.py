@@ -243,7 +243,9 @@ def launches(target: Target) -> dict[str, Launch]:
     found["linear bf16, 64 rows"] = _linear(d, bf16, rows=64)[0]
     found["linear bf16, 1 row"] = _linear(d, bf16, rows=1)[0]
     gradient = torch.empty(V, H, device="meta")
-    found["scaled gradient"] = backend.scale_launch(gradient, torch.empty((), device="meta"), gradient.to(bf16))
+    factor, low = torch.empty((), device="meta"), gradient.to(bf16)
+    found["scaled gradient"] = backend.scale_launch(gradient, factor, low)
+    found["scaled gradient, in place"] = backend.scale_launch(low, factor, low)
     if not d.amd:
         found["linear tf32"] = _linear(d, f32, precision="tf32")[0]
     return found

@@ -95,10 +95,12 @@ def like(gradients: Sequence[Tensor | None], sources: Sequence[_Meta | None]) ->
 
 
 def _save(ctx: Any, job: Job, *more: Tensor | None) -> None:
-    """Keep a job and other tensors for the backward.
+    """Keep a job and other tensors for the backward, if there will be one.
 
     Tensors made in inference mode (a teacher's) are kept beside those that autograd tracks.
     """
+    if not any(ctx.needs_input_grad):
+        return
     own: list[Tensor] = []
     ctx.frame, ctx.more = _apart(job, own), len(more)
     tensors = [*own, *more]
@@ -133,7 +135,7 @@ def _scale_(gradient: Tensor | None, factor: Tensor, source: _Meta | None, backe
     if gradient is None or _is_one(factor):
         return gradient
     assert source is not None
-    if backend == "triton" and gradient.dtype == factor.dtype == torch.float32 != source[1]:
+    if backend == "triton" and factor.dtype == torch.float32:
         return triton.scaled(gradient, factor, source[1])
     # a factor of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
     return gradient.mul_(factor.reshape(1))

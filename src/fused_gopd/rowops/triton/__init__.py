@@ -389,23 +389,23 @@ def linear_launches(
 
 
 def scale_launch(x: Tensor, factor: Tensor, out: Tensor) -> Launch:
-    """``out = x * factor`` for contiguous float32 ``x`` and ``out`` of its size, and a factor ()."""
+    """``out = x * factor`` for contiguous ``x`` and ``out`` of its size, and a float32 factor ()."""
     from . import scale
 
-    block = 4096  # four 16-byte loads a thread
+    block, blocks = 4096, 8  # four 16-byte loads of float32 a thread; few programs to start where nothing is to do
     arguments = {"x_ptr": x, "factor_ptr": factor, "out_ptr": out, "size": x.numel()}
     return Launch(
         scale.scale_kernel,
-        math.ceil(x.numel() / block),
+        math.ceil(x.numel() / (block * blocks)),
         arguments,
-        {"BLOCK": block},
+        {"IN_PLACE": out is x, "BLOCK": block, "BLOCKS": blocks},
         {"num_warps": 8, "enable_fp_fusion": False},
     )
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x * factor).to(dtype)``, rounded once, for contiguous float32 ``x`` and a float32 factor ()."""
-    out = torch.empty_like(x, dtype=dtype)
+    """``(x * factor).to(dtype)``, rounded once, for contiguous ``x`` and a float32 factor (); over x if it may be."""
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.numel():
         scale_launch(x, factor, out).run(x.device)
     return out
