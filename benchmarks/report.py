@@ -128,7 +128,7 @@ def base_of(row: Row, rows: list[Row]) -> float | None:
 
 
 def _milliseconds(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 5 else f"{ms:.2g}"
+    return f"{ms:.0f}" if ms >= 20 else f"{ms:.3g}"
 
 
 def table(listed: list[Row], rows: list[Row]) -> Table:
@@ -217,7 +217,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
         axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **side)
     times, sizes = [y for y, _, _ in points], [x for _, x, _ in points]
     axis.axhline(1, color="0.8", linewidth=1)
-    axis.set_xscale("log", base=2)
+    axis.set_xscale("log", base=4 if max(sizes) < 256 * min(sizes) else 16)  # room for the labels
     axis.set_yscale("log", base=2)
     axis.set(xlim=(min(sizes) / 4, max(sizes) * 4), ylim=(min(1, *times) / 1.3, max(1, *times) * 1.5))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g} MiB" if x < 1024 else f"{x / 1024:g} GiB")
