@@ -171,7 +171,8 @@ def gopd_loss(
             as a model that returns them in that dtype rounds them (bfloat16: by up to 0.06 between 16 and 32), and
             log-probs and gradients are as accurate as dense code makes them from such logits. What the ``triton``
             backend scores without a buffer is not rounded: teacher and reference in ``sampled``, the student where no
-            gradient is asked for, ``token_logprobs``.
+            gradient is asked for, ``token_logprobs`` (so the ratio to ``old_logprobs`` from there is 1 but for the
+            rounding, where the policy is the same).
         grad_filter: leave the vocabulary entries whose logit gradient is below this at every token of a chunk out of
             the two gradient GEMMs; 0 leaves out none. The gradient meant is that with respect to the raw logits at
             unit scale: of l in ``full``, p - 1[v = y] in ``sampled``, over the token's largest entry in ``topk``, with
