@@ -374,6 +374,15 @@ def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -
     assert "has the checkpoints of something else" in invoke(*small(files, tmp_path / "other"), code=2)
 
 
+def test_a_run_that_never_began_is_no_run_to_go_on_with(files: Files, tmp_path: Path) -> None:
+    """The command with its mistake mended may use the same folder."""
+    broken = tmp_path / "broken"
+    shutil.copytree(files.math, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    failed = runner.invoke(app, ["distill", *small(files, tmp_path / "run", "--teacher", str(broken))])
+    assert isinstance(failed.exception, OSError)
+    assert options.started(tmp_path / "run", _given(files)).teacher == [files.math]
+
+
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert "holds no run to go on with" in invoke("--resume", "--output", str(tmp_path), code=2)
     (tmp_path / options.FILE).write_text("{}")

@@ -104,8 +104,8 @@ def swapped(value: int) -> torch.Tensor:
 FULL = {"estimator": "full"}
 CASES = {
     # models
-    "student missing": ({"student": None}, TypeError, "student must be a LinearHead.*NoneType"),
-    "student a tensor": ({"student": zeros(B, T, V)}, TypeError, "student must be a LinearHead.*Tensor"),
+    "student missing": ({"student": None}, TypeError, "student must be a LinearHead or Logits, got NoneType"),
+    "student a tensor": ({"student": zeros(B, T, V)}, TypeError, "student must be a LinearHead or Logits, got Tensor"),
     "student scores": ({"student": SCORES}, TypeError, "student must be a LinearHead or Logits"),
     "teacher a tensor": ({"teacher": zeros(B, T, V)}, TypeError, "teacher must be a LinearHead.*Tensor"),
     "ref a string": ({"ref": "base"}, TypeError, "ref must be a LinearHead.*str"),

@@ -191,6 +191,26 @@ def test_fewer_tokens_than_k(machine):
         assert not grad[2].any()
 
 
+@every_tail
+@every_divergence
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_student_that_is_all_but_certain_has_a_finite_gradient(reduction, divergence, tail, machine):
+    """Probabilities next to the smallest that float32 has: at log p of -88 to -104 it loses them bit by bit."""
+    gaps = torch.arange(80.0, 112.0)
+    logits = torch.stack((0 * gaps, -gaps, -2 * gaps, -3 * gaps), 1).to(machine.dtype)
+    ids = torch.tensor([0, 1]).expand(len(gaps), 2)
+    teacher = fg.TopKLogProbs(ids, torch.tensor([-0.7, -1.5], dtype=machine.dtype).expand(len(gaps), 2))
+    grads = []
+    for function, dtype in ((fg.gopd_loss, machine.dtype), (fg.reference.gopd_loss, torch.float64)):
+        hidden = logits.detach().to(dtype).requires_grad_()
+        student = fg.LinearHead(hidden, torch.eye(4, dtype=dtype).requires_grad_())
+        options = {"estimator": "topk", "tail": tail, "reduction": reduction, **divergence}
+        function(student, teacher, backend=machine.backend, **options).loss.sum().backward()
+        grads.append((hidden.grad, student.weight.grad))
+    for got, want in zip(*grads, strict=True):
+        assert_close(got, want, 10 * machine.tolerance)
+
+
 def test_a_token_that_a_model_rules_out_leaves_the_support(machine):
     batch = make_batch(68, shape=(6,), kinds=("logits",) * 3, dtype=machine.dtype, masked=False)
     with torch.no_grad():
@@ -220,6 +240,22 @@ def test_a_token_that_a_model_rules_out_leaves_the_support(machine):
             if want.loss.requires_grad:
                 (slope,) = torch.autograd.grad(want.loss, cut.student.logits)
                 assert_close(6 * grad[row : row + 1], slope, 10 * machine.tolerance, f"{tail} row {row}")
+
+
+@every_tail
+@every_divergence
+@pytest.mark.parametrize("ruled_out_by", ["teacher", "ref"])
+def test_a_position_without_an_outcome_has_no_gradient(ruled_out_by, divergence, tail, machine):
+    """A frozen model that rules everything out leaves neither tokens nor a bucket."""
+    batch = make_batch(87, shape=(3,), kinds=("logits",) * 3, dtype=machine.dtype, masked=False)
+    with torch.no_grad():
+        getattr(batch, ruled_out_by).logits[1] = -math.inf
+    options = {"estimator": "topk", "k": 4, "tail": tail, "reward_scale": 0.5, **divergence}
+    out, (grad,) = run(batch, backend=machine.backend, **options)
+    assert out.token_loss[1] == 0
+    assert not grad[1].any()
+    assert grad[0].any()
+    assert grad[2].any()
 
 
 @every_tail

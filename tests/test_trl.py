@@ -761,6 +761,15 @@ def test_a_configuration_that_cannot_be_says_what_is_wrong(
         config(tmp_path, **options)
 
 
+class Served:
+    """A scorer that says its temperature, as ServerTeacher does."""
+
+    temperature = 1.0
+
+    def __call__(self, *_: Tensor) -> fg.TokenLogProbs:
+        raise AssertionError("nothing was sampled yet")
+
+
 def never(*_: Any, **__: Any) -> None:
     raise AssertionError("the student was loaded before the arguments were checked")
 
@@ -780,8 +789,13 @@ def never(*_: Any, **__: Any) -> None:
         ({"baseline": "expected"}, "baseline is an option of estimator='sampled'"),
         ({"teacher": lambda *_: None}, "teacher is TokenLogProbs, which estimator='sampled' alone can use"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"estimator": "sampled", "num_iterations": 2, "clip": 0.2}, "clip must be a pair .*got 0.2"),
+        ({"reward_scale_fn": lambda step: 1.0, "ref_model": "r", "reward_scale": 1.25}, "reward_scale_fn .*1.25"),
+        ({"reward_scale_fn": lambda step: 1.0, "ref_model": "r", "reward_scale_end": 1.5}, "reward_scale_fn .*1.5"),
         ({"chunk_dtype": "bfloat16"}, "chunk_dtype=torch.bfloat16 is for bfloat16 and float16 heads on a CUDA GPU"),
         ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a path"),
+        ({"teacher": Served(), "estimator": "sampled", "temperature": 0.6}, "teacher returns log-probs of temperature"),
+        ({"ref_model": Served(), "reward_scale": 1.25, "temperature": 0.6}, "ref_model returns log-probs of"),
     ],
 )
 def test_wrong_arguments_are_named_before_the_student_is_loaded(

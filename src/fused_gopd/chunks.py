@@ -1241,6 +1241,9 @@ def _write_gradient(
     """
     size = coefficients.size
     if unit:
+        if coefficients.weight is not None and coefficients.reach is not None:
+            # a student that is certain: what is left underflows, and weight over that is inf, times p = 0 NaN
+            size = size.masked_fill(size < 4 * torch.finfo(size.dtype).tiny * coefficients.weight.abs(), 0)
         coefficients = coefficients.over(torch.where(size > 0, size, torch.ones_like(size)))
     divergence, weight, ids, values, _ = coefficients
     if not problem.vocab_size:

@@ -117,7 +117,8 @@ def gopd_loss(
             m = beta target + (1 - beta) p.
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
-            ``ratio="sequence"`` does; all others do not.
+            ``ratio="sequence"`` does and, beside float16 hidden states, what may make a gradient overflow before its
+            weight is applied (old_logprobs, rollout_logprobs, advantage_fn, sft_labels); all others do not.
         normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
             or one-element tensor. Default: this call's own count.
         sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``.

@@ -61,9 +61,8 @@ def _require_source(name: str, value: object, estimator: Estimator) -> None:
         return
     user = _USERS.get(type(value))
     if user is None:
-        raise TypeError(
-            f"{name} must be a LinearHead, Logits, TokenLogProbs or TopKLogProbs, got {type(value).__name__}"
-        )
+        allowed = "LinearHead or Logits" if name == "student" else "LinearHead, Logits, TokenLogProbs or TopKLogProbs"
+        raise TypeError(f"{name} must be a {allowed}, got {type(value).__name__}")
     kind = type(value).__name__
     if name == "student":
         raise TypeError(f"student must be a LinearHead or Logits: {kind} carry no gradient")

@@ -199,6 +199,8 @@ def term(
         loss = loss.clamp_min(0)
     if tail == "renormalize":
         weight = torch.zeros_like(loss)
+    # a model that rules everything out leaves no outcome at all, and so no gradient
+    weight = weight.masked_fill(~x.inside.any(1, keepdim=True), 0)
     # outcomes that there are, as one distribution: where the bucket has left they are not
     mass = _log_mass(x.log_p, x.inside)
     kl = torch.where(x.inside, (x.log_p - mass).exp() * (x.log_p - mass - log_t), 0).sum(1).clamp_min(0)

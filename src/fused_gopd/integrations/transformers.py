@@ -446,7 +446,8 @@ def last_hidden_state(
         model: a causal language model of transformers, multimodal or not, or a PEFT model of one. The model inside of
             DDP, FSDP and DeepSpeed wrappers, called in :func:`fused_gopd.distributed.in_forward`.
         input_ids: (B, T); None with ``inputs_embeds``.
-        attention_mask: (B, T), padding on either side.
+        attention_mask: (B, T), padding on either side. On the left, families that learn their positions (GPT-2) need
+            ``position_ids`` too, as in any forward of theirs.
         keep: only the states that predict the last ``keep`` tokens, positions T - keep - 1 to T - 2: what the loss
             takes for a completion of so many tokens.
         **inputs: whatever else the forward takes: ``position_ids``, ``pixel_values``, ... ``use_cache`` is False unless

@@ -117,11 +117,11 @@ class Run:
         dataset = self._dataset(listed, tokenizer)
         teacher = self._teacher(tokenizer)
         config = self._config()
-        options.write(self.output, said)
         self._announce(done, len(listed.prompts))
         interrupt = Interrupt(self.say)
         with interrupt.listening():
             trainer = self._trainer(config, dataset, tokenizer, teacher)
+            options.write(self.output, said)  # where no model could be loaded there is no run to resume
             record = figures.Record(self.output / "metrics.jsonl", done)
             for callback in (interrupt, Watch(record, self.display), _tensorboard(self.output, done)):
                 trainer.add_callback(callback)

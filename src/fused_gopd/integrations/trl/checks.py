@@ -39,9 +39,18 @@ def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[
     return dict(teacher)
 
 
-def check_kind(name: str, model: object) -> None:
-    if not isinstance(model, (str, nn.Module)) and not callable(model):
+def check_kind(name: str, model: object, temperature: float) -> None:
+    """A model, its path, or a scorer; one that says its temperature, as a server's, has that of the completions."""
+    if isinstance(model, (str, nn.Module)):
+        return
+    if not callable(model):
         raise TypeError(f"{name} must be a model, its path, or a scorer, got {type(model).__name__}")
+    own = getattr(model, "temperature", None)
+    if own is not None and own != temperature:
+        raise ValueError(
+            f"{name} returns log-probs of temperature {own}, and completions are sampled at temperature={temperature}: "
+            f"sample at {own}, or use a model that runs here"
+        )
 
 
 def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: Any) -> None:

@@ -161,7 +161,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         if self.k is not None:
             options["k"] = self.k
         if self.clip is not None:
-            options["clip"] = tuple(self.clip)
+            options["clip"] = self.clip
         return options
 
 

@@ -84,15 +84,17 @@ class Models:
         """All that can be known to be wrong before the student is loaded."""
         routes = routes_of(teacher, args.route_column)
         for route, model in routes.items():
-            check_kind("teacher" if route is None else f"teacher[{route!r}]", model)
+            check_kind("teacher" if route is None else f"teacher[{route!r}]", model, cast("Any", args).temperature)
         if getattr(args, "teacher_model_init_kwargs", None) and not any(isinstance(x, str) for x in routes.values()):
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path")
+        scale = f"reward_scale={args.reward_scale}"
+        if args.reward_scale_end is not None:
+            scale += f" to reward_scale_end={args.reward_scale_end}"
+        if reward_scale_fn is not None and args._needs_reference:
+            raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
         if ref_model is not None:
-            check_kind("ref_model", ref_model)
+            check_kind("ref_model", ref_model, cast("Any", args).temperature)
         elif reward_scale_fn is not None or args._needs_reference:
-            scale = f"reward_scale={args.reward_scale}"
-            if args.reward_scale_end is not None:
-                scale += f" to reward_scale_end={args.reward_scale_end}"
             raise ValueError(
                 f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else scale}: only "
                 "reward_scale=1 does without a reference. It is usually the student before training: pass its path, a "
