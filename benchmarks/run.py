@@ -242,6 +242,7 @@ def listing() -> str:
     parts = ["suites", *(f"  {name:18} {suite.what}" for name, suite in SUITES.items()), "jobs"]
     parts += [f"  {name:18} {report.TITLES[name]}" for name in JOBS]
     parts += ["providers", *(f"  {name:18} {report.NAMES[name]}" for name in registry.PROVIDERS)]
+    parts += [f"  {registry.FLOOR:18} the bare GEMMs, or moving the bytes once where logits are given"]
     return "\n".join(part.replace("**", "").replace("`", "") for part in parts)
 
 

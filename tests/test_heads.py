@@ -72,3 +72,12 @@ def test_replacing_a_field_checks_it_again():
     head = fg.LinearHead(torch.zeros(1, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="temperature"):
         dataclasses.replace(head, temperature=0.0)
+
+
+def test_a_head_equals_itself_alone() -> None:
+    """Not by its tensors, whose comparison has no truth value."""
+    hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    first, second = fg.LinearHead(hidden, weight), fg.LinearHead(hidden, weight)
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2

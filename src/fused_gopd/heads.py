@@ -47,7 +47,7 @@ def _require_shard(name: str, shard: object, rows: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearHead:
     """Hidden states and the language-model head that turns them into logits.
 
@@ -159,7 +159,7 @@ class LinearHead:
         return named if self.bias is None else {**named, "bias": self.bias}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Logits:
     """Logits that exist already: ``z = cap(logit_scale * logits) / temperature``.
 
@@ -220,7 +220,7 @@ class Logits:
         return {"logits": self.logits}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLogProbs:
     """Log-probs of the sampled tokens, computed elsewhere; for a teacher or reference of ``estimator="sampled"``.
 
@@ -242,7 +242,7 @@ class TokenLogProbs:
         return {"logprobs": self.logprobs}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopKLogProbs:
     """Some tokens of each position and their log-probs, as an inference server returns them; for ``estimator="topk"``.
 
