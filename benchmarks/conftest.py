@@ -17,7 +17,7 @@ from fused_gopd.chunks import CHUNK_BUDGET_BYTES
 
 from . import accuracy, floors, memory
 from .providers import FUSED_PREFIX, Result, Run
-from .registry import PROVIDERS, cases, providers_of
+from .registry import PROVIDERS, cases, described, providers_of
 from .workloads import SUITES, Inputs, Workload, default_suite, queued, rotation, synchronize
 
 # What a case says of itself on standard output, for run.py: DONE is the last
@@ -60,12 +60,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             benchmark = item.funcargs["benchmark"]
             print(MEASURED + json.dumps({"info": benchmark.extra_info, "seconds": benchmark.stats.stats.data}))
         else:
-            from .test_speed import row_of
-
             assert call.excinfo is not None
             said = call.excinfo.exconly().splitlines()[0]
             reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {said}"
-            line = {**row_of(workload, provider), "reason": reason, "failed": report.failed}
+            line = {**described(workload, provider), "reason": reason, "failed": report.failed}
             print(SKIPPED + json.dumps(line))
         print(DONE + item.callspec.id, flush=True)
     return report

@@ -1,11 +1,12 @@
-"""Which providers a workload has: all that do its job, unless the suite or the caller names them."""
+"""Which providers a workload has (all that do its job, unless somebody names them), and what a row says of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .peers import PEERS
-from .providers import OWN
+from .providers import FUSED_PREFIX, LOW_CHUNKS, OWN, chunk_size
 from .workloads import SUITES, Workload
 
 PROVIDERS = {**OWN, **PEERS}
@@ -47,3 +48,24 @@ def cases(suite: str, device: str, jobs: Sequence[str] = (), asked: Sequence[str
         floor = [FLOOR] if has_floor(workload) and (not asked or FLOOR in asked) else []
         found += [(workload, name) for name in floor + providers_of(suite, workload, asked)]
     return found
+
+
+def described(workload: Workload, provider: str) -> dict[str, Any]:
+    """What a row says of a workload, and of the chunks where its provider's are known."""
+    hidden = None if workload.hidden is None else [*workload.hidden, None, None][:3]
+    chunk_dtypes = {"compile-chunked": workload.dtype_name}
+    if provider.startswith(FUSED_PREFIX) and hidden is not None:
+        chunk_dtypes[provider] = workload.dtype_name if provider.endswith(LOW_CHUNKS) else "float32"
+    element_bytes = 2 if provider.endswith(LOW_CHUNKS) else 4
+    return {
+        "job": workload.job,
+        "provider": provider,
+        "tokens": workload.tokens,
+        "hidden": hidden,
+        "vocab": workload.vocab,
+        "dtype": workload.dtype_name,
+        "chunk_dtype": chunk_dtypes.get(provider),
+        "chunk_size": chunk_size(workload, element_bytes) if provider in chunk_dtypes else None,
+        "masked": workload.masked,
+        "frozen": workload.frozen,
+    }

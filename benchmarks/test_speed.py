@@ -19,8 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .conftest import Session, milliseconds
 from .floors import count
-from .providers import FUSED_PREFIX, LOW_CHUNKS, chunk_size
-from .registry import FLOOR, PROVIDERS, has_floor
+from .registry import FLOOR, PROVIDERS, described, has_floor
 from .workloads import SUITES, Workload, queued
 
 # Seconds of measured rounds per provider, and the fewest and the most rounds; seconds of warm-up.
@@ -28,27 +27,6 @@ SECONDS = {"logits": 4.0, "hidden": 16.0}
 ROUNDS = (3, 41)
 WARM_UP = {"cpu": 1.0, "cuda": 0.3}
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-
-
-def row_of(workload: Workload, provider: str) -> dict[str, Any]:
-    """What a row says of its workload, and of the chunks where its provider's are known."""
-    hidden = None if workload.hidden is None else [*workload.hidden, None, None][:3]
-    chunk_dtypes = {"compile-chunked": workload.dtype_name}
-    if provider.startswith(FUSED_PREFIX) and hidden is not None:
-        chunk_dtypes[provider] = workload.dtype_name if provider.endswith(LOW_CHUNKS) else "float32"
-    element_bytes = 2 if provider.endswith(LOW_CHUNKS) else 4
-    return {
-        "job": workload.job,
-        "provider": provider,
-        "tokens": workload.tokens,
-        "hidden": hidden,
-        "vocab": workload.vocab,
-        "dtype": workload.dtype_name,
-        "chunk_dtype": chunk_dtypes.get(provider),
-        "chunk_size": chunk_size(workload, element_bytes) if provider in chunk_dtypes else None,
-        "masked": workload.masked,
-        "frozen": workload.frozen,
-    }
 
 
 def _floor(session: Session, workload: Workload, extra: dict[str, Any]) -> Callable[[], object]:
@@ -101,7 +79,7 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
         pytest.skip(f"the limit of {option('--limit'):.0f} s was over")
     session.enter(workload)
     benchmark.group = workload.name
-    benchmark.extra_info |= row_of(workload, provider)
+    benchmark.extra_info |= described(workload, provider)
     seconds = option("--seconds")
     if seconds is None:
         seconds = SUITES[option("--suite")].seconds
