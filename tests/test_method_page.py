@@ -1,6 +1,6 @@
 """docs/method.md and its Chinese twin say the same, and their figures are the measured ones.
 
-``python tests/test_method_page.py`` writes the table of variances into both.
+``python tests/test_method_page.py`` writes the tables into both: the variances, and the curves of the reproduction.
 """
 
 from __future__ import annotations
@@ -8,14 +8,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tables
+from fused_gopd.cli import bench
+
+verdicts = bench.benchmarks_module("reproduction.verdicts", needs=())
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {language: ROOT / "docs" / f"method{suffix}.md" for language, suffix in (("en", ""), ("zh", ".zh"))}
 HEADS = {"en": ("models", "baseline", "near", "far", "none"), "zh": ("模型", "基线", "相近", "较远", "无")}
+CURVES = {
+    "en": ("students of", "teacher", "one teacher: addition", "two teachers: addition", "two teachers: strings"),
+    "zh": ("学生", "教师", "一个教师：加法", "两个教师：加法", "两个教师：字符串"),
+}
+ESTIMATORS = {"en": ("estimator", "variance", "accuracy", "batch"), "zh": ("估计器", "方差", "准确率", "批量")}
 SCALES = (0.5, 1.0, 1.25, 1.5, 2.0, 4.0)
 EVERY_PAGE = pytest.mark.parametrize("language", PAGES)
 
@@ -27,7 +36,39 @@ def variance(models: str, baseline: str, scale: float) -> float:
     return float(values[scale][baseline] / values[1.0]["none"])
 
 
-def with_table(page: str, language: str) -> str:
+def runs() -> Any:
+    """The runs of docs/reproduction.md."""
+    return verdicts.Runs(json.loads((ROOT / "benchmarks" / "results" / "reproduction.json").read_text()))
+
+
+def curves(language: str) -> str:
+    """Accuracies by λ, of students of one teacher and of two."""
+    r, (of, teacher, *names) = runs(), CURVES[language]
+    domains = (("A", "teacher A", verdicts.ADDITION), ("A+B", "teacher A", verdicts.ADDITION),
+               ("A+B", "teacher B", verdicts.STRINGS))  # fmt: skip
+    rows = [
+        [name, str(r.score(expert, domain)), *(str(r.score(f"{prefix} λ={x:g}", domain)) for x in r.scales("A"))]
+        for name, (prefix, expert, domain) in zip(names, domains, strict=True)
+    ]
+    return tables.markdown([of, teacher, *(f"λ = {x:g}" for x in r.scales("A"))], rows, numbers=True)
+
+
+def estimators(language: str) -> str:
+    """Variance of the gradient and accuracy after training, by batch."""
+    r, (estimator, variance, accuracy, batch) = runs(), ESTIMATORS[language]
+    (row,) = r.rows_of("variance")
+    batches = r.found["settings"]["batches"]
+    head = [*(f"{variance}, {batch} {n}" for n in row["batches"]), *(f"{accuracy}, {batch} {n}" for n in batches)]
+    beyond = {("sampled", 128): "A λ=1.25"}  # which the λ curve has
+    rows = [
+        [name, *(f"{v:.3g}" for v in values),
+         *(str(r.score(beyond.get((name, n), f"{name}, batch {n}"))) for n in batches)]
+        for name, values in row["variance"].items()
+    ]  # fmt: skip
+    return tables.markdown([estimator, *head], rows, numbers=True)
+
+
+def with_tables(page: str, language: str) -> str:
     models, baseline, near, far, none = HEADS[language]
     rows = [
         [name, shown, *(f"{variance(key, field, scale):.2f}" for scale in SCALES)]
@@ -35,13 +76,15 @@ def with_table(page: str, language: str) -> str:
         for shown, field in ((none, "none"), ("`expected`", "expected"))
     ]
     head = [models, baseline, *(f"λ = {scale:g}" for scale in SCALES)]
-    return tables.fill(page, "variance", tables.markdown(head, rows, numbers=True))
+    page = tables.fill(page, "variance", tables.markdown(head, rows, numbers=True))
+    page = tables.fill(page, "curves", curves(language))
+    return tables.fill(page, "estimators", estimators(language))
 
 
 @EVERY_PAGE
-def test_the_table_has_the_measured_variances(language: str) -> None:
+def test_the_tables_have_what_was_measured(language: str) -> None:
     page = PAGES[language].read_text()
-    assert with_table(page, language) == page, "run python tests/test_method_page.py and read what changed"
+    assert with_tables(page, language) == page, "run python tests/test_method_page.py and read what changed"
 
 
 def test_what_the_baseline_takes_off_is_as_the_pages_say() -> None:
@@ -76,4 +119,4 @@ def test_both_languages_have_the_same_code_numbers_links_and_parts(what: str) ->
 
 if __name__ == "__main__":
     for language, page in PAGES.items():
-        page.write_text(with_table(page.read_text(), language))
+        page.write_text(with_tables(page.read_text(), language))

@@ -148,9 +148,32 @@ def test_the_dense_loss_gives_the_same_curve(trio: tuple[Any, Any, Any], reward_
 
 def test_distillation_brings_the_student_nearer_to_the_teacher(trio: tuple[Any, Any, Any]) -> None:
     student, reference, teacher = trio
-    how = train.Distillation("addition", 1.0, steps=20, lr=3e-3, batch=32, estimator="full")
+    how = train.Distillation("addition", 1.0, steps=40, lr=3e-3, batch=32, estimator="full")
     history = train.distill(copy.deepcopy(student), {"addition": teacher}, reference, how, seed=0)
     assert history[-1]["kl_target"] < 0.5 * history[0]["kl_target"]
+
+
+def test_the_learning_rate_decays_to_0_and_a_stop_is_a_part_of_the_same_training(
+    trio: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, reference, teacher = trio
+    rates: list[float] = []
+    step = train._step
+
+    def noted(model: Any, optimizer: Any, loss: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(model, optimizer, loss)
+
+    monkeypatch.setattr(train, "_step", noted)
+
+    def curve(**options: int) -> list[dict[str, float]]:
+        how = train.Distillation("addition", 1.0, lr=1e-3, batch=8, **options)
+        return train.distill(copy.deepcopy(student), {"addition": teacher}, reference, how, seed=0)
+
+    whole = curve(steps=4)
+    assert rates == pytest.approx([1e-3 * x for x in (1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5)])
+    assert curve(steps=4, stop=2) == whole[:2]
+    assert curve(steps=3)[2] != whole[2]  # a short training is another one, once its rate has differed
 
 
 def test_two_teachers_each_teach_their_domain(trio: tuple[Any, Any, Any]) -> None:

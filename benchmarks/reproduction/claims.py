@@ -30,8 +30,8 @@ class Settings:
     longer_base_steps: int = 2000  # of small bases: as long as the large one takes
     base_batch: int = 128
     rl_steps: int = 32  # of a teacher at most
-    steps: int = 60  # of a distillation to a student of the teacher's size
-    weak_steps: int = 100  # to a smaller student
+    steps: int = 80  # of a distillation to a student of the teacher's size
+    weak_steps: int = 133  # to a smaller student
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
     joint_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     weak_scales: tuple[float, ...] = (1.25, 1.5)
@@ -146,7 +146,8 @@ class Plan:
         beyond = scaled("A", s.scales[s.scales.index(1.0) + 1])
         controls: dict[str, dict[str, Any]] = {
             "A λ=1, twice the learning rate": {"reward_scale": 1.0, "lr": 6e-4},
-            "A λ=1, 15 steps": {"reward_scale": 1.0, "steps": 15},
+            "A λ=1, stopped after 15 steps": {"reward_scale": 1.0, "stop": 15},
+            "A λ=1, decayed over 15 steps": {"reward_scale": 1.0, "steps": 15},
             f"{beyond}, dense loss": {"reward_scale": s.scales[s.scales.index(1.0) + 1], "dense": True},
         }
         for group, how in controls.items():

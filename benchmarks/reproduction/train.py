@@ -26,6 +26,11 @@ def adam(model: LlamaForCausalLM, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95), foreach=True)
 
 
+def cosine(step: int, steps: int) -> float:
+    """What a learning rate is multiplied by: from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
@@ -40,9 +45,7 @@ def supervise(model: LlamaForCausalLM, batches: Iterator[Batch], steps: int, lr:
     """Maximum likelihood of responses; a short warm-up, then a cosine down to 0."""
     warmup = max(1, min(50, steps // 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / warmup) * cosine(i, steps))
     for _, (prompt, response) in zip(range(steps), batches, strict=False):
         mask = tasks.live(response)
         logprobs = fg.token_logprobs(models.head(model, prompt, response), response, mask=mask)
@@ -96,7 +99,11 @@ def grpo_step(
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student is trained; ``dense`` takes the dense reference loss in place of the fused one."""
+    """How a student is trained; ``dense`` takes the dense reference loss in place of the fused one.
+
+    The learning rate decays to 0 over the steps: at a constant one, what is scored is the end of a walk around the
+    optimum, which differs from seed to seed by more than what one λ does from the next.
+    """
 
     domain: str
     reward_scale: float
@@ -106,6 +113,7 @@ class Distillation:
     estimator: str = "sampled"
     options: dict[str, Any] = field(default_factory=dict)
     dense: bool = False
+    stop: int | None = None  # after so many of the steps, the learning rate not yet decayed
 
     def loss(self, *heads: Any, **rest: Any) -> fg.GOPDOutput:
         function: Callable[..., fg.GOPDOutput] = fg.reference.gopd_loss if self.dense else fg.gopd_loss
@@ -158,7 +166,8 @@ def distill(
 ) -> list[dict[str, float]]:
     """On-policy distillation, one update a rollout; per step the loss's metrics, length and accuracy of the rollout."""
     g, optimizer, history = generator(seed), adam(student, how.lr), []
-    for _ in range(how.steps):
+    for i in range(how.steps if how.stop is None else how.stop):
+        optimizer.param_groups[0]["lr"] = how.lr * cosine(i, how.steps)
         prompt = tasks.prompts(how.domain, how.batch, g)
         response = models.sample(student, prompt, g)
         out = rollout_loss(student, teachers, reference, prompt, response, how)

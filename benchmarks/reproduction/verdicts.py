@@ -139,7 +139,11 @@ def _controls(r: Runs, best: Score) -> Iterable[Verdict]:
     """Cheaper explanations of what λ > 1 does."""
     for group, claim in (
         ("A λ=1, twice the learning rate", "control: a larger step at λ = 1 does less than the best λ"),
-        ("A λ=1, 15 steps", "control: stopping λ = 1 early, where it may be above its end, does less than the best λ"),
+        (
+            "A λ=1, stopped after 15 steps",
+            "control: stopping λ = 1 early, where it may be above its end, does less than the best λ",
+        ),
+        ("A λ=1, decayed over 15 steps", "control: a short training at λ = 1 does less than the best λ"),
         ("teacher A, 5 more steps", "control: 5 more steps of the teacher's own RL do less than the best λ"),
         ("teacher A, 15 more steps", "control: 15 more steps of the teacher's own RL do less than the best λ"),
     ):
