@@ -34,7 +34,7 @@ class Settings:
     weak_steps: int = 133  # to a smaller student
     scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
     joint_scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
-    weak_scales: tuple[float, ...] = (1.25, 1.5)
+    weak_scales: tuple[float, ...] = (1.25, 1.5, 2.0)
     batches: tuple[int, ...] = (16, 128)  # of the estimators' accuracy
     variance_batches: tuple[int, ...] = (8, 32, 128)
     variance_repeats: int = 24
