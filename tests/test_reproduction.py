@@ -342,7 +342,8 @@ def test_the_command_in_miniature_from_the_stages_to_the_page(tmp_path: Path, mo
     tiny = replace(tiny, steps=1, weak_steps=1, scales=(1.0, 1.5), controls=False, variance_repeats=2)
     monkeypatch.setattr(claims, "settings_of", lambda quick: tiny)
     monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
-    result = CliRunner().invoke(app, ["reproduce", "--quick", "--workers", "1", "--output", str(tmp_path)])
+    every = [f"--claim={claim}" for claim in claims.CLAIMS]
+    result = CliRunner().invoke(app, ["reproduce", "--quick", *every, "--workers", "1", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "reproduction.json").read_text())["missing"] == []
     page = (tmp_path / "reproduction.md").read_text()

@@ -111,7 +111,7 @@ def _variance(r: Runs) -> list[str]:
 _INTRODUCTION = """\
 # The paper's claims on tiny models
 
-    fused-gopd reproduce --quick          # minutes, on two cores
+    fused-gopd reproduce --quick          # minutes, on two cores; section 3 with --claim strong-to-weak
     fused-gopd reproduce --seeds 3        # everything; goes on where it stopped
 
 Transformers of about 100 thousand parameters and two domains with checkable answers, 3-digit addition (A) and two

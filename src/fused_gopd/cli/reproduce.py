@@ -53,7 +53,8 @@ def _print(module: Any, found: dict[str, Any]) -> None:
 
 def reproduce(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer values of λ, fewer prompts, shorter trainings.")
+        bool,
+        typer.Option("--quick", help="Fewer values of λ and prompts, shorter trainings; strong-to-weak on request."),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each student.")] = 1,
     claim: Annotated[
@@ -85,7 +86,9 @@ def reproduce(
             f"expected one of {', '.join(claims.CLAIMS)}; got {unknown[0]!r}", param_hint="--claim"
         )
     runner = benchmarks_module("reproduction.runner", needs=())
-    plan = claims.Plan(claims.settings_of(quick), range(seeds), claim or claims.CLAIMS)
+    plan = claims.Plan(
+        claims.settings_of(quick), range(seeds), claim or (claims.QUICK_CLAIMS if quick else claims.CLAIMS)
+    )
     output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
     found = _run(runner, plan, output, cache or output / "cache", workers)
     _print(benchmarks_module("reproduction.verdicts", needs=()), found)
