@@ -18,6 +18,7 @@ from builders import linear_head, trainable, why_not
 from fused_gopd import chunks, rowops
 from fused_gopd.cli import app, demo, doctor, plan
 from fused_gopd.cli.demo import compare, policy, prompts, report, smollm, training, verdict
+from fused_gopd.cli.presets import PRESETS
 from test_work import Memory
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
@@ -217,12 +218,76 @@ def test_plan_prints_its_table() -> None:
 
 def test_plan_lists_presets() -> None:
     output = invoke("plan", "--list-models")
-    assert all(name in output for name in plan.PRESETS)
+    assert all(name in output for preset, found in PRESETS.items() for name in (preset, *found.hub))
+
+
+def test_plan_presets_have_one_meaning_and_the_sizes_that_transformers_has_for_their_families() -> None:
+    transformers = pytest.importorskip("transformers")
+    names = [name.lower() for preset in PRESETS.values() for name in preset.hub]
+    assert len(names) == len(set(names))
+    for name, preset in PRESETS.items():  # a short name on the hub that is a preset's is that preset's
+        assert all(PRESETS.get(hub.lower().partition("/")[2], preset) == preset for hub in preset.hub), name
+    families = {"smollm3-3b": "SmolLM3", "gpt-oss-120b": "GptOss", "gemma-2-2b": "Gemma2", "phi-3-mini": "Phi3"}
+    families |= {"deepseek-v3": "DeepseekV3", "qwen3-30b-a3b": "Qwen3Moe", "mistral-7b-v0.1": "Mistral"}
+    for name, family in families.items():
+        config = getattr(transformers, f"{family}Config")()
+        want = (config.hidden_size, config.vocab_size, config.tie_word_embeddings)
+        assert (PRESETS[name].hidden, PRESETS[name].vocab, PRESETS[name].tied) == want, name
+
+
+def test_plan_knows_models_by_their_hub_names_folders_and_configuration_files(tmp_path: Path) -> None:
+    def sizes(*arguments: str) -> tuple[int, int, int]:
+        job = planned(*arguments)["job"]
+        return job["hidden"], job["teacher_hidden"], job["vocab"]
+
+    assert sizes("--model", "Qwen/Qwen3-4B") == (2560, 2560, 151_936)
+    assert sizes("--model", "qwen3-4b-instruct-2507") == (2560, 2560, 151_936)
+    folder = tmp_path / "qwen3-8b"  # a folder comes before a preset of its name
+    folder.mkdir()
+    config = folder / "config.json"
+    config.write_text(json.dumps({"hidden_size": 96, "vocab_size": 500, "tie_word_embeddings": True}))
+    assert sizes("--model", str(folder)) == sizes("--model", str(config)) == (96, 96, 500)
+    assert sizes("--model", "GOOGLE/Gemma-3-1B-it", "--teacher-model", str(folder)) == (1152, 96, 500)
+    config.write_text(json.dumps({"n_embd": 768, "vocab_size": 50_257}))
+    assert sizes("--model", str(folder)) == (768, 768, 50_257)
+    config.write_text(json.dumps({"model_type": "gemma3", "text_config": {"hidden_size": 2560}}))
+    assert sizes("--model", str(folder), "--vocab", "70") == (2560, 2560, 70)
+    # the joint vocabulary is not known where one of the two is not
+    output = invoke("plan", "--model", "qwen3-8b", "--teacher-model", str(folder), code=2)
+    assert f"--vocab: must be given: {folder} does not say it" in " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "cannot be read: it is not JSON"),
+        ("\udcff", "cannot be read: it is not JSON"),  # no UTF-8
+        ("[" * 10**6, "cannot be read: it is not JSON"),
+        ("[]", "is no model's configuration"),
+        ('{"hidden_size": "8"}', "hidden_size in"),
+        ('{"hidden_size": 8, "vocab_size": 0}', "must be a positive integer, got 0"),
+        ("{}", "--hidden: must be given"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_plan_says_what_is_wrong_with_a_configuration_file(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    output = invoke("plan", "--model", str(tmp_path), code=2)
+    assert said in " ".join(output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GiB", 80 * GIB), ("80G", 80 * GIB), ("24GB", 24 * 10**9), ("512 MiB", 512 << 20), ("1.5gib", 3 * GIB // 2)],
+    [
+        ("80GiB", 80 * GIB),
+        ("80G", 80 * GIB),
+        ("24GB", 24 * 10**9),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 * GIB // 2),
+        ("7B", 7),
+    ],
 )
 def test_plan_understands_sizes(text: str, size: int) -> None:
     assert plan.parse_memory(text) == size
@@ -232,8 +297,11 @@ def test_plan_understands_sizes(text: str, size: int) -> None:
     ("arguments", "said"),
     [
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),
+        (["--model", "Qwen/Qwen3-5B"], "close: qwen/qwen3-"),
+        (["--model", "./gpt-9"], "there is no folder and no file ./gpt-9"),
         (["--model", "qwen3-8b", "--teacher-model", "gpt-9"], "--teacher-model"),
         (["--model", "qwen3-8b", "--memory", "much"], "such as 80GiB"),
+        (["--model", "qwen3-8b", "--memory", "80"], "needs a unit, got '80': 80GiB, 80GB or 80MiB?"),
         (["--model", "qwen3-8b", "--memory", "0GiB"], "positive size"),
         (["--model", "qwen3-8b", "--dtype", "int8"], "expected one of float32"),
         (["--model", "qwen3-8b", "--estimator", "exact"], "expected one of full, sampled, topk, got 'exact'"),

@@ -10,61 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
+from .presets import PRESETS, Head, head_of
+
 if TYPE_CHECKING:
     from fused_gopd.objective import Divergence, Estimator, Support
 
-
-@dataclass(frozen=True)
-class Preset:
-    """The head of a published model, from its configuration file."""
-
-    hidden: int
-    vocab: int
-    tied: bool  # the head is the embedding matrix
-
-
-PRESETS: dict[str, Preset] = {
-    "qwen3-0.6b": Preset(1024, 151936, True),
-    "qwen3-1.7b": Preset(2048, 151936, True),
-    "qwen3-4b": Preset(2560, 151936, True),
-    "qwen3-8b": Preset(4096, 151936, False),
-    "qwen3-14b": Preset(5120, 151936, False),
-    "qwen3-32b": Preset(5120, 151936, False),
-    "qwen3-30b-a3b": Preset(2048, 151936, False),
-    "llama-3-8b": Preset(4096, 128256, False),
-    "llama-3-70b": Preset(8192, 128256, False),
-    "llama-3.1-405b": Preset(16384, 128256, False),
-    "llama-3.2-1b": Preset(2048, 128256, True),
-    "llama-3.2-3b": Preset(3072, 128256, True),
-    "gemma-2-2b": Preset(2304, 256000, True),
-    "gemma-2-9b": Preset(3584, 256000, True),
-    "gemma-3-1b": Preset(1152, 262144, True),
-    "gemma-3-4b": Preset(2560, 262208, True),
-    "gemma-3-12b": Preset(3840, 262208, True),
-    "gemma-3-27b": Preset(5376, 262208, True),
-    "smollm2-135m": Preset(576, 49152, True),
-    "smollm2-360m": Preset(960, 49152, True),
-    "smollm2-1.7b": Preset(2048, 49152, True),
-}
 
 # Dense bfloat16 and float16 peaks of the vendors' data sheets, TFLOP/s.
 PEAKS: dict[str, float] = {"a100": 312, "h100": 989, "h200": 989, "b200": 2250, "mi300x": 1307}
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"b": 1} | {
     prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
+    for power, prefix in enumerate("kmgt", 1)
+    for suffix, base in (("ib", 1024), ("b", 1000), ("", 1024))
 }
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "80GiB", "80GB", "512 MiB" or a plain number of bytes; "80G" means GiB."""
+    """Bytes of "80GiB", "80GB" or "512 MiB"; "80G" means GiB."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if match is None or match[2].lower() not in units:
+    if match is not None and not match[2]:
+        raise typer.BadParameter(
+            f"needs a unit, got {text!r}: {match[1]}GiB, {match[1]}GB or {match[1]}MiB?", param_hint="--memory"
+        )
+    if match is None or match[2].lower() not in _UNITS:
         raise typer.BadParameter(f"expected a size such as 80GiB, 512MiB or 24GB, got {text!r}", param_hint="--memory")
-    size = int(float(match[1]) * units[match[2].lower()])
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size <= 0:
         raise typer.BadParameter(f"expected a positive size, got {text!r}", param_hint="--memory")
     return size
@@ -460,28 +432,31 @@ def _print(result: dict[str, Any]) -> None:
         )
 
 
-def _preset(name: str, option: str) -> Preset:
-    found = PRESETS.get(name.lower())
-    if found is None:
-        raise typer.BadParameter(f"unknown model {name!r}; presets: {', '.join(PRESETS)}", param_hint=option)
-    return found
-
-
 def _print_presets() -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="presets")
-    for column in ("model", "hidden", "vocabulary", "head"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", "hidden", "vocabulary", "head", "on the hub"):
+        table.add_column(column, justify="right" if column in ("hidden", "vocabulary") else "left")
     for name, preset in PRESETS.items():
-        table.add_row(name, str(preset.hidden), str(preset.vocab), "tied" if preset.tied else "own weight")
+        head = "tied" if preset.tied else "own weight"
+        table.add_row(name, str(preset.hidden), str(preset.vocab), head, "\n".join(preset.hub))
     Console().print(table)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=option)
+
+
+def _given(option: str, value: int | None, of_model: int | None, model: str | None) -> int:
+    """A size that is given, or else that of a model."""
+    found = of_model if value is None else value
+    if found is None:
+        said = "give --model, or --hidden and --vocab" if model is None else f"must be given: {model} does not say it"
+        raise typer.BadParameter(said, param_hint=option)
+    return found
 
 
 def _check(job: Job) -> None:
@@ -525,8 +500,11 @@ def _rate(tflops: float | None, gpu: str | None, dtype: str) -> float | None:
 
 def plan(
     tokens: Annotated[int, typer.Option(min=1, help="Unmasked tokens in one loss call, of all ranks together.")] = 8192,
-    model: Annotated[str | None, typer.Option(help="Student preset; see --list-models.")] = None,
-    teacher_model: Annotated[str | None, typer.Option(help="Teacher preset. Default: as the student.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The student: a preset or its name on the hub (--list-models), a folder, or a config.json."),
+    ] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="The teacher, likewise. Default: as the student.")] = None,
     vocab: Annotated[int | None, typer.Option(min=1, help="Joint vocabulary.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size of the student.")] = None,
     teacher_hidden: Annotated[int | None, typer.Option(min=1, help="Default: as the student.")] = None,
@@ -566,19 +544,18 @@ def plan(
     _one_of("--divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
     _one_of("--support", support, ("teacher", "student"))
     _one_of("--device", device, ("gpu", "cpu"))
-    student = None if model is None else _preset(model, "--model")
-    teacher = None if teacher_model is None else _preset(teacher_model, "--teacher-model")
-    if hidden is None:
-        if student is None:
-            raise typer.BadParameter("give --model, or --hidden and --vocab", param_hint="--hidden")
-        hidden = student.hidden
-    if vocab is None:
-        known = [preset.vocab for preset in (student, teacher) if preset is not None]
-        if not known:
-            raise typer.BadParameter("give --model, or --hidden and --vocab", param_hint="--vocab")
-        vocab = min(known)  # the joint vocabulary is the smallest
+    student = Head(None, None) if model is None else head_of(model, "--model")
+    teacher = Head(None, None) if teacher_model is None else head_of(teacher_model, "--teacher-model")
+    hidden = _given("--hidden", hidden, student.hidden, model)
     if teacher_hidden is None:
-        teacher_hidden = hidden if teacher is None else teacher.hidden
+        teacher_hidden = hidden
+        if teacher_model is not None:
+            teacher_hidden = _given("--teacher-hidden", None, teacher.hidden, teacher_model)
+    if vocab is None:
+        heads = {name: head for name, head in ((model, student), (teacher_model, teacher)) if name is not None}
+        # the joint vocabulary is the smallest
+        vocab = min((_given("--vocab", None, head.vocab, name) for name, head in heads.items()), default=None)
+    vocab = _given("--vocab", vocab, None, None)
     job = Job(
         tokens=tokens,
         vocab=vocab,
