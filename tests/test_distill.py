@@ -242,14 +242,16 @@ def test_smollm2_is_the_model_of_the_demo(
     assert_same_weights(tmp_path / "run" / "model", whole() / "model")
 
 
+@pytest.mark.parametrize("estimator", [["--estimator", "sampled"], ["--estimator", "topk", "--k", "4"]], ids=" ".join)
 def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
-    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: list[str]
 ) -> None:
     pytest.importorskip("httpx")
     import test_server
 
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(files.math).eval(), make_tokenizer()
     monkeypatch.setattr(test_server, "word", lambda token_id: tokenizer.decode([token_id]))
+    monkeypatch.setattr(test_server, "V", len(tokenizer))
 
     class Served:
         @torch.no_grad()
@@ -259,8 +261,8 @@ def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
     for server in test_server.serve("vllm"):
         server.model = Served()
         remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
-        invoke(*small(files, tmp_path / "remote", *remote, steps=2))
-    invoke(*small(files, tmp_path / "local", "--estimator", "sampled", steps=2))
+        invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
+    invoke(*small(files, tmp_path / "local", *estimator, steps=2))
     local = weights(tmp_path / "local" / "model")
     for name, value in weights(tmp_path / "remote" / "model").items():
         # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0

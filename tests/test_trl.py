@@ -402,10 +402,12 @@ def test_a_scorer_is_the_teacher_whose_log_probs_it_tells(tmp_path: Path) -> Non
     def likeliest(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TopKLogProbs:
         return fg.TopKLogProbs(*fg.token_topk(head(input_ids, attention_mask, completion_mask), 8))
 
-    for scorer, options in ((sampled, {"estimator": "sampled"}), (likeliest, {"estimator": "topk"})):
-        here = {"k": 8} if options["estimator"] == "topk" else {}
-        local = trained(tmp_path, teacher=teacher, **SGD, **options, **here)
-        assert_same(trained(tmp_path, teacher=scorer, **SGD, **options), local, 1e-6)
+    topk = {"estimator": "topk", "k": 8}
+    local = {"sampled": trained(tmp_path, teacher=teacher, **SGD, estimator="sampled")}
+    local["topk"] = trained(tmp_path, teacher=teacher, **SGD, **topk)
+    # a scorer lists as many tokens as it does: k need not be given, and must be that number if it is
+    for scorer, options in ((sampled, {"estimator": "sampled"}), (likeliest, {"estimator": "topk"}), (likeliest, topk)):
+        assert_same(trained(tmp_path, teacher=scorer, **SGD, **options), local[options["estimator"]], 1e-6)
 
 
 def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
@@ -762,9 +764,12 @@ def test_a_configuration_that_cannot_be_says_what_is_wrong(
 
 
 class Served:
-    """A scorer that says its temperature, as ServerTeacher does."""
+    """A scorer that says its temperature and how many tokens it lists, as ServerTeacher does."""
 
     temperature = 1.0
+
+    def __init__(self, top_k: int | None = None) -> None:
+        self.top_k = top_k
 
     def __call__(self, *_: Tensor) -> fg.TokenLogProbs:
         raise AssertionError("nothing was sampled yet")
@@ -796,6 +801,16 @@ def never(*_: Any, **__: Any) -> None:
         ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a path"),
         ({"teacher": Served(), "estimator": "sampled", "temperature": 0.6}, "teacher returns log-probs of temperature"),
         ({"ref_model": Served(), "reward_scale": 1.25, "temperature": 0.6}, "ref_model returns log-probs of"),
+        ({"teacher": Served(8), "estimator": "topk", "k": 16}, r"TopKLogProbs have their own K=\[8\], got k=16"),
+        ({"teacher": Served(), "estimator": "topk"}, "teacher is TokenLogProbs, which estimator='sampled' alone"),
+        ({"teacher": Served(8), "estimator": "sampled"}, "teacher is TopKLogProbs"),
+        ({"teacher": Served(8), "estimator": "topk", "k": 8, "support": "student"}, "support='student' needs a Linear"),
+        (
+            {"ref_model": Served(8), "reward_scale": 1.25, "estimator": "topk", "k": 8},
+            "ref is TopKLogProbs, which goes with a teacher that is TopKLogProbs too",
+        ),
+        ({"ref_model": Served(), "reward_scale": 1.25}, "ref is TokenLogProbs, which estimator='sampled' alone"),
+        ({"estimator": "topk", "k": "8"}, "k must be an int"),
     ],
 )
 def test_wrong_arguments_are_named_before_the_student_is_loaded(

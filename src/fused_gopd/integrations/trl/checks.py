@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from ... import gopd_loss
+from ...checks import require_count
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Source]
@@ -72,23 +74,49 @@ def require_route(routes: Mapping[Any, object], where: str, route: object) -> No
         )
 
 
-def try_options(options: dict[str, Any], routes: Mapping[Any, Model], device: torch.device) -> None:
+def try_options(
+    options: dict[str, Any], routes: Mapping[Any, Model], ref_model: Model | None, device: torch.device
+) -> None:
     """One loss of one token: what is wrong with the options is said before anything is loaded or sampled."""
     options = dict(options)
+    if options.get("k") is not None:
+        require_count("k", options["k"])
     if "clip" in options:
         options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
-    vocabulary, dtype = max(8, options.get("k") or 0), options.get("chunk_dtype")
+    dtype = options.get("chunk_dtype")
+    counts = [_listed_tokens(model, options) or 0 for model in (*routes.values(), ref_model)]
+    vocabulary = max(8, options.get("k") or 0, *counts)
     head: LinearHead | Logits = Logits(torch.zeros(1, 1, vocabulary, device=device))
     if dtype is not None:  # which depends on the device of hidden states
         hidden = torch.zeros(1, 1, 8, dtype=dtype, device=device)
         head = LinearHead(hidden, torch.zeros(vocabulary, 8, dtype=dtype, device=device))
-    token_ids, logprobs = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.full((1, 1), -1.0, device=device)
+    token_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+
+    def trial_source(model: Model) -> Source:
+        """What the model returns for one token: a head, the token's log-prob, or log-probs of a uniform top k."""
+        if isinstance(model, (str, nn.Module)):
+            return head
+        k = _listed_tokens(model, options)
+        if k is None:
+            return TokenLogProbs(torch.full((1, 1), -1.0, device=device))
+        listed = torch.arange(k, device=device)[None, None]
+        return TopKLogProbs(listed, torch.full(listed.shape, -math.log(vocabulary), device=device))
+
+    # a scorer without top_k may return anything as the reference
+    ref = trial_source(cast("Model", ref_model)) if hasattr(ref_model, "top_k") else head
     for model in routes.values():
-        teacher: Source = head
-        if not isinstance(model, (str, nn.Module)):
-            topk = options["estimator"] == "topk"
-            teacher = TopKLogProbs(token_ids[..., None], logprobs[..., None]) if topk else TokenLogProbs(logprobs)
-        gopd_loss(head, teacher, head, token_ids, reward_scale=1.25, **options)
+        gopd_loss(head, trial_source(model), ref, token_ids, reward_scale=1.25, **options)
+
+
+def _listed_tokens(model: Model | None, options: Mapping[str, Any]) -> int | None:
+    """The number of tokens that a scorer lists at each position; None if it returns the tokens' own log-probs.
+
+    A scorer may say it in ``top_k``, as a server's does; otherwise it is what the options ask for.
+    """
+    if model is None or isinstance(model, (str, nn.Module)):
+        return None
+    asked = (options.get("k") or 1) if options["estimator"] == "topk" else None
+    return cast("int | None", getattr(model, "top_k", asked))
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

@@ -106,7 +106,7 @@ class Models:
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
-        try_options(self._options, routes, cast("Any", args).device)
+        try_options(self._options, routes, ref_model, cast("Any", args).device)
         self._reward_scale_fn = reward_scale_fn
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
 
