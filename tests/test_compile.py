@@ -144,9 +144,10 @@ def test_the_same_bits_with_every_option(options):
     assert_same_bits(batch, **options)
 
 
-def test_an_integer_mask():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_a_mask_of_numbers(dtype):
     batch = make_batch(4, dtype=torch.float32)
-    assert_same_bits(batch.replaced(mask=batch.mask.long()), **FULL)
+    assert_same_bits(batch.replaced(mask=batch.mask.to(dtype)), **FULL)
 
 
 def test_nothing_live():
@@ -430,7 +431,7 @@ def test_an_advantage_fn_cannot_be_in_a_graph():
 ids = make_batch(23).token_ids
 WRONG = [
     ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask must have the token shape \(2, 5\)"),
-    ({"mask": torch.full((2, 5), 2)}, ValueError, "mask must hold 0 and 1 only, got 2"),
+    ({"mask": torch.full((2, 5), 0.5)}, ValueError, "mask must hold 0 and 1 only, got 0.5"),
     ({"token_ids": ids + 37}, IndexError, r"token_ids must be in \[0, 37\)"),
     ({"token_ids": ids.masked_fill(ids > 5, -100)}, ValueError, "-100 but no mask is given"),
     ({"sft_labels": ids - 38}, IndexError, r"sft_labels must be in \[0, 37\)"),

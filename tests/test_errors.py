@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fused_gopd as fg
 from builders import make_batch, why_not
+from fused_gopd.integrations.logprobs import sampled_loss
 
 F32 = torch.float32
 zeros = torch.zeros
@@ -252,9 +254,11 @@ CASES = {
     "token id -100 without a mask": ({"token_ids": swapped(-100), "mask": None}, ValueError, "-100.*mask"),
     # mask
     "mask list": ({"mask": [1] * 6}, TypeError, "mask must be a torch.Tensor, got list"),
-    "mask float": ({"mask": MASK.float()}, TypeError, "mask must be bool or 0/1 integer, got torch.float32"),
+    "mask complex": ({"mask": MASK.to(torch.complex64)}, TypeError, "mask must be bool, or 0 and 1.*complex64"),
     "mask shape": ({"mask": MASK[0]}, ValueError, r"mask.*\(2, 3\).*\(3,\)"),
     "mask device": ({"mask": meta(MASK)}, ValueError, "mask must be on.*cpu.*meta"),
+    "mask weights": ({"mask": MASK.float() * 0.5}, ValueError, "mask must hold 0 and 1 only, got 0.5"),
+    "mask nan": ({"mask": MASK.double().log()}, ValueError, "mask must hold 0 and 1 only, got -inf"),
     "mask values": ({"mask": MASK.long() * 2}, ValueError, "mask must hold 0 and 1 only, got 2"),
     # old log-probs and clip
     "old in full": (dict(old_logprobs=OLD, **FULL), ValueError, "old_logprobs is an option of estimator='sampled'"),
@@ -459,6 +463,33 @@ def test_nothing_is_computed_before_the_check(monkeypatch):
         changes, error, _ = CASES[case]
         with pytest.raises(error):
             fg.gopd_loss(**({"student": S, "teacher": Q, "ref": R, "token_ids": IDS, "mask": MASK} | changes))
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+MASKED = {
+    "gopd_loss": lambda mask: fg.gopd_loss(S, Q, None, IDS, mask=mask).token_loss,
+    "full": lambda mask: fg.gopd_loss(S, Q, mask=mask, reduction="seq-mean-token-mean", **FULL).loss,
+    "reference": lambda mask: fg.reference.gopd_loss(S, Q, None, IDS, mask=mask).token_loss,
+    "GOPDLoss": lambda mask: fg.GOPDLoss(**FULL)(S, Q, mask=mask).token_loss,
+    "token_logprobs": lambda mask: fg.token_logprobs(S, IDS, mask=mask),
+    "token_topk": lambda mask: fg.token_topk(S, 2, mask=mask)[0],
+    "normalization": lambda mask: fg.distributed.normalization("seq-mean-token-mean", [mask])[0]["sequence_lengths"],
+    "sampled_loss": lambda mask: sampled_loss(OLD, 2 * OLD, mask=mask).loss,
+}
+MASK_DTYPES = (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_holds_zeros_and_ones_of_any_dtype(name):
+    call = MASKED[name]
+    want = call(MASK)
+    for dtype in MASK_DTYPES:
+        assert torch.equal(call(MASK.to(dtype)), want), dtype
+    for wrong in (MASK.double() * 0.5, MASK.double() * -1, MASK.double() + 1e-9, MASK.double() * math.nan):
+        with pytest.raises(ValueError, match=r"mask(s\[0\])? must hold 0 and 1 only, got"):
+            call(wrong)
 
 
 # --------------------------------------------------------------------------------------- token_logprobs and GOPDLoss

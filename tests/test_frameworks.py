@@ -326,6 +326,12 @@ def skyrl_batch(request) -> Callable[[dict[str, Any]], Any]:
     return framework("skyrl.backends.skyrl_train.training_batch").TrainingInputBatch
 
 
+def test_skyrls_loss_mask_is_no_weight(scores):
+    data = skyrl_data(scores)
+    with pytest.raises(ValueError, match=r"data\['loss_mask'\] must hold 0 and 1 only, got 0.5"):
+        skyrl.gopd_rewards({**data, "loss_mask": data["loss_mask"] / 2}, reward_scale=1.25)
+
+
 def test_skyrls_rewards_are_the_advantages(scores, skyrl_batch):
     data = skyrl.gopd_rewards(skyrl_batch(skyrl_data(scores)), reward_scale=1.25)
     assert_close(data["rewards"], scores.advantages(1.25, scores.student), 1e-12)
@@ -396,6 +402,14 @@ def test_nemo_rls_loss_is_the_surrogate_over_the_global_number_of_tokens(scores,
     assert_same_gradient(scores, loss, scores.surrogate(1.25).sum() / 40)
     assert metrics["advantage"] == pytest.approx((scores.advantages(1.25, scores.old).sum() / 40).item())
     assert metrics.keys() - {"num_valid_samples"} <= loss_fn.metric_normalizations.keys()
+
+
+def test_nemo_rls_masks_are_no_weights(scores, nemo):
+    for name in ("token_mask", "sample_mask"):
+        data = nemo_data(scores)
+        data[name] = data[name] * 0.5
+        with pytest.raises(ValueError, match=rf"data\['{name}'\] must hold 0 and 1 only, got 0.5"):
+            nemo.adapter.GOPDLossFn()(scores.student, nemo.batch(data), torch.tensor(9), torch.tensor(40))
 
 
 def test_nemo_rl_makes_its_input_from_logits(monkeypatch):

@@ -640,6 +640,8 @@ def test_wrong_batches_are_named(vllm: Server) -> None:
             teacher(ids, attention_mask[:, 1:], completion_mask)
         with pytest.raises(ValueError, match=r"completion_mask must have shape \(3, K\)"):
             teacher(ids, attention_mask, completion_mask[:2])
+        with pytest.raises(ValueError, match=r"completion_mask must hold 0 and 1 only, got 0\.5"):
+            teacher(ids, attention_mask, completion_mask / 2)
         with pytest.raises(ValueError, match="a token is wanted that is padding"):
             teacher(ids, attention_mask, torch.ones_like(completion_mask))
         with pytest.raises(ValueError, match="wants the first token of sequence 1"):

@@ -76,6 +76,22 @@ def refuse(wrong: Tensor, values: Tensor, error: type[Exception], message: str, 
         raise error(f"{message}, {found} {value:g}" if isinstance(value, float) else f"{message}, {found} {value}")
 
 
+def require_mask(name: str, mask: object) -> Tensor:
+    """A mask as bool: it may be bool, or hold 0 and 1 in any integer or floating dtype.
+
+    Any other value raises ValueError; on a GPU it is a device-side assert, which waits for nothing.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.is_complex() or mask.is_quantized:
+        raise TypeError(f"{name} must be bool, or 0 and 1 in an integer or floating dtype, got {mask.dtype}")
+    if mask.dtype == torch.bool:
+        return mask
+    live = mask != 0
+    refuse(live & (mask != 1), mask, ValueError, f"{name} must hold 0 and 1 only")
+    return live
+
+
 def require_reverse_mode(name: str, student: object) -> None:
     """Raise NotImplementedError under what the fused calls have no rule for: batching and forward-mode derivatives."""
     if torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import one_of, require_number
+from .checks import one_of, require_mask, require_number
 from .heads import LinearHead
 from .objective import REDUCTIONS, Sequences, widest
 from .output import GOPDOutput
@@ -264,7 +264,7 @@ def normalization(
 
     Args:
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` or ``"sum"``.
-        masks: this rank's masks of the step's micro-batches, (B, T) or (N,) bool or 0/1 integer; with
+        masks: this rank's masks of the step's micro-batches, (B, T) or (N,), bool or 0 and 1 in any dtype; with
             ``context_group`` those of its own part of the sequences. Numbers and shapes may differ between ranks.
         cu_seqlens: the bounds (B + 1,) of each micro-batch, where tokens are packed. A part of a packed batch keeps all
             sequences, those without a token here with two equal bounds.
@@ -287,6 +287,7 @@ def normalization(
     one_of("reduction", reduction, tuple(x for x in REDUCTIONS if x != "none"))
     if isinstance(masks, Tensor) or not masks:
         raise TypeError("masks must be a list of the masks of a step's micro-batches, one at least")
+    masks = [require_mask(f"masks[{i}]", mask) for i, mask in enumerate(masks)]
     if cu_seqlens is not None and len(cu_seqlens) != len(masks):
         raise ValueError(f"cu_seqlens must have one entry for each of the {len(masks)} masks, got {len(cu_seqlens)}")
     if reduction.startswith("seq-") and cu_seqlens is None and any(mask.ndim < 2 for mask in masks):
@@ -299,7 +300,7 @@ def normalization(
         total = _sum_over(tokens, group)
         return [{"reduction": reduction, "normalizer": _per_rank(total, ranks)}] * len(masks)
     bounds = [None] * len(masks) if cu_seqlens is None else [x.to(torch.int64) for x in cu_seqlens]
-    lengths = [Sequences(mask.shape, x).sum(mask != 0).to(torch.int64) for mask, x in zip(masks, bounds, strict=True)]
+    lengths = [Sequences(mask.shape, x).sum(mask).to(torch.int64) for mask, x in zip(masks, bounds, strict=True)]
     every = torch.cat(lengths)
     parts = 1
     if context_group is not None:

@@ -107,7 +107,7 @@ def gopd_loss(
         token_ids: (...) integer, the sampled tokens. Required by ``sampled``; for the others only for reporting.
         teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens
             routed to a model pass through its GEMM.
-        mask: (...) bool or 0/1 integer; tokens with 0 cost no work and touch nothing, whatever is in them.
+        mask: (...) bool, or 0 and 1 in any dtype; tokens with 0 cost no work and touch nothing, whatever is in them.
         reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
         estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
             ``"full"``, the exact divergence over the vocabulary; ``"topk"``, the divergence over K tokens of each
@@ -230,7 +230,7 @@ def token_logprobs(
     Args:
         head: LinearHead or Logits with token shape (...).
         token_ids: (...) integer; ``hidden[t]`` scores ``token_ids[t]``.
-        mask: (...) bool or 0/1 integer; masked tokens give 0 and cost nothing.
+        mask: (...) bool, or 0 and 1 in any dtype; masked tokens give 0 and cost nothing.
         return_entropy: also return the entropy in nats.
         vocab_size: entries past it are padding; default all.
         chunk_size, backend: as in :func:`gopd_loss`.
@@ -266,7 +266,7 @@ def token_topk(
     Args:
         head: LinearHead or Logits with token shape (...).
         k: how many, at most the vocabulary.
-        mask: (...) bool or 0/1 integer; masked tokens cost nothing and have ids -1 and log-probs 0.
+        mask: (...) bool, or 0 and 1 in any dtype; masked tokens cost nothing and have ids -1 and log-probs 0.
         vocab_size: entries past it are padding; default all.
         chunk_size, backend: as in :func:`gopd_loss`.
 

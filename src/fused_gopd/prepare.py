@@ -23,6 +23,7 @@ from .checks import (
     require_device,
     require_float,
     require_integer,
+    require_mask,
     require_number,
     require_shape,
 )
@@ -73,20 +74,12 @@ def _require_source(name: str, value: object, estimator: Estimator) -> None:
         )
 
 
-def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
-    require_shape("mask", mask, shape, "student")
-    require_device("mask", mask, device)
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or 0/1 integer, got {mask.dtype}")
-    if mask.dtype == torch.bool:
-        return mask
-    if device.type == "cpu":
-        wrong = mask[(mask != 0) & (mask != 1)]
-        if wrong.numel():
-            raise ValueError(f"mask must hold 0 and 1 only, got {wrong[0].item()}")
-    return mask != 0
+def check_mask(mask: object, shape: torch.Size, device: torch.device) -> Tensor:
+    """A mask of the token shape, as bool."""
+    if isinstance(mask, Tensor):
+        require_shape("mask", mask, shape, "student")
+        require_device("mask", mask, device)
+    return require_mask("mask", mask)
 
 
 def _must_not_wait(device: torch.device) -> bool:

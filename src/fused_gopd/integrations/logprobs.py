@@ -92,7 +92,7 @@ def sampled_loss(
         student_logprobs: (B, T), or (N,) with ``cu_seqlens``; float. Gradients flow to it, and to nothing else.
         teacher_logprobs, ref_logprobs: of the same tokens, under the same temperature. ``ref_logprobs`` may be None for
             ``reward_scale=1``; given there, it serves the metrics alone.
-        mask: bool or 0/1 integer; masked entries may hold anything.
+        mask: bool, or 0 and 1 in any dtype; masked entries may hold anything.
         reward_scale: lambda.
         old_logprobs, rollout_logprobs, cu_seqlens: as in :func:`fused_gopd.gopd_loss`.
         entropy: the student's, for the metrics; NaN in the output if not given.

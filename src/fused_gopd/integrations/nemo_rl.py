@@ -15,6 +15,7 @@ from typing import Any
 from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer  # type: ignore[import-not-found]
 from torch import Tensor
 
+from ..checks import require_mask
 from .logprobs import check_options, metric_sums, require_reference, sampled_loss
 
 __all__ = ["GOPDLossFn"]
@@ -62,12 +63,13 @@ class GOPDLossFn:
             )
         ref = after_the_first("reference_policy_logprobs")
         require_reference(self.reward_scale, ref, "put data['reference_policy_logprobs'] into the training data")
+        tokens, samples = (require_mask(f"data[{name!r}]", data[name]) for name in ("token_mask", "sample_mask"))
         capped = self.options.get("rollout_is_cap") is not None
         out = sampled_loss(
             next_token_logprobs,
             teacher,
             ref,
-            mask=(data["token_mask"][:, 1:] * data["sample_mask"][:, None]) != 0,
+            mask=tokens[:, 1:] & samples[:, None],
             reward_scale=self.reward_scale,
             old_logprobs=after_the_first("prev_logprobs"),
             rollout_logprobs=after_the_first("generation_logprobs") if capped else None,

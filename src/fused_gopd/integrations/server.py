@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..checks import one_of, require_count, require_integer, require_number
+from ..checks import one_of, require_count, require_integer, require_mask, require_number
 from ..heads import TokenLogProbs, TopKLogProbs
 
 try:
@@ -604,8 +604,8 @@ def _require_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: T
             f"completion_mask must have shape ({rows}, K) with K of at most {length}, for the last K tokens of "
             f"input_ids, got {tuple(completion_mask.shape)}"
         )
-    padding = ~attention_mask.bool()[:, length - completion_mask.shape[1] :]
-    if bool((completion_mask.bool() & padding).any()):
+    attended, wanted = require_mask("attention_mask", attention_mask), require_mask("completion_mask", completion_mask)
+    if bool((wanted & ~attended[:, length - completion_mask.shape[1] :]).any()):
         raise ValueError("completion_mask must be 0 where attention_mask is 0: a token is wanted that is padding")
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import require_mask
 from .logprobs import advantages, require_reference
 
 __all__ = ["gopd_rewards", "register_estimator"]
@@ -58,7 +59,7 @@ def gopd_rewards(
         data["action_log_probs"],
         data[teacher],
         data.get(ref),
-        mask=data["loss_mask"] != 0,
+        mask=require_mask("data['loss_mask']", data["loss_mask"]),
         reward_scale=reward_scale,
         **options,
     )

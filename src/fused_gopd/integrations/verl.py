@@ -35,7 +35,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 import fused_gopd as fg
 
-from ..checks import one_of
+from ..checks import one_of, require_mask
 from ..objective import DIVERGENCES, TAILS, Sequences
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of
@@ -193,6 +193,11 @@ def _padded(x: Tensor) -> Tensor:
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
+def _response_mask(data: Any) -> Tensor:
+    """(B, R) bool, padded: the tokens of the response that count."""
+    return require_mask("data['response_mask']", _padded(data["response_mask"]))
+
+
 def _mean_metrics(metrics: dict[str, Tensor]) -> dict[str, Any]:
     return {name: Metric(AggregationType.MEAN, value) for name, value in metrics.items()}
 
@@ -221,7 +226,7 @@ def gopd_loss(config: Any, distillation_config: Any, model_output: Any, data: An
         no_padding_2_padding(model_output["log_probs"], data),
         no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1),
         None if ref is None else _padded(ref),
-        mask=_padded(data["response_mask"]).bool(),
+        mask=_response_mask(data),
         reward_scale=options.reward_scale,
         old_logprobs=_padded(data["old_log_probs"]),
         **options.sampled,
@@ -240,7 +245,7 @@ def _response_rows(data: Any) -> Tensor:
     # verl's own slicing, of the positions themselves
     index = no_padding_2_padding(torch.arange(int(offsets[-1]), device=offsets.device), data)
     rows = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
-    rows[index[_padded(data["response_mask"]).bool()]] = True
+    rows[index[_response_mask(data)]] = True
     return rows
 
 
@@ -277,7 +282,7 @@ def gopd_topk_loss(
     (B, prompt + response).
     """
     losses, mass = (no_padding_2_padding(model_output[k], data) for k in ("distillation_losses", "teacher_mass"))
-    mask = _padded(data["response_mask"]).bool()
+    mask = _response_mask(data)
     metrics = {"distillation/kl_target": losses.detach()[mask].mean(), "distillation/teacher_mass": mass[mask].mean()}
     return losses, _mean_metrics(metrics)
 
@@ -307,7 +312,7 @@ def gopd_policy_loss(
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     surrogate = check_options(clip=(low, high), clip_dual=config.get("clip_ratio_c", 3.0))
-    live = response_mask.bool()
+    live = require_mask("response_mask", response_mask)
     old, adv = (x.detach().masked_fill(~live, 0) for x in (old_log_prob, advantages))
     losses, term = token_losses(surrogate, adv, log_prob, old, None, live, Sequences(live.shape))
     if rollout_is_weights is not None:
