@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..durable import replace
 
 # our names of what the trainer logs
 NAMES = {
@@ -41,23 +43,28 @@ _PANELS = (
 class Record:
     """``metrics.jsonl`` of a run that may have been interrupted: one line a step, each step once."""
 
-    def __init__(self, path: Path, done: int) -> None:
-        """``done``: the steps that the run goes on from; lines of later ones are of work that was lost."""
+    def __init__(self, path: Path, history: Iterable[Mapping[str, Any]]) -> None:
+        """``history``: the trainer's logs up to the step that the run goes on from."""
         self.path = path
-        self.rows = [row for row in read(path) if row["step"] <= done]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self.rows = [_row(logs["step"], logs) for logs in history if "loss" in logs]
+        replace(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """One step, by our names; what is not a number (of no token, say) is null."""
-        row: dict[str, Any] = {"step": step}
-        for name, ours in NAMES.items():
-            if name in logs:
-                value = logs[name]
-                row[ours] = float(value) if value is not None and math.isfinite(value) else None
+        row = _row(step, logs)
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+
+def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """One step, by our names; what is not a number (of no token, say) is null."""
+    row: dict[str, Any] = {"step": step}
+    for name, ours in NAMES.items():
+        if name in logs:
+            value = logs[name]
+            row[ours] = float(value) if value is not None and math.isfinite(value) else None
+    return row
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any
 import typer
 
 from ...objective import DIVERGENCES, ESTIMATORS
+from ..durable import Damaged, read_sealed, write_sealed
 
 FILE = "distill.json"
 # what a resumed run may do otherwise without being another run
@@ -112,16 +112,7 @@ def started(output: Path, given: dict[str, Any]) -> Options:
 
 def resumed(output: Path, given: dict[str, Any], explicit: Iterable[str]) -> Options:
     """The options of the run in a folder; those that are given again must be the same."""
-    path = output / FILE
-    if not path.is_file():
-        raise typer.BadParameter(
-            f"{output} holds no run to go on with ({FILE} is missing): start one without --resume",
-            param_hint="--output",
-        )
-    try:
-        saved = Options(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(f"{path} is not what this version writes: {error}", param_hint="--output") from None
+    saved = _read(output)
     again = asdict(saved)
     said = asdict(Options.of({**asdict(saved), **{name: given[name] for name in explicit}}))
     for name in explicit:
@@ -138,9 +129,27 @@ def resumed(output: Path, given: dict[str, Any], explicit: Iterable[str]) -> Opt
     return options
 
 
+def _read(output: Path) -> Options:
+    copies = sorted(output.glob(f"checkpoint-*/{FILE}"), key=lambda path: path.stat().st_mtime)
+    try:
+        return Options(**read_sealed(output / FILE))
+    except Damaged as error:
+        if copies:
+            advice = f"{error}: restore it by: cp {copies[-1]} {output / FILE}"
+        elif (output / FILE).exists():
+            advice = f"{error}: put a copy of it back, or begin another run in another folder"
+        else:
+            advice = f"{output} holds no run to go on with ({error}): start one without --resume"
+        raise typer.BadParameter(advice, param_hint="--output") from None
+    except TypeError as error:
+        raise typer.BadParameter(
+            f"{output / FILE} is of another version of this package: {error}", param_hint="--output"
+        ) from None
+
+
 def write(output: Path, options: Options) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+    write_sealed(output / FILE, asdict(options))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

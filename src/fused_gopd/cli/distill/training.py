@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
+from .. import durable
 from ..demo import smollm
-from . import figures, options, prompts
+from . import checkpoints, figures, options, prompts
 
 # the dataset's own, whatever the file's are called
 _ROUTE = "route"
@@ -63,15 +64,15 @@ class Watch(TrainerCallback):
             self._display.step(self._record.add(state.global_step, logs))
 
 
-def _last_checkpoint(output: Path) -> tuple[str | None, int]:
-    """The newest checkpoint of a run, if there is one, and the steps that it has done.
+class Save(TrainerCallback):
+    """Takes over each checkpoint that the trainer has written, with a copy of the run's options."""
 
-    The trainer's state is what the trainer writes last: a checkpoint without it was cut off, and does not count.
-    """
-    whole = [state.parent for state in output.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(folder.name.removeprefix("checkpoint-")): str(folder) for folder in whole}
-    done = max(steps, default=0)
-    return steps.get(done), done
+    def __init__(self, found: checkpoints.Checkpoints, saved: Path) -> None:
+        self._checkpoints, self._options = found, saved
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shutil.copy(self._options, self._checkpoints.partial / f"checkpoint-{state.global_step}")
+        self._checkpoints.add(state.global_step)
 
 
 def _tensorboard(output: Path, done: int) -> Any:
@@ -88,6 +89,7 @@ class Run:
         self.options, self.output, self._server_key = said, output, server_key
         self.display = figures.Display(Console(), said.steps)
         self.say = self.display.say
+        self.checkpoints = checkpoints.Checkpoints(output)
         self._foreseen: tuple[type[Exception], ...] = ()  # failures whose message says all
         low = (said.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
         self._frozen = "bfloat16" if low else "float32"  # of weights that are not trained, and of products
@@ -107,11 +109,9 @@ class Run:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         said = self.options
-        checkpoint, done = _last_checkpoint(self.output)
-        if done >= said.steps and self._result.is_dir():
-            raise typer.BadParameter(
-                f"the run in {self.output} has done its {said.steps} steps: give more to go on", param_hint="--steps"
-            )
+        self._check_result()
+        self.checkpoints.find(self.say)
+        done = self.checkpoints.done
         listed = prompts.read(Path(said.prompts), said.prompt_column, said.route_column, self._route_names())
         tokenizer = self._tokenizers()
         dataset = self._dataset(listed, tokenizer)
@@ -119,14 +119,16 @@ class Run:
         config = self._config()
         self._announce(done, len(listed.prompts))
         interrupt = Interrupt(self.say)
+        durable.remove(self.checkpoints.partial)
         with interrupt.listening():
             trainer = self._trainer(config, dataset, tokenizer, teacher)
             options.write(self.output, said)  # where no model could be loaded there is no run to resume
-            record = figures.Record(self.output / "metrics.jsonl", done)
-            for callback in (interrupt, Watch(record, self.display), _tensorboard(self.output, done)):
+            record = figures.Record(self.output / "metrics.jsonl", self.checkpoints.history())
+            save = Save(self.checkpoints, self.output / options.FILE)
+            for callback in (interrupt, Watch(record, self.display), save, _tensorboard(self.output, done)):
                 trainer.add_callback(callback)
             with self.display.running(done):
-                self._train(trainer, checkpoint)
+                self._train(trainer)
         return self._end(trainer, tokenizer, record)
 
     # ---------------------------------------------------------------------------------------------- before any model
@@ -220,7 +222,7 @@ class Run:
         said, gpu = self.options, torch.cuda.is_available()
         try:
             return GOPDConfig(
-                output_dir=str(self.output),
+                output_dir=str(self.checkpoints.partial),
                 reward_scale=said.reward_scale,
                 estimator=said.estimator,
                 divergence=said.divergence,
@@ -244,7 +246,6 @@ class Run:
                 logging_steps=1,
                 save_strategy="steps",
                 save_steps=said.save_every,
-                save_total_limit=2,
                 report_to="none",
                 disable_tqdm=True,
                 dataloader_pin_memory=gpu,
@@ -299,16 +300,18 @@ class Run:
         name = said.student if said.ref == "student" else said.ref
         return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen))
 
-    def _train(self, trainer: Any, checkpoint: str | None) -> None:
+    def _train(self, trainer: Any) -> None:
+        done = self.checkpoints.done
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
         except BaseException as error:
-            _, done = _last_checkpoint(self.output)
-            self.say(f"the run ended early; it goes on after step {done} by: {self._resume_command()}")
+            self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
             if isinstance(error, self._foreseen):
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(1) from None
             raise
+        finally:
+            durable.remove(self.checkpoints.partial)
 
     def _resume_command(self) -> str:
         return f"fused-gopd distill --resume --output {self.output}"
@@ -321,18 +324,34 @@ class Run:
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
             return False
-        self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+        self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
         self.say(f"figures: {record.path}, {picture}, tensorboard --logdir {self.output / 'tensorboard'}")
         return True
 
-    def _save(self, model: Any, tokenizer: Any) -> None:
-        """The result, written beside its place and moved there: what is there is whole."""
+    def _check_result(self) -> None:
+        """A result is replaced by a longer run's only where it is what this command wrote."""
+        if not self._result.exists():
+            return
+        try:
+            written = durable.verify(self._result)
+        except durable.Damaged as error:
+            raise typer.BadParameter(
+                f"{self._result} is not as this command wrote it ({error}): move it away, and --resume writes the "
+                "run's result again",
+                param_hint="--output",
+            ) from None
+        if written >= self.options.steps:
+            raise typer.BadParameter(
+                f"the run in {self.output} has done its {self.options.steps} steps: give more to go on",
+                param_hint="--steps",
+            )
+
+    def _save(self, model: Any, tokenizer: Any, step: int) -> None:
         if self.options.lora and self.options.save == "merged":
             model = model.merge_and_unload()
-        scratch = self.output / f"{self._result.name}.partial"
-        for folder in (scratch, self._result):
-            shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(self._result)
+        partial = self.output / f"{self._result.name}.partial"
+        durable.remove(partial)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        durable.publish(partial, self._result, step)

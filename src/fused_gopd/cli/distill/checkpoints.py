@@ -1,0 +1,73 @@
+"""The checkpoints of a run: the newest one that is intact, and which ones are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from ..durable import Damaged, publish, remove, verify
+
+_NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
+_KEPT = 2
+
+
+class Checkpoints:
+    """The folders ``checkpoint-N`` of a run, written after N steps; all others are left alone."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.partial = output / "checkpoint.partial"  # the trainer writes its checkpoints here
+        self._intact: list[int] = []  # the steps of those that this process verified or wrote
+
+    def path(self, step: int) -> Path:
+        return self._output / f"checkpoint-{step}"
+
+    @property
+    def done(self) -> int:
+        """The steps that are safe."""
+        return max(self._intact, default=0)
+
+    def find(self, say: Callable[[str], None]) -> None:
+        """Look for the newest intact one; damaged ones that are newer are named."""
+        damaged = []
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                if (written := verify(self.path(step))) != step:
+                    raise Damaged(f"it was written as checkpoint-{written}")
+            except Damaged as error:
+                damaged.append(f"{self.path(step).name} is damaged ({error})")
+            else:
+                self._intact = [step]
+                break
+        if damaged and not self._intact:
+            raise typer.BadParameter(
+                f"no checkpoint in {self._output} is intact: {'; '.join(damaged)}. Put a copy of one back, or remove "
+                "these folders: --resume then begins at the first step, with the same options",
+                param_hint="--output",
+            )
+        for line in damaged:
+            say(f"{line}: the run goes on from checkpoint-{self.done}")
+
+    def add(self, step: int) -> None:
+        """Take over what the trainer has written; the newest two that are intact are kept."""
+        publish(self.partial / f"checkpoint-{step}", self.path(step), step)
+        self._intact = [*self._intact, step][-_KEPT:]
+        for other in self._steps():
+            if other not in self._intact:
+                remove(self.path(other))
+
+    def history(self) -> list[dict[str, Any]]:
+        """What the trainer had logged when it wrote the newest intact checkpoint."""
+        if not self.done:
+            return []
+        state = (self.path(self.done) / "trainer_state.json").read_text(encoding="utf-8")
+        return cast("list[dict[str, Any]]", json.loads(state)["log_history"])
+
+    def _steps(self) -> list[int]:
+        names = (_NAME.fullmatch(path.name) for path in self._output.glob("checkpoint-*"))
+        return [int(name[1]) for name in names if name]

@@ -1,0 +1,139 @@
+"""Files that survive a crash, and folders of which each byte is checked.
+
+A folder is written under another name first. It then gets a manifest, the size and the SHA-256 of each file, is flushed
+to the disk and renamed: a folder under its own name was written to the end, and a later damage is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(Exception):
+    """What is wrong with a file or folder, in a few words."""
+
+
+# ------------------------------------------------------------------------------------------------------- single files
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file such that, whenever the process or the machine stops, it has its old or its new text."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, path)
+    _flush_folder(path.parent)
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """JSON with a checksum over its values."""
+    replace(path, json.dumps({**values, "sha256": _seal(values)}, indent=2))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise Damaged(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(values, dict) or values.pop("sha256", None) != _seal(values):
+        raise Damaged(f"{path.name} has other values than were written, or no checksum")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def publish(partial: Path, folder: Path, step: int) -> None:
+    """Give a folder its manifest and its name; a folder that has that name is replaced."""
+    files = {}
+    for name in _files(partial):
+        _flush(partial / name)
+        files[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+    write_sealed(partial / MANIFEST, {"step": step, "files": files})
+    for inner in partial.rglob("*"):
+        if inner.is_dir():
+            _flush_folder(inner)
+    remove(folder)
+    partial.rename(folder)
+    _flush_folder(folder.parent)
+
+
+def verify(folder: Path) -> int:
+    """The step after which a folder was published, where each of its files is as it was then.
+
+    Raises:
+        Damaged: where one is not, is missing, or has been added.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    files = cast("dict[str, dict[str, Any]]", manifest["files"])
+    for name in _files(folder):
+        if name not in files:
+            raise Damaged(f"{name} was added to it")
+    for name, entry in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise Damaged(f"{name} has {size} bytes instead of {entry['size']}")
+            if _sha256(path) != entry["sha256"]:
+                raise Damaged(f"{name} has other bytes than were written")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    return int(manifest["step"])
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """All but the manifest, and but hidden ones, which file managers and network file systems add."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and not path.name.startswith(".") and path != folder / MANIFEST:
+            yield path.relative_to(folder).as_posix()
+
+
+def remove(path: Path) -> None:
+    """A folder or file, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

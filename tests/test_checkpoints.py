@@ -1,0 +1,287 @@
+"""Damaged files of a run of ``fused-gopd distill``: found, named, and never a reason for another result.
+
+The tests marked ``slow`` (``make test-faults``) resume a run after each damage, and kill runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+from test_distill import Files, assert_same_weights, invoke, runner, small
+
+from fused_gopd.cli import app, durable
+from fused_gopd.cli.distill import figures, options
+from fused_gopd.cli.distill.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupts, with the checkpoints of its last two steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    invoke(*small(files, folder, "--save-every", "1", steps=STEPS))
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{**json.loads(line), "seconds": None} for line in lines]
+
+
+def assert_same_result(run: Path, whole: Path) -> None:
+    assert_same_weights(run / "model", whole / "model")
+    assert rows(run) == rows(whole)
+
+
+# -------------------------------------------------------------------------------- damages
+
+
+def flip(content: bytes, place: float = 0.5) -> bytes:
+    i = int(place * (len(content) - 1))
+    return content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "without its last byte": lambda content: content[:-1],
+    "one bit flipped": flip,
+}
+
+
+@contextmanager
+def damaged(path: Path, damage: str) -> Iterator[None]:
+    content = path.read_bytes()
+    changed = DAMAGES[damage](content)
+    if changed is None:
+        path.unlink()
+    else:
+        path.write_bytes(changed)
+    yield
+    path.write_bytes(content)
+
+
+def cases(folder: Path) -> list[tuple[Path, str]]:
+    """Every damage of every file of a folder."""
+    found = [(path, damage) for path in sorted(folder.rglob("*")) if path.is_file() for damage in DAMAGES]
+    assert len(found) >= 50
+    return found
+
+
+def search(run: Path) -> tuple[int, list[str]]:
+    """The steps of the checkpoint that a resumed run goes on from, and what is said."""
+    said: list[str] = []
+    found = Checkpoints(run)
+    found.find(said.append)
+    return found.done, said
+
+
+def test_each_damage_of_a_file_is_found_and_the_older_checkpoint_taken(run: Path) -> None:
+    for path, damage in cases(run / "checkpoint-4"):
+        with damaged(path, damage):
+            done, (line,) = search(run)
+        assert done == 3, (path.name, damage)
+        assert line.startswith(f"checkpoint-4 is damaged ({path.name} "), (path.name, damage)
+        assert line.endswith("the run goes on from checkpoint-3")
+    assert search(run) == (4, [])
+
+
+def _rename(run: Path) -> None:
+    (run / "checkpoint-4").rename(run / "checkpoint-5")
+
+
+def _add(run: Path) -> None:
+    shutil.copy(run / "checkpoint-4" / "optimizer.pt", run / "checkpoint-4" / "optimizer.bin")
+
+
+def _of_another_step(run: Path) -> None:
+    for name in ("trainer_state.json", "rng_state.pth"):
+        shutil.copy(run / "checkpoint-3" / name, run / "checkpoint-4" / name)
+
+
+def _file_in_its_place(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "checkpoint-4").write_text("")
+
+
+def _dangling_link(run: Path) -> None:
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    (run / "checkpoint-4" / "optimizer.pt").symlink_to(run / "nowhere")
+
+
+def _folder_for_a_file(run: Path) -> None:
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    (run / "checkpoint-4" / "optimizer.pt").mkdir()
+
+
+@pytest.mark.parametrize(
+    "change", [_rename, _add, _of_another_step, _file_in_its_place, _dangling_link, _folder_for_a_file]
+)
+def test_a_checkpoint_that_was_changed_otherwise_is_not_taken(run: Path, change: Callable[[Path], None]) -> None:
+    change(run)
+    done, (line,) = search(run)
+    assert done == 3
+    assert "is damaged" in line
+
+
+def test_each_flipped_bit_of_a_manifest_or_of_the_options_is_found(run: Path) -> None:
+    for path in (run / "checkpoint-4" / durable.MANIFEST, run / options.FILE):
+        content = path.read_bytes()
+        for i in range(len(content)):
+            path.write_bytes(flip(content, i / (len(content) - 1)))
+            with pytest.raises(durable.Damaged):
+                durable.read_sealed(path)
+
+
+def test_a_hidden_file_of_the_system_is_no_damage(run: Path) -> None:
+    (run / "checkpoint-4" / ".DS_Store").write_text("")
+    assert search(run) == (4, [])
+
+
+STRANGE = ("checkpoint-", "checkpoint-4.bak", "checkpoint-x", "checkpoint-²", "checkpoint-04", "checkpoint--1", "my-9")
+
+
+def test_a_run_goes_on_from_the_intact_checkpoint_and_ends_the_same(run: Path, whole: Path) -> None:
+    """With a damaged newest checkpoint, damaged figures, half a result and strange folders."""
+    for name in STRANGE:
+        shutil.copytree(run / "checkpoint-4", run / name)
+    (run / "model").rename(run / "model.partial")
+    (run / "model.partial" / "model.safetensors").write_bytes(b"")
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 9}\nnot JSON\xff\n5\n{}\n')
+    output = invoke("--resume", "--output", str(run))
+    assert "checkpoint-4 is damaged (optimizer.pt is missing): the run goes on from checkpoint-3" in output
+    assert "steps 4 to 4 of" in output
+    assert_same_result(run, whole)
+    assert {durable.verify(run / f"checkpoint-{step}") for step in (3, 4)} == {3, 4}
+    for name in STRANGE:
+        assert sorted(os.listdir(run / name)) == sorted(os.listdir(run / "checkpoint-4"))
+    assert not list(run.glob("*.partial"))
+
+
+def test_where_no_checkpoint_is_intact_the_run_is_refused_with_what_to_do_instead(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "model")
+    for step, name in ((3, "scheduler.pt"), (4, "optimizer.pt")):
+        (run / f"checkpoint-{step}" / name).write_bytes(b"")
+    output = " ".join(invoke("--resume", "--output", str(run), code=2).replace("│", " ").split())
+    assert f"no checkpoint in {run} is intact: checkpoint-4 is damaged (optimizer.pt has 0 bytes" in output
+    assert "checkpoint-3 is damaged (scheduler.pt has 0 bytes" in output
+    assert "Put a copy of one back, or remove these folders: --resume then begins at the first step" in output
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    assert search(run) == (0, [])
+
+
+# -------------------------------------------------------------------------------- which ones are kept
+
+
+def write(found: Checkpoints, step: int) -> None:
+    """As the trainer writes a checkpoint."""
+    folder = found.partial / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(str(step))
+    found.add(step)
+
+
+def test_the_newest_two_intact_checkpoints_are_kept(tmp_path: Path) -> None:
+    found = Checkpoints(tmp_path)
+    for step in (1, 2, 5):
+        write(found, step)
+    assert sorted(found._steps()) == [2, 5]
+    (found.path(5) / "weights").write_text("6")
+    again = Checkpoints(tmp_path)
+    again.find(lambda line: None)
+    write(again, 3)  # the damaged one is newer by its name, and is not one of the two
+    assert sorted(again._steps()) == [2, 3]
+    write(again, 4)
+    assert sorted(again._steps()) == [3, 4]
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
+def test_a_checkpoint_that_is_not_written_to_the_end_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    found = Checkpoints(tmp_path)
+    write(found, 1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        with pytest.raises(OSError, match="No space left"):
+            write(found, 2)
+    assert found.done == 1
+    assert search(tmp_path) == (1, [])
+
+
+# -------------------------------------------------------------------------------- the result, and the run's own files
+
+
+def test_each_damage_of_the_result_is_found_and_nothing_in_it_is_replaced(run: Path) -> None:
+    for path in sorted((run / "model").iterdir()):
+        for damage in DAMAGES:
+            with damaged(path, damage), pytest.raises(durable.Damaged, match=path.name):
+                durable.verify(run / "model")
+    (run / "model" / "mine.gguf").write_text("mine")
+    for more in ([], ["--steps", "9"]):
+        output = " ".join(invoke("--resume", "--output", str(run), *more, code=2).replace("│", " ").split())
+        assert f"{run / 'model'} is not as this command wrote it (mine.gguf was added to it): move it away" in output
+    (run / "model" / "mine.gguf").unlink()
+    assert "has done its 4 steps" in invoke("--resume", "--output", str(run), code=2)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_options_are_restored_from_a_checkpoint(run: Path, damage: str) -> None:
+    content = (run / options.FILE).read_bytes()
+    with damaged(run / options.FILE, damage):
+        output = " ".join(invoke("--resume", "--output", str(run), code=2).replace("│", " ").split())
+    command = f"cp {run / 'checkpoint-4' / options.FILE} {run / options.FILE}"
+    assert f"{command} " in output
+    subprocess.run(command.split(), check=True)
+    assert (run / options.FILE).read_bytes() == content
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "distill.json"
+    durable.replace(path, "old")
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(os, function, lambda *_: 1 / 0)
+            durable.replace(path, "new")
+        assert path.read_text() == "old"
