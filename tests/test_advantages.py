@@ -143,6 +143,74 @@ def test_a_hook_cannot_write_into_the_callers_tensors():
     assert torch.equal(lam, before[1])
 
 
+ALONE = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "clipped": {"old": True, "clip": (0.1, 0.2), "clip_dual": 1.5, "advantage_clip": 1.0},
+    "sequences": {"old": True, "ratio": "sequence", "reduction": "seq-mean-token-mean"},
+    "importance": {"rollout": True, "rollout_is_cap": 1.1, "labels": True},
+}
+
+
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
+def test_advantages_of_ones_own_need_no_models(options, machine):
+    """The same bits as with a teacher whose log-probs the function does not read, and as the reference."""
+    options, batch = dict(options), make_batch(87, shape=(4, 6), dtype=machine.dtype)
+    near = fg.token_logprobs(batch.student, batch.token_ids).detach() - 0.1 * torch.rand(4, 6, dtype=machine.dtype)
+    for name in ("old", "rollout"):
+        if options.pop(name, False):
+            options[f"{name}_logprobs"] = near
+    if options.pop("labels", False):
+        options["sft_labels"] = batch.token_ids
+    mine, seen = torch.randn(4, 6, dtype=machine.dtype), []
+    hook = lambda stats: (seen.append(stats), mine.reshape(-1)[stats.index])[1]  # noqa: E731
+
+    def call(function, teacher, **more):
+        batch.student = trainable(batch.student)
+        out = function(batch.student, teacher, None, batch.token_ids, mask=batch.mask, **options, **more)
+        return out, torch.autograd.grad(out.loss.sum(), batch.leaves, retain_graph=True), batch.leaves
+
+    fused = {"backend": machine.backend, "chunk_size": 5, "advantage_fn": hook}
+    out, grads, leaves = call(fg.gopd_loss, None, **fused)
+    assert seen[0].student_entropy is not None
+    names = ("advantages", "teacher_logprobs", "ref_logprobs", "teacher_entropy", "ref_entropy")
+    assert all(getattr(stats, name) is None for stats in seen for name in names)
+    again = torch.autograd.grad(out.loss.sum(), leaves)
+    want, want_grads, _ = call(fg.gopd_loss, batch.teacher, **fused)
+    assert all(torch.equal(a, b) for a, b in zip((*grads, *again), (*want_grads, *want_grads), strict=True))
+    for name in ("loss", "token_loss", "advantages", "student_logprobs", "entropy"):
+        assert torch.equal(getattr(out, name), getattr(want, name)), name
+    assert out.teacher_logprobs is None
+    assert out.ref_logprobs is None
+    assert set(want.metrics()) - set(out.metrics()) == {"kl_teacher", "impossible"}
+    assert out.metrics()["advantage"] == want.metrics()["advantage"]
+    dense, dense_grads, _ = call(fg.reference.gopd_loss, None, advantage_fn=hook)
+    assert_close(out.token_loss, dense.token_loss, machine.tolerance)
+    assert_all_close(grads, dense_grads, machine.tolerance)
+    compiled = torch.compile(lambda student: fg.gopd_loss(student, None, None, batch.token_ids, mask=batch.mask, **options,
+                             **fused).loss, backend="aot_eager")  # fmt: skip
+    assert torch.equal(compiled(batch.student), out.loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reward_scale": 1.25},
+        {"reward_scale": torch.tensor(1.0)},
+        {"logprob_min": -5.0},
+        {"baseline": "expected"},
+        {"score_cancelled": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_without_models_what_acts_on_them_is_refused(options):
+    batch = make_batch(88)
+    (name,) = options
+    module = fg.GOPDLoss(advantage_fn=lambda s: s.student_logprobs, **options)
+    with pytest.raises(ValueError, match=f"{name} needs a teacher or a reference"):
+        module(batch.student, None, None, batch.token_ids)
+
+
 def test_the_module_takes_a_hook_per_batch():
     batch = make_batch(86, shape=(6,), masked=False)
     module = fg.GOPDLoss(reward_scale=1.25, advantage_fn=lambda s: s.advantages)

@@ -195,6 +195,11 @@ CASES = {
     "no reference at 0": ({"ref": None, "reward_scale": 0.0}, ValueError, "ref must be given for reward_scale=0.0"),
     "no teacher": ({"teacher": None, "reward_scale": 0.5}, ValueError, "teacher must be given for reward_scale=0.5"),
     "no teacher at 1": ({"teacher": None}, ValueError, "teacher must be given for reward_scale=1.0"),
+    "no teacher but a reference": (
+        {"teacher": None, "advantage_fn": len},
+        ValueError,
+        "teacher must be given for reward_scale=1.0",
+    ),
     "tensor lambda without reference": (
         {"ref": None, "reward_scale": torch.tensor(1.0)},
         ValueError,

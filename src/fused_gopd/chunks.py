@@ -367,7 +367,7 @@ class Job:
             statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1, rows] = self.advantages[:, rows]
             return
         student, teacher, ref = self.model_logprobs(statistics, rows)
-        if teacher is None and ref is None:
+        if teacher is None and ref is None and self.advantage_fn is None:
             return  # log-probs alone are asked for
 
         old = None if self.old_logprobs is None else self.old_logprobs[rows]

@@ -147,7 +147,8 @@ class TokenStats:
 
     Attributes:
         index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
-        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite.
+        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite;
+            None without a teacher and a reference.
         student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
             given (teacher and reference); None for a model that has cancelled.
         old_logprobs: as given, or None.
@@ -160,7 +161,7 @@ class TokenStats:
     """
 
     index: Tensor
-    advantages: Tensor
+    advantages: Tensor | None
     student_logprobs: Tensor
     teacher_logprobs: Tensor | None
     ref_logprobs: Tensor | None
@@ -178,7 +179,7 @@ def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
     """The hook's advantages (C,), checked."""
     with torch.no_grad():
         value = hook(stats)
-    expected = stats.advantages
+    expected = stats.student_logprobs
     if not isinstance(value, Tensor):
         raise TypeError(f"advantage_fn must return a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -205,10 +206,14 @@ def advantages_of(
     if surrogate.logprob_min is not None:
         teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
     behaviour = stats.student_logprobs if stats.old_logprobs is None else stats.old_logprobs
-    adv, finite = advantage(stats.reward_scale, behaviour, teacher, ref)
+    adv: Tensor | None = None
+    finite = ~torch.isneginf(behaviour)
+    if teacher is not None or ref is not None:
+        adv, finite = advantage(stats.reward_scale, behaviour, teacher, ref)
     if hook is not None:
         adv = call_hook(hook, replace(stats, advantages=adv, teacher_logprobs=teacher, ref_logprobs=ref))
         finite = ~torch.isneginf(behaviour)
+    assert adv is not None
 
     def bounded(x: Tensor) -> Tensor:
         if surrogate.advantage_clip is not None:

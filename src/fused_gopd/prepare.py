@@ -483,8 +483,21 @@ def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object
     return beta
 
 
-def _require_models(lam: float | Tensor, given: dict[str, dict[str, Any]]) -> None:
-    """The models that lambda asks for are there."""
+def _require_models(
+    lam: float | Tensor, given: dict[str, dict[str, Any]], advantage_fn: object, options: dict[str, bool]
+) -> None:
+    """The models that lambda needs are given.
+
+    An ``advantage_fn`` needs none, and without any model ``options``, which act on teacher or reference, are refused.
+    """
+    if advantage_fn is not None and not any(given.values()):
+        for name, chosen in {"reward_scale": isinstance(lam, Tensor) or lam != 1, **options}.items():
+            if chosen:
+                raise ValueError(
+                    f"{name} needs a teacher or a reference: with an advantage_fn and neither of them it has nothing "
+                    "to act on"
+                )
+        return
     if isinstance(lam, Tensor):
         for name, models in given.items():
             if not models:
@@ -636,7 +649,10 @@ def prepare(
     sequences = check_cu_seqlens(cu_seqlens, shape, device)
     lam = _check_reward_scale(reward_scale, sequences, device)
     count, route = _check_routes(teacher, ref, teacher_index, sequences, device)
-    _require_models(lam, given)
+    of_models = {"logprob_min": logprob_min is not None, "baseline": baseline != "none"}
+    _require_models(
+        lam, given, advantage_fn if estimator == "sampled" else None, {**of_models, "score_cancelled": score_cancelled}
+    )
     if token_ids is None:
         if estimator == "sampled":
             raise ValueError("token_ids must be given for estimator='sampled'")

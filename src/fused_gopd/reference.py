@@ -264,13 +264,16 @@ def _advantages(
     if s.logprob_min is not None:
         lq, lr = (None if x is None else x.clamp_min(s.logprob_min) for x in (lq, lr))
     behaviour = lp if p.old_logprobs is None else p.old_logprobs
-    advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
+    advantages: Tensor | None = None
+    if lq is not None or lr is not None:
+        advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
     if p.advantage_fn is not None:
         index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
         stats = TokenStats(
             index, advantages, lp, lq, lr, p.old_logprobs, entropy, teacher_entropy, ref_entropy, p.reward_scale
         )
         advantages, finite = objective.call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
+    assert advantages is not None
     used = advantages if expected is None else advantages + expected
     low, high = s.advantage_clip or (-math.inf, math.inf)
     return torch.where(finite, used.clamp(low, high), 0), torch.where(finite, advantages.clamp(low, high), 0)
