@@ -187,8 +187,10 @@ def test_advantages_of_ones_own_need_no_models(options, machine):
     dense, dense_grads, _ = call(fg.reference.gopd_loss, None, advantage_fn=hook)
     assert_close(out.token_loss, dense.token_loss, machine.tolerance)
     assert_all_close(grads, dense_grads, machine.tolerance)
-    compiled = torch.compile(lambda student: fg.gopd_loss(student, None, None, batch.token_ids, mask=batch.mask, **options,
-                             **fused).loss, backend="aot_eager")  # fmt: skip
+    given = {"mask": batch.mask, **options, **fused}
+    compiled = torch.compile(
+        lambda student: fg.gopd_loss(student, None, None, batch.token_ids, **given).loss, backend="aot_eager"
+    )
     assert torch.equal(compiled(batch.student), out.loss)
 
 
