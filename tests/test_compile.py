@@ -434,6 +434,12 @@ WRONG = [
     ({"mask": torch.full((2, 5), 0.5)}, ValueError, "mask must hold 0 and 1 only, got 0.5"),
     ({"token_ids": ids + 37}, IndexError, r"token_ids must be in \[0, 37\)"),
     ({"token_ids": ids.masked_fill(ids > 5, -100)}, ValueError, "-100 but no mask is given"),
+    ({"old_logprobs": torch.ones(2, 5)}, ValueError, "old_logprobs must be log-probabilities"),
+    (
+        {"sequence_lengths": torch.tensor(1), "reduction": "seq-mean-token-mean"},
+        ValueError,
+        "sequence_lengths must be at least the number of live tokens",
+    ),
     ({"sft_labels": ids - 38}, IndexError, r"sft_labels must be in \[0, 37\)"),
     ({"reward_scale": 1.25, "ref": None}, ValueError, r"ref must be given for reward_scale=1\.25"),
     ({"normalizer": -3}, ValueError, "normalizer must be positive, got -3"),

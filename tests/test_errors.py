@@ -265,6 +265,34 @@ CASES = {
     "mask weights": ({"mask": MASK.float() * 0.5}, ValueError, "mask must hold 0 and 1 only, got 0.5"),
     "mask nan": ({"mask": MASK.double().log()}, ValueError, "mask must hold 0 and 1 only, got -inf"),
     "mask values": ({"mask": MASK.long() * 2}, ValueError, "mask must hold 0 and 1 only, got 2"),
+    # log-probs from elsewhere
+    "teacher probabilities": (
+        {"teacher": fg.TokenLogProbs(OLD.exp())},
+        ValueError,
+        r"teacher.logprobs must be log-probabilities, at most 0 \(up to 0.25 of rounding\).*got 0.367879",
+    ),
+    "ref negative log-probs": (
+        {"ref": fg.TokenLogProbs(-OLD), "reward_scale": 1.25},
+        ValueError,
+        "ref.logprobs must be log-probabilities.*got 1",
+    ),
+    "ref of a cancelled model": (
+        {"ref": fg.TokenLogProbs(-OLD), "score_cancelled": True},
+        ValueError,
+        "ref.logprobs must be log-probabilities.*got 1",
+    ),
+    "probabilities in a list": (
+        {"teacher": [Q, fg.TokenLogProbs(OLD.exp())], "teacher_index": torch.ones(B, T).long()},
+        ValueError,
+        r"teacher\[1\].logprobs must be log-probabilities",
+    ),
+    "old probabilities": ({"old_logprobs": OLD.exp()}, ValueError, "old_logprobs must be log-probabilities.*got 0.367"),
+    "rollout inf": ({"rollout_logprobs": OLD * -math.inf}, ValueError, "rollout_logprobs must be log-prob.*got inf"),
+    "top-k probabilities": (
+        {"teacher": fg.TopKLogProbs(IDS[..., None], OLD.exp()[..., None]), "estimator": "topk"},
+        ValueError,
+        "teacher.logprobs must be log-probabilities, whose exponentials sum to at most 1",
+    ),
     # old log-probs and clip
     "old in full": (dict(old_logprobs=OLD, **FULL), ValueError, "old_logprobs is an option of estimator='sampled'"),
     "old shape": ({"old_logprobs": OLD[:, 1:]}, ValueError, r"old_logprobs.*\(2, 3\).*\(2, 2\)"),
@@ -366,6 +394,11 @@ CASES = {
         ValueError,
         r"sequence_lengths.*\(2,\).*\(3,\)",
     ),
+    "lengths too short": (
+        {"sequence_lengths": torch.tensor([3, 1]), "reduction": "seq-mean-token-mean", "mask": None},
+        ValueError,
+        "sequence_lengths must be at least the number of live tokens that each sequence has here, got 1",
+    ),
     "lengths list": (
         {"sequence_lengths": [3, 3], "reduction": "seq-mean-token-mean"},
         TypeError,
@@ -388,6 +421,22 @@ def test_gopd_loss_names_what_is_wrong(function, case):
     arguments = {"student": S, "teacher": Q, "ref": R, "token_ids": IDS, "mask": MASK} | changes
     with pytest.raises(error, match=message):
         function(**arguments)
+
+
+@pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
+def test_rounding_and_what_is_not_read_is_no_wrong_log_prob(function):
+    """Up to the bound, at masked tokens, and where lambda cancels the model."""
+    wrong = torch.where(MASK, 0.25, 7.0)
+    assert not MASK.all()
+    scores = fg.TokenLogProbs(wrong)
+    own = {"old_logprobs": wrong, "rollout_logprobs": wrong, "mask": MASK}
+    assert function(S, scores, scores, IDS, reward_scale=1.25, **own).loss.isfinite()
+    cancelled = torch.full((B, T), 1.0)
+    assert function(S, scores, fg.TokenLogProbs(-9 * OLD), IDS, reward_scale=cancelled, mask=MASK).loss.isfinite()
+    assert function(S, scores, fg.TokenLogProbs(-9 * OLD), IDS, mask=MASK).loss.isfinite()
+    assert function(S, fg.TokenLogProbs(OLD * math.nan), None, IDS).loss.isnan()  # a diverged model is seen, as ever
+    lengths = MASK.sum(1)
+    assert function(S, Q, R, IDS, mask=MASK, reduction="seq-mean-token-mean", sequence_lengths=lengths).loss.isfinite()
 
 
 @pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])

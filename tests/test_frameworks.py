@@ -127,6 +127,17 @@ def test_masked_tokens_may_hold_anything(scores):
     assert torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("name", ["student", "teacher", "ref", "old", "rollout"])
+def test_probabilities_are_no_log_probs(scores, name):
+    given = {x: getattr(scores, x).detach() for x in ("student", "teacher", "ref", "old")} | {"rollout": scores.old}
+    given[name] = given[name].masked_fill(scores.mask, 0.9)
+    arguments = {f"{x}_logprobs": given[x] for x in given}
+    with pytest.raises(ValueError, match=f"{name}_logprobs must be log-probabilities.*got 0.9"):
+        logprobs.sampled_loss(**arguments, mask=scores.mask, reward_scale=1.25)
+    given[name] = given[name].masked_fill(scores.mask, -0.9).masked_fill(~scores.mask, 0.9)
+    logprobs.sampled_loss(**{f"{x}_logprobs": given[x] for x in given}, mask=scores.mask, reward_scale=1.25)
+
+
 def test_a_token_that_a_model_rules_out_has_no_loss(scores):
     teacher = scores.teacher.clone()
     teacher[2, 3] = -torch.inf

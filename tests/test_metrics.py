@@ -111,6 +111,10 @@ def test_what_a_metric_refuses():
         a + b
     with pytest.raises(KeyError, match="no metric 'rewards'; there are tokens, loss"):
         a["rewards"]
+    assert a.get(3) is None  # type: ignore[call-overload]
+    assert ("tokens",) not in a
+    with pytest.raises(KeyError, match="no metric 3; there are tokens, loss"):
+        a[3]  # type: ignore[index]
     with pytest.raises(TypeError):
         a + 1.0  # type: ignore[operator]
     assert isinstance(a, Metrics)

@@ -15,6 +15,10 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The label of no token, everywhere in this field.
 IGNORE = -100
 
+# A log-prob is at most 0 but for rounding. It is a logit less a log-sum, of a magnitude below 128 in language models, of
+# which one may have been rounded to bfloat16, whose numbers there are 1/2 apart: off by half of that.
+MOST_LOGPROB = 0.25
+
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
@@ -90,6 +94,13 @@ def require_mask(name: str, mask: object) -> Tensor:
     live = mask != 0
     refuse(live & (mask != 1), mask, ValueError, f"{name} must hold 0 and 1 only")
     return live
+
+
+def require_logprobs(name: str, values: Tensor, counts: Tensor | None = None) -> None:
+    """Raise where log-probs of live tokens are above what rounding explains; only ``counts`` (bool) is checked."""
+    wrong = values > MOST_LOGPROB
+    message = f"{name} must be log-probabilities, at most 0 (up to {MOST_LOGPROB} of rounding), where not masked"
+    refuse(wrong if counts is None else wrong & counts, values, ValueError, message)
 
 
 def require_reverse_mode(name: str, student: object) -> None:

@@ -225,7 +225,8 @@ class TokenLogProbs:
     """Log-probs of the sampled tokens, computed elsewhere; for a teacher or reference of ``estimator="sampled"``.
 
     Args:
-        logprobs: (...) of the token shape, floating, <= 0; entries at masked positions are ignored.
+        logprobs: (...) of the token shape, floating, <= 0; entries at masked positions are ignored. One that is above 0
+            by more than rounding makes it (0.25) is refused by the call.
     """
 
     logprobs: Tensor

@@ -121,7 +121,8 @@ def gopd_loss(
             weight is applied (old_logprobs, rollout_logprobs, advantage_fn, sft_labels); all others do not.
         normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
             or one-element tensor. Default: this call's own count.
-        sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``.
+        sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``: at least
+            as many as it has here.
         cu_seqlens: (B + 1,) int32 or int64 bounds of packed sequences in tokens of shape (N,), from 0 to N; for
             reductions and options that know sequences. Where B = N, values (N,) are per token.
 
@@ -139,7 +140,8 @@ def gopd_loss(
             all models are then normalised over the joint support: a token outside it has advantage 0, whatever
             ``logprob_min`` is.
         advantage_clip: a bound on the advantage's magnitude, or a pair (low, high).
-        old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old.
+        old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old. Like all
+            log-probs that are given, they must not be above 0 by more than rounding makes them (0.25).
         ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
             of the token (GSPO-token; Zheng et al. 2025). Recomputes the logits in the backward.
         clip: (epsilon_low, epsilon_high) of PPO's clipped surrogate.

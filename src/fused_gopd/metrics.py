@@ -117,6 +117,8 @@ class Metrics(Mapping[str, Tensor]):
         return total / count
 
     def __getitem__(self, name: str) -> Tensor:
+        if not isinstance(name, str):  # get() and `in` take any key
+            raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
         if name == "tokens":
             return self.sums[self._names.index(name), 0]
         if name.removesuffix("_std") in self._STD and name.endswith("_std") and name[:-4] in self._names:

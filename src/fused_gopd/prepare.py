@@ -23,6 +23,7 @@ from .checks import (
     require_device,
     require_float,
     require_integer,
+    require_logprobs,
     require_mask,
     require_number,
     require_shape,
@@ -192,6 +193,39 @@ def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device)
     require_shape(name, x, shape, "student")
     require_device(name, x, device)
     return x.detach()
+
+
+def _live_logprobs(name: str, x: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor | None:
+    """(n,) of the live tokens."""
+    if x is None:
+        return None
+    live = rows.take(x).to(dtype).contiguous()
+    require_logprobs(name, live)
+    return live
+
+
+def _check_scores(
+    models: dict[str, tuple[Source, ...]],
+    given: dict[str, dict[str, Any]],
+    rows: TokenRows,
+    slices: list[tuple[int, int]],
+    lam: float | Tensor,
+) -> None:
+    """The live log-probs of sampled tokens that teacher and reference bring, where lambda does not cancel them."""
+    for name, cancelled_at in (("teacher", 0.0), ("ref", 1.0)):
+        names = list(given[name]) * (len(slices) if len(given[name]) == 1 else 1)
+        for label, model, (start, stop) in zip(names, models[name], slices, strict=False):
+            if isinstance(model, TokenLogProbs):
+                counts = lam[start:stop] != cancelled_at if isinstance(lam, Tensor) else None
+                require_logprobs(f"{label}.logprobs", rows.take(model.logprobs.detach(), start, stop), counts)
+
+
+def _check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) -> None:
+    """Global lengths of sequences cover the live tokens that they have here."""
+    live = torch.ones(sequences.shape, dtype=torch.bool, device=lengths.device) if mask is None else mask
+    each = lengths.expand(sequences.count)
+    message = "sequence_lengths must be at least the number of live tokens that each sequence has here"
+    refuse(~(each >= sequences.sum(live)), each, ValueError, message)
 
 
 def _check_reward_scale(value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
@@ -678,6 +712,8 @@ def prepare(
     rollout = None if rollout_logprobs is None else _check_vector("rollout_logprobs", rollout_logprobs, shape, device)
     normalizer, sequence_lengths = _check_normalizer(normalizer, sequence_lengths, reduction, sequences, device)
     live_mask = None if mask is None else check_mask(mask, shape, device)
+    if sequence_lengths is not None:
+        _check_lengths(sequence_lengths, sequences, live_mask)
     joint = _joint_vocab_size({"student": student, **others}, vocab_size)
     if baseline == "expected":
         for name, model in others.items():
@@ -719,6 +755,9 @@ def prepare(
     if rows.keep is not None:
         weights = weights * rows.keep
     lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam
+    old = _live_logprobs("old_logprobs", old, rows, dtype)
+    rollout = _live_logprobs("rollout_logprobs", rollout, rows, dtype)
+    _check_scores(routed if score_cancelled else needed, given, rows, _slices(stops), lam)
     return Prepared(
         estimator,
         student,
@@ -731,8 +770,8 @@ def prepare(
         joint,
         lam,
         ids,
-        None if old is None else rows.take(old).to(dtype).contiguous(),
-        None if rollout is None else rows.take(rollout).to(dtype).contiguous(),
+        old,
+        rollout,
         surrogate,
         advantage_fn,
         truncation,

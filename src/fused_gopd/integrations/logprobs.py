@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import require_device, require_float, require_number, require_shape
+from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
 from ..objective import PolicyTerm, Sequences, Surrogate, TokenStats, advantages_of, policy_term
 from ..output import GOPDOutput
 from ..prepare import check_cu_seqlens, check_mask, check_surrogate
@@ -119,13 +119,20 @@ def sampled_loss(
         require_device(name, x, device)
         return x.detach().to(dtype).masked_fill(~live, 0)
 
-    teacher, ref = vector("teacher_logprobs", teacher_logprobs), vector("ref_logprobs", ref_logprobs)
-    old, rollout = vector("old_logprobs", old_logprobs), vector("rollout_logprobs", rollout_logprobs)
-    if teacher is None:
+    def logprobs(name: str, x: Tensor | None, needed: bool = True) -> Tensor | None:
+        values = vector(name, x)
+        if values is not None and needed:
+            require_logprobs(name, values)
+        return values
+
+    if teacher_logprobs is None:
         raise ValueError("teacher_logprobs must be given")
-    reward_scale = require_reference(reward_scale, ref, "pass ref_logprobs")
+    reward_scale = require_reference(reward_scale, ref_logprobs, "pass ref_logprobs")
+    teacher = logprobs("teacher_logprobs", teacher_logprobs, reward_scale != 0)
+    ref = logprobs("ref_logprobs", ref_logprobs, reward_scale != 1)
+    old, rollout = logprobs("old_logprobs", old_logprobs), logprobs("rollout_logprobs", rollout_logprobs)
     surrogate = check_options(old_logprobs=old, rollout_logprobs=rollout, sequences=sequences, **options)
-    known = vector("student_logprobs", student_logprobs)
+    known = logprobs("student_logprobs", student_logprobs)
     assert known is not None
     nothing = torch.full_like(known, torch.nan)
     entropy = nothing if entropy is None else vector("entropy", entropy)
