@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import email.utils
+import html
 import json
 import math
+import os
+import signal
 import threading
 import time
+import traceback
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -19,8 +25,8 @@ import fused_gopd as fg
 
 pytest.importorskip("httpx")
 
-from fused_gopd.integrations import server
-from fused_gopd.integrations.server import ServerTeacher, TeacherServerError
+from fused_gopd.integrations.addresses import environment_proxy
+from fused_gopd.integrations.server import ServerTeacher, TeacherServerError, http
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -361,8 +367,9 @@ def test_the_training_s_random_numbers_are_left_alone(vllm: Server) -> None:
         status(429, {"message": "slow down"}),
         hang_up,
         slow(0.6),
+        status(200, b"no gzip", {"Content-Encoding": "gzip"}),
     ],
-    ids=["500", "503", "429", "hung up", "slow"],
+    ids=["500", "503", "429", "hung up", "slow", "broken compression"],
 )
 def test_what_may_pass_is_asked_again(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
     with vllm.teacher(timeout=0.3, retries=2) as teacher:
@@ -381,14 +388,62 @@ def test_retry_after_is_kept_to(vllm: Server) -> None:
 
 def test_retry_after_may_be_a_date() -> None:
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
-    assert 50 < server._retry_after(in_a_minute) <= 60
-    assert server._retry_after("soon") is None
+    assert 50 < http._retry_after(in_a_minute) <= 60
+    assert http._retry_after("soon") is None
 
 
 def test_waits_double_up_to_a_bound(vllm: Server) -> None:
     with vllm.teacher(backoff=1.0) as teacher:
-        waits = [teacher._pause(attempt, None) for attempt in range(12)]
+        waits = [teacher._connection._pause(attempt, None) for attempt in range(12)]
     assert all(0.5 * min(30.0, 2.0**n) <= wait <= min(30.0, 2.0**n) for n, wait in enumerate(waits))
+
+
+def test_patience_outlasts_a_restart(vllm: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with vllm.teacher(retries=0, patience=30.0) as teacher:
+        vllm.faults = [status(503, b""), hang_up, status(500, b""), hang_up]
+        (scored,) = teacher.score([[1, 2]], [1])
+    assert scored.logprobs == pytest.approx([vllm.model.logprobs([1])[0][2]])
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("fused_gopd")]
+    assert ["asked again for up to 30 s" in said[0], "answers again" in said[1], len(said)] == [True, True, 2]
+
+
+def test_patience_ends(vllm: Server) -> None:
+    with vllm.teacher(retries=0, patience=0.3) as teacher:
+        vllm.faults = [status(503, b"")] * 1000
+        started = time.monotonic()
+        with pytest.raises(TeacherServerError, match=r"no answer .* in \d+ attempts.*raise retries or patience"):
+            teacher.score([[1, 2]], [1])
+    assert 0.3 <= time.monotonic() - started < 3
+    assert len(vllm.faults) < 999
+
+
+def test_patience_is_for_a_server_that_has_answered() -> None:
+    started = time.monotonic()
+    with pytest.raises(TeacherServerError, match="in 2 attempts"):
+        ServerTeacher("http://127.0.0.1:9", "teacher", retries=1, backoff=0.01, patience=3600.0)
+    assert time.monotonic() - started < 5
+
+
+def test_an_interrupt_abandons_what_is_under_way(vllm: Server) -> None:
+    abandoned = threading.Semaphore(0)  # connections that the client has closed
+
+    def never_answer(handler: Handler, answer: Any) -> None:
+        if handler.server.under_way == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        handler.connection.settimeout(10)
+        if handler.connection.recv(1) == b"":
+            abandoned.release()
+
+    with vllm.teacher(timeout=60.0, batch_size=1) as teacher:
+        vllm.faults = [never_answer] * 2
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            teacher.score([[1, 2], [3, 4]], [1, 1])
+        assert all(abandoned.acquire(timeout=5) for _ in range(2))
+    assert time.monotonic() - started < 5
+    # the interpreter joins those at its end
+    waited_for = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    assert not waited_for
 
 
 def test_a_refusal_is_not_repeated(vllm: Server) -> None:
@@ -448,8 +503,16 @@ def own_entry(answer: Any, api: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(math.nan, "log-prob nan"), (0.3, "log-prob 0.3"), (None, "no log-prob"), ("x", "log-prob 'x'|form")],
-    ids=str,
+    [
+        (math.nan, "log-prob nan"),
+        (0.3, "log-prob 0.3"),
+        (None, "no log-prob"),
+        ("-1.0", "log-prob '-1.0'"),
+        (False, "log-prob False"),  # which Python takes for 0
+        ([-1.0], r"log-prob \[-1.0\]"),
+        (10**400, "log-prob 1000"),
+    ],
+    ids=lambda value: str(value)[:9],
 )
 def test_what_is_no_logprob_is_refused(any_server: Server, value: Any, said: str) -> None:
     def change(answer: Any) -> None:
@@ -500,6 +563,89 @@ def test_fewer_tokens_than_asked_about_are_refused(any_server: Server) -> None:
             teacher.score([[4, 1, 2]], [1])
 
 
+def likeliest_entry(answer: Any, api: str, token_id: Any) -> None:
+    """In the place of the likeliest tokens of the last position: a token of that id, and one that is there already."""
+    if api == "vllm":
+        entries = answer["choices"][0]["prompt_logprobs"][-1]
+        own = entries["2"]
+        entries.clear()
+        entries.update({"2": own, str(token_id): {"logprob": -2.0}})
+    elif api == "sglang":
+        answer[0]["meta_info"]["input_top_logprobs"][-1] = [[-1.0, 2, None], [-2.0, token_id, None]]
+    else:
+        answer["choices"][0]["logprobs"]["top_logprobs"][-1] = {"token_id:2": -1.0, f"token_id:{token_id}": -2.0}
+
+
+@pytest.mark.parametrize(
+    ("token_id", "message"),
+    [
+        (-1, "integer of at least 0, got '?-1'?"),  # which the loss takes for no token
+        (True, "integer of at least 0, got '?True'?"),
+        (1.5, "integer of at least 0, got '?1.5'?"),
+        ("07", "integer of at least 0, got '07'"),  # JSON's key of another token, 7
+        ("٣", "integer of at least 0, got '٣'"),
+        ("", "integer of at least 0, got ''"),
+        (2**40, "integer of at least 0, got "),
+        (19, "lists token 19 among the likeliest, and vocab_size=19"),
+    ],
+    ids=str,
+)
+def test_a_likeliest_token_that_is_none_is_refused(any_server: Server, token_id: Any, message: str) -> None:
+    with any_server.teacher(top_k=2, vocab_size=V) as teacher:
+        any_server.faults = [changed(lambda answer: likeliest_entry(answer, any_server.api, token_id))]
+        with pytest.raises(TeacherServerError, match=message):
+            teacher.score([[4, 1, 2]], [1])
+
+
+def test_a_likeliest_token_that_is_there_twice_is_refused() -> None:
+    # in the other formats the tokens are the keys of an object, which are distinct
+    for sglang in serve("sglang"):
+        with sglang.teacher(top_k=2) as teacher:
+            sglang.faults = [changed(lambda answer: likeliest_entry(answer, "sglang", 2))]
+            with pytest.raises(TeacherServerError, match="sequence 0, position 2 lists token 2 twice"):
+                teacher.score([[4, 1, 2]], [1])
+
+
+def test_a_number_that_no_float_holds_is_refused() -> None:
+    def change(answer: Any) -> None:
+        answer[0]["meta_info"]["input_token_logprobs"][-1][0] = -(10**400)
+
+    for sglang in serve("sglang"):
+        with sglang.teacher() as teacher:
+            sglang.faults = [changed(change)]
+            with pytest.raises(TeacherServerError, match="token 2 has the log-prob -1000"):
+                teacher.score([[4, 1, 2]], [1])
+
+
+def test_probabilities_that_sum_to_more_than_one_are_refused(any_server: Server) -> None:
+    def change(answer: Any) -> None:
+        likeliest_entry(answer, any_server.api, 3)
+        if any_server.api == "vllm":
+            for entry in answer["choices"][0]["prompt_logprobs"][-1].values():
+                entry["logprob"] = -0.1
+        elif any_server.api == "sglang":
+            answer[0]["meta_info"]["input_top_logprobs"][-1] = [[-0.1, 2, None], [-0.1, 3, None]]
+        else:
+            answer["choices"][0]["logprobs"]["top_logprobs"][-1] = {"token_id:2": -0.1, "token_id:3": -0.1}
+
+    with any_server.teacher(top_k=2) as teacher:
+        any_server.faults = [changed(change)]
+        with pytest.raises(TeacherServerError, match=r"probabilities that sum to 1.81"):
+            teacher.score([[4, 1, 2]], [1])
+
+
+@pytest.mark.parametrize("indices", [(0, 0), (False, True), (1, 2), (0, "1"), (0.0, 1.0)], ids=str)
+def test_choices_are_told_apart_by_their_index(vllm: Server, indices: tuple[Any, Any]) -> None:
+    def change(answer: Any) -> None:
+        for choice, index in zip(answer["choices"], indices, strict=True):
+            choice["index"] = index
+
+    with vllm.teacher() as teacher:
+        vllm.faults = [changed(change)]
+        with pytest.raises(TeacherServerError, match="choices must have each index from 0 to 1 once"):
+            teacher.score([[4, 1, 2], [4, 1, 2]], [1, 1])
+
+
 def other_token(answer: Any, api: str) -> None:
     if api == "vllm":
         entries = answer["choices"][0]["prompt_logprobs"][-1]
@@ -527,7 +673,7 @@ def test_fewer_sequences_than_asked_about_are_refused(any_server: Server) -> Non
             teacher.score([[4, 1, 2], [1, 2]], [1, 1])
 
 
-@pytest.mark.parametrize("answer", [[], {"choices": 3}, {"meta_info": {}}, "well"], ids=str)
+@pytest.mark.parametrize("answer", [[], {"choices": 3}, {"choices": "ab"}, {"meta_info": {}}, "well", 1, True], ids=str)
 def test_an_answer_of_another_form_is_shown(any_server: Server, answer: Any) -> None:
     with any_server.teacher() as teacher:
         any_server.faults = [lambda handler, right: answer]
@@ -537,9 +683,10 @@ def test_an_answer_of_another_form_is_shown(any_server: Server, answer: Any) -> 
 
 def test_what_is_not_json_is_shown(vllm: Server) -> None:
     with vllm.teacher() as teacher:
-        vllm.faults = [status(200, b"<html>welcome</html>")]
-        with pytest.raises(TeacherServerError, match="not JSON: '<html>welcome"):
-            teacher.score([[4, 1, 2]], [1])
+        for content in (b"<html>welcome</html>", b"[" * 100_000, b'{"choices": "\xff"}'):
+            vllm.faults = [status(200, content)]
+            with pytest.raises(TeacherServerError, match=r"not JSON: '(<html>welcome|\[\[\[|\{\"choices)"):
+                teacher.score([[4, 1, 2]], [1])
 
 
 # -------------------------------------------------------------------------------- at the start
@@ -600,9 +747,211 @@ def test_a_tokenizer_that_cannot_be_compared_warns(vllm: Server) -> None:
 
 
 def test_key_and_headers_are_sent(vllm: Server) -> None:
-    vllm.teacher(api_key="secret", headers={"X-Team": "a"}).close()
+    vllm.teacher(api_key=" secret\r\n", headers={"X-Team": "a\n"}).close()  # as a file has them
     assert vllm.headers[0]["Authorization"] == "Bearer secret"
     assert vllm.headers[0]["X-Team"] == "a"
+
+
+# -------------------------------------------------------------------------------- what no message shows
+
+SECRET = 'hunter"2\\&x'  # with what JSON, HTML and URLs write otherwise
+
+
+def assert_hidden(error: pytest.ExceptionInfo[BaseException]) -> None:
+    shown = "".join(traceback.format_exception(error.value))
+    for form in (SECRET, json.dumps(SECRET)[1:-1], "hunter"):
+        assert form not in shown
+
+
+@pytest.mark.parametrize(
+    "key", [SECRET + " x", f"a\n{SECRET}", f"\0{SECRET}", f"{SECRET}ü", f"{SECRET}\ud800"], ids=ascii
+)
+def test_a_key_that_http_cannot_carry_is_refused_unseen(key: str) -> None:
+    for arguments in (
+        {"api_key": key},
+        {"headers": {"X-Key": key.replace(" ", "\x7f")}},
+        {"headers": {key + ":": "x"}},
+    ):
+        with pytest.raises(ValueError, match=r"api_key must be|headers") as error:
+            ServerTeacher("http://127.0.0.1:9", "teacher", **arguments)
+        assert_hidden(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"api_key": " \n"}, "api_key must be .* it is empty"),
+        ({"api_key": b"x"}, "api_key must be a str, got bytes"),
+        ({"headers": {"X": 3}}, r"headers\['X'\] must be a str, got int"),
+        ({"api_key": "x", "headers": {"authorization": "y"}}, "two authorisations"),
+        ({"api_key": "x", "base_url": "http://a:b@127.0.0.1:9"}, "base_url has a user name and api_key"),
+        ({"base_url": "http://127.0.0.1:9/?key=x"}, r"base_url .*'http://127.0.0.1:9/\?\*\*\*': it must have no query"),
+        ({"base_url": "http://127.0.0.1:99999"}, "base_url must be an address"),
+        ({"base_url": "http://[::1"}, "base_url must be an address"),
+        ({"base_url": "http://\ud800.org"}, "base_url must be an address"),
+        ({"base_url": "http://a b"}, "base_url must be an address"),
+        ({"base_url": None}, "base_url must be an address .*, got NoneType"),
+        ({"proxy": "localhost:3128"}, "proxy must be an address"),
+        ({"proxy": True}, "proxy must be an address, False for no proxy, or None, got bool"),
+        ({"patience": -1}, "patience must be at least 0 seconds"),
+        ({"extra_body": {"x": math.nan}}, "extra_body must be what JSON can have"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+    ],
+    ids=str,
+)
+def test_what_no_request_can_be_made_of_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        ServerTeacher(**{"base_url": "http://127.0.0.1:9", "model": "teacher", **arguments})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"user:{SECRET}@host",
+        f"http://user:{SECRET}/x@host",
+        f"http://user:{SECRET}@host:port",
+        f"http://user:{SECRET}#x@host",
+        f"http:/user:{SECRET}@host",
+        f"ftp://{SECRET}@host",
+        f"http://host/?key={SECRET}",
+        f"http://{SECRET}@[::1",
+    ],
+    ids=str,
+)
+def test_a_password_in_an_address_that_is_none_is_not_shown(url: str) -> None:
+    for arguments in ({"base_url": url}, {"proxy": url}):
+        with pytest.raises(ValueError, match=r"(base_url|proxy) must be an address") as error:
+            ServerTeacher(**{"base_url": "http://127.0.0.1:9", "model": "teacher", **arguments})
+        assert_hidden(error)
+
+
+def redirect(handler: Handler, answer: Any) -> None:
+    handler.send(307, b"", {"Location": f"http://u:{quote(SECRET)}@other/"})
+
+
+def long(text: str) -> str:
+    """A message that is cut within a secret."""
+    return "x" * 290 + text + "x" * 190 + text
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(401, {"error": {"message": f"no such key: {SECRET}"}}),
+        status(401, {"detail": {"headers": {"authorization": f"Bearer {SECRET}"}}}),
+        status(403, long(SECRET)),
+        status(400, html.escape(SECRET).encode()),
+        status(404, f"/{quote(SECRET)}".encode()),
+        status(500, {"message": repr({"key": SECRET})}),
+        status(200, f"<html>{SECRET}</html>".encode()),
+        status(200, long(SECRET)),
+        status(200, {"choices": [{"index": SECRET}]}),
+        status(200, {"choices": [{"index": 0, "prompt_logprobs": [None, {"2": {"logprob": SECRET}}]}]}),
+        redirect,
+    ],
+    ids=range(11),
+)
+def test_what_a_server_repeats_is_not_shown(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
+    for arguments in (
+        {"api_key": SECRET},
+        {"headers": {"X-Key": f"Token {SECRET}"}},
+        {"base_url": vllm.url.replace("//", f"//user:{quote(SECRET, safe='')}@")},
+    ):
+        with ServerTeacher(**{"base_url": vllm.url, "model": "teacher", "retries": 0, **arguments}) as teacher:
+            vllm.faults = [fault]
+            with pytest.raises(TeacherServerError, match=r"http://127.0.0.1:\d+/v1/completions") as error:
+                teacher.score([[1, 2]], [1])
+        assert_hidden(error)
+        assert "user" not in str(error.value)
+
+
+def test_user_and_password_of_an_address_are_sent_and_not_kept_in_it(vllm: Server) -> None:
+    userinfo = f"us%40er:{quote(SECRET, safe='')}"
+    with ServerTeacher(vllm.url.replace("//", f"//{userinfo}@") + "/v1", "teacher") as teacher:
+        assert teacher.base_url == vllm.url
+    assert vllm.headers[0]["Authorization"] == "Basic " + b64encode(f"us@er:{SECRET}".encode()).decode()
+    with pytest.raises(TeacherServerError, match=r"no answer from http://127.0.0.1:9/v1") as error:
+        ServerTeacher(f"http://{userinfo}@127.0.0.1:9", "teacher", retries=0)
+    assert_hidden(error)
+
+
+# -------------------------------------------------------------------------------- proxies
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the environment's proxies; it has no others."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+    def names(host: str, *_: Any) -> list[Any]:
+        known = {"teacher": "192.168.0.3", "gpu.example.org": "10.1.2.3", "llm.example.org": "93.184.216.34"}
+        known |= {"127.1": "127.0.0.1", "both.example.org": "fd00::1"}
+        address = known.get(host, host)
+        if not address[-1].isdigit():
+            raise OSError("unknown")
+        return [(2, 1, 6, "", (address, 0))]
+
+    monkeypatch.setattr("fused_gopd.integrations.addresses.socket.getaddrinfo", names)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize(
+    ("url", "proxied"),
+    [
+        ("http://127.0.0.1:8000", False),
+        ("http://127.1:8000", False),
+        ("http://localhost", False),
+        ("http://[::1]:8000", False),
+        ("https://10.0.0.7:8000", False),
+        ("https://172.16.0.1", False),
+        ("http://169.254.1.1", False),
+        ("http://100.64.0.1", False),
+        ("http://teacher:8000", False),
+        ("http://vllm.svc.local", False),
+        ("https://gpu.example.org", False),
+        ("https://both.example.org", False),
+        ("https://llm.example.org", True),
+        ("http://8.8.8.8", True),
+        ("https://unknown.example.org/v1", True),
+        ("https://not.example.com:8443", False),
+    ],
+)
+def test_the_environment_s_proxy_is_for_public_addresses(proxies: Callable[..., None], url: str, proxied: bool) -> None:
+    proxies(HTTP_PROXY="http://p:1", https_proxy="http://p:1", no_proxy="example.com")
+    found = environment_proxy(url)
+    assert found == ((f"{url.split(':')[0].upper()}_PROXY", "http://p:1") if proxied else None)
+
+
+def test_no_proxy_of_the_environment_sees_a_server_on_this_machine(vllm: Server, proxies: Callable[..., None]) -> None:
+    proxies(HTTP_PROXY="http://127.0.0.1:9", ALL_PROXY="nonsense://", HTTPS_PROXY="http://127.0.0.1:9")
+    with vllm.teacher(retries=0) as teacher:
+        teacher.score([[1, 2]], [1])
+
+
+def test_a_proxy_that_is_asked_for_is_used_and_its_password_not_shown(
+    vllm: Server, proxies: Callable[..., None]
+) -> None:
+    """The server answers what is sent to a proxy, too."""
+    by_address = vllm.url.replace("//", f"//user:{quote(SECRET, safe='')}@")
+    with ServerTeacher("http://127.0.0.1:9", "teacher", proxy=by_address, retries=0) as teacher:
+        teacher.score([[1, 2]], [1])
+        assert vllm.headers[-1]["Proxy-Authorization"].startswith("Basic ")
+        vllm.faults = [status(407, vllm.headers[-1]["Proxy-Authorization"].encode()), status(502, SECRET.encode())]
+        for _ in range(2):
+            with pytest.raises(TeacherServerError, match=r"status (407|502): '(Basic )?\*\*\*'") as error:
+                teacher.score([[1, 2]], [1])
+            assert_hidden(error)
+    proxies(ALL_PROXY=by_address)
+    with ServerTeacher("http://llm.example.org", "teacher", retries=0) as teacher:
+        teacher.score([[1, 2]], [1])
+    proxies(ALL_PROXY=f"http://user:{quote(SECRET, safe='')}@127.0.0.1:9")
+    with pytest.raises(TeacherServerError, match=r"through the proxy http://127.0.0.1:9") as error:
+        ServerTeacher("http://llm.example.org", "teacher", retries=0)
+    assert_hidden(error)
+    with pytest.raises(TeacherServerError, match=r"no answer from http://127.0.0.1:9/v1/models in 1"):
+        ServerTeacher("http://127.0.0.1:9", "teacher", proxy=False, retries=0)
 
 
 def test_v1_at_the_end_of_the_address_is_taken_off(vllm: Server) -> None:

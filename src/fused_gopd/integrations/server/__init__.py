@@ -1,0 +1,342 @@
+"""A teacher on another machine: vLLM, SGLang or any server that speaks OpenAI's completions protocol.
+
+:class:`ServerTeacher` sends token ids and gets log-probs back, as :class:`fused_gopd.TokenLogProbs` for
+``estimator="sampled"`` or as :class:`fused_gopd.TopKLogProbs` for ``estimator="topk"``. ``formats`` reads the servers'
+answers, ``http`` sends the requests. ``docs/integrations/server.md`` has the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...checks import one_of, require_count, require_integer, require_mask, require_number
+from ...heads import TokenLogProbs, TopKLogProbs
+from .formats import FORMATS, Ask, Position, ScoredSequence, UnexpectedAnswer, scored
+from .http import Connection, Request, TeacherServerError
+
+Api = Literal["vllm", "sglang", "openai"]
+
+__all__ = ["ScoredSequence", "ServerTeacher", "TeacherServerError"]
+
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice: 1 and 2."
+_PROBE_IDS = [1, 2, 3]
+
+
+def _same_text(theirs: str, ours: str) -> bool:
+    """Whether two texts of one token may be the same: marks of a leading space and halves of characters aside."""
+    plain = theirs.replace("▁", " ").replace("Ġ", " ").strip()
+    return "\ufffd" in theirs or "\ufffd" in ours or plain == ours.strip()
+
+
+class ServerTeacher:
+    """Scores sequences with a model that an inference server has: a teacher (or reference) that fits no GPU here.
+
+    It is asked when it is made: whether it serves the model, whether it returns log-probs of given tokens and as many
+    of the likeliest ones as wanted, and with a ``tokenizer`` whether its tokens are the student's. What can be wrong is
+    known before the training starts.
+
+    The log-probs are those of temperature 1. A student that is trained at another temperature needs a local teacher.
+
+    Args:
+        base_url: of the server, such as ``http://10.0.0.7:8000``; a trailing ``/v1`` is taken off. A user name and
+            password in it are sent as basic authorisation, and shown nowhere: the attribute ``base_url`` lacks them.
+        model: the name under which it serves the model (``/v1/models`` lists them).
+        api: ``"vllm"``, ``"sglang"``, or ``"openai"`` for others whose completions know ``echo`` with ``logprobs``.
+        top_k: the number of likeliest tokens of each position, for ``estimator="topk"``; None for ``"sampled"``.
+        timeout: seconds without a byte from the server after which a request is given up. Such a server sends its
+            whole answer at the end, so that this is what scoring ``batch_size`` sequences may take.
+        retries: how often a request is repeated after a connection error, a timeout, or status 408, 425, 429 or 5xx.
+            The waits double, with jitter; a ``Retry-After`` of the server is kept to.
+        patience: seconds after its first failure for which a request is repeated beyond ``retries``, so that a server
+            may restart. Not when the teacher is made: a server that never answered has a wrong address.
+        backoff: seconds of the first of these waits.
+        max_concurrency: requests under way at once, of this process.
+        batch_size: sequences in one request.
+        api_key: sent as ``Authorization: Bearer``, without whitespace around it. It is in no message.
+        headers: more headers, whose values are in no message either.
+        proxy: the address of a proxy for all requests, or False for none. By default that of the environment
+            (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``), but none for a server on this machine or in
+            a private network.
+        tokenizer: the student's, to compare; anything with ``encode(text, add_special_tokens=False)`` and ``decode``.
+        extra_body: fields to add to each request, or to leave out of it where the value is None.
+        vocab_size: of the student; a likeliest token beyond it is an error here, and otherwise in the loss.
+
+    Raises:
+        ValueError, TypeError: an argument that is wrong by itself.
+        TeacherServerError: naming the server, what was asked, what came, and what to do.
+    """
+
+    temperature = 1.0  # of the log-probs, for callers whose student has another
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api: Api = "vllm",
+        top_k: int | None = None,
+        timeout: float = 120.0,
+        retries: int = 5,
+        patience: float = 0.0,
+        backoff: float = 0.5,
+        max_concurrency: int = 16,
+        batch_size: int = 4,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        proxy: str | Literal[False] | None = None,
+        tokenizer: Any = None,
+        extra_body: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if not isinstance(model, str) or not model:
+            raise ValueError(f"model must be the name under which the server has the model, got {model!r}")
+        one_of("api", api, tuple(FORMATS))
+        self.top_k = None if top_k is None else require_count("top_k", top_k)
+        self.vocab_size = None if vocab_size is None else require_count("vocab_size", vocab_size)
+        if require_number("patience", patience) < 0:
+            raise ValueError(f"patience must be at least 0 seconds, got {patience}")
+        self.model, self.api = model, api
+        self.batch_size = require_count("batch_size", batch_size)
+        self.extra_body = dict(extra_body or {})
+        try:
+            json.dumps(self.extra_body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra_body must be what JSON can have: {error}") from None
+        self.max_model_len: int | None = None  # where the server tells it
+        self._format = FORMATS[api]
+        self._connection = Connection(
+            base_url,
+            api_key=api_key,
+            headers=headers,
+            proxy=proxy,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            max_concurrency=max_concurrency,
+            advice=self._advice,
+        )
+        self.base_url = self._connection.base_url
+        self._check_model()
+        self._probe(tokenizer)
+        self._connection.patience = patience
+
+    def close(self) -> None:
+        """A closed teacher scores nothing."""
+        self._connection.close()
+
+    def __enter__(self) -> ServerTeacher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------------- scoring
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+    ) -> TokenLogProbs | TopKLogProbs:
+        """What the loss takes for the last K tokens of each sequence.
+
+        Args:
+            input_ids: (B, T) integer, prompts and completions, padded on any side.
+            attention_mask: (B, T), 0 at padding.
+            completion_mask: (B, K), K <= T: which of the last K tokens are wanted. The others cost no request, and
+                have log-prob 0 (and id -1).
+
+        Returns:
+            TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k); float32, on input_ids' device.
+        """
+        _require_masks(input_ids, attention_mask, completion_mask)
+        mask, attended = completion_mask.bool().cpu(), attention_mask.bool().cpu()
+        ids = input_ids.cpu()
+        # where each of the last K tokens is in its sequence without padding
+        place = (attended.cumsum(1) - 1)[:, ids.shape[1] - mask.shape[1] :]
+        rows = mask.any(1).nonzero().flatten().tolist()
+        wanted = [place[row][mask[row]].tolist() for row in rows]
+        for row, positions in zip(rows, wanted, strict=True):
+            if positions[0] == 0:
+                raise ValueError(
+                    f"completion_mask wants the first token of sequence {row}, for which a server has no log-prob: "
+                    "begin the sequence with a prompt, or a beginning-of-sequence token"
+                )
+        # what comes after the last token that is wanted has no part in its log-prob
+        sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
+        answers = self.score(sequences, [w[0] for w in wanted])
+        found = [(one, n - w[0]) for one, w in zip(answers, wanted, strict=True) for n in w]
+        if self.top_k is None:
+            own = torch.zeros(mask.shape)
+            own[mask] = torch.tensor([one.logprobs[n] for one, n in found])
+            return TokenLogProbs(own.to(input_ids.device))
+        top_ids = torch.full((*mask.shape, self.top_k), -1)
+        top = torch.zeros(top_ids.shape)
+        if found:
+            top_ids[mask] = torch.tensor([one.top_ids[n] for one, n in found])
+            top[mask] = torch.tensor([one.top_logprobs[n] for one, n in found])
+        return TopKLogProbs(top_ids.to(input_ids.device), top.to(input_ids.device))
+
+    def score(self, sequences: Sequence[Sequence[int]], start: Sequence[int]) -> list[ScoredSequence]:
+        """Log-probs of given tokens, in the order of the sequences.
+
+        Args:
+            sequences: token ids, without padding.
+            start: of each sequence, the position of the first token whose log-prob is wanted, at least 1: the first
+                token of all has none.
+        """
+        if len(sequences) != len(start):
+            raise ValueError(f"start must have one entry per sequence, got {len(start)} for {len(sequences)}")
+        token_ids = [[_index(f"sequences[{i}]", x) for x in ids] for i, ids in enumerate(sequences)]
+        first = [_index(f"start[{i}]", x) for i, x in enumerate(start)]
+        for i, ids in enumerate(token_ids):
+            if not 1 <= first[i] < len(ids):
+                raise ValueError(
+                    f"start[{i}] must be in [1, {len(ids)}), the length of its sequence (the first token has no "
+                    f"log-prob), got {first[i]}"
+                )
+            if self.max_model_len is not None and len(ids) >= self.max_model_len:
+                raise TeacherServerError(
+                    f"sequence {i} has {len(ids)} tokens, and {self.base_url} has room for "
+                    f"max_model_len={self.max_model_len} with the one that it generates: start the server with a "
+                    "longer context, or make prompts and completions shorter"
+                )
+        asks = [
+            self._ask(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
+            for i in range(0, len(token_ids), self.batch_size)
+        ]
+
+        def read(which: int, answer: Any) -> list[ScoredSequence]:
+            ask = asks[which]
+            positions = self._positions(answer, ask)
+            try:
+                return [scored(ask, i, p, self.vocab_size) for i, p in enumerate(positions)]
+            except UnexpectedAnswer as error:
+                raise self._unexpected(ask, str(error)) from None
+
+        answers = self._connection.request_all([self._request(ask) for ask in asks], read)
+        return [one for answer in answers for one in answer]
+
+    def _ask(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> Ask:
+        return Ask(self.model, sequences, start, self.top_k or 0, texts)
+
+    def _request(self, ask: Ask) -> Request:
+        body = {**self._format.body(ask), **self.extra_body}
+        return Request("POST", self._format.path, {name: value for name, value in body.items() if value is not None})
+
+    def _positions(self, answer: Any, ask: Ask) -> list[list[Position]]:
+        try:
+            return list(self._format.positions(answer, ask))
+        except UnexpectedAnswer as error:
+            raise self._unexpected(ask, str(error)) from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise self._unexpected(
+                ask, f"its form is not that of api={self.api!r} ({type(error).__name__}: {error}): {_dumped(answer)}"
+            ) from None
+
+    def _unexpected(self, ask: Ask, found: str) -> TeacherServerError:
+        asked = f"asked for the log-probs of {len(ask.sequences)} sequences"
+        if ask.top_k:
+            asked += f" and the {ask.top_k} likeliest tokens of each position"
+        advice = f"; for a larger top_k {self._format.more_top}" if "must list" in found else ""
+        return TeacherServerError(
+            f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; {asked}, got: "
+            f"{self._connection.secrets.shown(found)}{advice}"
+        )
+
+    def _advice(self, status: int) -> str:
+        """What to do about a request that is refused."""
+        if status in (404, 405):
+            return f": base_url must be the server's root, and api={self.api!r} what it is"
+        if status not in (401, 403, 407) and self.top_k is not None:
+            return f": where it is top_k={self.top_k} that it does not grant, {self._format.more_top}"
+        return ""
+
+    # --------------------------------------------------------------------------------------------------- at the start
+
+    def _check_model(self) -> None:
+        def cards_by_name(_: int, answer: Any) -> dict[str, Any]:
+            try:
+                return {str(card["id"]): dict(card) for card in answer["data"]}
+            except (KeyError, TypeError, ValueError):
+                raise TeacherServerError(
+                    f"{self.base_url}/v1/models must list models as {{'data': [{{'id': ...}}]}}, got "
+                    f"{shown(_dumped(answer))}: is base_url a server of models?"
+                ) from None
+
+        shown = self._connection.secrets.shown
+        (cards,) = self._connection.request_all([Request("GET", "/v1/models", None)], cards_by_name)
+        if self.model not in cards:
+            raise TeacherServerError(
+                f"{self.base_url} does not serve model={self.model!r}; it serves "
+                f"{shown(', '.join(map(repr, cards)) or 'none')}: pass one of these names as model, or start the "
+                "server with --served-model-name"
+            )
+        length = cards[self.model].get("max_model_len")
+        self.max_model_len = length if type(length) is int and length > 0 else None
+
+    def _probe(self, tokenizer: Any) -> None:
+        """Score a few tokens, as the training will; and compare the texts of tokens with the student's."""
+        self.score([_PROBE_IDS], [1])
+        if tokenizer is None:
+            return
+        ids = list(tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
+        ask = self._ask([ids], [1], texts=True)
+        ((positions,),) = self._connection.request_all([self._request(ask)], lambda _, a: self._positions(a, ask))
+        texts = [(i, p.text, tokenizer.decode([i])) for i, p in zip(ids[1:], positions, strict=True)]
+        for token_id, theirs, ours in texts:
+            if theirs is not None and not _same_text(theirs, ours):
+                raise TeacherServerError(
+                    f"tokenizer must be that of {self.model!r} on {self.base_url}: token {token_id} is {ours!r} here "
+                    f"and {self._connection.secrets.shown(theirs)!r} there. Student and teacher must share a "
+                    "tokenizer; serve a teacher of the student's family"
+                )
+        if all(theirs is None for _, theirs, _ in texts):
+            warnings.warn(
+                f"{self.base_url} does not tell the texts of tokens: that its tokenizer is the student's was not "
+                "checked",
+                stacklevel=3,
+            )
+
+
+def _index(name: str, value: Any) -> int:
+    """A token id or position, NumPy's integers included."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} must be of integers of at least 0, got {value!r}")
+    return number
+
+
+def _dumped(answer: Any) -> str:
+    """An answer as JSON; whole, since a secret that is cut would not be found in it."""
+    try:
+        return json.dumps(answer)
+    except RecursionError:
+        return "thousands of lists within each other"
+
+
+def _require_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+    require_integer("input_ids", input_ids)
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
+    rows, length = input_ids.shape
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape {tuple(input_ids.shape)} of input_ids, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if completion_mask.ndim != 2 or completion_mask.shape[0] != rows or completion_mask.shape[1] > length:
+        raise ValueError(
+            f"completion_mask must have shape ({rows}, K) with K of at most {length}, for the last K tokens of "
+            f"input_ids, got {tuple(completion_mask.shape)}"
+        )
+    attended, wanted = require_mask("attention_mask", attention_mask), require_mask("completion_mask", completion_mask)
+    if bool((wanted & ~attended[:, length - completion_mask.shape[1] :]).any()):
+        raise ValueError("completion_mask must be 0 where attention_mask is 0: a token is wanted that is padding")

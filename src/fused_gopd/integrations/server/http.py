@@ -1,0 +1,382 @@
+"""Requests to an inference server: secrets that no message shows, proxies, and which failures are asked again.
+
+All requests of one call run as coroutines in a thread of their own. An interrupt of the caller cancels them, which
+closes their connections: nothing waits for an answer, and the server sees that nobody does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import email.utils
+import html
+import importlib
+import json
+import logging
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import quote, quote_plus
+
+from ...checks import require_count, require_number
+from ..addresses import environment_proxy, redacted, split_userinfo
+
+try:
+    httpx: Any = importlib.import_module("httpx")
+except ImportError as error:
+    raise ImportError('fused_gopd.integrations.server needs httpx: pip install "fused-gopd[train]"') from error
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_LONGEST_BACKOFF = 30.0
+_LONGEST_RETRY_AFTER = 600.0
+_TOO_BUSY = (408, 425, 429)
+# RFC 9110: the characters of a header's name
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+class TeacherServerError(RuntimeError):
+    """The teacher's server cannot be reached, refuses, or answers something that is not what was asked for."""
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    body: dict[str, Any] | None
+
+
+# ------------------------------------------------------------------------------------------------------------- secrets
+
+
+class Secrets:
+    """Texts that no message may show, in all forms in which servers repeat them."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        forms = {form for value in values for form in _written_forms(value)}
+        self._forms = sorted(forms - {""}, key=len, reverse=True)
+
+    def shown(self, text: str, limit: int = 500) -> str:
+        """A text from the server for a message: without secrets, printable, and cut only after both."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _written_forms(value: str) -> set[str]:
+    escaped = {json.dumps(value)[1:-1], repr(value)[1:-1], html.escape(value), quote(value, safe=""), quote_plus(value)}
+    return {value, *escaped, base64.b64encode(value.encode()).decode()}
+
+
+def bearer(api_key: object) -> str:
+    """The key without surrounding whitespace, such as the line end of a file that was read."""
+    if not isinstance(api_key, str):
+        raise TypeError(f"api_key must be a str, got {type(api_key).__name__}")
+    key = api_key.strip()
+    if not key or not all("!" <= character <= "~" for character in key):
+        what = "is empty" if not key else "has a space, a control character or one that is not ASCII within it"
+        raise ValueError(f"api_key must be printable ASCII without spaces, and it {what} (it is not shown here)")
+    return key
+
+
+def checked_headers(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+    """Headers that HTTP allows, without surrounding whitespace; errors do not show values."""
+    checked: dict[str, str] = {}
+    for i, (name, value) in enumerate((headers or {}).items()):
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"headers must have names of letters, digits and hyphens, and entry {i} has another")
+        if not isinstance(value, str):
+            raise TypeError(f"headers[{name!r}] must be a str, got {type(value).__name__}")
+        value = value.strip()
+        if not all(" " <= character <= "~" or character == "\t" for character in value):
+            raise ValueError(
+                f"headers[{name!r}] must be printable ASCII, and has another character (it is not shown here)"
+            )
+        checked[name] = value
+    if api_key is not None:
+        if any(name.lower() == "authorization" for name in checked):
+            raise ValueError("api_key and headers['Authorization'] are two authorisations: give one of them")
+        checked["Authorization"] = f"Bearer {api_key}"
+    return checked
+
+
+def _secrets_in_headers(headers: Mapping[str, str]) -> Iterable[str]:
+    """Values and their words: a key is sent as ``Bearer KEY``, and a server repeats the key alone."""
+    for value in headers.values():
+        yield value
+        yield from (word for word in value.split() if len(word) > 3 and word.lower() not in ("bearer", "basic"))
+
+
+# ------------------------------------------------------------------------------------------------------------- requests
+
+
+class Connection:
+    """How one server is reached; see :class:`ServerTeacher` for the arguments."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None,
+        headers: Mapping[str, str] | None,
+        proxy: str | Literal[False] | None,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        max_concurrency: int,
+        advice: Callable[[int], str],  # by the status of a refusal, beyond what is known here
+    ) -> None:
+        self.base_url, self._userinfo = split_userinfo("base_url", base_url)
+        for name, seconds in (("timeout", timeout), ("backoff", backoff)):
+            if require_number(name, seconds) <= 0:
+                raise ValueError(f"{name} must be positive seconds, got {seconds}")
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries must be an int of at least 0, got {retries!r}")
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.max_concurrency = require_count("max_concurrency", max_concurrency)
+        self._own_advice = advice
+        self.patience = 0.0  # seconds after the first failure for which a request is repeated beyond retries
+        key = None if api_key is None else bearer(api_key)
+        self._headers = checked_headers(headers, key)
+        if self._userinfo is not None and any(name.lower() == "authorization" for name in self._headers):
+            raise ValueError("base_url has a user name and api_key or headers an authorisation: give one of them")
+        try:
+            httpx.URL(self.base_url)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ValueError(f"base_url must be an address, got {self.base_url!r} ({error})") from None
+        self._proxy, proxy_userinfo = _proxy_of(self.base_url, proxy)
+        self.secrets = Secrets(
+            [
+                *_secrets_in_headers(self._headers),
+                *_secrets_in_userinfo(self._userinfo),
+                *_secrets_in_userinfo(proxy_userinfo),
+            ]
+        )
+        # without TLS one that trusts nobody, which costs nothing to make
+        secure = self.base_url.startswith("https:")
+        self._tls = _tls_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._random = random.Random()  # its own, so that the training's random numbers stay what they are
+        self._answers = True  # whether the last request was answered
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
+
+    def request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
+        """The answer to each request as ``read(index, answer)`` has it, ``max_concurrency`` requests at a time.
+
+        The first failure ends the others; so does an interrupt, which waits for none of them.
+        """
+        if self._closed:
+            raise TeacherServerError(f"the connection to {self.base_url} is closed")
+        return _in_thread(self._request_all(requests, read)) if requests else []
+
+    async def _request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
+        limits = httpx.Limits(max_connections=self.max_concurrency, max_keepalive_connections=self.max_concurrency)
+        # a transport of its own: a client without one takes every proxy that the environment names
+        transport = httpx.AsyncHTTPTransport(verify=self._tls, limits=limits, proxy=self._proxy)
+        options = {"headers": self._headers, "auth": self._userinfo, "timeout": self.timeout}
+        under_way = asyncio.Semaphore(self.max_concurrency)
+        async with httpx.AsyncClient(base_url=self.base_url, transport=transport, **options) as client:
+
+            async def answer_to(i: int, request: Request) -> T:
+                async with under_way:
+                    return read(i, await self._request(client, request))
+
+            tasks = [asyncio.create_task(answer_to(i, request)) for i, request in enumerate(requests)]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _request(self, client: Any, request: Request) -> Any:
+        """The answer to one request, which is repeated where that may help."""
+        where, started, attempt = self.base_url + request.path, time.monotonic(), 0
+        while True:
+            asked_to_wait = None
+            try:
+                response = await client.request(request.method, request.path, json=request.body)
+            except httpx.TimeoutException as error:
+                failure = f"timeout={self.timeout:g} s was not enough ({type(error).__name__})"
+            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
+                # the same every time
+                raise TeacherServerError(f"{where} cannot be asked ({self._described(error)})") from None
+            except httpx.TransportError as error:
+                failure = f"no connection ({self._described(error)})"
+            except httpx.DecodingError as error:
+                failure = f"an answer whose compression is broken ({self._described(error)})"
+            else:
+                status = response.status_code
+                if status < 300:
+                    self._note_answer()
+                    return self._json(response, where)
+                failure = f"status {status}: {self._message(response)}"
+                if status not in _TOO_BUSY and status < 500:
+                    raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}")
+                asked_to_wait = _retry_after(response.headers.get("Retry-After"))
+            left = started + self.patience - time.monotonic()
+            if attempt >= self.retries and left <= 0:
+                raise self._no_answer(where, attempt + 1, failure)
+            pause = self._pause(attempt, asked_to_wait)
+            if asked_to_wait is None and attempt >= self.retries:
+                pause = min(pause, left)  # one last attempt when patience ends
+            self._note_failure(where, failure, left)
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    def _no_answer(self, where: str, attempts: int, failure: str) -> TeacherServerError:
+        proxy = "" if self._proxy is None else f", through the proxy {redacted(str(self._proxy.url))}"
+        return TeacherServerError(
+            f"no answer from {where}{proxy} in {attempts} attempts; the last: {failure}. Is the server up and "
+            "reachable from here? Where it is slow, raise timeout or lower batch_size and max_concurrency; where it "
+            "restarts now and then, raise retries or patience"
+        )
+
+    def _pause(self, attempt: int, asked_to_wait: float | None) -> float:
+        if asked_to_wait is not None:
+            if asked_to_wait > _LONGEST_RETRY_AFTER:
+                raise TeacherServerError(
+                    f"{self.base_url} asks to be left alone for {asked_to_wait:.0f} s (Retry-After), more than the "
+                    f"{_LONGEST_RETRY_AFTER:.0f} s that a training waits"
+                )
+            return asked_to_wait
+        # the exponent has a bound too: with patience there may be thousands of attempts
+        return min(_LONGEST_BACKOFF, self.backoff * 2.0 ** min(attempt, 60)) * self._random.uniform(0.5, 1.0)
+
+    def _note_failure(self, where: str, failure: str, left: float) -> None:
+        """Say once that a server does not answer: with patience a long silence would look like a hang."""
+        if self._answers and left > 0:
+            logger.warning("no answer from %s (%s): it is asked again for up to %.0f s", where, failure, left)
+            self._answers = False
+
+    def _note_answer(self) -> None:
+        if not self._answers:
+            logger.warning("%s answers again", self.base_url)
+            self._answers = True
+
+    # ----------------------------------------------------------------------------------------------- what came instead
+
+    def _described(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {self.secrets.shown(str(error))}"
+
+    def _json(self, response: Any, where: str) -> Any:
+        try:
+            return response.json()
+        except (ValueError, RecursionError):  # no JSON, a wrong encoding, thousands of brackets
+            raise TeacherServerError(
+                f"{where} answered with status {response.status_code} and something that is not JSON: "
+                f"{self.secrets.shown(response.text, 200)!r}. Is base_url that of the model's server, or of a proxy "
+                "in front of it?"
+            ) from None
+
+    def _message(self, response: Any) -> str:
+        """What a server says about an error: each wraps it in its own way."""
+        try:
+            answer = response.json()
+            for _ in range(2):
+                if isinstance(answer, dict):
+                    answer = answer.get("error", answer.get("message", answer.get("detail", answer)))
+            return self.secrets.shown(answer if isinstance(answer, str) else json.dumps(answer))
+        except (ValueError, RecursionError):
+            return repr(self.secrets.shown(response.text, 300))
+
+    def _advice(self, response: Any) -> str:
+        status = response.status_code
+        if status < 400:
+            target = self.secrets.shown(redacted(response.headers.get("Location", "nowhere")))
+            return f" It redirects to {target}: base_url must be where the server itself is"
+        if status in (401, 403):
+            return ": pass api_key, or the headers that the server wants"
+        if status == 407:
+            return ": it is a proxy that wants a user name and password (proxy=)"
+        return self._own_advice(status)
+
+
+def _secrets_in_userinfo(userinfo: tuple[str, str] | None) -> list[str]:
+    """The password; the user name too where it is a token that stands alone; and both as HTTP sends them."""
+    if userinfo is None:
+        return []
+    user, password = userinfo
+    return [password or user, base64.b64encode(f"{user}:{password}".encode()).decode()]
+
+
+def _proxy_of(base_url: str, proxy: str | Literal[False] | None) -> tuple[Any, tuple[str, str] | None]:
+    """The proxy that is asked for, else the environment's, as httpx has it; and its user name and password."""
+    if proxy is False:
+        return None, None
+    name = "proxy"
+    if proxy is None:
+        found = environment_proxy(base_url)
+        if found is None:
+            return None, None
+        name, proxy = found
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+    elif not isinstance(proxy, str):
+        raise TypeError(f"proxy must be an address, False for no proxy, or None, got {type(proxy).__name__}")
+    url, userinfo = split_userinfo(name, proxy, _PROXY_SCHEMES)
+    if url.startswith("socks"):
+        try:
+            importlib.import_module("socksio")
+        except ImportError:
+            raise ImportError(f'{name} is a SOCKS proxy, which needs socksio: pip install "httpx[socks]"') from None
+    try:
+        return httpx.Proxy(url, auth=userinfo), userinfo
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ValueError(f"{name} must be the address of a proxy, got {url!r} ({error})") from None
+
+
+def _tls_context() -> Any:
+    """Made once, since reading the certificates costs more than a request."""
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # also what ssl raises
+        raise TeacherServerError(f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error}") from None
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header, which has a number or a date."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, run in a daemon thread; an interrupt of this thread cancels it and does not wait."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+    result: Future[T] = Future()
+
+    def carry_out() -> None:
+        try:
+            outcome = loop.run_until_complete(task)
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(outcome)
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    thread = threading.Thread(target=carry_out, daemon=True, name="teacher-server")
+    try:
+        thread.start()
+        return result.result()
+    finally:
+        if not result.done():
+            with contextlib.suppress(RuntimeError):  # the loop has closed in the meantime
+                loop.call_soon_threadsafe(task.cancel)
