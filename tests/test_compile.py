@@ -460,8 +460,13 @@ def test_wrong_input_raises_what_it_raises_without_a_compiler(changes, error, me
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"clip": object()}, "clip is a object"), ({"student": 3}, "student must be a LinearHead")],
-    ids=["clip", "student"],
+    [
+        ({"clip": object()}, "clip is a object"),
+        ({"student": 3}, "student must be a LinearHead"),
+        ({"student": torch.zeros(2, 5, 37)}, "student must be a LinearHead or Logits, got Tensor; wrap it: fg.Logits"),
+        ({"teacher": torch.zeros(2, 5, 37)}, "teacher must be .* got Tensor; wrap it: fg.Logits"),
+    ],
+    ids=["clip", "student", "a tensor as student", "a tensor as teacher"],
 )
 def test_what_a_graph_cannot_hold_is_named(changes, message):
     batch = make_batch(24, dtype=torch.float32)

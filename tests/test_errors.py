@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -568,6 +569,27 @@ def test_a_mask_holds_zeros_and_ones_of_any_dtype(name):
 def test_token_logprobs_names_what_is_wrong(changes, error, message):
     with pytest.raises(error, match=message):
         fg.token_logprobs(**{"head": S, "token_ids": IDS, **changes})
+
+
+def test_a_tensor_is_to_be_wrapped():
+    x = zeros(B, T, V)
+    for name in ("student", "teacher", "ref"):
+        call = {"student": S, "teacher": Q, "ref": R, "token_ids": IDS, name: x}
+        for function in (fg.gopd_loss, fg.reference.gopd_loss, fg.GOPDLoss()):
+            with pytest.raises(TypeError, match=rf"{name} must be a LinearHead.*got Tensor; wrap it: fg.Logits\(x\)"):
+                function(**call)
+    with pytest.raises(TypeError, match=r"teacher\[1\] must be .*wrap it: fg.Logits\(x\).*fg.TokenLogProbs\(x\)"):
+        fg.gopd_loss(S, [Q, x], None, IDS, teacher_index=IDS % 2)
+    for score in (lambda: fg.token_logprobs(x, IDS), lambda: fg.token_topk(x, 2)):
+        with pytest.raises(
+            TypeError, match=r"head must be a LinearHead or Logits, got Tensor; wrap it: fg.Logits\(x\)"
+        ):
+            score()
+    output = SimpleNamespace(logits=x)
+    with pytest.raises(
+        TypeError, match=r"student must be .*got SimpleNamespace; wrap its logits: fg.Logits\(x.logits\)"
+    ):
+        fg.gopd_loss(output, Q, None, IDS)
 
 
 def test_gopd_loss_module_refuses_unknown_options():

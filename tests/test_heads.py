@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fused_gopd as fg
+from builders import make_batch
 
 
 def test_a_linear_head_knows_its_shapes():
@@ -81,3 +82,24 @@ def test_a_head_equals_itself_alone() -> None:
     assert first == first
     assert first != second
     assert len({first, second}) == 2
+
+
+def test_objects_with_tensors_print_one_short_line_a_field():
+    batch, seen = make_batch(0, dtype=torch.float32), []
+    out = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, reward_scale=1.25,
+                       advantage_fn=lambda stats: (seen.append(stats), stats.advantages)[1])  # fmt: skip
+    text = repr(out)
+    assert f"  loss: {out.loss.item():.6g} float32\n" in text
+    assert f"  entropy: (2, 5) float32, mean {out.entropy[batch.mask].double().mean().item():.6g}\n" in text
+    assert f"  mask: (2, 5) bool, {int(batch.mask.sum())} of 10 True\n" in text
+    assert "  kl: None\n" in text
+    empty = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask & False)
+    logits = fg.Logits(torch.zeros(3, 7, device="meta"))
+    no_values = fg.gopd_loss(logits, None, logits, reward_scale=0.0, estimator="full")
+    assert "  entropy: (3,) float32 on meta\n" in repr(no_values)
+    scores = fg.TopKLogProbs(batch.token_ids[..., None], -torch.ones(2, 5, 1))
+    for x in (out, empty, no_values, batch.student, fg.Logits(torch.zeros(2, 7).requires_grad_()), scores, *seen):
+        first, *fields, last = repr(x).splitlines()
+        assert (first, last) == (f"{type(x).__name__}(", ")")
+        assert [line.split(":")[0].strip() for line in fields] == [f.name for f in dataclasses.fields(x)]
+        assert all(len(line) < 80 and "tensor(" not in line and "grad" not in line for line in fields), fields

@@ -15,8 +15,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The label of no token, everywhere in this field.
 IGNORE = -100
 
-# A log-prob is at most 0 but for rounding. It is a logit less a log-sum, of a magnitude below 128 in language models, of
-# which one may have been rounded to bfloat16, whose numbers there are 1/2 apart: off by half of that.
+# A log-prob is at most 0 but for rounding. It is a logit less a log-sum, of a magnitude below 128 in language models.
+# One of them may have been rounded to bfloat16, whose numbers there are 1/2 apart: off by half of that.
 MOST_LOGPROB = 0.25
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import autograd, chunks, objective
 from .chunks import STATISTICS, Chosen, Gradients, Needs, Scaling
-from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
 from .jobs import make_job, make_output, most_likely, prepare_alone
 from .output import GOPDOutput
 from .prepare import prepare
@@ -107,8 +107,7 @@ def _unpack(value: Any, parts: _Parts) -> Any:
 
 def _packed(name: str, student: Head, arguments: dict[str, Any]) -> _Packed:
     """A call under a compiler; ``name`` is what the call calls the student."""
-    if not isinstance(student, (LinearHead, Logits)):
-        raise TypeError(f"{name} must be a LinearHead or Logits, got {type(student).__name__}")
+    require_kind(name, student)
     parts = _Parts([], [], [])
     static = {name: _pack(name, student, parts)}
     own = parts.tensors + [None] * (3 - len(parts.tensors))

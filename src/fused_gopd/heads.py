@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
+from . import printing, shards
 from .checks import require_float, require_integer
 from .shards import VocabShard
 
@@ -47,7 +47,7 @@ def _require_shard(name: str, shard: object, rows: int) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearHead:
     """Hidden states and the language-model head that turns them into logits.
 
@@ -153,13 +153,16 @@ class LinearHead:
         bias = None if self.bias is None else self.bias[columns]
         return replace(self, weight=self.weight[columns], bias=bias, shard=shard)
 
+    def __repr__(self) -> str:
+        return printing.lines(self, values=False)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = {"hidden": self.hidden, "weight": self.weight}
         return named if self.bias is None else {**named, "bias": self.bias}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Logits:
     """Logits that exist already: ``z = cap(logit_scale * logits) / temperature``.
 
@@ -215,12 +218,15 @@ class Logits:
         """The columns of whole logits that a shard holds; no copy."""
         return replace(self, logits=self.logits[..., shard.start : shard.stop], shard=shard)
 
+    def __repr__(self) -> str:
+        return printing.lines(self, values=False)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"logits": self.logits}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenLogProbs:
     """Log-probs of the sampled tokens, computed elsewhere; for a teacher or reference of ``estimator="sampled"``.
 
@@ -238,12 +244,15 @@ class TokenLogProbs:
     def token_shape(self) -> torch.Size:
         return self.logprobs.shape
 
+    def __repr__(self) -> str:
+        return printing.lines(self, values=False)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"logprobs": self.logprobs}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TopKLogProbs:
     """Some tokens of each position and their log-probs, as an inference server returns them; for ``estimator="topk"``.
 
@@ -274,9 +283,27 @@ class TopKLogProbs:
     def k(self) -> int:
         return self.token_ids.shape[-1]
 
+    def __repr__(self) -> str:
+        return printing.lines(self, values=False)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"token_ids": self.token_ids, "logprobs": self.logprobs}
+
+
+def require_kind(name: str, value: object, *more: type) -> None:
+    """Raise TypeError unless value is a LinearHead, Logits or one of ``more``; of a tensor it says how to wrap it."""
+    kinds = (LinearHead, Logits, *more)
+    if isinstance(value, kinds):
+        return
+    *first, last = (kind.__name__ for kind in kinds)
+    message = f"{name} must be a {', '.join(first)} or {last}, got {type(value).__name__}"
+    if isinstance(value, Tensor):
+        scores = "; log-probs of the sampled tokens: fg.TokenLogProbs(x)" if TokenLogProbs in more else ""
+        message += f"; wrap it: fg.Logits(x), or from hidden states fg.LinearHead(hidden, weight){scores}"
+    elif isinstance(getattr(value, "logits", None), Tensor):  # what models of transformers return
+        message += "; wrap its logits: fg.Logits(x.logits)"
+    raise TypeError(message)
 
 
 Head = LinearHead | Logits

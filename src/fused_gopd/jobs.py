@@ -11,7 +11,7 @@ from torch import Tensor
 from . import autograd, objective
 from .checks import require_count, require_reverse_mode
 from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers, others_size
-from .heads import Head, LinearHead, Logits, Source, TopKLogProbs
+from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
 from .objective import Estimator
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
@@ -147,8 +147,7 @@ def make_output(
 
 def prepare_alone(head: Head, token_ids: Tensor | None, **options: Any) -> Prepared:
     """Checked input of a call with one model."""
-    if not isinstance(head, (LinearHead, Logits)):
-        raise TypeError(f"head must be a LinearHead or Logits, got {type(head).__name__}")
+    require_kind("head", head)
     require_reverse_mode("token_logprobs" if token_ids is not None else "token_topk", head)
     # the reference is not looked at beyond its shape: lambda = 0 with the model itself makes a loss's call complete
     estimator: Estimator = "full" if token_ids is None else "sampled"

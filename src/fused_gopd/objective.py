@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from . import printing
 from .rowops import Stat
 
 Estimator = Literal["sampled", "full", "topk"]
@@ -141,7 +142,7 @@ def looks_jointly(estimator: Estimator, surrogate: Surrogate) -> bool:
     return estimator == "full" or surrogate.baseline == "expected"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenStats:
     """What an ``advantage_fn`` sees of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).
 
@@ -170,6 +171,9 @@ class TokenStats:
     teacher_entropy: Tensor | None
     ref_entropy: Tensor | None
     reward_scale: float | Tensor
+
+    def __repr__(self) -> str:
+        return printing.lines(self)
 
 
 AdvantageFn = Callable[[TokenStats], Tensor]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import printing
 from .metrics import Metrics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GOPDOutput:
     """What :func:`gopd_loss` returns. ``(...)`` is the token shape; entries of masked tokens are 0.
 
@@ -50,6 +51,10 @@ class GOPDOutput:
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
     joint: bool = False
+
+    def __repr__(self) -> str:
+        """One short line a field: shape, dtype, and the mean over the live tokens, for which it waits for the device."""
+        return printing.lines(self, self.mask)
 
     def metrics(self) -> Metrics:
         """Training signals (implicit reward, divergences, entropy, ...) that add up over batches and ranks.

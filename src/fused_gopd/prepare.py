@@ -29,7 +29,7 @@ from .checks import (
     require_shape,
 )
 from .chunks import TokenRows
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
 from .objective import (
     BASELINES,
     DIVERGENCES,
@@ -61,13 +61,10 @@ _USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}
 def _require_source(name: str, value: object, estimator: Estimator) -> None:
     if isinstance(value, (LinearHead, Logits)):
         return
-    user = _USERS.get(type(value))
-    if user is None:
-        allowed = "LinearHead or Logits" if name == "student" else "LinearHead, Logits, TokenLogProbs or TopKLogProbs"
-        raise TypeError(f"{name} must be a {allowed}, got {type(value).__name__}")
-    kind = type(value).__name__
-    if name == "student":
+    kind, user = type(value).__name__, _USERS.get(type(value))
+    if name == "student" and user is not None:
         raise TypeError(f"student must be a LinearHead or Logits: {kind} carry no gradient")
+    require_kind(name, value, *(() if name == "student" else _USERS))
     if estimator != user:
         raise TypeError(
             f"{name} is {kind}, which estimator={user!r} alone can use; estimator={estimator!r} needs a LinearHead or "

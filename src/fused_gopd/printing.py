@@ -1,0 +1,44 @@
+"""How objects that hold tensors print: one short line a field, with the shape and the mean in place of the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def described(x: object, live: Tensor | None = None, *, values: bool = True) -> str:
+    """A field in a few words; the mean of a tensor is that of its ``live`` entries (bool, of its shape)."""
+    if not isinstance(x, Tensor):
+        return repr(x)
+    dtype = str(x.dtype).removeprefix("torch.")
+    text = dtype if x.ndim == 0 else f"{tuple(x.shape)} {dtype}"
+    text += "" if x.device.type == "cpu" else f" on {x.device}"
+    if not values:
+        return text
+    try:
+        return _with_values(text, x.detach(), live)
+    except RuntimeError:  # on meta, and while a compiler traces, there are none
+        return text
+
+
+def _with_values(text: str, x: Tensor, live: Tensor | None) -> str:
+    if x.ndim == 0:
+        return f"{x.item():.6g} {text}"
+    there = x if live is None or live.shape != x.shape else x[live]
+    if there.numel() == 0 or not (x.dtype == torch.bool or x.is_floating_point()):
+        return text
+    if x.dtype == torch.bool:
+        return f"{text}, {int(there.sum())} of {there.numel()} True"
+    return f"{text}, mean {there.to(torch.float64 if x.device.type == 'cpu' else torch.float32).mean().item():.6g}"
+
+
+def lines(x: Any, live: Tensor | None = None, *, values: bool = True) -> str:
+    """A dataclass, one line a field."""
+    fields = (
+        f"  {f.name}: {described(getattr(x, f.name), None if f.name == 'mask' else live, values=values)}\n"
+        for f in dataclasses.fields(x)
+    )
+    return f"{type(x).__name__}(\n{''.join(fields)})"
