@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer import BadParameter
 from typer.testing import CliRunner
 
 pytest.importorskip("trl")
@@ -47,23 +48,24 @@ def make_tokenizer(words: tuple[str, ...] = SENTENCES) -> PreTrainedTokenizerFas
     )
 
 
-def make_model(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast) -> str:
+def make_model(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, **configuration: Any) -> str:
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.5,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.5,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    config = Qwen3Config(**{**shape, **configuration})
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -81,6 +83,26 @@ class Files:
         routed = [{"messages": [{"role": "user", "content": s}], "domain": "math"} for s in SENTENCES]
         routed[1]["domain"] = "code"
         self.routed = self.write("routed.jsonl", routed)
+
+    def changed(self, **configuration: Any) -> str:
+        """A model of another shape, with the others' tokenizer."""
+        return make_model(self.folder / "changed", 5, make_tokenizer(), **configuration)
+
+    def damaged(self, name: str, change: Callable[[bytes], bytes] | str | None, also: str = "") -> str:
+        """A model with one file changed, removed (None) or a link, and perhaps an empty object in another."""
+        folder = self.folder / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.code, folder)
+        path = folder / name
+        before = path.read_bytes() if path.exists() else b""
+        path.unlink(missing_ok=True)
+        if isinstance(change, str):
+            path.symlink_to(change)
+        elif change is not None:
+            path.write_bytes(change(before))
+        if also:
+            (folder / also).write_text("{}")
+        return str(folder)
 
     def write(self, name: str, rows: list[Any]) -> str:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -397,7 +419,17 @@ def _given(files: Files) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------- refused before any model
 
-Change = Callable[[Files], list[str]]
+Change = Callable[..., list[str]]
+
+
+def _with_padding(config: bytes) -> bytes:
+    return json.dumps({**json.loads(config), "pad_token": "<new>"}).encode()
+
+
+def _named(name: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "why", "name": name}]}
+
+
 WRONG: dict[str, tuple[Change, str]] = {
     "no file": (lambda f: ["--prompts", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
     "no folder": (lambda f: ["--student", "./nowhere"], "there is no folder ./nowhere"),
@@ -418,7 +450,94 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "no reference": (lambda f: ["--ref", ""], "must be given for --reward-scale 1.25"),
     "other tokenizer": (lambda f: ["--teacher", f.foreign], "tokenizers of the student and of"),
-    "no tokenizer": (lambda f: ["--teacher", str(f.folder)], "has no tokenizer"),
+    "no tokenizer": (lambda f: ["--teacher", f.damaged("tokenizer.json", None)], "has no tokenizer that can be loaded"),
+    "no model": (lambda f: ["--teacher", str(f.folder)], "has no weights (model.safetensors or pytorch_model.bin)"),
+    "k beyond the vocabulary": (
+        lambda f: ["--estimator", "topk", "--k", "99"],
+        "--k: must be at most 27, the vocabulary of",
+    ),
+    "teacher of few tokens": (
+        lambda f: ["--teacher", f.changed(vocab_size=24)],
+        "--teacher: {changed} has 24 tokens, and the student's tokenizer goes up to id 26",
+    ),
+    "reference of few tokens": (
+        lambda f: ["--ref", f.changed(vocab_size=24)],
+        "--ref: {changed} has 24 tokens, and the student's tokenizer goes up to id 26",
+    ),
+    "student of few tokens": (
+        lambda f: ["--student", f.changed(vocab_size=24)],
+        "--student: {prompts}, row 1, has the token 'why' of id 25, and {changed} has 24 tokens",
+    ),
+    "padding token of no row": (
+        lambda f: ["--student", f.damaged("tokenizer_config.json", _with_padding)],
+        "--student: the padding token '<new>' of {damaged} has the id 27, and the model has 27 tokens",
+    ),
+    "prompts beyond the positions": (
+        lambda f: ["--prompts", f.write("long.jsonl", [{"prompt": SENTENCES[0]}, {"prompt": "why " * 60}])],
+        "long.jsonl has prompts that are too long: row 2 of 62 tokens. With --max-new-tokens 5 a prompt may have 59, "
+        "because {student} (--student) has 64 positions",
+    ),
+    "teacher of few positions": (
+        lambda f: ["--teacher", f.changed(max_position_embeddings=10)],
+        "a prompt may have 5, because {changed} (--teacher) has 10 positions",
+    ),
+    "answers beyond the positions": (
+        lambda f: ["--max-new-tokens", "64"],
+        "--max-new-tokens: must be less than the 64 positions of {student} (--student), got 64",
+    ),
+    "template that raises": (
+        lambda f: [
+            "--student",
+            f.damaged("chat_template.jinja", lambda _: b"{{ raise_exception('roles must alternate') }}"),
+        ],
+        "{prompts}, row 1, is not taken by the student's chat template: TemplateError: roles must alternate",
+    ),
+    "template that is none": (
+        lambda f: ["--student", f.damaged("chat_template.jinja", lambda _: b"{% for m in %}")],
+        "is not taken by the student's chat template: TemplateSyntaxError",
+    ),
+    "prompt of no token": (
+        lambda f: ["--no-chat", "--prompts", f.write("spaces.jsonl", [{"prompt": "  "}])],
+        "spaces.jsonl, row 1, has no tokens",
+    ),
+    "fields of two types": (
+        lambda f: ["--prompts", f.write("types.jsonl", [_named(1), _named("a")])],
+        "types.jsonl has fields of messages that are of one type in some rows and of another in others",
+    ),
+    "links to nowhere": (
+        lambda f: ["--teacher", f.damaged("model.safetensors", "nowhere")],
+        "{damaged}/model.safetensors is a link to nowhere, which is not there",
+    ),
+    "no weights": (lambda f: ["--teacher", f.damaged("model.safetensors", None)], "has no weights"),
+    "cut weights": (
+        lambda f: ["--teacher", f.damaged("model.safetensors", lambda data: data[: len(data) // 2])],
+        "{damaged}/model.safetensors is damaged",
+    ),
+    "parts that are missing": (
+        lambda f: [
+            "--teacher",
+            f.damaged("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "b.safetensors"}}'),
+        ],
+        "names 1 files that are not there: b.safetensors",
+    ),
+    "an adapter alone": (
+        lambda f: ["--student", f.damaged("config.json", None, also="adapter_config.json")],
+        "has a PEFT adapter alone",
+    ),
+    **{
+        f"configuration {text!r}": (
+            lambda f, text=text: ["--teacher", f.damaged("config.json", lambda _: text)],
+            "--teacher: '{damaged}' has no configuration that can be loaded",
+        )
+        for text in (b"{", b"[]", b"\xff", b'{"model_type": "qwen99"}', b'{"model_type": "qwen3", "hidden_size": "x"}')
+    },
+    **{
+        f"tokenizer {text!r}": (
+            lambda f, text=text: ["--teacher", f.damaged("tokenizer.json", lambda _: text)],
+            "--teacher: '{damaged}' has no tokenizer that can be loaded",
+        )
+        for text in (b"{}", b"\xff")
+    },
     "no k": (lambda f: ["--estimator", "topk"], "must be given for --estimator topk"),
     "k for nothing": (lambda f: ["--k", "4"], "is an option of --estimator topk"),
     "estimator": (lambda f: ["--estimator", "exact"], "expected one of sampled, full, topk, got 'exact'"),
@@ -460,6 +579,9 @@ def test_wrong_use_is_said_before_a_model_is_loaded(
     monkeypatch.setattr(smollm, "local_copy", not_installed)
     change, said = WRONG[case]
     output = invoke(*small(files, tmp_path / "run", *change(files)), code=2)
+    paths = {"changed": files.folder / "changed", "damaged": files.folder / "damaged"}
+    for name, path in {**paths, "student": files.student, "prompts": files.prompts}.items():
+        said = said.replace(f"{{{name}}}", str(path))
     assert said in " ".join(output.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
 
@@ -499,6 +621,10 @@ def test_an_assistants_answer_at_the_end_is_left_out(files: Files) -> None:
     assert found.answered == 1
 
 
+def _said(content: Any) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": content}]}
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -508,7 +634,16 @@ def test_an_assistants_answer_at_the_end_is_left_out(files: Files) -> None:
         ([{"text": "a"}], "has no column prompt or messages, only text"),
         ([{"prompt": "a"}, {"prompt": ""}], "row 2: 'prompt' must be a text or a list of messages"),
         ([{"prompt": [{"content": "a"}]}], "row 1: 'prompt' must be a text or a list of messages"),
-        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "one of them to be answered"),
+        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "there is no message to be answered"),
+        ([_said(None)], "row 1: .* the content of a message must be a text, got null"),
+        ([_said("a"), _said([{"type": "text", "text": "a"}])], "row 2: .* got a list: join its parts of text"),
+        ([_said(5)], "the content of a message must be a text, got 5"),
+        ([{"prompt": [{"role": "user"}]}], "the content of a message must be a text, got null"),
+        (['{"prompt": "a \\ud800"}'], "row 1: .* its character 3 is half of a surrogate pair"),
+        ([_said("\ud800")], "row 1: .* its character 1 is half of a surrogate pair"),
+        (['{"prompt": ' + "[" * 10**5 + "]" * 10**5 + "}"], "line 1, is not JSON: .*recursion"),
+        (['{"prompt": ' + "[" * 900 + "]" * 900 + "}"], "row 1: .* is no message with a role"),
+        (['{"prompt": ' + "9" * 10**4 + "}"], "line 1, is not JSON"),
         ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "both texts and lists of messages"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
@@ -518,6 +653,48 @@ def test_rows_that_are_no_prompts_are_named(files: Files, rows: list[Any], said:
     with pytest.raises(Exception, match=said) as error:
         read(Path(path), "", "", [])
     assert "--prompt" in str(error.value.param_hint)
+
+
+def _table(rows: int) -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    found = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["why is the sky blue"] * rows}), found)
+    return found.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("latin.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', "line 2, is not UTF-8: byte 16 .* is 0xe9"),
+        ("wide.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "line 1, is not UTF-8: byte 1 .* is 0xff"),
+        ("cut.parquet", _table(50)[:200], "cut.parquet is no whole Parquet table"),
+        ("other.parquet", b'{"prompt": "a"}', "other.parquet is no whole Parquet table"),
+        ("empty.parquet", b"", "empty.parquet is no whole Parquet table"),
+        ("flipped.parquet", _table(50)[:20] + b"\xff" * 4 + _table(50)[24:], "flipped.parquet cannot be read"),
+        ("none.parquet", _table(0), "has no rows"),
+        ("folder.jsonl", None, "folder.jsonl cannot be read: Is a directory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith(("jsonl", "parquet")) else "",
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(BadParameter, match=said) as error:
+        read(path, "", "", [])
+    assert error.value.param_hint == "--prompts"
+
+
+def test_a_byte_order_mark_and_calls_of_tools_are_read(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    rows = [{"role": "user", "content": "why"}, call, {"role": "tool", "content": "so"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": rows}) + "\n\n", encoding="utf-8-sig")
+    found = read(path, "", "", [])
+    assert (found.prompts, found.rows) == ([rows], [1])
 
 
 def test_other_files_are_refused(files: Files) -> None:

@@ -47,7 +47,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path.name} is missing") from None
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.pop("sha256", None) != _seal(values):
         raise Damaged(f"{path.name} has other values than were written, or no checksum")

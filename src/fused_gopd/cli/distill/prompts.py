@@ -19,6 +19,7 @@ class Prompts:
     """What a file says. A prompt is a text, or a list of messages that ends with what is to be answered."""
 
     prompts: list[str] | list[list[dict[str, Any]]]
+    rows: list[int]  # their numbers in the file, from 1
     routes: list[str] | None
     answered: int  # conversations whose last message, an assistant's, was left out
 
@@ -53,52 +54,103 @@ def read(path: Path, column: str, route_column: str, routes: Sequence[str]) -> P
     named = None
     if route_column:
         named = [_route(path, number, row, route_column, routes) for number, row in rows]
-    return Prompts([prompt for prompt, _ in found], named, sum(answered for _, answered in found))
+    numbers = [number for number, _ in rows]
+    return Prompts([prompt for prompt, _ in found], numbers, named, sum(answered for _, answered in found))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with their numbers, from 1."""
-    if path.suffix == ".parquet":
-        table = importlib.import_module("pyarrow.parquet").read_table(path)
-        yield from enumerate(table.to_pylist(), 1)
-        return
-    if path.suffix not in (".jsonl", ".json"):
+    readers = {".parquet": _of_table, ".jsonl": _of_lines, ".json": _of_lines}
+    if path.suffix not in readers:
         raise typer.BadParameter(f"expected a .jsonl or .parquet file, got {path.name}", param_hint="--prompts")
-    with path.open(encoding="utf-8") as lines:
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror or error}", param_hint="--prompts") from None
+
+
+def _of_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
+    except ImportError:
+        raise typer.BadParameter("a .parquet file needs pyarrow: pip install pyarrow", param_hint="--prompts") from None
+    except ValueError as error:  # Arrow's own are ValueErrors, or OSErrors
+        raise typer.BadParameter(f"{path} is no whole Parquet table: {error}", param_hint="--prompts") from None
+    yield from enumerate(rows, 1)
+
+
+def _of_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number},"
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
                 raise typer.BadParameter(
-                    f"{path}, line {number}, is not JSON: {error}", param_hint="--prompts"
+                    f"{where} is not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}. Save the "
+                    "file as UTF-8",
+                    param_hint="--prompts",
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise typer.BadParameter(f"{where} is not JSON: {error}", param_hint="--prompts") from None
             if not isinstance(row, dict):
                 raise typer.BadParameter(
-                    f'{path}, line {number}, must be an object such as {{"prompt": "..."}}, got {line.strip()[:60]}',
-                    param_hint="--prompts",
+                    f'{where} must be an object such as {{"prompt": "..."}}, got {_shown(row)}', param_hint="--prompts"
                 )
             yield number, row
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    try:
+        return json.dumps(value, default=str)[:100]
+    except (ValueError, RecursionError):  # nested too deeply
+        return f"a {type(value).__name__}"
 
 
 def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[Any, bool]:
     """The prompt of a row, and whether an answer was cut off it."""
     prompt = row.get(column)
-    if isinstance(prompt, str) and prompt:
-        return prompt, False
-    messages = prompt if isinstance(prompt, list) else []
-    right = all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
-    answered = bool(messages) and right and messages[-1]["role"] == "assistant"
-    if answered:
-        messages = messages[:-1]
-    if not messages or not right:
+    answered = False
+    if isinstance(prompt, list):
+        wrong = next(filter(None, (_fault(message) for message in prompt)), None)
+        answered = bool(prompt) and wrong is None and prompt[-1]["role"] == "assistant"
+        prompt = prompt[:-1] if answered else prompt
+        if wrong is None and not prompt:
+            wrong = "there is no message to be answered"
+    else:
+        wrong = _fault_of_text(prompt) if isinstance(prompt, str) and prompt else "it is neither"
+    if wrong is not None:
         raise typer.BadParameter(
             f"{path}, row {number}: {column!r} must be a text or a list of messages with role and content, one of them "
-            f"to be answered, got {json.dumps(prompt, default=str)[:100]}",
+            f"to be answered, got {_shown(row.get(column))}: {wrong}",
             param_hint="--prompts",
         )
-    return messages, answered
+    return prompt, answered
+
+
+def _fault(message: Any) -> str | None:
+    """What is wrong with a message. One of an assistant that calls tools may have no content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return f"{_shown(message)} is no message with a role"
+    content = message.get("content")
+    if isinstance(content, str):
+        return _fault_of_text(content)
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return None
+    if isinstance(content, list):
+        return "the content of a message must be a text, got a list: join its parts of text"
+    return f"the content of a message must be a text, got {_shown(content)}"
+
+
+def _fault_of_text(text: str) -> str | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"its character {error.start + 1} is half of a surrogate pair, which UTF-8 has no form for"
+    return None
 
 
 def _route(path: Path, number: int, row: dict[str, Any], column: str, routes: Sequence[str]) -> str:

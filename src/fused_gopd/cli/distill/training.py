@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
-from . import checkpoints, figures, options, prompts
+from . import checkpoints, figures, models, options, prompts
 
 # the dataset's own, whatever the file's are called
 _ROUTE = "route"
@@ -113,8 +113,8 @@ class Run:
         self.checkpoints.find(self.say)
         done = self.checkpoints.done
         listed = prompts.read(Path(said.prompts), said.prompt_column, said.route_column, self._route_names())
-        tokenizer = self._tokenizers()
-        dataset = self._dataset(listed, tokenizer)
+        known, tokenizer = self._models()
+        dataset = self._dataset(listed, tokenizer, known)
         teacher = self._teacher(tokenizer)
         config = self._config()
         self._announce(done, len(listed.prompts))
@@ -145,32 +145,31 @@ class Run:
         except smollm.DemoError as error:
             raise typer.BadParameter(str(error), param_hint="smollm2") from None
 
-    def _tokenizer(self, option: str, name: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self._local(name), padding_side="left", truncation_side="left")
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(
-                f"{name!r} has no tokenizer: it is neither a model's folder nor a model on the hub that can be reached "
-                f"({str(error).splitlines()[0]})",
-                param_hint=option,
-            ) from None
-
-    def _tokenizers(self) -> Any:
-        """The student's, once the others' have been compared with it."""
+    def _others(self) -> list[tuple[str, str]]:
+        """The models beside the student that are loaded here, each with its option."""
         said = self.options
-        own = self._tokenizer("--student", said.student)
-        others = [("--teacher", model) for model in said.routes().values()]
-        if said.ref not in ("", "student"):
-            others.append(("--ref", said.ref))
-        for option, model in others:
-            if model != said.student:
-                try:
-                    check_tokenizers(model, own, self._tokenizer(option, model))
-                except ValueError as error:
-                    raise typer.BadParameter(str(error), param_hint=option) from None
-        return own
+        ref = [("--ref", said.ref)] if said.ref not in ("", "student") and said.reward_scale != 1 else []
+        return [*(("--teacher", model) for model in said.routes().values()), *ref]
 
-    def _dataset(self, listed: prompts.Prompts, tokenizer: Any) -> Any:
+    def _models(self) -> tuple[list[models.Model], Any]:
+        """What is known of the models, the student first, and the student's tokenizer, once they fit each other."""
+        said = self.options
+        known = [
+            models.read(option, name, self._local(name))
+            for option, name in [("--student", said.student), *self._others()]
+        ]
+        tokenizer = models.read_tokenizer("--student", said.student, self._local(said.student))
+        for model in known[1:]:
+            if model.name != said.student:
+                other = models.read_tokenizer(model.option, model.name, self._local(model.name))
+                try:
+                    check_tokenizers(model.name, tokenizer, other)
+                except ValueError as error:
+                    raise typer.BadParameter(str(error), param_hint=model.option) from None
+        models.check_sizes(known, tokenizer, said.k)
+        return known, tokenizer
+
+    def _dataset(self, listed: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
         """One row for each answer of the run, in the order of seeded permutations.
 
         All of it is one epoch, so that a resumed run has no earlier epochs' shuffles to repeat, and a longer run
@@ -195,7 +194,20 @@ class Run:
         needed = said.steps * said.batch_size * said.accumulation
         while len(order) < needed:
             order += torch.randperm(len(rows), generator=generator).tolist()
-        return importlib.import_module("datasets").Dataset.from_dict(columns).select(order[:needed])
+        order = order[:needed]
+        try:
+            dataset: Any = importlib.import_module("datasets").Dataset.from_dict(columns)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise typer.BadParameter(
+                f"{said.prompts} has fields of messages that are of one type in some rows and of another in others: "
+                f"{models.first_line(error)}",
+                param_hint="--prompts",
+            ) from None
+        used = sorted(set(order))
+        models.check_prompts(
+            dataset.select(used), [listed.rows[i] for i in used], said.prompts, known, tokenizer, said.max_new_tokens
+        )
+        return dataset.select(order)
 
     def _teacher(self, tokenizer: Any) -> Any:
         """A model's place, one for each route, or a scorer."""

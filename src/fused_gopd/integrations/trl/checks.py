@@ -137,6 +137,16 @@ def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrai
         )
 
 
+def check_vocabulary(name: str, size: int, student: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model of ``size`` tokens scores all that a student of ``student`` tokens can say."""
+    last = min(max(tokenizer.get_vocab().values()), student - 1)
+    if size <= last:
+        raise ValueError(
+            f"{name} has {size} tokens, and the student's tokenizer goes up to id {last}: it cannot score all that "
+            "the student says. Use models of one tokenizer"
+        )
+
+
 def find_tokenizer(source: Model, model: nn.Module, **options: Any) -> PreTrainedTokenizerBase | None:
     """What lies beside a model: loaded by its name if the model was, else only if it is on this machine."""
     name = source if isinstance(source, str) else get_config_model_id(cast("Any", model).config)

@@ -27,6 +27,7 @@ from .checks import (
     check_kind,
     check_routes,
     check_tokenizers,
+    check_vocabulary,
     find_tokenizer,
     require_route,
     routes_of,
@@ -158,12 +159,7 @@ class Models:
             return prepared[id(source)]
         model = source if isinstance(source, nn.Module) else self._load(source, init)
         size = self._vocabulary(model)
-        last = max(self._tokenizer.get_vocab().values())
-        if size <= last:
-            raise ValueError(
-                f"{name} has {size} tokens, and the student's tokenizer goes up to id {last}: it cannot score all that "
-                "the student says. Use models of one tokenizer"
-            )
+        check_vocabulary(name, size, sizes[0], self._tokenizer)
         trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
         found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(source, model, **trust)
         if found is not None:

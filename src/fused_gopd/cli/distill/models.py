@@ -1,0 +1,192 @@
+"""What the files of a model say of it before it is loaded: that they are whole, its vocabulary and its positions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from transformers import AutoConfig, AutoTokenizer
+
+from ...integrations.trl.checks import check_vocabulary
+
+# what from_pretrained looks for; an index names the parts of weights that are split
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run."""
+
+    option: str
+    name: str
+    vocab: int
+    positions: int | None  # None: as many as there are tokens
+
+
+def read(option: str, name: str, path: str) -> Model:
+    """A model by its configuration; ``path`` is its folder or its name on the hub.
+
+    Raises:
+        typer.BadParameter: naming the option and what is wrong.
+    """
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            path = _checked(folder, reference=option == "--ref")
+        config: Any = AutoConfig.from_pretrained(path).get_text_config()
+        vocab, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    except Exception as error:  # a damaged file makes transformers raise all kinds
+        raise typer.BadParameter(_unloadable(name, path, "configuration", error), param_hint=option) from None
+    return Model(option, name, vocab, positions if isinstance(positions, int) and positions > 0 else None)
+
+
+def read_tokenizer(option: str, name: str, path: str) -> Any:
+    """A model's tokenizer, alike."""
+    try:
+        return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+    except Exception as error:
+        raise typer.BadParameter(_unloadable(name, path, "tokenizer", error), param_hint=option) from None
+
+
+def _unloadable(name: str, path: str, what: str, error: Exception) -> str:
+    if isinstance(error, _DamagedError):
+        return f"{name!r} cannot be loaded: {error}"
+    if Path(path).is_dir():
+        return f"{name!r} has no {what} that can be loaded: {first_line(error)}"
+    return f"{name!r} is neither a model's folder nor a model on the hub that can be reached: {first_line(error)}"
+
+
+class _DamagedError(Exception):
+    """What is wrong with the files of a model."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, with its kind where it says little."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, (OSError, ValueError)) and lines:
+        return lines[0]
+    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
+
+
+def _checked(folder: Path, *, reference: bool) -> str:
+    """The folder with the configuration, once its files are known to be whole."""
+    for link in sorted(folder.iterdir()):
+        if link.is_symlink() and not link.exists():
+            raise _DamagedError(f"{link} is a link to {link.readlink()}, which is not there")
+    files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    for index in (folder / name for name in _INDICES if (folder / name).is_file()):
+        parts = sorted(set(_json(index).get("weight_map", {}).values()))
+        missing = [part for part in parts if not (folder / part).is_file()]
+        if missing:
+            raise _DamagedError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:3])}")
+        files += [folder / part for part in parts]
+    if not files:
+        raise _DamagedError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")
+    safetensors: Any = importlib.import_module("safetensors")
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:  # reads the header, and compares it with the size of the file
+                with safetensors.safe_open(file, framework="pt"):
+                    pass
+            except (OSError, safetensors.SafetensorError) as error:
+                raise _DamagedError(f"{file} is damaged: {first_line(error)}") from None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if not reference:
+            raise _DamagedError(
+                f"{folder} has a PEFT adapter alone: merge it into its base first (merge_and_unload, save_pretrained)"
+            )
+        return str(_json(folder / "adapter_config.json")["base_model_name_or_path"])
+    return str(folder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise _DamagedError(f"{path} must be an object")
+    return found
+
+
+def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
+    """Vocabularies that do not fit each other or ``k``; the student comes first."""
+    student = models[0]
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding >= student.vocab:
+        raise typer.BadParameter(
+            f"the padding token {tokenizer.pad_token!r} of {student.name} has the id {padding}, and the model has "
+            f"{student.vocab} tokens: resize its embeddings (resize_token_embeddings), or use another padding token",
+            param_hint=student.option,
+        )
+    for model in models[1:]:
+        try:
+            check_vocabulary(model.name, model.vocab, student.vocab, tokenizer)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=model.option) from None
+    smallest = min(models, key=lambda model: model.vocab)
+    if k is not None and k > smallest.vocab:
+        raise typer.BadParameter(
+            f"must be at most {smallest.vocab}, the vocabulary of {smallest.name}, got {k}", param_hint="--k"
+        )
+
+
+def check_prompts(
+    dataset: Any, rows: Sequence[int], path: str, models: Sequence[Model], tokenizer: Any, new_tokens: int
+) -> None:
+    """Prompts that the student's tokenizer or chat template cannot take, or that are too long for a model.
+
+    ``rows`` are the numbers of the dataset's rows in the file.
+    """
+    student = models[0]
+    limited = [(model.positions, model) for model in models if model.positions is not None]
+    positions, shortest = min(limited, key=lambda pair: pair[0], default=(None, student))
+    if positions is not None and positions <= new_tokens:
+        raise typer.BadParameter(
+            f"must be less than the {positions} positions of {shortest.name} ({shortest.option}), got {new_tokens}",
+            param_hint="--max-new-tokens",
+        )
+    long: list[str] = []
+    for row, prompt in zip(rows, dataset["prompt"], strict=True):
+        ids = _encoded(prompt, tokenizer, f"{path}, row {row}")
+        if max(ids) >= student.vocab:
+            raise typer.BadParameter(
+                f"{path}, row {row}, has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} of id {max(ids)}, and "
+                f"{student.name} has {student.vocab} tokens: resize its embeddings (resize_token_embeddings)",
+                param_hint=student.option,
+            )
+        if positions is not None and len(ids) + new_tokens > positions:
+            long.append(f"row {row} of {len(ids)} tokens")
+    if positions is not None and long:
+        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+        raise typer.BadParameter(
+            f"{path} has prompts that are too long: {', '.join(long[:5])}{more}. With --max-new-tokens {new_tokens} a "
+            f"prompt may have {positions - new_tokens}, because {shortest.name} ({shortest.option}) has {positions} "
+            "positions: leave them out of the file, or lower --max-new-tokens",
+            param_hint="--prompts",
+        )
+
+
+def _encoded(prompt: Any, tokenizer: Any, where: str) -> list[int]:
+    """The tokens of a prompt, as the trainer makes them."""
+    try:
+        if isinstance(prompt, str):
+            ids = tokenizer(text=prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+    except Exception as error:  # a template raises what it likes
+        what = "the student's tokenizer" if isinstance(prompt, str) else "the student's chat template"
+        raise typer.BadParameter(
+            f"{where}, is not taken by {what}: {first_line(error)}", param_hint="--prompts"
+        ) from None
+    if not ids:
+        raise typer.BadParameter(f"{where}, has no tokens for the student's tokenizer", param_hint="--prompts")
+    return list(ids)
