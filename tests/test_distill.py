@@ -394,10 +394,9 @@ def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -
 
 def test_a_run_that_never_began_is_no_run_to_go_on_with(files: Files, tmp_path: Path) -> None:
     """The command with its mistake mended may use the same folder."""
-    broken = tmp_path / "broken"
-    shutil.copytree(files.math, broken, ignore=shutil.ignore_patterns("*.safetensors"))
-    failed = runner.invoke(app, ["distill", *small(files, tmp_path / "run", "--teacher", str(broken))])
-    assert isinstance(failed.exception, OSError)
+    broken = files.damaged("config.json", lambda data: data.replace(b'"hidden_size": 16', b'"hidden_size": 24'))
+    failed = runner.invoke(app, ["distill", *small(files, tmp_path / "run", "--teacher", broken)])
+    assert isinstance(failed.exception, RuntimeError)  # weights of another shape
     assert options.started(tmp_path / "run", _given(files)).teacher == [files.math]
 
 
