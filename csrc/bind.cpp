@@ -2,12 +2,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "rowops.h"
@@ -80,8 +82,8 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Job* self, int64_t rows, int64_t vocab, const Model& student, const Model* teacher, const Model* ref,
-             float reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence, double beta,
-             uintptr_t statistics) {
+             float reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
+             const std::tuple<float, float, float, bool>& mixture, uintptr_t statistics) {
             new (self) Job();
             self->rows = rows;
             self->vocab = vocab;
@@ -92,12 +94,12 @@ NB_MODULE(_native, m) {
             self->reward_scales = pointer<const float>(reward_scales);
             self->token_ids = pointer<const int64_t>(token_ids);
             self->divergence = static_cast<Divergence>(divergence);
-            self->beta = static_cast<float>(beta);
-            self->one_minus_beta = static_cast<float>(1.0 - beta);
+            std::tie(self->mixture.beta, self->mixture.one_minus_beta, self->mixture.turn, self->mixture.near_end) =
+                mixture;
             self->statistics = pointer<float>(statistics);
           },
           "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(), "reward_scale"_a, "reward_scales"_a,
-          "token_ids"_a, "divergence"_a, "beta"_a, "statistics"_a)
+          "token_ids"_a, "divergence"_a, "mixture"_a, "statistics"_a)
       .def(
           "request_statistics", [](Job& job) { job.compute_statistics = true; }, "Have run() write the statistics.")
       .def(

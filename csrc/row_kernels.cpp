@@ -386,21 +386,34 @@ bool first_statistics(const Row& row) {
 // models agree, and no probability is formed that could underflow:
 //   log m - log p = log(1 - beta + beta e^delta) = max(delta, 0) + log(1 + B (e^-|delta| - 1)),
 //   with B = beta for delta < 0 and 1 - beta for delta > 0.
-inline void log_ratios(vf delta, float beta, float one_minus_beta, vf& student, vf& target) {
-  const vf e = exp(bits<vf>(bits<vi>(delta) | splat_int(INT32_MIN)));
-  const vf b = select(delta > 0.0f, splat(one_minus_beta), splat(beta));
-  const vf common = log(b * (e - 1.0f) + 1.0f);
-  student = -max(vf{}, delta) - common;
-  target = min(vf{}, delta) - common;
+// Near an end of beta the same with the turn of the mixture in place of 0, and the logarithm as log1p.
+template <bool NearEnd>
+inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target) {
+  if constexpr (NearEnd) {
+    const vi above = delta > m.turn;
+    const vf e = exp(select(above, -delta, delta));
+    const vf b = select(above, splat(m.one_minus_beta), splat(m.beta));
+    const vf rest = select(above, splat(m.beta), splat(m.one_minus_beta));
+    const vf mixed = b * e + rest;  // not below rest, where 1 + b (e - 1) would round to 0
+    const vf common = log(mixed) + (b * (e - 1.0f) - (mixed - 1.0f));
+    student = select(above, -delta, vf{}) - common;
+    target = select(above, vf{}, delta) - common;
+  } else {
+    const vf e = exp(bits<vf>(bits<vi>(delta) | splat_int(INT32_MIN)));
+    const vf b = select(delta > 0.0f, splat(m.one_minus_beta), splat(m.beta));
+    const vf common = log(b * (e - 1.0f) + 1.0f);
+    student = -max(vf{}, delta) - common;
+    target = min(vf{}, delta) - common;
+  }
 }
 
 // KL(p || m) and KL(t || m), which need both normalisers first.
-template <int Models>
-void jsd_statistics(const Row& row) {
+template <int Models, bool NearEnd>
+void jsd_sums(const Row& row) {
   const float logsum_p = row.statistic(logsum_student), logsum_u = row.statistic(logsum_target);
   float maximum[3];
   for (int i = 0; i < Models; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
-  const float beta = row.job.beta, one_minus_beta = row.job.one_minus_beta;
+  const Mixture mixture = row.job.mixture;
   double student_sum = 0.0, target_sum = 0.0;
   Block b;
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
@@ -413,7 +426,7 @@ void jsd_statistics(const Row& row) {
       const vf log_p = (load(b.x[0] + k) - maximum[0]) - logsum_p;
       const vf log_t = target_logits<Models>(b, k, maximum) - logsum_u;
       vf p_part, t_part;
-      log_ratios(log_t - log_p, beta, one_minus_beta, p_part, t_part);
+      log_ratios<NearEnd>(log_t - log_p, mixture, p_part, t_part);
       student += select(inside, exp(log_p) * p_part, vf{});
       target += select(inside, exp(log_t) * t_part, vf{});
     }
@@ -422,6 +435,11 @@ void jsd_statistics(const Row& row) {
   }
   row.statistic(student_part) = float(student_sum);
   row.statistic(target_part) = float(target_sum);
+}
+
+template <int Models>
+void jsd_statistics(const Row& row) {
+  row.job.mixture.near_end ? jsd_sums<Models, true>(row) : jsd_sums<Models, false>(row);
 }
 
 // The logits of the sampled token.
@@ -464,11 +482,12 @@ bool statistics(const Row& row) {
 // --------------------------------------------------------------------------------------------------------- gradient
 
 // What the gradient of one row needs beside its logits. Token: the divergence's weight is 0, its term does not exist.
-enum class Term { token, none, reverse_kl, forward_kl, jsd };
+enum class Term { token, none, reverse_kl, forward_kl, jsd, jsd_near_end };
 
 struct Coefficients {
   float divergence, token;  // w_d, w_y
-  float maximum[3], logsum_p, logsum_u, mean, beta, one_minus_beta;
+  float maximum[3], logsum_p, logsum_u, mean;
+  Mixture mixture;
 };
 
 // w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
@@ -486,10 +505,10 @@ GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float
     if constexpr (T == Term::none) value = p * (c.divergence * (z - c.mean) + c.token);
     if constexpr (T == Term::reverse_kl) value = p * (c.divergence * ((z - u) - c.mean) + c.token);
     if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(u - c.logsum_u)) + c.token * p;
-    if constexpr (T == Term::jsd) {
+    if constexpr (T == Term::jsd || T == Term::jsd_near_end) {
       vf student, target;
-      log_ratios((u - c.logsum_u) - log_p, c.beta, c.one_minus_beta, student, target);
-      value = p * (c.divergence * (c.one_minus_beta * student - c.mean) + c.token);
+      log_ratios<T == Term::jsd_near_end>((u - c.logsum_u) - log_p, c.mixture, student, target);
+      value = p * (c.divergence * (c.mixture.one_minus_beta * student - c.mean) + c.token);
     }
     if (!Clean) value = keep(support<Models>(b, k), value);
     if (Stream) {
@@ -626,13 +645,12 @@ void gradient(const Row& row, bool clean) {
   Coefficients c;
   c.divergence = job.divergence_weights != nullptr ? job.divergence_weights[row.index] : 0.0f;
   c.token = job.token_weights != nullptr ? job.token_weights[row.index] : 0.0f;
-  c.beta = job.beta;
-  c.one_minus_beta = job.one_minus_beta;
+  c.mixture = job.mixture;
   for (int i = 0; i < Models; ++i) c.maximum[i] = row.statistic(max_student + row.kind[i]);
   c.logsum_p = row.statistic(logsum_student);
   c.logsum_u = row.statistic(logsum_target);
   c.mean = row.statistic(job.divergence == Divergence::none ? mean_logit : mean_gap);
-  if (job.divergence == Divergence::jsd) c.mean = c.one_minus_beta * row.statistic(student_part);
+  if (job.divergence == Divergence::jsd) c.mean = c.mixture.one_minus_beta * row.statistic(student_part);
   const bool divergence = c.divergence != 0.0f;
   if (!divergence && c.token == 0.0f) return zero_row(row);
   if (!row.model[0]->softcap) {  // dz/dx is one number
@@ -644,6 +662,7 @@ void gradient(const Row& row, bool clean) {
   if constexpr (Models > 1) {
     if (job.divergence == Divergence::reverse_kl) return gradient_row<Models, Term::reverse_kl>(row, c, clean);
     if (job.divergence == Divergence::forward_kl) return gradient_row<Models, Term::forward_kl>(row, c, clean);
+    if (job.mixture.near_end) return gradient_row<Models, Term::jsd_near_end>(row, c, clean);
     return gradient_row<Models, Term::jsd>(row, c, clean);
   }
 }

@@ -42,6 +42,13 @@ struct Model {
   bool softcap = false;
 };
 
+// m = beta t + (1 - beta) p; see Mixture in rowops/__init__.py.
+struct Mixture {
+  float beta = 0.5f, one_minus_beta = 0.5f;
+  float turn = 0.0f;
+  bool near_end = false;
+};
+
 struct Job {
   int64_t rows = 0;   // C
   int64_t vocab = 0;  // V
@@ -50,7 +57,7 @@ struct Job {
   const float* reward_scales = nullptr;  // (C,) gives one per row
   const int64_t* token_ids = nullptr;    // (C,) or nullptr
   Divergence divergence = Divergence::none;
-  float beta = 0.5f, one_minus_beta = 0.5f;
+  Mixture mixture;
 
   bool compute_statistics = false;
   bool compute_jsd_parts = false;  // of statistics that have been computed

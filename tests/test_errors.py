@@ -225,8 +225,13 @@ CASES = {
     "divergence of sampled": ({"divergence": "jsd"}, ValueError, "divergence='jsd' needs estimator='full'"),
     "reduction": ({"reduction": "mean"}, ValueError, "reduction must be one of.*'token-mean'.*'mean'"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of.*'triton'.*'cuda'"),
-    "beta 0": (dict(divergence="jsd", beta=0.0, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 0.0"),
-    "beta 1": (dict(divergence="jsd", beta=1, **FULL), ValueError, "beta must satisfy 0 < beta < 1, got 1.0"),
+    "beta below 0": (
+        dict(divergence="jsd", beta=-1e-9, **FULL),
+        ValueError,
+        "beta must satisfy 0 <= beta <= 1 .*-1e-09",
+    ),
+    "beta above 1": (dict(divergence="jsd", beta=2, **FULL), ValueError, "beta must satisfy 0 <= beta <= 1 .*got 2.0"),
+    "beta nan": (dict(divergence="jsd", beta=float("nan"), **FULL), ValueError, "beta must"),
     "beta type": (dict(divergence="jsd", beta="0.5", **FULL), TypeError, "beta must be a Python number, got str"),
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     "chunk_dtype of another dtype": (

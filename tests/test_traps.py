@@ -380,6 +380,59 @@ def test_the_jsd_gradient_is_one_minus_beta_times_its_student_half(backend, beta
     assert_close(got, (1 - beta) * p * (ratio - (p * ratio).sum(-1, keepdim=True)), TOLERANCE[F32])
 
 
+@pytest.mark.parametrize(("beta", "name"), [(0, "forward_kl"), (1.0, "reverse_kl")])
+def test_the_ends_of_the_jsd_are_the_two_kls(backend, beta, name):
+    batch = make_batch(20, kinds=("logits",) * 3, dtype=F32)
+    for options in ({"estimator": "full"}, {"estimator": "topk", "k": 3, "tail": "drop"}):
+        options = options | {"reward_scale": 1.25}
+        for loss in (fg.gopd_loss, fg.reference.gopd_loss):
+            out, (grad,) = run(batch, loss, divergence="jsd", beta=beta, backend=backend, **options)
+            named, (named_grad,) = run(batch, loss, divergence=name, backend=backend, **options)
+            assert torch.equal(out.token_loss, named.token_loss)
+            assert torch.equal(grad, named_grad)
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e-3, 1 - 1e-8])
+def test_the_jsd_near_its_ends_keeps_its_digits(backend, beta):
+    """It is as small as beta or 1 - beta there; the error of a sum of numbers as large as 1 would be all of it."""
+    batch = make_batch(21, shape=(3,), vocab=(33,) * 3, kinds=("logits",) * 3, dtype=F32, masked=False)
+    for scale in (1.0, 8.0):
+        logits = [scale * m.logits.detach() for m in (batch.student, batch.teacher)]
+        sharp = batch.replaced(student=trainable(fg.Logits(logits[0])), teacher=fg.Logits(logits[1]))
+        for options in ({"estimator": "full"}, {"estimator": "topk", "k": 33}):
+            options = options | {"divergence": "jsd", "beta": beta, "reduction": "sum"}
+            out, (grad,) = run(sharp, backend=backend, **options)
+            want, (want_grad,) = expect(sharp, **options)
+            # the oracle has 1e-16 / 1e-8; a log-ratio of logits up to 30 is off by 2e-6, and everything is linear in it
+            assert relative_error(out.token_loss, want.token_loss) <= 1e-5
+            assert relative_error(grad, want_grad) <= 1e-5
+    same, (grad,) = run(batch.replaced(teacher=fg.Logits(batch.student.logits.detach())), backend=backend, **options)
+    assert not same.token_loss.any()
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("beta", [5e-324, 1e-30, 1e-12, 1 - 1e-16])
+def test_the_jsd_of_opposite_models_is_finite_at_its_ends(backend, beta):
+    """log(1 + (1 - beta) (exp(-gap) - 1)) is log 0 where 1 - beta rounds to 1."""
+    for gap in (30.0, 100.0):
+        z = torch.tensor([[0.0, gap], [gap, 0.0]])
+        for options in ({"estimator": "full"}, {"estimator": "topk", "k": 2}):
+            x = z.clone().requires_grad_()
+            out = fg.gopd_loss(
+                fg.Logits(x),
+                fg.Logits(z.flip(0)),
+                divergence="jsd",
+                beta=beta,
+                reduction="sum",
+                backend=backend,
+                **options,
+            )
+            out.loss.backward()
+            small = min(beta, 1 - beta)
+            assert 0 <= out.loss <= 2 * small * (1 - math.log(small)) + 1e-6  # of a sum over two tokens
+            assert x.grad.abs().max() <= 2 * small * (1 - math.log(small)) + 1e-6
+
+
 def test_terms_are_not_clipped_before_the_sum(backend):
     """Per-entry terms p log(p / q) are negative where p < q: flooring them would move the sum."""
     batch = make_batch(18, kinds=("logits",) * 3, dtype=F32, scale=8.0)

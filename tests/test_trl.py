@@ -744,7 +744,7 @@ def test_options_are_read_from_the_command_line() -> None:
     [
         ({"estimator": "exact"}, "estimator must be one of 'sampled', 'full', 'topk', got 'exact'"),
         ({"divergence": "kl"}, "divergence must be one of"),
-        ({"divergence": "jsd", "beta": 1.0}, "divergence='jsd' and beta=1.0 disagree"),
+        ({"divergence": "forward_kl", "beta": 1.0}, "divergence='forward_kl' and beta=1.0 disagree"),
         ({"reduction": "sum"}, "reduction must be one of"),
         ({"baseline": "mean"}, "baseline must be one of"),
         ({"reward_scale_steps": 3}, "reward_scale_steps needs reward_scale_end"),

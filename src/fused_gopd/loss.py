@@ -114,7 +114,8 @@ def gopd_loss(
             position, which a teacher behind a server can tell, see below.
         divergence: of ``full`` and ``topk``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"``
             KL(target || p), or ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m),
-            m = beta target + (1 - beta) p.
+            m = beta target + (1 - beta) p. ``beta=0`` is ``"forward_kl"`` and ``beta=1`` is ``"reverse_kl"``, value and
+            gradient, as in Liger, TRL and ms-swift; the JSD itself goes to 0 there.
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
             ``ratio="sequence"`` does and, beside float16 hidden states, what may make a gradient overflow before its

@@ -33,6 +33,16 @@ SUPPORTS: tuple[str, ...] = get_args(Support)
 TAILS: tuple[str, ...] = get_args(Tail)
 
 
+def divergence_of(beta: float) -> Divergence:
+    """What the beta of Liger, TRL and ms-swift stands for: the JSD, and at its ends the two KL divergences.
+
+    The JSD goes to 0 at both ends. JSD / beta goes to KL(target || p) at 0 and JSD / (1 - beta) to KL(p || target) at
+    1; those are meant, not divided by anything.
+    """
+    ends: dict[float, Divergence] = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return ends.get(beta, "jsd")
+
+
 # ------------------------------------------------------------------------------------------------------- sequences
 
 
@@ -426,6 +436,30 @@ def divergence_value(
     empty = torch.isneginf(logsum_p)
     zero = torch.zeros_like(value)
     return torch.where(empty, zero, value), torch.where(empty, zero, kl)
+
+
+def to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(t / m) of m = beta t + (1 - beta) p, from ratio = log(t / p); both 0 where that is 0.
+
+    For beta <= 1/2 (else with p and t exchanged), with the branch at beta t = (1 - beta) p:
+
+        log(m / p) = log1p(beta expm1(ratio))              below it
+        log(m / t) = log(beta + (1 - beta) exp(-ratio))    above it
+
+    and the other one is that +- ratio. Below the branch the error is small beside beta, not only beside 1: near the
+    ends of beta the JSD and its gradient are as small as that.
+    """
+    if beta > 0.5:
+        target, student = to_mixture(-ratio, 1.0 - beta)
+        return student, target
+    least = torch.finfo(ratio.dtype).tiny
+    beta = max(beta, least)
+    # the exponential stays in the range of float32
+    turn = min(math.log((1.0 - beta) / beta), 80.0)
+    below = ratio <= turn
+    log_m_p = torch.log1p(beta * torch.expm1(ratio.clamp_max(turn)))
+    log_m_t = torch.log(beta + (1.0 - beta) * torch.exp(-ratio.clamp_min(turn)))
+    return -torch.where(below, log_m_p, ratio + log_m_t), torch.where(below, ratio - log_m_p, -log_m_t)
 
 
 # ------------------------------------------------------------------------------------------------------- reductions

@@ -500,18 +500,25 @@ def _slices(stops: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(itertools.pairwise((0, *stops)))
 
 
-def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object) -> float:
+def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object) -> tuple[Divergence, float]:
+    """The divergence that is computed and its beta, which only the JSD has."""
     one_of("divergence", divergence, DIVERGENCES)
     if estimator == "sampled" and divergence != "reverse_kl":
         raise ValueError(
             f"divergence={divergence!r} needs estimator='full' or 'topk'; 'sampled' estimates the reverse KL alone"
         )
     beta = require_number("beta", beta)
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must satisfy 0 < beta < 1, got {beta}")
-    if divergence != "jsd" and beta != 0.5:
-        raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
-    return beta
+    if divergence != "jsd":
+        if beta != 0.5:
+            raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+        return divergence, beta
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"beta must satisfy 0 <= beta <= 1 (0 is the forward KL, 1 the reverse KL, between them the JSD with "
+            f"m = beta target + (1 - beta) p), got {beta}"
+        )
+    divergence = objective.divergence_of(beta)
+    return divergence, beta if divergence == "jsd" else 0.5
 
 
 def _require_models(
@@ -654,7 +661,7 @@ def prepare(
     one_of("backend", backend, BACKENDS)
     if chunk_size is not None:
         require_count("chunk_size", chunk_size)
-    beta = _check_divergence(estimator, divergence, beta)
+    divergence, beta = _check_divergence(estimator, divergence, beta)
     if not isinstance(score_cancelled, bool):
         raise TypeError(f"score_cancelled must be a bool, got {type(score_cancelled).__name__}")
     if score_cancelled and token_ids is None:

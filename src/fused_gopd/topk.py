@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Divergence, Support, Tail, any_impossible, mix
+from .objective import Divergence, Support, Tail, any_impossible, mix, to_mixture
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def term(
             values, weight = p * (h - loss + missing), missing - 1 - loss
             average = loss
         else:
-            log_p_m, log_t_m = _to_mixture(log_t - x.log_p, beta)
+            log_p_m, log_t_m = to_mixture(log_t - x.log_p, beta)
             h = (1.0 - beta) * log_p_m
             loss, average = total(beta * t * log_t_m + p * h), total(p * h)
             values, weight = p * (h - average), -average
@@ -211,13 +211,3 @@ def term(
     entries = Entries(token_ids, values, weight, weight.abs() * mass_outside[:, 0])
     loss, kl = (y.masked_fill(x.poisoned, math.nan) for y in (loss[:, 0], kl))
     return Term(loss, kl, entries)
-
-
-def _to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(p / m) and log(t / m) of m = beta t + (1 - beta) p, from log(t / p) alone, exactly 0 where that is 0.
-
-    Differences of logarithms of what may be small would lose it.
-    """
-    falls = torch.log1p(beta * torch.expm1(ratio.clamp_max(0)))  # log(m / p) where t <= p
-    rises = torch.log1p((1.0 - beta) * torch.expm1(-ratio.clamp_min(0)))  # log(m / t) where t > p
-    return -torch.where(ratio <= 0, falls, ratio + rises), torch.where(ratio <= 0, ratio - falls, -rises)

@@ -128,8 +128,7 @@ int main() {
                                                          variant % 4 ? vocab / 2 : INT64_MAX});
         job.token_ids = ids.get();
         job.divergence = static_cast<Divergence>(divergence);
-        job.beta = 0.3f;
-        job.one_minus_beta = 0.7f;
+        job.mixture = {0.3f, 0.7f, 0.0f, false};
         std::unique_ptr<float[]> w_d(new float[rows]{1.0f, 0.5f, 0.0f}), w_y(new float[rows]{0.0f, -2.0f, 1.0f});
         job.divergence_weights = variant % 7 == 6 ? nullptr : w_d.get();
         job.token_weights = variant % 7 == 5 ? nullptr : w_y.get();

@@ -19,8 +19,9 @@ Notation of the formulas here and in every backend, for one row (one token):
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
 from torch import Tensor, bfloat16, device, dtype, float16, float32
@@ -44,6 +45,30 @@ class ModelRows:
 
     raw: Tensor  # (C, >= V), floating; unit stride along the vocabulary, any stride (0 too) along the rows
     transform: LogitTransform
+
+
+class Mixture(NamedTuple):
+    """m = beta t + (1 - beta) p for float32 kernels.
+
+    At delta = log(t / p) the two log-ratios follow from one logarithm, log(m / p) for delta <= turn and log(m / t)
+    above it. Near an end of beta all of the JSD is as small as beta or 1 - beta, and the logarithm has to be exact to
+    that: as log1p, with the turn where beta t = (1 - beta) p. Elsewhere the turn is at 0 and log is exact enough.
+    """
+
+    beta: float
+    one_minus_beta: float
+    turn: float
+    near_end: bool
+
+    @staticmethod
+    def of(beta: float) -> Mixture:
+        least = 1.2e-38  # the smallest normal float32
+        beta, one_minus_beta = max(beta, least), max(1.0 - beta, least)
+        near_end = min(beta, one_minus_beta) < 1 / 128
+        if not near_end:
+            return Mixture(beta, one_minus_beta, 0.0, False)
+        turn = math.log(one_minus_beta / beta)
+        return Mixture(beta, one_minus_beta, min(max(turn, -80.0), 80.0), True)  # exp(turn) is a float32
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from . import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
 _DIVERGENCES = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "jsd": 3}  # enum Divergence
@@ -114,7 +114,7 @@ class _Job:
             reward_scales=self._address(scales),
             token_ids=self._address(ids),
             divergence=_DIVERGENCES[problem.divergence],
-            beta=problem.beta,
+            mixture=tuple(Mixture.of(problem.beta)),
             statistics=self._address(statistics),
         )
 

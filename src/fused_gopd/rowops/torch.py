@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import objective
 from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
@@ -197,22 +198,18 @@ def _probabilities(logits: Tensor, logsum: Tensor, support: Tensor) -> Tensor:
     return torch.where(support, (logits - logsum[:, None]).exp(), torch.zeros_like(logits))
 
 
-def _log_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> Tensor:
-    """log m. In log space: probabilities below exp(-104) are 0 in float32 and would give log 0."""
+def _to_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(t / m)."""
     assert x.u is not None
-    log_p, log_t = x.z - logsum_p[:, None], x.u - logsum_u[:, None]
-    return torch.logaddexp(log_t + math.log(problem.beta), log_p + math.log1p(-problem.beta))
+    return objective.to_mixture((x.u - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
 
 
 def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || m) and KL(t || m)."""
     assert x.u is not None
-    log_m = _log_mixture(problem, x, logsum_p, logsum_u)
+    student, target = _to_mixture(problem, x, logsum_p, logsum_u)
     p, t = (_probabilities(y, logsum, x.support) for y, logsum in ((x.z, logsum_p), (x.u, logsum_u)))
-    return (
-        _weighted(p, x.z - logsum_p[:, None] - log_m, x.support),
-        _weighted(t, x.u - logsum_u[:, None] - log_m, x.support),
-    )
+    return _weighted(p, student, x.support), _weighted(t, target, x.support)
 
 
 def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
@@ -267,8 +264,7 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
                 assert x.u is not None
                 d, mean = x.z - x.u, statistics[Stat.MEAN_GAP]
             else:
-                log_m = _log_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])
-                d = (1.0 - problem.beta) * (x.z - logsum_p[:, None] - log_m)
+                d = (1.0 - problem.beta) * _to_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])[0]
                 mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
             term = p * torch.where(x.support, d - mean[:, None], zero)
         grad = grad + torch.where(w == 0, zero, w * term)

@@ -11,7 +11,7 @@ from trl import DistillationConfig, GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ...checks import one_of, require_count, require_number
-from ...objective import BASELINES, DIVERGENCES, ESTIMATORS, SUPPORTS, TAILS
+from ...objective import BASELINES, DIVERGENCES, ESTIMATORS, SUPPORTS, TAILS, divergence_of
 
 _CHUNK_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -142,8 +142,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         if self.beta is None:
             self.beta = meant[self.divergence or "reverse_kl"]
         beta = require_number("beta", self.beta)
-        by_beta = {1.0: "reverse_kl", 0.0: "forward_kl"}.get(beta, "jsd")
-        if self.divergence is None:
+        by_beta = divergence_of(beta)
+        if self.divergence is None or (self.divergence == "jsd" and beta in (0.0, 1.0)):
             self.divergence = by_beta
         elif self.divergence != by_beta:
             raise ValueError(

@@ -109,15 +109,13 @@ def fused_divergence_loss(
     student, teacher = (student_lm_head_weight, student_lm_head_bias), (teacher_lm_head_weight, teacher_lm_head_bias)
     student_transform = student_logit_scale, student_final_logit_softcapping
     teacher_transform = teacher_logit_scale, teacher_final_logit_softcapping
-    options: dict[str, Any] = {"divergence": {1.0: "reverse_kl", 0.0: "forward_kl"}.get(beta, "jsd")}
-    if options["divergence"] == "jsd":
-        options["beta"] = beta
     out = gopd_loss(
         head(student_hidden_states, *student, *student_transform),
         head(teacher_hidden_states, *teacher, *teacher_transform),
         mask=completion_mask,
         estimator="full",
         normalizer=num_items_in_batch,
-        **options,
+        divergence="jsd",
+        beta=beta,
     )
     return out.loss, out.entropy.sum(), (completion_mask != 0).sum()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from .. import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -290,6 +290,7 @@ def row_launch(
         constants |= model_constants
     models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
     transform = problem.student.transform
+    mixture = Mixture.of(problem.beta)
     arguments |= {
         "reward_scale": 0.0 if isinstance(lam, Tensor) else float(lam),
         "reward_scale_ptr": _vector(lam) if isinstance(lam, Tensor) else None,
@@ -303,9 +304,12 @@ def row_launch(
         "slope": transform.scale / transform.temperature,
         "tanh_of_z": 0.0 if transform.softcap is None else transform.temperature / transform.softcap,
         "V": problem.vocab_size,
-        "beta": problem.beta,
+        "beta": mixture.beta,
+        "one_minus_beta": mixture.one_minus_beta,
+        "turn": mixture.turn,
     }
     constants |= {
+        "NEAR_END": mixture.near_end,
         "DIVERGENCE": problem.divergence,
         "STATISTICS": write_statistics,
         "ALIASED": out is not None and any(_share_memory(out, raw) for raw in models),

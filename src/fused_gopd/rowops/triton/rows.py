@@ -226,17 +226,27 @@ def mean_of(weighted, scale, total):
 
 
 @triton.jit
-def mixture_log_ratios(gap, logsum_difference, beta, FLUSH: tl.constexpr):
+def mixture_log_ratios(gap, logsum_difference, beta, one_minus_beta, turn, NEAR_END: tl.constexpr, FLUSH: tl.constexpr):
     """log p - log m and log t - log m, for gap = z' - u and logsum_difference = LOGSUM_TARGET - LOGSUM_STUDENT.
 
     With delta = log t - log p: log p - log m = -log((1 - beta) + beta e^delta), rewritten for delta > 0 so that no
     exponential overflows; no probability is formed, which would be 0 in fp32 below e^-104.
     """
     delta = -gap - logsum_difference
-    e = exp(-tl.abs(delta), FLUSH)
-    mixture = tl.log(tl.where(delta > 0.0, tl.fma(1.0 - beta, e, beta), tl.fma(beta, e, 1.0 - beta)))
-    # minimum and maximum may drop NaN; the exponential inside the mixture keeps it
-    return -tl.maximum(delta, 0.0) - mixture, tl.minimum(delta, 0.0) - mixture
+    if NEAR_END:
+        # with the turn of the mixture in place of 0, and the logarithm as log1p
+        above = delta > turn
+        e = exp(tl.where(above, -delta, delta), FLUSH)
+        weight = tl.where(above, one_minus_beta, beta)
+        mixed = tl.fma(weight, e, tl.where(above, beta, one_minus_beta))
+        mixture = tl.log(mixed) + (weight * (e - 1.0) - (mixed - 1.0))
+        student, target = tl.where(above, -delta, 0.0) - mixture, tl.where(above, 0.0, delta) - mixture
+    else:
+        e = exp(-tl.abs(delta), FLUSH)
+        mixture = tl.log(tl.where(delta > 0.0, tl.fma(1.0 - beta, e, beta), tl.fma(beta, e, 1.0 - beta)))
+        # minimum and maximum may drop NaN; the exponential inside the mixture keeps it
+        student, target = -tl.maximum(delta, 0.0) - mixture, tl.minimum(delta, 0.0) - mixture
+    return student, target
 
 
 @triton.jit
@@ -245,9 +255,9 @@ def row_kernel(
     teacher_ptr, teacher_stride, teacher_bias, teacher_pre, teacher_post,
     ref_ptr, ref_stride, ref_bias, ref_pre, ref_post,
     reward_scale, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
-    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta,
+    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta, one_minus_beta, turn,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
-    STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
+    NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     """One row: its statistics (``Stat``), its gradient (``RowOps.gradient``), or both. The grid is (C,).
@@ -260,6 +270,7 @@ def row_kernel(
                                         with neither the two parts of jsd are made from the others
     divergence_weight_ptr, token_weight_ptr   (C,) fp32 or None
     out_ptr                             (C, >= V) any floating dtype, or None: no gradient
+    beta, one_minus_beta, turn          the mixture of jsd (Mixture); the last two with NEAR_END alone
     slope, tanh_of_z                    dz/dx = slope (1 - (tanh_of_z z)^2), the second factor with a softcap only
 
     Bytes per row: statistics read each model's V logits once (jsd twice), the gradient reads them once more, from L2
@@ -425,7 +436,9 @@ def row_kernel(
                 support = z != float("-inf")
                 z = z - max_student
                 u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta, FLUSH)
+                log_pm, log_tm = mixture_log_ratios(
+                    z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
+                )
                 student_sum += lane_sum(tl.where(support, exp(z - logsum_z, FLUSH) * log_pm, 0.0))
                 target_sum += lane_sum(tl.where(support, exp(u - logsum_u, FLUSH) * log_tm, 0.0))
         student_part = tl.sum(student_sum, axis=0)
@@ -503,8 +516,10 @@ def row_kernel(
                     elif DIVERGENCE == "forward_kl":
                         term = p - exp(u - logsum_u, FLUSH)
                     else:
-                        log_pm, log_tm = mixture_log_ratios(z - u, logsum_u - logsum_z, beta, FLUSH)
-                        term = p * ((1.0 - beta) * (log_pm - student_part))
+                        log_pm, log_tm = mixture_log_ratios(
+                            z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
+                        )
+                        term = p * ((one_minus_beta if NEAR_END else 1.0 - beta) * (log_pm - student_part))
                     grad = divergence_weight * term
                 if token_weight_ptr is not None:
                     token_term = token_weight * (p - tl.where(columns == token_column, 1.0, 0.0))
