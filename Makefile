@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce test test-verl lint conformance bench clean
+.PHONY: demo quick-demo reproduce test test-faults test-verl lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ reproduce: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 	$(BIN)/fused-gopd doctor
+
+# Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
+test-faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_checkpoints.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -25,11 +25,10 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-from test_distill import Files, assert_same_weights, invoke, runner, small
-
-from fused_gopd.cli import app, durable
-from fused_gopd.cli.distill import figures, options
+from fused_gopd.cli import durable
+from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints
+from test_distill import Files, assert_same_weights, invoke, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +57,10 @@ def run(whole: Path, tmp_path: Path) -> Path:
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{**json.loads(line), "seconds": None} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def assert_same_result(run: Path, whole: Path) -> None:
@@ -281,7 +284,125 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "distill.json"
     durable.replace(path, "old")
     for function in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        with monkeypatch.context() as patch:
             patch.setattr(os, function, lambda *_: 1 / 0)
-            durable.replace(path, "new")
+            with pytest.raises(ZeroDivisionError):
+                durable.replace(path, "new")
         assert path.read_text() == "old"
+
+
+# -------------------------------------------------------------------------------- the long form: make test-faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], ["--lora", "2", "--save", "adapter"]], ids=["all weights", "lora"])
+def test_a_run_resumed_after_each_damage_ends_the_same(files: Files, tmp_path: Path, kind: list[str]) -> None:
+    """Of the newest checkpoint: the older one is taken. Of both: the run is refused."""
+    whole = tmp_path / "whole"
+    invoke(*small(files, whole, "--save-every", "1", *kind, steps=STEPS))
+    result = "adapter" if kind else "model"
+    for path, damage in cases(whole / "checkpoint-4"):
+        run = Path(shutil.copytree(whole, tmp_path / "run"))
+        shutil.rmtree(run / result)
+        broken = [run / f"checkpoint-{step}" / path.name for step in (4, 3)]
+        with damaged(broken[0], damage), damaged(broken[1], damage):
+            assert "no checkpoint in" in invoke("--resume", "--output", str(run), code=2)
+        with damaged(broken[0], damage):
+            output = invoke("--resume", "--output", str(run))
+        assert f"checkpoint-4 is damaged ({path.name}" in output
+        assert contents(run / result) == contents(whole / result)
+        assert rows(run) == rows(whole)
+        shutil.rmtree(run)
+
+
+# ``distill`` that is killed at the NUMBER-th event: before it changes a file or folder of its run, or when half of a tensor
+# file is written; 0: lists the events
+KILLED = """
+import os, signal, sys
+
+folder, number = sys.argv[1], int(sys.argv[2])
+sys.argv = ["fused-gopd", *sys.argv[3:]]
+count = 0
+
+
+def at(what, path):
+    global count
+    if str(path).startswith(folder):
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not number:
+            print("EVENT", what, os.path.relpath(path, folder), flush=True)
+
+
+def hook(event, arguments):
+    if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        at(event, arguments[0])
+    elif event in ("os.mkdir", "os.rename"):
+        at(event, arguments[0])
+    elif event in ("os.remove", "os.rmdir"):  # inside a folder that is being removed the path is a name
+        at(event, arguments[0] if arguments[1] == -1 else os.path.join(folder, arguments[0]))
+
+
+def in_the_middle(module, name, position):
+    write = getattr(module, name)
+
+    def cut_off(*arguments, **options):
+        write(*arguments, **options)
+        path = arguments[position]
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            content = file.read()
+        os.truncate(path, size // 2)
+        at("the middle of", path)
+        with open(path, "r+b") as file:
+            file.write(content)
+
+    setattr(module, name, cut_off)
+
+
+import safetensors.torch, torch
+
+in_the_middle(torch, "save", 1)
+in_the_middle(safetensors.torch, "save_file", 1)
+sys.addaudithook(hook)
+from fused_gopd.cli import app
+
+app()
+"""
+
+
+def distill(run: Path, number: int, arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", KILLED, str(run), str(number), "distill", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) -> None:
+    """Eight kills at random moments and seven inside the writing of a checkpoint or of the result."""
+    whole, run, kinds = tmp_path / "whole", tmp_path / "run", ["--save-every", "1"]
+    began = time.monotonic()
+    process = distill(whole, 0, small(files, whole, *kinds, steps=STEPS))
+    events = [line.split(maxsplit=2) for line in process.communicate()[0].splitlines() if line.startswith("EVENT")]
+    seconds = time.monotonic() - began
+    writing = [i + 1 for i, (_, _, path) in enumerate(events) if ".partial/" in path or "checkpoint-" in path]
+    generator = random.Random(0)
+    moments = [generator.uniform(0.2, 1) * seconds for _ in range(8)]
+    killed = 0
+    for place in (*moments, *generator.sample(writing, 7)):
+        arguments = small(files, run, *kinds, steps=STEPS)
+        process = distill(run, place if isinstance(place, int) else 10**9, arguments)
+        if isinstance(place, float):
+            time.sleep(place)
+            process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        if (run / options.FILE).exists():
+            arguments = ["--resume", "--output", str(run)]
+        if not (run / "model").is_dir():
+            invoke(*arguments)
+        assert contents(run / "model") == contents(whole / "model"), place
+        assert rows(run) == rows(whole), place
+        shutil.rmtree(run)
+    assert killed >= 12  # a moment may come after the end
