@@ -315,8 +315,8 @@ def test_a_run_resumed_after_each_damage_ends_the_same(files: Files, tmp_path: P
         shutil.rmtree(run)
 
 
-# ``distill`` that is killed at the NUMBER-th event: before it changes a file or folder of its run, or when half of a tensor
-# file is written; 0: lists the events
+# ``distill`` that is killed at the NUMBER-th event: before it changes a file of its run, or when half of a tensor file
+# is written; 0: lists the events
 KILLED = """
 import os, signal, sys
 
