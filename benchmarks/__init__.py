@@ -1,1 +1,1 @@
-"""Benchmarks of fused-gopd: ``python -m benchmarks`` runs them, ``python benchmarks/report.py`` prints the tables."""
+"""Benchmarks of fused-gopd: ``python -m benchmarks`` runs them, ``python -m benchmarks.report`` prints the tables."""

@@ -19,8 +19,8 @@ import torch
 
 import fused_gopd as fg
 
+from .arguments import parse, publish
 from .conftest import milliseconds
-from .report import publish
 from .run import device_name, origin, write
 from .workloads import SUITES, Inputs, Workload
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parse(parser, "json")
     tokens = TOKENS["cpu" if args.device == "cpu" else "gpu"]
     (plain,) = [w for w in SUITES["record"].workloads(args.device) if w.job == "hidden-sampled"]
     workload = replace(plain, tokens=tokens)

@@ -27,7 +27,7 @@ from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowPro
 from fused_gopd.rowops.triton import Device, LinearTiles, Tiles, TritonRowOps, linear_launches, splits
 
 from . import run
-from .report import publish
+from .arguments import publish
 from .workloads import VOCAB_SIZE as V
 
 HIDDEN = (1024, 2048, 4096)
@@ -165,6 +165,13 @@ def _steps_of(note: Note, H: int) -> None:
 PARTS = {"steps": steps, "linear": linear_kernel, "rows": row_kernel, "products": products}
 
 
+def _is_ours(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text())["runs"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def measure(path: Path, parts: list[str]) -> dict[str, Any]:
     file = json.loads(path.read_text()) if path.exists() else {"runs": []}
     ms: dict[str, float] = {}
@@ -286,6 +293,8 @@ def main() -> None:
         parser.error("give one of --json and --report")
     if args.report is not None:
         file = json.loads(args.report.read_text())
+    elif args.json.exists() and not _is_ours(args.json):
+        parser.error(f"--json {args.json} is not a file of this script: choose another name")
     elif not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here")
     else:

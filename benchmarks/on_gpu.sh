@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
+[ -z "$(ls -A "$out")" ] || { echo "$out is not empty: choose a new or an empty folder" >&2; exit 2; }
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"'
 # what torch.compile makes for the peers is kept on the disk: made beside the tests, it takes the suite no time
 compiled=(--providers compile,compile-chunked,cce-compile --seconds 0 --no-memory --no-accuracy)
@@ -25,4 +26,4 @@ if [ -n "${CONFORMANCE:-}" ]; then
 fi
 wait
 "$python" -m benchmarks --device cuda --suite gpu --limit "${LIMIT:-420}" --json "$out/gpu.json"
-"$python" benchmarks/report.py "$out/gpu.json" --plot "$out/gpu.png" > "$out/gpu.md"
+"$python" -m benchmarks.report "$out/gpu.json" --plot "$out/gpu.png" > "$out/gpu.md"

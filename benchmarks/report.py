@@ -1,4 +1,5 @@
-"""Tables from the rows of a run: ``python benchmarks/report.py RESULTS.json [PAGE.md ...] [--check] [--plot FILE]``.
+"""Tables from the rows of a run: ``python -m benchmarks.report RESULTS.json [PAGE.md ...] [--check]
+[--plot FILE]``.
 
 Without pages it prints. In a page it fills what is between
 
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .arguments import edit, parse
 
 Row = dict[str, Any]
 
@@ -245,37 +249,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def publish(name: str, text: str, pages: list[Path]) -> None:
-    """Print a text and put it between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the pages."""
-    print(text)
-    region = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    for page in pages:
-        page.write_text(region.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", page.read_text()))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("pages", type=Path, nargs="*")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--plot", type=Path, help="an image file, its format by its ending")
-    args = parser.parse_args()
+    args = parse(parser, "plot")
     result = json.loads(args.results.read_text())
     if args.plot:
         plot(result, args.plot)
     elif not args.pages:
         print(markdown(result))
-    stale = False
-    for path in args.pages:
-        page = path.read_text()
-        filled = fill(page, args.results.name, result)
-        if filled != page:
-            stale = True
-            if args.check:
-                print(f"{path} is not what {args.results.name} says: run benchmarks/report.py on it")
-            else:
-                path.write_text(filled)
-    return int(args.check and stale)
+    if not args.check:
+        for path in args.pages:
+            edit(path, partial(fill, name=args.results.name, result=result))
+        return 0
+    stale = [path for path in args.pages if fill(path.read_text(), args.results.name, result) != path.read_text()]
+    for path in stale:
+        print(f"{path} is not what {args.results.name} says: run python -m benchmarks.report on it")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

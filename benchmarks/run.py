@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
+from fused_gopd.cli import durable
+
 from . import conftest, registry, report
+from .arguments import parse
 from .workloads import JOBS, SUITES, default_suite
 
 _HERE = Path(__file__).resolve().parent
@@ -228,8 +231,7 @@ def measure(options: Options, done: Callable[[str], None], path: Path | None = N
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    durable.replace(path, json.dumps(result, indent=1) + "\n")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -258,7 +260,7 @@ def main() -> int:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-accuracy", action="store_true")
     parser.add_argument("--keep-memory", action="store_true", help="glibc keeps freed memory while timing")
-    args = parser.parse_args()
+    args = parse(parser, "json")
     selection = {"jobs": names(args.jobs), "providers": names(args.providers), "seconds": args.seconds}
     rest = {"memory": not args.no_memory, "accuracy": not args.no_accuracy, "keep_memory": args.keep_memory}
     rest["limit"] = args.limit

@@ -23,8 +23,8 @@ from torch import Tensor
 import fused_gopd as fg
 from fused_gopd import gemm
 
+from .arguments import parse, publish
 from .conftest import milliseconds
-from .report import publish
 from .run import device_name, origin, write
 
 FILTERS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("pages", type=Path, nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parse(parser, "json")
     rows, shape = measure(args.rounds)
     where = f"SmolLM2-135M, N={shape['tokens']}, H={shape['hidden']}, V={shape['vocab']}, float32; {device_name('cpu')}"
     if args.json:

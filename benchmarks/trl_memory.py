@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from .arguments import parse, publish
 from .memory import _settle, _status
-from .report import publish
 from .run import device_name, origin, write
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("pages", type=Path, nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=NAMES, help="one row, in this process, as a line of JSON")
-    args = parser.parse_args()
+    args = parse(parser, "json")
     if args.only:
         print(json.dumps(measure(args.only)))
         return

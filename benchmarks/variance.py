@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 
-from .report import publish
+from .arguments import parse, publish
 from .run import write
 
 VOCAB, POSITIONS = 256, 64
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", type=Path, nargs="*")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parse(parser, "json")
     rows = measure()
     if args.json:
         result = {"vocab": VOCAB, "positions": POSITIONS, "torch": torch.__version__, "rows": rows}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 
-from .report import publish
+from .arguments import parse, publish
 from .run import origin, write
 
 TOKENS, HIDDEN, VOCAB = 2048, 576, 49152  # SmolLM2's head; several chunks on each rank
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser, "json")
     if args.worker:
         _worker(args.rounds, args.worker)
         return

@@ -28,6 +28,7 @@ pytest.importorskip("tensorboard")
 from fused_gopd.cli import durable
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints
+from fused_gopd.cli.outputs import OutputFolder
 from test_distill import Files, assert_same_weights, invoke, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +108,7 @@ def cases(folder: Path) -> list[tuple[Path, str]]:
 def search(run: Path) -> tuple[int, list[str]]:
     """The steps of the checkpoint that a resumed run goes on from, and what is said."""
     said: list[str] = []
-    found = Checkpoints(run)
+    found = Checkpoints(OutputFolder(run, "distill"))
     found.find(said.append)
     return found.done, said
 
@@ -222,24 +223,25 @@ def write(found: Checkpoints, step: int) -> None:
 
 
 def test_the_newest_two_intact_checkpoints_are_kept(tmp_path: Path) -> None:
-    found = Checkpoints(tmp_path)
+    found = Checkpoints(OutputFolder(tmp_path, "distill"))
     for step in (1, 2, 5):
         write(found, step)
     assert sorted(found._steps()) == [2, 5]
     (found.path(5) / "weights").write_text("6")
-    again = Checkpoints(tmp_path)
+    again = Checkpoints(OutputFolder(tmp_path, "distill"))
     again.find(lambda line: None)
     write(again, 3)  # the damaged one is newer by its name, and is not one of the two
-    assert sorted(again._steps()) == [2, 3]
+    assert sorted(again._steps()) == [2, 3, 5]  # what changed after it was written is not deleted
+    assert os.listdir(again.path(5)) == ["weights"]
     write(again, 4)
-    assert sorted(again._steps()) == [3, 4]
+    assert sorted(again._steps()) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
 def test_a_checkpoint_that_is_not_written_to_the_end_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    found = Checkpoints(tmp_path)
+    found = Checkpoints(OutputFolder(tmp_path, "distill"))
     write(found, 1)
 
     def fail(*_: Any, **__: Any) -> None:

@@ -354,11 +354,28 @@ def test_a_run_that_lost_its_result_writes_it_again(files: Files, whole: Whole, 
 
 
 def test_a_finished_run_may_be_made_longer(files: Files, whole: Whole, tmp_path: Path) -> None:
+    """What the user has put into the folder meanwhile is left there."""
     parts = tmp_path / "parts"
-    invoke(*small(files, parts, steps=2))
+    invoke(*small(files, parts, "--save-every", "1", steps=2))
     assert "has done its 2 steps" in invoke("--resume", "--output", str(parts), code=2)
-    invoke("--resume", "--output", str(parts), "--steps", "4")
+    assert not (parts / "README.md").exists()  # TRL's trainer writes one beside its checkpoints
+    mine = [parts / name for name in ("README.md", "notes.txt", "checkpoint-2.bak/x", "checkpoint-1/notes.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the user's")
+    (parts / "metrics.png").write_text("the user's")
+    output = invoke("--resume", "--output", str(parts), "--steps", "4")
     assert_same_weights(whole() / "model", parts / "model")
+    assert {path.read_text() for path in mine} == {"the user's"}
+    assert (parts / "metrics.png.kept-1").read_text() == "the user's"
+    assert f"{parts / 'checkpoint-1'} is kept: it holds files that this run did not write" in output
+    assert sorted(path.name for path in parts.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2.bak",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    assert [path.name for path in (parts / "checkpoint-1").iterdir()] == ["notes.txt"]
 
 
 def test_a_run_that_was_interrupted_before_its_first_step_starts_again(
@@ -389,7 +406,43 @@ def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -
     options.write(tmp_path / "run", options.started(tmp_path / "run", _given(files)))
     assert "holds a run already: go on with it by --resume" in invoke(*small(files, tmp_path / "run"), code=2)
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
-    assert "has the checkpoints of something else" in invoke(*small(files, tmp_path / "other"), code=2)
+    assert "is not empty (checkpoint-3) and has no fused-gopd.json" in invoke(*small(files, tmp_path / "other"), code=2)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (".", "contains the file of the prompts"),
+        ("model0", "is the student"),
+        ("model1/run", "lies in the teacher"),
+        ("base", "is the base of the reference"),
+        ("exp", "contains the student"),
+        ("old", "is not empty (README.md, metrics.jsonl, model) and has no fused-gopd.json"),
+        ("old/README.md/run", "cannot write to"),
+    ],
+)
+def test_a_run_into_the_users_files_is_refused_and_they_are_as_they_were(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("something is loaded")
+
+    monkeypatch.setattr(training.Run, "__init__", load)
+    for name in ("model0", "model1", "base", "exp/model", "old/model"):
+        shutil.copytree(files.student, tmp_path / name)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/base"}))
+    for name in ("README.md", "metrics.jsonl"):
+        (tmp_path / "old" / name).write_text("the user's")
+    shutil.copy(files.prompts, tmp_path / "prompts.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    student = tmp_path / ("exp/model" if output == "exp" else "model0")
+    arguments = ["--student", str(student), "--teacher", str(tmp_path / "model1"), "--ref", str(tmp_path / "adapter")]
+    arguments += ["--prompts", str(tmp_path / "prompts.jsonl")]
+    message = " ".join(invoke(*small(files, tmp_path / output, *arguments), code=2).replace("│", " ").split())
+    assert "--output" in message
+    assert said in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_never_began_is_no_run_to_go_on_with(files: Files, tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """The page of the reproduction, made from its JSON alone: each claim beside the paper's figure, and what failed.
 
-python -m benchmarks.reproduction.report benchmarks/results/reproduction.json docs/reproduction.md
+python -m benchmarks.reproduction.report benchmarks/results/reproduction.json docs/reproduction.md --overwrite
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from ..arguments import parse
 from .verdicts import STRINGS, VERDICTS, Found, Runs, verdicts
 
 WORDS = {True: "yes", False: "**no**", None: "–"}
@@ -178,6 +180,10 @@ def page(found: Found, images: str = "images") -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _picture(images: Path, claim: str) -> Path:
+    return images / f"reproduction-{claim}.png"
+
+
 def write(found: Found, markdown: Path, images: Path) -> None:
     """The page, and its pictures into a folder beside it."""
     from matplotlib.figure import Figure
@@ -190,10 +196,21 @@ def write(found: Found, markdown: Path, images: Path) -> None:
         draw, size = PICTURES[claim]
         figure = Figure(figsize=size, layout="constrained")
         draw(runs, figure)
-        figure.savefig(images / f"reproduction-{claim}.png", dpi=110)
+        figure.savefig(_picture(images, claim), dpi=110)
     markdown.write_text(page(found, images.name), encoding="utf-8")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("page", type=Path, help="its pictures go into images/ beside it")
+    args = parse(parser, "page")
+    found, images = json.loads(args.results.read_text()), args.page.parent / "images"
+    taken = [path for path in map(partial(_picture, images), found["claims"]) if path.exists()]
+    if taken and not args.overwrite:
+        parser.error(f"{taken[0]} exists: choose another folder, or replace it by --overwrite")
+    write(found, args.page, images)
+
+
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    write(json.loads(source.read_text()), target, target.parent / "images")
+    main()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fused_gopd
+from fused_gopd.cli.outputs import OutputFolder, opened
 
 from . import report, stages
 from .claims import Plan
@@ -45,27 +46,42 @@ def as_json(plan: Plan, cache: Path) -> dict[str, Any]:
     }
 
 
-def reproduce(plan: Plan, output: Path, cache: Path, workers: int, done: Callable[[str], None]) -> dict[str, Any]:
+def reproduce(
+    plan: Plan, output: Path, cache: Path | None, workers: int, done: Callable[[str], None]
+) -> dict[str, Any]:
     """Compute, and write ``reproduction.json``, ``reproduction.md`` and ``images/`` into a folder.
 
     Args:
+        cache: of finished stages; several runs may share it. None: a folder in the output folder.
         workers: processes of one thread each.
         done: called with the name of each finished stage.
+
+    Raises:
+        OutputError: one of the folders is somebody else's, or cannot be written.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    place = cache or output / "cache"
+    inside = place == output / "cache"
+    reads = {} if inside else {"the cache of stages": place}
     context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-            stages.execute([run.stage for run in plan.runs], cache, pool, workers, lambda stage: done(stage.name))
-    finally:  # interrupted: a page of what is finished, which names what is not
-        found = as_json(plan, cache)
-        write(found, output)
+    with opened(output, "reproduce", reads=reads) as folder:
+        folder.check("reproduction.json", "reproduction.md", "images", "cache")
+        if inside:
+            folder.extend("cache")
+        with opened(place, "reproduce --cache", alone=False):
+            try:
+                with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+                    runs = [run.stage for run in plan.runs]
+                    stages.execute(runs, place, pool, workers, lambda stage: done(stage.name))
+            finally:  # interrupted: a page of what is finished, which names what is not
+                found = as_json(plan, place)
+                write(found, folder)
     return found
 
 
-def write(found: dict[str, Any], output: Path) -> None:
+def write(found: dict[str, Any], folder: OutputFolder) -> None:
     """The JSON, and the page that is made from it."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "reproduction.json"
-    path.write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    report.write(json.loads(path.read_text()), output / "reproduction.md", output / "images")
+    text = json.dumps(found, separators=(",", ":")) + "\n"
+    folder.create("reproduction.json").write_text(text, encoding="utf-8")
+    report.write(json.loads(text), folder.create("reproduction.md"), folder.create("images"))
+    for name in ("reproduction.json", "reproduction.md", "images"):
+        folder.finish(name)

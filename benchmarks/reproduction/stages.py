@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
@@ -87,8 +87,8 @@ def compute(stage: Stage, cache: Path) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     model, found = getattr(work, stage.kind)([load(p, cache) for p in stage.parents], **stage.config)
     folder = stage.folder(cache)
-    draft = cache / f"{folder.name}.{os.getpid()}"
-    draft.mkdir(parents=True, exist_ok=True)
+    draft = cache / f"{folder.name}.{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
     if model is not None:
         save_model(model, str(draft / "model.safetensors"))
         found["size"] = models.size_of(model)

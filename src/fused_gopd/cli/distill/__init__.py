@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import outputs
 from ..threads import restart_with_patient_threads
 from .options import Options, resumed, started
 
@@ -86,10 +87,11 @@ def distill(
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is nothing to ask it for
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # what they say to each other
-    from .training import Run
+    with outputs.option("--output"), outputs.opened(output, "distill", reads=options.reads(), again=resume) as folder:
+        from .training import Run
 
-    if not Run(options, output, teacher_server_key or None).carry_out():
-        raise typer.Exit(130)
+        if not Run(options, folder, teacher_server_key or None).carry_out():
+            raise typer.Exit(130)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import typer
 
-from ..durable import Damaged, publish, remove, verify
+from ..durable import Damaged, seal, verify
+from ..outputs import OutputFolder
 
 _NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
 _KEPT = 2
@@ -19,9 +20,9 @@ _KEPT = 2
 class Checkpoints:
     """The folders ``checkpoint-N`` of a run, written after N steps; all others are left alone."""
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self.partial = output / "checkpoint.partial"  # the trainer writes its checkpoints here
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder, self._output = folder, folder.path
+        self.partial = self._output / "checkpoint.partial"  # the trainer writes its checkpoints here
         self._intact: list[int] = []  # the steps of those that this process verified or wrote
 
     def path(self, step: int) -> Path:
@@ -55,11 +56,13 @@ class Checkpoints:
 
     def add(self, step: int) -> None:
         """Take over what the trainer has written; the newest two that are intact are kept."""
-        publish(self.partial / f"checkpoint-{step}", self.path(step), step)
+        written = self.partial / f"checkpoint-{step}"
+        seal(written, step)
+        self._folder.move(f"{self.partial.name}/{written.name}", self.path(step).name)
         self._intact = [*self._intact, step][-_KEPT:]
         for other in self._steps():
-            if other not in self._intact:
-                remove(self.path(other))
+            if other not in self._intact and self._folder.wrote(self.path(other).name):
+                self._folder.remove(self.path(other).name)
 
     def history(self) -> list[dict[str, Any]]:
         """What the trainer had logged when it wrote the newest intact checkpoint."""

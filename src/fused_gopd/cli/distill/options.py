@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -79,6 +81,31 @@ class Options:
         ref = [] if self.ref in ("", "student") else [self.ref]
         return [self.student, *self.routes().values(), *ref]
 
+    def reads(self) -> dict[str, Path]:
+        """What the run reads of the disk, by a name for messages: model folders, the bases of adapters, the prompts."""
+        found = {"the file of the prompts": Path(self.prompts)}
+        roles = [("the student", self.student), ("the reference", self.ref)]
+        roles += [
+            ("the teacher" if route is None else f"the teacher of {route}", m) for route, m in self.routes().items()
+        ]
+        for role, model in roles:
+            folder = Path(model).expanduser()
+            if model and folder.is_dir():
+                found[role] = folder
+                if (base := _adapter_base(folder)) is not None:
+                    found[f"the base of {role}"] = base
+        return found
+
+
+def _adapter_base(folder: Path) -> Path | None:
+    """The folder of the model that a PEFT adapter was trained on."""
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = Path(name).expanduser()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base if base.is_dir() else None
+
 
 def _absolute(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
@@ -97,10 +124,6 @@ def started(output: Path, given: dict[str, Any]) -> Options:
     if (output / FILE).exists():
         raise typer.BadParameter(
             f"{output} holds a run already: go on with it by --resume, or choose another folder", param_hint="--output"
-        )
-    if any(output.glob("checkpoint-*")):
-        raise typer.BadParameter(
-            f"{output} has the checkpoints of something else: choose another folder", param_hint="--output"
         )
     for name in ("student", "prompts"):
         if not given[name]:
@@ -166,10 +189,16 @@ def _wrong(option: str, message: str) -> typer.BadParameter:
 
 def check(options: Options) -> None:
     """Options that contradict each other, files that are not there, packages that are not installed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise typer.BadParameter(
+            "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
+            "`accelerate launch`"
+        )
     _one_of("--estimator", options.estimator, ESTIMATORS)
     _one_of("--divergence", options.divergence, DIVERGENCES)
     _one_of("--save", options.save, ("merged", "adapter"))
-    _one_of("--dtype", options.dtype, ("", "float32", "bfloat16"))
+    if options.dtype:
+        _one_of("--dtype", options.dtype, ("float32", "bfloat16"))
     if not math.isfinite(options.reward_scale):
         raise _wrong("--reward-scale", f"expected a finite number, got {options.reward_scale}")
     if options.temperature == 0:

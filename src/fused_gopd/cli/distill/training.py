@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
+from ..outputs import OutputFolder
 from . import checkpoints, figures, models, options, prompts
 
 # the dataset's own, whatever the file's are called
@@ -75,21 +75,21 @@ class Save(TrainerCallback):
         self._checkpoints.add(state.global_step)
 
 
-def _tensorboard(output: Path, done: int) -> Any:
+def _tensorboard(path: Path, done: int) -> Any:
     """Writes TensorBoard's events; what an earlier part of the run wrote of steps that were lost is left out."""
     board: Any = importlib.import_module("torch.utils.tensorboard")
     integrations: Any = importlib.import_module("transformers.integrations")
-    return integrations.TensorBoardCallback(board.SummaryWriter(str(output / "tensorboard"), purge_step=done + 1))
+    return integrations.TensorBoardCallback(board.SummaryWriter(str(path), purge_step=done + 1))
 
 
 class Run:
     """A run of given options in a folder."""
 
-    def __init__(self, said: options.Options, output: Path, server_key: str | None = None) -> None:
-        self.options, self.output, self._server_key = said, output, server_key
+    def __init__(self, said: options.Options, folder: OutputFolder, server_key: str | None = None) -> None:
+        self.options, self.folder, self.output, self._server_key = said, folder, folder.path, server_key
         self.display = figures.Display(Console(), said.steps)
         self.say = self.display.say
-        self.checkpoints = checkpoints.Checkpoints(output)
+        self.checkpoints = checkpoints.Checkpoints(folder)
         self._foreseen: tuple[type[Exception], ...] = ()  # failures whose message says all
         low = (said.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
         self._frozen = "bfloat16" if low else "float32"  # of weights that are not trained, and of products
@@ -100,15 +100,11 @@ class Run:
 
     def carry_out(self) -> bool:
         """Train; whether the run is finished."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise typer.BadParameter(
-                "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
-                "`accelerate launch`"
-            )
         logging: Any = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         said = self.options
+        self.folder.check("metrics.jsonl", "metrics.png", "tensorboard", self._result.name)
         self._check_result()
         self.checkpoints.find(self.say)
         done = self.checkpoints.done
@@ -119,13 +115,14 @@ class Run:
         config = self._config()
         self._announce(done, len(listed.prompts))
         interrupt = Interrupt(self.say)
-        durable.remove(self.checkpoints.partial)
-        with interrupt.listening():
+        with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             trainer = self._trainer(config, dataset, tokenizer, teacher)
+            self.folder.extend(options.FILE)
             options.write(self.output, said)  # where no model could be loaded there is no run to resume
-            record = figures.Record(self.output / "metrics.jsonl", self.checkpoints.history())
+            record = figures.Record(self.folder.extend("metrics.jsonl"), self.checkpoints.history())
             save = Save(self.checkpoints, self.output / options.FILE)
-            for callback in (interrupt, Watch(record, self.display), save, _tensorboard(self.output, done)):
+            board = _tensorboard(self.folder.extend("tensorboard"), done)
+            for callback in (interrupt, Watch(record, self.display), save, board):
                 trainer.add_callback(callback)
             with self.display.running(done):
                 self._train(trainer)
@@ -322,16 +319,15 @@ class Run:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(1) from None
             raise
-        finally:
-            durable.remove(self.checkpoints.partial)
 
     def _resume_command(self) -> str:
         return f"fused-gopd distill --resume --output {self.output}"
 
     def _end(self, trainer: Any, tokenizer: Any, record: figures.Record) -> bool:
         said = self.options
-        picture = self.output / "metrics.png"
+        picture = self.folder.create("metrics.png")
         figures.draw(record.rows, picture, f"{Path(said.student).name}, λ = {said.reward_scale:g}, {said.estimator}")
+        self.folder.finish("metrics.png")
         finished = bool(trainer.state.global_step >= said.steps)
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
@@ -362,8 +358,8 @@ class Run:
     def _save(self, model: Any, tokenizer: Any, step: int) -> None:
         if self.options.lora and self.options.save == "merged":
             model = model.merge_and_unload()
-        partial = self.output / f"{self._result.name}.partial"
-        durable.remove(partial)
+        partial = self.folder.create(f"{self._result.name}.partial")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        durable.publish(partial, self._result, step)
+        durable.seal(partial, step)
+        self.folder.move(partial.name, self._result.name)
