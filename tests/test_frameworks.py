@@ -476,15 +476,16 @@ def swift() -> ModuleType:
     return framework("fused_gopd.integrations.ms_swift")
 
 
-def tiny_model(seed: int, adapters: bool) -> Any:
+def tiny_model(seed: int, adapters: bool, dropout: float = 0.0) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": dropout}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads))
     if adapters:
-        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
         return get_peft_model(model, lora)
     return model
 
@@ -534,6 +535,28 @@ def test_ms_swifts_loss_is_the_dense_one(swift):
     assert trainer._metrics["train"]["gopd/tokens"] == [12.0]
 
 
+def test_ms_swift_evaluates_what_it_scores(swift):
+    """Teacher and reference with dropout, in training mode: the metrics of both are those of an evaluation."""
+    swift.register(reward_scale=1.25, estimator="full")
+    trainer, ids = swift_trainer(swift, model=tiny_model(0, True, 0.3)), torch.randint(40, (2, 9))
+    trainer.teacher_model = tiny_model(1, False, 0.3).train()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {**inputs, "labels": ids}
+    losses = [trainer._compute_liger_loss(trainer.model.train(), batch, inputs).item() for _ in range(3)]
+    assert len(set(losses)) == 3  # the student learns with its dropout
+    assert len(set(trainer._metrics["train"]["gopd/reward"])) == 1
+    assert all(m.training for model in (trainer.model, trainer.teacher_model) for m in model.modules())
+
+
+def test_ms_swift_runs_no_teacher_that_lambda_cancels(swift):
+    swift.register(reward_scale=0.0, estimator="full")
+    trainer, ids = swift_trainer(swift), torch.randint(40, (2, 9))
+    trainer.teacher_model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
+    trainer.teacher_model.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    trainer._compute_liger_loss(trainer.model, {**inputs, "labels": ids}, inputs)
+
+
 @pytest.mark.parametrize(
     ("options", "adapters", "change", "message"),
     [
@@ -547,6 +570,13 @@ def test_ms_swift_is_told_what_to_set_before_training(swift, options, adapters, 
     swift.register(**options)
     with pytest.raises(ValueError, match=message):
         swift_trainer(swift, adapters, **change)._prepare_liger_loss()
+
+
+def test_ms_swifts_teacher_is_not_the_student(swift):
+    swift.register(estimator="full")
+    student = tiny_model(0, True)
+    with pytest.raises(ValueError, match="teacher_model is the student itself, which changes"):
+        swift_trainer(swift, model=student, teacher_model=student.get_base_model())._prepare_liger_loss()
 
 
 def test_ms_swifts_gkd_is_the_trainer_that_was_registered(swift):

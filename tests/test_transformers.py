@@ -200,6 +200,40 @@ def test_padding_and_positions_pass_through():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["gpt2", "biogpt", "xglm", "opt", "gpt_neo", "openai-gpt", "roberta", "qwen3", "bloom", "mamba", "bart"]
+)
+def test_a_padded_sequence_is_scored_at_the_positions_at_which_it_is_sampled(name):
+    """Left padding, whatever a family makes of positions: learned, sinusoidal, rotary, by distance, none."""
+    model = families.tiny(name)
+    ids, mask = IDS % 50 + 5, torch.ones_like(IDS)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+    sampled = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+    sequences, mask = sampled.sequences, torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], 1)
+    scored = dense(head_of(model, last_hidden_state(model, sequences, mask, keep=4)))
+    # generation keeps keys and values: sums in another order
+    assert_close(scored, torch.stack(sampled.logits, 1), 1e-5)
+    if name != "bart":  # whose forward takes no positions: shifted in both
+        unpadded = last_hidden_state(model, sequences[:1, 3:], mask[:1, 3:], keep=4)
+        assert_close(scored[:1], dense(head_of(model, unpadded)), 1e-5)
+
+
+def test_without_gradients_a_forward_is_an_evaluation():
+    model = families.tiny("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = [m.training for m in model.modules()]
+    with torch.no_grad():
+        scored = last_hidden_state(model, IDS)
+        assert torch.equal(scored, last_hidden_state(model, IDS))
+        with pytest.raises(IndexError):
+            last_hidden_state(model, IDS + 1000)
+    assert [m.training for m in model.modules()] == modes
+    assert not torch.equal(scored, last_hidden_state(model, IDS))  # dropout is on where there are gradients
+    assert_close(scored, last_hidden_state(model.eval(), IDS), 1e-6)
+
+
+@torch.no_grad()
 def test_images_pass_through():
     model = families.tiny("llava", transformers.AutoModelForImageTextToText)
     model.model.config.image_token_id = 5

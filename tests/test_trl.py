@@ -21,7 +21,14 @@ datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 peft = pytest.importorskip("peft")
 
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.trainer_utils import set_seed  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer  # noqa: E402
 
@@ -342,6 +349,14 @@ def test_lambda_1_never_runs_the_reference(tmp_path: Path) -> None:
     assert rows == []
 
 
+def test_models_that_lambda_cancels_in_all_steps_are_not_loaded(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    trained(tmp_path, ref_model=absent, max_steps=1)
+    trained(tmp_path, teacher=absent, ref_model=model(2), reward_scale=0.0, max_steps=1)
+    with pytest.raises((OSError, ValueError), match="absent"):
+        trainer(tmp_path, ref_model=absent, reward_scale_end=1.25)
+
+
 def test_lambda_0_never_runs_the_teacher(tmp_path: Path) -> None:
     teacher, rows = recorded(1)
     trainer(tmp_path, teacher=teacher, ref_model=model(2), reward_scale=0.0).train()
@@ -535,6 +550,80 @@ def test_mixed_precision_multiplies_in_the_dtype_of_autocast(tmp_path: Path, mon
     assert {x.dtype for x in run.model.parameters()} == {torch.float32}
 
 
+# ------------------------------------------------------------------------------------- scores are those of the sampler
+
+
+def learned(seed: int, dropout: float = 0.0) -> Any:
+    """GPT-2: positions that are learned, and dropout."""
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    made = GPT2LMHeadModel(GPT2Config(**ids, **sizes, **drop, initializer_range=0.2))
+    made.generation_config.eos_token_id = list(range(0, VOCAB, 6))
+    return made
+
+
+def lora_student() -> Any:
+    config = peft.LoraConfig(**LORA, lora_dropout=0.5, init_lora_weights=False)
+    return peft.get_peft_model(model(0), config)
+
+
+@pytest.mark.parametrize("student", [lambda: learned(0, 0.1), lora_student])
+def test_an_unchanged_policy_has_the_ratio_1_whatever_its_dropout(tmp_path: Path, student: Callable[[], Any]) -> None:
+    run = trainer(
+        tmp_path,
+        student=student(),
+        estimator="sampled",
+        num_iterations=2,
+        clip=[1e-4, 1e-4],
+        max_steps=2,
+        learning_rate=0.0,
+        gradient_checkpointing=True,
+    )
+    run.train()
+    logs = run.state.log_history[:2]
+    assert [log["gopd/clip_fraction"] for log in logs] == [0, 0]
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5) != 0
+
+
+def test_a_teacher_in_training_mode_is_evaluated_and_put_back(tmp_path: Path) -> None:
+    teacher = learned(1, 0.3).train()
+    teacher.transformer.h[0].eval()
+    modes = [m.training for m in teacher.modules()]
+    run = trainer(tmp_path, student=learned(0), teacher=teacher, max_steps=1, **SGD)
+    run.train()
+    assert [m.training for m in teacher.modules()] == modes
+    still = trained(tmp_path, student=learned(0), teacher=learned(1).eval(), max_steps=1, **SGD)
+    assert_same(weights(run), still)
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+def test_a_padded_prompt_is_sampled_and_scored_at_the_positions_of_an_unpadded_one(
+    tmp_path: Path, estimator: str
+) -> None:
+    run = trainer(tmp_path, student=learned(0), teacher=learned(1), ref_model=learned(2), reward_scale=1.25,
+                  estimator=estimator, num_iterations=2, generation_kwargs={"do_sample": False})  # fmt: skip
+    batch = Batch.of(run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:3]]))
+    out = run._loss(run.model, batch)
+    models = (run.model, run._teachers[0], run._reference)
+    scores = (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs)
+    assert (batch.attention_mask[:, 0] == 0).any()
+    keep = batch.token_ids.shape[1]
+    for i, mask in enumerate(batch.attention_mask.bool()):
+        ids, live = batch.input_ids[i][mask][None], batch.mask[i].bool()
+        for one, found in zip(models, scores, strict=True):
+            with torch.no_grad():
+                logits = one(input_ids=ids).logits[0, :-1]
+            if one is run.model:  # greedy: what the student would say next, without padding
+                assert torch.equal(logits.argmax(-1)[-int(live.sum()) :], batch.token_ids[i][live])
+            want = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-int(live.sum()) :, 0]
+            torch.testing.assert_close(found[i][live], want, rtol=1e-4, atol=1e-4)
+            if one is run.model and batch.old_logprobs is not None:
+                torch.testing.assert_close(batch.old_logprobs[i][live], want, rtol=1e-4, atol=1e-4)
+    assert keep == out.student_logprobs.shape[1]
+
+
 # --------------------------------------------------------------------------------------------------------------- GRPO
 
 
@@ -591,6 +680,31 @@ def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_pat
     data = datasets.Dataset.from_dict({"prompt": [text for text in PROMPTS for _ in range(2)]})
     distilled = trained(tmp_path, ref_model=model(2), data=data, estimator="sampled", **shared)
     assert_same(weights(run), distilled, 1e-5)
+
+
+def test_grpo_scores_as_it_samples(tmp_path: Path) -> None:
+    """Dropout, and positions that are learned, in three equal models: no advantage, and a ratio of 1."""
+    same = learned(0, 0.2)
+    run = GRPOGOPDTrainer(
+        same,
+        args=config(tmp_path, GRPOGOPDConfig, num_generations=2, reward_scale=1.25, num_iterations=2, max_steps=2,
+                    outcome_weight=0.0, learning_rate=0.0, epsilon=1e-4),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+        teacher=copy.deepcopy(same),
+        ref_model=copy.deepcopy(same),
+    )  # fmt: skip
+    run.train()
+    assert all(m.training for m in run.model.modules())
+    logs = run.state.log_history[:2]
+    assert logs[0]["gopd/advantage_std"] == pytest.approx(0, abs=1e-5)
+    assert [log["clip_ratio/region_mean"] for log in logs] == [0, 0]
+    output = run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:2] for _ in range(2)])
+    batch = Batch.of(output)
+    with torch.no_grad():
+        ours = run._loss(run.model, batch).student_logprobs
+    live = batch.mask.bool()
+    torch.testing.assert_close(output["old_per_token_logps"][live], ours[live], rtol=1e-4, atol=1e-4)
 
 
 def test_grpo_scores_with_a_head_that_trl_has_cast_to_float32(tmp_path: Path) -> None:
@@ -727,6 +841,10 @@ def test_what_cannot_be_patched_says_why(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"patched already: undo\(\)"),
     ):
         patch_distillation_loss(DistillationTrainer)
+    run = own_trainer(tmp_path)
+    run.teacher_model = copy.copy(run.model)
+    with pytest.raises(ValueError, match="teacher_model is the student itself, which changes"):
+        patch_distillation_loss(run)
 
 
 # -------------------------------------------------------------------------------------------------------- wrong use
@@ -859,10 +977,59 @@ def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(tmp_path: Path) -
         trainer(tmp_path, teacher=model(1, vocab=200))
 
 
-def test_the_student_cannot_be_its_own_reference(tmp_path: Path) -> None:
+LORA = {"r": 2, "target_modules": ["q_proj"]}
+
+
+def with_layer_of(student: Any) -> Any:
+    other = model(3)
+    other.model.layers[0] = student.model.layers[0]
+    return other
+
+
+@pytest.mark.parametrize(("kind", "role"), [(GOPDTrainer, "ref_model"), (GRPOGOPDTrainer, "teacher")])
+@pytest.mark.parametrize(
+    ("of", "adapters"),
+    [
+        (lambda student: student, None),
+        (lambda student: student, "peft_config"),
+        (copy.copy, None),
+        (copy.copy, "peft_config"),
+        (lambda student: student.get_base_model(), "model"),
+        (lambda student: peft.PeftModel(student.get_base_model(), peft.LoraConfig(**LORA), "second"), "model"),
+        (with_layer_of, None),
+        (with_layer_of, "peft_config"),
+    ],
+)
+def test_the_student_under_another_name_is_refused(
+    tmp_path: Path, kind: Any, role: str, of: Callable[[Any], Any], adapters: str | None
+) -> None:
     student = model(0)
-    with pytest.raises(ValueError, match="ref_model is the student itself, which changes: pass a copy"):
-        trainer(tmp_path, student=student, ref_model=student, reward_scale=1.25)
+    if adapters == "model":
+        student = peft.get_peft_model(student, peft.LoraConfig(**LORA))
+    sources = {"teacher": model(1), "ref_model": model(2), role: of(student)}
+    if adapters == "peft_config":
+        sources["peft_config"] = peft.LoraConfig(**LORA)
+    own = {"reward_funcs": lengths} if kind is GRPOGOPDTrainer else {}
+    args = config(tmp_path, GOPDConfig, reward_scale=1.25)
+    if kind is GRPOGOPDTrainer:
+        args = config(tmp_path, GRPOGOPDConfig, reward_scale=1.25, num_generations=2)
+    with pytest.raises(ValueError, match=f"{role} is the student itself, which changes: pass a copy"):
+        kind(student, args=args, train_dataset=prompts(), processing_class=tokenizer(), **own, **sources)
+
+
+def test_what_does_not_change_may_be_shared(tmp_path: Path) -> None:
+    student, teacher, ref = model(0), model(1), model(2)
+    teacher.model.embed_tokens.weight = ref.model.embed_tokens.weight = student.model.embed_tokens.weight
+    adapter = peft.LoraConfig(**LORA)  # freezes them
+    trainer(tmp_path, student=student, teacher=teacher, ref_model=ref, reward_scale=1.25, peft_config=adapter)
+    teacher.model.embed_tokens.weight.requires_grad_(True)
+    other = model(0)
+    other.model.embed_tokens.weight = teacher.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"teacher is the student itself.*the parameter model\.embed_tokens\.weight"):
+        trainer(tmp_path, student=other, teacher=teacher)
+
+
+def test_the_base_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='ref_model="base" is the student without its PEFT adapter'):
         trainer(tmp_path, ref_model="base", reward_scale=1.25)
 

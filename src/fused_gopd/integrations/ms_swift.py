@@ -15,7 +15,7 @@ is not needed); ``swift/trainers/trainer_factory.py``, ``TrainerFactory.TRAINER_
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from .logprobs import require_reference
+from .modules import require_separate
 from .transformers import head_of, last_hidden_state
 
 __all__ = ["GOPDTrainer", "register"]
@@ -60,6 +61,8 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
         ):
             if wrong:
                 raise ValueError(f"the G-OPD loss in ms-swift needs {what}: {fix}")
+        student, teacher = (self.accelerator.unwrap_model(m) for m in (self.model, self.teacher_model))
+        require_separate("teacher_model", teacher, student)
         self._forward_redirection = _ForwardRedirection()
         self.use_liger_gkd_loss = True
 
@@ -72,18 +75,20 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
         return head_of(model, last_hidden_state(model, **inputs)[:, :-1], temperature=self.temperature)
 
     def _compute_liger_loss(self, unwrapped_student: Any, model_inputs: Any, forward_inputs: Any) -> Tensor:
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
         student_head = self._head(unwrapped_student, forward_inputs)
-        ref_head = None
+        ref_head = teacher_head = None
         if self.reward_scale != 1:
             with unwrapped_student.disable_adapter():
                 ref_head = self._frozen_head(unwrapped_student, forward_inputs)
-        loaded = self.load_teacher_model_context() if self.args.offload_teacher_model else nullcontext()
-        gathered = get_gather_if_zero3_context(self, is_zero3=self.is_teacher_ds3)
-        with loaded, gathered(teacher.get_output_embeddings().weight):
-            teacher_head = self._frozen_head(teacher, forward_inputs)
-            labels = model_inputs["labels"][:, 1:]
-            ids = model_inputs["input_ids"][:, 1:]
+        labels, ids = model_inputs["labels"][:, 1:], model_inputs["input_ids"][:, 1:]
+        with ExitStack() as held:  # for as long as the teacher's weight is used
+            if self.reward_scale != 0:
+                teacher = self.accelerator.unwrap_model(self.teacher_model)
+                if self.args.offload_teacher_model:
+                    held.enter_context(self.load_teacher_model_context())
+                gathered = get_gather_if_zero3_context(self, is_zero3=self.is_teacher_ds3)
+                held.enter_context(gathered(teacher.get_output_embeddings().weight))
+                teacher_head = self._frozen_head(teacher, forward_inputs)
             out = self.objective(student_head, teacher_head, ref_head, ids, mask=labels != -100)
         mode = "train" if self.model.training else "eval"
         for name, value in out.metrics().items():

@@ -22,7 +22,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..checks import require_count
 from ..heads import LinearHead
 from ..shards import is_dtensor
+from .modules import evaluation
 
 __all__ = ["PatchedLMHead", "head_of", "last_hidden_state", "patch_lm_head"]
 
@@ -277,7 +278,7 @@ def _with_lora(head: Any) -> tuple[Tensor, Tensor | None]:
         dropout = getattr(head.lora_dropout[name], "p", 0.0)
         for what, found in (
             ("a variant of LoRA (DoRA and others)", name in head.lora_variant),
-            (f"lora_dropout={dropout}", dropout > 0 and head.training),
+            (f"lora_dropout={dropout}", dropout > 0 and head.training and torch.is_grad_enabled()),
             ("lora_bias=True", head.lora_B[name].bias is not None),
         ):
             if found:
@@ -429,6 +430,26 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
+def _is_prompt_learning(model: Any) -> bool:
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def position_ids_of(model: Any, attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T) positions counted from the first token that the mask (B, T) has, as ``generate`` gives them to a model.
+
+    None where ``generate`` gives none, or others: the forward takes no ``position_ids``, the family makes its own (the
+    three axes of an image's positions), or PEFT puts virtual tokens before the sequence.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or _is_prompt_learning(model):
+        return None
+    kind, name = type(_causal_lm(model)), "_prepare_position_ids_for_generation"
+    if "position_ids" not in inspect.signature(kind.forward).parameters:
+        return None
+    if getattr(kind, name, None) is not getattr(GenerationMixin, name, None):
+        return None
+    return (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
+
+
 def last_hidden_state(
     model: Any,
     input_ids: Tensor | None,
@@ -440,14 +461,15 @@ def last_hidden_state(
     """What the head of a causal language model is given: ``head_of(model, hidden)`` stands for its logits.
 
     The model's own forward runs, with adapters, images and whatever else it takes, up to its head; there is no
-    [tokens, vocabulary] tensor.
+    [tokens, vocabulary] tensor. Without gradients (``torch.no_grad``) it is an evaluation: dropout is off, in whatever
+    mode the model is, and every module's mode is put back.
 
     Args:
         model: a causal language model of transformers, multimodal or not, or a PEFT model of one. The model inside of
             DDP, FSDP and DeepSpeed wrappers, called in :func:`fused_gopd.distributed.in_forward`.
         input_ids: (B, T); None with ``inputs_embeds``.
-        attention_mask: (B, T), padding on either side. On the left, families that learn their positions (GPT-2) need
-            ``position_ids`` too, as in any forward of theirs.
+        attention_mask: (B, T), padding on either side. ``position_ids`` are made from it where ``generate`` makes them,
+            so that a sequence has the positions at which it was sampled (families that learn positions, as GPT-2).
         keep: only the states that predict the last ``keep`` tokens, positions T - keep - 1 to T - 2: what the loss
             takes for a completion of so many tokens.
         **inputs: whatever else the forward takes: ``position_ids``, ``pixel_values``, ... ``use_cache`` is False unless
@@ -482,8 +504,13 @@ def last_hidden_state(
         inputs.setdefault("use_cache", False)
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
+    if inputs.get("position_ids") is None and inputs.get("past_key_values") is None:
+        positions = position_ids_of(model, attention_mask)
+        if positions is not None:
+            inputs["position_ids"] = positions
     try:
-        _, hidden = _tapped(base, lambda: model.forward(input_ids=input_ids, **inputs))
+        with _lock(base), nullcontext() if torch.is_grad_enabled() else evaluation(model):
+            _, hidden = _tapped(base, lambda: model.forward(input_ids=input_ids, **inputs))
     except RuntimeError as error:
         if "DTensor" in str(error) and any(_is(x, "torch.distributed.fsdp", "FSDPModule") for x in (model, base)):
             raise RuntimeError(
@@ -491,7 +518,7 @@ def last_hidden_state(
                 "in fused_gopd.distributed.in_forward(model, ...)"
             ) from error
         raise
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False) and input_ids is not None:
+    if _is_prompt_learning(model) and input_ids is not None:
         hidden = hidden[:, -input_ids.shape[1] :]  # without the virtual tokens before them
     if keep is None:
         return hidden

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from trl import GRPOTrainer
 
 from ... import distributed
 from ...objective import AdvantageFn
+from ..modules import evaluation, without_dropout
+from ..transformers import position_ids_of
 from .batch import Batch
 from .checks import Model
 from .config import GRPOGOPDConfig, settled
@@ -52,7 +55,10 @@ class GRPOGOPDMixin(Models):
     ) -> None:
         args = settled(GRPOGOPDConfig, args, model, "GRPO")
         datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
-        self._announce(args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets)
+        peft_config = trainer_arguments.get("peft_config")
+        self._announce(
+            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
+        )
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **trainer_arguments)  # type: ignore[call-arg]
@@ -66,6 +72,21 @@ class GRPOGOPDMixin(Models):
         output["advantages"] = (outcome[:, None] if outcome.ndim == 1 else outcome) + self.args.gopd_weight * gopd
         return output
 
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        with evaluation(self.model):  # the policy that samples is the one that is scored: without dropout
+            return super()._generate_single_turn(*args, **options)  # type: ignore[misc]
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **options: Any) -> Any:
+        """TRL's scores, at the positions at which completions are sampled, and without dropout under ``no_grad``."""
+        student = self.accelerator.unwrap_model(model)
+        with _sampled_positions(student), nullcontext() if torch.is_grad_enabled() else evaluation(student):
+            return super()._get_per_token_logps_and_entropies(model, *args, **options)  # type: ignore[misc]
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        ratio = inputs.get("old_per_token_logps") is not None  # of two policies, as in GOPDTrainer
+        with without_dropout(self.accelerator.unwrap_model(model)) if ratio else nullcontext():
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+
     @torch.no_grad()
     def _gopd_advantages(self, batch: Batch) -> Tensor:
         """(B, K), a few sequences at a time."""
@@ -78,6 +99,25 @@ class GRPOGOPDMixin(Models):
             self._note(out)
             advantages.append(cast("Tensor", out.advantages))
         return torch.cat(advantages)
+
+
+@contextmanager
+def _sampled_positions(model: Any) -> Iterator[None]:
+    """Calls of a model without ``position_ids`` get those that ``generate`` makes of the attention mask."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def add(_: nn.Module, args: Any, inputs: dict[str, Any]) -> Any:
+        if inputs.get("position_ids") is None:
+            positions = position_ids_of(model, inputs.get("attention_mask"))
+            if positions is not None:
+                inputs = {**inputs, "position_ids": positions}
+        return args, inputs
+
+    handle = base.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:

@@ -20,6 +20,7 @@ from ...checks import require_number
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...objective import AdvantageFn
 from ...output import GOPDOutput
+from ..modules import require_separate
 from ..transformers import head_of, last_hidden_state
 from .batch import Batch, spread
 from .checks import (
@@ -41,6 +42,23 @@ logger = get_logger(__name__)
 # metrics that TRL logs itself
 _LOGGED = ("tokens", "loss", "entropy")
 T = TypeVar("T")
+
+
+def _trains_all(student: nn.Module, source: nn.Module, peft_config: Any) -> bool:
+    """Whether training changes what the source shares with the student, as far as is known before PEFT adapts it.
+
+    An adapter is put into the student itself, whose other parameters it freezes: only a source that has all of the
+    student is known to have the adapter too. What is in front of the student (prompt tuning) leaves it as it is.
+    """
+    if peft_config is None:
+        return True
+    whole = {id(p) for p in student.parameters()} <= {id(p) for p in source.parameters()}
+    return whole and not getattr(peft_config, "is_prompt_learning", False)
+
+
+def _require_separate(name: str, source: nn.Module, student: nn.Module) -> None:
+    base = ', or, for a student with a PEFT adapter, "base"' if name == "ref_model" else ""
+    require_separate(name, source, student, base)
 
 
 @contextmanager
@@ -75,6 +93,8 @@ class Models:
 
     def _announce(
         self,
+        student: str | nn.Module,
+        peft_config: Any,
         args: Options,
         teacher: Model | Mapping[Any, Model],
         ref_model: Model | None,
@@ -84,8 +104,9 @@ class Models:
     ) -> None:
         """All that can be known to be wrong before the student is loaded."""
         routes = routes_of(teacher, args.route_column)
-        for route, model in routes.items():
-            check_kind("teacher" if route is None else f"teacher[{route!r}]", model, cast("Any", args).temperature)
+        named = {"teacher" if route is None else f"teacher[{route!r}]": model for route, model in routes.items()}
+        for name, model in named.items():
+            check_kind(name, model, cast("Any", args).temperature)
         if getattr(args, "teacher_model_init_kwargs", None) and not any(isinstance(x, str) for x in routes.values()):
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path")
         scale = f"reward_scale={args.reward_scale}"
@@ -101,6 +122,10 @@ class Models:
                 "reward_scale=1 does without a reference. It is usually the student before training: pass its path, a "
                 'copy of it, or, for a student with a PEFT adapter, "base"'
             )
+        if isinstance(student, nn.Module):
+            for name, source in {**named, "ref_model": ref_model}.items():
+                if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
+                    _require_separate(name, source, student)
         if args.route_column is not None:
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
@@ -129,17 +154,24 @@ class Models:
         prepared: dict[int, Any] = {}
         sizes = [self._vocabulary(self.model)]
         init = getattr(self.args, "teacher_model_init_kwargs", None)
-        self._teachers = [
-            self._frozen(name, source, init, tokenizer, prepared, sizes)
-            for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
-        ]
+        self._teachers: list[Any] = [None] * len(names)
+        if self._may_be_other_than(0):
+            self._teachers = [
+                self._frozen(name, source, init, tokenizer, prepared, sizes)
+                for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
+            ]
+        elif self.accelerator.is_main_process:
+            logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
         self._reference: Any = None
-        if isinstance(ref_model, str) and ref_model == "base":
-            if not hasattr(self.model, "disable_adapter"):
-                raise ValueError(
-                    'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
-                    "peft_config, or the path or a copy of the student before training"
-                )
+        if isinstance(ref_model, str) and ref_model == "base" and not hasattr(self.model, "disable_adapter"):
+            raise ValueError(
+                'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
+                "peft_config, or the path or a copy of the student before training"
+            )
+        if ref_model is not None and not self._may_be_other_than(1):
+            if self.accelerator.is_main_process:
+                logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
+        elif isinstance(ref_model, str) and ref_model == "base":
             self._reference = "base"
         elif ref_model is not None:
             init = self.args.model_init_kwargs
@@ -153,8 +185,8 @@ class Models:
         """A model that scores: loaded, compared with the student, and prepared for this run; or a scorer."""
         if not isinstance(source, (str, nn.Module)):
             return source
-        if isinstance(source, nn.Module) and source is self.accelerator.unwrap_model(self.model):
-            raise ValueError(f"{name} is the student itself, which changes: pass a copy (copy.deepcopy)")
+        if isinstance(source, nn.Module):
+            _require_separate(name, source, self.accelerator.unwrap_model(self.model))
         if isinstance(source, nn.Module) and id(source) in prepared:
             return prepared[id(source)]
         model = source if isinstance(source, nn.Module) else self._load(source, init)
@@ -170,7 +202,6 @@ class Models:
                 "teacher_processing_class to compare the tokens."
             )
         sizes.append(size)
-        model.eval()
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -212,6 +243,11 @@ class Models:
             return start
         done: float = min(self.state.global_step / max(self.args.reward_scale_steps or self.state.max_steps, 1), 1.0)
         return (1 - done) * start + done * end
+
+    def _may_be_other_than(self, scale: float) -> bool:
+        """Whether lambda is ever another one: a model that it cancels in all steps need not be there."""
+        ends = {self.args.reward_scale, self.args.reward_scale_end} - {None}
+        return self._reward_scale_fn is not None or ends != {scale}
 
     def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, K, H) states that predict the completions; inside the forward of the model's wrapper."""
@@ -274,17 +310,6 @@ class Models:
                 sources.append(spread(source, rows, len(index)))
         return sources, torch.bucketize(index, torch.tensor(used)).to(batch.token_ids.device)
 
-    @contextmanager
-    def _base(self, student: Any) -> Iterator[None]:
-        """The student without its adapter, as it is when it is not trained."""
-        training = student.training
-        student.eval()
-        try:
-            with student.disable_adapter():
-                yield
-        finally:
-            student.train(training)
-
     def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
         """The loss of a batch; inside the forward of the student's wrapper."""
         scale = self.reward_scale
@@ -297,7 +322,7 @@ class Models:
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
                 if scale != 1 and self._reference == "base":
-                    with self._base(student):
+                    with cast("Any", student).disable_adapter():
                         ref = self._frozen_head(student, self._hidden(student, batch), gathered)
                 elif scale != 1:
                     ref = self._score("ref_model", self._reference, batch, gathered)

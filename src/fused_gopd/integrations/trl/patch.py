@@ -6,13 +6,14 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from ... import gopd_loss
 from ...heads import LinearHead
 from ...shards import is_dtensor
+from ..modules import require_separate
 
 
 class DistillationPatch:
@@ -53,7 +54,8 @@ def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrain
 
     Raises:
         TypeError: not a ``DistillationTrainer``.
-        ValueError: a trainer whose loss is not TRL's own, or is patched already; DeepSpeed ZeRO-3.
+        ValueError: a trainer whose loss is not TRL's own, or is patched already; whose teacher shares trainable
+            parameters with the student; DeepSpeed ZeRO-3.
     """
     kind = target if isinstance(target, type) else type(target)
     if not issubclass(kind, DistillationTrainer):
@@ -69,6 +71,9 @@ def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrain
             f"{kind.__name__} has a loss of its own in place of TRL's {_TRL_LOSS}: there is nothing to put this "
             "package's loss in the place of. GOPDTrainer has it already"
         )
+    if not isinstance(target, type) and isinstance(target.teacher_model, nn.Module):
+        unwrap = target.accelerator.unwrap_model
+        require_separate("teacher_model", unwrap(target.teacher_model), unwrap(target.model))
     # the same code with another global: the module's own is left alone
     patched = FunctionType(
         function.__code__, {**function.__globals__, _TRL_LOSS: fused_divergence_loss}, function.__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ... import distributed, token_logprobs
 from ...objective import AdvantageFn
+from ..modules import evaluation, without_dropout
 from .batch import Batch
 from .checks import Model
 from .config import GOPDConfig, settled
@@ -86,7 +88,10 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
             raise TypeError("GOPDTrainer has no argument teacher_model: it is called teacher, and may be a dict")
         args = settled(GOPDConfig, args, model, "GOPD")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._announce(args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets)
+        peft_config = trainer_arguments.get("peft_config")
+        self._announce(
+            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
+        )
         self.num_iterations = args.num_iterations
         if self.num_iterations > 1 and not hasattr(train_dataset, "__len__"):
             raise ValueError(
@@ -106,7 +111,8 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
     # --------------------------------------------------------------------------------------------------- completions
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        completions = super()._generate_single_turn(*args, **options)
+        with evaluation(self.model):  # the policy that samples is the one that is scored: without dropout
+            completions = super()._generate_single_turn(*args, **options)
         if not self.tools and not all(len(completion) for completion in completions):
             empty = [i for i, completion in enumerate(completions) if not len(completion)]
             raise ValueError(
@@ -170,7 +176,9 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
         if normalizer is not None and self.args.reduction != "token-mean":
             normalizer = inputs["num_sequences"].clamp(min=1) / self.accelerator.num_processes
         batch = Batch.of(inputs)
-        out = self._loss(unwrapped_student, batch, normalizer=normalizer)
+        ratio = batch.old_logprobs is not None  # of two policies; dropout would make it one of two random masks
+        with without_dropout(unwrapped_student) if ratio else nullcontext():
+            out = self._loss(unwrapped_student, batch, normalizer=normalizer)
         self._note(out)
         return out.loss, out.entropy.sum(), batch.mask.sum()
 
