@@ -25,9 +25,9 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-from fused_gopd.cli import durable
+from fused_gopd.cli import durable, outputs
 from fused_gopd.cli.distill import options
-from fused_gopd.cli.distill.checkpoints import Checkpoints
+from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
 from test_distill import Files, assert_same_weights, invoke, small
 
@@ -179,12 +179,13 @@ STRANGE = ("checkpoint-", "checkpoint-4.bak", "checkpoint-x", "checkpoint-²", "
 
 
 def test_a_run_goes_on_from_the_intact_checkpoint_and_ends_the_same(run: Path, whole: Path) -> None:
-    """With a damaged newest checkpoint, damaged figures, half a result and strange folders."""
+    """With a damaged newest checkpoint, damaged figures, half a result, no list of what it wrote, strange folders."""
     for name in STRANGE:
         shutil.copytree(run / "checkpoint-4", run / name)
     (run / "model").rename(run / "model.partial")
     (run / "model.partial" / "model.safetensors").write_bytes(b"")
     (run / "checkpoint-4" / "optimizer.pt").unlink()
+    (run / outputs.LEDGER).unlink()
     (run / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 9}\nnot JSON\xff\n5\n{}\n')
     output = invoke("--resume", "--output", str(run))
     assert "checkpoint-4 is damaged (optimizer.pt is missing): the run goes on from checkpoint-3" in output
@@ -194,6 +195,7 @@ def test_a_run_goes_on_from_the_intact_checkpoint_and_ends_the_same(run: Path, w
     for name in STRANGE:
         assert sorted(os.listdir(run / name)) == sorted(os.listdir(run / "checkpoint-4"))
     assert not list(run.glob("*.partial"))
+    assert (run / "checkpoint-4.kept-1").is_dir()  # without the list nobody knows whose it was
 
 
 def test_where_no_checkpoint_is_intact_the_run_is_refused_with_what_to_do_instead(
@@ -280,6 +282,16 @@ def test_damaged_options_are_restored_from_a_checkpoint(run: Path, damage: str) 
     assert f"{command} " in output
     subprocess.run(command.split(), check=True)
     assert (run / options.FILE).read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_list_of_what_the_run_wrote_is_made_again(run: Path, damage: str) -> None:
+    before = OutputFolder(run, "distill")
+    (run / "checkpoint-5").mkdir()
+    with damaged(run / outputs.LEDGER, damage), outputs.opened(run, "distill", relist=relist) as folder:
+        assert folder._files == before._files
+    with damaged(run / outputs.LEDGER, damage), pytest.raises(outputs.OutputError):  # any other command
+        outputs.opened(run, "demo").__enter__()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,24 +398,30 @@ def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) ->
     whole, run, kinds = tmp_path / "whole", tmp_path / "run", ["--save-every", "1"]
     began = time.monotonic()
     process = distill(whole, 0, small(files, whole, *kinds, steps=STEPS))
-    events = [line.split(maxsplit=2) for line in process.communicate()[0].splitlines() if line.startswith("EVENT")]
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     seconds = time.monotonic() - began
-    writing = [i + 1 for i, (_, _, path) in enumerate(events) if ".partial/" in path or "checkpoint-" in path]
+    events = [line.split(maxsplit=2)[2] for line in output.splitlines() if line.startswith("EVENT")]
+    first = next(i for i, event in enumerate(events) if "checkpoint.partial/checkpoint-" in event)
     generator = random.Random(0)
     moments = [generator.uniform(0.2, 1) * seconds for _ in range(8)]
     killed = 0
-    for place in (*moments, *generator.sample(writing, 7)):
-        arguments = small(files, run, *kinds, steps=STEPS)
-        process = distill(run, place if isinstance(place, int) else 10**9, arguments)
+    for place in (*moments, *generator.sample(range(first + 1, len(events) + 1), 7)):
+        process = distill(run, place if isinstance(place, int) else 10**9, small(files, run, *kinds, steps=STEPS))
         if isinstance(place, float):
             time.sleep(place)
             process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-        if (run / options.FILE).exists():
-            arguments = ["--resume", "--output", str(run)]
-        if not (run / "model").is_dir():
-            invoke(*arguments)
+        where = place if isinstance(place, float) else events[place - 1]
+        found = sorted(path.name for path in run.glob("*")) if run.exists() else []
+        print(f"killed at {where}: {process.returncode}, {', '.join(found)}")
+        if not (run / options.FILE).exists():  # before the models were loaded
+            shutil.rmtree(run, ignore_errors=True)
+            invoke(*small(files, run, *kinds, steps=STEPS))
+        elif not (run / "model").is_dir():
+            invoke("--resume", "--output", str(run))
         assert_same_result(run, whole)
+        assert "has done its 4 steps" in invoke("--resume", "--output", str(run), code=2)
         shutil.rmtree(run)
     assert killed >= 12  # a moment may come after the end

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import platform
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +151,9 @@ def new_file(path: Path, overwrite: bool, reads: Mapping[str, Path] | None = Non
 
 def _read_ledger(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / LEDGER).read_text(encoding="utf-8"))
-        if not isinstance(content["command"], str) or not isinstance(content["files"], dict):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise OutputError(f"{path / LEDGER} is not what fused-gopd writes: choose another folder") from None
-    return dict(content)
+        return durable.read_sealed(path / LEDGER)
+    except durable.Damaged as error:
+        raise OutputError(f"{path / LEDGER} is not what fused-gopd writes ({error}): choose another folder") from None
 
 
 def _signature(path: Path) -> list[int] | None:
@@ -176,18 +172,19 @@ class OutputFolder:
     once it is finished, the files that it has then.
     """
 
-    def __init__(self, path: Path, command: str) -> None:
+    def __init__(self, path: Path, command: str, *, new: bool = False) -> None:
+        """With ``new`` the list that is there is not read."""
         self.path = path
         self._command = command
         # entry -> None while it is being written, else file -> size and time of modification
         self._files: dict[str, dict[str, list[int]] | None] = {}
-        if (path / LEDGER).exists():
+        if not new and (path / LEDGER).exists():
             self._files = _read_ledger(path)["files"]
 
     def save(self) -> None:
         """Write the list."""
         content = {"command": self._command, "version": __version__, "files": self._files}
-        durable.replace(self.path / LEDGER, json.dumps(content, indent=1) + "\n")
+        durable.write_sealed(self.path / LEDGER, content)
 
     def wrote(self, name: str) -> bool:
         """Whether an entry is the command's."""
@@ -208,6 +205,10 @@ class OutputFolder:
         self._files[name] = None
         self.save()
         return self.path / name
+
+    def adopt(self, name: str) -> None:
+        """Count an entry that exists as the command's, all of it."""
+        self._files[name] = None
 
     def create(self, name: str) -> Path:
         """The free place of a new entry; an earlier one of this name is deleted, as far as it is the command's."""
@@ -322,7 +323,13 @@ def _make(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def opened(
-    path: Path, command: str, *, reads: Mapping[str, Path] | None = None, again: bool = True, alone: bool = True
+    path: Path,
+    command: str,
+    *,
+    reads: Mapping[str, Path] | None = None,
+    again: bool = True,
+    alone: bool = True,
+    relist: Callable[[OutputFolder], None] | None = None,
 ) -> Iterator[OutputFolder]:
     """A folder to write into, made if it is not there; removed again where nothing was written.
 
@@ -331,6 +338,8 @@ def opened(
         reads: folders and files that are read, by a name for messages: the output may not overlap with them.
         again: whether the command may write where it wrote before.
         alone: no other process may write there at the same time.
+        relist: for a folder that is known to be the command's: called where the list is missing or damaged, it lists
+            the entries anew.
 
     Raises:
         OutputError: the folder is somebody else's, overlaps with what is read, is in use or cannot be written.
@@ -340,12 +349,14 @@ def opened(
     made: list[Path] = []
     with contextlib.ExitStack() as stack:
         try:
-            if path.exists():
+            if path.exists() and relist is None:
                 _refuse_foreign(path, command, again)
             made = _make(path)
             stack.callback(_remove_empty, made)
             if alone:
                 stack.enter_context(_locked(path))
+            if relist is not None:
+                _mend(path, command, relist)
             _refuse_foreign(path, command, again)  # another process may have begun meanwhile
         except OSError as error:
             raise OutputError(f"cannot write to {path}: {error.strerror}") from None
@@ -355,6 +366,16 @@ def opened(
         else:
             folder.save()
         yield folder
+
+
+def _mend(path: Path, command: str, relist: Callable[[OutputFolder], None]) -> None:
+    try:
+        durable.read_sealed(path / LEDGER)
+    except durable.Damaged as error:
+        folder = OutputFolder(path, command, new=True)
+        relist(folder)
+        folder.save()
+        typer.echo(f"{error}: what this run wrote is listed again, from its manifests", err=True)
 
 
 def _remove_empty_ledger(path: Path) -> None:

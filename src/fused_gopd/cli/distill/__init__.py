@@ -15,6 +15,7 @@ import typer
 
 from .. import outputs
 from ..threads import restart_with_patient_threads
+from .checkpoints import relist
 from .options import Options, resumed, started
 
 __all__ = ["distill"]
@@ -87,7 +88,8 @@ def distill(
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is nothing to ask it for
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # what they say to each other
-    with outputs.option("--output"), outputs.opened(output, "distill", reads=options.reads(), again=resume) as folder:
+    opened = outputs.opened(output, "distill", reads=options.reads(), again=resume, relist=relist if resume else None)
+    with outputs.option("--output"), opened as folder:
         from .training import Run
 
         if not Run(options, folder, teacher_server_key or None).carry_out():

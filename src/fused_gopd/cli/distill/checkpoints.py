@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import typer
 
 from ..durable import Damaged, seal, verify
 from ..outputs import OutputFolder
+from .options import FILE
 
 _NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
 _KEPT = 2
@@ -74,3 +76,20 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         names = (_NAME.fullmatch(path.name) for path in self._output.glob("checkpoint-*"))
         return [int(name[1]) for name in names if name]
+
+
+def relist(folder: OutputFolder) -> None:
+    """List what a run wrote into its folder, where the list of it is lost.
+
+    Folders that are as their manifests have them, and the other names that only a run writes.
+    """
+    for path in (*folder.path.glob("checkpoint-*"), folder.path / "model", folder.path / "adapter"):
+        with suppress(Damaged):
+            verify(path)
+            folder.finish(path.name)
+    partial = (f"{name}.partial" for name in ("checkpoint", "model", "adapter"))
+    for name in (FILE, "metrics.jsonl", "tensorboard", *partial):
+        if (folder.path / name).exists():
+            folder.adopt(name)
+    if (folder.path / "metrics.png").exists():
+        folder.finish("metrics.png")
