@@ -6,6 +6,7 @@ Every test that needs ranks launches torchrun once and lets its workers (functio
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import re
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 import fused_gopd as fg
 from builders import Batch, assert_close, make_batch, relative_error, widened
+from fused_gopd import agreement
 from fused_gopd.cli import plan
 from ranks import RankError, run_on_ranks
 
@@ -524,52 +526,152 @@ def _bad_bounds() -> None:
             fg.LinearHead(batch.student.hidden, batch.student.weight[:3], shard=shard)
 
 
+def test_every_argument_says_how_ranks_agree_in_it():
+    assert set(agreement.ARGUMENTS) == set(inspect.signature(fg.gopd_loss).parameters)
+    kinds = (fg.LinearHead, fg.Logits, fg.TokenLogProbs, fg.TopKLogProbs)
+    assert set(agreement.FIELDS) == {f.name for kind in kinds for f in dataclasses.fields(kind)}
+
+
+FULL = {"estimator": "full", "reward_scale": 1.25}
+TOPK = {"estimator": "topk", "reward_scale": 1.25, "k": 5}
+# What all ranks pass, what the last one passes instead, and what the message shows of both; the first is the argument.
+LAM = torch.full(SHAPE, 1.25)
+OTHER_LAM = LAM.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.5))
+OLD, LABELS = -torch.ones(SHAPE), torch.full(SHAPE, 3)
+MEAN = {"reduction": "seq-mean-token-mean"}
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "estimator": ({"reward_scale": 1.25}, FULL, "sampled on rank 0 and .*full on rank"),
+    "divergence": (FULL, {"divergence": "jsd"}, "reverse_kl on rank 0 and .*jsd on rank"),
+    "beta": ({**FULL, "divergence": "jsd"}, {"beta": 0.25}, "0.5 on rank 0 and .*0.25 on rank"),
+    "reward_scale": ({**FULL, "reward_scale": LAM}, {"reward_scale": OTHER_LAM}, "1.25 on rank 0 and .*1.5 on rank"),
+    "k": (TOPK, {"k": 6}, "5.0 on rank 0 and .*6.0 on rank"),
+    "support": (TOPK, {"support": "student"}, "teacher on rank 0"),
+    "tail": (TOPK, {"tail": "drop"}, "bucket on rank 0"),
+    "reduction": (FULL, {"reduction": "sum"}, "token-mean on rank 0 and .*sum on rank"),
+    "normalizer": (FULL, {"normalizer": 7}, "None on rank 0 and .*7.0 on rank"),
+    "sequence_lengths": (
+        {**FULL, **MEAN, "sequence_lengths": torch.full((SHAPE[0],), 40)},
+        {"sequence_lengths": torch.tensor([40, 41, 40, 40])},
+        "40 on rank 0 and .*41 on rank",
+    ),
+    "rollout_is_cap": ({"rollout_logprobs": OLD}, {"rollout_is_cap": 2.0}, "None on rank 0 and .*2.0 on rank"),
+    "old_logprobs": ({"old_logprobs": OLD}, {"old_logprobs": 2 * OLD}, "-1.0 on rank 0 and .*-2.0 on rank"),
+    "rollout_logprobs": ({}, {"rollout_logprobs": OLD}, "None on rank 0 and .*a tensor of floats on rank"),
+    "clip": ({"old_logprobs": OLD}, {"clip": (0.2, 0.3)}, r"None on rank 0 and .*\(0.2, 0.3\) on rank"),
+    "clip_dual": ({"old_logprobs": OLD}, {"clip_dual": 3}, "3.0 on rank"),
+    "ratio": ({"old_logprobs": OLD}, {"ratio": "sequence"}, "sequence on rank"),
+    "advantage_clip": ({}, {"advantage_clip": 1}, "1.0 on rank"),
+    "logprob_min": ({}, {"logprob_min": -9.0}, "-9.0 on rank"),
+    "baseline": ({}, {"baseline": "expected"}, "expected on rank"),
+    "advantage_fn": ({}, {"advantage_fn": lambda stats: stats.advantages}, "None on rank 0 and .*given on rank"),
+    "sft_labels": ({"sft_labels": LABELS}, {"sft_labels": LABELS + 1}, "3 on rank 0 and .*4 on rank"),
+    "sft_weight": ({"sft_labels": LABELS}, {"sft_weight": 0.5}, "1.0 on rank 0 and .*0.5 on rank"),
+    "score_cancelled": ({}, {"score_cancelled": True}, "False on rank 0 and .*True on rank"),
+    "vocab_size": (FULL, {"vocab_size": V - 1}, "None on rank 0 and .*1002.0 on rank"),
+    "chunk_size": (FULL, {"chunk_size": 24}, "None on rank 0 and .*24.0 on rank"),
+    "chunk_dtype": (FULL, {"chunk_dtype": torch.float64}, "None on rank 0 and .*torch.float64 on rank"),
+    "grad_filter": (FULL, {"grad_filter": 1e-3}, "0.0 on rank 0 and .*0.001 on rank"),
+}
+
+
 def _disagreements() -> None:
-    """All ranks raise, with the same message, where one of them calls with something else."""
+    """All ranks raise the same message, which names the argument and both values, where one calls otherwise."""
     batch, shard, last = _batch(), _shard(), dist.get_rank() == dist.get_world_size() - 1
     sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
-    full = {"estimator": "full", "reward_scale": 1.25}
+    covered = {*DIFFERENT, "student", "teacher", "ref", "token_ids", "mask", "teacher_index", "cu_seqlens"}
+    assert covered == {x for x, how in agreement.ARGUMENTS.items() if how is not agreement.Agree.OWN}
+
+    def refused(name: str, shown: str, mine: Batch, options: dict[str, Any]) -> None:
+        expected = rf"must call the loss with the same {name}( \(entry \d+ of \d+\))?, got .*{shown}"
+        with pytest.raises(ValueError, match=expected) as error:
+            _values(mine, options)
+        messages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, str(error.value))
+        assert len(set(messages)) == 1
+
+    for name, (options, change, shown) in DIFFERENT.items():
+        refused(name, shown, sharded, {**options, **change} if last else options)
+
+    def changed(model: str, **fields: Any) -> Batch:
+        return sharded.replaced(**{model: dataclasses.replace(getattr(sharded, model), **fields)}) if last else sharded
+
+    for model in ("student", "teacher", "ref"):
+        head = getattr(sharded, model)
+        H = head.hidden.shape[1 + 1]
+        refused(f"{model}.temperature", "1.0 on rank 0 and .*0.7 on rank", changed(model, temperature=0.7), FULL)
+        refused(f"{model}.softcap", "None on rank 0 and .*30.0 on rank", changed(model, softcap=30), FULL)
+        refused(f"{model}.logit_scale", "1.0 on rank 0 and .*2.0 on rank", changed(model, logit_scale=2), FULL)
+        bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
+        refused(f"{model}.bias", "None on rank 0 and .*torch.float64 on rank", changed(model, bias=bias), FULL)
+        narrow = changed(model, hidden=head.hidden[..., :-1], weight=head.weight[:, :-1])
+        refused(rf"{model}.hidden", rf"\[{H}\]\) on rank 0 and .*\[{H - 1}\]\) on rank", narrow, FULL)
+        cut = dataclasses.replace(shard, reduce_hidden=not last)
+        mine = sharded.replaced(**{model: dataclasses.replace(head, shard=cut)})
+        refused(f"{model}.shard", "reduce_hidden=True on rank 0 and .*=False", mine, FULL)
+        # tokens of their own, with nothing else to tell them apart: what the weight of an FSDP2 model would do
+        foreign = getattr(make_batch(30, shape=SHAPE, vocab=(V, V, V), hidden=(32, 24, 16)), model).hidden.detach()
+        foreign.requires_grad_(head.hidden.requires_grad)
+        refused(model, "on rank 0", changed(model, hidden=foreign).replaced(mask=None), FULL)
+        # but rounding in another order below is no disagreement
+        g = torch.Generator().manual_seed(int(last))
+        noise = 1e-3 * torch.randn(foreign.shape, dtype=foreign.dtype, generator=g)
+        near = torch.nan_to_num(head.hidden.detach()) * (1 + noise)
+        mine = {model: dataclasses.replace(head, hidden=near.requires_grad_(head.hidden.requires_grad))}
+        _values(sharded.replaced(**mine), FULL)
+
     other_ids, fewer = batch.token_ids.clone(), batch.mask.clone()
     other_ids[0, 0] = (other_ids[0, 0] + 1) % V
     fewer.view(-1)[0] = False
-    narrow = dataclasses.replace(
-        sharded.student, hidden=sharded.student.hidden[..., :-1], weight=sharded.student.weight[:, :-1]
-    )
-    short = sharded.replaced(token_ids=batch.token_ids[:2], mask=None, **{
+    refused("token_ids", r"\d+ on rank 0", sharded.replaced(token_ids=other_ids) if last else sharded, FULL)
+    refused("mask", "True on rank 0 and .*False on rank", sharded.replaced(mask=fewer) if last else sharded, FULL)
+    every = torch.ones_like(batch.mask)
+    whole = sharded.replaced(student=dataclasses.replace(sharded.student, hidden=torch.nan_to_num(
+        batch.student.hidden.detach()).requires_grad_()))  # fmt: skip
+    _values(whole.replaced(mask=every if last else None), FULL)  # the same tokens
+    short = sharded.replaced(token_ids=batch.token_ids[:2], mask=batch.mask[:2], **{
         m: dataclasses.replace(getattr(sharded, m), hidden=getattr(sharded, m).hidden[:2])
         for m in ("student", "teacher", "ref")
     })  # fmt: skip
-    frozen = sharded.replaced(student=dataclasses.replace(sharded.student, hidden=sharded.student.hidden.detach()))
-    for changed, options, message in (
-        (sharded.replaced(token_ids=other_ids), full, "token_ids"),
-        (sharded.replaced(mask=fewer), full, "number of live tokens"),
-        (short, full, "number of live tokens"),
-        (sharded.replaced(student=narrow), full, "hidden size"),
-        (frozen, full, "models, options and requires_grad"),
-        (sharded, {**full, "divergence": "jsd"}, "models, options and requires_grad"),
-        (sharded, {**full, "chunk_size": 24}, "chunk_size"),
-        (sharded, {**full, "reduction": "none"}, "models, options and requires_grad"),
-    ):
-        with pytest.raises(ValueError, match=f"must call the loss with the same {message}, got"):
-            _values(changed, options) if last else _values(sharded, full)
-
-    # tokens of their own, with nothing else to tell them apart: what the weight of an FSDP2 model would do
-    foreign = make_batch(30, shape=SHAPE, vocab=(V, V, V), hidden=(32, 24, 16)).student.hidden
-    mixed = sharded.replaced(token_ids=None, mask=None, student=dataclasses.replace(sharded.student, hidden=foreign))
-    with pytest.raises(ValueError, match="the same hidden states, got"):
-        _values(mixed if last else sharded.replaced(token_ids=None, mask=None), full)
-    # but rounding in another order below is no disagreement
-    noise = 1e-3 * torch.randn(foreign.shape, dtype=foreign.dtype, generator=torch.Generator().manual_seed(int(last)))
-    near = torch.nan_to_num(batch.student.hidden.detach()) * (1 + noise)
-    _values(sharded.replaced(student=dataclasses.replace(sharded.student, hidden=near.requires_grad_())), full)
-
-    student = dataclasses.replace(sharded.student, shard=dataclasses.replace(shard, reduce_hidden=not last))
-    with pytest.raises(ValueError, match="the same models, options and requires_grad, got"):
-        _values(sharded.replaced(student=student), full)
+    refused("token shape", r"\(4, 32\) on rank 0 and .*\(2, 32\) on rank", short if last else sharded, FULL)
+    refused("requires_grad", "True", changed("student", weight=sharded.student.weight.detach()), FULL)
     # the tokens are the same, in the same order: only where the first teacher's end differs
     several = sharded.replaced(teacher=[sharded.teacher] * 2)
-    with pytest.raises(ValueError, match="the same teacher_index, got"):
-        _values(several, {**full, "teacher_index": torch.full((SHAPE[0],), int(last))})
+    index = {"teacher_index": torch.full((SHAPE[0],), int(last))}
+    refused("teacher_index", "0 on rank 0 and .*1 on rank", several, {**FULL, **index})
+    refused("teacher", r"LinearHead on rank 0 and .*\(LinearHead, LinearHead\)", several if last else sharded,
+            {**FULL, **index} if last else FULL)  # fmt: skip
+
+    # scores from elsewhere
+    def scored(teacher: Any) -> Batch:
+        return sharded.replaced(teacher=teacher)
+
+    logprobs = OLD.double() - torch.rand(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    other = logprobs.roll(1, 1)
+    refused("teacher", "on rank 0", scored(fg.TokenLogProbs(other if last else logprobs)), {})
+    _values(scored(fg.TokenLogProbs(logprobs * (1 + 1e-3 * int(last)))), {})
+    ids, listed = fg.token_topk(batch.teacher, 7)
+    listed_by = fg.TopKLogProbs(ids.flip(-1) if last else ids, listed)
+    refused("teacher.token_ids", r"\d+ on rank 0", scored(listed_by), {"estimator": "topk", "reward_scale": 1.0})
+
+    packed = _packed(sharded)
+    bounds = [torch.tensor(x) for x in ([0, 40, 128], [0, 41, 128])]
+    refused("cu_seqlens", "40 on rank 0 and .*41 on rank", packed, {**FULL, **MEAN, "cu_seqlens": bounds[last]})
+    for score in (
+        lambda head: fg.token_logprobs(head, batch.token_ids, mask=batch.mask),
+        lambda head: fg.token_topk(head, 5, mask=batch.mask),
+    ):
+        with pytest.raises(ValueError, match=r"the same student.temperature, got 1.0 on rank 0 and .*0.7 on rank"):
+            score(changed("student", temperature=0.7).student)
+    with pytest.raises(ValueError, match=r"the same k, got 5.0 on rank 0 and .*6.0 on rank"):
+        fg.token_topk(sharded.student, 5 + int(last), mask=batch.mask)
+
+
+def _packed(batch: Batch) -> Batch:
+    models = {
+        name: dataclasses.replace(getattr(batch, name), hidden=getattr(batch, name).hidden.flatten(0, 1))
+        for name in ("student", "teacher", "ref")
+    }
+    return batch.replaced(**models, token_ids=batch.token_ids.flatten(), mask=batch.mask.flatten())
 
 
 def _bytes_on_the_wire() -> None:
@@ -605,8 +707,8 @@ def _bytes_on_the_wire() -> None:
             counted.clear()
             _values(sharded, {"reward_scale": 1.25, "chunk_size": 16, **options})
             kinds = [kind for kind, _ in counted]
-            agreement, *gathers = [size for kind, size in counted if kind == "gather"]
-            assert agreement == 12 * 8
+            compared, *gathers = [size for kind, size in counted if kind == "gather"]
+            assert compared <= 1024  # bytes
             assert len(gathers) == rounds * chunks, options
             assert sum(gathers) == 4 * numbers * N, options
             assert kinds.count("sum") == chunks

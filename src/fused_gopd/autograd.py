@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import chunks, objective
+from .agreement import Agreement
 from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
 from .heads import Head, LinearHead, Logits
 from .rowops import triton
@@ -38,8 +39,8 @@ def _apart(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         return _Place(len(tensors) - 1)
-    if isinstance(x, Route):
-        return _Frame(Route, {name: _apart(y, tensors) for name, y in x._asdict().items()})
+    if isinstance(x, (Route, Agreement)):
+        return _Frame(type(x), {name: _apart(y, tensors) for name, y in x._asdict().items()})
     if isinstance(x, (Job, TokenRows, LinearHead, Logits)):
         return _Frame(type(x), {f.name: _apart(getattr(x, f.name), tensors) for f in dataclasses.fields(x)})
     return tuple(_apart(y, tensors) for y in x) if type(x) is tuple else x
@@ -102,7 +103,8 @@ def _save(ctx: Any, job: Job, *more: Tensor | None) -> None:
     if not any(ctx.needs_input_grad):
         return
     own: list[Tensor] = []
-    ctx.frame, ctx.more = _apart(job, own), len(more)
+    # the ranks have agreed on the call: a second backward need not compare it again
+    ctx.frame, ctx.more = _apart(dataclasses.replace(job, agreement=None), own), len(more)
     tensors = [*own, *more]
     ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
     ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]

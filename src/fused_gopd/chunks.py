@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import functools
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, memory, objective, topk
+from .agreement import Agreement, require_agreement
 from .heads import Head, LinearHead, Logits
 from .objective import (
     PLAIN,
@@ -31,7 +31,7 @@ from .objective import (
 )
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
 from .rowops.torch import TorchRowOps, accumulation_dtype, rows_of
-from .shards import VocabShard, require_agreement
+from .shards import VocabShard
 from .topk import Entries, OnSupport, Truncation
 
 T = TypeVar("T")
@@ -230,6 +230,7 @@ class Job:
     sft_weight: float = 1.0
     grad_filter: float = 0.0  # columns of a chunk's logit gradient that are below it everywhere are left out of GEMMs
     chunk_dtype: torch.dtype | None = None  # of linear models' logits; None is that of accumulation
+    agreement: Agreement | None = None  # where ranks share a vocabulary
     others_size: int | None = None  # tokens of teacher and reference at a time in a joint row operation; None is all
 
     @property
@@ -287,12 +288,6 @@ class Job:
     def widest(self) -> int:
         """The most that this rank computes of any model: what a logits buffer has to hold."""
         return max(self.columns(head) for head in self.heads)
-
-    @property
-    def shards(self) -> list[VocabShard]:
-        """Those of all models, each once."""
-        found = {id(head.shard.group): head.shard for head in self.heads if head.shard is not None}
-        return list(found.values())
 
     def supervised(self, statistics: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Weights of the supervised term (0 where there is no label that counts), and the term itself, (n,) each."""
@@ -786,7 +781,7 @@ def run(
     n = job.rows.count
     job = _as_multiplied(job)
     if coefficients is None:
-        _require_agreement(job, needs, relative is not None)
+        _require_agreement(job, {"requires_grad": tuple(needs), "gradients in the forward": relative is not None})
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
     steps = [_balanced(stop - start, job.chunk_size, job.device.type) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
@@ -824,70 +819,10 @@ def run(
     return Run(out, sink.result(), chosen)
 
 
-def _require_agreement(job: Job, needs: Needs, fused: bool = False) -> None:
-    """Raise on all ranks unless those that share a vocabulary go through the same chunks of the same tokens.
-
-    ``fused`` says whether the gradients come with the statistics.
-    """
-    if not job.shards:
-        return
-    student = job.student
-    scale = "per token" if isinstance(job.reward_scale, Tensor) else job.reward_scale
-    given = [name for name in _OPTIONAL if getattr(job, name) is not None]
-    options = (job.estimator, job.divergence, job.beta, job.surrogate, job.truncation, job.sft_weight, job.grad_filter)
-    dtype = str(job.chunk_dtype)
-    values: dict[str, int | Tensor] = {}
-    for name, tensor in (("mask", job.rows.index), ("token_ids", job.token_ids), ("sft_labels", job.labels)):
-        values[name] = 0  # every rank sends as many terms
-        if tensor is not None:
-            # a sum in which places count; it wraps around, alike everywhere
-            values[name] = ((tensor + 2) * torch.arange(1, job.rows.count + 1, device=tensor.device)).sum()
-    for shard in job.shards:
-        kinds = [(type(head).__name__, str(head.rows.dtype), _cut_by(shard, head)) for head in job.heads]
-        terms: dict[str, int | Tensor] = {
-            "number of live tokens": job.rows.count,
-            "teacher_index": zlib.crc32(repr([route.stop for route in job.routes]).encode()),
-            "hidden size": student.rows.shape[-1] if isinstance(student, LinearHead) else 0,
-            "chunk_size": job.chunk_size,
-            "models, options and requires_grad": zlib.crc32(
-                repr((options, dtype, kinds, scale, given, job.width, needs, fused)).encode()
-            ),
-        }
-        require_agreement(shard, job.device, terms | values, {"hidden states": _fingerprint(job)})
-
-
-_SAMPLED_ROWS = 4
-
-
-def _fingerprint(job: Job) -> Tensor:
-    """(4,) numbers of the order of 1 that tell the student's hidden states of some tokens from those of others.
-
-    Not bits: a layer below may sum in another order on each rank. Logits have nothing that all ranks hold.
-    """
-    student, n = job.student, job.rows.count
-    if not isinstance(student, LinearHead) or not n:
-        return torch.zeros(_SAMPLED_ROWS, device=job.device)
-    places = [(2 * i + 1) * n // (2 * _SAMPLED_ROWS) for i in range(_SAMPLED_ROWS)]
-    rows = torch.cat([job.rows.take(student.hidden, i, i + 1) for i in places]).float()
-    pattern = torch.arange(1, rows.shape[1] + 1, device=rows.device).cos()  # unrelated to any direction of a model
-    scale = rows.square().mean(1).sqrt() * pattern.square().sum().sqrt()
-    return (rows @ pattern / scale.clamp_min(torch.finfo(scale.dtype).tiny)).nan_to_num(0, 0, 0)
-
-
-# Of the vectors of a job, and its advantage_fn: whether they are there decides what is computed.
-_OPTIONAL = (
-    *("token_ids", "teacher_logprobs", "ref_logprobs", "old_logprobs", "rollout_logprobs", "cu_seqlens"),
-    *("advantage_fn", "labels", "support_ids", "teacher_topk", "ref_topk"),
-)
-
-
-def _cut_by(shard: VocabShard, head: Head) -> object:
-    """How the ranks of a shard's group cut a head: what they have to agree on."""
-    if head.shard is None:
-        return None
-    if head.shard.group is not shard.group:
-        return "by other ranks"
-    return head.shard.bounds, head.shard.reduce_hidden
+def _require_agreement(job: Job, more: dict[str, object]) -> None:
+    """Raise on all ranks unless those that share a vocabulary make the same call and go through the same chunks."""
+    if job.agreement is not None:
+        require_agreement(job.agreement, job.device, {"tokens per chunk": job.chunk_size, **more})
 
 
 @_in_own_precision
@@ -897,7 +832,7 @@ def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     shape = (job.rows.shape.numel(), k)
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
-    _require_agreement(job, NOTHING)
+    _require_agreement(job, {"k": k})
     step = _balanced(job.rows.count, job.chunk_size, job.device.type)
     buffers = _Buffers(job, step)
     for start in range(0, job.rows.count, step):

@@ -86,6 +86,7 @@ def make_job(p: Prepared) -> Job:
         sft_weight=p.sft_weight,
         grad_filter=p.grad_filter,
         chunk_dtype=p.chunk_dtype,
+        agreement=p.agreement,
         others_size=others_size(chunk_size, device_type) if p.joint and linear_student and linear > 1 else None,
     )
 

@@ -53,7 +53,7 @@ class GOPDOutput:
     joint: bool = False
 
     def __repr__(self) -> str:
-        """One short line a field: shape, dtype, and the mean over the live tokens, for which it waits for the device."""
+        """One short line a field: shape, dtype and the mean over the live tokens, which waits for the device."""
         return printing.lines(self, self.mask)
 
     def metrics(self) -> Metrics:

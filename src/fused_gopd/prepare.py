@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, objective
+from .agreement import Agreement, agreement_of
 from .checks import (
     IGNORE,
     one_of,
@@ -579,6 +580,7 @@ class Prepared:
     backend: str
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+    agreement: Agreement | None  # where ranks share a vocabulary
 
     @property
     def slices(self) -> list[tuple[int, int]]:
@@ -656,6 +658,7 @@ def prepare(
     backend: str = "auto",
 ) -> Prepared:
     """Every check of the input of :func:`fused_gopd.gopd_loss`, before any work."""
+    call = dict(locals())
     one_of("estimator", estimator, ESTIMATORS)
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, BACKENDS)
@@ -761,7 +764,17 @@ def prepare(
     lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam
     old = _live_logprobs("old_logprobs", old, rows, dtype)
     rollout = _live_logprobs("rollout_logprobs", rollout, rows, dtype)
-    _check_scores(routed if score_cancelled else needed, given, rows, _slices(stops), lam)
+    scored = routed if score_cancelled else needed
+    _check_scores(scored, given, rows, _slices(stops), lam)
+    call |= {
+        "mask": torch.ones(shape, dtype=torch.bool, device=device) if live_mask is None else live_mask,
+        "token_ids": ids,
+        "teacher_index": None if route is None else rows.take(route),
+        "reward_scale": lam,
+        "old_logprobs": old,
+        "rollout_logprobs": rollout,
+        "sft_labels": labels,
+    }
     return Prepared(
         estimator,
         student,
@@ -792,4 +805,5 @@ def prepare(
         backend,
         dtype,
         device,
+        agreement_of(call, {"student": (student,) * len(stops), **scored}, rows, _slices(stops)),
     )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import refuse, require_count
+from .checks import require_count
 
 # PyTorch 2.13 renamed it
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -230,36 +230,3 @@ def from_dtensors(
         weight = weight.to_local()  # type: ignore[attr-defined]
         bias = None if bias is None else bias.to_local()  # type: ignore[attr-defined]
     return hidden, weight, bias, shard
-
-
-# Of a number of the order of 1: what rounding in another order below leaves alike, and other tokens do not.
-_ALIKE = 0.1
-_UNITS = 1000
-
-
-def require_agreement(
-    shard: VocabShard, device: torch.device, terms: dict[str, int | Tensor], alike: dict[str, Tensor]
-) -> None:
-    """Raise on all ranks where they do not have the same terms: what follows would hang, or mix up tokens.
-
-    ``alike`` are vectors of numbers of the order of 1 that have to agree within a tenth. One collective; on a GPU a
-    device-side assert, which waits for nothing.
-    """
-    values = [
-        v.reshape(1).to(torch.int64) if isinstance(v, Tensor) else torch.full((1,), v, dtype=torch.int64, device=device)
-        for v in terms.values()
-    ]
-    vectors = [(x * _UNITS).round().to(torch.int64) for x in alike.values()]
-    gathered = shard.gather(torch.cat((*values, *vectors)))
-    allowed = torch.zeros_like(gathered[0])
-    allowed[len(terms) :] = round(_ALIKE * _UNITS)
-    differ = ((gathered - gathered[0]).abs() > allowed).any(0)
-    if device.type == "cpu" and bool(differ.any()):
-        names = [*terms, *(name for name, x in alike.items() for _ in range(x.shape[0]))]
-        column = int(differ.nonzero()[0])
-        raise ValueError(
-            f"all ranks that share a vocabulary must call the loss with the same {names[column]}, got "
-            f"{gathered[:, column].tolist()} on its ranks. Ranks with tokens of their own (data or context parallel, "
-            "FSDP) need the whole weight: docs/scaling.md"
-        )
-    refuse(differ, differ, ValueError, "the ranks that share a vocabulary must call the loss with the same tokens")
