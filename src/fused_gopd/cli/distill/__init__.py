@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...integrations.addresses import split_userinfo
 from .. import outputs
 from ..threads import restart_with_patient_threads
 from .checkpoints import relist
@@ -32,6 +33,9 @@ def distill(
     teacher_server_model: Annotated[str, typer.Option(help="The name under which it serves the teacher.")] = "",
     teacher_server_api: Annotated[str, typer.Option(help="vllm, sglang or openai.")] = "vllm",
     teacher_server_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for its answer.")] = 120.0,
+    teacher_server_patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for it when it has answered and no longer does: a restart.")
+    ] = 600.0,
     teacher_server_key: Annotated[
         str, typer.Option(envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.")
     ] = "",
@@ -80,10 +84,20 @@ def distill(
 
     Needs `pip install "fused-gopd[train]"`. Exit status 2: wrong options, known before a model is loaded; 130: stopped.
     """
+    server_url = teacher_server
+    if teacher_server:
+        try:
+            teacher_server, _ = split_userinfo("URL", teacher_server)  # what is shown and written
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
     given = {name: value for name, value in locals().items() if name in Options.names()}
     given["teacher"] = teacher or []
     explicit = {name for name in given if _was_given(context, name)}
     options = resumed(output, given, explicit) if resume else started(output, given)
+    if not options.teacher_server:
+        for name in ("api", "timeout", "patience", "key"):
+            if _was_given(context, f"teacher_server_{name}", environment=False):
+                raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
     restart_with_patient_threads()
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is nothing to ask it for
@@ -92,10 +106,11 @@ def distill(
     with outputs.option("--output"), opened as folder:
         from .training import Run
 
-        if not Run(options, folder, teacher_server_key or None).carry_out():
+        if not Run(options, folder, teacher_server_key or None, server_url or None).carry_out():
             raise typer.Exit(130)
 
 
-def _was_given(context: typer.Context, name: str) -> bool:
+def _was_given(context: typer.Context, name: str, environment: bool = True) -> bool:
     source: Any = context.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+    defaults = ("DEFAULT", "DEFAULT_MAP") if environment else ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT")
+    return source is not None and source.name not in defaults

@@ -18,7 +18,7 @@ from ..durable import Damaged, read_sealed, write_sealed
 
 FILE = "distill.json"
 # what a resumed run may do otherwise without being another run
-_MAY_CHANGE = ("steps", "save_every", "teacher_server", "teacher_server_timeout")
+_MAY_CHANGE = ("steps", "save_every", "teacher_server", "teacher_server_timeout", "teacher_server_patience")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Options:
     teacher_server_model: str
     teacher_server_api: str
     teacher_server_timeout: float
+    teacher_server_patience: float
     ref: str
     prompts: str
     prompt_column: str

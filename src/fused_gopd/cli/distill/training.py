@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +19,10 @@ from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
 from . import checkpoints, figures, models, options, prompts
+from .interrupt import Abandoned, Interrupt
 
 # the dataset's own, whatever the file's are called
 _ROUTE = "route"
-
-
-class Interrupt(TrainerCallback):
-    """A first Ctrl-C (or SIGTERM) ends the step that is under way and saves; a second one ends at once."""
-
-    def __init__(self, say: Any) -> None:
-        self.asked = False
-        self._say = say
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self._say("interrupted: this step is ended, then all is saved; again: stop now, from the last checkpoint")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_training_stop = control.should_save = True
 
 
 class Watch(TrainerCallback):
@@ -85,8 +57,12 @@ def _tensorboard(path: Path, done: int) -> Any:
 class Run:
     """A run of given options in a folder."""
 
-    def __init__(self, said: options.Options, folder: OutputFolder, server_key: str | None = None) -> None:
-        self.options, self.folder, self.output, self._server_key = said, folder, folder.path, server_key
+    def __init__(
+        self, said: options.Options, folder: OutputFolder, server_key: str | None = None, server_url: str | None = None
+    ) -> None:
+        """``server_key`` and ``server_url``, with user name and password, are used and neither written nor shown."""
+        self.options, self.folder, self.output = said, folder, folder.path
+        self._server_key, self._server_url = server_key, server_url
         self.display = figures.Display(Console(), said.steps)
         self.say = self.display.say
         self.checkpoints = checkpoints.Checkpoints(folder)
@@ -111,10 +87,12 @@ class Run:
         listed = prompts.read(Path(said.prompts), said.prompt_column, said.route_column, self._route_names())
         known, tokenizer = self._models()
         dataset = self._dataset(listed, tokenizer, known)
-        teacher = self._teacher(tokenizer)
+        teacher = self._teacher(tokenizer, known[0].vocab)
         config = self._config()
         self._announce(done, len(listed.prompts))
         interrupt = Interrupt(self.say)
+        if said.teacher_server:
+            teacher = interrupt.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             trainer = self._trainer(config, dataset, tokenizer, teacher)
             self.folder.extend(options.FILE)
@@ -125,7 +103,7 @@ class Run:
             for callback in (interrupt, Watch(record, self.display), save, board):
                 trainer.add_callback(callback)
             with self.display.running(done):
-                self._train(trainer)
+                self._train(trainer, interrupt)
         return self._end(trainer, tokenizer, record)
 
     # ---------------------------------------------------------------------------------------------- before any model
@@ -206,7 +184,7 @@ class Run:
         )
         return dataset.select(order)
 
-    def _teacher(self, tokenizer: Any) -> Any:
+    def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
         """A model's place, one for each route, or a scorer."""
         said = self.options
         if not said.teacher_server:
@@ -216,15 +194,17 @@ class Run:
         self._foreseen = (server.TeacherServerError,)
         try:
             return server.ServerTeacher(
-                said.teacher_server,
+                self._server_url or said.teacher_server,
                 said.teacher_server_model,
                 api=said.teacher_server_api,
                 top_k=said.k,
                 timeout=said.teacher_server_timeout,
+                patience=said.teacher_server_patience,
                 api_key=self._server_key,
                 tokenizer=tokenizer,
+                vocab_size=vocab_size,
             )
-        except (ValueError, server.TeacherServerError) as error:
+        except (ValueError, ImportError, server.TeacherServerError) as error:
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
 
     def _config(self) -> Any:
@@ -309,16 +289,31 @@ class Run:
         name = said.student if said.ref == "student" else said.ref
         return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen))
 
-    def _train(self, trainer: Any) -> None:
+    def _train(self, trainer: Any, interrupt: Interrupt) -> None:
         done = self.checkpoints.done
         try:
-            trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
+            except BaseException as error:
+                if isinstance(error, (Abandoned, *self._foreseen)):
+                    self._save_last_step(trainer, interrupt)
+                raise
+        except Abandoned:
+            return
         except BaseException as error:
             self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
             if isinstance(error, self._foreseen):
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(1) from None
             raise
+
+    def _save_last_step(self, trainer: Any, interrupt: Interrupt) -> None:
+        """The checkpoint after the last step that was done, while the one after it is given up."""
+        if trainer.state.global_step > self.checkpoints.done:
+            interrupt.restore_random_numbers()
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
     def _resume_command(self) -> str:
         return f"fused-gopd distill --resume --output {self.output}"

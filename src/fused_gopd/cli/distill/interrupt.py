@@ -1,0 +1,92 @@
+"""Ctrl-C (or SIGTERM) in a run: what is under way is ended or given up, and all that was done is saved."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+
+class Abandoned(BaseException):
+    """The step under way is given up: it waits for a teacher's server, and the user does not."""
+
+
+class Interrupt(TrainerCallback):
+    """A first signal ends the step under way, or gives it up where it waits for a server; a second one ends the run.
+
+    A step that is given up is sampled anew when the run is resumed. So that it comes out the same, the random numbers
+    are kept as they are at the end of each step.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._say = say
+        self._waiting = False  # for a scorer
+        self._random_numbers: tuple[Any, ...] = ()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        what = "this step waits for the teacher's server: it is given up" if self._waiting else "this step is ended"
+        self._say(f"interrupted: {what}, then all is saved; again: stop now, from the last checkpoint")
+        if self._waiting:
+            raise Abandoned
+
+    def scorer(self, teacher: Any) -> Any:
+        """A teacher that is a scorer, whose answer an interrupt does not wait for."""
+        return _Scorer(teacher, self)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            if self.asked:
+                raise Abandoned
+            yield
+        finally:
+            self._waiting = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        # NumPy's global state, which the trainer's checkpoints have
+        numpy = np.random.get_state()  # noqa: NPY002
+        self._random_numbers = (random.getstate(), numpy, torch.get_rng_state(), cuda)
+        if self.asked:
+            control.should_training_stop = control.should_save = True
+
+    def restore_random_numbers(self) -> None:
+        """As they were at the end of the last step that was done."""
+        python, numpy, cpu, cuda = self._random_numbers
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class _Scorer:
+    def __init__(self, teacher: Any, interrupt: Interrupt) -> None:
+        self._teacher, self._interrupt = teacher, interrupt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)  # what it says of itself: temperature, top_k
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self._interrupt.waiting():
+            return self._teacher(*arguments)
