@@ -515,11 +515,12 @@ def test_a_run_into_the_users_files_is_refused_and_they_are_as_they_were(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_never_began_is_no_run_to_go_on_with(files: Files, tmp_path: Path) -> None:
+def test_a_run_that_never_began_is_no_run_to_go_on_with(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command with its mistake mended may use the same folder."""
-    broken = files.damaged("config.json", lambda data: data.replace(b'"hidden_size": 16', b'"hidden_size": 24'))
-    failed = runner.invoke(app, ["distill", *small(files, tmp_path / "run", "--teacher", broken)])
-    assert isinstance(failed.exception, RuntimeError)  # weights of another shape
+    monkeypatch.setattr(training.GOPDTrainer, "__init__", lambda *_, **__: (_ for _ in ()).throw(OSError("no memory")))
+    assert isinstance(runner.invoke(app, ["distill", *small(files, tmp_path / "run")]).exception, OSError)
     assert options.started(tmp_path / "run", _given(files)).teacher == [files.math]
 
 
@@ -579,7 +580,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no reference": (lambda f: ["--ref", ""], "must be given for --reward-scale 1.25"),
     "other tokenizer": (lambda f: ["--teacher", f.foreign], "tokenizers of the student and of"),
     "no tokenizer": (lambda f: ["--teacher", f.damaged("tokenizer.json", None)], "has no tokenizer that can be loaded"),
-    "no model": (lambda f: ["--teacher", str(f.folder)], "has no weights (model.safetensors or pytorch_model.bin)"),
+    "no model": (lambda f: ["--teacher", str(f.folder)], "cannot be loaded: Unrecognized model"),
     "k beyond the vocabulary": (
         lambda f: ["--estimator", "topk", "--k", "99"],
         "--k: must be at most 27, the vocabulary of",
@@ -634,28 +635,44 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "links to nowhere": (
         lambda f: ["--teacher", f.damaged("model.safetensors", "nowhere")],
-        "{damaged}/model.safetensors is a link to nowhere, which is not there",
+        "'{damaged}' cannot be loaded: {damaged}/model.safetensors is a link to nowhere, which is not there",
     ),
-    "no weights": (lambda f: ["--teacher", f.damaged("model.safetensors", None)], "has no weights"),
+    "no weights": (
+        lambda f: ["--teacher", f.damaged("model.safetensors", None)],
+        "'{damaged}' cannot be loaded: Error no file named model.safetensors",
+    ),
     "cut weights": (
         lambda f: ["--teacher", f.damaged("model.safetensors", lambda data: data[: len(data) // 2])],
-        "{damaged}/model.safetensors is damaged",
+        "'{damaged}' cannot be loaded: SafetensorError: Error while deserializing header",
+    ),
+    "weights of another model": (
+        lambda f: ["--teacher", f.damaged("model.safetensors", lambda data: data.replace(b"k_norm", b"a_norm"))],
+        "'{damaged}' cannot be loaded: it lacks 2 of its weights, such as model.layers.0.self_attn.k_norm.weight, and "
+        "would have random ones in their place",
+    ),
+    "weights of another shape": (
+        lambda f: [
+            "--ref",
+            f.damaged("config.json", lambda data: data.replace(b'hidden_size": 16', b'hidden_size": 24')),
+        ],
+        "--ref: '{damaged}' cannot be loaded: its weights are of another shape than its config.json says",
     ),
     "parts that are missing": (
-        lambda f: [
-            "--teacher",
-            f.damaged("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "b.safetensors"}}'),
-        ],
-        "names 1 files that are not there: b.safetensors",
+        lambda f: ["--teacher", f.damaged("model.safetensors", None, also="model.safetensors.index.json")],
+        "'{damaged}' cannot be loaded:",
+    ),
+    "no architecture": (
+        lambda f: ["--teacher", f.damaged("config.json", lambda data: data.replace(b"architectures", b"buildings"))],
+        """'{damaged}' cannot be loaded: its config.json has no "architectures\"""",
     ),
     "an adapter alone": (
         lambda f: ["--student", f.damaged("config.json", None, also="adapter_config.json")],
-        "has a PEFT adapter alone",
+        "cannot be loaded: it is a PEFT adapter: merge it into its base",
     ),
     **{
         f"configuration {text!r}": (
             lambda f, text=text: ["--teacher", f.damaged("config.json", lambda _: text)],
-            "--teacher: '{damaged}' has no configuration that can be loaded",
+            "--teacher: '{damaged}' cannot be loaded: ",
         )
         for text in (b"{", b"[]", b"\xff", b'{"model_type": "qwen99"}', b'{"model_type": "qwen3", "hidden_size": "x"}')
     },

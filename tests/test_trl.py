@@ -42,6 +42,7 @@ from fused_gopd.integrations.trl import (  # noqa: E402
 )
 from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
+from fused_gopd.integrations.trl.checks import check_vocabulary  # noqa: E402
 from fused_gopd.integrations.trl.patch import fused_divergence_loss  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 
@@ -975,6 +976,21 @@ def test_a_tokenizer_beside_a_teacher_is_found_and_compared(tmp_path: Path) -> N
 def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"teacher has 200 tokens, and the student's tokenizer goes up to id 279"):
         trainer(tmp_path, teacher=model(1, vocab=200))
+    check_vocabulary("teacher", 200, 200, tokenizer())  # which the student cannot say either
+    with pytest.raises(ValueError, match=r"teacher has 199 tokens, and the student's tokenizer goes up to id 199"):
+        check_vocabulary("teacher", 199, 200, tokenizer())
+
+
+def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path: Path) -> None:
+    """from_pretrained makes the others up."""
+    model(1).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"k_norm", b"a_norm"))
+    for which in ({"teacher": str(path.parent)}, {"ref_model": str(path.parent), "reward_scale": 1.25}):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(which))} \(.*\) lacks 2 of its weights, such as model.layers.0"
+        ):
+            trainer(tmp_path, **which)
 
 
 LORA = {"r": 2, "target_modules": ["q_proj"]}

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import create_model_from_path
 
-from ...integrations.trl.checks import check_vocabulary
-
-# what from_pretrained looks for; an index names the parts of weights that are split
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+from ...integrations.trl.checks import check_vocabulary, check_weights
 
 
 @dataclass(frozen=True)
@@ -30,89 +25,70 @@ class Model:
 
 
 def read(option: str, name: str, path: str) -> Model:
-    """A model by its configuration; ``path`` is its folder or its name on the hub.
+    """A model by its files; ``path`` is its folder or its name on the hub.
+
+    It is loaded without the values of its weights, which tells all that the real loading would: files that are missing
+    or damaged, weights of another architecture or shape. A quantized model, whose kernels want a device, is known by
+    its configuration alone.
 
     Raises:
         typer.BadParameter: naming the option and what is wrong.
     """
-    folder = Path(path)
     try:
-        if folder.is_dir():
-            path = _checked(folder, reference=option == "--ref")
-        config: Any = AutoConfig.from_pretrained(path).get_text_config()
+        config = _load(option, path)
         vocab, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
     except Exception as error:  # a damaged file makes transformers raise all kinds
-        raise typer.BadParameter(_unloadable(name, path, "configuration", error), param_hint=option) from None
+        raise typer.BadParameter(_unloadable(name, path, error), param_hint=option) from None
     return Model(option, name, vocab, positions if isinstance(positions, int) and positions > 0 else None)
 
 
+def _load(option: str, path: str) -> Any:
+    """The configuration of the text model, once the files are known to be whole."""
+    folder = Path(path)
+    for link in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if link.is_symlink() and not link.exists():
+            raise ValueError(f"{link} is a link to {link.readlink()}, which is not there")
+    adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    if adapter and option != "--ref":
+        raise ValueError("it is a PEFT adapter: merge it into its base (merge_and_unload) and save that")
+    if not adapter:
+        config: Any = AutoConfig.from_pretrained(path)
+        if not config.architectures:
+            raise ValueError('its config.json has no "architectures"')
+        if getattr(config, "quantization_config", None) is not None:
+            return config.get_text_config()
+    # the reference is loaded by its own name, the others by TRL
+    load: Any = AutoModelForCausalLM.from_pretrained if option == "--ref" else create_model_from_path
+    model, found = load(path, device_map="meta", output_loading_info=True)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is no causal language model")
+    check_weights("it", found)
+    return model.config.get_text_config()
+
+
 def read_tokenizer(option: str, name: str, path: str) -> Any:
-    """A model's tokenizer, alike."""
+    """A model's tokenizer, likewise."""
     try:
         return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
     except Exception as error:
-        raise typer.BadParameter(_unloadable(name, path, "tokenizer", error), param_hint=option) from None
+        message = f"{name!r} has no tokenizer that can be loaded: {first_line(error)}"
+        raise typer.BadParameter(message, param_hint=option) from None
 
 
-def _unloadable(name: str, path: str, what: str, error: Exception) -> str:
-    if isinstance(error, _DamagedError):
-        return f"{name!r} cannot be loaded: {error}"
+def _unloadable(name: str, path: str, error: Exception) -> str:
     if Path(path).is_dir():
-        return f"{name!r} has no {what} that can be loaded: {first_line(error)}"
+        return f"{name!r} cannot be loaded: {first_line(error)}"
     return f"{name!r} is neither a model's folder nor a model on the hub that can be reached: {first_line(error)}"
-
-
-class _DamagedError(Exception):
-    """What is wrong with the files of a model."""
 
 
 def first_line(error: Exception) -> str:
     """What an error of another library says, with its kind where it says little."""
     lines = str(error).strip().splitlines()
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights are of another shape than its config.json says"
     if isinstance(error, (OSError, ValueError)) and lines:
         return lines[0]
     return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
-
-
-def _checked(folder: Path, *, reference: bool) -> str:
-    """The folder with the configuration, once its files are known to be whole."""
-    for link in sorted(folder.iterdir()):
-        if link.is_symlink() and not link.exists():
-            raise _DamagedError(f"{link} is a link to {link.readlink()}, which is not there")
-    files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    for index in (folder / name for name in _INDICES if (folder / name).is_file()):
-        parts = sorted(set(_json(index).get("weight_map", {}).values()))
-        missing = [part for part in parts if not (folder / part).is_file()]
-        if missing:
-            raise _DamagedError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:3])}")
-        files += [folder / part for part in parts]
-    if not files:
-        raise _DamagedError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")
-    safetensors: Any = importlib.import_module("safetensors")
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:  # reads the header, and compares it with the size of the file
-                with safetensors.safe_open(file, framework="pt"):
-                    pass
-            except (OSError, safetensors.SafetensorError) as error:
-                raise _DamagedError(f"{file} is damaged: {first_line(error)}") from None
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        if not reference:
-            raise _DamagedError(
-                f"{folder} has a PEFT adapter alone: merge it into its base first (merge_and_unload, save_pretrained)"
-            )
-        return str(_json(folder / "adapter_config.json")["base_model_name_or_path"])
-    return str(folder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _DamagedError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise _DamagedError(f"{path} must be an object")
-    return found
 
 
 def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:

@@ -137,6 +137,16 @@ def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrai
         )
 
 
+def check_weights(name: str, found: Mapping[str, Any]) -> None:
+    """``found`` is the loading info of ``from_pretrained``, which makes up the weights that it does not find."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of its weights, such as {missing[0]}, and would have random ones in their "
+            "place: its config.json is that of another model, or its files are not all there"
+        )
+
+
 def check_vocabulary(name: str, size: int, student: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """A model of ``size`` tokens scores all that a student of ``student`` tokens can say."""
     last = min(max(tokenizer.get_vocab().values()), student - 1)

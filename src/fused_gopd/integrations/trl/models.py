@@ -29,6 +29,7 @@ from .checks import (
     check_routes,
     check_tokenizers,
     check_vocabulary,
+    check_weights,
     find_tokenizer,
     require_route,
     routes_of,
@@ -189,7 +190,7 @@ class Models:
             _require_separate(name, source, self.accelerator.unwrap_model(self.model))
         if isinstance(source, nn.Module) and id(source) in prepared:
             return prepared[id(source)]
-        model = source if isinstance(source, nn.Module) else self._load(source, init)
+        model = source if isinstance(source, nn.Module) else self._load(name, source, init)
         size = self._vocabulary(model)
         check_vocabulary(name, size, sizes[0], self._tokenizer)
         trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
@@ -212,12 +213,14 @@ class Models:
         prepared[id(source)] = model
         return model
 
-    def _load(self, name: str, init: dict[str, Any] | None) -> nn.Module:
+    def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
         options = dict(init or {})
         options.setdefault("trust_remote_code", getattr(self.args, "trust_remote_code", False))
         if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             options["device_map"] = None  # what TRL does: "auto" would spread the model over the ranks' devices
-        return cast("nn.Module", create_model_from_path(name, **options))
+        model, found = create_model_from_path(path, output_loading_info=True, **options)
+        check_weights(f"{name} ({path})", found)
+        return cast("nn.Module", model)
 
     @staticmethod
     def _vocabulary(model: Any) -> int:
