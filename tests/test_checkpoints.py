@@ -392,23 +392,30 @@ def distill(run: Path, number: int, arguments: list[str]) -> subprocess.Popen[st
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def wait_for_training(process: subprocess.Popen[str], run: Path) -> None:
+    while not (run / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) -> None:
     """Eight kills at random moments and seven inside the writing of a checkpoint or of the result."""
     whole, run, kinds = tmp_path / "whole", tmp_path / "run", ["--save-every", "1"]
-    began = time.monotonic()
     process = distill(whole, 0, small(files, whole, *kinds, steps=STEPS))
+    wait_for_training(process, whole)
+    began = time.monotonic()
     output = process.communicate()[0]
     assert process.returncode == 0, output
     seconds = time.monotonic() - began
     events = [line.split(maxsplit=2)[2] for line in output.splitlines() if line.startswith("EVENT")]
     first = next(i for i, event in enumerate(events) if "checkpoint.partial/checkpoint-" in event)
     generator = random.Random(0)
-    moments = [generator.uniform(0.2, 1) * seconds for _ in range(8)]
+    moments = [generator.random() * seconds for _ in range(8)]
     killed = 0
     for place in (*moments, *generator.sample(range(first + 1, len(events) + 1), 7)):
         process = distill(run, place if isinstance(place, int) else 10**9, small(files, run, *kinds, steps=STEPS))
         if isinstance(place, float):
+            wait_for_training(process, run)
             time.sleep(place)
             process.kill()
         process.communicate()
@@ -416,10 +423,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) ->
         where = place if isinstance(place, float) else events[place - 1]
         found = sorted(path.name for path in run.glob("*")) if run.exists() else []
         print(f"killed at {where}: {process.returncode}, {', '.join(found)}")
-        if not (run / options.FILE).exists():  # before the models were loaded
-            shutil.rmtree(run, ignore_errors=True)
-            invoke(*small(files, run, *kinds, steps=STEPS))
-        elif not (run / "model").is_dir():
+        if not (run / "model").is_dir():
             invoke("--resume", "--output", str(run))
         assert_same_result(run, whole)
         assert "has done its 4 steps" in invoke("--resume", "--output", str(run), code=2)

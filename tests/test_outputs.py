@@ -318,3 +318,19 @@ def test_the_cache_of_the_demo_replaces_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(smollm.DemoError, match=r"exists and has no model.safetensors: move it away"):
         smollm.local_copy()
     assert content(smollm.cache_dir()) == before
+
+
+def test_a_damaged_copy_of_the_demos_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    source = put(tmp_path / "package" / smollm._GGUF).parent
+    found = type("Spec", (), {"submodule_search_locations": [str(source)]})
+    monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(smollm, "_convert", lambda _, __, folder: put(folder / "model.safetensors", "weights"))
+    folder = smollm.local_copy()
+    smollm._verify.cache_clear()  # as in a later command
+    assert smollm.local_copy() == folder
+    put(folder / "model.safetensors", "weighty")
+    smollm._verify.cache_clear()
+    with pytest.raises(smollm.DemoError, match=r"model.safetensors has other bytes .* remove this folder"):
+        smollm.local_copy()
+    assert (folder / "model.safetensors").read_text() == "weighty"

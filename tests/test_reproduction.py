@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from fused_gopd.cli import app, bench, reproduce
+from fused_gopd.cli.durable import Damaged
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -246,6 +247,9 @@ def test_a_half_written_stage_does_not_count(tmp_path: Path) -> None:
     stage = base(1)
     (tmp_path / f"base-{stage.key}.123").mkdir()
     assert execute(tmp_path, stage) == ["base"]
+    (stage.folder(tmp_path) / "result.json").write_text('{"size": ')
+    with pytest.raises(Damaged, match=r"result.json is damaged: remove its folder"):
+        execute(tmp_path, stage)
 
 
 def test_the_name_of_a_stage_is_not_part_of_its_key() -> None:

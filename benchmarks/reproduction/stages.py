@@ -21,6 +21,8 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from transformers import LlamaForCausalLM
 
+from fused_gopd.cli.durable import Damaged
+
 from . import models, work
 
 # Part of every key: to be raised when the code of `work` changes what a stage computes.
@@ -70,7 +72,10 @@ def with_parents(stages: Iterable[Stage]) -> list[Stage]:
 def result(stage: Stage, cache: Path) -> dict[str, Any] | None:
     """What a finished stage found, or None."""
     path = stage.folder(cache) / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise Damaged(f"{path} is damaged: remove its folder, and the stage is computed again") from None
 
 
 def load(stage: Stage, cache: Path) -> LlamaForCausalLM:

