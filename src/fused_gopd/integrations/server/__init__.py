@@ -210,15 +210,9 @@ class ServerTeacher:
             for i in range(0, len(token_ids), self.batch_size)
         ]
 
-        def read(which: int, answer: Any) -> list[ScoredSequence]:
-            ask = asks[which]
-            positions = self._positions(answer, ask)
-            try:
-                return [scored(ask, i, p, self.vocab_size) for i, p in enumerate(positions)]
-            except UnexpectedAnswer as error:
-                raise self._unexpected(ask, str(error)) from None
-
-        answers = self._connection.request_all([self._request(ask) for ask in asks], read)
+        answers = self._connection.request_all(
+            [self._request(ask) for ask in asks], lambda which, answer: self._scored(answer, asks[which])
+        )
         return [one for answer in answers for one in answer]
 
     def _ask(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> Ask:
@@ -227,6 +221,13 @@ class ServerTeacher:
     def _request(self, ask: Ask) -> Request:
         body = {**self._format.body(ask), **self.extra_body}
         return Request("POST", self._format.path, {name: value for name, value in body.items() if value is not None})
+
+    def _scored(self, answer: Any, ask: Ask) -> list[ScoredSequence]:
+        positions = self._positions(answer, ask)
+        try:
+            return [scored(ask, which, found, self.vocab_size) for which, found in enumerate(positions)]
+        except UnexpectedAnswer as error:
+            raise self._unexpected(ask, str(error)) from None
 
     def _positions(self, answer: Any, ask: Ask) -> list[list[Position]]:
         try:
