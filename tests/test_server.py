@@ -725,7 +725,7 @@ def test_an_answer_of_another_form_is_shown(any_server: Server, answer: Any) -> 
 def test_what_is_not_json_is_shown(vllm: Server) -> None:
     with vllm.teacher() as teacher:
         for content in (b"<html>welcome</html>", b"[" * 100_000, b'{"choices": "\xff"}'):
-            vllm.faults = [status(200, content)]
+            vllm.faults = [status(200, content, {"Content-Type": "text/html; charset=base64"})]
             with pytest.raises(TeacherServerError, match=r"not JSON: '(<html>welcome|\[\[\[|\{\"choices)"):
                 teacher.score([[4, 1, 2]], [1])
 

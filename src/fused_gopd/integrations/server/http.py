@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, quote_plus
 
 from ...checks import require_count, require_number
@@ -275,7 +275,7 @@ class Connection:
         except (ValueError, RecursionError):  # no JSON, a wrong encoding, thousands of brackets
             raise TeacherServerError(
                 f"{where} answered with status {response.status_code} and something that is not JSON: "
-                f"{self.secrets.shown(response.text, 200)!r}. Is base_url that of the model's server, or of a proxy "
+                f"{self.secrets.shown(_text(response), 200)!r}. Is base_url that of the model's server, or of a proxy "
                 "in front of it?"
             ) from None
 
@@ -288,13 +288,13 @@ class Connection:
                     answer = answer.get("error", answer.get("message", answer.get("detail", answer)))
             return self.secrets.shown(answer if isinstance(answer, str) else json.dumps(answer))
         except (ValueError, RecursionError):
-            return repr(self.secrets.shown(response.text, 300))
+            return repr(self.secrets.shown(_text(response), 300))
 
     def _advice(self, response: Any) -> str:
         status = response.status_code
         if status < 400:
             target = self.secrets.shown(redacted(response.headers.get("Location", "nowhere")))
-            return f" It redirects to {target}: base_url must be where the server itself is"
+            return f", which redirects to {target}: base_url must be where the server itself is"
         if status in (401, 403):
             return ": pass api_key, or the headers that the server wants"
         if status == 407:
@@ -333,6 +333,11 @@ def _proxy_of(base_url: str, proxy: str | Literal[False] | None) -> tuple[Any, t
         return httpx.Proxy(url, auth=userinfo), userinfo
     except (httpx.InvalidURL, ValueError) as error:
         raise ValueError(f"{name} must be the address of a proxy, got {url!r} ({error})") from None
+
+
+def _text(response: Any) -> str:
+    """The answer's bytes as UTF-8, whatever the charset that it names: some of Python's codecs decode no text."""
+    return cast("bytes", response.content).decode(errors="replace")
 
 
 def _tls_context() -> Any:
