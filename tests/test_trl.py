@@ -981,6 +981,15 @@ def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(tmp_path: Path) -
         check_vocabulary("teacher", 199, 200, tokenizer())
 
 
+@pytest.mark.parametrize("make", [trainer, grpo])
+def test_sequences_beyond_the_positions_of_a_model_are_refused(tmp_path: Path, make: Any) -> None:
+    teacher = model(1)
+    teacher.config.max_position_embeddings = 6
+    run = make(tmp_path, teacher=teacher)
+    with pytest.raises(ValueError, match=r"a prompt and its completion have \d+ tokens, and teacher has 6 positions"):
+        run.train()
+
+
 def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path: Path) -> None:
     """from_pretrained makes the others up."""
     model(1).save_pretrained(tmp_path / "teacher")

@@ -11,7 +11,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import create_model_from_path
 
-from ...integrations.trl.checks import check_vocabulary, check_weights
+from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ def read(option: str, name: str, path: str) -> Model:
     """
     try:
         config = _load(option, path)
-        vocab, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
+        return Model(option, name, config.get_text_config().vocab_size, positions_of(config))
     except Exception as error:  # a damaged file makes transformers raise all kinds
         raise typer.BadParameter(_unloadable(name, path, error), param_hint=option) from None
-    return Model(option, name, vocab, positions if isinstance(positions, int) and positions > 0 else None)
 
 
 def _load(option: str, path: str) -> Any:
-    """The configuration of the text model, once the files are known to be whole."""
+    """The configuration, once the files are known to be whole."""
     folder = Path(path)
     for link in sorted(folder.iterdir()) if folder.is_dir() else ():
         if link.is_symlink() and not link.exists():
@@ -56,14 +55,14 @@ def _load(option: str, path: str) -> Any:
         if not config.architectures:
             raise ValueError('its config.json has no "architectures"')
         if getattr(config, "quantization_config", None) is not None:
-            return config.get_text_config()
+            return config
     # the reference is loaded by its own name, the others by TRL
     load: Any = AutoModelForCausalLM.from_pretrained if option == "--ref" else create_model_from_path
     model, found = load(path, device_map="meta", output_loading_info=True)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no causal language model")
     check_weights("it", found)
-    return model.config.get_text_config()
+    return model.config
 
 
 def read_tokenizer(option: str, name: str, path: str) -> Any:

@@ -137,6 +137,12 @@ def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrai
         )
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions a model was made for; None where its configuration has no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def check_weights(name: str, found: Mapping[str, Any]) -> None:
     """``found`` is the loading info of ``from_pretrained``, which makes up the weights that it does not find."""
     missing = sorted(found["missing_keys"])

@@ -68,7 +68,9 @@ class GRPOGOPDMixin(Models):
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))  # type: ignore[misc]
         index = None if self.args.route_column is None else self._routes_in(inputs)
         outcome = output["advantages"] * self.args.outcome_weight
-        gopd = self._gopd_advantages(Batch.of({**output, "teacher_index": index}))
+        batch = Batch.of({**output, "teacher_index": index})
+        self._check_positions(batch)
+        gopd = self._gopd_advantages(batch)
         output["advantages"] = (outcome[:, None] if outcome.ndim == 1 else outcome) + self.args.gopd_weight * gopd
         return output
 

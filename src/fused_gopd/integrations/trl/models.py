@@ -31,6 +31,7 @@ from .checks import (
     check_vocabulary,
     check_weights,
     find_tokenizer,
+    positions_of,
     require_route,
     routes_of,
     tokenizer_of,
@@ -154,6 +155,7 @@ class Models:
             tokenizers = [teacher_processing_class] * len(routes)
         prepared: dict[int, Any] = {}
         sizes = [self._vocabulary(self.model)]
+        self._positions = {"the student": positions_of(self.model.config)}
         init = getattr(self.args, "teacher_model_init_kwargs", None)
         self._teachers: list[Any] = [None] * len(names)
         if self._may_be_other_than(0):
@@ -203,6 +205,7 @@ class Models:
                 "teacher_processing_class to compare the tokens."
             )
         sizes.append(size)
+        self._positions[name] = positions_of(model.config)
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -232,6 +235,17 @@ class Models:
             padding = list(range(self._vocab_size, student))
             padding += self.generation_kwargs.get("suppress_tokens") or []
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = padding
+
+    def _check_positions(self, batch: Batch) -> None:
+        """No sequence is longer than a model's positions, beyond which its scores mean nothing; waits for the device."""
+        limits = {name: positions for name, positions in self._positions.items() if positions is not None}
+        longest = int(batch.attention_mask.sum(dim=1).max())
+        for name, positions in limits.items():
+            if longest > positions:
+                raise ValueError(
+                    f"a prompt and its completion have {longest} tokens, and {name} has {positions} positions "
+                    "(max_position_embeddings of its config): leave such prompts out, or lower max_completion_length"
+                )
 
     # ------------------------------------------------------------------------------------------------------- scoring
 

@@ -126,6 +126,7 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
         if self.args.route_column is not None:
             output["teacher_index"] = self._routes_in(inputs)
         batch = Batch.of(output)
+        self._check_positions(batch)
         # of the whole generation batch, as num_items_in_batch is
         output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
         if self.num_iterations > 1 and self.args.estimator == "sampled":
