@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,9 +26,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import fused_gopd as fg
-from fused_gopd.cli import app, durable
+from fused_gopd.cli import app, durable, outputs
 from fused_gopd.cli.demo import smollm
-from fused_gopd.cli.distill import figures, options, training
+from fused_gopd.cli.distill import card, figures, inputs, options, training
 from fused_gopd.cli.distill.prompts import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -223,6 +224,50 @@ def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> 
         torch.testing.assert_close(value, merged[name])
     trained = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(merged[trained], weights(Path(files.student))[trained])
+    assert "library_name: peft" in (adapter / "README.md").read_text()
+
+
+def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Whole) -> None:
+    text = (whole() / "model" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "None" not in text
+    assert str(files.folder) not in text  # a card is published
+    sums = json.loads((whole() / inputs.FILE).read_text())["inputs"]
+    prompts_sum = hashlib.sha256(Path(files.prompts).read_bytes()).hexdigest()
+    last = figures.read(whole() / "metrics.jsonl")[-1]
+    for line in (
+        f"| base | model0, {inputs.digest(sums['the student'])} |",
+        f"| teacher | model1, {inputs.digest(sums['the teacher'])} |",
+        "| reference | the base |",
+        "| λ (reward scale) | 1.25 |",
+        "| estimator | full, reverse_kl |",
+        f"| data | 5 prompts, prompts.jsonl, sha256 {prompts_sum} |",
+        "| steps | 4 of 4 answers |",
+        f"| torch | {torch.__version__} |",
+    ):
+        assert f"{line}\n" in text
+    (entropy,) = [line for line in text.splitlines() if line.startswith("| entropy |")]
+    assert float(entropy.split("|")[3]) == pytest.approx(
+        (last["entropy"] + figures.read(whole() / "metrics.jsonl")[-2]["entropy"]) / 2, rel=1e-3
+    )
+
+
+def test_the_card_of_a_hub_model_names_it(files: Files) -> None:
+    given = {**_given(files), "reward_scale": 1.0, "teacher": [], "teacher_server": "http://key@h:1"}
+    given |= {"teacher_server_model": "org/teacher", "estimator": "topk", "k": 8, "student": "org/student"}
+    read = {"inputs": {"the student": {"commit": "abc"}}, "changes": [{"after_step": 2, "what": ["a", "b"]}]}
+    text = card.text(options.Options.of(given), read, 5, [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}])
+    for line in (
+        'base_model: "org/student"',
+        "| base | org/student, commit abc |",
+        "| teacher | org/teacher, behind a server |",
+        "| reference | none: λ = 1 has no use for it |",
+        "| estimator | topk, k = 8, reverse_kl |",
+        "| reward | – | 0.5 |",
+        "The inputs changed after step 2: a; b.",
+    ):
+        assert f"{line}\n" in text
+    assert "key" not in text
 
 
 def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) -> None:
@@ -446,6 +491,42 @@ def test_a_finished_run_may_be_made_longer(files: Files, whole: Whole, tmp_path:
         "checkpoint-4",
     ]
     assert [path.name for path in (parts / "checkpoint-1").iterdir()] == ["notes.txt"]
+
+
+def test_inputs_that_changed_are_named_before_a_run_goes_on(files: Files, tmp_path: Path) -> None:
+    prompts, teacher = tmp_path / "prompts.jsonl", tmp_path / "teacher"
+    shutil.copy(files.prompts, prompts)
+    shutil.copytree(files.math, teacher)
+    run = tmp_path / "run"
+    invoke(*small(files, run, "--prompts", str(prompts), "--teacher", str(teacher), steps=1))
+    more = ("--resume", "--output", str(run), "--steps", "2")
+
+    def refused(said: str) -> None:
+        output = " ".join(invoke(*more, code=2).replace("│", " ").split())
+        assert f"began with other inputs: {said}" in output
+        assert "go on with what is there by --accept-changed-inputs" in output
+
+    (run / inputs.FILE).rename(run / "aside")
+    refused("what they were is not known (inputs.json is missing)")
+    (run / "aside").rename(run / inputs.FILE)
+    before = prompts.read_bytes()
+    prompts.write_bytes(before.replace(b"sky", b"sea"))
+    weights_file = teacher / "model.safetensors"
+    content = weights_file.read_bytes()
+    stat = weights_file.stat()
+    weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither size nor time tell
+    (teacher / "README.md").write_text("no part of the model")
+    refused("the file of the prompts has changed (prompts.jsonl); the teacher has changed (model.safetensors)")
+    prompts.write_bytes(before)
+    refused("the teacher has changed (model.safetensors)")
+    with outputs.opened(run, "distill"):
+        assert f"{run} is being written by process {os.getpid()}" in invoke(*more, code=2)
+    invoke(*more, "--accept-changed-inputs")
+    text = (run / "model" / "README.md").read_text()
+    assert "The inputs changed after step 1: the teacher has changed (model.safetensors)." in text
+    invoke("--resume", "--output", str(run), "--steps", "3")  # nothing has changed since
+    assert "is an option of --resume" in invoke(*small(files, tmp_path / "new", "--accept-changed-inputs"), code=2)
 
 
 def test_a_run_that_was_interrupted_before_its_first_step_starts_again(

@@ -334,3 +334,27 @@ def test_a_damaged_copy_of_the_demos_model_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(smollm.DemoError, match=r"model.safetensors has other bytes .* remove this folder"):
         smollm.local_copy()
     assert (folder / "model.safetensors").read_text() == "weighty"
+
+
+def test_a_source_distribution_has_the_tracked_files_and_no_others() -> None:
+    """Environments, runs with their models and keys may lie in the folder."""
+    pathspec, tomllib = pytest.importorskip("pathspec"), pytest.importorskip("tomllib")
+    root = Path(__file__).parents[1]
+    listed = subprocess.run(["git", "ls-files"], check=False, cwd=root, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    options = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["scikit-build"]["sdist"]
+    assert options["exclude"] == ["*"]  # what is included is taken in spite of it
+    taken = pathspec.GitIgnoreSpec.from_lines(options["include"])
+    left_out = [path for path in listed.stdout.splitlines() if not taken.match_file(path)]
+    assert {path.partition("/")[0] for path in left_out if "benchmarks/results/" not in path} <= {".ci"}
+    for path in (
+        ".venv/lib/a.py",
+        ".venv",
+        "run/model/README.md",
+        "run/distill.json",
+        ".env",
+        "notes.md",
+        "x/src/a.py",
+    ):
+        assert not taken.match_file(path), path

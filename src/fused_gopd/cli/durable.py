@@ -45,7 +45,7 @@ def replace(path: Path, text: str) -> None:
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
     """JSON with a checksum over its values."""
-    replace(path, json.dumps({**values, "sha256": _seal(values)}, indent=2))
+    replace(path, json.dumps({**values, "sha256": checksum(values)}, indent=2))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -58,16 +58,18 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.pop("sha256", None) != _seal(values):
+    if not isinstance(values, dict) or values.pop("sha256", None) != checksum(values):
         raise Damaged(f"{path.name} has other values than were written, or no checksum")
     return values
 
 
-def _seal(values: dict[str, Any]) -> str:
+def checksum(values: dict[str, Any]) -> str:
+    """The SHA-256 of values as JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -97,7 +99,7 @@ def seal(folder: Path, step: int) -> None:
     files = {}
     for name in _files(folder):
         _flush(folder / name)
-        files[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     write_sealed(folder / MANIFEST, {"step": step, "files": files})
     for inner in folder.rglob("*"):
         if inner.is_dir():
@@ -121,7 +123,7 @@ def verify(folder: Path) -> int:
             size = path.stat().st_size
             if size != entry["size"]:
                 raise Damaged(f"{name} has {size} bytes instead of {entry['size']}")
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 raise Damaged(f"{name} has other bytes than were written")
         except FileNotFoundError:
             raise Damaged(f"{name} is missing") from None

@@ -75,6 +75,9 @@ def distill(
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    accept_changed_inputs: Annotated[
+        bool, typer.Option("--accept-changed-inputs", help="With --resume: prompts or models may have changed.")
+    ] = False,
 ) -> None:
     """Distil teachers into a student on the student's own answers; λ > 1 extrapolates beyond them.
 
@@ -93,6 +96,8 @@ def distill(
     given = {name: value for name, value in locals().items() if name in Options.names()}
     given["teacher"] = teacher or []
     explicit = {name for name in given if _was_given(context, name)}
+    if accept_changed_inputs and not resume:
+        raise typer.BadParameter("is an option of --resume", param_hint="--accept-changed-inputs")
     options = resumed(output, given, explicit) if resume else started(output, given)
     if not options.teacher_server:
         for name in ("api", "timeout", "patience", "key"):
@@ -106,7 +111,8 @@ def distill(
     with outputs.option("--output"), opened as folder:
         from .training import Run
 
-        if not Run(options, folder, teacher_server_key or None, server_url or None).carry_out():
+        run = Run(options, folder, teacher_server_key or None, server_url or None)
+        if not run.carry_out(resume, accept_changed_inputs):
             raise typer.Exit(130)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from ..durable import Damaged, seal, verify
 from ..outputs import OutputFolder
+from . import inputs
 from .options import FILE
 
 _NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
@@ -88,7 +89,7 @@ def relist(folder: OutputFolder) -> None:
             verify(path)
             folder.finish(path.name)
     partial = (f"{name}.partial" for name in ("checkpoint", "model", "adapter"))
-    for name in (FILE, "metrics.jsonl", "tensorboard", *partial):
+    for name in (FILE, inputs.FILE, "metrics.jsonl", "tensorboard", *partial):
         if (folder.path / name).exists():
             folder.adopt(name)
     if (folder.path / "metrics.png").exists():

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,35 +77,36 @@ class Options:
         """The teachers' models by route; one teacher has the route None, one behind a server is not there."""
         return dict(_route(entry) for entry in self.teacher)
 
-    def models(self) -> list[str]:
-        """Folders and hub names of all models that are loaded here."""
-        ref = [] if self.ref in ("", "student") else [self.ref]
-        return [self.student, *self.routes().values(), *ref]
-
-    def reads(self) -> dict[str, Path]:
-        """What the run reads of the disk, by a name for messages: model folders, the bases of adapters, the prompts."""
-        found = {"the file of the prompts": Path(self.prompts)}
-        roles = [("the student", self.student), ("the reference", self.ref)]
-        roles += [
-            ("the teacher" if route is None else f"the teacher of {route}", m) for route, m in self.routes().items()
-        ]
-        for role, model in roles:
-            folder = Path(model).expanduser()
-            if model and folder.is_dir():
-                found[role] = folder
-                if (base := _adapter_base(folder)) is not None:
-                    found[f"the base of {role}"] = base
+    def roles(self) -> dict[str, str]:
+        """Folders and hub names of all models that are loaded here, by what they are in the run."""
+        found = {"the student": self.student}
+        for route, model in self.routes().items():
+            found["the teacher" if route is None else f"the teacher of {route}"] = model
+        if self.ref not in ("", "student") and self.reward_scale != 1:
+            found["the reference"] = self.ref
         return found
 
+    def models(self) -> list[str]:
+        """All of them."""
+        return list(self.roles().values())
 
-def _adapter_base(folder: Path) -> Path | None:
-    """The folder of the model that a PEFT adapter was trained on."""
-    try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = Path(name).expanduser()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return base if base.is_dir() else None
+    def reads(self) -> dict[str, Path]:
+        """Files and folders that the run reads, by a name for messages."""
+        places = {role: Path(place).expanduser() for role, place in with_bases(self.roles()).items()}
+        folders = {role: folder for role, folder in places.items() if folder.is_dir()}
+        return {"the file of the prompts": Path(self.prompts), **folders}
+
+
+def with_bases(places: Mapping[str, str]) -> dict[str, str]:
+    """Models, and those that PEFT adapters among them were trained on."""
+    found = dict(places)
+    for role, place in places.items():
+        try:
+            text = (Path(place).expanduser() / "adapter_config.json").read_text(encoding="utf-8")
+            found[f"the base of {role}"] = str(json.loads(text)["base_model_name_or_path"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _absolute(name: str) -> str:

@@ -18,7 +18,7 @@ from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
-from . import checkpoints, figures, models, options, prompts
+from . import card, checkpoints, figures, inputs, models, options, prompts
 from .interrupt import Abandoned, Interrupt
 
 # the dataset's own, whatever the file's are called
@@ -74,7 +74,7 @@ class Run:
     def _result(self) -> Path:
         return self.output / ("adapter" if self.options.save == "adapter" else "model")
 
-    def carry_out(self) -> bool:
+    def carry_out(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
         """Train; whether the run is finished."""
         logging: Any = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()
@@ -87,6 +87,7 @@ class Run:
         listed = prompts.read(Path(said.prompts), said.prompt_column, said.route_column, self._route_names())
         known, tokenizer = self._models()
         dataset = self._dataset(listed, tokenizer, known)
+        self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
         teacher = self._teacher(tokenizer, known[0].vocab)
         config = self._config()
         self._announce(done, len(listed.prompts))
@@ -95,6 +96,7 @@ class Run:
             teacher = interrupt.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             trainer = self._trainer(config, dataset, tokenizer, teacher)
+            durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
             self.folder.extend(options.FILE)
             options.write(self.output, said)  # where no model could be loaded there is no run to resume
             record = figures.Record(self.folder.extend("metrics.jsonl"), self.checkpoints.history())
@@ -104,7 +106,7 @@ class Run:
                 trainer.add_callback(callback)
             with self.display.running(done):
                 self._train(trainer, interrupt)
-        return self._end(trainer, tokenizer, record)
+        return self._end(trainer, tokenizer, record, len(listed.prompts))
 
     # ---------------------------------------------------------------------------------------------- before any model
 
@@ -143,6 +145,12 @@ class Run:
                     raise typer.BadParameter(str(error), param_hint=model.option) from None
         models.check_sizes(known, tokenizer, said.k)
         return known, tokenizer
+
+    def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
+        """Fingerprints of the prompts and models, which a resumed run compares with those that it began with."""
+        local = {role: self._local(model) for role, model in self.options.roles().items()}
+        now = inputs.fingerprints(Path(self.options.prompts), options.with_bases(local))
+        return inputs.check(self.folder, now, done, accept_changes) if resume else {"inputs": now, "changes": []}
 
     def _dataset(self, listed: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
         """One row for each answer of the run, in the order of seeded permutations.
@@ -318,7 +326,7 @@ class Run:
     def _resume_command(self) -> str:
         return f"fused-gopd distill --resume --output {self.output}"
 
-    def _end(self, trainer: Any, tokenizer: Any, record: figures.Record) -> bool:
+    def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int) -> bool:
         said = self.options
         picture = self.folder.create("metrics.png")
         figures.draw(record.rows, picture, f"{Path(said.student).name}, λ = {said.reward_scale:g}, {said.estimator}")
@@ -327,7 +335,8 @@ class Run:
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
             return False
-        self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, trainer.state.global_step)
+        text = card.text(said, self._inputs, prompt_count, record.rows)
+        self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, text, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
         self.say(f"figures: {record.path}, {picture}, tensorboard --logdir {self.output / 'tensorboard'}")
         return True
@@ -350,11 +359,12 @@ class Run:
                 param_hint="--steps",
             )
 
-    def _save(self, model: Any, tokenizer: Any, step: int) -> None:
+    def _save(self, model: Any, tokenizer: Any, model_card: str, step: int) -> None:
         if self.options.lora and self.options.save == "merged":
             model = model.merge_and_unload()
         partial = self.folder.create(f"{self._result.name}.partial")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card, encoding="utf-8")  # in the place of PEFT's, which is empty
         durable.seal(partial, step)
         self.folder.move(partial.name, self._result.name)

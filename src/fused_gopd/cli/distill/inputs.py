@@ -1,0 +1,103 @@
+"""Fingerprints of what a run reads: a resumed run has the prompts and models that it began with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .. import durable
+from ..outputs import OutputFolder
+
+FILE = "inputs.json"
+ACCEPT = "--accept-changed-inputs"
+# of the files in a model's folder, those that make the model or its tokenizer what they are
+_OF_MODELS = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".gguf", ".tiktoken")
+
+# the name of an input -> its files by name, each with its SHA-256; a hub model has its commit
+Fingerprints = dict[str, dict[str, str]]
+PROMPTS = "the file of the prompts"
+
+
+def fingerprints(prompts: Path, models: Mapping[str, str]) -> Fingerprints:
+    """The content of the prompts' file and of model folders, and the commits of hub models.
+
+    Args:
+        models: folders and hub names, by the names of the inputs.
+    """
+    files = {PROMPTS: [prompts]}
+    files |= {name: _model_files(Path(place)) for name, place in models.items() if Path(place).is_dir()}
+    every = sorted({file for listed in files.values() for file in listed})
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(every, pool.map(durable.sha256, every), strict=True))
+    places = {PROMPTS: prompts.parent, **{name: Path(place) for name, place in models.items()}}
+    found = {
+        name: {file.relative_to(places[name]).as_posix(): sums[file] for file in listed}
+        for name, listed in files.items()
+    }
+    return found | {name: {"commit": _commit(place)} for name, place in models.items() if name not in found}
+
+
+def _model_files(folder: Path) -> list[Path]:
+    templates = folder.glob("additional_chat_templates/*")
+    files = [*folder.iterdir(), *templates]
+    return [path for path in files if path.is_file() and path.suffix in _OF_MODELS]
+
+
+def _commit(name: str) -> str:
+    """The commit of a hub model that is in the cache."""
+    hub: Any = importlib.import_module("transformers.utils.hub")
+    path = hub.cached_file(name, "config.json")
+    return str(hub.extract_commit_hash(path, None))
+
+
+def digest(files: Mapping[str, str]) -> str:
+    """An input in one line: its commit, the checksum of its file, or that of the list of its files."""
+    if "commit" in files:
+        return f"commit {files['commit']}"
+    return f"sha256 {next(iter(files.values())) if len(files) == 1 else durable.checksum(dict(files))}"
+
+
+def check(folder: OutputFolder, now: Fingerprints, done: int, accept: bool) -> dict[str, Any]:
+    """Compare the inputs of a run with those that it began with.
+
+    Args:
+        done: steps that are done.
+        accept: go on with other inputs.
+
+    Returns:
+        What is to be written: the fingerprints, and what was changed after which step of the run.
+
+    Raises:
+        typer.BadParameter: naming the inputs that changed, and their files.
+    """
+    changes: list[dict[str, Any]] = []
+    changed = []
+    try:
+        saved = durable.read_sealed(folder.path / FILE)
+    except durable.Damaged as error:
+        changed = [f"what they were is not known ({error})"]
+    else:
+        before, changes = saved["inputs"], saved["changes"]
+        changed = [line for name in {**before, **now} if (line := _difference(name, before.get(name), now.get(name)))]
+    if changed and not accept:
+        raise typer.BadParameter(
+            f"the run in {folder.path} began with other inputs: {'; '.join(changed)}. Put them back, or go on with "
+            f"what is there by {ACCEPT}",
+            param_hint="--resume",
+        )
+    return {"inputs": now, "changes": [*changes, {"after_step": done, "what": changed}] if changed else changes}
+
+
+def _difference(name: str, before: dict[str, str] | None, now: dict[str, str] | None) -> str | None:
+    if before == now:
+        return None
+    if before is None or now is None:
+        return f"{name} is {'new' if before is None else 'no longer read'}"
+    files = [file for file in sorted({**before, **now}) if before.get(file) != now.get(file)]
+    listed = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
+    return f"{name} has changed ({listed})"
