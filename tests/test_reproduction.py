@@ -247,9 +247,10 @@ def test_a_half_written_stage_does_not_count(tmp_path: Path) -> None:
     stage = base(1)
     (tmp_path / f"base-{stage.key}.123").mkdir()
     assert execute(tmp_path, stage) == ["base"]
-    (stage.folder(tmp_path) / "result.json").write_text('{"size": ')
-    with pytest.raises(Damaged, match=r"result.json is damaged: remove its folder"):
-        execute(tmp_path, stage)
+    for name, content in (("model.safetensors", b"cut"), ("result.json", b'{"size": '), ("result.json", b"\xff")):
+        (stage.folder(tmp_path) / name).write_bytes(content)
+        with pytest.raises(Damaged, match=rf"{name} is damaged: remove its folder"):
+            execute(tmp_path, weights(1.0, stage, base(2)))
 
 
 def test_the_name_of_a_stage_is_not_part_of_its_key() -> None:

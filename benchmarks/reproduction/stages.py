@@ -11,13 +11,15 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import LlamaForCausalLM
 
@@ -72,19 +74,27 @@ def with_parents(stages: Iterable[Stage]) -> list[Stage]:
 def result(stage: Stage, cache: Path) -> dict[str, Any] | None:
     """What a finished stage found, or None."""
     path = stage.folder(cache) / "result.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise Damaged(f"{path} is damaged: remove its folder, and the stage is computed again") from None
+    with _reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def load(stage: Stage, cache: Path) -> LlamaForCausalLM:
     """The model of a finished stage."""
-    folder = stage.folder(cache)
-    size = json.loads((folder / "result.json").read_text())["size"]
-    model = models.build(size, seed=0)
-    load_model(model, folder / "model.safetensors")
+    found, path = result(stage, cache), stage.folder(cache) / "model.safetensors"
+    with _reading(path):
+        model = models.build((found or {})["size"], seed=0)
+        load_model(model, path)
     return model
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        raise Damaged(
+            f"{path} is damaged: remove its folder, and the stage is computed again ({type(error).__name__}: {error})"
+        ) from None
 
 
 def compute(stage: Stage, cache: Path) -> None:
@@ -139,6 +149,9 @@ def execute(
             stage = running.pop(future)
             try:
                 future.result()
+            except Damaged:
+                wait(running)
+                raise
             except Exception as error:
                 wait(running)
                 raise RuntimeError(f"stage {stage.name} failed: {error}") from error
