@@ -199,7 +199,7 @@ def test_the_trained_model_is_loaded_by_from_pretrained_and_speaks(files: Files,
 def test_each_step_has_a_line_of_figures_and_the_run_a_picture(whole: Whole) -> None:
     rows = figures.read(whole() / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    for name in ("loss", "reward", "kl_teacher", "kl_ref", "entropy", "length", "seconds"):
+    for name in ("loss", "reward", "kl_teacher_k3", "kl_ref_k3", "entropy", "length", "seconds"):
         assert all(isinstance(row[name], float) for row in rows), name
     assert (whole() / "metrics.png").stat().st_size > 10_000
     assert list((whole() / "tensorboard").iterdir())
@@ -210,6 +210,8 @@ def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
     (row,) = figures.read(tmp_path / "run" / "metrics.jsonl")
     assert "1 steps of 4 answers to 5 prompts, λ = 1.25, full, all weights at 0.01" in output
     assert f"step 1/1  {figures.summary(row)}" in output
+    assert "KL (k3) " in figures.summary(row)  # to the teacher, at λ = 1.25
+    assert "KL 0.3 " in figures.summary({"kl_teacher": 0.3, "kl_teacher_k3": 0.2})
     assert f"trained model: {tmp_path / 'run' / 'model'}" in output
 
 

@@ -28,8 +28,8 @@ def test_every_metric_is_its_mean_over_the_live_tokens(machine):
         "loss": out.token_loss[live].double().mean(),
         "entropy": out.entropy[live].double().mean(),
         "reward": (q - r).mean(),
-        "kl_teacher": (p - q).mean(),
-        "kl_ref": (p - r).mean(),
+        "kl_teacher_k3": ((q - p).expm1() - (q - p)).mean(),
+        "kl_ref_k3": ((r - p).expm1() - (r - p)).mean(),
         "impossible": 0.0,
         "advantage": a.mean(),
         "advantage_std": a.std(correction=0),
@@ -52,6 +52,32 @@ def test_full_has_the_divergence_from_the_target(backend):
     assert set(without.metrics()) == {"tokens", "loss", "entropy", "kl_target"}
 
 
+@pytest.mark.parametrize(("scale", "name"), [(1.0, "kl_teacher"), (0, "kl_ref"), (1.25, None)])
+def test_divergences_are_exact_where_full_has_them_and_estimated_elsewhere(machine, scale, name):
+    """Every token of a position once: weighted by the student's probabilities k3 is the divergence itself."""
+    g = torch.Generator().manual_seed(3)
+    rows = [torch.randn(1, 11, generator=g, dtype=torch.float64).expand(11, 11) for _ in range(3)]
+    models, ids = [fg.Logits(x.to(machine.dtype)) for x in rows], torch.arange(11)
+    options = {"reward_scale": scale, "score_cancelled": True, "backend": machine.backend}
+    full = fg.gopd_loss(*models, ids, estimator="full", **options)
+    p, *others = (x[0].log_softmax(-1) for x in rows)
+    exact = {"kl_teacher": (p.exp() * (p - others[0])).sum(), "kl_ref": (p.exp() * (p - others[1])).sum()}
+    for each, value in exact.items():
+        assert (each in full.metrics()) == (each == name)
+        estimates = [
+            fg.gopd_loss(*models, ids, mask=ids == y, estimator=estimator, **options).metrics()[each + "_k3"]
+            for y in range(11)
+            for estimator in ("sampled", "full")
+        ]
+        assert min(estimates) >= 0
+        for found in (estimates[::2], estimates[1::2]):
+            assert float((p.exp() * torch.stack(found)).sum()) == pytest.approx(float(value), rel=1e-5)
+    if name is not None:
+        assert full.metrics()[name] == pytest.approx(float(exact[name]), rel=1e-5)
+    topk = fg.gopd_loss(*models, ids, estimator="topk", k=3, **options).metrics()
+    assert not {"kl_teacher", "kl_ref"} & set(topk)
+
+
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
 def test_metrics_of_micro_batches_add_up_to_those_of_the_batch(estimator):
     batch = make_batch(63, shape=(4, 5))
@@ -71,7 +97,7 @@ def test_a_cancelled_model_has_metrics_when_it_is_scored():
     without, _ = run(batch, reward_scale=1.0)
     assert "reward" not in without.metrics()
     scored, _ = run(batch, reward_scale=1.0, score_cancelled=True)
-    assert {"reward", "kl_ref"} <= set(scored.metrics())
+    assert {"reward", "kl_ref_k3"} <= set(scored.metrics())
 
 
 def test_impossible_tokens_are_counted_and_left_out():
@@ -90,8 +116,9 @@ def test_a_lambda_per_token_leaves_out_what_full_did_not_score():
     p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
     metrics = out.metrics()
     assert metrics["reward"] == pytest.approx(float((q - r)[2:].mean()))
-    assert metrics["kl_teacher"] == pytest.approx(float((p - q)[1:].mean()))
-    assert metrics["kl_ref"] == pytest.approx(float((p - r)[[0, 2, 3]].mean()))
+    k3 = [torch.expm1(x - p) - (x - p) for x in (q, r)]
+    assert metrics["kl_teacher_k3"] == pytest.approx(float(k3[0][1:].mean()))
+    assert metrics["kl_ref_k3"] == pytest.approx(float(k3[1][[0, 2, 3]].mean()))
 
 
 def test_nothing_live_is_nan_and_adds_nothing():
@@ -127,7 +154,7 @@ def test_a_token_that_the_student_rules_out_poisons_no_mean():
     ids = torch.zeros(3, dtype=torch.int64)
     metrics = fg.gopd_loss(fg.Logits(student), fg.Logits(torch.randn(3, 5)), None, ids).metrics().to_dict()
     assert metrics["impossible"] == pytest.approx(1 / 3)
-    assert math.isfinite(metrics["kl_teacher"])
+    assert math.isfinite(metrics["kl_teacher_k3"])
 
 
 def test_a_cancelled_model_makes_no_token_impossible():

@@ -347,11 +347,13 @@ def test_topk_gradients_are_those_of_the_dense_formula(layout, divergence):
     )
     offsets = micro.data["input_ids"].offsets()
     output = {k: torch.nested.nested_tensor_from_jagged(v[0], offsets) for k, v in beside_logits.items()}
-    loss, _ = verl_losses.distillation_ppo_loss(actor_config(), config, output, micro.data)
+    loss, metrics = verl_losses.distillation_ppo_loss(actor_config(), config, output, micro.data)
     teacher = fg.TopKLogProbs(micro.response(micro.data["teacher_ids"]), micro.response(micro.data["teacher_logprobs"]))
     student = fg.Logits(micro.response(micro.logits))
-    want = fg.reference.gopd_loss(student, teacher, estimator="topk", divergence=divergence, mask=micro.mask).loss
-    assert_same_loss_and_gradient(micro, loss, want)
+    want = fg.reference.gopd_loss(student, teacher, estimator="topk", divergence=divergence, mask=micro.mask)
+    assert_same_loss_and_gradient(micro, loss, want.loss)
+    kl = torch.tensor(metrics["distillation/kl_target"].aggregate())  # whatever the divergence that is trained
+    assert_close(kl, want.kl[micro.mask].mean(), 1e-12)
 
 
 def test_verls_own_topk_loss_is_still_there():

@@ -61,8 +61,8 @@ def _draw_weak(r: Runs, figure: Any) -> None:
 
 
 def _draw_dynamics(r: Runs, figure: Any) -> None:
-    names = {"reward": "implicit reward", "length": "length", "entropy": "entropy", "kl_teacher": "log p/q"}
-    names |= {"kl_ref": "log p/r", "accuracy": "accuracy of rollouts"}
+    names = {"reward": "implicit reward", "length": "length", "entropy": "entropy", "log_ratio_teacher": "log p/q"}
+    names |= {"log_ratio_ref": "log p/r", "accuracy": "accuracy of rollouts"}
     scales = r.scales("A")
     for axis, (key, name) in zip(figure.subplots(2, 3).flat, names.items(), strict=True):
         for i, x in enumerate(scales):

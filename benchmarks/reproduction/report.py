@@ -77,7 +77,7 @@ def _rows_of_claim(r: Runs, claim: str) -> list[list[str]]:
     groups = list(dict.fromkeys(row["group"] for row in r.rows if claim in row["claims"]))
     if claim == "dynamics":
         head = ["λ", "implicit reward", "length", "entropy", "log p/q", "log p/r", "KL to the target"]
-        names = ("reward", "length", "entropy", "kl_teacher", "kl_ref", "kl_target")
+        names = ("reward", "length", "entropy", "log_ratio_teacher", "log_ratio_ref", "kl_target")
         table = [head]
         for x in r.scales("A"):
             table.append(

@@ -157,6 +157,14 @@ def rollout_loss(
     return how.loss(models.head(student, prompt, response), teacher, ref, response, mask=tasks.live(response), **route)
 
 
+def _log_ratios(out: fg.GOPDOutput) -> dict[str, float]:
+    """Means of log p - log q and log p - log r over the live tokens."""
+    p, others = out.student_logprobs, {"teacher": out.teacher_logprobs, "ref": out.ref_logprobs}
+    assert p is not None
+    live = torch.ones_like(p, dtype=torch.bool) if out.mask is None else out.mask
+    return {f"log_ratio_{k}": float((p - x)[live].mean()) for k, x in others.items() if x is not None}
+
+
 def distill(
     student: LlamaForCausalLM,
     teachers: dict[str, LlamaForCausalLM],
@@ -172,7 +180,7 @@ def distill(
         response = models.sample(student, prompt, g)
         out = rollout_loss(student, teachers, reference, prompt, response, how)
         _step(student, optimizer, out.loss)
-        signals = out.metrics().to_dict()
+        signals = out.metrics().to_dict() | _log_ratios(out)
         signals["length"] = signals.pop("tokens") / how.batch
         history.append(signals | {"accuracy": float(tasks.correct(prompt, response).float().mean())})
     return history

@@ -47,6 +47,10 @@ class Verdict:
     holds: bool | None
 
 
+# signals that committed results have under an earlier name
+_FORMERLY = {"log_ratio_teacher": "kl_teacher", "log_ratio_ref": "kl_ref"}
+
+
 class Runs:
     """The runs of the JSON by what they are."""
 
@@ -80,6 +84,8 @@ class Runs:
 
     def history(self, group: str, name: str) -> tuple[list[float], list[float]]:
         """Steps and the mean over seeds of one signal of the training; empty where there is none."""
+        if not any(name in row.get("history", {}) for row in self.rows_of(group)):
+            name = _FORMERLY.get(name, name)
         columns = [row["history"] for row in self.rows_of(group) if name in row.get("history", {})]
         if not columns:
             return [], []

@@ -25,9 +25,11 @@ class Metrics(Mapping[str, Tensor]):
     loss                token loss, before any weighting
     entropy             of the student, in nats
     reward              implicit reward log q - log r of the sampled token
-    kl_teacher, kl_ref  log p - log q and log p - log r of the sampled token: unbiased for the divergences if the
-                        student sampled it
     kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
+    kl_teacher, kl_ref  KL(student || teacher) and KL(student || reference), exact: where they are what ``full`` has
+                        computed, at lambda = 1 and at lambda = 0, where the target is that model
+    kl_teacher_k3       and ``kl_ref_k3``: the estimator k3 of the same two at the sampled token, expm1(d) - d >= 0 with
+                        d = log q - log p (log r - log p); its mean is the divergence if the student sampled the token
     sft_loss            -log p[label], of the tokens that have a label inside the support
     advantage           and ``advantage_std``: of the advantages as used
     clip_fraction       share of tokens whose gradient a clip removed
@@ -70,13 +72,15 @@ class Metrics(Mapping[str, Tensor]):
         skips = out.joint and isinstance(out.reward_scale, Tensor)
         has_q, has_r = (live & needs_q, live & needs_r) if skips else (live, live)
 
-        def ratio(name: str, a: Tensor | None, b: Tensor | None, among: Tensor) -> None:
-            if a is not None and b is not None:
-                add(name, a - b, among & ~torch.isneginf(a) & ~torch.isneginf(b))
+        def k3(name: str, other: Tensor | None, among: Tensor) -> None:
+            if p is not None and other is not None:
+                d = other.to(dtype) - p.to(dtype)
+                add(name, (torch.expm1(d) - d).clamp_min(0), among & ~torch.isneginf(p) & ~torch.isneginf(other))
 
-        ratio("reward", q, r, has_q & has_r)
-        ratio("kl_teacher", p, q, has_q)
-        ratio("kl_ref", p, r, has_r)
+        if q is not None and r is not None:
+            add("reward", q - r, has_q & has_r & ~torch.isneginf(q) & ~torch.isneginf(r))
+        k3("kl_teacher_k3", q, has_q)
+        k3("kl_ref_k3", r, has_r)
         if p is not None and (q is not None or r is not None):
             impossible = torch.isneginf(p)
             for model, needed in ((q, needs_q), (r, needs_r)):
@@ -85,6 +89,9 @@ class Metrics(Mapping[str, Tensor]):
             add("impossible", impossible.to(dtype))
         if out.kl is not None:
             add("kl_target", out.kl)
+            target = {0.0: "kl_ref", 1.0: "kl_teacher"}
+            if out.joint and not isinstance(out.reward_scale, Tensor) and out.reward_scale in target:
+                add(target[out.reward_scale], out.kl)  # full: the target is one of the models
         if out.label_logprobs is not None and out.labelled is not None:
             add("sft_loss", -out.label_logprobs, out.labelled)
         if out.advantages is not None:

@@ -37,7 +37,8 @@ class GOPDLossFn:
         self.reward_scale = require_reference(reward_scale, True, "")
         check_options(**options)
         self.options = options
-        names = ("reward", "kl_teacher", "kl_ref", "impossible", "advantage", "clip_fraction", "importance", "loss")
+        ratios = ("reward", "kl_teacher_k3", "kl_ref_k3", "impossible")
+        names = (*ratios, "advantage", "clip_fraction", "importance", "loss")
         self.metric_normalizations = dict.fromkeys(names, MetricNormalizer.TOKENS)
 
     def __call__(

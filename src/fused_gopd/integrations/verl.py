@@ -270,7 +270,7 @@ def _topk_from_logits(
         tail=options.tail,  # type: ignore[arg-type]
         reduction="none",
     )
-    return {"distillation_losses": out.loss, "teacher_mass": logprobs.exp().sum(-1)}
+    return {"distillation_losses": out.loss, "kl_target": out.kl, "teacher_mass": logprobs.exp().sum(-1)}
 
 
 def gopd_topk_loss(
@@ -278,13 +278,13 @@ def gopd_topk_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The distillation loss ``gopd_topk``: (B, R) losses that were computed beside the logits, and metrics.
 
-    Args as for :func:`gopd_loss`; ``model_output`` has ``distillation_losses`` and ``teacher_mass``, jagged
-    (B, prompt + response).
+    Args as for :func:`gopd_loss`; ``model_output`` has ``distillation_losses``, ``kl_target`` and ``teacher_mass``,
+    jagged (B, prompt + response).
     """
-    losses, mass = (no_padding_2_padding(model_output[k], data) for k in ("distillation_losses", "teacher_mass"))
-    mask = _response_mask(data)
-    metrics = {"distillation/kl_target": losses.detach()[mask].mean(), "distillation/teacher_mass": mass[mask].mean()}
-    return losses, _mean_metrics(metrics)
+    names, mask = ("distillation_losses", "kl_target", "teacher_mass"), _response_mask(data)
+    losses, *signals = (no_padding_2_padding(model_output[name], data) for name in names)
+    means = {f"distillation/{name}": x[mask].mean() for name, x in zip(names[1:], signals, strict=True)}
+    return losses, _mean_metrics(means)
 
 
 # ------------------------------------------------------------------------------------------------------- policy loss

@@ -20,7 +20,9 @@ NAMES = {
     "loss": "loss",
     "gopd/reward": "reward",
     "gopd/kl_teacher": "kl_teacher",
+    "gopd/kl_teacher_k3": "kl_teacher_k3",
     "gopd/kl_ref": "kl_ref",
+    "gopd/kl_ref_k3": "kl_ref_k3",
     "gopd/kl_target": "kl_target",
     "gopd/advantage": "advantage",
     "gopd/reward_scale": "reward_scale",
@@ -32,9 +34,11 @@ NAMES = {
     "step_time": "seconds",
 }
 _SHOWN = (("reward", "reward"), ("kl_teacher", "KL"), ("entropy", "entropy"), ("length", "length"))
+# to be shown where the exact one is not known
+_ESTIMATED = {"kl_teacher": ("kl_teacher_k3", "KL (k3)")}
 _PANELS = (
     (("reward",), "implicit reward, log q - log r", "nats per token"),
-    (("kl_teacher", "kl_target"), "divergence", "nats per token"),
+    (("kl_teacher_k3", "kl_target"), "divergence", "nats per token"),
     (("entropy",), "entropy of the student", "nats per token"),
     (("length",), "length of the answers", "tokens"),
 )
@@ -81,7 +85,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def summary(row: Mapping[str, Any]) -> str:
     """The four figures to watch."""
-    shown = [(title, row.get(name)) for name, title in _SHOWN]
+    shown = []
+    for name, title in _SHOWN:
+        if row.get(name) is None and name in _ESTIMATED:
+            name, title = _ESTIMATED[name]
+        shown.append((title, row.get(name)))
     return "  ".join(f"{title} {'–' if value is None else format(value, '.3g')}" for title, value in shown)
 
 
@@ -119,7 +127,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     importlib.import_module("matplotlib").use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")
-    labels = {"kl_teacher": "to the teacher, log p - log q", "kl_target": "to the target, exact"}
+    labels = {"kl_teacher_k3": "to the teacher, estimator k3", "kl_target": "to the target"}
     for axis, (names, heading, unit) in zip(axes, _PANELS, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]

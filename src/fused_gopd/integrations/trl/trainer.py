@@ -47,8 +47,8 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
             tokenizer. By default it is looked for beside the teacher.
 
     Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
-    log r), ``gopd/kl_teacher``, ``gopd/kl_ref``, ``gopd/kl_target``, ``gopd/advantage``, ``gopd/clip_fraction`` and
-    the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``.
+    log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
+    and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``.
 
     Raises:
         TypeError, ValueError: before the student is loaded, or at the latest before the first step, naming the
