@@ -771,6 +771,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "estimator": (lambda f: ["--estimator", "exact"], "expected one of sampled, full, topk, got 'exact'"),
     "divergence": (lambda f: ["--estimator", "sampled", "--divergence", "jsd"], "is an option of --estimator full"),
     "adapter without lora": (lambda f: ["--save", "adapter"], "adapter needs --lora"),
+    "dtype": (lambda f: ["--dtype", "fp16"], "expected one of float32, bfloat16, got 'fp16'"),
     "cold": (lambda f: ["--temperature", "0"], "must be positive: the student's own answers are sampled"),
     "two kinds of teacher": (
         lambda f: ["--teacher", f.math, "--teacher-server", "http://127.0.0.1:9"],

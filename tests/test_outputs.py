@@ -92,7 +92,7 @@ def test_an_output_overlaps_with_nothing_that_is_read(
         (lambda run: put(run / "model" / "config.json"), "is not empty (model) and has no fused-gopd.json"),
         (lambda run: put(run / ".hidden"), "is not empty (.hidden)"),
         (lambda run: put(run / outputs.LEDGER, "{}"), "is not what fused-gopd writes"),
-        (lambda run: put(run), "expected a folder"),
+        (lambda run: put(run), "is no folder"),
         (lambda run: run.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
         (lambda run: run.parent.joinpath("out").symlink_to("nowhere"), "is a link to nowhere"),
         (lambda run: put(run.parent / "out"), "cannot write to"),
@@ -205,7 +205,8 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("file", "exists: choose another name, or replace it by --overwrite"),
-        ("folder", "expected a file"),
+        ("folder", "is no file"),
+        ("/dev/null", "is no file"),
         ("link", "is a link to nowhere, which does not exist"),
         ("file/x.json", "cannot write"),
         ("home/fused-gopd/x.json", "lies in this package's cache"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,7 @@ from fused_gopd.integrations.trl import (  # noqa: E402
     GOPDTrainer,
     GRPOGOPDConfig,
     GRPOGOPDTrainer,
+    card,
     patch_distillation_loss,
 )
 from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
@@ -471,6 +473,45 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path: Pat
     resumed = trainer(tmp_path, ref_model=model(2), student=model(5), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{options['save_steps']}"))
     assert_same(weights(resumed), whole)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "grpo"])
+def test_checkpoints_come_with_our_card_which_replaces_nobody_elses(tmp_path: Path, kind: str) -> None:
+    def run(scale: float) -> None:
+        options = {"save_strategy": "steps", "max_steps": 1, "ref_model": model(2), "reward_scale": scale}
+        (grpo if kind == "grpo" else trainer)(tmp_path, **options).train()
+
+    page = tmp_path / "README.md"
+    run(1.25)
+    text = page.read_text(encoding="utf-8")
+    assert "None" not in text
+    for line in (
+        f"# {tmp_path.name}",
+        "| base | Qwen3ForCausalLM |",
+        "| teacher | Qwen3ForCausalLM |",
+        "| reference | Qwen3ForCausalLM |",
+        "| λ (reward scale) | 1.25 |",
+        "| loss | sampled |" if kind == "grpo" else "| loss | full, reverse_kl |",
+        "| optimizer steps | 1 |",
+        f"| torch | {torch.__version__} |",
+    ):
+        assert f"{line}\n" in text
+    assert "| gopd/reward | " in text
+    run(1.5)
+    assert "| λ (reward scale) | 1.5 |" in page.read_text()
+    page.write_text("the user's")
+    run(1.5)
+    assert page.read_text() == "the user's"
+    assert card.is_unchanged(text)
+    assert not card.is_unchanged(text.replace("1.25", "2.5"))
+
+
+def test_a_card_names_models_and_no_paths(tmp_path: Path) -> None:
+    named = model(0)
+    named.config._name_or_path = str(tmp_path)
+    found = [card.name_of(x) for x in (named, str(tmp_path), "org/model", lengths, functools.partial(lengths))]
+    assert found == [tmp_path.name, tmp_path.name, "org/model", "a scorer, lengths", "a scorer, partial"]
+    assert [card.hub_name(x) for x in ("org/model", str(tmp_path), "gpt2", "", "a/b/c")] == ["org/model"] + [None] * 4
 
 
 def test_prompts_come_in_trls_own_order(tmp_path: Path) -> None:

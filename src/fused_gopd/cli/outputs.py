@@ -98,8 +98,8 @@ def _refuse_impossible(path: Path, kind: str) -> None:
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise OutputError(f"{place} is a link to {os.readlink(place)}, which does not exist")
-    if path.exists() and path.is_dir() != (kind == "folder"):
-        raise OutputError(f"{path} is {'a folder' if path.is_dir() else 'no folder'}: expected a {kind}")
+    if path.exists() and not (path.is_dir() if kind == "folder" else path.is_file()):  # a device is neither
+        raise OutputError(f"{path} is no {kind}")
 
 
 def _refuse_foreign(path: Path, command: str, again: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from ...objective import AdvantageFn
 from ...output import GOPDOutput
 from ..modules import require_separate
 from ..transformers import head_of, last_hidden_state
+from . import card
 from .batch import Batch, spread
 from .checks import (
     Model,
@@ -136,6 +138,9 @@ class Models:
             self._options["advantage_fn"] = advantage_fn
         try_options(self._options, routes, ref_model, cast("Any", args).device)
         self._reward_scale_fn = reward_scale_fn
+        self._card_sources = [(name, card.name_of(model)) for name, model in named.items()]
+        reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
+        self._card_sources.append(("reference", reference))
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
 
     def _attach(
@@ -181,6 +186,18 @@ class Models:
             self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
         self._vocab_size = min(sizes)
         self._sample_from_joint_vocabulary(sizes[0])
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **_: Any
+    ) -> None:
+        """Write our card in the place of TRL's, where there is none or one of ours that nobody has edited."""
+        path = Path(self.args.output_dir) / "README.md"
+        if not cast("Any", self).is_world_process_zero() or (
+            path.exists() and not card.is_unchanged(path.read_text(encoding="utf-8"))
+        ):
+            return
+        text = card.of_trainer(self, self._card_sources, model_name or path.parent.name, dataset_name)
+        path.write_text(text, encoding="utf-8")
 
     def _frozen(
         self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]

@@ -1,0 +1,139 @@
+"""Model cards: what a model was trained from, with what, and how it went."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from ... import __version__
+
+Lines = list[tuple[str, str]]
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers")
+_MEANS_OF = 10  # rows of figures at either end
+_END = re.compile(r"\n<!-- fused-gopd, (\w{64}) -->\n\Z")
+
+
+def name_of(model: Any) -> str:
+    """A model's name on the hub, its folder's name (a card is published, and a path may name people), or its class."""
+    if isinstance(model, nn.Module):
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        return name_of(name) if name else type(model).__name__
+    if isinstance(model, str):
+        return Path(model).name if Path(model).expanduser().is_dir() else model
+    return f"a scorer, {getattr(model, '__name__', type(model).__name__)}"
+
+
+def hub_name(model: str) -> str | None:
+    """The name of a model on the hub, which a card can link to."""
+    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else None
+
+
+def text(
+    title: str, settings: Lines, metrics: Sequence[str], *, base: str | None, adapter: bool, notes: Sequence[str] = ()
+) -> str:
+    """A card, in whose last line is a checksum of the rest.
+
+    Args:
+        settings: what is said of the training, a row each.
+        metrics: a table, of :func:`metrics_table`.
+        base: the name on the hub of the model that was trained.
+        adapter: whether what was saved is a PEFT adapter.
+        notes: sentences beneath the settings.
+    """
+    lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += ["tags:", "- gopd", "- on-policy-distillation", "---", "", f"# {title}", ""]
+    lines += [
+        "Trained on its own answers by generalized on-policy distillation (G-OPD, arXiv:2602.12125) with fused-gopd.",
+        "",
+        *table(("", ""), settings),
+    ]
+    for note in notes:
+        lines += ["", note]
+    lines += ["", "## Metrics", "", *metrics, "", "## Versions", "", *table(("", ""), _versions())]
+    body = "\n".join(lines)
+    return f"{body}\n<!-- fused-gopd, {_checksum(body)} -->\n"
+
+
+def is_unchanged(card: str) -> bool:
+    """Whether a card is one of :func:`text` that nobody has edited."""
+    end = _END.search(card)
+    return end is not None and end[1] == _checksum(card[: end.start()])
+
+
+def _checksum(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def metrics_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The means of some figures over the first rows and over the last."""
+    count = min(_MEANS_OF, max(1, len(rows) // 2))
+    what = "" if count == 1 else f" {count}, mean"
+    lines = [(name, _mean(rows[:count], name), _mean(rows[-count:], name)) for name in names]
+    return table(("", f"first{what}", f"last{what}"), lines)
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{fmean(values):.4g}" if values else "–"
+
+
+def _versions() -> Lines:
+    found = [("fused-gopd", __version__), ("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | None) -> str:
+    """The card of what one of the trainers has trained so far.
+
+    Args:
+        sources: teachers and reference.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    base = str(getattr(trainer.model.config, "_name_or_path", ""))
+    scale = "a function of the step" if trainer._reward_scale_fn is not None else f"{args.reward_scale:g}"
+    if args.reward_scale_end is not None:
+        scale += f" to {args.reward_scale_end:g}"
+    loss = getattr(args, "estimator", "sampled")
+    if loss == "topk":
+        loss += f", k = {args.k}"
+    if loss != "sampled":
+        loss += f", {args.divergence}"
+    data = [dataset_name] if dataset_name else []
+    data += [f"{len(dataset)} prompts"] if hasattr(dataset, "__len__") else []
+    data += [f"fingerprint {dataset._fingerprint}"] if getattr(dataset, "_fingerprint", None) else []
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens")
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in skipped]
+    settings = [
+        ("base", name_of(base) if base else type(trainer.accelerator.unwrap_model(trainer.model)).__name__),
+        *sources,
+        ("λ (reward scale)", scale),
+        ("loss", loss),
+        ("data", ", ".join(data) or "a stream"),
+        ("optimizer steps", str(trainer.state.global_step)),
+        ("seed", str(args.seed)),
+    ]
+    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    return text(title, settings, metrics_table(history, names), base=hub_name(base), adapter=adapter)
