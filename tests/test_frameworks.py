@@ -219,6 +219,7 @@ def test_slimes_own_function_calls_it(scores, monkeypatch):
     [
         ({"opd_kl_coef": 1.0}, None, "--opd-kl-coef must be 0"),
         ({"normalize_advantages": True}, None, "--normalize-advantages must not be set"),
+        ({"advantage_estimator": "gspo"}, None, "--advantage-estimator must not be gspo"),
         ({}, "teacher_log_probs", "slime scores a teacher with --use-opd"),
         ({}, "ref_log_probs", "reward_scale=1.25 needs .* --use-kl-loss"),
         ({}, "log_probs", "slime keeps them with --use-opd"),
@@ -346,6 +347,19 @@ def test_skyrls_loss_mask_is_no_weight(scores):
 def test_skyrls_rewards_are_the_advantages(scores, skyrl_batch):
     data = skyrl.gopd_rewards(skyrl_batch(skyrl_data(scores)), reward_scale=1.25)
     assert_close(data["rewards"], scores.advantages(1.25, scores.student), 1e-12)
+
+
+def test_skyrls_advantages_are_not_whitened(monkeypatch):
+    found = {}
+    module = "skyrl_train.utils.ppo_utils"
+    monkeypatch.setattr(skyrl.importlib.util, "find_spec", lambda _: None)
+    recorded(monkeypatch, module, register_advantage_estimator=lambda name: lambda f: found.update({name: f}))
+    skyrl.register_estimator()
+    config = Namespace(advantage_batch_normalize=False)
+    assert found["gopd"](torch.ones(2, 3), response_mask=None, config=config)[0].equal(torch.ones(2, 3))
+    config.advantage_batch_normalize = True
+    with pytest.raises(ValueError, match="advantage_batch_normalize must be false"):
+        found["gopd"](torch.ones(2, 3), config=config)
 
 
 def test_skyrls_estimator_hands_them_on(scores):

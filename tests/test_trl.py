@@ -722,6 +722,30 @@ def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_pat
     assert_same(weights(run), distilled, 1e-5)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "sapo", "cispo", "vespo"])
+def test_grpo_gives_each_token_its_own_advantage(tmp_path: Path, loss_type: str) -> None:
+    """At ratio 1 a token's log-prob has a derivative of -A, to a factor of its sequence, or the combination is refused."""
+    for level in ("token", "sequence"):
+        options = {"loss_type": loss_type, "importance_sampling_level": level, "num_generations": 2}
+        if level == "sequence" and loss_type not in ("cispo", "vespo"):
+            with pytest.raises(ValueError, match="importance_sampling_level must be 'token' .*mean of the sequence's"):
+                config(tmp_path, GRPOGOPDConfig, **options)
+            config(tmp_path, GRPOGOPDConfig, gopd_weight=0.0, **options)
+            continue
+        run = grpo(tmp_path, reward_scale=1.25, **options)
+        run.current_gradient_accumulation_steps = 1
+        logps = (-torch.rand(2, 4) - 0.1).requires_grad_()
+        run._get_per_token_logps_and_entropies = lambda *_, x=logps, **__: (x, torch.zeros(2, 4), None)
+        advantages = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.0, 0.25, 2.0, -0.5]])
+        ids, ones = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)
+        batch = {"prompt_ids": ids, "prompt_mask": ones, "completion_ids": ids, "completion_mask": ones,
+                 "advantages": advantages, "num_items_in_batch": torch.tensor(8)}  # fmt: skip
+        (gradient,) = torch.autograd.grad(run._compute_loss(run.model, batch), logps)
+        assert_close = torch.testing.assert_close
+        assert_close(gradient / gradient[:, :1], advantages / advantages[:, :1], rtol=1e-5, atol=0)
+        assert (gradient * advantages < 0).all()
+
+
 def test_grpo_scores_as_it_samples(tmp_path: Path) -> None:
     """Dropout, and positions that are learned, in three equal models: no advantage, and a ratio of 1."""
     same = learned(0, 0.2)

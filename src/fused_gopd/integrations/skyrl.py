@@ -66,8 +66,13 @@ def gopd_rewards(
     return data
 
 
-def _pass_on(token_level_rewards: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+def _pass_on(token_level_rewards: Tensor, *, config: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
     """Advantages that have been made already, and returns."""
+    if getattr(config, "advantage_batch_normalize", False):
+        raise ValueError(
+            "trainer.algorithm.advantage_batch_normalize must be false with the estimator gopd: whitened, A is no "
+            "longer A"
+        )
     return token_level_rewards, token_level_rewards
 
 

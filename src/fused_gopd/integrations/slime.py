@@ -49,6 +49,12 @@ def gopd_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         )
     if args.normalize_advantages:
         raise ValueError("--normalize-advantages must not be set with gopd_advantages: whitened, A is no longer A")
+    if getattr(args, "advantage_estimator", None) == "gspo":
+        raise ValueError(
+            "--advantage-estimator must not be gspo with gopd_advantages: slime's policy loss differentiates the mean "
+            "of the log-ratios over a sample, so that each token would get the mean of the sample's advantages; use "
+            "grpo or cispo"
+        )
     own = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     student = _scores(rollout_data, own, "slime keeps them with --use-opd")
     teacher = _scores(rollout_data, "teacher_log_probs", "slime scores a teacher with --use-opd and --opd-type")

@@ -13,6 +13,8 @@ from trl.trainer.utils import get_config_model_id
 from ...checks import one_of, require_count, require_number
 from ...objective import BASELINES, DIVERGENCES, ESTIMATORS, SUPPORTS, TAILS, divergence_of
 
+# losses of GRPOTrainer whose ratio is a detached weight of A log p
+_DETACHED_RATIO = ("cispo", "vespo")
 _CHUNK_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -175,6 +177,10 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
         outcome_weight: what the advantage of the rewards is multiplied by; 0 trains on G-OPD alone.
         gopd_weight: what the G-OPD advantage of each token is multiplied by.
         teacher_model_init_kwargs: for a teacher that is loaded.
+
+    Raises:
+        ValueError, TypeError: as :class:`GOPDConfig`; ``importance_sampling_level="sequence"`` (GSPO), with which TRL's
+            losses give each token the mean of its sequence's advantages.
     """
 
     outcome_weight: float = field(default=1.0, metadata=_help("Factor on the advantage of the rewards."))
@@ -187,6 +193,14 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
         self._check()
         require_number("outcome_weight", self.outcome_weight)
         require_number("gopd_weight", self.gopd_weight)
+        sequence = self.importance_sampling_level == "sequence" and self.loss_type not in _DETACHED_RATIO
+        if self.gopd_weight != 0 and sequence:
+            raise ValueError(
+                "importance_sampling_level must be 'token' beside gopd_weight, got 'sequence': TRL differentiates the "
+                "mean of the log-ratios over a sequence, so that each token would get the mean of the sequence's "
+                f"advantages and not its own. loss_type={' or '.join(map(repr, _DETACHED_RATIO))} takes no gradient of "
+                f"the ratio and may have it (got {self.loss_type!r})"
+            )
         super().__post_init__()
 
     def _loss_options(self) -> dict[str, Any]:
