@@ -31,8 +31,9 @@ def test_a_linear_head_is_indexed_by_tokens_as_logits_are():
         assert part.weight is weight
         assert part.bias is head.bias
         assert (part.logit_scale, part.temperature) == (2, 0.5)
-    with pytest.raises(ValueError, match="hidden and weight must agree in H"):
-        head[..., :3]
+    for index in ((..., slice(3)), (..., 0), (slice(None), slice(None), 2), (..., None), torch.ones(2, 3, 4).bool()):
+        with pytest.raises(IndexError, match=r"indexed by tokens, .* of which all V are kept: head\[:, :-1\]"):
+            head[index]
 
 
 def test_logits_know_their_shapes():

@@ -47,6 +47,24 @@ def _require_shard(name: str, shard: object, rows: int) -> None:
         )
 
 
+def _require_token_index(index: Any, ndim: int) -> None:
+    """An index of (..., V) logits of ``ndim`` dimensions that keeps all of the last one, and keeps it the last one."""
+    parts = index if isinstance(index, tuple) else (index,)
+
+    def dimensions(part: Any) -> int:
+        if part is None or part is Ellipsis or isinstance(part, bool):
+            return 0
+        return part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+
+    ellipsis = [i for i, part in enumerate(parts) if part is Ellipsis]
+    to_the_last = ellipsis[-1] < len(parts) - 1 if ellipsis else sum(map(dimensions, parts)) >= ndim
+    if to_the_last and not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
+        raise IndexError(
+            f"LinearHead is indexed by tokens, as logits (..., V) of which all V are kept: head[:, :-1]; got {index}. "
+            "It has no logits: log-probs of tokens are fused_gopd.token_logprobs(head, token_ids)"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearHead:
     """Hidden states and the language-model head that turns them into logits.
@@ -131,6 +149,7 @@ class LinearHead:
 
     def __getitem__(self, index: Any) -> LinearHead:
         """The head on some of the tokens, indexed as (..., V) logits would be: ``head[:, :-1]``."""
+        _require_token_index(index, self.hidden.ndim)
         return replace(self, hidden=self.hidden[index])
 
     @property
