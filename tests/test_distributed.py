@@ -561,8 +561,52 @@ def test_an_adapter_on_the_head_is_refused():
     class Adapted(nn.Module):
         weight = torch.zeros(3, 2)
 
-    with pytest.raises(TypeError, match=r"head must be an nn\.Linear.*got Adapted"):
+    with pytest.raises(TypeError, match=r"head must be an nn\.Linear.*got .*Adapted"):
         fg.distributed.through_head(Adapted(), torch.zeros(1, 2), lambda student: student)
+
+
+def halve(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output * 0.5
+
+
+def test_hooks_that_would_be_given_the_loss_are_errors():
+    """A hook that halves the logits would halve the loss; one before the head is given the hidden states, and runs."""
+    model, ids = Tiny(False), torch.zeros(2, 3, dtype=torch.int64)
+    hidden = model.body(ids)
+
+    def through_head() -> Tensor:
+        return fg.distributed.through_head(model.head, hidden, lambda head: head.hidden.sum())
+
+    for module, call, name in (
+        (model.head, through_head, "head"),
+        (model, lambda: fg.distributed.in_forward(model, hidden.sum), "wrapper"),
+    ):
+        for register, kind in (
+            ("register_forward_hook", "forward hook"),
+            ("register_full_backward_hook", "backward hook"),
+            ("register_full_backward_pre_hook", "backward pre-hook"),
+        ):
+            handle = getattr(module, register)(halve)
+            with pytest.raises(TypeError, match=rf"{name} has a {kind}, test_distributed\.halve on .*remove it"):
+                call()
+            handle.remove()
+    model.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="wrapper has a forward pre-hook"):
+        fg.distributed.in_forward(model, hidden.sum)
+    model.head.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    assert torch.allclose(through_head(), 3 * hidden.sum())
+    model.head.forward = lambda x: x
+    with pytest.raises(TypeError, match=r"head's forward was replaced on this instance by .*<lambda>"):
+        through_head()
+
+
+def test_a_linear_layer_with_code_of_its_own_is_no_head():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.5
+
+    with pytest.raises(TypeError, match=r"head must be an nn\.Linear, .*got .*Scaled.*computes more than"):
+        fg.distributed.through_head(Scaled(2, 3), torch.zeros(1, 2), lambda student: student)
 
 
 def test_what_normalization_refuses():

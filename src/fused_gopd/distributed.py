@@ -13,7 +13,6 @@ DDP, FSDP2 and ZeRO-3 gather parameters and reduce gradients in hooks around a m
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from .checks import one_of, require_mask, require_number
 from .heads import LinearHead
+from .hooks import HEAD_FIX, isinstance_if_imported, require_linear, require_no_hooks
 from .objective import REDUCTIONS, Sequences, widest
 from .output import GOPDOutput
 from .shards import is_dtensor
@@ -36,17 +36,23 @@ __all__ = ["gathered", "in_forward", "normalization", "through_head"]
 # ------------------------------------------------------------------------------------------------ inside the wrapper
 
 
+_WRAPPERS = (
+    *(("torch.nn.parallel", "DistributedDataParallel"), ("deepspeed", "DeepSpeedEngine")),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+)
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module whose forward a wrapper calls: FSDP2 hooks a module in place, the others hold one."""
-    wrappers: list[type] = [nn.parallel.DistributedDataParallel]
-    # whoever has not imported them has not used them
-    for library, name in (("deepspeed", "DeepSpeedEngine"), ("torch.distributed.fsdp", "FullyShardedDataParallel")):
-        wrapper = getattr(sys.modules.get(library), name, None)
-        if wrapper is not None:
-            wrappers.append(wrapper)
-    while isinstance(module, tuple(wrappers)):
-        module = cast("nn.Module", module.module)
-    return module
+    return _wrapped(module)[-1]
+
+
+def _wrapped(module: nn.Module) -> list[nn.Module]:
+    """A module, and if it is a wrapper what it wraps, outermost first."""
+    modules = [module]
+    while any(isinstance_if_imported(modules[-1], library, name) for library, name in _WRAPPERS):
+        modules.append(cast("nn.Module", modules[-1].module))
+    return modules
 
 
 def _as_forward(module: nn.Module, function: Callable[..., T], *args: Tensor) -> T:
@@ -100,7 +106,12 @@ def in_forward(wrapper: nn.Module, function: Callable[[], T]) -> T:
 
     Returns:
         What the function returns; call ``backward`` on its loss.
+
+    Raises:
+        TypeError: hooks on the wrapper or the model inside of it that are no wrapper's: they are made for the model's
+            inputs and outputs, and would be handed the loss.
     """
+    require_no_hooks("wrapper", _wrapped(wrapper), "do its work in the function")
     return _as_forward(wrapper, function)
 
 
@@ -119,17 +130,21 @@ def through_head(
 
     Args:
         head: the language-model head, ``nn.Linear`` with weight (V, H), wrapped or not; tied to the embeddings or not.
-        hidden: (..., H). Hooks may cast it to the dtype that the head computes in.
+        hidden: (..., H). Forward pre-hooks may change it, as the wrappers' cast it to the dtype that the head computes
+            in.
         function: called with the :class:`fused_gopd.LinearHead`; returns a :class:`fused_gopd.GOPDOutput`, or tensors
             in tuples, lists or dicts. It is the only place where the head may be used.
         **transform: ``logit_scale``, ``softcap``, ``temperature`` of the LinearHead.
 
     Raises:
-        TypeError: a head that is not an ``nn.Linear``, as one with an adapter, of which the weight is only a part.
+        TypeError: a head that is not an ``nn.Linear``, as one with an adapter, of which the weight is only a part; one
+            whose forward was replaced; one with forward or backward hooks that are no wrapper's, which are made for
+            logits and would be handed what the function returns.
     """
-    inner = _unwrapped(head)
-    if not isinstance(inner, nn.Linear):
-        raise TypeError(f"head must be an nn.Linear, whose weight is the whole head, got {type(inner).__name__}")
+    *wrappers, module = _wrapped(head)
+    carried_out = ("forward pre-hook",)
+    require_no_hooks("head", wrappers, HEAD_FIX, but=carried_out)
+    inner = require_linear("head", module, but=carried_out)
     return _as_forward(head, lambda h: function(LinearHead(h, inner.weight, inner.bias, **transform)), hidden)
 
 
