@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import inspect
 import pickle
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +28,6 @@ from ranks import run_on_ranks
 transformers = pytest.importorskip("transformers")
 
 import families  # noqa: E402
-from fused_gopd.integrations import transformers as integration  # noqa: E402
 from fused_gopd.integrations.transformers import head_of, last_hidden_state, patch_lm_head  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +63,18 @@ def dense(head: fg.LinearHead) -> Tensor:
     z = head.logit_scale * nn.functional.linear(head.hidden.to(head.weight.dtype), head.weight, head.bias)
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     return z / head.temperature
+
+
+def transform_of(head: fg.LinearHead) -> tuple[int, float, float | None]:
+    return head.vocab_size, head.logit_scale, head.softcap
+
+
+def assert_has_its_configs_numbers(config: object, rows: int, scale: float, softcap: float | None) -> None:
+    """A factor, a softcap, a number of rows that were measured are those of a config, to the last bit."""
+    numbers = {x for name in families.TRANSFORMS for x in [getattr(config, name, None)] if isinstance(x, (int, float))}
+    assert rows in numbers | {families.VOCAB}
+    assert scale in numbers | {1 / x for x in numbers} | {1.0}
+    assert softcap in numbers | {None}
 
 
 def logits_of(model: nn.Module, **inputs: object) -> Tensor:
@@ -110,13 +124,18 @@ def test_the_head_of_a_family_on_its_states_is_its_logits(family):
     inputs = {"token_type_ids": torch.ones_like(IDS)} if prefix else {}
     want = logits_of(family, **inputs)
     assert torch.isfinite(want).all()
-    assert_close(dense(head_of(family, last_hidden_state(family, IDS, **inputs))), want, 1e-6)
+    asked = transform_of(head_of(family, torch.zeros(1, family.get_output_embeddings().weight.shape[1])))
+    head = head_of(family, last_hidden_state(family, IDS, **inputs))
+    assert_close(dense(head), want, 1e-6)
+    assert asked == transform_of(head)
+    assert_has_its_configs_numbers(family.config.get_text_config(), *asked)
 
 
 @pytest.mark.parametrize("name", families.REFUSED)
 def test_a_family_that_does_not_fit_is_an_error(name):
+    model = families.tiny(name)
     with pytest.raises((TypeError, ValueError), match=families.REFUSED[name]):
-        last_hidden_state(families.tiny(name), IDS)
+        head_of(model, last_hidden_state(model, IDS))
 
 
 def test_the_families_are_those_of_transformers():
@@ -130,16 +149,6 @@ def test_the_families_are_those_of_transformers():
 def test_the_page_lists_the_families_that_are_verified():
     page = families.PAGE.read_text()
     assert families.fill(page) == page, "python tests/families.py"
-
-
-TABLES = {name: getattr(integration, name) for name in ("_TIMES", "_DIVIDED_BY", "_CAPPED_AT", "_ROWS")}
-
-
-@pytest.mark.parametrize(
-    ("attribute", "name"), [(a, c) for table in TABLES.values() for a, classes in table.items() for c in classes]
-)
-def test_a_class_that_has_a_transform_reads_it_from_its_config(attribute, name):
-    assert attribute in inspect.getsource(getattr(transformers, name))
 
 
 def test_a_config_attribute_that_a_family_does_not_read_is_not_applied():
@@ -159,20 +168,66 @@ class Mine(transformers.LlamaForCausalLM):
         return output
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "transform"),
+    [
+        (lambda z: z, (61, 1.0, None)),
+        (lambda z: z * 0.37, (61, 0.37, None)),
+        (lambda z: z.float().div_(1.7), (61, 0.5882353, None)),
+        (lambda z: z.mul_(0.37), (61, 0.37, None)),
+        (lambda z: z[..., :-1], (60, 1.0, None)),
+        (lambda z: 1.3 * z.div(2.0).tanh().mul(2.0 / 1.3)[..., :-3], (58, 1.0, 2.0)),
+        (lambda z: torch.tanh(z.float() * 0.6 / 2.5) * 2.5, (61, 0.6, 2.5)),
+    ],
+    ids=["nothing", "factor", "factor in float32", "factor in place", "rows", "cap and rows", "factor and cap"],
+)
+def test_what_code_does_to_its_logits_is_measured(change, transform):
+    """Code that transformers does not have, on hidden states from elsewhere, and then on its own."""
+    model = Mine(llama().config, change)
+    hidden = model.model(IDS).last_hidden_state
+    for states in (hidden, last_hidden_state(model, IDS)):
+        head = head_of(model, states)
+        assert (head.vocab_size, head.logit_scale, head.softcap) == transform
+        assert_close(dense(head), logits_of(model), 1e-6)
+
+
 @pytest.mark.parametrize(
     "change",
-    [lambda z: z * 0.5, lambda z: z + 1, lambda z: z[..., :-1], lambda z: z.clamp(max=50.0), torch.tanh],
-    ids=["factor", "offset", "rows", "clamp", "cap"],
+    [
+        *(lambda z: z + 1, lambda z: z.clamp(max=50.0), lambda z: -z, lambda z: z.bfloat16(), lambda z: z[..., 1:]),
+        lambda z: z.index_fill(-1, torch.tensor([7]), -1e4),
+        lambda z: z * torch.linspace(0.5, 1.5, 61),
+    ],
+    ids=["offset", "clamp", "sign", "rounding", "first rows", "one token", "a factor a token"],
 )
-def test_code_that_is_not_known_is_asked_what_it_does(change):
-    last_hidden_state(Mine(llama().config), IDS)
-    with pytest.raises(RuntimeError, match=r"Mine of transformers makes other logits .* logit_scale=1\.0"):
-        last_hidden_state(Mine(llama().config, change), IDS)
+def test_code_that_does_what_no_head_can_do_is_an_error(change):
+    """Of hidden states from elsewhere alike: nothing is taken for granted because nothing was asked."""
+    for call in (last_hidden_state, lambda model, _: head_of(model, torch.zeros(1, 32))):
+        with pytest.raises(RuntimeError, match=r"Mine makes other logits .*LinearHead can .*: compute the logits"):
+            call(Mine(llama().config, change), IDS)
 
 
-def test_code_that_is_not_known_with_a_known_attribute_is_an_error():
-    with pytest.raises(ValueError, match=r"model has logit_scale=0\.5 in its config, and Mine\.forward is not code of"):
-        head_of(Mine(llama(logit_scale=0.5).config), torch.zeros(1, 32))
+class Unasked(Mine):
+    """Code that needs its body to run."""
+
+    def forward(self, input_ids=None, **inputs):
+        if self.model.norm(torch.ones(1, 1, 32)).var() == 0:
+            raise ArithmeticError("no norm")
+        return super().forward(input_ids=input_ids, **inputs)
+
+
+@torch.no_grad()
+def test_code_that_does_not_run_without_its_body_is_measured_with_it_or_an_error():
+    model = Unasked(llama().config, lambda z: z * 0.37)
+    nn.init.constant_(model.model.norm.weight, 0.0)
+    nn.init.constant_(model.model.norm.weight[:16], 5.0)
+    with pytest.raises(
+        RuntimeError, match=r"Unasked does .* could not be measured: .*\(ArithmeticError: no norm\)\. Call last"
+    ):
+        head_of(model, torch.zeros(1, 32))
+    hidden = last_hidden_state(model, IDS)
+    assert head_of(model, hidden).logit_scale == 0.37
 
 
 # ------------------------------------------------------------------------------------------------- states of one model
@@ -246,7 +301,7 @@ def test_images_pass_through():
 
 def test_a_prefix_that_is_not_told_is_an_error():
     model = families.tiny("paligemma", transformers.AutoModelForImageTextToText)
-    with pytest.raises(ValueError, match="token_type_ids must be given: without them PaliGemmaFor"):
+    with pytest.raises(ValueError, match=r"token_type_ids must be given .*: without them PaliGemmaFor"):
         last_hidden_state(model, IDS)
 
 
@@ -273,7 +328,7 @@ def test_no_cache_is_made_unless_asked_for():
 
 def test_the_head_does_not_run():
     model = llama()
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head was called"))
+    model.lm_head.forward = lambda *_: pytest.fail("the head was called")
     last_hidden_state(model, IDS)
 
 
@@ -467,6 +522,132 @@ def test_a_head_that_is_no_whole_linear_layer_is_an_error(head, message):
         head_of(with_head(head()), torch.zeros(1, 32))
 
 
+def halve(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output * 0.5
+
+
+def cast(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    return args[0].float()
+
+
+def cast_the_body(model: nn.Module) -> nn.Module:
+    """The usual float32 head on a bfloat16 body."""
+    model.bfloat16().lm_head.float().register_forward_pre_hook(cast)
+    return model
+
+
+HOOKED = {
+    "forward": (lambda m: m.lm_head.register_forward_hook(halve), r"the head has a forward hook, \S*\.halve on Linear"),
+    "pre": (
+        cast_the_body,
+        r"the head has a forward pre-hook, \S*\.cast on Linear.* remove it .*register it on a",
+    ),
+    "keywords": (
+        lambda m: m.lm_head.register_forward_hook(lambda mod, args, kwargs, z: z * 0.5, with_kwargs=True, prepend=True),
+        r"the head has a forward hook, \S*<lambda> on Linear",
+    ),
+    "partial": (
+        lambda m: m.lm_head.register_forward_hook(functools.partial(halve)),
+        r"the head has a forward hook, \S*\.halve on Linear",
+    ),
+    "backward": (
+        lambda m: m.lm_head.register_full_backward_hook(lambda mod, grads, _: (grads[0] * 2,)),
+        "the head has a backward hook",
+    ),
+    "before the backward": (
+        lambda m: m.lm_head.register_full_backward_pre_hook(lambda mod, grads: (grads[0] * 2,)),
+        "the head has a backward pre-hook",
+    ),
+    "a weight that a hook makes": (
+        lambda m: nn.utils.weight_norm(m.lm_head),
+        r"forward pre-hook, torch\.nn\.utils\.weight_norm\.WeightNorm on Linear",
+    ),
+    "pruning": (
+        lambda m: torch.nn.utils.prune.l1_unstructured(m.lm_head, "weight", 3),
+        r"forward pre-hook, torch\.nn\.utils\.prune\.L1Unstructured",
+    ),
+    "model": (lambda m: m.register_forward_hook(halve), r"model has a forward hook, \S*\.halve on LlamaForCausalLM"),
+    "before the model": (lambda m: m.register_forward_pre_hook(cast), "model has a forward pre-hook"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_would_have_no_effect_are_errors(name):
+    register, message = HOOKED[name]
+    model = llama()
+    with patch_lm_head(model, training_only=False):  # a hook that is registered later is seen by the next call
+        register(model)
+        with pytest.raises(TypeError, match=message):
+            model.forward(input_ids=IDS)
+    for call in (
+        lambda: last_hidden_state(model, IDS),
+        lambda: head_of(model, torch.zeros(1, 32)),
+        lambda: patch_lm_head(model),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_a_hook_of_all_modules_is_one_of_the_head():
+    model = llama()
+    handle = nn.modules.module.register_module_forward_hook(lambda mod, args, z: z * 0.5 if mod is model.lm_head else z)
+    try:
+        with pytest.raises(TypeError, match="has a forward hook of all modules"):
+            head_of(model, torch.zeros(1, 32))
+    finally:
+        handle.remove()
+
+
+def test_hooks_that_change_no_logits_are_no_errors():
+    """Those of DeepSpeed, for any library that shards, and of Accelerate, which replaces the forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+
+    def gather(*_: object) -> None:
+        pass
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for module in (model, model.lm_head):
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(gather)
+    moves = accelerate.hooks.AlignDevicesHook(execution_device="cpu")
+    accelerate.hooks.add_hook_to_module(model.lm_head, accelerate.hooks.SequentialHook(moves))
+    assert_close(dense(head_of(model, last_hidden_state(model, IDS))), logits_of(model), 1e-6)
+    accelerate.hooks.remove_hook_from_module(model.lm_head)  # which leaves a forward on the instance, its own
+    assert_close(dense(head_of(model, last_hidden_state(model, IDS))), logits_of(model), 1e-6)
+
+    class Halves(accelerate.hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output * 0.5
+
+    accelerate.hooks.add_hook_to_module(model.lm_head, Halves())
+    with pytest.raises(TypeError, match=r"has a hook of Accelerate's, \S*Halves"):
+        head_of(model, torch.zeros(1, 32))
+
+
+@torch.no_grad()
+def test_a_cast_before_the_head_is_carried_out():
+    """What the error about a pre-hook advises: float32 states and head, of which no weight is rounded."""
+    model = llama().bfloat16()
+    nn.init.constant_(model.lm_head.float().weight, 1.0 + 2**-12)  # 1 in bfloat16
+    model.model.norm.register_forward_hook(lambda module, args, hidden: hidden.float())
+    head = head_of(model, last_hidden_state(model, IDS))
+    assert head.hidden.dtype == head.weight.dtype == torch.float32
+    assert_close(dense(head), logits_of(model), 1e-6)
+
+
+@torch.no_grad()
+def test_hooks_between_model_and_head_are_in_the_logits():
+    """They run with the model's own code, and what they do to the logits is measured."""
+    model = scattered(families.tiny("bert"))
+    hidden = last_hidden_state(model, IDS)
+    model.cls.predictions.register_forward_hook(halve)
+    model.cls.predictions.transform.register_forward_hook(halve)
+    for states in (hidden * 0.5, last_hidden_state(model, IDS)):
+        assert_close(dense(head_of(copy.deepcopy(model), states)), logits_of(model), 1e-6)
+
+
 def test_parametrised_heads_are_linear():
     """LoRA by torch.nn.utils.parametrize, weight norm: the weight is what it is computed to be."""
     model = llama()
@@ -599,6 +780,48 @@ def test_a_patched_teacher_gives_its_head_in_eval_mode():
         assert isinstance(model(input_ids=IDS, logits_to_keep=4).logits, fg.LinearHead)
         assert isinstance(model(input_ids=IDS, return_dict=False)[0], fg.LinearHead)
         assert model(input_ids=IDS, logits_to_keep=4).logits.token_shape == (2, 4)
+
+
+def test_a_patched_prefix_model_is_told_its_prefix():
+    model = families.tiny("paligemma", transformers.AutoModelForImageTextToText)
+    types = torch.ones_like(IDS)
+    want = logits_of(model, token_type_ids=types)
+    with patch_lm_head(model, training_only=False):
+        for mode in (model.eval(), model.train()):
+            with pytest.raises(ValueError, match=r"token_type_ids must be given .*: without them PaliGemmaFor"):
+                mode(input_ids=IDS)
+        assert_close(dense(model.eval()(input_ids=IDS, token_type_ids=types).logits), want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("use", "kind", "message"),
+    [
+        (lambda z: z.shape, AttributeError, r"logits\.shape is not there"),
+        (lambda z: z.float(), AttributeError, r"logits\.float is not there"),
+        (lambda z: z[:, :-1].log_softmax(-1), AttributeError, r"logits\.log_softmax .*\(2, 7, 32\) .*\(61, 32\)"),
+        (lambda z: z / 0.7, TypeError, r"truediv cannot take logits.*dataclasses\.replace\(logits, temperature"),
+        (lambda z: 2 * z, TypeError, "mul cannot take logits"),
+        (lambda z: -z, TypeError, "neg cannot take logits"),
+        (lambda z: z > 0, TypeError, "gt cannot take logits"),
+        (lambda z: len(z), TypeError, "len cannot take logits"),
+        (lambda z: torch.log_softmax(z, -1), TypeError, r"log_softmax cannot take logits.*fused_gopd\.token_logprobs"),
+        (lambda z: nn.functional.cross_entropy(z[0], IDS[0]), TypeError, "cross_entropy cannot take logits"),
+        (lambda z: torch.stack([z, z]), TypeError, "stack cannot take logits"),
+        (lambda z: z[..., 0], IndexError, r"indexed by tokens.*head\[:, :-1\]"),
+        (lambda z: z.no_such_thing, AttributeError, "has no attribute 'no_such_thing'"),
+    ],
+)
+def test_what_stands_for_logits_says_so(use, kind, message):
+    model = llama()
+    with patch_lm_head(model, training_only=False):
+        z = model(input_ids=IDS).logits
+        with pytest.raises(kind, match=message) as error:
+            use(z)
+        if "no_such" not in message and kind is not IndexError:
+            assert "under patch_lm_head are no tensor but a fused_gopd.LinearHead" in str(error.value)
+        assert not hasattr(z, "shape")  # which is how libraries ask for a tensor
+        assert loss_of(replace(z, temperature=2.0)[:, :-1]).isfinite()
+        assert isinstance(copy.copy(z), fg.LinearHead)
 
 
 def test_a_patched_mixture_of_experts_keeps_its_auxiliary_loss():

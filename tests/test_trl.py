@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -574,6 +575,14 @@ def test_evaluation_has_the_same_metrics(tmp_path: Path) -> None:
     assert all(x.grad is None for x in run.model.parameters())
 
 
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_hooks_on_a_head_are_errors_before_the_first_step(tmp_path: Path, whose: str) -> None:
+    models = {"student": model(0), "teacher": model(1)}
+    models[whose].lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.raises(TypeError, match=r"the head has a forward hook, \S*<lambda> on Linear"):
+        trainer(tmp_path, **models)
+
+
 def test_mixed_precision_multiplies_in_the_dtype_of_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
 
@@ -777,7 +786,7 @@ def test_grpo_scores_with_a_head_that_trl_has_cast_to_float32(tmp_path: Path) ->
     head = run.model.lm_head
     forward = head.forward
     hidden = torch.randn(2, 3, head.in_features)
-    scored = run._head(run.model, hidden)
+    scored = run._frozen_head(run.model, hidden, ExitStack())
     assert scored.hidden.dtype == scored.weight.dtype == torch.float32
     assert torch.allclose(scored.hidden @ scored.weight.T, forward(hidden), atol=1e-6)
     run.train()

@@ -39,6 +39,7 @@ from ..checks import one_of, require_mask
 from ..objective import DIVERGENCES, TAILS, Sequences
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of
+from .transformers.transform import remember_transform
 
 __all__ = ["GOPDLossConfig", "gopd_loss", "gopd_policy_loss", "gopd_topk_loss"]
 
@@ -382,13 +383,19 @@ def _with_topk(original: Any) -> Any:
     return compute_topk_loss
 
 
+# by class of model: the forward that verl's has replaced
+_FORWARDS: dict[type, Any] = {}
+
+
 def _with_head(original: Any) -> Any:
     def patch_forward_with_backends(
         model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
     ) -> None:
         ours = use_fused_kernels and fused_kernels_backend == GOPD
+        forward = _FORWARDS.setdefault(type(model), type(model).forward)
         original(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
         if ours:
+            remember_transform(model, forward.__get__(model))
             model._verl_fused_kernels_backend = backend = _Backend(GOPD)
             backend.model = model
 

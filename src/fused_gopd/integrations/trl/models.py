@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,10 +18,12 @@ from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 from ... import Metrics, distributed, gopd_loss
 from ...checks import require_number
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from ...hooks import qualified_name
 from ...objective import AdvantageFn
 from ...output import GOPDOutput
 from ..modules import require_separate
 from ..transformers import head_of, last_hidden_state
+from ..transformers.states import require_head
 from . import card
 from .batch import Batch, spread
 from .checks import (
@@ -68,11 +69,12 @@ def _require_separate(name: str, source: nn.Module, student: nn.Module) -> None:
 @contextmanager
 def _without_cast(head: Any) -> Iterator[bool]:
     """A head with its own forward, and whether GRPOTrainer had put the same product in float32 in its place."""
-    replaced = vars(head).pop("forward", None)
+    cast_to_fp32 = qualified_name(vars(head).get("forward")).startswith("trl.trainer.grpo_trainer.")
+    replaced = vars(head).pop("forward") if cast_to_fp32 else None
     try:
-        yield replaced is not None
+        yield cast_to_fp32
     finally:
-        if replaced is not None:
+        if cast_to_fp32:
             head.forward = replaced
 
 
@@ -159,6 +161,9 @@ class Models:
         else:
             tokenizers = [teacher_processing_class] * len(routes)
         prepared: dict[int, Any] = {}
+        student = cast("Any", self.model)
+        with _without_cast(student.get_output_embeddings()):
+            require_head(student)
         sizes = [self._vocabulary(self.model)]
         self._positions = {"the student": positions_of(self.model.config)}
         init = getattr(self.args, "teacher_model_init_kwargs", None)
@@ -210,6 +215,7 @@ class Models:
         if isinstance(source, nn.Module) and id(source) in prepared:
             return prepared[id(source)]
         model = source if isinstance(source, nn.Module) else self._load(name, source, init)
+        require_head(model)
         size = self._vocabulary(model)
         check_vocabulary(name, size, sizes[0], self._tokenizer)
         trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
@@ -290,24 +296,26 @@ class Models:
 
     def _head(self, model: nn.Module, hidden: Tensor) -> LinearHead:
         """A model's head, at the temperature at which completions are sampled."""
-        if getattr(self.args, "cast_lm_head_to_fp32", False):
-            with _without_cast(cast("Any", model).get_output_embeddings()) as cast_to_fp32:
-                head = head_of(model, hidden.float() if cast_to_fp32 else hidden)
-        else:
-            head = head_of(model, hidden)
-        return replace(head, temperature=self.temperature)
+        return head_of(model, hidden, temperature=self.temperature)
 
     def _frozen_head(self, model: Any, hidden: Tensor, gathered: ExitStack) -> LinearHead:
         """A head of which ZeRO-3 leaves the weight whole for as long as ``gathered`` is open."""
-        gathered.enter_context(maybe_gather_lm_head_ctx(*model.get_output_embeddings().parameters()))
-        return self._head(model, hidden)
+        embeddings = model.get_output_embeddings()
+        gathered.enter_context(maybe_gather_lm_head_ctx(*embeddings.parameters()))
+        with _without_cast(embeddings) as cast_to_fp32:
+            return self._head(model, hidden.float() if cast_to_fp32 else hidden)
 
     def _at_head(self, model: Any, hidden: Tensor, function: Callable[[LinearHead], T]) -> T:
         """A function of a model's head in the place of its forward, for which wrappers make its weight whole."""
         embeddings = model.get_output_embeddings()
-        if not isinstance(embeddings, nn.Linear):  # an adapter's
-            return function(self._head(model, hidden))
-        return distributed.through_head(embeddings, hidden, lambda given: function(self._head(model, given.hidden)))
+        with _without_cast(embeddings) as cast_to_fp32:
+
+            def at(hidden: Tensor) -> T:
+                return function(self._head(model, hidden.float() if cast_to_fp32 else hidden))
+
+            if not isinstance(embeddings, nn.Linear):  # an adapter's
+                return at(hidden)
+            return distributed.through_head(embeddings, hidden, lambda given: at(given.hidden))
 
     def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Source:
         """What a frozen model or a scorer says of a batch."""

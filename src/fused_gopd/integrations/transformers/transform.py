@@ -1,0 +1,274 @@
+"""What a model's code does to the outputs of its head, measured with known numbers in place of logits."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .causal import HeadLocation, find_head, lock, unpatched
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """The first ``rows`` outputs z of a head become softcap tanh(logit_scale z / softcap)."""
+
+    rows: int
+    logit_scale: float
+    softcap: float | None
+
+    def of(self, z: Tensor) -> Tensor:
+        z = z[: self.rows] * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+# The first numbers: a factor is what becomes of 1. Under a softcap, it is what becomes of a number so small that the
+# curvature of tanh is below the rounding of float64, and the softcap is what becomes of one so large that tanh is 1.
+_ONE, _LARGE, _SMALL = 1.0, 2.0**30, 2.0**-30
+# by the dtype in which the code returns them: relative tolerance of the comparison, and decimal digits of a factor that
+# are kept, which are those that the rounding of a product and a quotient in that dtype leaves right
+_PRECISION = {torch.float64: (1e-9, 14), torch.float32: (1e-5, 7)}
+
+
+def _numbers(rows: int) -> Tensor:
+    """(rows,) float64 on the CPU, so that nothing waits for a device: of both signs, none of them 0, all different."""
+    z = torch.linspace(0.1, 100.0, rows, dtype=torch.float64, device="cpu")
+    z[1::2].neg_()
+    z[:3] = torch.tensor((_ONE, _LARGE, _SMALL), dtype=torch.float64, device="cpu")[:rows]
+    return z
+
+
+def _fit(z: Tensor, found: Tensor) -> LogitTransform | None:
+    """The transform that takes z (rows,) to what was found, in every entry; None if there is none."""
+    rows = found.shape[-1]
+    if found.numel() != rows or not 3 <= rows <= len(z) or found.dtype not in _PRECISION:
+        return None
+    tolerance, digits = _PRECISION[found.dtype]
+    exact = found.dtype == torch.float64
+    found = found.detach().reshape(-1).double().cpu()
+    one, large, small = found[:3].tolist()
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.{digits}g}")
+
+    factor = LogitTransform(rows, one if exact else rounded(one), None)
+    capped = LogitTransform(rows, rounded(small / _SMALL), large if exact else rounded(large))
+    for transform in (factor, capped):
+        positive = transform.logit_scale > 0 and (transform.softcap is None or transform.softcap > 0)
+        if positive and torch.allclose(transform.of(z), found, rtol=tolerance, atol=0.0):
+            return transform
+    return None
+
+
+class UnknownTransformError(RuntimeError):
+    """What a model's code does to the outputs of its head, a LinearHead cannot do."""
+
+
+def logits_of(output: Any) -> Tensor:
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
+
+
+class HiddenStateRecorder(nn.Module):
+    """In the place of a head: records the hidden states that it is given, and returns ``numbers`` for logits."""
+
+    def __init__(self, head: nn.Module, numbers: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(head=head, thread=threading.get_ident(), numbers=numbers, hidden=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["head"], name)  # families read the dtype of its weight
+
+    def forward(self, hidden: Tensor) -> Any:
+        if threading.get_ident() != self.thread:
+            return self.head(hidden)
+        if hidden.ndim != 3 or self.hidden is not None:
+            what = "is called twice" if self.hidden is not None else f"is given hidden states {tuple(hidden.shape)}"
+            raise TypeError(f"model's head must be called once, with hidden states (B, T, H), but it {what}")
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as the head's own product would
+        self.__dict__["hidden"] = hidden
+        return self.numbers[None, None]
+
+
+# by model, of its last forward that was run without its head
+_MEASURED: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
+
+
+def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> tuple[Any, Tensor, LogitTransform]:
+    """What a forward returns with numbers in place of logits, what its head was given, what became of the numbers.
+
+    Args:
+        location: of the head, under the model's lock.
+        forward: calls the forward of the model or of one around it.
+        body: whether the rest of the model runs; False replaces it before the head, and gives the head zeros.
+    """
+    numbers = _numbers(location.vocab_size)
+    recorder = HiddenStateRecorder(location.head, numbers.clone())  # which the code may change in place
+    replaced = [(location.caller, location.name, location.head)]
+    location.caller._modules[location.name] = recorder
+    try:
+        if not body:
+            hidden = _zeros(location)
+            for module in location.path:
+                for name, child in list(module._modules.items()):
+                    if child is not None and child is not recorder and all(child is not x for x in location.path):
+                        replaced.append((module, name, child))
+                        module._modules[name] = _SkippedModule(child, recorder, hidden)  # type: ignore[assignment]
+        with unpatched():
+            output = forward()
+    finally:
+        for module, name, child in replaced:
+            module._modules[name] = child
+    name = type(location.caller).__name__
+    if recorder.hidden is None:
+        raise TypeError(f"the forward of {name} does not call its head: no hidden states can be taken from there")
+    transform = _fit(numbers, logits_of(output))
+    if transform is None:
+        raise UnknownTransformError(
+            f"{name} makes other logits of the outputs of its head than a fused_gopd.LinearHead can (factor, softcap, "
+            "last rows left out): compute the logits, fused_gopd.Logits(logits), or make the head yourself, "
+            "fused_gopd.LinearHead(hidden, weight, logit_scale=..., softcap=...)"
+        )
+    return output, recorder.hidden, transform
+
+
+def without_head(base: PreTrainedModel, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
+    """What a forward returns with numbers in place of logits, and what its head was given."""
+    with lock(base):
+        output, hidden, _MEASURED[base] = _record(find_head(base), forward, body=True)
+    return output, hidden
+
+
+# ------------------------------------------------------------------------------------------------- without the body
+
+
+class _BodyOutput:
+    """What a body that was skipped returns: hidden states, and None for everything else that code may read."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return (self.last_hidden_state,)[index]
+        return self.last_hidden_state if index in (0, "last_hidden_state") else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.last_hidden_state,))
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _SkippedModule:
+    """In the place of a module beside the way to the head: not run before the head is; afterwards, it is.
+
+    Everything else is the module's own: parameters, dtype, config, methods. A body returns hidden states, a layer
+    returns what it is given.
+    """
+
+    def __init__(self, module: nn.Module, recorder: HiddenStateRecorder, hidden: Tensor) -> None:
+        self.__dict__.update(module=module, recorder=recorder, hidden=hidden)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # for code that asks isinstance
+        return type(self.__dict__["module"])
+
+    def _skipped(self, x: Any) -> Any:
+        if isinstance(x, nn.Module):
+            return _SkippedModule(x, self.__dict__["recorder"], self.__dict__["hidden"])
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        return self._skipped(getattr(self.__dict__["module"], name))
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._skipped, self.__dict__["module"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._skipped(self.__dict__["module"][index])
+
+    def __len__(self) -> int:
+        return len(self.__dict__["module"])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, recorder, hidden = (self.__dict__[name] for name in ("module", "recorder", "hidden"))
+        if recorder.hidden is not None or threading.get_ident() != recorder.thread:
+            return module(*args, **kwargs)
+        if isinstance(module, PreTrainedModel):
+            return _BodyOutput(hidden)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+        return next(given, hidden)
+
+
+def _zeros(location: HeadLocation) -> Tensor:
+    """(1, 1, H) hidden states as the head takes them."""
+    head = location.head
+    weight = next((p for p in head.parameters() if p.is_floating_point()), torch.zeros(()))
+    size = getattr(head, "in_features", None)
+    if size is None:
+        size = location.model.config.get_text_config().hidden_size
+    return torch.zeros(1, 1, size, dtype=weight.dtype, device=weight.device)
+
+
+def accepts(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -> LogitTransform:
+    """What the model's code does to the outputs of its head: the code is run on one token without the body.
+
+    Args:
+        location: of the head, under the model's lock.
+        forward: the code, where another one is in its place in the meantime; default the model's forward.
+
+    Raises:
+        RuntimeError: it does what a LinearHead cannot do, or the code does not run without the body.
+    """
+    model = location.model
+    forward = model.forward if forward is None else forward
+    inputs = {"use_cache": False} if accepts(type(model).forward, "use_cache") else {}
+    token = torch.zeros(1, 1, dtype=torch.int64, device=_zeros(location).device)
+    try:
+        with torch.no_grad():
+            return _record(location, lambda: forward(input_ids=token, **inputs), body=False)[2]
+    except UnknownTransformError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"what {type(model).__name__} does to the outputs of its head (a factor, a softcap) could not be measured: "
+            f"its forward does not run without the body ({type(error).__name__}: {error}). Call last_hidden_state("
+            "model, input_ids) once before, which measures it with the body, or make the head yourself, "
+            "fused_gopd.LinearHead(hidden, weight, logit_scale=..., softcap=...)"
+        ) from error
+
+
+def transform_of(location: HeadLocation) -> LogitTransform:
+    """As measured in the model's last forward without its head, else now."""
+    found = _MEASURED.get(location.model)
+    return measure(location) if found is None else found
+
+
+def remember_transform(model: Any, forward: Callable[..., Any]) -> None:
+    """Measure ``forward``, the model's own, for models whose forward another library is about to replace."""
+    with lock(model):
+        _MEASURED[model] = measure(find_head(model), forward)
