@@ -129,6 +129,10 @@ NB_MODULE(_native, m) {
   m.def(
       "map",
       [](const std::string& function, uintptr_t values, int64_t n) {
+        if (function != "exp" && function != "log" && function != "tanh")
+          throw std::invalid_argument("function must be exp, log or tanh, got " + function);
+        if (values == 0 || n < 0 || n % 16 != 0)
+          throw std::invalid_argument("values must be an address, and n a multiple of 16, got " + std::to_string(n));
         chosen_kernels().map(function.c_str(), pointer<float>(values), n);
       },
       "function"_a, "values"_a, "n"_a, "The kernels' own exp, log or tanh, in place on n float32: for tests.");

@@ -542,12 +542,12 @@ void store_block_as(const float* g, int n, void* out, int64_t offset) {
   }
 }
 
-// For a row of out that is not aligned to the vector.
+// For a row of out that is not aligned to the vector, or not even to a float, as an array of NumPy's need not be.
 void stream_block(const float* g, int n, float* to) {
   int k = 0;
-  for (; k < n && reinterpret_cast<uintptr_t>(to + k) % kVectorBytes != 0; ++k) to[k] = g[k];
+  for (; k < n && reinterpret_cast<uintptr_t>(to + k) % kVectorBytes != 0; ++k) store(to + k, g[k]);
   for (; k + W <= n; k += W) stream(to + k, load(g + k));
-  for (; k < n; ++k) to[k] = g[k];
+  for (; k < n; ++k) store(to + k, g[k]);
 }
 
 void store_block(const Job& job, const float* g, int n, int64_t offset) {

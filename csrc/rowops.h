@@ -33,7 +33,7 @@ enum Stat : int {
 //   without softcap   z = input_scale (x + bias)
 //   with softcap      z = output_scale tanh(input_scale (x + bias)), where -inf stays -inf
 struct Model {
-  const void* raw = nullptr;  // (C, >= V) of dtype; nullptr: the problem has no such model
+  const void* raw = nullptr;  // (C, >= V) of dtype at any address; nullptr: the problem has no such model
   int64_t row_stride = 0;     // in elements; 0 repeats one row
   DType dtype = DType::f32;
   const float* bias = nullptr;  // (V,) or nullptr

@@ -456,8 +456,27 @@ def test_refuses_a_wrong_out():
     ):
         with pytest.raises((TypeError, ValueError), match="out"):
             NATIVE.gradient(problem, statistics, weights, out)
-    with pytest.raises(ValueError, match="statistics must be"):
-        NATIVE.gradient(problem, statistics[:, :4], weights, torch.empty(5, 211))
+
+
+def test_refuses_wrong_statistics():
+    """Too few of them were read, and the parts of jsd written, past their end."""
+    problem, weights, out = make_problem(divergence="jsd"), make_weights(5), torch.empty(5, 211)
+    statistics = NATIVE.statistics(problem)
+    for wrong in (statistics[:, :4], statistics[:2], statistics[0], statistics.double(), statistics.to("meta")):
+        with pytest.raises((TypeError, ValueError), match="statistics must be"):
+            NATIVE.gradient(problem, wrong, weights, out)
+        with pytest.raises((TypeError, ValueError), match="statistics must be"):
+            NATIVE.jsd_parts(problem, wrong)
+    with pytest.raises(ValueError, match="jsd_parts needs divergence='jsd', got 'reverse_kl'"):
+        NATIVE.jsd_parts(dataclasses.replace(problem, divergence="reverse_kl"), statistics)
+
+
+def test_memory_that_was_freed_is_refused():
+    """As FSDP frees a gathered parameter, whose shape stays."""
+    problem = make_problem()
+    problem.teacher.raw.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="teacher must have its memory"):
+        NATIVE.statistics(problem)
 
 
 # ------------------------------------------------------------------------------------------------------ random search
@@ -656,35 +675,62 @@ X86 = {
 }
 
 
-def test_sanitizers_find_nothing(tmp_path):
-    """AddressSanitizer and UBSan over exactly-sized heap buffers, for every instruction set of this machine."""
+SANITIZED = ["-O1", "-g", "-fPIC", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
+SANITIZED += ["-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> tuple[str, list[str]]:
+    """The compiler, and objects of the kernels of every instruction set with AddressSanitizer and UBSan."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    flags = [
-        "-O1",
-        "-g",
-        "-ffp-contract=fast",
-        "-Wno-psabi",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
     isas = X86 if "avx2" in _native.available_isas() or os.uname().machine == "x86_64" else {"baseline": []}
-    objects = compile_kernels(compiler, tmp_path, flags, isas)
-    program = tmp_path / "driver"
-    sources = [str(REPO / "tests" / "native" / "driver.cpp"), str(REPO / "csrc" / "dispatch.cpp")]
-    command = [compiler, "-std=c++17", *flags, f"-I{REPO / 'csrc'}", *sources, *objects, "-o", str(program)]
+    return compiler, compile_kernels(compiler, tmp_path_factory.mktemp("sanitized"), SANITIZED, isas)
+
+
+def link_sanitized(sanitized: tuple[str, list[str]], source: str, out: Path, *flags: str) -> None:
+    compiler, objects = sanitized
+    sources = [str(REPO / "tests" / "native" / source), str(REPO / "csrc" / "dispatch.cpp")]
+    command = [compiler, "-std=c++17", *SANITIZED, *flags, f"-I{REPO / 'csrc'}", *sources, *objects, "-o", str(out)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0 and "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip("the compiler has no sanitizer libraries")
     assert built.returncode == 0, built.stderr[-4000:]
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([str(program)], env=environment, capture_output=True, text=True, check=False)
+
+
+def run_sanitized(command: list[str], **environment: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | environment
+    environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert "ERROR" not in done.stderr
     assert "runtime error" not in done.stderr
     for isa in _native.available_isas():
         assert f"{isa}: " in done.stdout
+
+
+def test_sanitizers_find_nothing(sanitized, tmp_path):
+    """AddressSanitizer and UBSan over exactly-sized heap buffers, for every instruction set of this machine."""
+    link_sanitized(sanitized, "driver.cpp", tmp_path / "driver")
+    run_sanitized([str(tmp_path / "driver")])
+
+
+def test_sanitizers_find_nothing_in_wrong_and_odd_buffers(sanitized, tmp_path):
+    """Every entry of the row operations refuses a buffer of a wrong shape, dtype, device or size by name.
+
+    Strided and unaligned ones, as NumPy may hand over, give the bits of plain ones.
+    """
+    if not Path(sanitized[0]).name.startswith("g++"):
+        pytest.skip("only GCC's AddressSanitizer is a library that an interpreter can be started with")
+    link_sanitized(sanitized, "shim.cpp", tmp_path / "shim.so", "-shared")
+    found = subprocess.run([sanitized[0], "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    library = found.stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("the compiler has no sanitizer libraries")
+    path = os.pathsep.join(p for p in sys.path if p)
+    program = [sys.executable, str(REPO / "tests" / "native" / "fuzz.py"), str(tmp_path / "shim.so"), "400"]
+    run_sanitized([*program, *_native.available_isas()], LD_PRELOAD=library, PYTHONPATH=path, OMP_NUM_THREADS="1")
 
 
 def test_the_kernels_compile_for_aarch64(tmp_path):

@@ -47,30 +47,26 @@ class NativeRowOps:
     name = "native"
 
     def statistics(self, problem: RowProblem) -> Tensor:
-        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32, device="cpu")
-        with _Job(problem, statistics) as job:
+        with _Job(problem) as job:
             job.handle.request_statistics()
-        return statistics
+        return job.statistics
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
-        expected = (len(Stat), problem.rows)
-        if tuple(statistics.shape) != expected:
-            raise ValueError(f"statistics must be {expected}, got {tuple(statistics.shape)}")
-        with _Job(problem, _vector("statistics", statistics, statistics.shape)) as job:
+        with _Job(problem, statistics) as job:
             job.request_gradient(weights, out)
 
     def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
-        out = statistics.clone(memory_format=torch.contiguous_format)
-        with _Job(problem, out) as job:
+        if problem.divergence != "jsd":
+            raise ValueError(f"jsd_parts needs divergence='jsd', got {problem.divergence!r}")
+        with _Job(problem, statistics, writes=True) as job:
             job.handle.request_jsd_parts()
-        return out[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
+        return job.statistics[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        statistics = torch.empty(len(Stat), problem.rows, dtype=torch.float32, device="cpu")
-        with _Job(problem, statistics) as job:
+        with _Job(problem) as job:
             job.handle.request_statistics()
             job.request_gradient(weights, out)
-        return statistics
+        return job.statistics
 
     def linear_statistics(
         self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
@@ -79,12 +75,17 @@ class NativeRowOps:
 
 
 class _Job:
-    """A validated problem as addresses, and the tensors that keep the addresses alive. Runs on leaving the context."""
+    """A validated problem as addresses, and the tensors that keep the addresses alive. Runs on leaving the context.
 
-    def __init__(self, problem: RowProblem, statistics: Tensor) -> None:
+    The one place where buffers are checked: what the kernels are given is a plain address, which they trust.
+    """
+
+    def __init__(self, problem: RowProblem, statistics: Tensor | None = None, *, writes: bool = False) -> None:
+        """``statistics`` that were computed before, of which a copy is used if the kernels write to them."""
         self._native = _load()
         self._problem = problem
         self._alive: list[Tensor] = []
+        student = self._model("student", problem.student)
         rows = (problem.rows,)
         if problem.vocab_size < 0:
             raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
@@ -104,10 +105,16 @@ class _Job:
             if (only_teacher and scale == 0) or (only_ref and scale == 1):
                 raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
         ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
+        shape = (len(Stat), problem.rows)
+        if statistics is None:
+            self.statistics = torch.empty(shape, dtype=torch.float32, device="cpu")
+        else:
+            self.statistics = _vector("statistics", statistics, shape)
+            self.statistics = self.statistics.clone() if writes else self.statistics
         self.handle = self._native.Job(
             rows=problem.rows,
             vocab=problem.vocab_size,
-            student=self._model("student", problem.student),
+            student=student,
             teacher=self._model("teacher", problem.teacher),
             ref=self._model("ref", problem.ref),
             reward_scale=scale,
@@ -115,7 +122,7 @@ class _Job:
             token_ids=self._address(ids),
             divergence=_DIVERGENCES[problem.divergence],
             mixture=tuple(Mixture.of(problem.beta)),
-            statistics=self._address(statistics),
+            statistics=self._address(self.statistics),
         )
 
     def request_gradient(self, weights: GradientWeights, out: Tensor) -> None:
@@ -125,8 +132,8 @@ class _Job:
             raise ValueError(f"the rows of out overlap: row stride {out.stride(0)}, vocabulary {problem.vocab_size}")
         if weights.token is not None and problem.token_ids is None:
             raise ValueError("token weights need token_ids")
-        vectors = (weights.divergence, weights.token)
-        divergence, token = (None if w is None else _vector("weights", w, (problem.rows,)) for w in vectors)
+        vectors = (("weights.divergence", weights.divergence), ("weights.token", weights.token))
+        divergence, token = (None if w is None else _vector(name, w, (problem.rows,)) for name, w in vectors)
         in_place = out.data_ptr() == problem.student.raw.data_ptr()
         size = problem.rows * problem.vocab_size * out.element_size()
         self._alive.append(out)
@@ -148,12 +155,13 @@ class _Job:
         _check_rows(name, raw, self._problem)
         bias = transform.bias
         if bias is not None:
-            if bias.dim() != 1 or bias.shape[0] < self._problem.vocab_size or bias.device.type != "cpu":
-                raise ValueError(
-                    f"the bias of {name} must be (>= {self._problem.vocab_size},) on the CPU, "
-                    f"got {tuple(bias.shape)} on {bias.device}"
-                )
-            bias = bias.detach().to(torch.float32).contiguous()
+            V = self._problem.vocab_size
+            if bias.dim() != 1 or bias.shape[0] < V:
+                raise ValueError(f"the bias of {name} must be (>= {V},), got {tuple(bias.shape)}")
+            if not bias.is_floating_point():
+                raise TypeError(f"the bias of {name} must be floating, got {bias.dtype}")
+            _check_memory(f"the bias of {name}", bias)
+            bias = _aligned(bias.detach()[:V].to(torch.float32))
         softcap = transform.softcap
         return self._native.Model(
             # an empty tensor has no address, and none is the mark of a model that is not there
@@ -180,19 +188,47 @@ class _Job:
             self._native.run(self.handle, threads=torch.get_num_threads())
 
 
-def _check_rows(name: str, x: Tensor, problem: RowProblem) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16 for backend='native', got {x.dtype}")
+def _check_memory(name: str, x: Tensor) -> None:
+    """The tensor has the memory on the CPU that its shape and strides speak of, as it stands there."""
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU for backend='native', got {x.device}")
+    if x.layout != torch.strided or x.is_neg():
+        raise ValueError(f"{name} must be dense, got {'a lazily negated view' if x.is_neg() else x.layout}")
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + last + 1) * x.element_size() if x.numel() else 0
+    if needed > x.untyped_storage().nbytes():
+        raise ValueError(
+            f"{name} must have its memory: it needs {needed} bytes of a storage that has "
+            f"{x.untyped_storage().nbytes()}, as one that was freed"
+        )
+
+
+def _check_rows(name: str, x: Tensor, problem: RowProblem) -> None:
+    """(C, >= V) of a dtype that the kernels have, with unit stride along the vocabulary."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 for backend='native', got {x.dtype}")
     if x.dim() != 2 or x.shape[0] != problem.rows or x.shape[1] < problem.vocab_size:
-        raise ValueError(f"{name} must be ({problem.rows}, >= {problem.vocab_size}), got {tuple(x.shape)}")
+        rows = problem.rows if problem.student.raw.dim() else "rows"
+        raise ValueError(f"{name} must be ({rows}, >= {problem.vocab_size}), got {tuple(x.shape)}")
     if x.shape[1] > 1 and x.stride(1) != 1:
         raise ValueError(f"{name} must have unit stride along the vocabulary, got {x.stride(1)}")
+    _check_memory(name, x)
 
 
 def _vector(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``x`` as contiguous memory of a dtype; the caller's own where it is that already."""
-    if tuple(x.shape) != tuple(shape) or x.device.type != "cpu":
-        raise ValueError(f"{name} must be {tuple(shape)} on the CPU, got {tuple(x.shape)} on {x.device}")
-    return x.detach().to(dtype).contiguous()
+    """``x`` as contiguous memory; the caller's own where it is that already."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} for backend='native', got {x.dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+    _check_memory(name, x)
+    return _aligned(x.detach())
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous and at an address that its dtype divides, as the kernels read single numbers.
+
+    Logits may begin anywhere: they are read by vectors, whole rows at a time.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % x.element_size() else x

@@ -1,0 +1,216 @@
+"""Row operations of the native backend on buffers of every wrong and every odd shape, under the sanitizers.
+
+    LD_PRELOAD=libasan.so python fuzz.py LIBRARY CALLS ISA ...
+
+LIBRARY is shim.cpp and the kernels, compiled with -fsanitize=address,undefined, in the place of the extension. Every
+buffer has an allocation of its own and of its exact size. A call with a wrong buffer has to raise and name it; one with
+odd ones (strided, unaligned, wider) has to give the bits of the same call on plain ones. test_native.py runs this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, native
+
+# ------------------------------------------------------------------------------------- the extension's place, by ctypes
+
+P, INT64, INT, F, BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_bool
+SIGNATURES = {
+    "new_model": (P, [P, INT64, INT, P, F, F, BOOL]),
+    "new_job": (P, [INT64, INT64, P, P, P, F, P, P, INT, F, F, F, BOOL, P]),
+    "request_statistics": (None, [P]),
+    "request_jsd_parts": (None, [P]),
+    "request_gradient": (None, [P, P, P, P, INT64, INT, BOOL]),
+    "run_job": (None, [P, ctypes.c_char_p]),
+}
+
+
+class Shim:
+    """What the extension has, as far as native.py uses it."""
+
+    def __init__(self, library: str, isa: str) -> None:
+        self.c, self.isa = ctypes.CDLL(library), isa.encode()
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(self.c, name)
+            function.restype, function.argtypes = result, arguments
+
+    def Model(self, *, raw, row_stride, dtype, bias, input_scale, output_scale, softcap):
+        return Held(self.c.new_model(raw, row_stride, dtype, bias, input_scale, output_scale, softcap), self.c)
+
+    def Job(self, *, rows, vocab, student, teacher, ref, reward_scale, reward_scales, token_ids, divergence, mixture,
+            statistics):  # fmt: skip
+        models = [None if model is None else model.address for model in (student, teacher, ref)]
+        mine = (*models, reward_scale, reward_scales, token_ids, divergence, *mixture, statistics)
+        return Held(self.c.new_job(rows, vocab, *mine), self.c)
+
+    def run(self, job, *, threads):
+        assert threads >= 1
+        self.c.run_job(job.address, self.isa)
+
+
+class Held:
+    def __init__(self, address: int, c: Any) -> None:
+        self.address, self.c = address, c
+
+    def request_statistics(self):
+        self.c.request_statistics(self.address)
+
+    def request_jsd_parts(self):
+        self.c.request_jsd_parts(self.address)
+
+    def request_gradient(self, *, divergence_weights, token_weights, out, out_stride, out_dtype, stream):
+        self.c.request_gradient(self.address, divergence_weights, token_weights, out, out_stride, out_dtype, stream)
+
+
+# --------------------------------------------------------------------------------------------------------- odd buffers
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same numbers one byte past the beginning of an allocation."""
+    kind = {1: np.uint8, 2: np.uint16, 4: np.float32, 8: np.int64}[x.element_size()]
+    memory = np.frombuffer(bytearray(1 + x.numel() * x.element_size()), dtype=kind, count=x.numel(), offset=1)
+    y = torch.from_numpy(memory)
+    y = (y.view(x.dtype) if x.element_size() == 2 else y).view(x.shape)
+    return y.copy_(x)
+
+
+def wider(x: Tensor) -> Tensor:
+    """The last dimension in the middle of longer rows."""
+    out = x.new_zeros(*x.shape[:-1], x.shape[-1] + 5)[..., 2:-3]
+    return out.copy_(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """Strided along dim 0, where a row operation allows any stride."""
+    out = x.new_zeros(2 * x.shape[0], *x.shape[1:])[::2]
+    return out.copy_(x)
+
+
+def freed(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.untyped_storage().resize_(max(0, y.untyped_storage().nbytes() - 1))
+    return y
+
+
+RIGHT = (lambda x: x, unaligned, wider, every_second)
+WRONG = (
+    lambda x: x[: x.shape[0] - 1].clone(),  # fewer rows, or a vector that is too short
+    lambda x: x[..., : x.shape[-1] - 1].clone(),
+    lambda x: x[None].clone(),
+    lambda x: x.reshape(-1)[:1].reshape(()).clone(),
+    lambda x: x.to(torch.uint8),
+    lambda x: x.to(torch.complex64),
+    lambda x: x.to("meta"),
+    freed,
+    lambda x: x.double() if x.is_floating_point() else x.to(torch.int32),  # last: a bias is converted
+)
+
+
+@dataclass
+class Call:
+    """The buffers of a call by name; what is None is not there."""
+
+    buffers: dict[str, Tensor | None]
+    vocab: int
+    options: dict[str, Any]
+    transforms: dict[str, LogitTransform]
+
+    def run(self, op: str) -> list[Tensor]:
+        b = self.buffers
+        models = {}
+        for name in ("student", "teacher", "ref"):
+            bias = b[f"the bias of {name}"]
+            models[name] = None if b[name] is None else ModelRows(b[name], replace(self.transforms[name], bias=bias))
+        options = dict(self.options)
+        if b["reward_scale"] is not None:
+            options["reward_scale"] = b["reward_scale"]
+        problem = RowProblem(self.vocab, **models, token_ids=b["token_ids"], **options)
+        weights, ops, out = (
+            GradientWeights(b["weights.divergence"], b["weights.token"]),
+            native.NativeRowOps(),
+            b["out"],
+        )
+        if op == "statistics":
+            return [ops.statistics(problem)]
+        if op == "jsd_parts":
+            return [ops.jsd_parts(problem, b["statistics"])]
+        results = [ops.statistics_and_gradient(problem, weights, out)] if op == "statistics_and_gradient" else []
+        if op == "gradient":
+            ops.gradient(problem, b["statistics"], weights, out)
+        return [*results, out[:, : self.vocab].clone()]
+
+
+READ = {
+    "statistics": set(),
+    "jsd_parts": {"statistics"},
+    "gradient": {"statistics", "weights.divergence", "weights.token", "out"},
+    "statistics_and_gradient": {"weights.divergence", "weights.token", "out"},
+}
+
+
+def make(draw: random.Random) -> tuple[str, Call]:
+    op = draw.choice(list(READ))
+    rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030))
+    divergence = "jsd" if op == "jsd_parts" else draw.choice(("none", "reverse_kl", "forward_kl", "jsd"))
+    there = {"student": True, "teacher": divergence != "none", "ref": divergence != "none"}
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    options: dict[str, Any] = {"divergence": divergence, "beta": draw.choice((0.5, 0.1, 1e-4))}
+    buffers: dict[str, Tensor | None] = {}
+    transforms = {}
+    for name, is_there in there.items():
+        buffers[name] = torch.randn(rows, vocab).mul_(3).to(draw.choice(dtypes)) if is_there else None
+        has_bias = is_there and draw.random() < 0.3
+        buffers[f"the bias of {name}"] = torch.randn(vocab) if has_bias else None
+        transforms[name] = LogitTransform(softcap=draw.choice((None, 8.0)), temperature=draw.choice((1.0, 0.7)))
+    scales = divergence != "none" and draw.random() < 0.4
+    buffers["reward_scale"] = torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])[:rows].clone() if scales else None
+    options["reward_scale"] = draw.choice((1.25, 0.5))
+    buffers["token_ids"] = torch.tensor([0, -1, vocab - 1, vocab, 2**62])[:rows].clone()
+    buffers["weights.divergence"] = torch.randn(rows) if draw.random() < 0.8 else None
+    buffers["weights.token"] = torch.randn(rows) if draw.random() < 0.8 else None
+    buffers["out"] = torch.zeros(rows, vocab, dtype=draw.choice(dtypes))
+    plain = Call(buffers, vocab, options, transforms)
+    buffers["statistics"] = plain.run("statistics")[0] if "statistics" in READ[op] else None
+    return op, plain
+
+
+def main(library: str, calls: int, isa: str) -> None:
+    shim = Shim(library, isa)
+    native._load = lambda: shim
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(calls):
+        op, plain = make(draw)
+        want = plain.run(op)
+        odd = {name: None if x is None else draw.choice(RIGHT)(x.clone()) for name, x in plain.buffers.items()}
+        native._STREAM_BYTES = draw.choice((1, 1 << 24))
+        got = replace(plain, buffers=dict(odd)).run(op)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"{op} gives other bits for odd buffers: {plain}"
+        given = [name for name, x in plain.buffers.items() if x is not None]
+        name = draw.choice([name for name in given if name in READ[op] or not any(name in x for x in READ.values())])
+        change = draw.choice(WRONG[:-1] if name.startswith("the bias") else WRONG)
+        x = change(plain.buffers[name])
+        try:
+            replace(plain, buffers=odd | {name: x}).run(op)
+        except (TypeError, ValueError) as error:
+            # a student of other rows makes all others wrong
+            assert name in str(error) or name == "student", f"the error does not name {name}: {error}"  # noqa: PT017
+        else:
+            right = plain.buffers[name]
+            raise AssertionError(f"{op} took {name} {x.dtype} {tuple(x.shape)} for {right.dtype} {tuple(right.shape)}")
+    print(f"{isa}: {calls} calls")
+
+
+if __name__ == "__main__":
+    for each in sys.argv[3:]:
+        main(sys.argv[1], int(sys.argv[2]), each)
