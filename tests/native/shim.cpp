@@ -1,5 +1,5 @@
-// The row kernels behind functions that ctypes can call, with the arguments of csrc/bind.cpp: fuzz.py runs the package's
-// own Python on kernels that are compiled with sanitizers.
+// The row kernels behind functions that ctypes can call, with the arguments of csrc/bind.cpp: fuzz.py runs the
+// package's own Python on kernels that are compiled with sanitizers.
 
 #include <cstdint>
 
