@@ -1043,6 +1043,10 @@ def test_a_tokenizer_beside_a_teacher_is_found_and_compared(tmp_path: Path) -> N
         trainer(tmp_path, teacher=str(tmp_path / "teacher"))
     tokenizer().save_pretrained(tmp_path / "teacher")
     trainer(tmp_path, teacher=str(tmp_path / "teacher"))
+    for content in (b"{}", b"\xff", b"{"):
+        (tmp_path / "teacher" / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"the tokenizer in .*teacher cannot be loaded"):
+            trainer(tmp_path, teacher=str(tmp_path / "teacher"))
 
 
 def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -170,6 +171,13 @@ def find_tokenizer(source: Model, model: nn.Module, **options: Any) -> PreTraine
         return None
     try:
         found = AutoTokenizer.from_pretrained(name, local_files_only=not isinstance(source, str), **options)
-    except (OSError, ValueError):  # there is none
-        return None
+    except Exception as error:  # a damaged file makes transformers raise all kinds
+        if next(Path(name).glob("tokenizer*"), None) is not None:
+            raise ValueError(
+                f"the tokenizer in {name} cannot be loaded ({type(error).__name__}: {error}), to be compared with the "
+                "student's: mend it, or pass teacher_processing_class"
+            ) from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        return None  # there is none
     return cast("PreTrainedTokenizerBase", found)

@@ -260,7 +260,7 @@ class Models:
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = padding
 
     def _check_positions(self, batch: Batch) -> None:
-        """No sequence is longer than a model's positions, beyond which its scores mean nothing; waits for the device."""
+        """No sequence is longer than a model's positions: beyond them its scores mean nothing. Waits for the device."""
         limits = {name: positions for name, positions in self._positions.items() if positions is not None}
         longest = int(batch.attention_mask.sum(dim=1).max())
         for name, positions in limits.items():
