@@ -69,7 +69,7 @@ conformance: $(VENV)/.test
 test-verl: .venv-verl/.test
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_scale_configs.py
 
-# A real inference server, in an environment of its own as a server has. Not part of CI: 3.4 GB, and minutes.
+# A real inference server, in an environment of its own as a server has. Not part of CI: 3 GB, and minutes.
 .venv-server/.ready: tests/vllm-constraints.txt
 	$(PYTHON) -m venv .venv-server
 	.venv-server/bin/pip install --quiet --no-deps --requirement tests/vllm-constraints.txt
