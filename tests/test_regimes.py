@@ -429,7 +429,11 @@ def test_no_value_is_read_back_and_no_shape_depends_on_one(objective, reduction,
     models = [on_meta(m) for m in batch.models]
     options = {k: on_meta(x) if isinstance(x, torch.Tensor) else x for k, x in objective.items()}
     if masked:
-        options["mask"] = on_meta(batch.mask)
+        options["mask"] = on_meta(batch.mask.to(BF16))
+    if reduction == "seq-mean-token-mean":
+        options["sequence_lengths"] = torch.full((2,), 9, device="meta")
+    if objective is OFF_POLICY:
+        models[1] = fg.TokenLogProbs(on_meta(objective["old_logprobs"]))
     out = fg.gopd_loss(*models, on_meta(batch.token_ids), reward_scale=1.25, reduction=reduction, **options)
     out.loss.sum().backward()
     assert out.token_loss.shape == (2, 5)

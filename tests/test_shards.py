@@ -665,6 +665,21 @@ def _disagreements() -> None:
     with pytest.raises(ValueError, match=r"the same k, got 5.0 on rank 0 and .*6.0 on rank"):
         fg.token_topk(sharded.student, 5 + int(last), mask=batch.mask)
 
+    # on a GPU one assert each for what is compared exactly on the host, exactly on the device, and by fingerprints
+    may_wait, agreement._may_wait = agreement._may_wait, lambda device: False
+    try:
+        _values(sharded, FULL)
+        for what, mine, options in (
+            ("options and models", changed("ref", temperature=0.7), FULL),
+            ("options and models", sharded, {**FULL, "reduction": "sum" if last else "token-mean"}),
+            ("tensors, one of mask, cu_seqlens", sharded.replaced(mask=fewer) if last else sharded, FULL),
+            ("tokens, in one of student, teacher", scored(fg.TokenLogProbs(other if last else logprobs)), {}),
+        ):
+            with pytest.raises(ValueError, match=f"must call the loss with the same {what}.*got True"):
+                _values(mine, options)
+    finally:
+        agreement._may_wait = may_wait
+
 
 def _packed(batch: Batch) -> Batch:
     models = {

@@ -241,12 +241,17 @@ def _cut(shard: VocabShard, own: VocabShard | None) -> object:
     return f"{own.bounds}, reduce_hidden={own.reduce_hidden}"
 
 
+def _may_wait(device: torch.device) -> bool:
+    """Whether the host may wait for what the ranks have sent, and say what differs."""
+    return device.type == "cpu"
+
+
 def _compare(
     shard: VocabShard, options: tuple[tuple[str, str], ...], agreement: Agreement, device: torch.device
 ) -> None:
-    cpu = device.type == "cpu"
+    waits = _may_wait(device)
     hashes = [zlib.crc32(text.encode()) for _, text in options]
-    if not cpu:  # one number, filled in on the device: a copy from the host would wait for it
+    if not waits:  # one number, filled in on the device: a copy from the host would wait for it
         hashes = [zlib.crc32(repr(options).encode())]
     said = [torch.full((), number, dtype=torch.int64, device=device) for number in hashes]
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -255,7 +260,7 @@ def _compare(
     gathered = shard.gather(torch.cat((torch.stack(said), *near)))
     exact, rounded = gathered[:, : len(said)], gathered[:, len(said) :]
     differ = torch.cat(((exact != exact[0]).any(0), ((rounded - rounded[0]).abs() > _ALIKE * _UNITS).any(0)))
-    if not cpu:
+    if not waits:
         message = "the ranks that share a vocabulary must call the loss with the same"
         for part, what in zip(
             differ.tensor_split((len(hashes), len(said))),
