@@ -441,6 +441,8 @@ def test_rounding_and_what_is_not_read_is_no_wrong_log_prob(function):
     assert function(S, scores, fg.TokenLogProbs(-9 * OLD), IDS, reward_scale=cancelled, mask=MASK).loss.isfinite()
     assert function(S, scores, fg.TokenLogProbs(-9 * OLD), IDS, mask=MASK).loss.isfinite()
     assert function(S, fg.TokenLogProbs(OLD * math.nan), None, IDS).loss.isnan()  # a diverged model is seen, as ever
+    shifted = {"old_logprobs": -OLD, "advantage_fn": lambda stats: stats.advantages}  # a ratio of one's own
+    assert function(S, Q, None, IDS, **shifted).loss.isfinite()
     lengths = MASK.sum(1)
     assert function(S, Q, R, IDS, mask=MASK, reduction="seq-mean-token-mean", sequence_lengths=lengths).loss.isfinite()
 

@@ -291,11 +291,12 @@ def target_of(scores: Scores, scale: float) -> Tensor:
 
 
 def test_prime_rls_custom_loss_is_the_surrogate(scores, prime):
-    inputs = prime_inputs(prime, scores, target_of(scores, 1.25), scores.old)
-    result = prime_rl.gopd_loss(inputs)
+    target = target_of(scores, 4.0)
+    assert (target > 1).any()  # it is no log-prob
+    result = prime_rl.gopd_loss(prime_inputs(prime, scores, target, scores.old))
     assert isinstance(result, prime.LossOutputs)
-    assert_same_gradient(scores, result.loss, scores.surrogate(1.25)[0].sum())
-    want = scores.advantages(1.25, scores.old)[0].sum() / scores.mask[0].sum()
+    assert_same_gradient(scores, result.loss, scores.surrogate(4.0)[0].sum())
+    want = scores.advantages(4.0, scores.old)[0].sum() / scores.mask[0].sum()
     assert_close(result.metrics["gopd/advantage"], want, 1e-12)
 
 

@@ -142,7 +142,8 @@ def gopd_loss(
             ``logprob_min`` is.
         advantage_clip: a bound on the advantage's magnitude, or a pair (low, high).
         old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old. Like all
-            log-probs that are given, they must not be above 0 by more than rounding makes them (0.25).
+            log-probs that are given, they must not be above 0 by more than rounding makes them (0.25); beside an
+            advantage_fn, where they serve the ratio alone, they may be shifted to make a ratio of one's own.
         ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
             of the token (GSPO-token; Zheng et al. 2025). Recomputes the logits in the backward.
         clip: (epsilon_low, epsilon_high) of PPO's clipped surrogate.

@@ -193,12 +193,15 @@ def _check_vector(name: str, x: object, shape: torch.Size, device: torch.device)
     return x.detach()
 
 
-def _live_logprobs(name: str, x: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor | None:
+def _live_logprobs(
+    name: str, x: Tensor | None, rows: TokenRows, dtype: torch.dtype, checked: bool = True
+) -> Tensor | None:
     """(n,) of the live tokens."""
     if x is None:
         return None
     live = rows.take(x).to(dtype).contiguous()
-    require_logprobs(name, live)
+    if checked:
+        require_logprobs(name, live)
     return live
 
 
@@ -762,7 +765,8 @@ def prepare(
     if rows.keep is not None:
         weights = weights * rows.keep
     lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam
-    old = _live_logprobs("old_logprobs", old, rows, dtype)
+    # beside an advantage_fn they are a ratio's denominator and no more, which may be of the caller's own making
+    old = _live_logprobs("old_logprobs", old, rows, dtype, checked=advantage_fn is None)
     rollout = _live_logprobs("rollout_logprobs", rollout, rows, dtype)
     scored = routed if score_cancelled else needed
     _check_scores(scored, given, rows, _slices(stops), lam)

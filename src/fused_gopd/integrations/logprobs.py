@@ -84,6 +84,7 @@ def sampled_loss(
     rollout_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     entropy: Tensor | None = None,
+    mixed: bool = False,
     **options: Any,
 ) -> GOPDOutput:
     """``gopd_loss(estimator="sampled", reduction="none")`` of log-probs, the student's being differentiable.
@@ -96,6 +97,7 @@ def sampled_loss(
         reward_scale: lambda.
         old_logprobs, rollout_logprobs, cu_seqlens: as in :func:`fused_gopd.gopd_loss`.
         entropy: the student's, for the metrics; NaN in the output if not given.
+        mixed: ``teacher_logprobs`` are lambda log q + (1 - lambda) log r already, which may be above 0.
         **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``.
 
     Returns:
@@ -128,7 +130,7 @@ def sampled_loss(
     if teacher_logprobs is None:
         raise ValueError("teacher_logprobs must be given")
     reward_scale = require_reference(reward_scale, ref_logprobs, "pass ref_logprobs")
-    teacher = logprobs("teacher_logprobs", teacher_logprobs, reward_scale != 0)
+    teacher = logprobs("teacher_logprobs", teacher_logprobs, reward_scale != 0 and not mixed)
     ref = logprobs("ref_logprobs", ref_logprobs, reward_scale != 1)
     old, rollout = logprobs("old_logprobs", old_logprobs), logprobs("rollout_logprobs", rollout_logprobs)
     surrogate = check_options(old_logprobs=old, rollout_logprobs=rollout, sequences=sequences, **options)

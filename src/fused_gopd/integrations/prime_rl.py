@@ -77,6 +77,7 @@ def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
         inputs.ref_logprobs,
         mask=inputs.loss_mask,
         old_logprobs=inputs.inference_logprobs,
+        mixed=True,
         **options,
     )
     loss = out.loss if inputs.loss_weights is None else out.loss * inputs.loss_weights
