@@ -480,11 +480,13 @@ def test_a_finished_run_may_be_made_longer(files: Files, whole: Whole, tmp_path:
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("the user's")
-    (parts / "metrics.png").write_text("the user's")
+    for name in ("metrics.png", "metrics.jsonl"):
+        (parts / name).write_text("the user's")
     output = invoke("--resume", "--output", str(parts), "--steps", "4")
     assert_same_weights(whole() / "model", parts / "model")
     assert {path.read_text() for path in mine} == {"the user's"}
-    assert (parts / "metrics.png.kept-1").read_text() == "the user's"
+    for name in ("metrics.png", "metrics.jsonl"):
+        assert (parts / f"{name}.kept-1").read_text() == "the user's"
     assert f"{parts / 'checkpoint-1'} is kept: it holds files that this run did not write" in output
     assert sorted(path.name for path in parts.glob("checkpoint-*")) == [
         "checkpoint-1",

@@ -89,8 +89,9 @@ def relist(folder: OutputFolder) -> None:
             verify(path)
             folder.finish(path.name)
     partial = (f"{name}.partial" for name in ("checkpoint", "model", "adapter"))
-    for name in (FILE, inputs.FILE, "metrics.jsonl", "tensorboard", *partial):
+    for name in (FILE, inputs.FILE, "tensorboard", *partial):
         if (folder.path / name).exists():
             folder.adopt(name)
-    if (folder.path / "metrics.png").exists():
-        folder.finish("metrics.png")
+    for name in ("metrics.png", "metrics.jsonl"):
+        if (folder.path / name).exists():
+            folder.finish(name)

@@ -99,7 +99,7 @@ class Run:
             durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
             self.folder.extend(options.FILE)
             options.write(self.output, said)  # where no model could be loaded there is no run to resume
-            record = figures.Record(self.folder.extend("metrics.jsonl"), self.checkpoints.history())
+            record = figures.Record(self.folder.create("metrics.jsonl"), self.checkpoints.history())
             save = Save(self.checkpoints, self.output / options.FILE)
             board = _tensorboard(self.folder.extend("tensorboard"), done)
             for callback in (interrupt, Watch(record, self.display), save, board):
@@ -330,7 +330,8 @@ class Run:
         said = self.options
         picture = self.folder.create("metrics.png")
         figures.draw(record.rows, picture, f"{Path(said.student).name}, λ = {said.reward_scale:g}, {said.estimator}")
-        self.folder.finish("metrics.png")
+        for path in (picture, record.path):
+            self.folder.finish(path.name)
         finished = bool(trainer.state.global_step >= said.steps)
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
