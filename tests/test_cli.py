@@ -242,6 +242,7 @@ def test_plan_knows_models_by_their_hub_names_folders_and_configuration_files(tm
 
     assert sizes("--model", "Qwen/Qwen3-4B") == (2560, 2560, 151_936)
     assert sizes("--model", "qwen3-4b-instruct-2507") == (2560, 2560, 151_936)
+    assert sizes("--model", "smollm2") == (576, 576, 49_152)
     folder = tmp_path / "qwen3-8b"  # a folder comes before a preset of its name
     folder.mkdir()
     config = folder / "config.json"

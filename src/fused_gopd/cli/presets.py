@@ -128,7 +128,7 @@ class Head(NamedTuple):
 
 def _by_name() -> dict[str, Preset]:
     """The presets by all their names, in small letters: their own, and the hub's with and without the owner."""
-    found = dict(PRESETS)
+    found = {**PRESETS, "smollm2": PRESETS["smollm2-135m"]}  # which distill has it by
     for preset in PRESETS.values():
         for name in preset.hub:
             for known in (name.lower(), name.lower().partition("/")[2]):
