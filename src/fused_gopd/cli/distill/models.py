@@ -75,9 +75,9 @@ def read_tokenizer(option: str, name: str, path: str) -> Any:
 
 
 def _unloadable(name: str, path: str, error: Exception) -> str:
-    if Path(path).is_dir():
-        return f"{name!r} cannot be loaded: {first_line(error)}"
-    return f"{name!r} is neither a model's folder nor a model on the hub that can be reached: {first_line(error)}"
+    if isinstance(error, OSError) and not Path(path).is_dir():
+        return f"{name!r} is neither a model's folder nor a model on the hub that can be reached: {first_line(error)}"
+    return f"{name!r} cannot be loaded: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:
