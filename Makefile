@@ -51,11 +51,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 
-# The contract's own checks, where they are at hand: make conformance CONFORMANCE=path/to/them
+# The contract's own checks, where they are at hand: make conformance CONFORMANCE="paths of them"
 CONFORMANCE ?=
 conformance: $(VENV)/.test
 	$(BIN)/python -m pytest -p no:cacheprovider $(CONFORMANCE)
-	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton OMP_NUM_THREADS=1 \
+	TRITON_INTERPRET=1 CONFORMANCE_BACKENDS=triton CASES_BACKENDS=triton OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
 
 # verl wants an older transformers than the rest: an environment of its own.

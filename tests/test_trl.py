@@ -733,11 +733,11 @@ def test_grpo_in_place_of_rewards_learns_what_the_sampled_trainer_learns(tmp_pat
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "sapo", "cispo", "vespo"])
 def test_grpo_gives_each_token_its_own_advantage(tmp_path: Path, loss_type: str) -> None:
-    """At ratio 1 a token's log-prob has a derivative of -A, to a factor of its sequence, or the combination is refused."""
+    """At ratio 1 a token's log-prob has a derivative of -A, to a factor of its sequence, or the options are refused."""
     for level in ("token", "sequence"):
         options = {"loss_type": loss_type, "importance_sampling_level": level, "num_generations": 2}
         if level == "sequence" and loss_type not in ("cispo", "vespo"):
-            with pytest.raises(ValueError, match="importance_sampling_level must be 'token' .*mean of the sequence's"):
+            with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' .*mean of the sequence's"):
                 config(tmp_path, GRPOGOPDConfig, **options)
             config(tmp_path, GRPOGOPDConfig, gopd_weight=0.0, **options)
             continue
