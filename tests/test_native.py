@@ -557,6 +557,13 @@ def test_elementary_functions_are_accurate():
     assert ulps("tanh", x, x.double().tanh()) <= 2.0
 
 
+def test_elementary_functions_refuse_what_they_do_not_have():
+    address = torch.zeros(16).data_ptr()
+    for arguments in (("sinh", address, 16), ("exp", address, 15), ("exp", address, -16), ("exp", 0, 16)):
+        with pytest.raises(ValueError, match="must be"):
+            _native.map(*arguments)
+
+
 def test_elementary_functions_at_special_values():
     for function, inputs in (("exp", [0.0, -0.0, -math.inf, math.inf, math.nan, -1e30, -3.4e38, 1e30]),
                              ("log", [1.0, math.nan]),
