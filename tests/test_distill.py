@@ -533,6 +533,17 @@ def test_inputs_that_changed_are_named_before_a_run_goes_on(files: Files, tmp_pa
     assert "is an option of --resume" in invoke(*small(files, tmp_path / "new", "--accept-changed-inputs"), code=2)
 
 
+def test_a_hub_model_has_its_commit_for_a_fingerprint(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import hub
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setattr(hub, "cached_file", lambda name, file: f"/hub/models--org--x/snapshots/{commit}/{file}")
+    assert options.with_bases({"the teacher": "org/x"}) == {"the teacher": "org/x"}
+    found = inputs.fingerprints(Path(files.prompts), {"the teacher": "org/x"})
+    assert found["the teacher"] == {"commit": commit}
+    assert inputs.digest(found["the teacher"]) == f"commit {commit}"
+
+
 def test_a_run_that_was_interrupted_before_its_first_step_starts_again(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,17 @@ def test_only_what_was_written_and_is_unchanged_is_deleted(tmp_path: Path, chang
     assert content(tmp_path / "elsewhere") == {"weights.bin": b"the user's"}
 
 
+def test_a_command_that_was_killed_early_may_begin_again_in_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with opened(run, "distill") as folder:
+        put(folder.create("checkpoint.partial") / "weights.bin")
+    with opened(run, "distill", again=False) as folder:
+        assert content(put(folder.create("checkpoint.partial") / "new.bin").parent).keys() == {"new.bin"}
+    put(run / "notes.txt")
+    with pytest.raises(OutputError, match="of an earlier"), opened(run, "distill", again=False):
+        pass
+
+
 def test_what_a_copy_of_the_folder_holds_is_never_lost(tmp_path: Path) -> None:
     """Copied without its times: what cannot be told from the user's is kept."""
     with opened(tmp_path / "run", "distill") as folder:

@@ -103,7 +103,7 @@ def _refuse_impossible(path: Path, kind: str) -> None:
 
 
 def _refuse_foreign(path: Path, command: str, again: bool) -> None:
-    """Raise unless a folder is empty or, with ``again``, one that ``command`` wrote into."""
+    """Raise unless a folder is empty or one that ``command`` wrote into, without ``again`` only what is unfinished."""
     found = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
     if not found or found == [LEDGER]:
         return
@@ -113,10 +113,11 @@ def _refuse_foreign(path: Path, command: str, again: bool) -> None:
             f"{path} is not empty ({listed}) and has no {LEDGER}, where fused-gopd lists what it writes: choose a new "
             "or an empty folder"
         )
-    wrote = _read_ledger(path)["command"]
+    ledger = _read_ledger(path)
+    wrote, files = ledger["command"], {LEDGER: None, **ledger["files"]}
     if wrote != command:
         raise OutputError(f"{path} holds the output of fused-gopd {wrote}: choose another folder")
-    if not again:
+    if not again and any(name not in files or files[name] is not None for name in found):
         raise OutputError(f"{path} holds the output of an earlier fused-gopd {wrote}: choose another folder")
 
 
@@ -336,7 +337,8 @@ def opened(
     Args:
         command: who writes; a folder belongs to one command.
         reads: folders and files that are read, by a name for messages: the output may not overlap with them.
-        again: whether the command may write where it wrote before.
+        again: whether the command may write where it wrote before; else only where it was killed before it had
+            finished anything.
         alone: no other process may write there at the same time.
         relist: for a folder that is known to be the command's: called where the list is missing or damaged, it lists
             the entries anew.

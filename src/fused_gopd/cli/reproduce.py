@@ -68,7 +68,7 @@ def reproduce(
             help="Only this one, may be repeated: lambda, two-teachers, strong-to-weak, dynamics, length, estimators."
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the JSON, the page and its pictures go.")] = Path(
+    output: Annotated[Path, typer.Option(help="Where JSON, page and pictures go: a new folder or its own.")] = Path(
         "gopd-reproduction"
     ),
     cache: Annotated[Path | None, typer.Option(help="Where finished stages are kept. Default: OUTPUT/cache.")] = None,

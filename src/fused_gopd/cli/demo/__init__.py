@@ -239,7 +239,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Under a minute; too short to tell lambda = 1 from 1.25.")
     ] = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture and the raw figures.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for picture and figures: new, or its own.")] = Path(
         "gopd-demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,

@@ -24,7 +24,7 @@ __all__ = ["distill"]
 
 def distill(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run, new or empty.")],
     student: Annotated[str, typer.Option(help="The model to train: a folder, a hub name, or smollm2.")] = "",
     teacher: Annotated[
         list[str] | None, typer.Option(help="Likewise; several as ROUTE=MODEL, by the prompts' --route-column.")
