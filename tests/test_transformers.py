@@ -256,11 +256,26 @@ def test_padding_and_positions_pass_through():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["gpt2", "biogpt", "xglm", "opt", "gpt_neo", "openai-gpt", "roberta", "qwen3", "bloom", "mamba", "bart"]
+    "name",
+    [
+        "gpt2",
+        "biogpt",
+        "xglm",
+        "opt",
+        "openai-gpt",
+        "roberta",
+        "qwen3",
+        "bloom",
+        "mamba",
+        "bart",
+        "qwen2_vl",
+        "kosmos-2.5",
+    ],
 )
 def test_a_padded_sequence_is_scored_at_the_positions_at_which_it_is_sampled(name):
     """Left padding, whatever a family makes of positions: learned, sinusoidal, rotary, by distance, none."""
-    model = families.tiny(name)
+    tower = name in families.WITH_TOWER
+    model = families.tiny(name, getattr(transformers, f"AutoModelFor{'ImageTextToText' if tower else 'CausalLM'}"))
     ids, mask = IDS % 50 + 5, torch.ones_like(IDS)
     mask[0, :3] = 0
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
@@ -269,7 +284,7 @@ def test_a_padded_sequence_is_scored_at_the_positions_at_which_it_is_sampled(nam
     scored = dense(head_of(model, last_hidden_state(model, sequences, mask, keep=4)))
     # generation keeps keys and values: sums in another order
     assert_close(scored, torch.stack(sampled.logits, 1), 1e-5)
-    if name != "bart":  # whose forward takes no positions: shifted in both
+    if name not in ("bart", "kosmos-2.5"):  # to which generate gives no positions: shifted in both
         unpadded = last_hidden_state(model, sequences[:1, 3:], mask[:1, 3:], keep=4)
         assert_close(scored[:1], dense(head_of(model, unpadded)), 1e-5)
 
@@ -286,6 +301,9 @@ def test_without_gradients_a_forward_is_an_evaluation():
     assert [m.training for m in model.modules()] == modes
     assert not torch.equal(scored, last_hidden_state(model, IDS))  # dropout is on where there are gradients
     assert_close(scored, last_hidden_state(model.eval(), IDS), 1e-6)
+    with patch_lm_head(model.train()), torch.no_grad():
+        assert_close(model(input_ids=IDS).logits.hidden, scored, 1e-6)
+    assert all(m.training for m in model.modules())
 
 
 @torch.no_grad()

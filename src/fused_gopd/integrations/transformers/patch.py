@@ -131,7 +131,8 @@ def patch_lm_head(model: Any, *, training_only: bool = True) -> PatchedLMHead:
 
     Until it is undone, a call without ``labels`` in training mode returns a :class:`fused_gopd.LinearHead` there, which
     the loss takes as it is, after ``[:, :-1]`` for the shift. ``generate``, calls with labels and calls in eval mode
-    give logits as ever. Only this instance is changed, its class is not.
+    give logits as ever. Without gradients the forward is an evaluation, as in :func:`last_hidden_state`. Only this
+    instance is changed, its class is not.
 
         with patch_lm_head(model):
             student = model(input_ids=ids, attention_mask=mask).logits[:, :-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ...checks import require_count
 from ...heads import LinearHead
 from ...hooks import isinstance_if_imported
 from ...shards import is_dtensor
-from ..modules import evaluation
 from .causal import causal_lm, find_head, is_compiled, lock, require_prefix, uncompiled
 from .transform import UnknownTransformError, accepts, transform_of, without_head
 from .weights import effective_weight
@@ -104,7 +102,10 @@ def position_ids_of(model: Any, attention_mask: Tensor | None) -> Tensor | None:
     """
     if attention_mask is None or attention_mask.ndim != 2 or _is_prompt_learning(model):
         return None
-    kind, name = type(causal_lm(model)), "_prepare_position_ids_for_generation"
+    base = causal_lm(model)
+    kind, name = type(base), "_prepare_position_ids_for_generation"
+    if base.config.model_type in ("kosmos-2", "kosmos-2.5"):  # their generate drops position_ids
+        return None
     if "position_ids" not in inspect.signature(kind.forward).parameters:
         return None
     if getattr(kind, name, None) is not getattr(GenerationMixin, name, None):
@@ -169,8 +170,7 @@ def last_hidden_state(
         if positions is not None:
             inputs["position_ids"] = positions
     try:
-        with lock(base), nullcontext() if torch.is_grad_enabled() else evaluation(model):
-            _, hidden = without_head(base, lambda: model.forward(input_ids=input_ids, **inputs))
+        _, hidden = without_head(base, lambda: model.forward(input_ids=input_ids, **inputs))
     except RuntimeError as error:
         if "DTensor" in str(error) and any(_is_fsdp(x) for x in (model, base)):
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..modules import evaluation
 from .causal import HeadLocation, find_head, lock, unpatched
 
 
@@ -143,8 +145,11 @@ def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> t
 
 
 def without_head(base: PreTrainedModel, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
-    """What a forward returns with numbers in place of logits, and what its head was given."""
-    with lock(base):
+    """What a forward returns with numbers in place of logits, and what its head was given.
+
+    Without gradients it is an evaluation, whoever asks for it: old log-probs, teachers and references have no dropout.
+    """
+    with lock(base), nullcontext() if torch.is_grad_enabled() else evaluation(base):
         output, hidden, _MEASURED[base] = _record(find_head(base), forward, body=True)
     return output, hidden
 
