@@ -6,7 +6,6 @@ import inspect
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
