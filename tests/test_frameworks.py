@@ -6,6 +6,8 @@ What is recorded, and from which version, is in ``docs/integrations/README.md``.
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -21,7 +23,8 @@ from torch import Tensor
 
 import fused_gopd as fg
 from builders import assert_close
-from fused_gopd.integrations import logprobs, prime_rl, skyrl, slime
+from fused_gopd.integrations import logprobs, needs, prime_rl, skyrl, slime
+from fused_gopd.integrations.hub import require_model
 
 
 def framework(name: str) -> ModuleType:
@@ -601,3 +604,131 @@ def test_ms_swifts_gkd_is_the_trainer_that_was_registered(swift):
     assert TrainerFactory.get_trainer_cls(Namespace(rlhf_type="gkd")) is swift.GOPDTrainer
     with pytest.raises(TypeError, match="lambda is not an option of GOPDLoss"):
         swift.register(**{"lambda": 1.25})
+
+
+# ------------------------------------------------------------------------------------------------ what is not installed
+
+MISSING = [
+    ("transformers", "transformers", 'pip install "transformers>=5'),
+    ("trl", "trl", 'pip install "fused-gopd[train]"'),
+    ("trl", "transformers", 'pip install "fused-gopd[train]"'),
+    ("server", "httpx", 'pip install "fused-gopd[train]"'),
+    ("verl", "verl", 'pip install "verl>=0.9'),
+    ("ms_swift", "swift", 'pip install "ms-swift>=4'),
+    ("nemo_rl", "nemo_rl", "install NeMo-RL"),
+    ("skyrl", "skyrl_train", "install SkyRL"),
+    ("prime_rl", "prime_rl", "install prime-rl"),
+]
+# what an integration imports besides is a mock
+IMPORT_EACH = """
+import importlib, importlib.util, sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import fused_gopd
+
+MOCKS = ["transformers", "transformers.utils.logging", "accelerate", "accelerate.utils"]
+OURS = ["fused_gopd.integrations.transformers", "fused_gopd.integrations.transformers.transform"]
+importlib.util.find_spec = lambda name, package=None: None
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=package)
+
+
+sys.meta_path.insert(0, Missing())
+for integration, package in {cases}:
+    for name in [name for name in sys.modules if name.startswith("fused_gopd.integrations") or name in MOCKS]:
+        del sys.modules[name]
+    mocks = [name for name in MOCKS if name.partition(".")[0] != package]
+    mocks += OURS if integration in ("verl", "ms_swift") else []
+    sys.modules.update({{name: MagicMock(__path__=[]) for name in mocks}})
+    try:
+        module = importlib.import_module(f"fused_gopd.integrations.{{integration}}")
+        if integration == "skyrl":
+            module.register_estimator()
+        if integration == "prime_rl":
+            module.gopd_loss(SimpleNamespace(ref_logprobs=0))
+        print("imported")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_an_integration_without_its_framework_says_what_to_install():
+    code = IMPORT_EACH.format(cases=[case[:2] for case in MISSING])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for (name, package, install), line in zip(MISSING, done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"fused_gopd.integrations.{name} needs {package}, which is not installed: {install}")
+
+
+def test_an_integration_whose_framework_has_another_version_says_so():
+    with pytest.raises(ImportError, match=r"mine does not fit the torch .* 2\..*'no_such'.*: do so"):  # noqa: SIM117
+        with needs("mine", "torch", install="do so"):
+            from torch import no_such  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match="No module named 'torch_no_such'"):  # noqa: SIM117
+        with needs("mine", "torch", install="do so"):
+            import torch_no_such  # noqa: F401
+
+
+# ------------------------------------------------------------------------------------------------------ names of models
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Any:
+    """The hub's package, with what the hub answers in ``answer`` and how often it was asked in ``asked``."""
+    package = pytest.importorskip("huggingface_hub")
+    state = SimpleNamespace(asked=0, answer=None, package=package, cache=tmp_path / "cache")
+
+    def ask(*_: Any, **__: Any) -> None:
+        state.asked += 1
+        if state.answer is not None:
+            raise state.answer
+
+    monkeypatch.setattr(package, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    return state
+
+
+@pytest.mark.parametrize("name", ["./no", "/no/where", "~/no", "a/deep/folder", "file.txt", "two words/x", ""])
+def test_a_name_that_no_hub_has_is_never_asked_for(hub, tmp_path, name):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(ValueError, match=f"teacher must be a model: there is no folder {re.escape(name)}"):
+        require_model("teacher", name)
+    assert not hub.asked
+
+
+def test_a_name_of_the_hub_is_asked_for_once(hub, tmp_path):
+    def answer(kind: str) -> Exception:
+        error = getattr(hub.package.errors, kind)
+        return error.__new__(error)
+
+    folder = tmp_path / "owner" / "here"
+    folder.mkdir(parents=True)
+    require_model("teacher", "owner/here")
+    assert not hub.asked
+    for found in (None, answer("EntryNotFoundError"), answer("HfHubHTTPError")):  # there, with other files, no answer
+        hub.asked, hub.answer = 0, found
+        require_model("teacher", "owner/model", {"cache_dir": hub.cache, "revision": "v1"})
+        assert hub.asked == 1
+    for reason, message in (
+        (answer("RepositoryNotFoundError"), "nor has the hub"),
+        (ConnectionError("no route"), r"cannot be reached \(ConnectionError: no route\)"),
+    ):
+        hub.asked, hub.answer = 0, reason
+        with pytest.raises(ValueError, match=f"ref_model must be a model: there is no folder owner/model, .*{message}"):
+            require_model("ref_model", "owner/model", {"cache_dir": hub.cache})
+        assert hub.asked == 1
+    hub.asked = 0
+    with pytest.raises(ValueError, match="local_files_only"):
+        require_model("ref_model", "owner/model", {"cache_dir": hub.cache, "local_files_only": True})
+    snapshot = hub.cache / "models--owner--model" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (hub.cache / "models--owner--model" / "refs").mkdir()
+    (hub.cache / "models--owner--model" / "refs" / "main").write_text("0")
+    require_model("ref_model", "owner/model", {"cache_dir": hub.cache})
+    assert not hub.asked

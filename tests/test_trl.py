@@ -575,6 +575,14 @@ def test_evaluation_has_the_same_metrics(tmp_path: Path) -> None:
     assert all(x.grad is None for x in run.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["model", "teacher", "ref_model"])
+def test_a_model_that_is_not_there_is_an_error_at_once(tmp_path: Path, name: str) -> None:
+    models = {"student": model(0), "teacher": model(1), "ref_model": model(2)}
+    models["student" if name == "model" else name] = "runs/missing"
+    with pytest.raises(ValueError, match=rf"{name} must be a model: there is no folder runs/missing, and the"):
+        trainer(tmp_path, reward_scale=1.25, **models)
+
+
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_hooks_on_a_head_are_errors_before_the_first_step(tmp_path: Path, whose: str) -> None:
     models = {"student": model(0), "teacher": model(1)}

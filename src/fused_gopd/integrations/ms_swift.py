@@ -19,18 +19,24 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
-from swift.rlhf_trainers.gkd_trainer import GKDTrainer  # type: ignore[import-not-found]
-from swift.rlhf_trainers.utils import _ForwardRedirection, get_gather_if_zero3_context  # type: ignore[import-not-found]
-from swift.trainers import disable_gradient_checkpointing  # type: ignore[import-not-found]
-from swift.trainers.trainer_factory import TrainerFactory  # type: ignore[import-not-found]
 from torch import Tensor
 
 import fused_gopd as fg
 
+from . import needs
 from .logprobs import require_reference
 from .modules import require_separate
 from .transformers import head_of, last_hidden_state
+
+with needs(__name__, "swift", "accelerate", install='pip install "ms-swift>=4"'):
+    from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
+    from swift.rlhf_trainers.gkd_trainer import GKDTrainer  # type: ignore[import-not-found]
+    from swift.rlhf_trainers.utils import (  # type: ignore[import-not-found]
+        _ForwardRedirection,
+        get_gather_if_zero3_context,
+    )
+    from swift.trainers import disable_gradient_checkpointing  # type: ignore[import-not-found]
+    from swift.trainers.trainer_factory import TrainerFactory  # type: ignore[import-not-found]
 
 __all__ = ["GOPDTrainer", "register"]
 

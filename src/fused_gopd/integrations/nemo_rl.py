@@ -12,11 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer  # type: ignore[import-not-found]
 from torch import Tensor
 
 from ..checks import require_mask
+from . import needs
 from .logprobs import check_options, metric_sums, require_reference, sampled_loss
+
+with needs(__name__, "nemo_rl", install="install NeMo-RL, https://github.com/NVIDIA-NeMo/RL"):
+    from nemo_rl.algorithms.loss.interfaces import (  # type: ignore[import-not-found]
+        LossInputType,
+        LossType,
+        MetricNormalizer,
+    )
 
 __all__ = ["GOPDLossFn"]
 

@@ -21,6 +21,7 @@ import torch
 
 from ..checks import require_number
 from ..objective import mix
+from . import needs
 from .logprobs import metric_sums, sampled_loss
 
 __all__ = ["gopd_loss", "target_logprobs"]
@@ -61,7 +62,8 @@ def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
     Returns:
         prime-rl's LossOutputs.
     """
-    from prime_rl.trainer.rl.loss import LossOutputs  # type: ignore[import-not-found]
+    with needs(__name__, "prime_rl", install="install prime-rl, https://github.com/PrimeIntellect-ai/prime-rl"):
+        from prime_rl.trainer.rl.loss import LossOutputs  # type: ignore[import-not-found]
 
     if reward_scale != 1:
         raise ValueError(

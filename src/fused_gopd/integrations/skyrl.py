@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import require_mask
+from . import needs
 from .logprobs import advantages, require_reference
 
 __all__ = ["gopd_rewards", "register_estimator"]
@@ -80,4 +81,6 @@ def register_estimator() -> None:
     """Let ``trainer.algorithm.advantage_estimator=gopd`` take the rewards as they are for advantages."""
     # the package was called skyrl_train up to 0.4
     package = "skyrl.backends.skyrl_train" if importlib.util.find_spec("skyrl") else "skyrl_train"
-    importlib.import_module(f"{package}.utils.ppo_utils").register_advantage_estimator("gopd")(_pass_on)
+    with needs(__name__, "skyrl", "skyrl_train", install="install SkyRL, https://github.com/NovaSky-AI/SkyRL"):
+        utils = importlib.import_module(f"{package}.utils.ppo_utils")
+    utils.register_advantage_estimator("gopd")(_pass_on)

@@ -21,25 +21,28 @@ from functools import wraps
 from typing import Any
 
 import torch
-import verl.models.transformers.monkey_patch as verl_models
-import verl.trainer.distillation.losses as verl_losses
-import verl.utils.config as verl_config
-import verl.utils.experimental.torch_functional as verl_functional
 from torch import Tensor
-from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
-from verl.utils import tensordict_utils as tu
-from verl.utils.metric import AggregationType, Metric
-from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
-from verl.workers.config import DistillationLossConfig
-from verl.workers.utils.padding import no_padding_2_padding
 
 import fused_gopd as fg
 
 from ..checks import one_of, require_mask
 from ..objective import DIVERGENCES, TAILS, Sequences
+from . import needs
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of
 from .transformers.transform import remember_transform
+
+with needs(__name__, "verl", install='pip install "verl>=0.9"'):
+    import verl.models.transformers.monkey_patch as verl_models
+    import verl.trainer.distillation.losses as verl_losses
+    import verl.utils.config as verl_config
+    import verl.utils.experimental.torch_functional as verl_functional
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.metric import AggregationType, Metric
+    from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
+    from verl.workers.config import DistillationLossConfig
+    from verl.workers.utils.padding import no_padding_2_padding
 
 __all__ = ["GOPDLossConfig", "gopd_loss", "gopd_policy_loss", "gopd_topk_loss"]
 

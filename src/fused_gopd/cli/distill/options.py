@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from ...integrations.hub import require_model
 from ...objective import DIVERGENCES, ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
 
@@ -264,12 +265,11 @@ def _check_server(options: Options) -> None:
 
 
 def _check_model(option: str, name: str) -> None:
-    """A hub name has at most one slash and does not begin with a dot; all else is a folder."""
-    folder = Path(name).expanduser()
-    if name in ("", "student", "smollm2") or folder.is_dir():
-        return
-    if folder.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise _wrong(option, f"there is no folder {name}")
+    if name not in ("", "student", "smollm2"):
+        try:
+            require_model(option, name)
+        except ValueError as error:
+            raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
 
 
 def _check_packages(options: Options) -> None:

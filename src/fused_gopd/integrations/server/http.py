@@ -25,12 +25,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, quote_plus
 
 from ...checks import require_count, require_number
+from .. import needs
 from ..addresses import environment_proxy, redacted, split_userinfo
 
-try:
+with needs(__name__.rpartition(".")[0], "httpx", install='pip install "fused-gopd[train]"'):
     httpx: Any = importlib.import_module("httpx")
-except ImportError as error:
-    raise ImportError('fused_gopd.integrations.server needs httpx: pip install "fused-gopd[train]"') from error
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

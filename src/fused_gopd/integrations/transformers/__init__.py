@@ -17,7 +17,10 @@ its head, :mod:`.transform` measures what follows the head, :mod:`.weights` take
 
 from __future__ import annotations
 
-from .patch import PatchedLMHead, patch_lm_head
-from .states import head_of, last_hidden_state, position_ids_of
+from .. import needs
+
+with needs(__name__, "transformers", install='pip install "transformers>=5.0"'):
+    from .patch import PatchedLMHead, patch_lm_head
+    from .states import head_of, last_hidden_state, position_ids_of
 
 __all__ = ["PatchedLMHead", "head_of", "last_hidden_state", "patch_lm_head", "position_ids_of"]

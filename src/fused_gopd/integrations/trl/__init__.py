@@ -10,11 +10,14 @@ where completions come back, and where metrics are logged.
 
 from __future__ import annotations
 
-from .checks import check_tokenizers
-from .config import GOPDConfig, GRPOGOPDConfig
-from .grpo import GRPOGOPDMixin, GRPOGOPDTrainer
-from .patch import patch_distillation_loss
-from .trainer import GOPDTrainer
+from .. import needs
+
+with needs(__name__, "trl", "transformers", "datasets", "accelerate", install='pip install "fused-gopd[train]"'):
+    from .checks import check_tokenizers
+    from .config import GOPDConfig, GRPOGOPDConfig
+    from .grpo import GRPOGOPDMixin, GRPOGOPDTrainer
+    from .patch import patch_distillation_loss
+    from .trainer import GOPDTrainer
 
 __all__ = [
     "GOPDConfig",

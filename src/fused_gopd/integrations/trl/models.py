@@ -21,6 +21,7 @@ from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
 from ...objective import AdvantageFn
 from ...output import GOPDOutput
+from ..hub import require_model
 from ..modules import require_separate
 from ..transformers import head_of, last_hidden_state
 from ..transformers.states import require_head
@@ -132,6 +133,10 @@ class Models:
             for name, source in {**named, "ref_model": ref_model}.items():
                 if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
                     _require_separate(name, source, student)
+        init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
+        for name, source in {"model": student, **named, "ref_model": ref_model}.items():
+            if isinstance(source, str) and (name, source) != ("ref_model", "base"):
+                require_model(name, source, teacher_init if name in named else init)
         if args.route_column is not None:
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
