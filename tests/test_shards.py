@@ -324,6 +324,8 @@ def _several_teachers() -> None:
     for options in ({"estimator": "full"}, {"advantage_fn": own_advantage}):
         _compare(whole, sharded, shard, 1e-12, teacher_index=index, reward_scale=1.25, **options)
     assert seen
+    alone = (x.replaced(teacher=None, ref=None) for x in (whole, sharded))
+    _compare(*alone, shard, 1e-12, advantage_fn=lambda stats: stats.student_logprobs.tanh())
 
 
 def _equal_models() -> None:
