@@ -117,27 +117,32 @@ class Agreement(NamedTuple):
 # ------------------------------------------------------------------------------------------------- what a rank brings
 
 
-def agreement_of(
-    call: Mapping[str, Any],
-    models: Mapping[str, Sequence[Source]],
-    rows: TokenRows,
-    slices: Sequence[tuple[int, int]],
-) -> Agreement | None:
-    """Of a checked call; None where no vocabulary is shared.
-
-    Args:
-        call: every argument; tensors of the token shape as vectors (n,) of the live tokens.
-        models: those that are computed or read, one a route; none where lambda cancels them.
-        rows, slices: the live tokens, and start and stop of every route among them.
-    """
+def shared_by(models: Mapping[str, Sequence[Source]]) -> tuple[VocabShard, ...]:
+    """The shards of the models, one for each process group; none where no vocabulary is shared."""
     shards = {
         id(model.shard.group): model.shard
         for routed in models.values()
         for model in routed
         if isinstance(model, (LinearHead, Logits)) and model.shard is not None
     }
-    if not shards:
-        return None
+    return tuple(shards.values())
+
+
+def agreement_of(
+    shards: tuple[VocabShard, ...],
+    call: Mapping[str, Any],
+    models: Mapping[str, Sequence[Source]],
+    rows: TokenRows,
+    slices: Sequence[tuple[int, int]],
+) -> Agreement:
+    """Of a checked call.
+
+    Args:
+        shards: of ``models``.
+        call: every argument; tensors of the token shape as vectors (n,) of the live tokens.
+        models: those that are computed or read, one a route; none where lambda cancels them.
+        rows, slices: the live tokens, and start and stop of every route among them.
+    """
     options: list[tuple[str, str]] = [("token shape", str(tuple(rows.shape)))]
     cuts: list[tuple[str, tuple[VocabShard | None, ...]]] = []
     exact: dict[str, Tensor | None] = dict.fromkeys(EXACT)
@@ -165,9 +170,7 @@ def agreement_of(
             exact[name] = value.detach()
         if rule is Agree.ROUNDED and value is not None:
             rounded[name] = value.detach()
-    return Agreement(
-        tuple(shards.values()), tuple(options), tuple(cuts), tuple(exact.values()), tuple(rounded.values())
-    )
+    return Agreement(shards, tuple(options), tuple(cuts), tuple(exact.values()), tuple(rounded.values()))
 
 
 def _field(model: object, field: str) -> object:

@@ -104,7 +104,8 @@ def _save(ctx: Any, job: Job, *more: Tensor | None) -> None:
         return
     own: list[Tensor] = []
     # the ranks have agreed on the call: a second backward need not compare it again
-    ctx.frame, ctx.more = _apart(dataclasses.replace(job, agreement=None), own), len(more)
+    job = job if job.agreement is None else dataclasses.replace(job, agreement=None)
+    ctx.frame, ctx.more = _apart(job, own), len(more)
     tensors = [*own, *more]
     ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
     ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]

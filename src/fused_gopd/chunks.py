@@ -781,7 +781,7 @@ def run(
     n = job.rows.count
     job = _as_multiplied(job)
     if coefficients is None:
-        _require_agreement(job, {"requires_grad": tuple(needs), "gradients in the forward": relative is not None})
+        _require_agreement(job, needs, relative is not None)
     parts = [(start, stop, part) for start, stop, part in job.parts() if stop > start]
     steps = [_balanced(stop - start, job.chunk_size, job.device.type) for start, stop, _ in parts]
     sink = _Sink(job, needs if relative is not None or coefficients is not None else NOTHING)
@@ -819,9 +819,15 @@ def run(
     return Run(out, sink.result(), chosen)
 
 
-def _require_agreement(job: Job, more: dict[str, object]) -> None:
-    """Raise on all ranks unless those that share a vocabulary make the same call and go through the same chunks."""
+def _require_agreement(job: Job, needs: Needs = NOTHING, fused: bool = False, k: int | None = None) -> None:
+    """Raise on all ranks unless those that share a vocabulary make the same call and go through the same chunks.
+
+    Args:
+        fused: whether the gradients come with the statistics.
+        k: of ``token_topk``; every call compares as many values, so that different calls are compared, too.
+    """
     if job.agreement is not None:
+        more = {"requires_grad": tuple(needs), "gradients in the forward": fused, "k": k}
         require_agreement(job.agreement, job.device, {"tokens per chunk": job.chunk_size, **more})
 
 
@@ -832,7 +838,7 @@ def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
     shape = (job.rows.shape.numel(), k)
     ids = torch.full(shape, -1, dtype=torch.int64, device=job.device)
     logprobs = torch.zeros(shape, dtype=job.dtype, device=job.device)
-    _require_agreement(job, {"k": k})
+    _require_agreement(job, k=k)
     step = _balanced(job.rows.count, job.chunk_size, job.device.type)
     buffers = _Buffers(job, step)
     for start in range(0, job.rows.count, step):

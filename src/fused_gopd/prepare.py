@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, objective
-from .agreement import Agreement, agreement_of
+from .agreement import Agreement, agreement_of, shared_by
 from .checks import (
     IGNORE,
     one_of,
@@ -661,7 +661,6 @@ def prepare(
     backend: str = "auto",
 ) -> Prepared:
     """Every check of the input of :func:`fused_gopd.gopd_loss`, before any work."""
-    call = dict(locals())
     one_of("estimator", estimator, ESTIMATORS)
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, BACKENDS)
@@ -760,7 +759,7 @@ def prepare(
     labels, sft_weight = _check_labels(sft_labels, sft_weight, rows, shape, device, joint)
     heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
     dtype = accumulation_dtype(*(head.rows for head in heads))
-    chunk_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others})
+    logits_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others})
     weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if rows.keep is not None:
         weights = weights * rows.keep
@@ -770,15 +769,20 @@ def prepare(
     rollout = _live_logprobs("rollout_logprobs", rollout, rows, dtype)
     scored = routed if score_cancelled else needed
     _check_scores(scored, given, rows, _slices(stops), lam)
-    call |= {
-        "mask": torch.ones(shape, dtype=torch.bool, device=device) if live_mask is None else live_mask,
-        "token_ids": ids,
-        "teacher_index": None if route is None else rows.take(route),
-        "reward_scale": lam,
-        "old_logprobs": old,
-        "rollout_logprobs": rollout,
-        "sft_labels": labels,
-    }
+    agreement: Agreement | None = None
+    models = {"student": (student,) * len(stops), **scored}
+    shards = shared_by(models)
+    if shards:
+        call = locals() | {  # the arguments, checked
+            "mask": torch.ones(shape, dtype=torch.bool, device=device) if live_mask is None else live_mask,
+            "token_ids": ids,
+            "teacher_index": None if route is None else rows.take(route),
+            "reward_scale": lam,
+            "old_logprobs": old,
+            "rollout_logprobs": rollout,
+            "sft_labels": labels,
+        }
+        agreement = agreement_of(shards, call, models, rows, _slices(stops))
     return Prepared(
         estimator,
         student,
@@ -804,10 +808,10 @@ def prepare(
         sequences,
         rows.take(weights).contiguous() if weights.ndim else weights,
         chunk_size,
-        chunk_dtype,
+        logits_dtype,
         grad_filter,
         backend,
         dtype,
         device,
-        agreement_of(call, {"student": (student,) * len(stops), **scored}, rows, _slices(stops)),
+        agreement,
     )
