@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fused_gopd as fg
 from builders import Batch, assert_close, generator, like, make_batch
+from fused_gopd.hooks import require_no_hooks
 from ranks import run_on_ranks
 
 try:
@@ -590,6 +591,8 @@ def test_hooks_that_would_be_given_the_loss_are_errors():
             with pytest.raises(TypeError, match=rf"{name} has a {kind}, test_distributed\.halve on .*remove it"):
                 call()
             handle.remove()
+    model.register_forward_pre_hook(nn.parallel.DistributedDataParallel._root_copy_hook)  # of its mixed precision
+    require_no_hooks("wrapper", [model], "")
     model.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(TypeError, match="wrapper has a forward pre-hook"):
         fg.distributed.in_forward(model, hidden.sum)

@@ -18,6 +18,7 @@ from torch.nn.modules import module as _module
 # these gather and move parameters, convert layouts, or observe: they change no value of the logits
 _HARMLESS = (
     "torch.distributed",
+    "torch.nn.parallel",
     "torch.utils",
     "deepspeed",
     "accelerate",
