@@ -45,7 +45,7 @@ from fused_gopd.integrations.trl import (  # noqa: E402
 )
 from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
-from fused_gopd.integrations.trl.checks import check_vocabulary  # noqa: E402
+from fused_gopd.integrations.trl.checks import check_vocabulary, positions_of  # noqa: E402
 from fused_gopd.integrations.trl.patch import fused_divergence_loss  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 
@@ -1072,6 +1072,12 @@ def test_sequences_beyond_the_positions_of_a_model_are_refused(tmp_path: Path, m
     run = make(tmp_path, teacher=teacher)
     with pytest.raises(ValueError, match=r"a prompt and its completion have \d+ tokens, and teacher has 6 positions"):
         run.train()
+
+
+def test_scaled_rotary_embeddings_reach_beyond_the_original_positions() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for rope, positions, want in ((None, 40, 40), (yarn, 32, 128), (yarn, 128, 128), (yarn, 200, 200)):
+        assert positions_of(Qwen3Config(max_position_embeddings=positions, rope_parameters=rope)) == want
 
 
 def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path: Path) -> None:

@@ -139,9 +139,18 @@ def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrai
 
 
 def positions_of(config: Any) -> int | None:
-    """How many positions a model was made for; None where its configuration has no limit."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
+    """How many positions a model was made for; None where its configuration has no limit.
+
+    Rotary embeddings that are scaled for longer sequences reach as far as their factor says, whether or not
+    ``max_position_embeddings`` was raised with it (Qwen2.5's model cards add YaRN by ``rope_scaling`` alone).
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    rotary = getattr(text, "rope_parameters", None) or {}
+    scaled = int((rotary.get("original_max_position_embeddings") or 0) * (rotary.get("factor") or 1))
+    return max(positions, scaled)
 
 
 def check_weights(name: str, found: Mapping[str, Any]) -> None:
