@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..hooks import isinstance_if_imported
 from ..shards import is_dtensor
 
 # ---------------------------------------------------------------------------------------------------- training modes
@@ -71,7 +71,7 @@ _ADAPTERS = (("peft.tuners.tuners_utils", "BaseTunerLayer"), ("peft.utils.other"
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    return any(isinstance(module, getattr(sys.modules.get(library), name, ())) for library, name in _ADAPTERS)
+    return any(isinstance_if_imported(module, library, name) for library, name in _ADAPTERS)
 
 
 def _bytes(parameter: Tensor) -> tuple[int, int, int] | None:
