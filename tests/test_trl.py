@@ -1137,6 +1137,10 @@ def test_what_does_not_change_may_be_shared(tmp_path: Path) -> None:
     teacher.model.embed_tokens.weight = ref.model.embed_tokens.weight = student.model.embed_tokens.weight
     adapter = peft.LoraConfig(**LORA)  # freezes them
     trainer(tmp_path, student=student, teacher=teacher, ref_model=ref, reward_scale=1.25, peft_config=adapter)
+    student, ref = model(0), model(2)
+    for name, parameter in student.named_parameters():  # the same weights in modules of its own, which have no adapter
+        ref.get_submodule(name.rpartition(".")[0]).weight = parameter
+    trainer(tmp_path, student=student, ref_model=ref, reward_scale=1.25, peft_config=adapter)
     teacher.model.embed_tokens.weight.requires_grad_(True)
     other = model(0)
     other.model.embed_tokens.weight = teacher.model.embed_tokens.weight

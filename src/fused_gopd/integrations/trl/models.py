@@ -53,12 +53,12 @@ T = TypeVar("T")
 def _trains_all(student: nn.Module, source: nn.Module, peft_config: Any) -> bool:
     """Whether training changes what the source shares with the student, as far as is known before PEFT adapts it.
 
-    An adapter is put into the student itself, whose other parameters it freezes: only a source that has all of the
-    student is known to have the adapter too. What is in front of the student (prompt tuning) leaves it as it is.
+    An adapter is put into modules of the student, whose own parameters are frozen: only a source that has all of these
+    modules is known to have the adapter too. What is in front of the student (prompt tuning) leaves it as it is.
     """
     if peft_config is None:
         return True
-    whole = {id(p) for p in student.parameters()} <= {id(p) for p in source.parameters()}
+    whole = set(student.modules()) - {student} <= set(source.modules())  # copy.copy makes another root
     return whole and not getattr(peft_config, "is_prompt_learning", False)
 
 
