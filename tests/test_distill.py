@@ -29,6 +29,7 @@ import fused_gopd as fg
 from fused_gopd.cli import app, durable, outputs
 from fused_gopd.cli.demo import smollm
 from fused_gopd.cli.distill import card, figures, inputs, options, training
+from fused_gopd.cli.distill import models as distill_models
 from fused_gopd.cli.distill.prompts import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -943,3 +944,9 @@ def test_other_files_are_refused(files: Files) -> None:
     path = files.write("prompts.csv", ["prompt", "a"])
     with pytest.raises(Exception, match=r"expected a .jsonl or .parquet file, got prompts.csv"):
         read(Path(path), "", "", [])
+
+
+def test_a_model_that_is_not_there_is_refused_at_once():
+    """By a name that a hub might have: without its retries."""
+    with pytest.raises(BadParameter, match=r"^must be a model: there is no folder runs/missing, and the hub's cache"):
+        distill_models.read("--teacher", "runs/missing", "runs/missing")

@@ -11,11 +11,26 @@ _WHERE = ("revision", "cache_dir")
 _FILES = ("config.json", "adapter_config.json")
 
 
+def is_folder(argument: str, name: str) -> bool:
+    """Whether a model's name is a folder, or else one that a hub may have.
+
+    A name with more than one slash, or one that begins with a dot, a slash or a tilde, is a folder's.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return True
+    if not name or folder.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{argument} must be a model: there is no folder {name}")
+    return False
+
+
 def require_model(argument: str, name: str, options: Mapping[str, Any] | None = None) -> None:
     """Raises for a name under which there is nothing to load, before ``from_pretrained`` retries it for half a minute.
 
-    A name with more than one slash, or one that begins with a dot, a slash or a tilde, is a folder. Any other one that
-    is no folder is looked for in the hub's cache, and if it is not there asked for once at the hub.
+    One that is no folder is looked for in the hub's cache, and if it is not there asked for once at the hub.
 
     Args:
         argument: whose value the name is, for the message.
@@ -26,11 +41,8 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
         ValueError: no such folder; no such model on the hub; a model that is not in the cache, while the hub is not
             reached or not to be asked.
     """
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if is_folder(argument, name):
         return
-    if not name or folder.is_file() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{argument} must be a model: there is no folder {name}")
     try:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
         from huggingface_hub.errors import (

@@ -11,6 +11,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import create_model_from_path
 
+from ...integrations.hub import require_model
 from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
 
 
@@ -34,6 +35,10 @@ def read(option: str, name: str, path: str) -> Model:
     Raises:
         typer.BadParameter: naming the option and what is wrong.
     """
+    try:
+        require_model(option, path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
     try:
         config = _load(option, path)
         return Model(option, name, config.get_text_config().vocab_size, positions_of(config))

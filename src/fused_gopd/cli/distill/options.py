@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from ...integrations.hub import require_model
+from ...integrations.hub import is_folder
 from ...objective import DIVERGENCES, ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
 
@@ -267,7 +267,7 @@ def _check_server(options: Options) -> None:
 def _check_model(option: str, name: str) -> None:
     if name not in ("", "student", "smollm2"):
         try:
-            require_model(option, name)
+            is_folder(option, name)
         except ValueError as error:
             raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
 
