@@ -52,10 +52,9 @@ def option(name: str) -> Iterator[None]:
 
 def caches() -> dict[str, Path]:
     """Folders of models that other programs rely on: the hub's cache and this package's."""
-    own = cache_dir()
-    home = Path(os.environ.get("HF_HOME") or own.parent / "huggingface")
-    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
-    return {"the cache of hub models": Path(hub), "this package's cache": own}
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
+    return {"the cache of hub models": Path(hub), "this package's cache": cache_dir()}
 
 
 def _identity(path: Path | int) -> tuple[int, int] | str:
