@@ -208,6 +208,20 @@ def test_code_that_does_what_no_head_can_do_is_an_error(change):
             call(Mine(llama().config, change), IDS)
 
 
+@torch.no_grad()
+def test_a_factor_that_changes_is_measured_again():
+    """In the config, on a module, or as other code; with the body and without it."""
+    model = cohere()
+    hidden = last_hidden_state(model, IDS)
+    assert head_of(model, hidden).logit_scale == 0.37
+    model.logit_scale = 0.5
+    assert head_of(model, hidden).logit_scale == 0.5
+    model.logit_scale = 0.25
+    assert head_of(model, last_hidden_state(model, IDS)).logit_scale == 0.25
+    model.forward = lambda **inputs: (0.75 * transformers.CohereForCausalLM.forward(model, **inputs).logits,)
+    assert head_of(model, hidden).logit_scale == 0.1875
+
+
 class Unasked(Mine):
     """Code that needs its body to run."""
 

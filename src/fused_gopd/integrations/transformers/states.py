@@ -35,8 +35,8 @@ def head_of(model: Any, hidden: Tensor, *, temperature: float = 1.0) -> LinearHe
     Returns:
         A head that shares the model's weight, without a copy but for adapters on the head. ``head_of(model, hidden)``
         stands for ``model(...).logits``, where the model leaves out rows of its head included. Factor, softcap and rows
-        are measured: in the last :func:`last_hidden_state` of the model, or if there was none in a forward of one token
-        with nothing but the model's own code around its head.
+        are measured: in the last :func:`last_hidden_state` of the model, or if there was none, or code or config
+        changed since, in a forward of one token with nothing but the model's own code around its head.
 
     Raises:
         TypeError: a model that is not causal, or wrapped; a head that is not linear, quantised, or adapted in a way
