@@ -198,8 +198,9 @@ def test_what_code_does_to_its_logits_is_measured(change, transform):
         *(lambda z: z + 1, lambda z: z.clamp(max=50.0), lambda z: -z, lambda z: z.bfloat16(), lambda z: z[..., 1:]),
         lambda z: z.index_fill(-1, torch.tensor([7]), -1e4),
         lambda z: z * torch.linspace(0.5, 1.5, 61),
+        lambda z: z * nn.Parameter(torch.tensor(2.0)),
     ],
-    ids=["offset", "clamp", "sign", "rounding", "first rows", "one token", "a factor a token"],
+    ids=["offset", "clamp", "sign", "rounding", "first rows", "one token", "a factor a token", "a trained factor"],
 )
 def test_code_that_does_what_no_head_can_do_is_an_error(change):
     """Of hidden states from elsewhere alike: nothing is taken for granted because nothing was asked."""

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
@@ -82,7 +83,8 @@ def require_head(model: Any) -> None:
         if not any(is_dtensor(p) or hasattr(p, "ds_id") for p in location.head.parameters()):
             effective_weight(location.head)
         try:
-            transform_of(location)
+            with torch.no_grad():  # whether the model is trained is not known here
+                transform_of(location)
         except UnknownTransformError:
             raise
         except RuntimeError:  # without the body; last_hidden_state measures it with the body

@@ -162,12 +162,14 @@ def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> t
     name = type(location.caller).__name__
     if recorder.hidden is None:
         raise TypeError(f"the forward of {name} does not call its head: no hidden states can be taken from there")
-    transform = _fit(numbers, logits_of(output), known)
+    logits = logits_of(output)
+    # a gradient of what the numbers became is one of a factor that is trained, which a LinearHead has as a constant
+    transform = None if logits.requires_grad else _fit(numbers, logits, known)
     if transform is None:
         raise UnknownTransformError(
-            f"{name} makes other logits of the outputs of its head than a fused_gopd.LinearHead can (factor, softcap, "
-            "last rows left out): compute the logits, fused_gopd.Logits(logits), or make the head yourself, "
-            "fused_gopd.LinearHead(hidden, weight, logit_scale=..., softcap=...)"
+            f"{name} makes other logits of the outputs of its head than a fused_gopd.LinearHead can (factor and "
+            "softcap, neither of them trained, last rows left out): compute the logits, fused_gopd.Logits(logits), or "
+            "make the head yourself, fused_gopd.LinearHead(hidden, weight, logit_scale=..., softcap=...)"
         )
     _MEASURED[location.model] = _state(location), transform
     return output, recorder.hidden, transform
@@ -283,8 +285,7 @@ def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -
     inputs = {"use_cache": False} if accepts(type(model).forward, "use_cache") else {}
     token = torch.zeros(1, 1, dtype=torch.int64, device=_zeros(location).device)
     try:
-        with torch.no_grad():
-            return _record(location, lambda: forward(input_ids=token, **inputs), body=False)[2]
+        return _record(location, lambda: forward(input_ids=token, **inputs), body=False)[2]
     except UnknownTransformError:
         raise
     except Exception as error:
@@ -304,5 +305,5 @@ def transform_of(location: HeadLocation) -> LogitTransform:
 
 def remember_transform(model: Any, forward: Callable[..., Any]) -> None:
     """Measure ``forward``, the model's own, for models whose forward another library is about to replace."""
-    with lock(model):
+    with lock(model), torch.no_grad():
         measure(find_head(model), forward)
