@@ -5,7 +5,6 @@ The tests marked ``slow`` (``make test-faults``) resume a run after each damage,
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ from fused_gopd.cli import durable, outputs
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
-from test_distill import Files, assert_same_weights, invoke, small
+from test_distill import Files, assert_same_weights, invoke, metrics_of, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,8 +55,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{**json.loads(line), "seconds": None} for line in lines]
+    return [{**row, "seconds": None} for row in metrics_of(run)]
 
 
 def assert_same_result(run: Path, whole: Path) -> None:

@@ -162,6 +162,10 @@ def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(files, tmp_path_factory.mktemp("whole"))
 
 
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
@@ -198,7 +202,7 @@ def test_the_trained_model_is_loaded_by_from_pretrained_and_speaks(files: Files,
 
 
 def test_each_step_has_a_line_of_figures_and_the_run_a_picture(whole: Whole) -> None:
-    rows = figures.read(whole() / "metrics.jsonl")
+    rows = metrics_of(whole())
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for name in ("loss", "reward", "kl_teacher_k3", "kl_ref_k3", "entropy", "length", "seconds"):
         assert all(isinstance(row[name], float) for row in rows), name
@@ -208,7 +212,7 @@ def test_each_step_has_a_line_of_figures_and_the_run_a_picture(whole: Whole) -> 
 
 def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
     output = invoke(*small(files, tmp_path / "run", steps=1))
-    (row,) = figures.read(tmp_path / "run" / "metrics.jsonl")
+    (row,) = metrics_of(tmp_path / "run")
     assert "1 steps of 4 answers to 5 prompts, λ = 1.25, full, all weights at 0.01" in output
     assert f"step 1/1  {figures.summary(row)}" in output
     assert "KL (k3) " in figures.summary(row)  # to the teacher, at λ = 1.25
@@ -237,7 +241,7 @@ def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Who
     assert str(files.folder) not in text  # a card is published
     sums = json.loads((whole() / inputs.FILE).read_text())["inputs"]
     prompts_sum = hashlib.sha256(Path(files.prompts).read_bytes()).hexdigest()
-    last = figures.read(whole() / "metrics.jsonl")[-1]
+    last = metrics_of(whole())[-1]
     for line in (
         f"| base | model0, {inputs.digest(sums['the student'])} |",
         f"| teacher | model1, {inputs.digest(sums['the teacher'])} |",
@@ -251,7 +255,7 @@ def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Who
         assert f"{line}\n" in text
     (entropy,) = [line for line in text.splitlines() if line.startswith("| entropy |")]
     assert float(entropy.split("|")[3]) == pytest.approx(
-        (last["entropy"] + figures.read(whole() / "metrics.jsonl")[-2]["entropy"]) / 2, rel=1e-3
+        (last["entropy"] + metrics_of(whole())[-2]["entropy"]) / 2, rel=1e-3
     )
 
 
@@ -278,7 +282,7 @@ def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) 
 
     def loss(name: str, *arguments: str) -> float:
         invoke(*small(files, tmp_path / name, "--prompts", files.routed, *arguments, steps=1))
-        return float(figures.read(tmp_path / name / "metrics.jsonl")[0]["loss"])
+        return float(metrics_of(tmp_path / name)[0]["loss"])
 
     routed = ["--route-column", "domain", "--teacher", f"math={files.math}", "--teacher"]
     one = loss("one", "--teacher", files.math)
@@ -417,7 +421,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert f"saved after step 2; go on by: fused-gopd distill --resume --output {parts}" in output
     assert "steps 3 to 4 of 4 answers" in invoke("--resume", "--output", str(parts))
     assert_same_weights(whole(*adapter) / "model", parts / "model")
-    for a, b in zip(*(figures.read(run / "metrics.jsonl") for run in (whole(*adapter), parts)), strict=True):
+    for a, b in zip(*(metrics_of(run) for run in (whole(*adapter), parts)), strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
@@ -431,10 +435,10 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(
         result = runner.invoke(app, ["distill", *small(files, parts, "--save-every", "2")])
     assert "it goes on after step 2 by" in result.output
     assert result.exit_code != 0
-    assert [row["step"] for row in figures.read(parts / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in metrics_of(parts)] == [1, 2, 3]
     invoke("--resume", "--output", str(parts))
     assert_same_weights(whole() / "model", parts / "model")
-    assert [row["step"] for row in figures.read(parts / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics_of(parts)] == [1, 2, 3, 4]
 
 
 def test_an_interrupt_does_not_wait_for_a_server(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +464,7 @@ def test_an_interrupt_does_not_wait_for_a_server(files: Files, tmp_path: Path, m
         assert "saved after step 2" in output
         invoke("--resume", "--output", str(parts))
         assert_same_weights(whole / "model", parts / "model")
-    for a, b in zip(*(figures.read(run / "metrics.jsonl") for run in (whole, parts)), strict=True):
+    for a, b in zip(*(metrics_of(run) for run in (whole, parts)), strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 

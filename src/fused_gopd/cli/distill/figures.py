@@ -71,18 +71,6 @@ def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; a last one that was cut off counts as not written."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
-
-
 def summary(row: Mapping[str, Any]) -> str:
     """The four figures to watch."""
     shown = []
