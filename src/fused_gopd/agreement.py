@@ -105,7 +105,7 @@ _UNITS = 1000
 
 
 class Agreement(NamedTuple):
-    """What a rank brings to the comparison. Tensors stand in tuples, where autograd's Functions find them."""
+    """What a rank brings to the comparison. Tensors are in tuples, out of which autograd.py takes them to be saved."""
 
     shards: tuple[VocabShard, ...]
     options: tuple[tuple[str, str], ...]  # Python values, and what tensors are, in words
@@ -256,17 +256,17 @@ def _compare(
     hashes = [zlib.crc32(text.encode()) for _, text in options]
     if not waits:  # one number, filled in on the device: a copy from the host would wait for it
         hashes = [zlib.crc32(repr(options).encode())]
-    said = [torch.full((), number, dtype=torch.int64, device=device) for number in hashes]
+    numbers = [torch.full((), number, dtype=torch.int64, device=device) for number in hashes]
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    said += [zero if x is None else _hash(x) for x in agreement.exact]
-    near = [zero.expand(_NUMBERS) if x is None else _fingerprint(x) for x in agreement.rounded]
-    gathered = shard.gather(torch.cat((torch.stack(said), *near)))
-    exact, rounded = gathered[:, : len(said)], gathered[:, len(said) :]
+    numbers += [zero if x is None else _hash(x) for x in agreement.exact]
+    fingerprints = [zero.expand(_NUMBERS) if x is None else _fingerprint(x) for x in agreement.rounded]
+    gathered = shard.gather(torch.cat((torch.stack(numbers), *fingerprints)))
+    exact, rounded = gathered[:, : len(numbers)], gathered[:, len(numbers) :]
     differ = torch.cat(((exact != exact[0]).any(0), ((rounded - rounded[0]).abs() > _ALIKE * _UNITS).any(0)))
     if not waits:
         message = "the ranks that share a vocabulary must call the loss with the same"
         for part, what in zip(
-            differ.tensor_split((len(hashes), len(said))),
+            differ.tensor_split((len(hashes), len(numbers))),
             ("options and models", f"tensors, one of {', '.join(EXACT)}", f"tokens, in one of {', '.join(ROUNDED)}"),
             strict=True,
         ):
