@@ -220,6 +220,15 @@ def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
     assert f"trained model: {tmp_path / 'run' / 'model'}" in output
 
 
+def test_ref_student_is_the_student_whatever_folders_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "student").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {**dict.fromkeys(options.Options.names(), ""), "teacher": [], "lora": 0, "learning_rate": 1e-5}
+    found = [options.Options.of({**given, "student": "student", "ref": ref}) for ref in ("student", "./student")]
+    assert [x.ref for x in found] == ["student", str(tmp_path / "student")]
+    assert {x.student for x in found} == {str(tmp_path / "student")}
+
+
 def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> None:
     import peft
 

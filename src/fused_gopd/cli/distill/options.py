@@ -64,7 +64,8 @@ class Options:
         """Of the command's options: with absolute paths, and with the defaults that depend on others."""
         said = dict(given)
         for name in ("student", "ref", "prompts"):
-            said[name] = _absolute(said[name])
+            if (name, said[name]) != ("ref", "student"):  # a folder of that name is ./student
+                said[name] = _absolute(said[name])
         routes = [_route(entry) for entry in said["teacher"]]
         said["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
         said["estimator"] = said["estimator"] or ("sampled" if said["teacher_server"] else "full")
