@@ -108,7 +108,7 @@ class HiddenStateRecorder(nn.Module):
         if hidden.ndim != 3 or self.hidden is not None:
             what = "is called twice" if self.hidden is not None else f"is given hidden states {tuple(hidden.shape)}"
             raise TypeError(f"model's head must be called once, with hidden states (B, T, H), but it {what}")
-        if torch.is_autocast_enabled(hidden.device.type):
+        if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as the head's own product would
         self.__dict__["hidden"] = hidden
         return self.numbers[None, None]
@@ -116,6 +116,10 @@ class HiddenStateRecorder(nn.Module):
 
 # by model, as it was last measured, and the code and numbers with which it was
 _MEASURED: WeakKeyDictionary[nn.Module, tuple[Any, LogitTransform]] = WeakKeyDictionary()
+
+
+# by model, of a forward that is no longer the model's: wrappers (FSDP2's hooks) do not change it
+_REMEMBERED: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 
 def _state(location: HeadLocation) -> Any:
@@ -299,11 +303,12 @@ def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -
 
 def transform_of(location: HeadLocation) -> LogitTransform:
     """As it was measured before, with the same code and numbers, else as it is measured now."""
-    found = _known(location)
+    found = _REMEMBERED.get(location.model) or _known(location)
     return measure(location) if found is None else found
 
 
 def remember_transform(model: Any, forward: Callable[..., Any]) -> None:
     """Measure ``forward``, the model's own, for models whose forward another library is about to replace."""
     with lock(model), torch.no_grad():
-        measure(find_head(model), forward)
+        location = find_head(model)
+        _REMEMBERED[location.model] = measure(location, forward)
