@@ -82,7 +82,7 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Job* self, int64_t rows, int64_t vocab, const Model& student, const Model* teacher, const Model* ref,
-             float reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
+             double reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
              const std::tuple<float, float, float, bool>& mixture, uintptr_t statistics) {
             new (self) Job();
             self->rows = rows;

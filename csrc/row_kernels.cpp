@@ -4,12 +4,13 @@
 //
 //   z, z_q, z_r   transformed logits of student, teacher, reference
 //   z', q', r'    the same relative to their maxima over S
-//   u             r' + lambda (q' - r')
-//   statistics    the maxima; log-sum-exp over S of z', q', r', u; sum p z', sum p (z' - u);
-//                 forward_kl: sum t (u - z'); jsd: KL(p|m), KL(t|m); z', q', r' of the sampled token
+//   u             r' + lambda (q' - r'), or q' + (1 - lambda) (r' - q') for lambda > 1/2; in the finite range
+//   u"            u relative to its origin: 0, or its maximum over S where that is far from 0
+//   statistics    the maxima and the origin; log-sum-exp over S of z', q', r', u"; sum p z', sum p (z' - u);
+//                 forward_kl: sum t (u" - z'); jsd: KL(p|m), KL(t|m); z', q', r' of the sampled token
 //   gradient      g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token]) on S, 0 elsewhere, times dz/dx
 //
-// with p = softmax(z'), t = softmax(u), m = beta t + (1 - beta) p and d, D as in fused_gopd/rowops/__init__.py.
+// with p = softmax(z'), t = softmax(u"), m = beta t + (1 - beta) p and d, D as in fused_gopd/rowops/__init__.py.
 //
 // Traffic of one row with k models of b bytes an element: statistics read k b V bytes; jsd reads them a second time;
 // the gradient reads them again and writes its own V elements. One row of 152k float32 is 0.6 MB, so with both halves
@@ -36,6 +37,13 @@ constexpr float kHeadroom = 8.0f;
 // u~ = r~ + lambda (q~ - r~) needs a shift of its own only where it is far from 0: above kHeadroom, or so far below
 // that exp(u~) would leave the normal numbers for terms that matter.
 constexpr float kFarBelow = -50.0f;
+
+// FAR of fused_gopd/rowops/__init__.py: where the maximum of u is further from 0, that is its origin.
+constexpr float kFar = 64.0f;
+
+// Sums of a logit difference times an exponential are taken of this share of it where it may be near the largest float:
+// a block's sum stays finite.
+constexpr float kShare = 0x1p-24f;
 
 // How far ahead of a loop its logits are fetched, in elements. The processor's own prefetching stops at the end of a
 // page, which is the end of a block, too.
@@ -102,20 +110,28 @@ const float* load_block(const Model& model, int64_t row, int64_t start, int n, f
 }
 
 // One row, and which models it needs: model[0] is the student; then the teacher unless lambda = 0 and the reference
-// unless lambda = 1. With one of them u is its logits, with both u has to be computed.
+// unless lambda = 1. With one of them u is its logits, with both u has to be computed: as that of the last model and
+// ``share`` times the difference to it. The last one is the reference for lambda <= 1/2, the teacher otherwise: the
+// rounding of the difference, a large one where one of them is a large mask, counts the less.
 struct Row {
   const Job& job;
   int64_t index;
   int count = 0;
   const Model* model[3];
   int kind[3];  // 0 student, 1 teacher, 2 reference: what to add to a student's Stat
-  float lambda;
+  float share;
 
   Row(const Job& job, int64_t index) : job(job), index(index) {
-    lambda = job.reward_scales != nullptr ? job.reward_scales[index] : job.reward_scale;
+    const double lambda = job.reward_scales != nullptr ? job.reward_scales[index] : job.reward_scale;
+    const bool near_teacher = lambda > 0.5;
+    share = float(near_teacher ? 1.0 - lambda : lambda);
     add(job.student, 0);
-    if (job.teacher.raw != nullptr && lambda != 0.0f) add(job.teacher, 1);
-    if (job.ref.raw != nullptr && lambda != 1.0f) add(job.ref, 2);
+    if (near_teacher) add_reference(lambda);
+    if (job.teacher.raw != nullptr && lambda != 0.0) add(job.teacher, 1);
+    if (!near_teacher) add_reference(lambda);
+  }
+  void add_reference(double lambda) {
+    if (job.ref.raw != nullptr && lambda != 1.0) add(job.ref, 2);
   }
   void add(const Model& m, int which) {
     model[count] = &m;
@@ -124,17 +140,27 @@ struct Row {
   float& statistic(int stat) const { return job.statistics[stat * job.rows + index]; }
 };
 
-inline vf mix(vf q, vf r, float lambda) { return r + lambda * (q - r); }
+inline vf mix(vf other, vf last, float share) { return last + share * (other - last); }
+
+// Within the finite range; NaN stays.
+inline vf bounded(vf x) { return max(splat(-kMaxFloat), min(splat(kMaxFloat), x)); }
+
+// u" of u; never above the origin but for rounding.
+inline vf relative(vf u, float origin) { return max(splat(-kMaxFloat), min(splat(kMaxFloat), u) - origin); }
+
+// A log-probability of the target. Relative to maxima of more columns a large mask rounds to another number than the
+// log-sum over these columns had, and the difference may be above 0.
+inline vf at_most_one(vf log_t) { return min(vf{}, log_t); }
 
 // A block of every model the row needs.
 struct Block {
   alignas(64) float buffer[3][kBlock];
   const float* x[3];  // z, then the others: in the buffers, or where the logits are
-  float lambda;
+  float share;
 
   template <int Models>
   void load(const Row& row, int64_t start, int n) {
-    lambda = row.lambda;
+    share = row.share;
     for (int i = 0; i < Models; ++i) x[i] = load_block(*row.model[i], row.index, start, n, buffer[i]);
   }
 };
@@ -144,7 +170,7 @@ template <int Models>
 inline vf target_logits(const Block& b, int k, const float* origin) {
   const vf q = load(b.x[1] + k) - origin[1];
   if constexpr (Models == 2) return q;
-  return mix(q, load(b.x[Models - 1] + k) - origin[Models - 1], b.lambda);
+  return mix(q, load(b.x[Models - 1] + k) - origin[Models - 1], b.share);
 }
 
 template <int Models>
@@ -156,6 +182,9 @@ inline vi support(const Block& b, int k) {
 
 // ------------------------------------------------------------------------------------------------------- statistics
 
+// As a float, the largest one where x is beyond it.
+inline float finite(double x) { return x > kMaxFloat ? kMaxFloat : x < -kMaxFloat ? -kMaxFloat : float(x); }
+
 // What one pass over a block gives. Series 0 .. Models - 1 are the models'; with three models a fourth is u's, which is
 // the second model's otherwise.
 template <int Models>
@@ -166,20 +195,23 @@ struct BlockSums {
   float mean;             // of e z~ for the student
   float gap, target_gap;  // of e (z~ - u~) for the student, of e_u (u~ - z~)
   float top[4];           // unmasked: the largest x and u~, NaN left aside
+  bool beyond;            // masked: whether a u~ would have been infinite (or is NaN)
 };
 
 // Unmasked: any block; what it gives is of use if nothing is far above its shift and mean and gap are finite: they are
 // not if a logit is -inf, since that is multiplied by its own exponential, 0, there or enters u~.
-// Masked: entries outside S are -inf in all models.
+// Masked: entries outside S are -inf in all models; the two gaps are kShare of what they are.
 template <int Models, bool TargetGap, bool Masked>
 GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_shift) {
   vf sum[4] = {}, mean = {}, gap = {}, target_gap = {}, top[4];
+  vi beyond = {};
   for (int i = 0; i < kSeries<Models>; ++i) top[i] = splat(-kInf);
   for (int k = 0; k < n; k += W) {
     for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
     const vf raw = load(b.x[0] + k);
     const vi inside = raw != -kInf;
-    const vf z = raw - shift[0];
+    vf z = raw - shift[0];
+    if (Masked) z = max(splat(-kMaxFloat), z);
     const Exponential exp_z = exponential<Masked>(z);
     const vf e = exp_z.value();
     sum[0] = exp_z.plus(sum[0]);
@@ -188,14 +220,21 @@ GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_
     if constexpr (Models > 1) {
       const vf raw_1 = load(b.x[1] + k);
       vf u = raw_1 - shift[1];
+      if (Masked) u = max(splat(-kMaxFloat), u);
       Exponential exp_u = exponential<Masked>(u);
       sum[1] = exp_u.plus(sum[1]);
       if (!Masked) top[1] = max(raw_1, top[1]);
       if constexpr (Models == 3) {
         const vf raw_2 = load(b.x[2] + k);
-        const vf r = raw_2 - shift[2];
+        vf r = raw_2 - shift[2];
+        if (Masked) r = max(splat(-kMaxFloat), r);
         sum[2] = exponential<Masked>(r).plus(sum[2]);
-        u = mix(u, r, b.lambda);
+        u = mix(u, r, b.share);
+        if (Masked) {
+          const vi within = abs(u) <= kMaxFloat;
+          beyond |= inside & ~within;
+          u = bounded(u);
+        }
         const vf shifted = (Masked ? select(inside, u, splat(-kInf)) : u) - u_shift;
         exp_u = exponential<Masked>(shifted);
         sum[3] = exp_u.plus(sum[3]);
@@ -204,7 +243,8 @@ GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_
           top[3] = max(u, top[3]);
         }
       }
-      const vf difference = z - u;
+      // of logits near the largest float the share, which cannot overflow
+      const vf difference = Masked ? z * kShare - u * kShare : z - u;
       gap += Masked ? select(inside, e * difference, vf{}) : e * difference;
       if constexpr (TargetGap) {
         const vf term = exp_u.value() * difference;
@@ -218,6 +258,7 @@ GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_
     if (!Masked) s.top[i] = max_lanes(top[i]);
   }
   s.mean = sum_lanes(mean);
+  for (int i = 0; Masked && i < W; ++i) s.beyond = s.beyond || beyond[i] != 0;
   if (Models > 1) s.gap = sum_lanes(gap);
   if (TargetGap) s.target_gap = sum_lanes(target_gap);
   return s;
@@ -233,11 +274,17 @@ GOPD_HOT float max_block(const float* x, int n) {
 float max_target(const Block& b, int n, const float* shift) {
   vf top = splat(-kInf);
   for (int k = 0; k < n; k += W) {
-    const vf u = target_logits<3>(b, k, shift);
+    const vf u = bounded(target_logits<3>(b, k, shift));
     top = max(select(load(b.x[0] + k) != -kInf, u, splat(-kInf)), top);
   }
   return max_lanes(top);
 }
+
+// How the sums of a row ended.
+struct Finished {
+  bool far = false;     // the maximum of u is far from 0
+  bool bounded = true;  // no u is infinite, nor a difference of two logit differences
+};
 
 // The running sums of a row.
 template <int Models>
@@ -245,21 +292,23 @@ struct RowSums {
   float top[4] = {-kInf, -kInf, -kInf, -kInf};  // largest x so far (u~ for u), NaN left aside: it shows in the sums
   float shift[4] = {};
   double sum[4] = {}, mean = 0.0, gap = 0.0, target_gap = 0.0;
-  double lambda;
+  double share;
+  bool beyond = false;  // whether a u would have been infinite
 
-  explicit RowSums(float lambda) : lambda(lambda) {}
+  explicit RowSums(float share) : share(share) {}
 
   // What happens to u where this happens to the models' x; exact for equal models.
   double mix(const double* x) const {
     if constexpr (Models == 1) return 0.0;
-    return Models == 2 ? x[1] : x[2] + lambda * (x[1] - x[2]);
+    return Models == 2 ? x[1] : x[2] + share * (x[1] - x[2]);
   }
 
-  void add(const BlockSums& s) {
+  void add(const BlockSums& s, double share_of_gaps = 1.0) {
     for (int i = 0; i < kSeries<Models>; ++i) sum[i] += s.sum[i];
     mean += s.mean;
-    gap += s.gap;
-    target_gap += s.target_gap;
+    gap += s.gap / share_of_gaps;
+    target_gap += s.target_gap / share_of_gaps;
+    beyond = beyond || s.beyond;
   }
 
   // A block as it is. False, and nothing added, if it has to be masked or a shift is too low.
@@ -305,12 +354,13 @@ struct RowSums {
       for (int i = 0; i < Models; ++i) sum[i] *= __builtin_exp(moved[i]);
       if (Models == 3) sum[3] *= target;
     }
-    add(sum_block<Models, TargetGap, true>(b, n, shift, shift[3]));
+    add(sum_block<Models, TargetGap, true>(b, n, shift, shift[3]), kShare);
   }
 
   // From shifts to maxima, and out.
   template <bool TargetGap>
-  void finish(const Row& row) const {
+  Finished finish(const Row& row) const {
+    Finished finished;
     const bool empty = sum[0] == 0.0;
     const float undefined = __builtin_nanf("");
     bool poisoned = false, u_poisoned = false;  // NaN or +inf in any model; in teacher or reference
@@ -331,22 +381,63 @@ struct RowSums {
       constexpr int target = kSeries<Models> - 1;
       const double u_below = mix(below);
       const double mean_difference = empty ? 0.0 : (below[0] - u_below) + gap / sum[0];
-      row.statistic(mean_gap) = poisoned ? undefined : float(mean_difference);
+      row.statistic(mean_gap) = poisoned ? undefined : finite(mean_difference);
+      finished.bounded = !beyond && __builtin_fabs(mean_difference) < 1e30;
       if constexpr (TargetGap) {
         const double target_mean = empty ? 0.0 : (u_below - below[0]) + target_gap / sum[target];
-        row.statistic(target_part) = poisoned ? undefined : float(target_mean);
+        row.statistic(target_part) = poisoned ? undefined : finite(target_mean);
       }
       float value = row.statistic(logsum_student + row.kind[1]);
       if constexpr (Models == 3) {
         value = float((u_below + double(shift[3])) + __builtin_log(sum[3]));
         // the target is the student: the same bits, to the last rounding
         if (sum[3] == sum[0] && shift[3] == 0.0f && u_below == below[0]) value = row.statistic(logsum_student);
+        finished.far = !poisoned && !empty && !(__builtin_fabs(top[3] + u_below) <= kFar);
       }
       const bool bad = u_poisoned || !__builtin_isfinite(sum[target]);
       row.statistic(logsum_target) = bad ? undefined : empty ? -kInf : value;
     }
+    return finished;
   }
 };
+
+// The statistics of a target whose maximum is far from 0, relative to that, from u as the gradient forms it: of shifted
+// logits it would be another number, by the rounding of what is far away.
+template <bool TargetGap>
+void far_target(const Row& row) {
+  float maximum[3];
+  for (int i = 0; i < 3; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
+  float top = -kInf;
+  double sum = 0.0, gap = 0.0;
+  Block b;
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool find_maximum = pass == 0;
+    for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
+      const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
+      b.load<3>(row, start, n);
+      vf tops = splat(-kInf), sums = {}, gaps = {};
+      for (int k = 0; k < padded(n); k += W) {
+        const vi inside = support<3>(b, k);
+        const vf z = max(splat(-kMaxFloat), load(b.x[0] + k) - maximum[0]);
+        const vf u = target_logits<3>(b, k, maximum);
+        if (find_maximum) {
+          tops = max(select(inside, bounded(u), splat(-kInf)), tops);
+        } else {
+          const vf below = relative(u, top);
+          const vf e = keep(inside, exp(below));
+          sums += e;
+          gaps += select(inside, e * (below * kShare - z * kShare), vf{});
+        }
+      }
+      if (find_maximum) top = top > max_lanes(tops) ? top : max_lanes(tops);
+      sum += sum_lanes(sums);
+      gap += sum_lanes(gaps) / double(kShare);
+    }
+  }
+  row.statistic(origin_target) = top;
+  row.statistic(logsum_target) = float(__builtin_log(sum));
+  if (TargetGap) row.statistic(target_part) = finite(gap / sum);
+}
 
 // Replace entries outside S by -inf in all models, in the block's buffers. Returns how many there are.
 template <int Models>
@@ -363,10 +454,11 @@ int mask_block(Block& b, int n) {
   return total;
 }
 
-// All statistics that need one pass. Returns whether all V entries of the row are in S.
+// All statistics that need one pass. Returns whether all V entries of the row are in S and the gradient's arithmetic
+// needs no care: the origin of u is 0, and nothing in it overflows.
 template <int Models, bool TargetGap>
 bool first_statistics(const Row& row) {
-  RowSums<Models> sums(row.lambda);
+  RowSums<Models> sums(row.share);
   Block b;
   bool clean = true, careful = true;
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
@@ -378,8 +470,11 @@ bool first_statistics(const Row& row) {
     clean = clean && !careful;
     sums.template add_masked_block<TargetGap>(b, lanes);
   }
-  sums.template finish<TargetGap>(row);
-  return clean;
+  const Finished finished = sums.template finish<TargetGap>(row);
+  if constexpr (Models == 3) {
+    if (finished.far) far_target<TargetGap>(row);
+  }
+  return clean && finished.bounded && !finished.far;
 }
 
 // log p - log m and log t - log m at delta = log t - log p. In terms of delta alone, they are exactly 0 where the
@@ -407,39 +502,66 @@ inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target) {
   }
 }
 
-// KL(p || m) and KL(t || m), which need both normalisers first.
+// What a pass over a row that knows its statistics needs of them, and the gradient's weights w_d and w_y.
+struct Coefficients {
+  float divergence = 0.0f, token = 0.0f;
+  float maximum[3], logsum_p, logsum_u, origin, mean = 0.0f;
+  Mixture mixture;
+
+  explicit Coefficients(const Row& row) : mixture(row.job.mixture) {
+    for (int i = 0; i < row.count; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
+    logsum_p = row.statistic(logsum_student);
+    logsum_u = row.statistic(logsum_target);
+    origin = row.statistic(origin_target);
+  }
+};
+
+// KL(p || m) and KL(t || m), which need both normalisers first. Clean as in gradient_block.
+template <int Models, bool NearEnd, bool Clean>
+GOPD_HOT void jsd_block(const Block& b, int n, const Coefficients& c, double& student_sum, double& target_sum) {
+  vf student = {}, target = {};
+  for (int k = 0; k < n; k += W) {
+    const vf log_p = (load(b.x[0] + k) - c.maximum[0]) - c.logsum_p;
+    vf u = target_logits<Models>(b, k, c.maximum);
+    if constexpr (Models == 3 && !Clean) u = relative(u, c.origin);
+    vf log_t = u - c.logsum_u;
+    if (!Clean) log_t = at_most_one(log_t);
+    vf p_part, t_part;
+    log_ratios<NearEnd>(log_t - log_p, c.mixture, p_part, t_part);
+    p_part *= exp(log_p);
+    t_part *= exp(log_t);
+    if constexpr (Clean) {
+      student += p_part;
+      target += t_part;
+    } else {
+      const vi inside = support<Models>(b, k);
+      student += select(inside, p_part, vf{});
+      target += select(inside, t_part, vf{});
+    }
+  }
+  student_sum += sum_lanes(student);
+  target_sum += sum_lanes(target);
+}
+
 template <int Models, bool NearEnd>
-void jsd_sums(const Row& row) {
-  const float logsum_p = row.statistic(logsum_student), logsum_u = row.statistic(logsum_target);
-  float maximum[3];
-  for (int i = 0; i < Models; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
-  const Mixture mixture = row.job.mixture;
+void jsd_sums(const Row& row, bool clean) {
+  const Coefficients c(row);
   double student_sum = 0.0, target_sum = 0.0;
   Block b;
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
     const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
     const int lanes = padded(n);
     b.load<Models>(row, start, n);
-    vf student = {}, target = {};
-    for (int k = 0; k < lanes; k += W) {
-      const vi inside = support<Models>(b, k);
-      const vf log_p = (load(b.x[0] + k) - maximum[0]) - logsum_p;
-      const vf log_t = target_logits<Models>(b, k, maximum) - logsum_u;
-      vf p_part, t_part;
-      log_ratios<NearEnd>(log_t - log_p, mixture, p_part, t_part);
-      student += select(inside, exp(log_p) * p_part, vf{});
-      target += select(inside, exp(log_t) * t_part, vf{});
-    }
-    student_sum += sum_lanes(student);
-    target_sum += sum_lanes(target);
+    clean&& lanes == n ? jsd_block<Models, NearEnd, true>(b, n, c, student_sum, target_sum)
+                       : jsd_block<Models, NearEnd, false>(b, lanes, c, student_sum, target_sum);
   }
   row.statistic(student_part) = float(student_sum);
   row.statistic(target_part) = float(target_sum);
 }
 
 template <int Models>
-void jsd_statistics(const Row& row) {
-  row.job.mixture.near_end ? jsd_sums<Models, true>(row) : jsd_sums<Models, false>(row);
+void jsd_statistics(const Row& row, bool clean) {
+  row.job.mixture.near_end ? jsd_sums<Models, true>(row, clean) : jsd_sums<Models, false>(row, clean);
 }
 
 // The logits of the sampled token.
@@ -468,7 +590,7 @@ bool statistics(const Row& row) {
   } else {
     clean = first_statistics<Models, false>(row);
   }
-  if (Models > 1 && row.job.divergence == Divergence::jsd) jsd_statistics<Models>(row);
+  if (Models > 1 && row.job.divergence == Divergence::jsd) jsd_statistics<Models>(row, clean);
   if (row.job.token_ids != nullptr) {
     const Token token(row);
     for (int i = 0; i < Models; ++i) {
@@ -481,17 +603,12 @@ bool statistics(const Row& row) {
 
 // --------------------------------------------------------------------------------------------------------- gradient
 
-// What the gradient of one row needs beside its logits. Token: the divergence's weight is 0, its term does not exist.
+// Which gradient. Token: the divergence's weight is 0, its term does not exist.
 enum class Term { token, none, reverse_kl, forward_kl, jsd, jsd_near_end };
 
-struct Coefficients {
-  float divergence, token;  // w_d, w_y
-  float maximum[3], logsum_p, logsum_u, mean;
-  Mixture mixture;
-};
 
 // w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
-// outside. Stream: g is aligned to the vector and stored to past the caches.
+// outside, that the origin of u is 0 and that nothing overflows. Stream: g is aligned to the vector and stored to past the caches.
 template <int Models, Term T, bool Clean, bool Stream = false>
 GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float* g) {
   for (int k = 0; k < n; k += W) {
@@ -503,11 +620,17 @@ GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float
     if constexpr (Models > 1) u = target_logits<Models>(b, k, c.maximum);
     if constexpr (T == Term::token) value = c.token * p;
     if constexpr (T == Term::none) value = p * (c.divergence * (z - c.mean) + c.token);
-    if constexpr (T == Term::reverse_kl) value = p * (c.divergence * ((z - u) - c.mean) + c.token);
-    if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(u - c.logsum_u)) + c.token * p;
+    if constexpr (T == Term::reverse_kl) {
+      vf d = (z - u) - c.mean;
+      if (!Clean) d = bounded(d);
+      value = p * (c.divergence * d + c.token);
+    }
+    if constexpr (Models == 3 && !Clean && T != Term::reverse_kl) u = relative(u, c.origin);
+    const vf log_t = Clean ? u - c.logsum_u : at_most_one(u - c.logsum_u);
+    if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(log_t)) + c.token * p;
     if constexpr (T == Term::jsd || T == Term::jsd_near_end) {
       vf student, target;
-      log_ratios<T == Term::jsd_near_end>((u - c.logsum_u) - log_p, c.mixture, student, target);
+      log_ratios<T == Term::jsd_near_end>(log_t - log_p, c.mixture, student, target);
       value = p * (c.divergence * (c.mixture.one_minus_beta * student - c.mean) + c.token);
     }
     if (!Clean) value = keep(support<Models>(b, k), value);
@@ -566,7 +689,7 @@ void store_block(const Job& job, const float* g, int n, int64_t offset) {
 template <int Models, Term T>
 float token_gradient(const Row& row, const Token& token, const Coefficients& c) {
   Block b;
-  b.lambda = row.lambda;
+  b.share = row.share;
   for (int i = 0; i < Models; ++i) {
     store(b.buffer[i], splat(-kInf));
     b.buffer[i][0] = token.x[i];
@@ -642,13 +765,9 @@ void zero_row(const Row& row) {
 template <int Models>
 void gradient(const Row& row, bool clean) {
   const Job& job = row.job;
-  Coefficients c;
+  Coefficients c(row);
   c.divergence = job.divergence_weights != nullptr ? job.divergence_weights[row.index] : 0.0f;
   c.token = job.token_weights != nullptr ? job.token_weights[row.index] : 0.0f;
-  c.mixture = job.mixture;
-  for (int i = 0; i < Models; ++i) c.maximum[i] = row.statistic(max_student + row.kind[i]);
-  c.logsum_p = row.statistic(logsum_student);
-  c.logsum_u = row.statistic(logsum_target);
   c.mean = row.statistic(job.divergence == Divergence::none ? mean_logit : mean_gap);
   if (job.divergence == Divergence::jsd) c.mean = c.mixture.one_minus_beta * row.statistic(student_part);
   const bool divergence = c.divergence != 0.0f;
@@ -671,7 +790,7 @@ template <int Models>
 void compute(const Row& row) {
   bool clean = false;
   if (row.job.compute_statistics) clean = statistics<Models>(row);
-  if (Models > 1 && row.job.compute_jsd_parts) jsd_statistics<Models>(row);
+  if (Models > 1 && row.job.compute_jsd_parts) jsd_statistics<Models>(row, false);
   if (row.job.compute_gradient) gradient<Models>(row, clean);
 #if defined(__x86_64__)
   if (row.job.compute_gradient && row.job.stream_out) _mm_sfence();

@@ -26,6 +26,7 @@ enum Stat : int {
   max_student,
   max_teacher,
   max_ref,
+  origin_target,
   stat_count
 };
 
@@ -53,7 +54,7 @@ struct Job {
   int64_t rows = 0;   // C
   int64_t vocab = 0;  // V
   Model student, teacher, ref;
-  float reward_scale = 1.0f;             // lambda of every row, unless
+  double reward_scale = 1.0;             // lambda of every row, unless
   const float* reward_scales = nullptr;  // (C,) gives one per row
   const int64_t* token_ids = nullptr;    // (C,) or nullptr
   Divergence divergence = Divergence::none;

@@ -97,6 +97,7 @@ inline vf rounded(vf x) {
   return x;
 }
 
+inline vf abs(vf x) { return bits<vf>(bits<vi>(x) & splat_int(INT32_MAX)); }
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vf keep(vi mask, vf x) { return bits<vf>(mask & bits<vi>(x)); }  // x or 0
 

@@ -50,7 +50,15 @@ def logits_of(model: Any) -> Tensor:
 
 
 def _log_normalise(x: Tensor) -> Tensor:
+    """Relative to its own maximum first: a log-sum beside a large number has the rounding of that."""
+    x = x - x.detach().max()
     return x - torch.logsumexp(x, -1)
+
+
+def _in_range(x: Tensor) -> Tensor:
+    """Clamped to the finite numbers: lambda times a mask of the smallest float is beyond them."""
+    limits = torch.finfo(x.dtype)
+    return x.clamp(limits.min, limits.max)
 
 
 def _row(x: Tensor | None, t: int) -> Tensor | None:
@@ -71,8 +79,8 @@ def _full_token(
     log_p = _log_normalise(z[inside])
     log_q = _log_normalise(z_q[inside]) if lam != 0 else torch.zeros_like(log_p)
     log_r = _log_normalise(z_r[inside]) if lam != 1 else torch.zeros_like(log_p)
-    mixed = lam * log_q + (1 - lam) * log_r
-    log_t = _log_normalise(mixed)
+    mixed = _in_range(lam * log_q + (1 - lam) * log_r)
+    log_t = _in_range(_log_normalise(mixed))
     p, t = log_p.exp(), log_t.exp()
     kl = (p * (log_p - log_t)).sum()
     if divergence == "reverse_kl":
@@ -121,28 +129,28 @@ def _topk_token(
     zero = z.new_zeros(())
     if not S and tail != "bucket":
         return zero, zero
-    P = torch.stack([student[t] for t in S]).exp() if S else z.new_zeros(0)
-    Q = [torch.stack([scores[t] for t in S]).exp() if S else z.new_zeros(0) for _, scores in used]
-    rests = [1 - x.sum() for x in (P, *Q)]
+    logs = [torch.stack([x[t] for t in S]) if S else z.new_zeros(0) for x in (student, *(x for _, x in used))]
+    rests = [1 - x.exp().sum() for x in logs]
     bucket = tail != "renormalize" and all(rest >= 1e-6 for rest in rests)
     if tail == "renormalize":
-        P, *Q = (x / x.sum() for x in (P, *Q))
+        logs = [_log_normalise(x) for x in logs]
     if bucket:
-        P, *Q = (torch.cat((x, rest[None])) for x, rest in zip((P, *Q), rests, strict=True))
-    if not len(P):
+        logs = [torch.cat((x, rest.log()[None])) for x, rest in zip(logs, rests, strict=True)]
+    log_p, *frozen_logs = logs
+    if not len(log_p):
         return zero, zero
-    log_p, weights = P.log(), [(lam, 1 - lam)[i] for i, _ in used]
-    mixed = sum(w * x.log() for w, x in zip(weights, Q, strict=True))
-    log_t = mixed - torch.logsumexp(mixed, 0)
-    t = log_t.exp()
-    whole = P / P.sum()
-    kl = (whole * (whole.log() - log_t)).sum()
+    weights = [(lam, 1 - lam)[i] for i, _ in used]
+    mixed = _in_range(sum(w * x for w, x in zip(weights, frozen_logs, strict=True)))
+    log_t = _in_range(_log_normalise(mixed))
+    P, t = log_p.exp(), log_t.exp()
+    whole = _log_normalise(log_p)
+    kl = (whole.exp() * (whole - log_t)).sum()
     if divergence == "reverse_kl":
         terms = P * (log_p - mixed)
     elif divergence == "forward_kl":
         terms = t * (log_t - log_p)
     else:
-        log_m = (beta * t + (1 - beta) * P).log()
+        log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_p)
         terms = beta * t * (log_t - log_m) + (1 - beta) * P * (log_p - log_m)
     return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
 
@@ -424,7 +432,7 @@ def _token(
             # the gradient with the baseline, the value without
             bounded = min(max(unbounded + _full_token(*rows, lam, "reverse_kl", 0.5)[0].item(), low), high)
             used = _sampled_token(scored[0], bounded, old, log_s, rollout, policy)
-            values["token_loss"] = used + (values["token_loss"] - used).detach()
+            values["token_loss"] = values["token_loss"].detach() + (used - used.detach())
             values["advantages"] = torch.tensor(bounded, dtype=torch.float64)
     return values
 
@@ -454,8 +462,11 @@ def row_statistics(
         u = lam * shifted.get("TEACHER", torch.zeros_like(zs)) + (1 - lam) * shifted.get("REF", torch.zeros_like(zs))
         t = u.softmax(-1)
         m = beta * t + (1 - beta) * p
-        out["LOGSUM_TARGET"], out["MEAN_GAP"] = u.logsumexp(-1), (p * (zs - u)).sum()
-        out["forward_kl TARGET_PART"] = (t * (u - zs)).sum()
+        u = _in_range(u)
+        top = u.max() if len(u) else torch.tensor(0.0)
+        out["ORIGIN_TARGET"] = top if abs(top) > 64 else torch.tensor(0.0)
+        out["LOGSUM_TARGET"], out["MEAN_GAP"] = (u - out["ORIGIN_TARGET"]).logsumexp(-1), (p * (zs - u)).sum()
+        out["forward_kl TARGET_PART"] = (t * (u - out["ORIGIN_TARGET"] - zs)).sum()
         out["jsd TARGET_PART"] = (t * (t.log() - m.log())).sum()
         out["jsd STUDENT_PART"] = (p * (p.log() - m.log())).sum()
     return {k: float(v) for k, v in out.items()}

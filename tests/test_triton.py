@@ -26,6 +26,7 @@ from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowPro
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.torch import TorchRowOps
 from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
+from test_masks import check_rows, problem_of
 
 pytest.importorskip("triton")
 
@@ -768,3 +769,15 @@ def test_every_option_is_what_plain_pytorch_makes_of_it(kind: str, routed: bool,
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 2e-5 * a.norm().clamp_min(1e-6)
     assert backend.launches() > before
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_rows_with_large_finite_masks_are_as_good_as_the_naive_path(ops: TritonRowOps, divergence: str) -> None:
+    """Some of a lane's first tile have nothing else, or are wider than a tile."""
+    for seed in (*range(3, 84, 11), 39):
+        check_rows(ops, problem_of(seed, divergence, device=DEVICE))
+    problem = problem_of(7, divergence, V=300, device=DEVICE)
+    for model in (problem.student, problem.teacher, problem.ref):
+        assert model is not None
+        model.raw[:, :150] = torch.finfo(torch.float32).min
+    check_rows(ops, problem)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import printing
-from .rowops import Stat
+from .rowops import FAR, Stat
 
 Estimator = Literal["sampled", "full", "topk"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -86,17 +86,42 @@ class Sequences:
 def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
     """lambda q + (1 - lambda) r, where a model with coefficient exactly 0 does not matter, whatever its value.
 
-    Written as r + lambda (q - r), so that q = r gives exactly q. ``None`` is a model that has cancelled.
+    Written as r + lambda (q - r), or q + (lambda - 1) (q - r) for lambda > 1/2: so that q = r gives exactly q, and the
+    rounding of q - r, a large one where one of them is a large mask, counts no more than that of the result. Finite q
+    and r give a finite result, clamped to the range of the dtype; an infinite one gives NaN. ``None`` is a model that
+    has cancelled.
     """
     if ref is None:
         assert teacher is not None
         return teacher
     if teacher is None:
         return ref
-    if not isinstance(reward_scale, Tensor):
-        reward_scale = torch.full_like(ref, reward_scale)
-    mixed = ref + reward_scale * (teacher - ref)
-    return torch.where(reward_scale == 1, teacher, torch.where(reward_scale == 0, ref, mixed))
+    gap = teacher - ref
+    if isinstance(reward_scale, Tensor):
+        near_teacher = reward_scale > 0.5
+        share = torch.where(near_teacher, reward_scale - 1, reward_scale)
+        mixed = torch.where(near_teacher, teacher, ref) + share * gap
+        mixed = bounded(mixed) + 0 * gap
+        return torch.where(reward_scale == 1, teacher, torch.where(reward_scale == 0, ref, mixed))
+    if reward_scale in (0, 1):
+        return teacher if reward_scale else ref
+    mixed = teacher + (reward_scale - 1) * gap if reward_scale > 0.5 else ref + reward_scale * gap
+    return bounded(mixed) + 0 * gap
+
+
+def bounded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Within the finite range of its dtype, or of another one; NaN stays."""
+    limits = torch.finfo(dtype or x.dtype)
+    return x.clamp(limits.min, limits.max)
+
+
+def origin_of(maximum: Tensor) -> Tensor:
+    """What to take u relative to before its log-sum: its maximum where that is far from 0, else 0.
+
+    A log-sum relative to something far away has the rounding of that. Near 0 nothing is subtracted: one operation less
+    for every entry.
+    """
+    return torch.where(maximum.abs() > FAR, bounded(maximum), 0)
 
 
 def any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
@@ -127,7 +152,7 @@ def advantage(
         teacher, ref: (C,) log-probs, None where cancelled.
     """
     dead = any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
-    value = mix(reward_scale, teacher, ref) - behaviour
+    value = bounded(mix(reward_scale, teacher, ref) - behaviour) + 0 * behaviour
     return torch.where(dead, torch.zeros_like(value), value), ~dead
 
 
@@ -380,12 +405,18 @@ def merge(
             )
         )
         shift_u = mix(reward_scale, shift_q, shift_r)
-        logsum_u = parts[:, _target(has)].masked_fill(empty, -math.inf) + shift_u
-        out[Stat.LOGSUM_TARGET] = _logsum(logsum_u)
+        origin = bounded(parts[:, Stat.ORIGIN_TARGET] + shift_u, dtype)
+        logsum_u = parts[:, _target(has)].masked_fill(empty, -math.inf) + origin
+        whole = _logsum(logsum_u)
+        out[Stat.ORIGIN_TARGET] = origin_of(whole.to(dtype))
+        out[Stat.LOGSUM_TARGET] = whole - out[Stat.ORIGIN_TARGET]
         out[Stat.MEAN_GAP] = mean(parts[:, Stat.MEAN_GAP] + (shift - shift_u), p)
         if divergence == "forward_kl":
-            t = (logsum_u - out[Stat.LOGSUM_TARGET]).exp().masked_fill(empty, 0)
-            out[Stat.TARGET_PART] = mean(parts[:, Stat.TARGET_PART] - (shift - shift_u), t)
+            t = (logsum_u - whole).exp().masked_fill(empty, 0)
+            moved = (origin - out[Stat.ORIGIN_TARGET]) - shift
+            out[Stat.TARGET_PART] = mean(parts[:, Stat.TARGET_PART] + moved, t)
+        for stat in (Stat.MEAN_GAP, Stat.TARGET_PART):
+            out[stat] = bounded(out[stat], dtype)
     return out.to(dtype)
 
 
@@ -396,7 +427,7 @@ def merged_statistics(has: tuple[bool, bool], divergence: Divergence | None, tok
     models += [(Stat.MAX_REF, Stat.LOGSUM_REF, Stat.LOGIT_REF)] if has[1] else []
     stats = [stat for model in models for stat in (model if tokens else model[:2])] + [Stat.MEAN_LOGIT]
     stats += [Stat.MEAN_GAP] if any(has) else []
-    stats += [Stat.LOGSUM_TARGET] if all(has) else []
+    stats += [Stat.LOGSUM_TARGET, Stat.ORIGIN_TARGET] if all(has) else []
     return stats + ([Stat.TARGET_PART] if divergence == "forward_kl" else [])
 
 
@@ -424,7 +455,7 @@ def divergence_value(
     ``has`` says whether teacher and reference are in the statistics.
     """
     logsum_p, logsum_u, gap = (statistics[s] for s in (Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET, Stat.MEAN_GAP))
-    kl = (gap + (logsum_u - logsum_p)).clamp_min(0)
+    kl = bounded((gap + statistics[Stat.ORIGIN_TARGET]) + (logsum_u - logsum_p)).clamp_min(0)
     if divergence == "reverse_kl":
         teacher = statistics[Stat.LOGSUM_TEACHER] if has[0] else None
         ref = statistics[Stat.LOGSUM_REF] if has[1] else None

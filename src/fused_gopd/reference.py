@@ -133,12 +133,16 @@ def _full(
 
     log_p, log_q, log_r = _log_softmax(z, support), other_logp(z_q, 0.0), other_logp(z_r, 1.0)
     mix = objective.mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
-    log_p_in, log_t = inside(log_p), inside(_log_softmax(mix, support))
+    lowest, highest = torch.finfo(mix.dtype).min, torch.finfo(mix.dtype).max
+    # log_softmax takes it relative to its maximum, and may leave the finite range
+    log_p_in, log_t = inside(log_p), inside(_log_softmax(mix, support).clamp_(min=lowest))
     prob = inside(log_p_in.exp())
     with torch.no_grad():  # reported only: autograd would keep its [tokens, V] terms
         kl = (prob * (log_p_in - log_t)).sum(-1)
     if divergence == "reverse_kl":
-        value = (prob * (log_p_in - mix)).sum(-1)
+        gap = log_p_in - mix
+        # where the student has a mask as well it may be infinite, times a probability of 0; by a sum, as in _all_finite
+        value = (prob * (gap if bool(torch.isfinite(gap.detach().sum())) else gap.clamp(lowest, highest))).sum(-1)
     elif divergence == "forward_kl":
         value = (inside(log_t.exp()) * (log_t - log_p_in)).sum(-1)
     else:
@@ -229,9 +233,11 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
     empty = ~inside.any(1, keepdim=True)
 
     def normalised(x: Tensor) -> Tensor:
-        return x - x.masked_fill(~inside, -math.inf).masked_fill(empty, 0).logsumexp(1, keepdim=True)
+        within = x.masked_fill(~inside, -math.inf).masked_fill(empty, 0)
+        top = within.detach().amax(1, keepdim=True)
+        return (x - top) - (within - top).logsumexp(1, keepdim=True)
 
-    log_t = normalised(mix)
+    log_t = objective.bounded(normalised(mix))
     prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
     with torch.no_grad():  # over the outcomes that there are, as one distribution
         whole = normalised(log_p)
@@ -240,7 +246,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
     if p.truncation.tail == "drop":
         counted[:, -1] = False
     if p.divergence == "reverse_kl":
-        terms = prob * (log_p - mix)
+        terms = prob * objective.bounded(log_p - mix)
     elif p.divergence == "forward_kl":
         terms = target * (log_t - log_p)
     else:
@@ -406,7 +412,7 @@ def gopd_loss(
                 value, _, _ = _surrogate(p, lp, reported)
             token_loss, clipped, importance = _surrogate(p, lp, advantages)
             if baseline == "expected":  # the gradient with it, the value without
-                token_loss = token_loss + (value - token_loss.detach())
+                token_loss = value + (token_loss - token_loss.detach())
             kl = None
         elif not any(isinstance(model, TopKLogProbs) for model in (*p.teacher, *p.ref)):
             advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Divergence, Support, Tail, any_impossible, mix, to_mixture
+from .objective import Divergence, Support, Tail, any_impossible, bounded, mix, origin_of, to_mixture
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def term(
     scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
     x = _outcomes(tail, scale, student, teacher, ref)
     count = token_ids.shape[1]
-    log_t = (x.mixed - _log_mass(x.mixed, x.inside)).masked_fill(~x.inside, 0)
+    log_t = x.mixed - origin_of(x.mixed.masked_fill(~x.inside, -math.inf).amax(1, keepdim=True))
+    log_t = bounded(log_t - _log_mass(log_t, x.inside)).masked_fill(~x.inside, 0)
     p, t = (torch.where(x.inside, y.exp(), 0) for y in (x.log_p, log_t))
     counted = x.inside
     if tail == "drop":
@@ -183,10 +184,10 @@ def term(
             weight = torch.where(whole, -torch.expm1((log_t - x.log_p)[:, count:]), T)
     else:
         if divergence == "reverse_kl":
-            h = x.log_p - x.mixed
+            h = bounded(x.log_p - x.mixed)
             loss = total(p * h)
             missing = mass_outside.masked_fill(whole, 0) if tail != "renormalize" else torch.zeros_like(loss)
-            values, weight = p * (h - loss + missing), missing - 1 - loss
+            values, weight = p * bounded(h - loss + missing), missing - 1 - loss
             average = loss
         else:
             log_p_m, log_t_m = to_mixture(log_t - x.log_p, beta)

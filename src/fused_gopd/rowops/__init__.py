@@ -10,8 +10,9 @@ Notation of the formulas here and in every backend, for one row (one token):
                   lambda = 0 and the reference unless lambda = 1; NaN and +inf stay inside S and poison the row
     z', q', r'    the same relative to their maxima over S, z' = z - max_S z: float32 would lose a common offset of the
                   logits from every log-prob otherwise (at an offset of 1e4 a log-prob would be off by 5e-4)
-    u             lambda q' + (1 - lambda) r', the logits of the target; computed as r' + lambda (q' - r'), so that
-                  three equal models give exactly u = z'
+    u             lambda q' + (1 - lambda) r', the logits of the target; computed as r' + lambda (q' - r') for
+                  lambda <= 1/2 and as q' + (lambda - 1) (q' - r') above, so that three equal models give exactly u = z'
+                  (see objective.mix). Clamped to the finite range: a mask times lambda may be beyond it
     p, t          softmax of z and of u over S
     m             beta t + (1 - beta) p
 """
@@ -93,6 +94,11 @@ class RowProblem:
         return self.student.raw.shape[0]
 
 
+# The target's maximum is far from 0 where one model alone has a large mask; a float32 log-sum that is 64 from it has
+# 4e-6 of rounding.
+FAR = 64.0
+
+
 class Stat(enum.IntEnum):
     """Rows of the (len(Stat), C) statistics tensor. What a problem does not have (a model, token ids) is 0.
 
@@ -106,17 +112,18 @@ class Stat(enum.IntEnum):
     LOGSUM_STUDENT = 0  # log sum_S exp z', >= 0
     LOGSUM_TEACHER = 1  # log sum_S exp q' (0 where lambda = 0: its values do not matter)
     LOGSUM_REF = 2  # log sum_S exp r' (0 where lambda = 1)
-    LOGSUM_TARGET = 3  # log sum_S exp u
+    LOGSUM_TARGET = 3  # log sum_S exp(u - ORIGIN_TARGET)
     MEAN_LOGIT = 4  # sum_S p z', so that the entropy is LOGSUM_STUDENT - MEAN_LOGIT
     MEAN_GAP = 5  # sum_S p (z' - u)
     STUDENT_PART = 6  # jsd only: KL(p || m)
-    TARGET_PART = 7  # forward_kl: sum_S t (u - z'); jsd: KL(t || m)
+    TARGET_PART = 7  # forward_kl: sum_S t (u - ORIGIN_TARGET - z'); jsd: KL(t || m)
     LOGIT_STUDENT = 8  # z'[token]; -inf where the token is outside S, NaN where the id is outside [0, V)
     LOGIT_TEACHER = 9  # q'[token], likewise (0 where lambda = 0)
     LOGIT_REF = 10  # r'[token], likewise (0 where lambda = 1)
     MAX_STUDENT = 11  # max_S z
     MAX_TEACHER = 12  # max_S z_q (0 where lambda = 0)
     MAX_REF = 13  # max_S z_r (0 where lambda = 1)
+    ORIGIN_TARGET = 14  # 0, or where that is above FAR or below -FAR a number near max_S u (max_S u, of one part)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ class RowOps(Protocol):
             jsd:         d = (1 - beta)(log p - log m)    D = (1 - beta) STUDENT_PART
             forward_kl:  w_d (p_v - t_v) in place of the first term
 
-            p = exp(z' - LOGSUM_STUDENT), t = exp(u - LOGSUM_TARGET), z' and u formed with the MAX statistics
+            p = exp(z' - LOGSUM_STUDENT), t = exp(u - ORIGIN_TARGET - LOGSUM_TARGET), z' and u formed with the MAX
+            statistics
 
         and 0 outside S and in a row without support. The statistics may be those of a larger vocabulary, of which the
         problem has some columns; a token id outside them is -1. A weight that is exactly 0 switches its term off,

@@ -99,7 +99,9 @@ class _Job:
             if problem.teacher is None or problem.ref is None:
                 raise ValueError("a reward_scale tensor needs both teacher and ref")
         else:
-            scale = float(np.float32(problem.reward_scale))  # as the kernels see it: 1 + 1e-9 cancels the reference
+            scale = float(problem.reward_scale)
+            if float(np.float32(scale)) in (0.0, 1.0):  # as the kernels see it: 1 + 1e-9 cancels the reference
+                scale = float(np.float32(scale))
             only_teacher = problem.teacher is not None and problem.ref is None
             only_ref = problem.ref is not None and problem.teacher is None
             if (only_teacher and scale == 0) or (only_ref and scale == 1):

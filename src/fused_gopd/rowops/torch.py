@@ -31,6 +31,7 @@ class _Rows:
 
     z: Tensor  # (c, V)
     u: Tensor | None
+    origin: Tensor | None  # (c,) what u is relative to before its log-sum
     teacher: Tensor | None  # 0 in rows with lambda = 0
     ref: Tensor | None  # 0 in rows with lambda = 1
     support: Tensor  # bool
@@ -173,15 +174,14 @@ def _load(problem: RowProblem, dtype: torch.dtype, statistics: Tensor | None = N
         teacher = relative(teacher, Stat.MAX_TEACHER)
     if ref is not None:
         ref = relative(ref, Stat.MAX_REF)
-    u = teacher if teacher is not None else ref
-    if teacher is not None and ref is not None:
-        assert use_teacher is not None
-        assert use_ref is not None
-        # masked before the subtraction: -inf - -inf would be NaN in values that must not matter
-        q, r = (torch.where(support, x, torch.zeros_like(x)) for x in (teacher, ref))
-        mixed = torch.where(use_teacher, torch.where(use_ref, r + lam_column * (q - r), q), r)
-        u = mixed.masked_fill(~support, -math.inf)
-    return _Rows(z, u, teacher, ref, support, use_teacher, use_ref, maxima, dz_dx)
+    u = origin = None
+    if teacher is not None or ref is not None:
+        u = objective.mix(lam_column if isinstance(lam, Tensor) else lam, teacher, ref).masked_fill(~support, -math.inf)
+        if statistics is not None:
+            origin = statistics[Stat.ORIGIN_TARGET]
+        else:
+            origin = objective.origin_of(u.amax(-1).masked_fill(empty, 0))
+    return _Rows(z, u, origin, teacher, ref, support, use_teacher, use_ref, maxima, dz_dx)
 
 
 def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:
@@ -195,20 +195,32 @@ def _logsum(logits: Tensor) -> Tensor:
 
 
 def _probabilities(logits: Tensor, logsum: Tensor, support: Tensor) -> Tensor:
-    return torch.where(support, (logits - logsum[:, None]).exp(), torch.zeros_like(logits))
+    """At most 1: relative to maxima of more columns a large mask rounds to another number than its log-sum had."""
+    return torch.where(support, (logits - logsum[:, None]).clamp_max(0).exp(), torch.zeros_like(logits))
+
+
+def _gap(x: _Rows) -> Tensor:
+    """z' - u."""
+    assert x.u is not None
+    return objective.bounded(x.z - x.u)
+
+
+def _target(x: _Rows) -> Tensor:
+    """u relative to its origin."""
+    assert x.u is not None
+    assert x.origin is not None
+    return objective.bounded(x.u - x.origin[:, None]).masked_fill(~x.support, -math.inf)
 
 
 def _to_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(t / m)."""
-    assert x.u is not None
-    return objective.to_mixture((x.u - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
+    return objective.to_mixture((_target(x) - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
 
 
 def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || m) and KL(t || m)."""
-    assert x.u is not None
     student, target = _to_mixture(problem, x, logsum_p, logsum_u)
-    p, t = (_probabilities(y, logsum, x.support) for y, logsum in ((x.z, logsum_p), (x.u, logsum_u)))
+    p, t = (_probabilities(y, logsum, x.support) for y, logsum in ((x.z, logsum_p), (_target(x), logsum_u)))
     return _weighted(p, student, x.support), _weighted(t, target, x.support)
 
 
@@ -223,13 +235,15 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
         if model is not None and use is not None:
             out[logsum] = torch.where(use[:, 0], _logsum(model), torch.zeros_like(logsum_p))
     if x.u is not None:
-        # u is at most 0 but its maximum need not be: with lambda > 1 all of it can be far below
-        logsum_u = torch.logsumexp(x.u, -1)
+        assert x.origin is not None
+        u = _target(x)
+        # not relative to its own maximum where that is near 0
+        logsum_u = torch.logsumexp(u, -1)
+        out[Stat.ORIGIN_TARGET] = x.origin
         out[Stat.LOGSUM_TARGET] = logsum_u
-        gap = x.z - x.u
-        out[Stat.MEAN_GAP] = _weighted(p, gap, x.support)
+        out[Stat.MEAN_GAP] = objective.bounded(_weighted(p, _gap(x), x.support))
         if problem.divergence == "forward_kl":
-            out[Stat.TARGET_PART] = _weighted(_probabilities(x.u, logsum_u, x.support), -gap, x.support)
+            out[Stat.TARGET_PART] = _weighted(_probabilities(u, logsum_u, x.support), u - x.z, x.support)
         elif problem.divergence == "jsd":
             out[Stat.STUDENT_PART], out[Stat.TARGET_PART] = _jsd_parts(problem, x, logsum_p, logsum_u)
     if problem.token_ids is not None:
@@ -255,18 +269,16 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
         w = weights.divergence[:, None]
         live = live | (w != 0)
         if problem.divergence == "forward_kl":
-            assert x.u is not None
-            term = p - _probabilities(x.u, statistics[Stat.LOGSUM_TARGET], x.support)
+            term = p - _probabilities(_target(x), statistics[Stat.LOGSUM_TARGET], x.support)
         else:
             if problem.divergence == "none":
                 d, mean = x.z, statistics[Stat.MEAN_LOGIT]
             elif problem.divergence == "reverse_kl":
-                assert x.u is not None
-                d, mean = x.z - x.u, statistics[Stat.MEAN_GAP]
+                d, mean = _gap(x), statistics[Stat.MEAN_GAP]
             else:
                 d = (1.0 - problem.beta) * _to_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])[0]
                 mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
-            term = p * torch.where(x.support, d - mean[:, None], zero)
+            term = p * torch.where(x.support, objective.bounded(d - mean[:, None]), zero)
         grad = grad + torch.where(w == 0, zero, w * term)
     if weights.token is not None:
         assert problem.token_ids is not None

@@ -136,7 +136,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
 
     Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
     still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
-    loads, and for compute capability 8.0 with lambda per token alone, to fit one more program on a multiprocessor. Told
+    loads, and for compute capability 8.0 with either alone, to fit one more program on a multiprocessor. Told
     how many registers it may take it does not: 128 are two programs; with single loads, whose addresses are all live,
     255 are one.
     """
@@ -155,7 +155,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
         if itemsize == 4 or len(given) > 1:
             stages = 4 if itemsize == 4 else 3
     spills = (heavy and (jsd or per_token or not aligned)) or (
-        len(given) == 3 and per_token and device.capability == 80
+        len(given) == 3 and device.capability == 80 and (per_token or not aligned)
     )
     limited = spills and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
@@ -291,8 +291,9 @@ def row_launch(
     models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
     transform = problem.student.transform
     mixture = Mixture.of(problem.beta)
+    near_teacher = not isinstance(lam, Tensor) and lam > 0.5
     arguments |= {
-        "reward_scale": 0.0 if isinstance(lam, Tensor) else float(lam),
+        "share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
         "reward_scale_ptr": _vector(lam) if isinstance(lam, Tensor) else None,
         "token_ptr": None if problem.token_ids is None else problem.token_ids.contiguous(),
         "stats_ptr": statistics,
@@ -309,6 +310,7 @@ def row_launch(
         "turn": mixture.turn,
     }
     constants |= {
+        "NEAR_TEACHER": near_teacher,
         "NEAR_END": mixture.near_end,
         "DIVERGENCE": problem.divergence,
         "STATISTICS": write_statistics,

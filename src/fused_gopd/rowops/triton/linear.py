@@ -9,7 +9,7 @@ every run.
 import triton
 import triton.language as tl
 
-from .rows import LEAST, LOGIT_STUDENT, LOGSUM_STUDENT, MAX_STUDENT, MEAN_LOGIT, exp, finite, moved, transform
+from .rows import LEAST, LOGIT_STUDENT, LOGSUM_STUDENT, MAX_STUDENT, MEAN_LOGIT, exp, finite, kept, moved, transform
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def linear_kernel(
         relative = z - base[:, None]
         e = exp(relative, FLUSH)
         # e is 0 where z is -inf: any finite number will do there, and a NaN that maximum drops is in the total already
-        weighted = (weighted - move * total) * rescale + tl.sum(e * tl.maximum(relative, LEAST), axis=1)
+        weighted = kept(weighted - move * total, rescale) * rescale + tl.sum(e * tl.maximum(relative, LEAST), axis=1)
         total = total * rescale + tl.sum(e, axis=1)
         # few tiles hold a token: one vote spares the others three instructions per logit
         here = (token >= tile * BLOCK_V) & (token < tile * BLOCK_V + BLOCK_V)
@@ -131,7 +131,7 @@ def merge_kernel(partial_ptr, stats_ptr, C, splits, STATS: tl.constexpr, BLOCK_C
         part = tl.exp(-part_move)
         part_total = tl.load(partial + C, mask=live, other=0.0)
         part_weighted = tl.load(partial + 2 * C, mask=live, other=0.0)
-        weighted = (weighted - move * total) * old + (part_weighted - part_move * part_total) * part
+        weighted = kept(weighted - move * total, old) * old + kept(part_weighted - part_move * part_total, part) * part
         total = total * old + part_total * part
         token_logit += tl.load(partial + 3 * C, mask=live, other=0.0)
         maximum = new

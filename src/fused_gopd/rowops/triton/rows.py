@@ -37,8 +37,12 @@ LOGIT_REF = tl.constexpr(10)
 MAX_STUDENT = tl.constexpr(11)
 MAX_TEACHER = tl.constexpr(12)
 MAX_REF = tl.constexpr(13)
+ORIGIN_TARGET = tl.constexpr(14)
+FAR = tl.constexpr(64.0)  # fused_gopd.rowops.FAR
 
 LEAST = tl.constexpr(-3.0e38)  # in place of -inf in a product with 0
+SHARE = tl.constexpr(2.0**-24)  # a sum of numbers near the largest float is taken of this share of them
+MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 # Kinds of logit transform: z = x, z = pre x, z = post tanh(pre x), each of x + bias where there is a bias.
 PLAIN = tl.constexpr(0)
@@ -153,19 +157,40 @@ def problem_logits(
 
 
 @triton.jit
-def target(q, r, lam, needs_teacher, needs_ref, TEACHER: tl.constexpr, REF: tl.constexpr):
+def target(q, r, share, near_teacher, TEACHER: tl.constexpr, REF: tl.constexpr, NEAR_TEACHER: tl.constexpr):
     """u = lambda q + (1 - lambda) r, the only place that forms it, of logits and of shifts alike.
 
-    As fma(lambda, q - r, r): equal models have q - r = 0 and u = r to the bit, so that a gap of 0 is exactly 0.
+    As fma(share, q - r, r) with share = lambda, or fma(share, q - r, q) with share = lambda - 1 for lambda > 1/2: equal
+    models have q - r = 0 and u = r to the bit, so that a gap of 0 is exactly 0, and the rounding of q - r, a large one
+    where one of them is a large mask, counts the less. Which of the two is NEAR_TEACHER, or near_teacher with lambda
+    per token; there a model that the row does not need is 0, and its share is.
     """
     if TEACHER and REF:
-        u = tl.fma(lam, q - r, r)
-        if needs_teacher is not None:
-            u = tl.where(needs_teacher != 0, tl.where(needs_ref != 0, u, q), r)
+        if near_teacher is None:
+            u = tl.fma(share, q - r, q if NEAR_TEACHER else r)
+        else:
+            u = tl.fma(share, q - r, tl.where(near_teacher, q, r))
     elif TEACHER:
         u = q
     else:
         u = r
+    return u
+
+
+@triton.jit
+def bounded(x):
+    """Within the finite range; NaN may become finite."""
+    return tl.maximum(tl.minimum(x, MOST), -MOST)
+
+
+@triton.jit
+def from_origin(u, origin, BOTH: tl.constexpr, most):
+    """u relative to its origin, which is 0 where u is one model's logits; at most ``most``, its log-sum.
+
+    Relative to maxima of more columns a large mask rounds to another number than its log-sum over these columns had.
+    """
+    if BOTH:
+        u = tl.maximum(tl.minimum(tl.minimum(u, MOST) - origin, most), -MOST)
     return u
 
 
@@ -183,6 +208,19 @@ def lane_sum(x):
 def moved(maximum, base):
     """By how much a running maximum moves up to ``base``: 0 where there was none, so -inf - -inf never happens."""
     return tl.where(maximum == float("-inf"), 0.0, base - maximum)
+
+
+@triton.jit
+def shifted(maximum, move):
+    """A running maximum of u after u has moved by -move. Never -inf, which is a lane without support."""
+    return tl.where(maximum == float("-inf"), maximum, tl.maximum(maximum - move, -MOST))
+
+
+@triton.jit
+def kept(weighted, rescale):
+    """A weighted sum before it is rescaled, 0 where that makes it 0: moved from masks near the smallest float it may be
+    infinite."""
+    return tl.where(rescale == 0.0, 0.0, weighted)
 
 
 @triton.jit
@@ -222,7 +260,7 @@ def merged(maximum, total, FLUSH: tl.constexpr):
 @triton.jit
 def mean_of(weighted, scale, total):
     """Weighted sums of the lanes over the total weight; 0 without support."""
-    return tl.where(total == 0.0, 0.0, tl.sum(weighted * scale, axis=0) / total)
+    return tl.where(total == 0.0, 0.0, tl.sum(kept(weighted, scale) * scale, axis=0) / total)
 
 
 @triton.jit
@@ -254,17 +292,18 @@ def row_kernel(
     student_ptr, student_stride, student_bias, student_pre, student_post,
     teacher_ptr, teacher_stride, teacher_bias, teacher_pre, teacher_post,
     ref_ptr, ref_stride, ref_bias, ref_pre, ref_post,
-    reward_scale, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
+    share, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
     divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta, one_minus_beta, turn,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
-    NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
+    NEAR_TEACHER: tl.constexpr, NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, FLUSH: tl.constexpr,
 ):  # fmt: skip
     """One row: its statistics (``Stat``), its gradient (``RowOps.gradient``), or both. The grid is (C,).
 
     student_ptr, teacher_ptr, ref_ptr   (C, >= V) raw logits, any floating dtype, row strides in elements
     *_bias                              (>= V,) any floating dtype, or None
-    reward_scale, reward_scale_ptr      lambda as a float, or (C,) fp32; the float is ignored where the pointer is given
+    share, NEAR_TEACHER                 of ``target``, for a lambda that all rows have
+    reward_scale_ptr                    (C,) fp32 lambda, with which the two are ignored, or None
     token_ptr                           (C,) int64 or None
     stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise;
                                         with neither the two parts of jsd are made from the others
@@ -285,17 +324,20 @@ def row_kernel(
         teacher_row = teacher_ptr + row64 * teacher_stride
     if ref_ptr is not None:
         ref_row = ref_ptr + row64 * ref_stride
-    lam = reward_scale
+    near_teacher = None
     needs_teacher = None
     needs_ref = None
     if reward_scale_ptr is not None:
         lam = tl.load(reward_scale_ptr + row)
+        near_teacher = lam > 0.5
+        share = tl.where(near_teacher, lam - 1.0, lam)
         needs_teacher = tl.where(lam != 0.0, 1, 0)
         needs_ref = tl.where(lam != 1.0, 1, 0)
 
     HAS_TEACHER: tl.constexpr = teacher_ptr is not None
     HAS_REF: tl.constexpr = ref_ptr is not None
     HAS_TARGET: tl.constexpr = HAS_TEACHER or HAS_REF
+    BOTH: tl.constexpr = HAS_TEACHER and HAS_REF
     BLOCK_V: tl.constexpr = REPEAT * LANES * VECTOR
     repeat = tl.arange(0, REPEAT)[:, None, None] * (LANES * VECTOR)
     lane = tl.arange(0, LANES)[None, :, None] * VECTOR
@@ -348,7 +390,7 @@ def row_kernel(
                 old_sum = sum_z
                 max_z, sum_z, z, e, move_z, rescale = online(max_z, sum_z, z, FLUSH)
                 weighted_logit = tl.fma(
-                    tl.fma(-move_z, old_sum, weighted_logit), rescale, lane_sum(e * tl.maximum(z, LEAST))
+                    kept(tl.fma(-move_z, old_sum, weighted_logit), rescale), rescale, lane_sum(e * tl.maximum(z, LEAST))
                 )
                 if HAS_TARGET:
                     move_q = move_z
@@ -359,24 +401,29 @@ def row_kernel(
                     if HAS_REF:
                         old_target_sum = sum_r
                         max_r, sum_r, r, e_u, move_r, rescale_u = online(max_r, sum_r, r, FLUSH)
-                    u = target(q, r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
-                    move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                    u = target(q, r, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
+                    move_u = target(move_q, move_r, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
                     # outside the support u may be NaN, -inf - -inf
                     inside = (r if HAS_REF else q) != float("-inf")
                     gap = tl.where(inside, z - u, 0.0)
-                    weighted_gap = tl.fma(tl.fma(move_u - move_z, old_sum, weighted_gap), rescale, lane_sum(e * gap))
-                    if HAS_TEACHER and HAS_REF:
+                    weighted_gap = tl.fma(
+                        kept(tl.fma(move_u - move_z, old_sum, weighted_gap), rescale), rescale, lane_sum(e * gap)
+                    )
+                    if BOTH:
                         # u has a maximum of its own: with lambda > 1 it is not 0 where those of q' and r' are
                         old_target_sum = sum_u
                         max_u, sum_u, u, e_u, _move, rescale_u = online(
-                            max_u - move_u, sum_u, tl.where(inside, u, float("-inf")), FLUSH
+                            shifted(max_u, move_u), sum_u, tl.where(inside, u, float("-inf")), FLUSH
                         )
                     if DIVERGENCE == "forward_kl":
                         weighted_target = tl.fma(
-                            tl.fma(move_z - move_u, old_target_sum, weighted_target), rescale_u, lane_sum(e_u * -gap)
+                            kept(tl.fma(move_z - move_u, old_target_sum, weighted_target), rescale_u),
+                            rescale_u,
+                            lane_sum(e_u * -gap),
                         )
 
         max_student, move_z, scale, total = merged(max_z, sum_z, FLUSH)
+        poison = 0.0 * total  # NaN where NaN or +inf is in a model, else 0
         logsum_z = tl.log(total)
         mean_logit = mean_of(tl.fma(-move_z, sum_z, weighted_logit), scale, total)
         max_teacher = 0.0
@@ -387,27 +434,68 @@ def row_kernel(
         mean_gap = 0.0
         student_part = 0.0
         target_part = 0.0
+        max_target = 0.0
+        origin = 0.0
         if HAS_TARGET:
             move_q = move_z
             move_r = move_z
             if HAS_TEACHER:
                 max_teacher, move_q, scale_u, total_u = merged(max_q, sum_q, FLUSH)
                 logsum_q = tl.log(total_u)
+                poison += 0.0 * total_u
                 logsum_u = logsum_q
                 sum_target = sum_q
             if HAS_REF:
                 max_ref, move_r, scale_u, total_u = merged(max_r, sum_r, FLUSH)
                 logsum_r = tl.log(total_u)
+                poison += 0.0 * total_u
                 logsum_u = logsum_r
                 sum_target = sum_r
-            move_u = target(move_q, move_r, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+            move_u = target(move_q, move_r, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
             mean_gap = mean_of(tl.fma(move_u - move_z, sum_z, weighted_gap), scale, total)
-            if HAS_TEACHER and HAS_REF:
-                max_target, _move, scale_u, total_u = merged(max_u - move_u, sum_u, FLUSH)
+            if BOTH:
+                max_target, _move, scale_u, total_u = merged(shifted(max_u, move_u), sum_u, FLUSH)
                 logsum_u = max_target + tl.log(total_u)
                 sum_target = sum_u
             if DIVERGENCE == "forward_kl":
                 target_part = mean_of(tl.fma(move_z - move_u, sum_target, weighted_target), scale_u, total_u)
+            if not ((tl.abs(max_target) <= FAR) & (tl.abs(mean_gap) < 1e30) & (tl.abs(target_part) < 1e30)):
+                # Rare: a model alone has masks that put the target far from 0, or near the largest float. Once more
+                # from the maxima of the row, which the gradient forms u with: of other shifts u is another number, by
+                # the rounding of what is far away.
+                max_u = tl.full([LANES], float("-inf"), tl.float32)
+                sum_u = tl.zeros([LANES], tl.float32)
+                weighted_gap = sum_u  # sum p (z' - u)
+                weighted_target = sum_u
+                for start in tl.range(0, V, BLOCK_V, num_stages=1):
+                    z, q, r = problem_logits(
+                        student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                        teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                        ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                        needs_teacher, needs_ref, start + tile, V, True,
+                    )  # fmt: skip
+                    inside = z != float("-inf")
+                    z = tl.maximum(z - max_student, -MOST)
+                    u = target(q - max_teacher, r - max_ref, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
+                    u = bounded(u)
+                    weighted_gap += lane_sum(exp(z - logsum_z, FLUSH) * tl.where(inside, bounded(z - u), 0.0))
+                    old_target_sum = sum_u
+                    max_u, sum_u, u, e_u, move_u, rescale_u = online(
+                        max_u, sum_u, tl.where(inside, u, float("-inf")), FLUSH
+                    )
+                    if DIVERGENCE == "forward_kl":
+                        weighted_target = tl.fma(
+                            kept(tl.fma(-move_u * SHARE, old_target_sum, weighted_target), rescale_u),
+                            rescale_u,
+                            lane_sum(e_u * (tl.maximum(u - z, LEAST) * SHARE)),
+                        )
+                mean_gap = bounded(tl.sum(weighted_gap, axis=0)) + poison
+                max_target, move_target, scale_u, total_u = merged(max_u, sum_u, FLUSH)
+                origin = tl.where(tl.abs(max_target) > FAR, max_target, 0.0)
+                logsum_u = (max_target - origin) + tl.log(total_u) + poison
+                if DIVERGENCE == "forward_kl":
+                    target_part = mean_of(tl.fma(-move_target * SHARE, sum_u, weighted_target), scale_u, total_u)
+                    target_part = bounded(target_part / SHARE) + ((max_target - origin) + poison)
             if needs_teacher is not None:
                 logsum_q = tl.where(needs_teacher != 0, logsum_q, 0.0)
                 logsum_r = tl.where(needs_ref != 0, logsum_r, 0.0)
@@ -420,6 +508,7 @@ def row_kernel(
         max_student = tl.load(stats_row + MAX_STUDENT * stats_stride)
         max_teacher = tl.load(stats_row + MAX_TEACHER * stats_stride)
         max_ref = tl.load(stats_row + MAX_REF * stats_stride)
+        origin = tl.load(stats_row + ORIGIN_TARGET * stats_stride)
 
     if DIVERGENCE == "jsd" and (STATISTICS or out_ptr is None):
         # A second round: the mixture needs both normalisers, those of the whole vocabulary where V is a part of it.
@@ -435,7 +524,8 @@ def row_kernel(
                 )  # fmt: skip
                 support = z != float("-inf")
                 z = z - max_student
-                u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                u = target(q - max_teacher, r - max_ref, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
+                u = from_origin(u, origin, BOTH, logsum_u)
                 log_pm, log_tm = mixture_log_ratios(
                     z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
                 )
@@ -477,6 +567,7 @@ def row_kernel(
         tl.store(stats_row + MAX_STUDENT * stats_stride, max_student)
         tl.store(stats_row + MAX_TEACHER * stats_stride, max_teacher)
         tl.store(stats_row + MAX_REF * stats_stride, max_ref)
+        tl.store(stats_row + ORIGIN_TARGET * stats_stride, origin)
 
     if out_ptr is not None:
         out_row = out_ptr + row64 * out_stride
@@ -485,6 +576,8 @@ def row_kernel(
         token_column = -1
         if divergence_weight_ptr is not None:
             divergence_weight = tl.load(divergence_weight_ptr + row)
+            # keeps the NaN of a teacher or reference, which a clamp drops
+            poisoned_weight = divergence_weight + 0.0 * mean_gap
         if token_weight_ptr is not None:
             token_weight = tl.load(token_weight_ptr + row)
             token_column = tl.load(token_ptr + row)
@@ -505,22 +598,23 @@ def row_kernel(
                     tanh_x = z * tanh_of_z
                 z = z - max_student
                 if HAS_TARGET:
-                    u = target(q - max_teacher, r - max_ref, lam, needs_teacher, needs_ref, HAS_TEACHER, HAS_REF)
+                    u = target(q - max_teacher, r - max_ref, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
                 p = exp(z - logsum_z, FLUSH)
                 grad = tl.zeros([REPEAT, LANES, VECTOR], tl.float32)
                 if divergence_weight_ptr is not None:
                     if DIVERGENCE == "none":
                         term = p * (z - mean_logit)
                     elif DIVERGENCE == "reverse_kl":
-                        term = p * (z - u - mean_gap)
+                        term = p * bounded(z - u - mean_gap)
                     elif DIVERGENCE == "forward_kl":
-                        term = p - exp(u - logsum_u, FLUSH)
+                        term = p - exp(from_origin(u, origin, BOTH, logsum_u) - logsum_u, FLUSH)
                     else:
+                        u = from_origin(u, origin, BOTH, logsum_u)
                         log_pm, log_tm = mixture_log_ratios(
                             z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
                         )
                         term = p * ((one_minus_beta if NEAR_END else 1.0 - beta) * (log_pm - student_part))
-                    grad = divergence_weight * term
+                    grad = poisoned_weight * term
                 if token_weight_ptr is not None:
                     token_term = token_weight * (p - tl.where(columns == token_column, 1.0, 0.0))
                     if divergence_weight_ptr is not None:
