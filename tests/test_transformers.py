@@ -29,6 +29,7 @@ transformers = pytest.importorskip("transformers")
 
 import families  # noqa: E402
 from fused_gopd.integrations.transformers import head_of, last_hidden_state, patch_lm_head  # noqa: E402
+from fused_gopd.integrations.transformers.transform import remember_transform  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,6 +222,16 @@ def test_a_factor_that_changes_is_measured_again():
     assert head_of(model, last_hidden_state(model, IDS)).logit_scale == 0.25
     model.forward = lambda **inputs: (0.75 * transformers.CohereForCausalLM.forward(model, **inputs).logits,)
     assert head_of(model, hidden).logit_scale == 0.1875
+
+
+def test_a_model_without_weights_is_measured():
+    """As verl has it when it replaces the forward of the class, which then gives no logits."""
+    with torch.device("meta"):
+        model = families.tiny("cohere")
+    own = model.forward
+    model.forward = lambda **_: None
+    remember_transform(model, own)
+    assert head_of(model.to_empty(device="cpu"), torch.zeros(1, 32)).logit_scale == 0.37
 
 
 class Unasked(Mine):
