@@ -134,11 +134,11 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     numbers of threads up to 25 %. Elsewhere, not measured, it is 8 columns and one tile ahead, from compile-time
     resources (tests/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
 
-    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one load
-    still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or single
-    loads, and for compute capability 8.0 with either alone, to fit one more program on a multiprocessor. Told
-    how many registers it may take it does not: 128 are two programs; with single loads, whose addresses are all live,
-    255 are one.
+    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one
+    load still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or
+    single loads, for compute capability 8.0 with either alone and for 10.0 with none, to fit one more program on a
+    multiprocessor. Told how many registers it may take it does not: 128 are two programs; with single loads, whose
+    addresses are all live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -155,7 +155,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
         if itemsize == 4 or len(given) > 1:
             stages = 4 if itemsize == 4 else 3
     spills = (heavy and (jsd or per_token or not aligned)) or (
-        len(given) == 3 and device.capability == 80 and (per_token or not aligned)
+        len(given) == 3 and (device.capability == 100 or (device.capability == 80 and (per_token or not aligned)))
     )
     limited = spills and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
