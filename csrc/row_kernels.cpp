@@ -606,9 +606,9 @@ bool statistics(const Row& row) {
 // Which gradient. Token: the divergence's weight is 0, its term does not exist.
 enum class Term { token, none, reverse_kl, forward_kl, jsd, jsd_near_end };
 
-
 // w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
-// outside, that the origin of u is 0 and that nothing overflows. Stream: g is aligned to the vector and stored to past the caches.
+// outside, that the origin of u is 0 and that nothing overflows. Stream: g is aligned to the vector and stored to past
+// the caches.
 template <int Models, Term T, bool Clean, bool Stream = false>
 GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float* g) {
   for (int k = 0; k < n; k += W) {

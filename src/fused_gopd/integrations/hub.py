@@ -47,6 +47,7 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
         from huggingface_hub.errors import (
             EntryNotFoundError,
+            GatedRepoError,
             HfHubHTTPError,
             HFValidationError,
             RepositoryNotFoundError,
@@ -70,6 +71,11 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
         get_hf_file_metadata(hf_hub_url(name, _FILES[0], **where), token=options.get("token"), timeout=10)
     except EntryNotFoundError:  # a model without this file, or with others
         return
+    except GatedRepoError:  # a subclass of the next one
+        raise ValueError(
+            f"{argument} must be a model that can be loaded: the hub gives {name} only to those who accepted its terms "
+            "(accept them on its page, then run: hf auth login)"
+        ) from None
     except RepositoryNotFoundError:
         raise ValueError(f"{neither}, nor has the hub (a private one needs a token: hf auth login)") from None
     except HfHubHTTPError:  # an answer that is no answer to the question, which from_pretrained asks again

@@ -20,6 +20,7 @@ Notation of the formulas here and in every backend, for one row (one token):
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -62,6 +63,7 @@ class Mixture(NamedTuple):
     near_end: bool
 
     @staticmethod
+    @functools.lru_cache
     def of(beta: float) -> Mixture:
         least = 1.2e-38  # the smallest normal float32
         beta, one_minus_beta = max(beta, least), max(1.0 - beta, least)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -162,7 +163,8 @@ def _read(output: Path) -> Options:
         return Options(**read_sealed(output / FILE))
     except Damaged as error:
         if copies:
-            advice = f"{error}: restore it by: cp {copies[-1]} {output / FILE}"
+            command = ["cp", str(copies[-1]), str(output / FILE)]
+            advice = f"{error}: restore it by: {shlex.join(command)}"
         elif (output / FILE).exists():
             advice = f"{error}: put a copy of it back, or begin another run in another folder"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -324,7 +325,7 @@ class Run:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
     def _resume_command(self) -> str:
-        return f"fused-gopd distill --resume --output {self.output}"
+        return shlex.join(("fused-gopd", "distill", "--resume", "--output", str(self.output)))
 
     def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int) -> bool:
         said = self.options
