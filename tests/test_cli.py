@@ -362,7 +362,7 @@ def test_plan_vocabulary_parallel_wire_in_closed_form(tp: int) -> None:
     n, others = 8192, tp - 1
     gradient = {"gradient of hidden": 2 * n * 512 * 4 * others // tp}
     job = dataclasses.replace(BIG, tp=tp)
-    assert received(job) == {"statistics": n * 12 * 4 * others, **gradient}
+    assert received(job) == {"statistics": n * 13 * 4 * others, **gradient}
     jsd = dataclasses.replace(job, divergence="jsd")
     assert received(jsd) == {**received(job), "statistics of the mixture": n * 2 * 4 * others}
     for scale, models in ((1.25, 3), (1.0, 2), (0.0, 2)):

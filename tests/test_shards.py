@@ -710,13 +710,13 @@ def _bytes_on_the_wire() -> None:
     fg.VocabShard.gather, fg.VocabShard.sum_ = counting_gather, counting_sum
     try:
         # numbers per token: maximum, log-sum and token logit of each model, the student's mean, and of the target
-        # its log-sum and the mean gap
+        # the mean gap, its log-sum and what that is relative to (with one frozen model that is the model's)
         for options, rounds, numbers in (
             ({}, 3, 3 * 4),  # each model alone: with a mean
             ({"reward_scale": 1.0}, 2, 2 * 4),
-            ({"estimator": "full"}, 1, 3 * 3 + 3),
-            ({"estimator": "full", "divergence": "forward_kl"}, 1, 3 * 3 + 4),
-            ({"estimator": "full", "divergence": "jsd"}, 2, 3 * 3 + 3 + 2),
+            ({"estimator": "full"}, 1, 3 * 3 + 4),
+            ({"estimator": "full", "divergence": "forward_kl"}, 1, 3 * 3 + 5),
+            ({"estimator": "full", "divergence": "jsd"}, 2, 3 * 3 + 4 + 2),
             ({"estimator": "full", "reward_scale": 1.0}, 1, 2 * 3 + 2),
             # k values and ids to choose from, then a model's 4 numbers and k values each
             ({"estimator": "topk", "k": 5}, 4, 2 * 5 + 3 * (4 + 5)),

@@ -133,10 +133,6 @@ class Models:
             for name, source in {**named, "ref_model": ref_model}.items():
                 if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
                     _require_separate(name, source, student)
-        init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
-        for name, source in {"model": student, **named, "ref_model": ref_model}.items():
-            if isinstance(source, str) and (name, source) != ("ref_model", "base"):
-                require_model(name, source, teacher_init if name in named else init)
         if args.route_column is not None:
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
@@ -144,6 +140,10 @@ class Models:
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
         try_options(self._options, routes, ref_model, cast("Any", args).device)
+        init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
+        for name, source in {"model": student, **named, "ref_model": ref_model}.items():
+            if isinstance(source, str) and (name, source) != ("ref_model", "base"):
+                require_model(name, source, teacher_init if name in named else init)
         self._reward_scale_fn = reward_scale_fn
         self._card_sources = [(name, card.name_of(model)) for name, model in named.items()]
         reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)

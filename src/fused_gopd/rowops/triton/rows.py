@@ -423,7 +423,7 @@ def row_kernel(
                         )
 
         max_student, move_z, scale, total = merged(max_z, sum_z, FLUSH)
-        poison = 0.0 * total  # NaN where NaN or +inf is in a model, else 0
+        poison = 0.0  # NaN where NaN or +inf is in teacher or reference, else 0
         logsum_z = tl.log(total)
         mean_logit = mean_of(tl.fma(-move_z, sum_z, weighted_logit), scale, total)
         max_teacher = 0.0
@@ -489,13 +489,14 @@ def row_kernel(
                             rescale_u,
                             lane_sum(e_u * (tl.maximum(u - z, LEAST) * SHARE)),
                         )
-                mean_gap = bounded(tl.sum(weighted_gap, axis=0)) + poison
+                poison_any = poison + 0.0 * total  # in the student too
+                mean_gap = bounded(tl.sum(weighted_gap, axis=0)) + poison_any
                 max_target, move_target, scale_u, total_u = merged(max_u, sum_u, FLUSH)
-                origin = tl.where(tl.abs(max_target) > FAR, max_target, 0.0)
+                origin = tl.where((tl.abs(max_target) > FAR) & (poison == 0.0), max_target, 0.0)
                 logsum_u = (max_target - origin) + tl.log(total_u) + poison
                 if DIVERGENCE == "forward_kl":
                     target_part = mean_of(tl.fma(-move_target * SHARE, sum_u, weighted_target), scale_u, total_u)
-                    target_part = bounded(target_part / SHARE) + ((max_target - origin) + poison)
+                    target_part = bounded(target_part / SHARE) + ((max_target - origin) + poison_any)
             if needs_teacher is not None:
                 logsum_q = tl.where(needs_teacher != 0, logsum_q, 0.0)
                 logsum_r = tl.where(needs_ref != 0, logsum_r, 0.0)
