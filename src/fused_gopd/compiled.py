@@ -118,7 +118,7 @@ def _packed(name: str, student: Head, arguments: dict[str, Any]) -> _Packed:
     for key, value in arguments.items():
         static[key] = _pack(key, value, parts)
     others = [x.detach() for x in parts.tensors[3:]]
-    # PyTorch keeps compiled code on disk by the ops and their arguments, not by the shapes that the ops return: with the
+    # PyTorch keeps compiled code on disk by the ops and their arguments, not by the shapes that ops return: with the
     # number of statistics among the arguments, code that was compiled for another version of this package is not taken
     text = _dumps({"needs": needs, "arguments": static, "statistics": STATISTICS})
     return _Packed(rows, weight, bias, others, parts.ints, parts.floats, text)
