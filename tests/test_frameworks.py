@@ -722,6 +722,9 @@ def test_a_name_of_the_hub_is_asked_for_once(hub, tmp_path):
         with pytest.raises(ValueError, match=f"ref_model must be a model: there is no folder owner/model, .*{message}"):
             require_model("ref_model", "owner/model", {"cache_dir": hub.cache})
         assert hub.asked == 1
+    hub.answer = answer("GatedRepoError")
+    with pytest.raises(ValueError, match="gives owner/model only to those who accepted its terms"):
+        require_model("ref_model", "owner/model", {"cache_dir": hub.cache})
     hub.asked = 0
     with pytest.raises(ValueError, match="local_files_only"):
         require_model("ref_model", "owner/model", {"cache_dir": hub.cache, "local_files_only": True})
