@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import fused_gopd as fg
-from builders import Batch, assert_close, make_batch, relative_error, widened
+from builders import Batch, assert_close, generator, make_batch, relative_error, widened
 from fused_gopd import agreement
 from fused_gopd.cli import plan
 from ranks import RankError, run_on_ranks
@@ -243,6 +243,7 @@ def _calls() -> None:
         _log_probs_and_topk,
         _lists_from_a_server,
         _several_teachers,
+        _far_targets,
         _equal_models,
         _a_diverged_part,
         _low_precision,
@@ -304,6 +305,26 @@ def _lists_from_a_server() -> None:
         batch, whole = batch.replaced(teacher=teacher, ref=ref), batch.replaced(teacher=teacher)
         sharded = batch.replaced(student=_local(batch.student, shard))
         _compare(whole, sharded, shard, 1e-12, estimator="topk", reward_scale=1.25)
+
+
+def _far_targets() -> None:
+    """A mask of the reference alone that rounding would show in is refused on all ranks; a smaller one is right."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    start = 16 // n * rank
+    shard = fg.VocabShard(dist.group.WORLD, start, start + 16 // n)
+    z, q, r = (torch.randn(1, 16, generator=generator(i)) * 4 for i in range(3))
+    for fill in (-1e4, -1e9, torch.finfo(torch.float32).min):
+        r[:, 5:9] = fill
+        whole = [fg.Logits(x) for x in (z, q, r)]
+        parts = [model.part(shard) for model in whole]
+        for divergence in ("forward_kl", "jsd"):
+            options: dict[str, Any] = {"reward_scale": 1.25, "estimator": "full", "divergence": divergence}
+            if fill < -1e4:
+                with pytest.raises(ValueError, match=r"over a shared vocabulary needs a target .* a larger mask"):
+                    fg.gopd_loss(*parts, **options)
+            else:
+                want = fg.gopd_loss(*whole, **options).loss
+                torch.testing.assert_close(fg.gopd_loss(*parts, **options).loss, want, rtol=2e-3, atol=0)
 
 
 def _several_teachers() -> None:

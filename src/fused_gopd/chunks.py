@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import gemm, memory, objective, topk
 from .agreement import Agreement, require_agreement
+from .checks import refuse
 from .heads import Head, LinearHead, Logits
 from .objective import (
     PLAIN,
@@ -691,6 +692,20 @@ def _merge(
     return objective.merge(parts, reward_scale, has, divergence), list(rest)
 
 
+def _refuse_far_target(origin: Tensor, divergence: Divergence) -> None:
+    """Raise where the target's largest logit (C,) is so far from 0 that its rounding shows in the target.
+
+    Each rank rounds u relative to the maxima of its own columns, the gradient relative to those of the whole row. Where
+    the two are an eighth apart a target's probability is off by as much.
+    """
+    limit = 0.125 / torch.finfo(origin.dtype).eps
+    message = (
+        f"divergence={divergence!r} over a shared vocabulary needs a target lambda log q + (1 - lambda) log r of at "
+        f"most {limit:.3g}: a model alone has a larger mask (give teacher and reference the same one)"
+    )
+    refuse(origin.abs() > limit, origin, ValueError, message)
+
+
 def _statistics(job: Job, problem: RowProblem, *along: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Statistics of the rows of a chunk over the whole vocabulary, and what goes along as in :func:`_merge`."""
     shard = job.student.shard
@@ -702,6 +717,8 @@ def _statistics(job: Job, problem: RowProblem, *along: Tensor) -> tuple[Tensor, 
     merged, rest = _merge(
         shard, own, problem.token_ids, *along, reward_scale=problem.reward_scale, has=has, divergence=divergence
     )
+    if divergence in ("forward_kl", "jsd"):
+        _refuse_far_target(merged[Stat.ORIGIN_TARGET], divergence)
     if divergence == "jsd":
         # the mixture needs the normalisers of the whole vocabulary: a second collective
         mixture = job.ops.jsd_parts(problem, merged) if problem.vocab_size else own.new_zeros(2, problem.rows)
