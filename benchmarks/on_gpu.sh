@@ -19,7 +19,7 @@ mkdir -p "$out"
 compiled=(--providers compile,compile-chunked,cce-compile --seconds 0 --no-memory --no-accuracy)
 "$python" -m benchmarks --device cuda --suite gpu "${compiled[@]}" > "$out/compiled.log" 2>&1 &
 "$python" -m pytest -q -n 8 -p no:cacheprovider -k "not interpreted" \
-    tests/test_triton.py tests/test_gpu.py tests/test_regimes.py 2>&1 | tee "$out/tests.log"
+    tests/rowops/test_triton.py tests/core/test_gpu.py tests/core/test_pytorch_compat.py 2>&1 | tee "$out/tests.log"
 if [ -n "${CONFORMANCE:-}" ]; then
     CONFORMANCE_DEVICE=cuda CONFORMANCE_BACKENDS=triton,torch \
         "$python" -m pytest -q -n 8 -p no:cacheprovider "$CONFORMANCE" 2>&1 | tee "$out/conformance.log"

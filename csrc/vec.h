@@ -147,7 +147,7 @@ struct Max {
 inline float sum_lanes(vf v) { return reduce<kVectorBytes>(v, Add()); }
 inline float max_lanes(vf v) { return reduce<kVectorBytes>(v, Max()); }
 
-// ---- elementary functions; errors measured over all floats of the domain by tests/test_native.py
+// ---- elementary functions; errors measured over all floats of the domain by tests/rowops/test_native.py
 
 // 2^(j / kSteps) for all j from one or two registers: what a lookup spares the polynomial.
 #if defined(__AVX512F__)

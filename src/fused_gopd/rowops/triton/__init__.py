@@ -132,7 +132,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     On Hopper a thread has one such load per model and tile, and up to three tiles are ahead: measured on an H200 and an
     H100 (1024 rows of 151936, see docs/performance.md), a second load takes 3 to 40 % longer in float32 and other
     numbers of threads up to 25 %. Elsewhere, not measured, it is 8 columns and one tile ahead, from compile-time
-    resources (tests/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
+    resources (tests/helpers/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
 
     Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one
     load still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or
@@ -171,7 +171,7 @@ def linear_tiles(
 
     Hopper's tensor cores want 256 columns (with 128, the operands' traffic through shared memory exceeds its
     bandwidth): 128 x 256 accumulators over 8 warps leave registers for an epilogue without softcap and bias. Elsewhere
-    such an epilogue gets fewer accumulators per thread. From compile-time resources (tests/triton_resources.py), not
+    such an epilogue gets fewer accumulators per thread. From compile-time resources (triton_resources.py), not
     yet measured on a GPU.
     """
     rows, H = hidden.shape

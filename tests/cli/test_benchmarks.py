@@ -1,0 +1,279 @@
+"""The benchmarks: every provider of a job does the same work, and a run becomes rows, tables and a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from fused_gopd.cli import app, bench
+
+pytest.importorskip("pytest_benchmark")
+providers, registry, report, run, workloads = (
+    bench.benchmarks_module(name) for name in ("providers", "registry", "report", "run", "workloads")
+)
+runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
+
+QUICK = {w.job: w for w in workloads.SUITES["quick"].workloads("cpu") if not w.masked}
+# Each job as it is; half and nine tenths of the tokens masked; a frozen head; unequal hidden sizes.
+VARIANTS = [
+    *QUICK.values(),
+    *(replace(QUICK[job], masked=0.5) for job in ("logprobs", "policy", "jsd", "hidden-full", "logits-full")),
+    replace(QUICK["nll"], masked=0.9, frozen=True),
+    replace(QUICK["reverse-kl"], frozen=True),
+    replace(QUICK["hidden-full"], hidden=(32, 48, 16), frozen=True),
+    replace(QUICK["hidden-sampled"], hidden=(32, 48, 16), masked=0.5),
+]
+
+
+def tolerance(workload: Any, inputs: Any) -> float:
+    """Relative error that float32 may have, from the first-order error of the logits.
+
+    A logit is a sum of H products and off by at most H 2^-24 |h| |w| (given logits: by nothing, log-softmax adds about
+    log2(V) 2^-24 of the largest one's size). The bracket of a divergence has three such log-probs with coefficients of
+    at most 1, 1.25 and 0.25, each the difference of two, and p is off by as much again: 7 of them in all. An advantage,
+    a mask, a coefficient or a mean that is not the job's is off by a hundredth and more.
+    """
+    if inputs.weights is None:
+        size = max(float(x.detach().abs().max()) for x in inputs.rows) * 9
+    else:
+        norms = zip(inputs.rows, inputs.weights, strict=True)
+        size = max(h.shape[1] * float((h.norm(dim=1).max() * w.norm(dim=1).max()).detach()) for h, w in norms)
+    bound = 7 * size * 2**-24
+    assert bound < 2e-3
+    return bound
+
+
+def relative(x: Tensor, truth: Tensor) -> float:
+    return float((x.double() - truth).norm() / truth.norm())
+
+
+def masked_part(workload: Any, inputs: Any, loss: Tensor) -> Tensor:
+    """Log-probs of the live tokens: dense code returns those, this package all with 0 for the rest."""
+    if workload.job == "logprobs" and inputs.mask is not None and loss.shape == inputs.mask.shape:
+        return loss[inputs.mask]
+    return loss
+
+
+def assert_same_work(provider: str, workload: Any) -> None:
+    inputs = workload.inputs()
+    truth = providers.oracle(workload, inputs.first(workload.tokens, torch.float64))
+    result = registry.PROVIDERS[provider].prepare(workload)(inputs)
+    bound = tolerance(workload, inputs)
+    assert len(result.gradients) == len(truth.gradients) == len(inputs.leaves)
+    assert relative(masked_part(workload, inputs, result.loss), truth.loss) < bound
+    for gradient, exact in zip(result.gradients, truth.gradients, strict=True):
+        assert gradient.shape == exact.shape
+        assert relative(gradient, exact) < bound
+
+
+def pairs(names: list[str]) -> list[Any]:
+    found = [(n, w) for w in VARIANTS for n in names if w.job in registry.PROVIDERS[n].jobs]
+    return [pytest.param(n, w, id=f"{n}-{w.name}") for n, w in found]
+
+
+@pytest.mark.parametrize(
+    ("provider", "workload"),
+    pairs([name for name in providers.OWN if not registry.PROVIDERS[name].compiles]),
+)
+def test_every_provider_does_the_work_of_the_float64_oracle(provider: str, workload: Any) -> None:
+    reason = registry.PROVIDERS[provider].unavailable(workload)
+    if reason is not None:
+        pytest.skip(reason)
+    assert_same_work(provider, workload)
+
+
+@pytest.mark.parametrize(("provider", "workload"), pairs(["compile", "compile-chunked"]))
+def test_what_is_compiled_does_the_work_too(provider: str, workload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions themselves, in chunks of 16 tokens: the compiler would take most of the tests' time."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(providers, "chunk_size", lambda workload: 16)
+    assert_same_work(provider, workload)
+
+
+@pytest.mark.parametrize(
+    ("provider", "workload"), pairs([name for name in registry.PROVIDERS if name not in providers.OWN])
+)
+def test_peers_do_the_work_of_the_float64_oracle(provider: str, workload: Any) -> None:
+    reason = registry.PROVIDERS[provider].unavailable(workload)
+    if reason is not None:
+        pytest.skip(reason)
+    assert_same_work(provider, workload)
+
+
+@pytest.mark.parametrize("workload", [pytest.param(w, id=w.name) for w in VARIANTS])
+def test_the_oracle_is_the_package_reference_in_float64(workload: Any) -> None:
+    """Written anew in the benchmarks for every job, so that peers and oracle share no code with the package."""
+    inputs = workload.inputs().first(workload.tokens, torch.float64)
+    truth = providers.oracle(workload, inputs)
+    if workload.kind.models > 1 or workload.job == "policy":
+        gopd_loss = providers.reference.gopd_loss
+        result = providers.differentiated(lambda x: providers.gopd(gopd_loss, workload, x, "auto"))(inputs)
+    else:
+        result = registry.PROVIDERS["fused-torch"].prepare(workload)(inputs)
+    # sums of a few thousand terms of like size in float64
+    assert relative(masked_part(workload, inputs, result.loss), truth.loss) < 1e-11
+    for gradient, exact in zip(result.gradients, truth.gradients, strict=True):
+        assert relative(gradient, exact) < 1e-11
+
+
+def test_every_suite_tells_its_workloads_apart() -> None:
+    for name, suite in workloads.SUITES.items():
+        for device in ("cpu", "cuda"):
+            names = [w.name for w in suite.workloads(device)]
+            assert len(set(names)) == len(names) > 0, name
+
+
+def test_masked_tokens_are_as_many_as_the_workload_says() -> None:
+    for masked, live in ((0.0, 100), (0.5, 50), (0.9, 10)):
+        workload = replace(QUICK["nll"], tokens=100, masked=masked)
+        mask = workload.inputs().mask
+        assert workload.live_tokens == live
+        assert mask is None or int(mask.sum()) == live
+
+
+def test_inputs_rotate_past_the_cache_unless_one_set_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = 10 << 20
+    monkeypatch.setattr(workloads, "_last_level_cache", lambda device: cache)
+    large = replace(QUICK["nll"], hidden=(1024,), vocab=151936)
+    assert workloads.rotation(large) == 1
+    middle = replace(QUICK["nll"], hidden=(256,), vocab=16384)
+    assert workloads.rotation(middle) * middle.inputs().nbytes >= 4 * cache
+    assert workloads.rotation(QUICK["nll"]) == 8  # at most: its time means nothing
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+
+PROVIDERS = "floor,fused-native,fused-torch,eager-lean,liger-jsd"
+ROW = {"job", "provider", "tokens", "hidden", "vocab", "dtype", "chunk_dtype", "masked", "frozen"}
+ERRORS = {"error_loss", "error_dhidden", "error_dweight"}
+MEASURED = {"ms_p20", "ms_p50", "ms_p80", "gemm_ms_p50", "peak_extra_bytes"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """One run through the command line: what it wrote, what it printed, and the picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    file, picture = folder / "out" / "quick.json", folder / "quick.png"
+    arguments = ["--suite", "quick", "--jobs", "reverse-kl", "--providers", PROVIDERS]
+    result = runner.invoke(app, ["bench", *arguments, "--json", str(file), "--plot", str(picture)])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return json.loads(file.read_text()), result.stdout, picture
+
+
+def test_a_run_has_every_field_and_every_provider(measured: tuple[dict[str, Any], str, Path]) -> None:
+    result, _, _ = measured
+    assert result.keys() >= {"device", "driver", "versions", "commit", "date", "rows", "skipped"}
+    assert result["versions"].keys() >= {"python", "torch", "fused-gopd"}
+    usable = {name for name in ("fused-native", "fused-torch") if not providers.unavailable_reason(name[6:])}
+    rows = {row["provider"]: row for row in result["rows"]}
+    assert rows.keys() == usable | {"eager-lean", "four bare GEMMs"}
+    for name in rows.keys() - {"four bare GEMMs"}:
+        assert rows[name].keys() >= ROW | MEASURED | ERRORS
+        assert rows[name]["hidden"] == [32, 32, None]
+        assert rows[name]["ms_p20"] <= rows[name]["ms_p50"] <= rows[name]["ms_p80"]
+
+
+def test_what_cannot_run_is_listed_with_its_reason(measured: tuple[dict[str, Any], str, Path]) -> None:
+    result, printed, _ = measured
+    (skipped,) = [row for row in result["skipped"] if row["provider"] == "liger-jsd"]
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    assert skipped["reason"].startswith("Triton" if installed else "liger_kernel is not")
+    assert "Liger fused linear JSD: not run" in printed
+
+
+def test_tables_are_generated_from_the_file(measured: tuple[dict[str, Any], str, Path]) -> None:
+    result, printed, _ = measured
+    assert "four bare GEMMs" in printed
+    page = "before\n<!-- benchmark quick.json reverse-kl -->\nstale\n<!-- /benchmark -->\nafter\n"
+    filled = report.fill(page, "quick.json", result)
+    assert "stale" not in filled
+    assert filled.count("| four bare GEMMs") == 1
+    assert report.fill(filled, "quick.json", result) == filled
+    assert report.fill(page, "other.json", result) == page
+    row = next(r for r in result["rows"] if r["provider"] == "eager-lean")
+    assert report._ratio(row["ms_p50"], row["gemm_ms_p50"]) in filled
+
+
+def test_the_plot_is_an_image(measured: tuple[dict[str, Any], str, Path]) -> None:
+    assert measured[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_nothing_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        report.plot({"rows": []}, tmp_path / "x.png")
+
+
+def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "none.json"
+    arguments = ["--suite", "quick", "--jobs", "nll", "--providers", "floor,eager-lean", "--limit", "0"]
+    result = runner.invoke(app, ["bench", *arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(file.read_text())
+    assert written["rows"] == []
+    assert {row["reason"] for row in written["skipped"]} == {"the limit of 0 s was over"}
+
+
+def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
+    kernels, root = bench.benchmarks_module("kernels"), Path(__file__).parents[2]
+    file = json.loads((root / "benchmarks" / "results" / "gpu-kernels.json").read_text())
+    assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
+    last = [one for one in file["runs"] if any(name.startswith("five gemms") for name in one["ms"])][-1]
+    steps = "\n".join(kernels._steps(last["ms"])).strip()
+    assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance.md"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--suite", "cpux"], ["--suite", "expected cpu, gpu", "'cpux'"]),
+        (["--providers", "eager,lige"], ["--providers", "liger-flce", "'lige'"]),
+        (["--jobs", "full"], ["--jobs", "hidden-full", "'full'"]),
+        (["--jobs", "hidden-full-bf16", "--suite", "quick"], ["--jobs", "'hidden-full-bf16'"]),
+        (["--jobs", "jsd", "--providers", "cce", "--suite", "quick"], ["--providers", "liger-jsd", "'cce'"]),
+        (["--device", "tpu"], ["--device", "cpu, cuda", "'tpu'"]),
+        (["--plot", "x.png", "--no-memory"], ["--plot", "memory"]),
+    ],
+)
+def test_bad_options_name_the_option_what_was_expected_and_what_came(arguments: list[str], said: list[str]) -> None:
+    result = runner.invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    for text in said:
+        assert text in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
+    result = runner.invoke(app, ["bench", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "no GPU" in result.output
+
+
+def test_a_missing_extra_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "pytest_benchmark" else real(n))
+    result = runner.invoke(app, ["bench"])
+    assert result.exit_code == 2
+    assert 'pip install "fused-gopd[bench]"' in result.output
+
+
+def test_a_peer_that_raises_fails_the_run_and_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory run is the first to notice; here it has no memory run, so the step itself raises."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.nn.functional as F\ndef broken(*a, **k):\n    raise RuntimeError('out of order')\n"
+        "F.linear_cross_entropy = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    options = {"suite": "quick", "jobs": ("nll",), "providers": ("torch-lce",), "memory": False, "accuracy": False}
+    result = run.measure(run.Options(**options).checked(), lambda name: None)
+    assert not result["rows"]
+    assert [row["failed"] for row in result["skipped"]] == [True, True]
+    assert result["skipped"][0]["reason"] == "failed: RuntimeError: out of order"

@@ -1,0 +1,124 @@
+"""Run a function of a test module on several ranks, processes that torchrun starts on this machine, over gloo.
+
+    results = run_on_ranks("test_distributed:_losses", 2, 1.25)
+
+The function is called on every rank inside the default process group, with the same arguments. A launch costs the
+import of torch twice over, some seconds: let one function check many cases.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import importlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What the launcher may take to notice that a rank has ended, and to end the others.
+GRACE = 30.0
+
+
+class RankError(AssertionError):
+    """What went wrong, rank by rank."""
+
+
+def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """What a function returns on each of n ranks.
+
+    Args:
+        function: ``"module:name"``, a module on this process's ``sys.path``, or ``"path/to/file.py:name"``.
+        n: number of processes; one thread each.
+        args: what ``torch.save`` can write and ``torch.load`` read.
+        timeout: seconds for the function with its imports. A rank that is not done by then tells where it was.
+
+    Returns:
+        One entry per rank, through ``torch.save``.
+
+    Raises:
+        RankError: with the traceback of every rank that failed, the first to fail first.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save((function, args, timeout), folder / "call.pt")
+        # the loopback device is all there is in a sandbox, and the only one on which no two test runs can meet
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        # an endpoint at port 0 takes a free one; the workers meet at the store of the launcher
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--max-restarts", "0"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        with (folder / "log").open("w+") as log:
+            launcher = subprocess.Popen(
+                [*command, __file__, name], stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+            try:
+                launcher.wait(timeout + GRACE)
+            except BaseException:
+                _end(launcher)
+                log.seek(0)
+                print(log.read())
+                raise
+        results = [folder / f"{rank}.pt" for rank in range(n)]
+        errors = sorted((x for x in folder.glob("*.error") if x.stat().st_size), key=lambda x: x.stat().st_mtime)
+        if errors or launcher.returncode or not all(x.exists() for x in results):
+            told = [f"rank {x.stem}:\n{x.read_text()}" for x in errors]
+            raise RankError("\n".join([f"{function} failed", *(told or [(folder / "log").read_text()])]))
+        return [torch.load(x, weights_only=False) for x in results]
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """The launcher ends its workers when it is asked to end; killed, it could not."""
+    launcher.send_signal(signal.SIGTERM)
+    try:
+        launcher.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+
+
+def _find(function: str) -> Callable[..., Any]:
+    where, _, name = function.rpartition(":")
+    if where.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def _worker(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    function, args, timeout = torch.load(folder / "call.pt", weights_only=False)
+    with (folder / f"{rank}.error").open("w") as error:
+        # a rank that waits for one that will not come says so, and ends: the launcher then ends the others
+        faulthandler.dump_traceback_later(timeout, exit=True, file=error)
+        try:
+            torch.set_num_threads(1)
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+            result = _find(function)(*args)
+            torch.save(result, folder / f"{rank}.pt")
+            torch.distributed.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=error)
+            raise
+        faulthandler.cancel_dump_traceback_later()
+    sys.stdout.flush()
+    # gloo's threads may outlive a model that still holds the process group, and abort the interpreter's own end
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))

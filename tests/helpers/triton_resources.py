@@ -1,0 +1,406 @@
+"""Compile the Triton kernels for GPUs that are not there and read what they cost.
+
+    python tests/helpers/triton_resources.py [--target sm_90 ...] [--kernel linear ...] [--write]
+
+prints a table of registers, spills and shared memory per kernel and target. The launches are the ones production makes
+(``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here.
+``--write`` makes the table that the tests compare with, and its page in the docs. TRITON_INTERPRET must be unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snapshots
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import triton as backend
+from fused_gopd.rowops.triton import Device, Launch
+
+# V of the Qwen family and a chunk of 1024 tokens, the shapes the tiles are meant for.
+V, C, H = 151936, 1024, 4096
+
+TABLE = "triton_resources.json"
+# Units that multiply matrices, the strongest last; AMD has the last one alone.
+MATRIX = ("none", "mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
+COPIES = ("none", "cp.async")  # into shared memory while the program computes: NVIDIA's prefetch
+# When a quantity of a row is worse than in the committed table. All are exact for one version of Triton, but
+# - registers are handed out to a warp in eights per thread on all four targets (CUDA's occupancy calculator, CDNA3's
+#   instruction set manual), so fewer than that change nothing on the machine;
+# - instructions are counted and not run: a few more before or after a loop cost nothing. 2 % is one in a loop of fifty;
+# - with another number of warps the other numbers mean something else.
+RULES = {
+    "warps": snapshots.differs,
+    "registers": snapshots.more_granules(8),
+    "spills": snapshots.more(),
+    "scalar_spills": snapshots.more(),
+    "shared": snapshots.more(),
+    "instructions": snapshots.more(0.02),
+    "matrix": snapshots.earlier_in(MATRIX),
+    "copies": snapshots.earlier_in(COPIES),  # without them there is less shared memory, which would pass for better
+}
+ACCEPT = "If that is meant, accept it with `python tests/helpers/triton_resources.py --write` (see CONTRIBUTING.md)."
+# The rows that the docs show.
+MAIN = (
+    "full fp32, bf16 gradient on the logits",
+    "full bf16, in place",
+    "full fp32, unaligned rows",
+    "full fp32, softcap and bias",
+    "forward_kl fp32",
+    "jsd fp32",
+    "jsd bf16, everything",
+    "sampled fp32",
+    "sampled bf16, in place",
+    "linear bf16",
+    "linear bf16, softcap and bias",
+    "linear bf16, H = 1000",
+    "linear bf16, 1 row",
+    "linear fp32",
+)
+
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    device: Device
+    shared_limit: int  # bytes one program may use: CUDA programming guide, table of compute capabilities; LDS of CDNA3
+    backend: str
+    arch: int | str
+
+
+TARGETS = {
+    "sm_80": Target(Device(32, 108, False, 80), 163 * 1024, "cuda", 80),
+    "sm_90": Target(Device(32, 132, False, 90), 227 * 1024, "cuda", 90),
+    "sm_100": Target(Device(32, 148, False, 100), 227 * 1024, "cuda", 100),
+    "gfx942": Target(Device(64, 304, True, 0), 64 * 1024, "hip", "gfx942"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    kernel: str
+    target: str
+    warps: int
+    registers: int  # per thread; on AMD vector registers, accumulation registers included
+    spills: int  # into memory. NVIDIA: stack and local bytes and local-memory instructions; AMD: registers and bytes
+    scalar_spills: int  # AMD only: scalar registers kept in lanes of vector registers; they touch no memory
+    shared: int  # bytes
+    instructions: int  # of the machine code, to compare two versions of a kernel
+    assembly: str = dataclasses.field(repr=False)  # PTX on NVIDIA, AMD's own otherwise
+    ttgir: str = dataclasses.field(repr=False)
+
+    @property
+    def matrix(self) -> str:
+        """The strongest unit for matrix products that the machine code uses."""
+        return next((name for name in reversed(MATRIX) if name in self.assembly), "none")
+
+    @property
+    def copies(self) -> str:
+        return COPIES[1] if COPIES[1] in self.assembly else "none"
+
+    def row(self) -> snapshots.Row:
+        return {quantity: getattr(self, quantity) for quantity in RULES}
+
+
+def _logits(dtype: torch.dtype, stride: int = V) -> torch.Tensor:
+    return torch.empty(C, stride, dtype=dtype, device="meta")
+
+
+def _row(
+    device: Device,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    transform: LogitTransform | None = None,
+    divergence: str = "none",
+    per_token_scale: bool = False,
+    out: torch.dtype | None = None,
+    in_place: bool = False,
+    weights: str = "divergence token",
+    write: bool = True,
+    stride: int = V,
+) -> Launch:
+    transform = transform or LogitTransform()
+    models = [ModelRows(_logits(d, stride), transform) for d in dtypes] + [None, None]
+    vector = torch.empty(C, device="meta")
+    problem = RowProblem(
+        V if stride == V else stride,
+        models[0],  # type: ignore[arg-type]
+        models[1],
+        models[2],
+        vector if per_token_scale else 1.25,
+        torch.empty(C, dtype=torch.int64, device="meta"),
+        divergence,  # type: ignore[arg-type]
+    )
+    grad = None
+    if out is not None:
+        grad = problem.student.raw if in_place else torch.empty(C, 2 * stride, dtype=out, device="meta")
+    launch = backend.row_launch(
+        problem,
+        torch.empty(len(Stat), C, device="meta"),
+        write,
+        GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None),
+        grad,
+        backend.tiles(problem, device),
+        device.flush,
+    )
+    if out is not None:
+        launch.constants["ALIASED"] = True  # production's case: the gradient lies on the logits
+    return launch
+
+
+def _linear(
+    device: Device,
+    dtype: torch.dtype,
+    *,
+    transform: LogitTransform | None = None,
+    precision: str = "ieee",
+    rows: int = C,
+    hidden: int = H,
+    transposed: bool = False,
+) -> tuple[Launch, Launch]:
+    transform = transform or LogitTransform()
+    x = torch.empty(rows, hidden, dtype=dtype, device="meta")
+    weight = torch.empty(V, hidden, dtype=dtype, device="meta")
+    if transposed:
+        weight = torch.empty(hidden, V, dtype=dtype, device="meta").T
+    tile = backend.linear_tiles(x, weight, transform, precision, device)
+    parts = backend.splits(rows, V, tile, device)
+    return backend.linear_launches(
+        x,
+        weight,
+        transform,
+        V,
+        torch.empty(rows, dtype=torch.int64, device="meta"),
+        torch.empty(parts, 4, rows, device="meta"),
+        torch.empty(len(Stat), rows, device="meta"),
+        tile,
+        precision,
+        False,
+        device.flush,
+    )
+
+
+def launches(target: Target) -> dict[str, Launch]:
+    """The configurations production uses, by name."""
+    d = target.device
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    capped = LogitTransform(0.5, 30.0, 0.7, torch.empty(V, dtype=bf16, device="meta"))
+    everything: dict[str, Any] = {"divergence": "jsd", "transform": capped, "per_token_scale": True}
+    found = {
+        "full fp32, bf16 gradient on the logits": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16),
+        "full fp32, lambda per token": _row(
+            d, (f32,) * 3, divergence="reverse_kl", out=bf16, per_token_scale=True, weights="divergence"
+        ),
+        "full fp32, statistics": _row(d, (f32,) * 3, divergence="reverse_kl"),
+        "full fp32, gradient": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, write=False),
+        "full bf16, in place": _row(d, (bf16,) * 3, divergence="reverse_kl", out=bf16, in_place=True),
+        "full fp32 student, bf16 others": _row(d, (f32, bf16, bf16), divergence="reverse_kl", out=bf16),
+        "forward_kl fp32": _row(d, (f32,) * 3, divergence="forward_kl", out=bf16),
+        "jsd fp32": _row(d, (f32,) * 3, divergence="jsd", out=bf16),
+        "jsd bf16, softcap and bias": _row(d, (bf16,) * 3, divergence="jsd", out=bf16, in_place=True, transform=capped),
+        "full fp32, softcap and bias": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped),
+        "forward_kl fp32, softcap and bias, lambda per token": _row(
+            d, (f32,) * 3, divergence="forward_kl", out=bf16, transform=capped, per_token_scale=True
+        ),
+        "full fp32, softcap and bias, unaligned rows": _row(
+            d, (f32,) * 3, divergence="reverse_kl", out=bf16, transform=capped, stride=50257
+        ),
+        "full fp32, unaligned rows": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, stride=50257),
+        "jsd fp32, lambda per token": _row(d, (f32,) * 3, divergence="jsd", out=bf16, per_token_scale=True),
+        "jsd fp32, everything": _row(d, (f32,) * 3, out=bf16, **everything),
+        "jsd bf16, everything": _row(d, (bf16,) * 3, out=bf16, in_place=True, **everything),
+        "jsd fp32, everything, unaligned": _row(d, (f32,) * 3, out=bf16, stride=50257, **everything),
+        "jsd bf16, everything, unaligned": _row(d, (bf16,) * 3, out=bf16, in_place=True, stride=50257, **everything),
+        "opd (no reference) fp32": _row(d, (f32,) * 2, divergence="reverse_kl", out=bf16),
+        "sampled fp32": _row(d, (f32,), out=bf16, weights="token"),
+        "sampled bf16, in place": _row(d, (bf16,), out=bf16, in_place=True, weights="token"),
+        "sampled fp16, statistics": _row(d, (f16,)),
+    }
+    for name, dtype in (("bf16", bf16), ("fp16", f16), ("fp32", f32)):
+        found[f"linear {name}"], found["linear merge"] = _linear(d, dtype)
+    found["linear bf16, softcap and bias"] = _linear(d, bf16, transform=capped)[0]
+    found["linear bf16, scaled"] = _linear(d, bf16, transform=LogitTransform(temperature=0.7))[0]
+    found["linear bf16, H = 1040"] = _linear(d, bf16, hidden=1040)[0]
+    found["linear bf16, H = 1000"] = _linear(d, bf16, hidden=1000)[0]
+    found["linear bf16, transposed weight"] = _linear(d, bf16, transposed=True)[0]
+    found["linear fp32, softcap and bias"] = _linear(d, f32, transform=capped)[0]
+    found["linear fp32, softcap, bias, H = 1000"] = _linear(d, f32, transform=capped, hidden=1000)[0]
+    found["linear bf16, softcap, bias, H = 1000"] = _linear(d, bf16, transform=capped, hidden=1000)[0]
+    found["linear bf16, softcap, bias, 64 rows"] = _linear(d, bf16, transform=capped, rows=64)[0]
+    found["linear bf16, softcap, bias, 1 row"] = _linear(d, bf16, transform=capped, rows=1)[0]
+    found["linear bf16, 64 rows"] = _linear(d, bf16, rows=64)[0]
+    found["linear bf16, 1 row"] = _linear(d, bf16, rows=1)[0]
+    gradient = torch.empty(V, H, device="meta")
+    factor, low = torch.empty((), device="meta"), gradient.to(bf16)
+    found["scaled gradient"] = backend.scale_launch(gradient, factor, low)
+    found["scaled gradient, in place"] = backend.scale_launch(low, factor, low)
+    if not d.amd:
+        found["linear tf32"] = _linear(d, f32, precision="tf32")[0]
+    return found
+
+
+def compile_launch(kernel: str, target_name: str) -> Resources:
+    """Compile one launch as Triton's launcher would specialise it on that GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[target_name]
+    launch = launches(target)[kernel]
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        divisible = False
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+            divisible = True
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            signature[name] = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    gpu = GPUTarget(target.backend, target.arch, target.device.warp_size)
+    compiled = triton.compile(source, target=gpu, options=launch.options)
+    read = _nvidia if target.backend == "cuda" else _amd
+    registers, spills, scalar_spills, instructions, assembly = read(compiled.asm)
+    return Resources(
+        kernel,
+        target_name,
+        launch.options["num_warps"],
+        registers,
+        spills,
+        scalar_spills,
+        compiled.metadata.shared,
+        instructions,
+        assembly,
+        compiled.asm["ttgir"],
+    )
+
+
+def _nvidia(asm: dict) -> tuple[int, int, int, int, str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    # a spill shows as a stack frame and as local-memory instructions in the machine code
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    spills = int(found[2]) + int(found[3]) + local
+    # the code ends in NOPs, which fill it up to a multiple of 128 bytes
+    instructions = len(re.findall(r"/\*[0-9a-f]{4,5}\*/(?!\s*NOP\b)", sass))
+    return int(found[1]), spills, 0, instructions, asm["ptx"]
+
+
+def _amd(asm: dict) -> tuple[int, int, int, int, str]:
+    text = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
+    return (
+        field("vgpr_count"),
+        spills,
+        field("sgpr_spill_count"),
+        len(re.findall(r"^\t[svdgb]\w*_\w+", text, re.M)),
+        text,
+    )
+
+
+def resources(pairs: list[tuple[str, str]], processes: int | None = None) -> Iterator[Resources]:
+    """Compile (kernel, target) pairs in parallel processes, in order."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "the interpreter compiles nothing"
+    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+        yield from pool.map(compile_launch, *zip(*pairs, strict=True))
+
+
+def version() -> str:
+    """What has to be the same for two tables to be comparable: Triton brings its compilers and assemblers along."""
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
+def page(table: dict[str, Any]) -> str:
+    """The main rows as Markdown."""
+
+    def cell(row: snapshots.Row) -> str:
+        matrix = "" if row["matrix"] == "none" else f", {row['matrix']}"
+        return f"{row['warps']} × {row['registers']}, {row['shared'] / 1024:.0f} KiB{matrix}"
+
+    rows = [[kernel, *(cell(table["rows"][kernel][target]) for target in TARGETS)] for kernel in MAIN]
+    return snapshots.markdown(["", *TARGETS], rows, numbers=False) + f"\n{table['compiler']}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--kernel", action="append", help="part of a kernel's name")
+    parser.add_argument("--dump", type=Path, help="folder for assembly and TTGIR")
+    parser.add_argument("--write", action="store_true", help="make the committed table and its page in the docs")
+    options = parser.parse_args()
+    if options.write and (options.target or options.kernel):
+        parser.error("--write is for all kernels and targets")
+    pairs = [
+        (kernel, target)
+        for target in options.target or TARGETS
+        for kernel in launches(TARGETS[target])
+        if not options.kernel or any(part in kernel for part in options.kernel)
+    ]
+    print(
+        f"{'kernel':54}{'target':8}{'warps':>6}{'registers':>10}{'spills':>8}{'scalar':>8}{'shared':>9}{'instr.':>8}"
+        "  matrix",
+        flush=True,
+    )
+    rows: dict[str, dict[str, snapshots.Row]] = {}
+    for r in resources(pairs):
+        rows.setdefault(r.kernel, {})[r.target] = r.row()
+        print(
+            f"{r.kernel:54}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
+            f"{r.instructions:8}  {r.matrix}",
+            flush=True,
+        )
+        if options.dump:
+            options.dump.mkdir(parents=True, exist_ok=True)
+            stem = re.sub(r"\W+", "_", f"{r.kernel}_{r.target}")
+            (options.dump / f"{stem}.asm").write_text(r.assembly)
+            (options.dump / f"{stem}.ttgir").write_text(r.ttgir)
+    if options.write:
+        snapshots.save(TABLE, version(), rows)
+        snapshots.PAGE.write_text(snapshots.fill(snapshots.PAGE.read_text(), TABLE, page(snapshots.load(TABLE))))
+
+
+if __name__ == "__main__":
+    main()

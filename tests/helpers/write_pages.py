@@ -1,0 +1,31 @@
+"""Writes the generated parts of the documentation anew: read what changed, and the sentences around it.
+
+python tests/helpers/write_pages.py [--only scaling]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+WRITERS = {
+    "scaling": "test_scaling",
+    "at-scale": "test_scale_configs",
+    "method": "test_method_page",
+    "models": "model_families",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=WRITERS)
+    only = parser.parse_args().only
+    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1].iterdir() if folder.is_dir()]
+    for name in [only] if only else WRITERS:
+        importlib.import_module(WRITERS[name]).write()
+
+
+if __name__ == "__main__":
+    main()

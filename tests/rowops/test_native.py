@@ -1,0 +1,763 @@
+"""The C++ row kernels against the plain PyTorch ones in float64, and against themselves.
+
+Tolerances. With eps = 2^-23 and M the largest finite magnitude of z, z_q, z_r, u and their gaps in the row:
+
+* a log-sum-exp is rounded to float32 (eps M / 2) after sums whose terms are off by x - shift (|x - shift| <= 8 for
+  the terms that matter, so eps / 2 * 8 at the very most) and by exp (eps);
+* u and the transforms are a few float32 operations: 2 eps M;
+* a mean is a weighted mean of values of size M with weights of relative error eps (M + 4) / 2, from the rounding of the
+  exponents: eps M (M + 4) / 2 if the errors all conspired; they do not, the tests allow eps (4 + 4 M);
+* an entry of the gradient is p (d - D) w: relative error of p, error of d and D: eps (4 + 4 M) (1 + p M) |w|, and
+  half an ulp of the output's dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import native as native_backend
+from fused_gopd.rowops.torch import TorchRowOps
+
+if (_reason := native_backend.unavailable_reason()) is not None:
+    pytest.skip(_reason, allow_module_level=True)
+
+_native = native_backend._load()
+NATIVE, TRUTH = native_backend.NativeRowOps(), TorchRowOps()
+EPS = 2.0**-23
+REPO = Path(__file__).resolve().parents[2]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+VOCABS = [1, 7, 16, 211, 1000, 4099]
+PLAIN = LogitTransform()
+
+
+# ---------------------------------------------------------------------------------------------------------- builders
+
+
+def make_rows(rows: int, vocab: int, seed: int, *, dtype=torch.float32, scale=3.0, transform=PLAIN, pad=3, offset=1):
+    """Logits in a wider buffer whose first column is not aligned to a vector."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randn(rows, offset + vocab + pad, generator=generator).mul_(scale).to(dtype)
+    return ModelRows(raw[:, offset:], transform)
+
+
+def make_problem(rows=5, vocab=211, *, models="qr", divergence="reverse_kl", reward_scale=1.25, seed=0, **kwargs):
+    student = make_rows(rows, vocab, seed, **kwargs)
+    teacher = make_rows(rows, vocab, seed + 1, **kwargs) if "q" in models else None
+    ref = make_rows(rows, vocab, seed + 2, **kwargs) if "r" in models else None
+    token_ids = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(seed))
+    return RowProblem(vocab, student, teacher, ref, reward_scale, token_ids, divergence, 0.3)
+
+
+def make_weights(rows: int, *, divergence=True, token=True) -> GradientWeights:
+    ramp = torch.linspace(0.5, 1.5, rows)
+    return GradientWeights(ramp if divergence else None, -0.7 * ramp if token else None)
+
+
+def models_of(problem: RowProblem) -> list[ModelRows]:
+    return [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+
+
+def map_models(problem: RowProblem, function) -> RowProblem:
+    def mapped(m):
+        return None if m is None else function(m)
+
+    student, teacher, ref = (mapped(m) for m in (problem.student, problem.teacher, problem.ref))
+    return dataclasses.replace(problem, student=student, teacher=teacher, ref=ref)
+
+
+def in_double(problem: RowProblem) -> RowProblem:
+    wide = map_models(problem, lambda m: ModelRows(m.raw.double(), m.transform))
+    lam = problem.reward_scale
+    # a float lambda is a float32 to the kernels, and so are the values of a tensor
+    lam = lam.double() if isinstance(lam, Tensor) else float(np.float32(lam))
+    return dataclasses.replace(wide, reward_scale=lam)
+
+
+def truth_of(problem: RowProblem, weights: GradientWeights) -> tuple[Tensor, Tensor]:
+    wide = in_double(problem)
+    statistics = TRUTH.statistics(wide)
+    gradient = torch.full((problem.rows, problem.vocab_size), math.nan, dtype=torch.float64)
+    double_weights = GradientWeights(*(None if w is None else w.double() for w in (weights.divergence, weights.token)))
+    TRUTH.gradient(wide, statistics, double_weights, gradient)
+    return statistics, gradient
+
+
+def magnitude(problem: RowProblem) -> float:
+    """M of the module's docstring, over the whole problem."""
+    lam = problem.reward_scale
+    lam = float(lam.abs().max()) if isinstance(lam, Tensor) else abs(float(lam))
+    largest = 0.0
+    for model in models_of(problem):
+        t = model.transform
+        x = model.raw[:, : problem.vocab_size].double()
+        x = x + (0 if t.bias is None else t.bias[: problem.vocab_size].double())
+        x = x[x.isfinite()] * t.scale
+        z = x if t.softcap is None else t.softcap * torch.tanh(x / t.softcap)
+        largest = max(largest, float((z / t.temperature).abs().max()) if z.numel() else 0.0)
+    return 2.0 * largest * (1.0 + (2.0 * lam if problem.teacher or problem.ref else 0.0))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance, what: str) -> None:
+    actual, expected = actual.double(), expected.double()
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{what}: finite in different places"
+    odd = (actual[~finite], expected[~finite])
+    assert torch.equal(odd[0].nan_to_num(7.0, 8.0, 9.0), odd[1].nan_to_num(7.0, 8.0, 9.0)), f"{what}: {odd}"
+    excess = ((actual - expected).abs() - tolerance)[finite]
+    assert excess.numel() == 0 or excess.max() <= 0, f"{what}: {excess.max():.3g} beyond the tolerance"
+
+
+def check(problem: RowProblem, weights: GradientWeights, out: Tensor | None = None) -> None:
+    """Statistics and gradient agree with the truth, and the fused call gives the bits of the two."""
+    expected_statistics, expected_gradient = truth_of(problem, weights)
+    M, V = magnitude(problem), problem.vocab_size
+    statistics = NATIVE.statistics(problem)
+    for stat in Stat:
+        assert_close(statistics[stat], expected_statistics[stat], EPS * (4 + 4 * M), stat.name)
+    wide = torch.full((problem.rows, V + 2), 55.0, dtype=torch.float32 if out is None else out.dtype)
+    two_calls = wide[:, :V]
+    NATIVE.gradient(problem, statistics, weights, two_calls)
+    assert (wide[:, V:] == 55.0).all(), "wrote past the vocabulary"
+
+    size = sum(w.abs()[:, None].double() for w in (weights.divergence, weights.token) if w is not None)
+    t = problem.student.transform
+    slope = abs(t.scale) / t.temperature
+    narrow = torch.finfo(two_calls.dtype)
+    rounding = expected_gradient.abs() * narrow.eps / 2 + narrow.tiny * narrow.eps
+    tolerance = EPS * (4 + 4 * M) * (1 + M) * size * slope + 1.01 * rounding  # p <= 1
+    assert_close(two_calls, expected_gradient, tolerance, "gradient")
+
+    fused = torch.full_like(two_calls, 55.0) if out is None else out
+    fused_statistics = NATIVE.statistics_and_gradient(problem, weights, fused)
+    assert bits(fused_statistics) == bits(statistics)
+    assert bits(fused[:, :V]) == bits(two_calls)
+
+
+def bits(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# --------------------------------------------------------------------------------------------------------- agreement
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "forward_kl", "jsd"])
+def test_agrees_with_float64(vocab, divergence):
+    models = "" if divergence == "none" else "qr"
+    check(make_problem(vocab=vocab, models=models, divergence=divergence), make_weights(5))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize(("models", "lam"), [("q", 1.0), ("r", 0.0), ("qr", 1.0), ("qr", 0.0), ("qr", 0.4), ("q", 1.5)])
+def test_a_cancelled_model_does_not_matter(divergence, models, lam):
+    problem = make_problem(models=models, divergence=divergence, reward_scale=lam)
+    if models == "qr" and lam in (0.0, 1.0):
+        (problem.ref if lam == 1.0 else problem.teacher).raw.fill_(math.nan)
+    check(problem, make_weights(5))
+
+
+def test_a_model_is_cancelled_row_by_row():
+    problem = make_problem(rows=6, reward_scale=torch.tensor([0.0, 1.0, 0.5, 1.25, 1.0, 0.0]))
+    problem.teacher.raw[0] = math.nan
+    problem.ref.raw[1, ::2] = -math.inf
+    problem.ref.raw[4] = math.inf
+    check(problem, make_weights(6))
+
+
+@pytest.mark.parametrize("student", FLOATS)
+@pytest.mark.parametrize("others", FLOATS)
+@pytest.mark.parametrize("out", FLOATS)
+def test_dtypes_mix(student, others, out):
+    problem = dataclasses.replace(make_problem(vocab=1061, dtype=others), student=make_rows(5, 1061, 7, dtype=student))
+    check(problem, make_weights(5), torch.empty(5, 1061, dtype=out))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        LogitTransform(scale=0.3),
+        LogitTransform(temperature=0.7),
+        LogitTransform(softcap=5.0),
+        LogitTransform(scale=2.0, softcap=30.0, temperature=1.3),
+        LogitTransform(scale=-1.5, softcap=4.0, bias=torch.linspace(-2, 2, 1100)),
+        LogitTransform(bias=torch.linspace(-2, 2, 1063, dtype=torch.float64)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_transforms(transform, dtype):
+    problem = make_problem(vocab=1063, dtype=dtype, transform=transform)
+    raw = problem.student.raw
+    raw[0, 3] = -math.inf if transform.scale > 0 else math.inf  # stays -inf through the softcap
+    check(problem, make_weights(5))
+
+
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "forward_kl", "jsd"])
+def test_minus_infinity_leaves_the_support(divergence):
+    problem = make_problem(rows=8, vocab=2100, divergence=divergence, models="" if divergence == "none" else "qr")
+    everyone = models_of(problem)
+    everyone[0].raw[0, 5] = -math.inf
+    everyone[-1].raw[1, 1500:] = -math.inf
+    everyone[len(everyone) // 2].raw[2, :1100] = -math.inf  # the first block has no support at all
+    for model in everyone:
+        model.raw[3, ::2] = -math.inf
+    everyone[0].raw[4] = -math.inf  # an empty row
+    everyone[-1].raw[5] = -math.inf
+    for row, token in ((0, 5), (1, 1600), (2, 3), (3, 1), (4, 0)):
+        problem.token_ids[row] = token
+    check(problem, make_weights(8))
+    weights, statistics = make_weights(8), NATIVE.statistics(problem)
+    gradient = torch.full((8, 2100), math.nan)
+    NATIVE.gradient(problem, statistics, weights, gradient)
+    assert (gradient[4:6] == 0).all()
+    assert (statistics[Stat.LOGSUM_STUDENT, 4:6] == -math.inf).all()
+    assert gradient[0, 5] == 0
+    assert statistics[Stat.LOGIT_STUDENT, 0] == -math.inf
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
+@pytest.mark.parametrize("column", [0, 999, 1030, 2050])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_poison_shows(poison, model, column, divergence):
+    problem = make_problem(rows=3, vocab=2051, divergence=divergence)
+    getattr(problem, model).raw[1, column] = poison
+    check_like_float32(problem, make_weights(3))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_poison_shows_in_a_single_model(poison):
+    problem = make_problem(rows=3, vocab=2051, divergence="none", models="")
+    problem.student.raw[1, 1030] = poison
+    problem.student.raw[2, 1031:] = -math.inf
+    problem.student.raw[2, 7] = poison
+    check_like_float32(problem, make_weights(3))
+
+
+def check_like_float32(problem: RowProblem, weights: GradientWeights) -> None:
+    """Like the plain PyTorch path in float32, where the same probabilities underflow."""
+    expected = TRUTH.statistics(problem)
+    statistics = NATIVE.statistics(problem)
+    assert_close(statistics, expected, 3e-4, "statistics")
+    out, expected_out = (torch.empty(problem.rows, problem.vocab_size) for _ in range(2))
+    NATIVE.gradient(problem, statistics, weights, out)
+    TRUTH.gradient(problem, expected, weights, expected_out)
+    assert_close(out, expected_out, 3e-4, "gradient")
+
+
+def test_a_weight_of_zero_switches_its_term_off():
+    problem = make_problem(rows=4)
+    problem.student.raw[:, 9] = math.nan
+    weights = GradientWeights(torch.tensor([0.0, 1.0, 0.0, -0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    out = torch.full((4, 211), 7.0)
+    NATIVE.statistics_and_gradient(problem, weights, out)
+    assert (out[0] == 0).all()
+    assert (out[3] == 0).all()
+    assert out[1].isnan().all()
+    assert out[2].isnan().all()
+    problem = make_problem(rows=3)
+    check(problem, GradientWeights(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])))
+    check(problem, GradientWeights(None, torch.ones(3)))
+    check(problem, GradientWeights(torch.ones(3), None))
+
+
+def test_equal_models_have_exactly_no_gap():
+    raw = torch.randn(4, 5000) * 9
+    model = ModelRows(raw, LogitTransform(softcap=20.0))
+    for lam in (0.3, 1.25, torch.tensor([0.0, 1.0, 0.7, 3.3])):
+        for divergence in ("reverse_kl", "forward_kl", "jsd"):
+            problem = RowProblem(5000, model, model, model, lam, None, divergence, 0.1)
+            out = torch.full((4, 5000), 7.0)
+            statistics = NATIVE.statistics_and_gradient(problem, GradientWeights(torch.ones(4)), out)
+            assert (statistics[[Stat.MEAN_GAP, Stat.TARGET_PART, Stat.STUDENT_PART]] == 0).all()
+            assert torch.equal(statistics[Stat.LOGSUM_TARGET], statistics[Stat.LOGSUM_STUDENT])
+            assert (out == 0).all()
+    three = NATIVE.statistics(RowProblem(5000, model, model, model, 1.25))
+    assert torch.equal(three[Stat.LOGSUM_TEACHER], three[Stat.LOGSUM_REF])
+    assert torch.equal(three[Stat.LOGSUM_TEACHER], three[Stat.LOGSUM_STUDENT])
+
+
+def test_token_ids_out_of_range():
+    problem = dataclasses.replace(make_problem(rows=4), token_ids=torch.tensor([-1, 211, -(2**62), 2**62]))
+    statistics = NATIVE.statistics(problem)
+    for stat in (Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF):
+        assert statistics[stat].isnan().all()
+    check(problem, make_weights(4))
+
+
+def test_log_probabilities_are_never_positive():
+    raw = torch.randn(64, 3000, generator=torch.Generator().manual_seed(3)) * 2
+    raw[torch.arange(64), torch.arange(64) * 45] += torch.linspace(0, 60, 64)  # from flat to one-hot, top anywhere
+    problem = RowProblem(3000, ModelRows(raw, PLAIN), token_ids=raw.argmax(-1))
+    statistics = NATIVE.statistics(problem)
+    assert (statistics[Stat.LOGIT_STUDENT] <= statistics[Stat.LOGSUM_STUDENT]).all()
+
+
+@pytest.mark.parametrize("step", [0.0, 0.005, -0.005, 0.1])
+def test_rising_and_falling_rows(step):
+    """The running shift is raised often, never, or in big steps; all-negative logits far from 0."""
+    ramp = torch.arange(6000) * step - 3000.0
+    problem = RowProblem(
+        6000,
+        *(ModelRows((ramp + noise)[None], PLAIN) for noise in torch.randn(3, 6000)),
+        reward_scale=1.25,
+        token_ids=torch.tensor([17]),
+        divergence="forward_kl",
+    )
+    check(problem, make_weights(1))
+
+
+def test_sums_over_a_large_vocabulary():
+    """152k equal terms: a naive float32 sum would be off by 1e-3, the kernels' blocks are not."""
+    raw = torch.full((1, 151936), 0.125)
+    statistics = NATIVE.statistics(RowProblem(151936, ModelRows(raw, PLAIN)))
+    assert abs(float(statistics[Stat.LOGSUM_STUDENT, 0]) - math.log(151936)) <= 1e-6
+    noise = torch.randn(2, 151936, generator=torch.Generator().manual_seed(1)) * 2
+    check(dataclasses.replace(make_problem(2, 151936), student=ModelRows(noise, PLAIN)), make_weights(2))
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_inputs_may_repeat_one_row_and_are_never_written():
+    one = make_problem(rows=1, vocab=300)
+    problem = map_models(one, lambda m: ModelRows(m.raw.expand(4, -1), m.transform))
+    problem = dataclasses.replace(problem, token_ids=torch.tensor([1, 2, 3, 4]))
+    before = [bits(m.raw) for m in models_of(problem)]
+    check(problem, make_weights(4))
+    assert [bits(m.raw) for m in models_of(problem)] == before
+
+
+@pytest.mark.parametrize("vocab", [1, 211, 4099])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "jsd"])
+def test_out_may_be_the_students_logits(vocab, dtype, divergence):
+    problem = make_problem(vocab=vocab, dtype=dtype, divergence=divergence, models="" if divergence == "none" else "qr")
+    weights = make_weights(5)
+    expected = torch.empty(5, vocab, dtype=dtype)
+    statistics = NATIVE.statistics_and_gradient(problem, weights, expected)
+    in_place = NATIVE.statistics_and_gradient(problem, weights, problem.student.raw)
+    assert bits(in_place) == bits(statistics)
+    assert bits(problem.student.raw[:, :vocab]) == bits(expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 211, 4098])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrower_out_may_start_where_the_students_rows_do(vocab, dtype):
+    problem = make_problem(vocab=vocab)
+    raw = torch.empty(5, vocab + 1).copy_(problem.student.raw[:, : vocab + 1])
+    problem = dataclasses.replace(problem, student=ModelRows(raw, PLAIN))
+    weights = make_weights(5)
+    expected = torch.empty(5, vocab, dtype=dtype)
+    NATIVE.statistics_and_gradient(problem, weights, expected)
+    aliased = raw.view(dtype)[:, :vocab]
+    assert aliased.data_ptr() == raw.data_ptr()
+    NATIVE.statistics_and_gradient(problem, weights, aliased)
+    assert bits(aliased) == bits(expected)
+
+
+def test_large_outputs_are_streamed_to_the_same_bits(monkeypatch):
+    problem, weights = make_problem(vocab=4099), make_weights(5)
+    for offset in (0, 1):  # aligned to a vector or not
+        outs = [torch.full((5, 4099 + 8), 55.0)[:, offset : offset + 4099] for _ in range(2)]
+        for out, threshold in zip(outs, (1 << 60, 0), strict=True):
+            monkeypatch.setattr(native_backend, "_STREAM_BYTES", threshold)
+            NATIVE.statistics_and_gradient(problem, weights, out)
+        assert bits(outs[0]) == bits(outs[1])
+        assert (torch.as_strided(outs[1], (5, 4099 + 8), (4107, 1), 0)[:, offset + 4099 :] == 55.0).all()
+
+
+def test_rows_beyond_two_billion_elements():
+    """One expanded student: row 3 * 2^30 in elements is reached through the stride of out alone."""
+    stride = 3 * 2**30
+    storage = torch.empty(stride + 8, dtype=torch.bfloat16) if _free_memory() > 8 << 30 else None
+    if storage is None:
+        pytest.skip("needs 8 GiB of free memory")
+    raw = torch.as_strided(storage, (2, 8), (stride, 1))  # untouched pages cost nothing
+    raw.copy_(torch.arange(16).view(2, 8))
+    problem = RowProblem(8, ModelRows(raw, PLAIN), token_ids=torch.tensor([1, 7]))
+    check(problem, GradientWeights(None, torch.ones(2)), raw.clone())
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def test_no_rows():
+    problem = make_problem(rows=0)
+    out = torch.empty(0, 211)
+    assert NATIVE.statistics_and_gradient(problem, make_weights(0), out).shape == (len(Stat), 0)
+
+
+def test_the_kernels_say_that_they_ran_and_autograd_sees_the_write():
+    problem, out = make_problem(), torch.empty(5, 211)
+    before, version = _native.launches(), out._version
+    NATIVE.statistics(problem)
+    NATIVE.statistics_and_gradient(problem, make_weights(5), out)
+    assert _native.launches() == before + 2
+    assert out._version == version + 1
+
+
+def test_inputs_that_require_grad_are_read():
+    problem = map_models(make_problem(), lambda m: ModelRows(m.raw.requires_grad_(), m.transform))
+    assert not NATIVE.statistics(problem).requires_grad
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p: {"student": ModelRows(p.student.raw.double(), PLAIN)}, "student must be float32"),
+        (lambda p: {"teacher": ModelRows(p.teacher.raw[:, :100], PLAIN)}, "teacher must be"),
+        (lambda p: {"ref": ModelRows(p.ref.raw.repeat_interleave(2, 1)[:, ::2], PLAIN)}, "unit stride"),
+        (lambda p: {"ref": None, "teacher": None}, "needs a teacher"),
+        (lambda p: {"ref": None, "reward_scale": 0.0}, "cancels"),
+        (lambda p: {"teacher": None, "reward_scale": 1.0 + 1e-9}, "cancels"),
+        (lambda p: {"ref": None, "reward_scale": torch.ones(5)}, "needs both"),
+        (lambda p: {"reward_scale": torch.ones(4)}, "reward_scale must be"),
+        (lambda p: {"token_ids": torch.zeros(4, dtype=torch.int64)}, "token_ids must be"),
+        (lambda p: {"divergence": "total_variation"}, "divergence must be one of"),
+        (lambda p: {"student": ModelRows(p.student.raw, LogitTransform(bias=torch.ones(3)))}, "bias of student"),
+    ],
+)
+def test_refuses_what_it_cannot_compute(change, match):
+    problem = make_problem()
+    with pytest.raises((TypeError, ValueError), match=match):
+        NATIVE.statistics(dataclasses.replace(problem, **change(problem)))
+
+
+def test_refuses_a_wrong_out():
+    problem, weights = make_problem(), make_weights(5)
+    statistics = NATIVE.statistics(problem)
+    for out in (
+        torch.empty(5, 210),
+        torch.empty(4, 211),
+        torch.empty(5, 211).double(),
+        torch.empty(1, 211).expand(5, -1),
+    ):
+        with pytest.raises((TypeError, ValueError), match="out"):
+            NATIVE.gradient(problem, statistics, weights, out)
+
+
+def test_refuses_wrong_statistics():
+    """Too few of them were read, and the parts of jsd written, past their end."""
+    problem, weights, out = make_problem(divergence="jsd"), make_weights(5), torch.empty(5, 211)
+    statistics = NATIVE.statistics(problem)
+    for wrong in (statistics[:, :4], statistics[:2], statistics[0], statistics.double(), statistics.to("meta")):
+        with pytest.raises((TypeError, ValueError), match="statistics must be"):
+            NATIVE.gradient(problem, wrong, weights, out)
+        with pytest.raises((TypeError, ValueError), match="statistics must be"):
+            NATIVE.jsd_parts(problem, wrong)
+    with pytest.raises(ValueError, match="jsd_parts needs divergence='jsd', got 'reverse_kl'"):
+        NATIVE.jsd_parts(dataclasses.replace(problem, divergence="reverse_kl"), statistics)
+
+
+def test_memory_that_was_freed_is_refused():
+    """As FSDP frees a gathered parameter, whose shape stays."""
+    problem = make_problem()
+    problem.teacher.raw.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="teacher must have its memory"):
+        NATIVE.statistics(problem)
+
+
+# ------------------------------------------------------------------------------------------------------ random search
+
+
+@st.composite
+def problems(draw):
+    rows, vocab = draw(st.integers(1, 4)), draw(st.one_of(st.integers(1, 80), st.integers(1000, 2200)))
+    divergence = draw(st.sampled_from(["none", "reverse_kl", "forward_kl", "jsd"]))
+    seed = draw(st.integers(0, 2**20))
+
+    def model(number):
+        transform = LogitTransform(
+            draw(st.sampled_from([1.0, 0.5])),
+            draw(st.sampled_from([None, None, 8.0])),
+            draw(st.sampled_from([1.0, 0.8])),
+            draw(st.sampled_from([None, None, torch.linspace(-1, 1, vocab)])),
+        )
+        rows_of = make_rows(
+            rows,
+            vocab,
+            seed + number,
+            dtype=draw(st.sampled_from(FLOATS)),
+            transform=transform,
+            offset=draw(st.integers(0, 3)),
+        )
+        holes = draw(st.sampled_from([None, None, 0.01, 0.5, 1.0]))
+        if holes is not None:
+            hit = torch.rand(rows_of.raw.shape, generator=torch.Generator().manual_seed(seed)) < holes
+            rows_of.raw[draw(st.integers(0, rows - 1))].masked_fill_(hit[0], -math.inf)
+        return rows_of
+
+    lam: float | Tensor = draw(st.sampled_from([0.0, 0.5, 1.0, 1.25]))
+    if draw(st.booleans()):
+        lam = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0, 0.5, 1.25]), min_size=rows, max_size=rows)))
+    three = divergence != "none"
+    ids = torch.tensor(draw(st.lists(st.integers(-1, vocab), min_size=rows, max_size=rows)))
+    problem = RowProblem(
+        vocab_size=vocab,
+        student=model(0),
+        teacher=model(1) if three else None,
+        ref=model(2) if three else None,
+        reward_scale=lam if three else 1.0,
+        token_ids=ids,
+        divergence=divergence,
+        beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
+    )
+    values = st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=rows, max_size=rows)
+    weights = GradientWeights(torch.tensor(draw(values)), torch.tensor(draw(values)))
+    return problem, weights, torch.empty(rows, vocab, dtype=draw(st.sampled_from(FLOATS)))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problems())
+def test_any_problem_agrees_with_float64(case):
+    check(*case)
+
+
+# ---------------------------------------------------------------------------------------------- elementary functions
+
+
+def ulps(function: str, x: Tensor, expected: Tensor) -> float:
+    y = torch.cat([x, torch.zeros(-len(x) % 16)])
+    _native.map(function, y.data_ptr(), len(y))
+    y = y[: len(x)].double()
+    ulp = torch.ldexp(torch.ones_like(expected), torch.frexp(expected)[1] - 24)
+    return float(((y - expected).abs() / ulp).max())
+
+
+def test_elementary_functions_are_accurate():
+    x = torch.linspace(-87.3, 88.0, 2_000_003)
+    assert ulps("exp", x, x.double().exp()) <= 6.5  # csrc/vec.h: 2.9, and 0.032 for each factor of 2
+    x = torch.cat([-torch.logspace(-30, 0, 200_000), torch.linspace(-20, 8, 2_000_000)])
+    assert ulps("exp", x, x.double().exp()) <= 2.9 + 0.032 * 29
+    x = torch.cat([torch.logspace(-37, 37, 1_000_000), torch.linspace(0.5, 2.0, 1_000_000)])
+    assert ulps("log", x[x != 1], x[x != 1].double().log()) <= 1.5
+    x = torch.cat([torch.logspace(-30, 1.5, 500_000), -torch.linspace(1e-3, 12, 1_000_000)])
+    assert ulps("tanh", x, x.double().tanh()) <= 2.0
+
+
+def test_elementary_functions_refuse_what_they_do_not_have():
+    address = torch.zeros(16).data_ptr()
+    for arguments in (("sinh", address, 16), ("exp", address, 15), ("exp", address, -16), ("exp", 0, 16)):
+        with pytest.raises(ValueError, match="must be"):
+            _native.map(*arguments)
+
+
+def test_elementary_functions_at_special_values():
+    for function, inputs in (("exp", [0.0, -0.0, -math.inf, math.inf, math.nan, -1e30, -3.4e38, 1e30]),
+                             ("log", [1.0, math.nan]),
+                             ("tanh", [0.0, -math.inf, math.inf, math.nan, -1e30, 1e30])):  # fmt: skip
+        y = torch.tensor(inputs + [1.0] * (16 - len(inputs)))
+        expected = getattr(torch, function)(y)
+        _native.map(function, y.data_ptr(), len(y))
+        assert torch.equal(y[: len(inputs)].nan_to_num(7.0), expected[: len(inputs)].nan_to_num(7.0)), function
+
+
+def test_narrowing_rounds_to_nearest_even_and_keeps_nan():
+    """Through token weights: with p = 1/2 everywhere else, w / 2 is what is narrowed."""
+    w = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65519.0, 65520.0, 1e-7, 2**-25, 6e-5,
+                      3.0e38, 1e6, math.nan, math.inf]) * 2  # fmt: skip
+    problem = RowProblem(2, ModelRows(torch.zeros(len(w), 2), PLAIN), token_ids=torch.ones(len(w), dtype=torch.int64))
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(len(w), 2, dtype=dtype)
+        NATIVE.statistics_and_gradient(problem, GradientWeights(None, w), out)
+        exact = torch.empty(len(w), 2)
+        NATIVE.statistics_and_gradient(problem, GradientWeights(None, w), exact)
+        assert torch.equal(out.nan_to_num(7.0, 8.0, 9.0), exact.to(dtype).nan_to_num(7.0, 8.0, 9.0))
+        assert out[-2].isnan().all()
+
+
+def test_widening_every_sixteen_bit_float():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        raw = every.view(dtype)[:, None]
+        statistics = NATIVE.statistics(RowProblem(1, ModelRows(raw, PLAIN)))
+        expected = raw[:, 0].float()
+        expected[expected == -math.inf] = 0.0  # a row without support
+        assert torch.equal(statistics[Stat.MAX_STUDENT].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+# --------------------------------------------------------------------------------- threads, machines, and sanitizers
+
+
+def test_threads_do_not_change_bits():
+    problem, weights = make_problem(rows=13, vocab=3001, divergence="jsd"), make_weights(13)
+    results, before = set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 32):
+            torch.set_num_threads(threads)
+            out = torch.empty(13, 3001)
+            statistics = NATIVE.statistics_and_gradient(problem, weights, out)
+            results.add((bits(statistics), bits(out)))
+            assert torch.get_num_threads() == threads
+            assert torch.equal(torch.ones(300, 300) @ torch.ones(300, 300), torch.full((300, 300), 300.0))
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_every_instruction_set_passes_these_tests(isa):
+    if isa == _native.isa():
+        return
+    if os.environ.get("FUSED_GOPD_ISA"):
+        pytest.skip("FUSED_GOPD_ISA is set: the other instruction sets are tested where it is not")
+    deselect = "not instruction_set and not sanitizer and not aarch64"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        deselect,
+        __file__,
+    ]
+    environment = os.environ | {"FUSED_GOPD_ISA": isa}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = "from fused_gopd.rowops import native; native._load().isa()"
+    environment = os.environ | {"FUSED_GOPD_ISA": "sse9", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "FUSED_GOPD_ISA" in done.stderr
+    assert "sse9" in done.stderr
+
+
+def compile_kernels(compiler: str, build: Path, flags: list[str], isas: dict[str, list[str]]) -> list[str]:
+    source, objects = REPO / "csrc" / "row_kernels.cpp", []
+    running = []
+    for isa, isa_flags in isas.items():
+        objects.append(str(build / f"{isa}.o"))
+        command = [
+            compiler,
+            "-std=c++17",
+            *flags,
+            *isa_flags,
+            f"-DGOPD_ISA={isa}",
+            "-c",
+            str(source),
+            "-o",
+            objects[-1],
+        ]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+    return objects
+
+
+X86 = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+
+
+SANITIZED = ["-O1", "-g", "-fPIC", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
+SANITIZED += ["-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> tuple[str, list[str]]:
+    """The compiler, and objects of the kernels of every instruction set with AddressSanitizer and UBSan."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    isas = X86 if "avx2" in _native.available_isas() or os.uname().machine == "x86_64" else {"baseline": []}
+    return compiler, compile_kernels(compiler, tmp_path_factory.mktemp("sanitized"), SANITIZED, isas)
+
+
+def link_sanitized(sanitized: tuple[str, list[str]], source: str, out: Path, *flags: str) -> None:
+    compiler, objects = sanitized
+    sources = [str(REPO / "tests" / "rowops" / "native" / source), str(REPO / "csrc" / "dispatch.cpp")]
+    command = [compiler, "-std=c++17", *SANITIZED, *flags, f"-I{REPO / 'csrc'}", *sources, *objects, "-o", str(out)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0 and "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip("the compiler has no sanitizer libraries")
+    assert built.returncode == 0, built.stderr[-4000:]
+
+
+def run_sanitized(command: list[str], **environment: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | environment
+    environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert "ERROR" not in done.stderr
+    assert "runtime error" not in done.stderr
+    for isa in _native.available_isas():
+        assert f"{isa}: " in done.stdout
+
+
+def test_sanitizers_find_nothing(sanitized, tmp_path):
+    """AddressSanitizer and UBSan over exactly-sized heap buffers, for every instruction set of this machine."""
+    link_sanitized(sanitized, "driver.cpp", tmp_path / "driver")
+    run_sanitized([str(tmp_path / "driver")])
+
+
+def test_sanitizers_find_nothing_in_wrong_and_odd_buffers(sanitized, tmp_path):
+    """Every entry of the row operations refuses a buffer of a wrong shape, dtype, device or size by name.
+
+    Strided and unaligned ones, as NumPy may hand over, give the bits of plain ones.
+    """
+    if not Path(sanitized[0]).name.startswith("g++"):
+        pytest.skip("only GCC's AddressSanitizer is a library that an interpreter can be started with")
+    link_sanitized(sanitized, "shim.cpp", tmp_path / "shim.so", "-shared")
+    found = subprocess.run([sanitized[0], "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    library = found.stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("the compiler has no sanitizer libraries")
+    path = os.pathsep.join(p for p in sys.path if p)
+    program = [sys.executable, str(REPO / "tests" / "rowops" / "native" / "fuzz.py"), str(tmp_path / "shim.so"), "400"]
+    run_sanitized([*program, *_native.available_isas()], LD_PRELOAD=library, PYTHONPATH=path, OMP_NUM_THREADS="1")
+
+
+def test_the_kernels_compile_for_aarch64(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ here (Debian package g++-aarch64-linux-gnu)")
+    flags = ["-O2", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    compile_kernels(compiler, tmp_path, flags, {"baseline": []})
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if emulator is not None:  # and run, where that is possible
+        program = tmp_path / "driver"
+        sources = [str(REPO / "tests" / "rowops" / "native" / "driver.cpp"), str(REPO / "csrc" / "dispatch.cpp")]
+        command = [
+            compiler,
+            "-std=c++17",
+            "-O2",
+            "-static",
+            f"-I{REPO / 'csrc'}",
+            *sources,
+            str(tmp_path / "baseline.o"),
+        ]
+        subprocess.run([*command, "-o", str(program)], check=True)
+        assert subprocess.run([emulator, str(program)], check=False).returncode == 0
