@@ -1,0 +1,478 @@
+"""Every argument of :func:`fused_gopd.gopd_loss`, once: name, type, default, rule and one line of help.
+
+:class:`LossOptions` are the Python values that stay the same from batch to batch, :class:`LossCall` is one call: these
+options, the models and the tensors of a batch. :func:`called_as` gives a function the signature of such a class, and
+:func:`checked` applies the rules of the fields. What follows from several arguments together (shapes, devices, which
+models are needed) is checked in :mod:`fused_gopd.prepare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from . import printing
+from .checks import one_of, require_count, require_number
+from .heads import Head, Source
+
+Estimator = Literal["sampled", "full", "topk"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
+Ratio = Literal["token", "sequence"]
+Baseline = Literal["none", "expected"]
+Support = Literal["teacher", "student"]
+Tail = Literal["bucket", "drop", "renormalize"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+RATIOS: tuple[str, ...] = get_args(Ratio)
+BASELINES: tuple[str, ...] = get_args(Baseline)
+SUPPORTS: tuple[str, ...] = get_args(Support)
+TAILS: tuple[str, ...] = get_args(Tail)
+BACKENDS: tuple[str, ...] = ("auto", "torch", "native", "triton")
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class TokenStats:
+    """What an ``advantage_fn`` gets of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).
+
+    Attributes:
+        index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
+        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite;
+            None without a teacher and a reference.
+        student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
+            given (teacher and reference); None for a model that has cancelled.
+        old_logprobs: as given, or None.
+        student_entropy: in nats.
+        teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
+            with ``baseline="expected"``.
+        reward_scale: lambda, a float or (C,).
+
+    A log-prob may be -inf: it is for the function to say what such a token's advantage is.
+    """
+
+    index: Tensor
+    advantages: Tensor | None
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    ref_entropy: Tensor | None
+    reward_scale: float | Tensor
+
+    def __repr__(self) -> str:
+        return printing.lines(self)
+
+
+AdvantageFn = Callable[[TokenStats], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
+
+
+class Agree(enum.Enum):
+    """How ranks that share a vocabulary agree in an argument, or in a field of a model."""
+
+    OPTION = "a Python value, the same on all ranks"
+    NUMBERS = "a number or a tensor, the same in every entry"
+    TOKENS = "a number or a tensor, the same at every live token"
+    ROUNDED = "a tensor, the same at every live token but for rounding: layers below may sum in another order"
+    GIVEN = "given on all ranks or on none: a function, or a rank's own rows of a weight"
+    MODELS = "a model or a list of them, field by field"
+    SHARD = "the same cut of the vocabulary"
+    OWN = "each rank's own affair"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What holds for one argument, whatever the others are.
+
+    Attributes:
+        help: one line.
+        agree: how ranks that share a vocabulary agree in it.
+        of: the estimators that have the option; empty for all of them.
+        needs: the argument without which the option has nothing to act on, and ``because``, the end of that sentence.
+        choices: the strings that it may be.
+        check: (name, value) -> the value in its normal form; raises TypeError or ValueError.
+        held: whether :class:`fused_gopd.GOPDLoss` holds it, and whether its ``forward`` takes it: ``per_batch``.
+    """
+
+    help: str
+    agree: Agree = Agree.OPTION
+    of: tuple[Estimator, ...] = ()
+    needs: str | None = None
+    because: str = ""
+    choices: tuple[str, ...] = ()
+    check: Callable[[str, Any], Any] | None = None
+    held: bool = True
+    per_batch: bool = False
+
+
+def _option(help: str, **rule: Any) -> dict[str, Rule]:
+    """The metadata of a field that holds a Python value."""
+    return {"rule": Rule(help=help, **rule)}
+
+
+def _batch(help: str, agree: Agree, **rule: Any) -> dict[str, Rule]:
+    """The metadata of a field that holds the models or tensors of a batch."""
+    return {"rule": Rule(**{"help": help, "agree": agree, "held": False, "per_batch": True, **rule})}
+
+
+def _number(holds: Callable[[float], bool], must_be: str) -> Callable[[str, Any], float]:
+    def check(name: str, value: object) -> float:
+        number = require_number(name, value)
+        if not holds(number):
+            raise ValueError(f"{name} must {must_be}, got {number}")
+        return number
+
+    return check
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def _function(name: str, value: object) -> object:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+    return value
+
+
+def _dtype(name: str, value: object) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
+    return value
+
+
+def _epsilons(name: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (epsilon_low, epsilon_high), got {value!r}")
+    low, high = (require_number(name, x) for x in value)
+    if not 0 <= low <= 1 or high < 0:
+        raise ValueError(f"{name} must satisfy 0 <= epsilon_low <= 1 and epsilon_high >= 0, got {value!r}")
+    return low, high
+
+
+def _bounds(name: str, value: object) -> tuple[float, float]:
+    """(low, high) of a bound on the magnitude, or of a pair."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise TypeError(f"{name} must be a number or a pair (low, high), got {value!r}")
+        low, high = (require_number(name, x) for x in value)
+    else:
+        high = require_number(name, value)
+        low = -high
+    if low >= high:
+        raise ValueError(f"{name} must be a positive number or a pair with low < high, got {value!r}")
+    return low, high
+
+
+_NOT_NEGATIVE = _number(lambda x: x >= 0, "not be negative")
+_RATIOS = {"of": ("sampled",), "needs": "old_logprobs"}
+_RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do"}
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The options of :func:`fused_gopd.gopd_loss` that are Python values, the same for all batches."""
+
+    estimator: Estimator = field(
+        default="sampled",
+        metadata=_option(
+            "'sampled' (policy gradient), 'full' (exact divergence) or 'topk' (K tokens a position).",
+            choices=ESTIMATORS,
+        ),
+    )
+    divergence: Divergence = field(
+        default="reverse_kl",
+        metadata=_option("Divergence of 'full' and 'topk' between student and target.", choices=DIVERGENCES),
+    )
+    beta: float = field(
+        default=0.5,
+        metadata=_option(
+            "Share of the target in the mixture of divergence='jsd'; 0 is the forward KL, 1 the reverse KL.",
+            check=require_number,
+        ),
+    )
+    k: int | None = field(
+        default=None, metadata=_option("Tokens of each position for 'topk'.", of=("topk",), check=require_count)
+    )
+    support: Support = field(
+        default="teacher",
+        metadata=_option("Whose largest tokens 'topk' takes.", of=("topk",), choices=SUPPORTS),
+    )
+    tail: Tail = field(
+        default="bucket",
+        metadata=_option("What 'topk' does with the mass outside its tokens.", of=("topk",), choices=TAILS),
+    )
+    reduction: Reduction = field(
+        default="token-mean", metadata=_option("How token losses become the loss.", choices=REDUCTIONS)
+    )
+    clip: tuple[float, float] | None = field(
+        default=None,
+        metadata=_option("(epsilon_low, epsilon_high) of PPO's clipped ratio.", **_RATIOS, check=_epsilons),
+    )
+    clip_dual: float | None = field(
+        default=None,
+        metadata=_option(
+            "Token losses of negative advantages are at most -A times this, above 1.",
+            **_RATIOS,
+            check=_number(lambda x: x > 1, "be above 1"),
+        ),
+    )
+    ratio: Ratio = field(
+        default="token",
+        metadata=_option("Ratios of tokens, or the mean over a 'sequence' (GSPO-token).", **_RATIOS, choices=RATIOS),
+    )
+    rollout_is_cap: float | None = field(
+        default=None,
+        metadata=_option(
+            "Upper bound of the importance weights p_old / p_rollout.",
+            of=("sampled",),
+            needs="rollout_logprobs",
+            because="without them there is no importance weight to cap",
+            check=_number(lambda x: x > 0, "be positive"),
+        ),
+    )
+    advantage_clip: float | tuple[float, float] | None = field(
+        default=None, metadata=_option("Bound on an advantage's magnitude.", of=("sampled",), check=_bounds)
+    )
+    logprob_min: float | None = field(
+        default=None,
+        metadata=_option(
+            "Teacher's and reference's log-probs are at least this.",
+            of=("sampled",),
+            check=_number(lambda x: x < 0, "be negative, as log-probs are"),
+        ),
+    )
+    baseline: Baseline = field(
+        default="none",
+        metadata=_option("'expected' makes the mean of 'sampled' advantages 0.", of=("sampled",), choices=BASELINES),
+    )
+    sft_weight: float = field(
+        default=1.0,
+        metadata=_option(
+            "Weight of the supervised term.",
+            needs="sft_labels",
+            because="without them there is no supervised term to weigh",
+            check=_NOT_NEGATIVE,
+        ),
+    )
+    score_cancelled: bool = field(
+        default=False, metadata=_option("Also score the model that lambda cancels, for its log-probs.", check=_flag)
+    )
+    vocab_size: int | None = field(
+        default=None, metadata=_option("Joint vocabulary; default the smallest of the models.")
+    )
+    chunk_size: int | None = field(
+        default=None, metadata=_option("Tokens per chunk; default from a memory budget.", check=require_count)
+    )
+    chunk_dtype: torch.dtype | None = field(
+        default=None, metadata=_option("Dtype of a chunk's logits; default float32.", check=_dtype)
+    )
+    grad_filter: float = field(
+        default=0.0,
+        metadata=_option(
+            "Vocabulary entries with smaller logit gradients are left out of the products.", check=_NOT_NEGATIVE
+        ),
+    )
+    backend: str = field(
+        default="auto",
+        metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=BACKENDS),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossCall(LossOptions):
+    """One call of :func:`fused_gopd.gopd_loss`: the models, the tensors of a batch and the options."""
+
+    student: Head = field(metadata=_batch("Model whose tensors receive gradients.", Agree.MODELS))
+    teacher: Source | Sequence[Source] | None = field(metadata=_batch("Teacher, or a list of them.", Agree.MODELS))
+    ref: Source | Sequence[Source] | None = field(
+        default=None, metadata=_batch("Reference, or one for each teacher.", Agree.MODELS)
+    )
+    token_ids: Tensor | None = field(default=None, metadata=_batch("(...) sampled tokens.", Agree.TOKENS))
+    _: KW_ONLY
+    teacher_index: Tensor | None = field(
+        default=None, metadata=_batch("(...) or (B,) which teacher of the list.", Agree.TOKENS)
+    )
+    mask: Tensor | None = field(default=None, metadata=_batch("(...) the live tokens.", Agree.NUMBERS))
+    reward_scale: float | Tensor = field(
+        default=1.0, metadata=_batch("lambda; all but 1 need a reference.", Agree.TOKENS, held=True)
+    )
+    normalizer: float | Tensor | None = field(
+        default=None, metadata=_batch("Divisor of the means, over all ranks.", Agree.NUMBERS)
+    )
+    sequence_lengths: Tensor | None = field(
+        default=None, metadata=_batch("(B,) live tokens of each sequence, over all ranks.", Agree.NUMBERS)
+    )
+    cu_seqlens: Tensor | None = field(
+        default=None, metadata=_batch("(B + 1,) bounds of packed sequences.", Agree.NUMBERS)
+    )
+    old_logprobs: Tensor | None = field(
+        default=None,
+        metadata=_batch("(...) under the policy of the previous update.", Agree.ROUNDED, of=("sampled",)),
+    )
+    rollout_logprobs: Tensor | None = field(
+        default=None, metadata=_batch("(...) under the engine that sampled.", Agree.ROUNDED, of=("sampled",))
+    )
+    advantage_fn: AdvantageFn | None = field(
+        default=None,
+        metadata=_batch(
+            "Advantages of one's own, from TokenStats.", Agree.GIVEN, of=("sampled",), check=_function, held=True
+        ),
+    )
+    sft_labels: Tensor | None = field(
+        default=None, metadata=_batch("(...) labels of the supervised term, -100 for none.", Agree.TOKENS)
+    )
+
+    __repr__ = printing.lines
+
+
+# A wrong call is an error of the function whose signature this is, and named after it.
+LossCall.__init__.__qualname__ = "gopd_loss"
+
+RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(LossCall)}
+OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(LossOptions))
+ARGUMENTS: tuple[str, ...] = (*(name for name in RULES if name not in OPTIONS), *OPTIONS)
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(LossCall)}
+
+
+def options_of(estimator: Estimator) -> tuple[str, ...]:
+    """The names of the options that this estimator has and others may not have."""
+    return tuple(name for name in OPTIONS if estimator in RULES[name].of)
+
+
+# ------------------------------------------------------------------------------------------------- applying the rules
+
+_BATCH_RULES = tuple((name, rule) for name, rule in RULES.items() if name not in OPTIONS and rule.of)
+_UNKNOWN = object()
+
+
+def checked(options: LossOptions) -> LossOptions:
+    """The options in their normal form, each checked by its rule.
+
+    Of a :class:`LossCall` also what an option needs; where there is no batch yet, that is taken to be given. An error
+    carries the argument's name as ``option``.
+    """
+    values: dict[str, Any] = {}
+    name = "estimator"
+    try:
+        estimator = options.estimator
+        one_of(name, estimator, ESTIMATORS)
+        for name in OPTIONS:
+            default, value = DEFAULTS[name], getattr(options, name)
+            if value is not default:
+                value = _checked(name, value, default, options)
+            values[name] = value
+        if isinstance(options, LossCall):
+            for name, rule in _BATCH_RULES:
+                value = getattr(options, name)
+                if value is not None:
+                    if rule.check is not None:
+                        rule.check(name, value)
+                    _require_estimator(name, rule, estimator)
+        name = "beta"
+        values["divergence"], values["beta"] = _divergence(estimator, values["divergence"], values["beta"])
+    except (TypeError, ValueError) as error:
+        error.option = name  # type: ignore[attr-defined]
+        raise
+    return LossOptions(**values)
+
+
+def _checked(name: str, value: Any, default: Any, options: LossOptions) -> Any:
+    """The normal form of a value that is not the default itself."""
+    rule = RULES[name]
+    if rule.choices:
+        one_of(name, value, rule.choices)
+    if rule.check is not None:
+        value = rule.check(name, value)
+    if value == default:
+        return value
+    _require_estimator(name, rule, options.estimator)
+    if rule.needs is not None and getattr(options, rule.needs, _UNKNOWN) is None:
+        raise ValueError(f"{name} needs {rule.needs}: {rule.because}")
+    return value
+
+
+def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
+    if rule.of and estimator not in rule.of:
+        raise ValueError(f"{name} is an option of estimator={rule.of[0]!r}, got estimator={estimator!r}")
+
+
+def _divergence(estimator: Estimator, divergence: Divergence, beta: float) -> tuple[Divergence, float]:
+    """The divergence that is computed and its beta, which only the JSD has."""
+    if estimator == "sampled" and divergence != "reverse_kl":
+        raise ValueError(
+            f"divergence={divergence!r} needs estimator='full' or 'topk'; 'sampled' estimates the reverse KL alone"
+        )
+    if divergence != "jsd":
+        if beta != 0.5:
+            raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
+        return divergence, beta
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"beta must satisfy 0 <= beta <= 1 (0 is the forward KL, 1 the reverse KL, between them the JSD with "
+            f"m = beta target + (1 - beta) p), got {beta}"
+        )
+    divergence = divergence_of(beta)
+    return divergence, beta if divergence == "jsd" else 0.5
+
+
+def divergence_of(beta: float) -> Divergence:
+    """What the beta of Liger, TRL and ms-swift stands for: the JSD, and at its ends the two KL divergences.
+
+    The JSD goes to 0 at both ends. JSD / beta goes to KL(target || p) at 0 and JSD / (1 - beta) to KL(p || target) at
+    1; those are meant, not divided by anything.
+    """
+    ends: dict[float, Divergence] = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return ends.get(beta, "jsd")
+
+
+# --------------------------------------------------------------------------------------------------------- signatures
+
+P = ParamSpec("P")
+C = TypeVar("C")
+R = TypeVar("R")
+
+
+def called_as(kind: Callable[P, C]) -> Callable[[Callable[[C], R]], Callable[P, R]]:
+    """A function of one object, called with the arguments that make the object.
+
+    ``inspect.signature``, ``help()``, type checkers and compilers see the signature of ``kind``.
+    """
+
+    def decorate(function: Callable[[C], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(kind(*args, **kwargs))
+
+        own = inspect.signature(function)
+        call.__signature__ = inspect.signature(kind).replace(  # type: ignore[attr-defined]
+            return_annotation=own.return_annotation
+        )
+        return call
+
+    return decorate
+
+
+def refuse_unknown(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    """Raise TypeError for the first name that is not allowed; ``what`` says what it is not, with its article."""
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise TypeError(f"{unknown[0]} is not {what}; expected one of {', '.join(sorted(allowed))}")

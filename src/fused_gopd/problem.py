@@ -1,0 +1,70 @@
+"""One checked call, flat: what the loop, the report and the backward read. Data, no mathematics.
+
+Vectors (n,) have one entry per live token, in the order of ``rows``. Made by :mod:`fused_gopd.prepare` and
+:mod:`fused_gopd.scoring`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreement
+from .heads import Head, Source
+from .options import AdvantageFn, Divergence, LossOptions
+from .rowops import RowOps
+from .tokens import Sequences, TokenRows
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Route:
+    """The live tokens [start, stop) and the frozen models that they have.
+
+    ``teacher`` and ``ref`` are heads with a vocabulary axis, detached and cut to this rank's columns; None where lambda
+    cancels the model or its scores were computed elsewhere.
+    """
+
+    start: int
+    stop: int
+    teacher: Head | None = None
+    ref: Head | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What is computed for one call."""
+
+    options: LossOptions  # in their normal form
+    divergence: Divergence
+    beta: float
+    student: Head  # cut to this rank's columns; the only model that receives gradients
+    routes: tuple[Route, ...]  # one where there is one teacher
+    rows: TokenRows  # in the order of the routes
+    sequences: Sequences
+    mask: Tensor | None = None  # token shape, bool; None is all live
+    vocab_size: int  # joint
+    reward_scale: float | Tensor = 1.0  # tensor: (n,), in ``dtype``
+    token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
+    old_logprobs: Tensor | None = None  # (n,)
+    rollout_logprobs: Tensor | None = None  # (n,)
+    teacher_logprobs: Tensor | None = None  # (n,) of the sampled tokens, computed elsewhere; 0 where a route has a head
+    ref_logprobs: Tensor | None = None  # (n,) likewise
+    support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of topk, where the tokens come from elsewhere
+    teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids; anything beside -1
+    ref_topk: Tensor | None = None  # (n, K) likewise
+    labels: Tensor | None = None  # (n,) int64, -1 is none
+    weights: Tensor  # () or (n,), loss = sum of weights times token losses
+    advantage_fn: AdvantageFn | None = None
+    advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
+    recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
+    width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
+    reported: frozenset[str] = frozenset()  # the fields of the output that are not None
+    cancelled: tuple[tuple[str, tuple[Source, ...]], ...] = ()  # "teacher" or "ref" given, not needed; one a route
+    agreement: Agreement | None = None  # where ranks share a vocabulary
+    ops: RowOps
+    chunk_size: int
+    frozen_chunk_size: int | None = None  # tokens of teacher and reference at a time where models are taken together
+    dtype: torch.dtype  # of accumulation and of the outputs
+    device: torch.device
