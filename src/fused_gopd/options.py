@@ -360,6 +360,7 @@ def options_of(estimator: Estimator) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------------------------------------- applying the rules
 
+_DEFAULTS = tuple((name, DEFAULTS[name]) for name in OPTIONS)
 _BATCH_RULES = tuple((name, rule) for name, rule in RULES.items() if name not in OPTIONS and rule.of)
 _UNKNOWN = object()
 
@@ -370,27 +371,24 @@ def checked(options: LossOptions) -> LossOptions:
     Of a :class:`LossCall` also what an option needs; where there is no batch yet, that is taken to be given. An error
     carries the argument's name as ``option``.
     """
-    values: dict[str, Any] = {}
-    name = "estimator"
+    given = vars(options)
+    values = {name: given[name] for name in OPTIONS}
+    estimator, name = options.estimator, "estimator"
     try:
-        estimator = options.estimator
         one_of(name, estimator, ESTIMATORS)
-        for name in OPTIONS:
-            default, value = DEFAULTS[name], getattr(options, name)
-            if value is not default:
-                value = _checked(name, value, default, options)
-            values[name] = value
+        for name, default in _DEFAULTS:
+            if values[name] is not default:
+                values[name] = _checked(name, values[name], default, options)
         if isinstance(options, LossCall):
             for name, rule in _BATCH_RULES:
-                value = getattr(options, name)
-                if value is not None:
+                if given[name] is not None:
                     if rule.check is not None:
-                        rule.check(name, value)
+                        rule.check(name, given[name])
                     _require_estimator(name, rule, estimator)
-        name = "beta"
+        name = "divergence" if estimator == "sampled" else "beta"
         values["divergence"], values["beta"] = _divergence(estimator, values["divergence"], values["beta"])
     except (TypeError, ValueError) as error:
-        error.option = name  # type: ignore[attr-defined]
+        error.option = name  # type: ignore[union-attr]
         raise
     return LossOptions(**values)
 
