@@ -1,4 +1,4 @@
-"""Fixtures: the machines a test runs on, and a stable hypothesis."""
+"""Fixtures: the backends and dtypes that a test runs in, and a stable hypothesis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from builders import Machine, why_not
+from builders import BackendDtype, why_not
 
 settings.register_profile(
     "stable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
@@ -26,13 +26,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["torch-float64", "torch-float32", "native-float32"])
-def machine(request: pytest.FixtureRequest) -> Machine:
+def backend_dtype(request: pytest.FixtureRequest) -> BackendDtype:
     """Backend and dtype: float64 makes a formula's error visible, float32 is what runs."""
     name, dtype = request.param.split("-")
     reason = why_not(name)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    return Machine(name, getattr(torch, dtype))
+    return BackendDtype(name, getattr(torch, dtype))
 
 
 @pytest.fixture(scope="module")

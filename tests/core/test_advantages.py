@@ -14,19 +14,19 @@ from fused_gopd.heads import Logits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_hooks_value_is_the_advantage(machine):
+def test_a_hooks_value_is_the_advantage(backend_dtype):
     """A tensor of one's own, lined up by the index; the loss is -A rho, the gradient A (p - 1[v = y])."""
-    batch = make_batch(71, shape=(4, 6), dtype=machine.dtype)
-    mine = torch.randn(4, 6, dtype=machine.dtype)
+    batch = make_batch(71, shape=(4, 6), dtype=backend_dtype.dtype)
+    mine = torch.randn(4, 6, dtype=backend_dtype.dtype)
     hook = lambda stats: mine.reshape(-1)[stats.index]  # noqa: E731
     for chunk in (None, 3):
-        out, grads = run(batch, backend=machine.backend, reward_scale=1.25, advantage_fn=hook, chunk_size=chunk)
+        out, grads = run(batch, backend=backend_dtype.backend, reward_scale=1.25, advantage_fn=hook, chunk_size=chunk)
         assert torch.equal(out.advantages, mine * batch.mask)
         assert torch.equal(out.token_loss, -mine * batch.mask)
         # as a loss of log-probs: -A log p has the same gradient
-        logprobs = fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask, backend=machine.backend)
+        logprobs = fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask, backend=backend_dtype.backend)
         want = torch.autograd.grad(-(mine * logprobs).sum() / batch.mask.sum(), batch.leaves)
-        assert_all_close(grads, want, machine.tolerance)
+        assert_all_close(grads, want, backend_dtype.tolerance)
 
 
 def test_a_hook_that_gives_a_back_changes_no_bit(backend):
@@ -40,26 +40,26 @@ def test_a_hook_that_gives_a_back_changes_no_bit(backend):
 
 
 @pytest.mark.parametrize("student", ["linear", "logits"])
-def test_a_hook_sees_every_statistic(machine, student):
-    batch = make_batch(73, shape=(3, 5), kinds=(student, "linear", "logits"), dtype=machine.dtype)
-    old = torch.linspace(-3, -1, 15, dtype=machine.dtype).reshape(3, 5)
-    lam = torch.linspace(0, 2, 15, dtype=machine.dtype).reshape(3, 5)
+def test_a_hook_sees_every_statistic(backend_dtype, student):
+    batch = make_batch(73, shape=(3, 5), kinds=(student, "linear", "logits"), dtype=backend_dtype.dtype)
+    old = torch.linspace(-3, -1, 15, dtype=backend_dtype.dtype).reshape(3, 5)
+    lam = torch.linspace(0, 2, 15, dtype=backend_dtype.dtype).reshape(3, 5)
     seen: list[fg.TokenStats] = []
 
     def hook(stats: fg.TokenStats) -> torch.Tensor:
         seen.append(stats)
         return stats.advantages
 
-    options = {"backend": machine.backend, "reward_scale": lam, "old_logprobs": old}
+    options = {"backend": backend_dtype.backend, "reward_scale": lam, "old_logprobs": old}
     out, _ = run(batch, advantage_fn=hook, **options)
     (stats,) = seen
     live = batch.mask.reshape(-1).nonzero()[:, 0]
     assert torch.equal(stats.index, live)
-    own = {name: fg.token_logprobs(m, batch.token_ids, return_entropy=True, backend=machine.backend)
+    own = {name: fg.token_logprobs(m, batch.token_ids, return_entropy=True, backend=backend_dtype.backend)
            for name, m in zip(("student", "teacher", "ref"), batch.models, strict=True)}  # fmt: skip
     for name, (logprobs, entropy) in own.items():
-        assert_close(getattr(stats, f"{name}_logprobs"), logprobs.detach().reshape(-1)[live], machine.tolerance)
-        assert_close(getattr(stats, f"{name}_entropy"), entropy.detach().reshape(-1)[live], machine.tolerance)
+        assert_close(getattr(stats, f"{name}_logprobs"), logprobs.detach().reshape(-1)[live], backend_dtype.tolerance)
+        assert_close(getattr(stats, f"{name}_entropy"), entropy.detach().reshape(-1)[live], backend_dtype.tolerance)
     assert torch.equal(stats.old_logprobs, old.reshape(-1)[live])
     assert torch.equal(stats.reward_scale, lam.reshape(-1)[live])
     assert torch.equal(stats.advantages, out.advantages.reshape(-1)[live])
@@ -153,16 +153,18 @@ ALONE = {
 
 
 @pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
-def test_advantages_of_ones_own_need_no_models(options, machine):
+def test_advantages_of_ones_own_need_no_models(options, backend_dtype):
     """The same bits as with a teacher whose log-probs the function does not read, and as the reference."""
-    options, batch = dict(options), make_batch(87, shape=(4, 6), dtype=machine.dtype)
-    near = fg.token_logprobs(batch.student, batch.token_ids).detach() - 0.1 * torch.rand(4, 6, dtype=machine.dtype)
+    options, batch = dict(options), make_batch(87, shape=(4, 6), dtype=backend_dtype.dtype)
+    near = fg.token_logprobs(batch.student, batch.token_ids).detach() - 0.1 * torch.rand(
+        4, 6, dtype=backend_dtype.dtype
+    )
     for name in ("old", "rollout"):
         if options.pop(name, False):
             options[f"{name}_logprobs"] = near
     if options.pop("labels", False):
         options["sft_labels"] = batch.token_ids
-    mine, seen = torch.randn(4, 6, dtype=machine.dtype), []
+    mine, seen = torch.randn(4, 6, dtype=backend_dtype.dtype), []
     hook = lambda stats: (seen.append(stats), mine.reshape(-1)[stats.index])[1]  # noqa: E731
 
     def call(function, teacher, **more):
@@ -170,7 +172,7 @@ def test_advantages_of_ones_own_need_no_models(options, machine):
         out = function(batch.student, teacher, None, batch.token_ids, mask=batch.mask, **options, **more)
         return out, torch.autograd.grad(out.loss.sum(), batch.leaves, retain_graph=True), batch.leaves
 
-    fused = {"backend": machine.backend, "chunk_size": 5, "advantage_fn": hook}
+    fused = {"backend": backend_dtype.backend, "chunk_size": 5, "advantage_fn": hook}
     out, grads, leaves = call(fg.gopd_loss, None, **fused)
     assert seen[0].student_entropy is not None
     names = ("advantages", "teacher_logprobs", "ref_logprobs", "teacher_entropy", "ref_entropy")
@@ -185,8 +187,8 @@ def test_advantages_of_ones_own_need_no_models(options, machine):
     assert set(want.metrics()) - set(out.metrics()) == {"kl_teacher_k3", "impossible"}
     assert out.metrics()["advantage"] == want.metrics()["advantage"]
     dense, dense_grads, _ = call(fg.reference.gopd_loss, None, advantage_fn=hook)
-    assert_close(out.token_loss, dense.token_loss, machine.tolerance)
-    assert_all_close(grads, dense_grads, machine.tolerance)
+    assert_close(out.token_loss, dense.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, dense_grads, backend_dtype.tolerance)
     given = {"mask": batch.mask, **options, **fused}
     compiled = torch.compile(
         lambda student: fg.gopd_loss(student, None, None, batch.token_ids, **given).loss, backend="aot_eager"
@@ -296,14 +298,14 @@ def test_the_baseline_follows_minus_inf_logits():
     assert (grads[0][0] == 0).all()
 
 
-def test_the_baseline_with_one_model_left(machine):
-    batch = make_batch(82, shape=(3, 4), dtype=machine.dtype)
+def test_the_baseline_with_one_model_left(backend_dtype):
+    batch = make_batch(82, shape=(3, 4), dtype=backend_dtype.dtype)
     for lam, changes in ((1.0, {"ref": None}), (0.0, {"teacher": None})):
-        out, _ = run(batch.replaced(**changes), backend=machine.backend, reward_scale=lam, baseline="expected")
+        out, _ = run(batch.replaced(**changes), backend=backend_dtype.backend, reward_scale=lam, baseline="expected")
         full = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, reward_scale=lam, estimator="full",
-                            backend=machine.backend)  # fmt: skip
-        plain, _ = run(batch, backend=machine.backend, reward_scale=lam)
-        assert_close(out.advantages, plain.advantages + full.token_loss, machine.tolerance)
+                            backend=backend_dtype.backend)  # fmt: skip
+        plain, _ = run(batch, backend=backend_dtype.backend, reward_scale=lam)
+        assert_close(out.advantages, plain.advantages + full.token_loss, backend_dtype.tolerance)
 
 
 def test_the_baseline_keeps_a_token_outside_the_joint_support_at_0():

@@ -30,10 +30,10 @@ def test_off_is_exactly_off(backend, objective):
 @every_objective
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("chunk", [5, 12])
-def test_the_error_is_within_the_bound(machine, objective, reduction, chunk):
+def test_the_error_is_within_the_bound(backend_dtype, objective, reduction, chunk):
     """|w| = 1 in full; |A| in sampled; the largest slope of the token, at most that of its gradient, in topk."""
-    batch = make_batch(111, dtype=machine.dtype, masked=False, **SHAPE)
-    options = {"backend": machine.backend, "reward_scale": 1.25, "chunk_size": chunk, "reduction": reduction}
+    batch = make_batch(111, dtype=backend_dtype.dtype, masked=False, **SHAPE)
+    options = {"backend": backend_dtype.backend, "reward_scale": 1.25, "chunk_size": chunk, "reduction": reduction}
     options |= objective
 
     def gradients(**more):
@@ -41,7 +41,7 @@ def test_the_error_is_within_the_bound(machine, objective, reduction, chunk):
         return out, torch.autograd.grad(out.loss.sum(), batch.leaves)
 
     plain, (dhidden, dweight) = gradients()
-    factor = torch.ones(12, dtype=machine.dtype)
+    factor = torch.ones(12, dtype=backend_dtype.dtype)
     if objective["estimator"] == "sampled":
         factor = plain.advantages.abs()
     elif objective["estimator"] == "topk":
@@ -57,7 +57,7 @@ def test_the_error_is_within_the_bound(machine, objective, reduction, chunk):
     for eps in (1e-7, 1e-4, 1e-2, 1e-1):
         out, (rows, weight) = gradients(grad_filter=eps)
         assert torch.equal(out.loss, plain.loss)  # the loss is not touched
-        rounding = 20 * torch.finfo(machine.dtype).eps
+        rounding = 20 * torch.finfo(backend_dtype.dtype).eps
         assert ((rows - dhidden).norm(dim=1) <= factor * eps * norms.sum() + rounding * dhidden.norm()).all()
         assert ((weight - dweight).norm(dim=1) <= eps * reach + rounding * dweight.norm()).all()
         dropped = int((weight == 0).all(1).sum())

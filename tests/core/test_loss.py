@@ -41,76 +41,78 @@ TRANSFORMS = (
 
 @pytest.mark.parametrize("lam", LAMBDAS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_every_objective_is_its_formula(machine, objective, lam):
-    assert_same_as_oracle(make_batch(1, dtype=machine.dtype), machine, reward_scale=lam, **objective)
+def test_every_objective_is_its_formula(backend_dtype, objective, lam):
+    assert_same_as_oracle(make_batch(1, dtype=backend_dtype.dtype), backend_dtype, reward_scale=lam, **objective)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
-def test_every_reduction_is_its_formula(machine, objective, reduction):
-    batch = make_batch(2, shape=(4, 5), dtype=machine.dtype)
+def test_every_reduction_is_its_formula(backend_dtype, objective, reduction):
+    batch = make_batch(2, shape=(4, 5), dtype=backend_dtype.dtype)
     batch.mask[2] = False  # a sequence without a live token counts in no sequence mean
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, reduction=reduction, **objective)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, reduction=reduction, **objective)
 
 
 @pytest.mark.parametrize("kinds", [("logits", "linear", "logits"), ("linear", "logits", "linear"), ("logits",) * 3])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_kinds_of_models_mix(machine, objective, kinds):
-    assert_same_as_oracle(make_batch(3, kinds=kinds, dtype=machine.dtype), machine, reward_scale=1.25, **objective)
+def test_kinds_of_models_mix(backend_dtype, objective, kinds):
+    assert_same_as_oracle(
+        make_batch(3, kinds=kinds, dtype=backend_dtype.dtype), backend_dtype, reward_scale=1.25, **objective
+    )
 
 
 @pytest.mark.parametrize("student", ["linear", "logits"])
 @pytest.mark.parametrize("others", [("logprobs", "logprobs"), ("logprobs", "linear"), ("logits", "logprobs")])
-def test_logprobs_computed_elsewhere_stand_for_a_model(machine, student, others):
-    batch = make_batch(4, kinds=(student, *others), dtype=machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25)
+def test_logprobs_computed_elsewhere_stand_for_a_model(backend_dtype, student, others):
+    batch = make_batch(4, kinds=(student, *others), dtype=backend_dtype.dtype)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25)
 
 
 @pytest.mark.parametrize("kinds", [("linear",) * 3, ("logits", "linear", "logits")])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_softcap_scale_bias_and_temperature_are_applied(machine, objective, kinds):
+def test_softcap_scale_bias_and_temperature_are_applied(backend_dtype, objective, kinds):
     transforms = [
         {k: v for k, v in t.items() if k != "bias" or kind == "linear"}
         for t, kind in zip(TRANSFORMS, kinds, strict=True)
     ]
-    batch = make_batch(5, kinds=kinds, transforms=transforms, dtype=machine.dtype, scale=4.0)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, **objective)
+    batch = make_batch(5, kinds=kinds, transforms=transforms, dtype=backend_dtype.dtype, scale=4.0)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **objective)
 
 
 @pytest.mark.parametrize("vocab", [(37, 50, 41), (50, 37, 37), (38, 41, 37), (37, 37, 64)])
 @pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=OBJECTIVE_IDS[:3])
-def test_rows_past_the_smallest_vocabulary_are_padding(machine, objective, vocab):
-    batch = make_batch(6, vocab=vocab, dtype=machine.dtype, transforms=[{"bias": True}] * 3)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, **objective)
-    _, (_, weight, bias) = run(batch, backend=machine.backend, reward_scale=1.25, **objective)
+def test_rows_past_the_smallest_vocabulary_are_padding(backend_dtype, objective, vocab):
+    batch = make_batch(6, vocab=vocab, dtype=backend_dtype.dtype, transforms=[{"bias": True}] * 3)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **objective)
+    _, (_, weight, bias) = run(batch, backend=backend_dtype.backend, reward_scale=1.25, **objective)
     assert (weight[37:] == 0).all()
     assert (bias[37:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_vocab_size_cuts_all_models(machine, kind):
-    batch = make_batch(7, kinds=(kind,) * 3, dtype=machine.dtype)
+def test_vocab_size_cuts_all_models(backend_dtype, kind):
+    batch = make_batch(7, kinds=(kind,) * 3, dtype=backend_dtype.dtype)
     batch.token_ids.clamp_(max=28)
     for objective in OBJECTIVES[:2]:
-        assert_same_as_oracle(batch, machine, reward_scale=1.25, vocab_size=29, **objective)
+        assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, vocab_size=29, **objective)
 
 
 @pytest.mark.parametrize(("cancelled", "lam"), [("ref", 1.0), ("teacher", 0.0)])
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
-def test_a_cancelled_model_still_narrows_the_vocabulary(machine, objective, cancelled, lam):
+def test_a_cancelled_model_still_narrows_the_vocabulary(backend_dtype, objective, cancelled, lam):
     vocab = {"ref": (37, 37, 30), "teacher": (37, 30, 37)}[cancelled]
-    batch = make_batch(8, vocab=vocab, dtype=machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=lam, **objective)
+    batch = make_batch(8, vocab=vocab, dtype=backend_dtype.dtype)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
 @pytest.mark.parametrize("per", ["token", "sequence"])
-def test_reward_scale_may_differ_per_token_and_per_sequence(machine, objective, per):
-    batch = make_batch(9, shape=(3, 5), dtype=machine.dtype)
-    lam = torch.linspace(0, 2, 15, dtype=machine.dtype).reshape(3, 5)
+def test_reward_scale_may_differ_per_token_and_per_sequence(backend_dtype, objective, per):
+    batch = make_batch(9, shape=(3, 5), dtype=backend_dtype.dtype)
+    lam = torch.linspace(0, 2, 15, dtype=backend_dtype.dtype).reshape(3, 5)
     lam[1, 2], lam[2, 4] = 1.0, 0.0
     batch.mask[1, 2] = batch.mask[2, 4] = True
-    assert_same_as_oracle(batch, machine, reward_scale=lam if per == "token" else lam[:, 2], **objective)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=lam if per == "token" else lam[:, 2], **objective)
 
 
 def test_a_0d_reward_scale_is_the_float(backend):
@@ -123,36 +125,36 @@ def test_a_0d_reward_scale_is_the_float(backend):
 
 @pytest.mark.parametrize("clip", [None, (0.2, 0.28), (0.0, 0.0), (1.0, 3.0)])
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_old_logprobs_and_clip_are_their_formula(machine, kind, clip):
-    batch = make_batch(11, shape=(4, 6), kinds=(kind, "linear", "linear"), dtype=machine.dtype)
+def test_old_logprobs_and_clip_are_their_formula(backend_dtype, kind, clip):
+    batch = make_batch(11, shape=(4, 6), kinds=(kind, "linear", "linear"), dtype=backend_dtype.dtype)
     own = oracle.gopd(*[widened(m) for m in batch.models], batch.token_ids).student_logprobs
-    old = (own + 0.5 * torch.randn(4, 6, generator=generator(0), dtype=torch.float64)).to(machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, old_logprobs=old, clip=clip)
+    old = (own + 0.5 * torch.randn(4, 6, generator=generator(0), dtype=torch.float64)).to(backend_dtype.dtype)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, old_logprobs=old, clip=clip)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 4.0, "temperature": 0.7}], ids=["plain", "softcap"])
-def test_a_token_without_probability_in_any_needed_model_leaves_the_support(machine, objective, lam, transform):
-    batch = minus_inf_batch(dtype=machine.dtype, transform=transform)
-    assert_same_as_oracle(batch, machine, reward_scale=lam, **objective)
+def test_a_token_without_probability_in_any_needed_model_leaves_the_support(backend_dtype, objective, lam, transform):
+    batch = minus_inf_batch(dtype=backend_dtype.dtype, transform=transform)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_the_support_follows_a_per_token_reward_scale(machine, objective):
-    batch = minus_inf_batch(dtype=machine.dtype)
-    lam = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0], dtype=machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=lam, **objective)
+def test_the_support_follows_a_per_token_reward_scale(backend_dtype, objective):
+    batch = minus_inf_batch(dtype=backend_dtype.dtype)
+    lam = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0], dtype=backend_dtype.dtype)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
 
 
 @pytest.mark.parametrize("dead", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("kind", ["logits", "linear"])
-def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(machine, dead, kind):
+def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(backend_dtype, dead, kind):
     batch = make_batch(
         12,
         shape=(5,),
         kinds=(kind, "logits", "logits"),
-        dtype=machine.dtype,
+        dtype=backend_dtype.dtype,
         masked=False,
         transforms=[{"bias": True} if kind == "linear" else {}, {}, {}],
     )
@@ -164,8 +166,8 @@ def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(machine, d
             batch.student.logits[2, token] = -math.inf
         else:
             batch.student.bias[token] = -math.inf  # dead for every token that sampled it
-    assert_same_as_oracle(batch, machine, reward_scale=1.25)
-    out, grads = run(batch, backend=machine.backend, reward_scale=1.25)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25)
+    out, grads = run(batch, backend=backend_dtype.backend, reward_scale=1.25)
     assert out.token_loss[2] == 0
     assert out.advantages[2] == 0
     assert (grads[0][2] == 0).all()
@@ -175,14 +177,14 @@ def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(machine, d
 
 @pytest.mark.parametrize("lam", LAMBDAS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_equal_models_give_exactly_zero_loss_and_gradient(machine, objective, lam):
-    head = make_batch(13, dtype=machine.dtype, transforms=[{"bias": True, "softcap": 9.0}, {}, {}])
+def test_equal_models_give_exactly_zero_loss_and_gradient(backend_dtype, objective, lam):
+    head = make_batch(13, dtype=backend_dtype.dtype, transforms=[{"bias": True, "softcap": 9.0}, {}, {}])
     batch = head.replaced(teacher=head.student, ref=head.student)
-    out, grads = run(batch, backend=machine.backend, reward_scale=lam, **objective)
+    out, grads = run(batch, backend=backend_dtype.backend, reward_scale=lam, **objective)
     if objective.get("divergence") == "jsd":
         # log m is a logaddexp of two equal numbers, rounded once: a few units in the last place of log p < 20
-        assert out.loss.abs() <= 64 * torch.finfo(machine.dtype).eps
-        assert all(g.abs().max() <= 256 * torch.finfo(machine.dtype).eps for g in grads)
+        assert out.loss.abs() <= 64 * torch.finfo(backend_dtype.dtype).eps
+        assert all(g.abs().max() <= 256 * torch.finfo(backend_dtype.dtype).eps for g in grads)
     else:
         assert out.loss == 0
         assert all((g == 0).all() for g in grads)
@@ -190,14 +192,14 @@ def test_equal_models_give_exactly_zero_loss_and_gradient(machine, objective, la
 
 @pytest.mark.parametrize("which", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_adding_a_constant_to_a_models_logits_changes_nothing(machine, objective, which):
-    batch = make_batch(14, kinds=("logits",) * 3, dtype=machine.dtype)
+def test_adding_a_constant_to_a_models_logits_changes_nothing(backend_dtype, objective, which):
+    batch = make_batch(14, kinds=("logits",) * 3, dtype=backend_dtype.dtype)
     head = getattr(batch, which)
     shifted = trainable(like(head, logits=head.logits.detach() + 3.0))
-    a, grads_a = run(batch, backend=machine.backend, reward_scale=1.25, **objective)
-    b, grads_b = run(batch.replaced(**{which: shifted}), backend=machine.backend, reward_scale=1.25, **objective)
-    assert_close(b.token_loss, a.token_loss, machine.tolerance)
-    assert_all_close(grads_b, grads_a, machine.tolerance)
+    a, grads_a = run(batch, backend=backend_dtype.backend, reward_scale=1.25, **objective)
+    b, grads_b = run(batch.replaced(**{which: shifted}), backend=backend_dtype.backend, reward_scale=1.25, **objective)
+    assert_close(b.token_loss, a.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads_b, grads_a, backend_dtype.tolerance)
 
 
 @pytest.mark.parametrize("lam", [0.5, 1.0, 1.25])
@@ -251,13 +253,13 @@ def test_descending_the_full_loss_reaches_the_geometric_mixture(lam):
     assert_close(z.softmax(-1), target, 1e-6)
 
 
-def test_full_loss_and_kl_differ_by_the_log_normaliser_of_the_target(machine):
-    batch = make_batch(18, dtype=machine.dtype, kinds=("logits",) * 3)
-    out, _ = run(batch, estimator="full", reward_scale=1.25, backend=machine.backend)
+def test_full_loss_and_kl_differ_by_the_log_normaliser_of_the_target(backend_dtype):
+    batch = make_batch(18, dtype=backend_dtype.dtype, kinds=("logits",) * 3)
+    out, _ = run(batch, estimator="full", reward_scale=1.25, backend=backend_dtype.backend)
     log_q, log_r = (m.logits.double().log_softmax(-1) for m in (batch.teacher, batch.ref))
     log_z = torch.logsumexp(1.25 * log_q - 0.25 * log_r, -1)
     live = batch.mask
-    assert_close((out.kl - out.token_loss)[live], log_z[live], machine.tolerance)
+    assert_close((out.kl - out.token_loss)[live], log_z[live], backend_dtype.tolerance)
 
 
 @given(
@@ -360,11 +362,11 @@ def test_the_order_of_tokens_does_not_matter(seed, objective):
 
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.parametrize("as_tensor", [float, lambda n: torch.tensor(n), lambda n: torch.tensor([float(n)])])
-def test_micro_batches_with_a_global_normalizer_are_one_big_batch(machine, reduction, as_tensor):
-    batch = make_batch(20, shape=(4, 6), dtype=machine.dtype)
+def test_micro_batches_with_a_global_normalizer_are_one_big_batch(backend_dtype, reduction, as_tensor):
+    batch = make_batch(20, shape=(4, 6), dtype=backend_dtype.dtype)
     batch.mask[3] = False
     count = int(batch.mask.sum()) if reduction == "token-mean" else int(batch.mask.any(1).sum())
-    want, want_grads = run(batch, reduction=reduction, reward_scale=1.25, backend=machine.backend)
+    want, want_grads = run(batch, reduction=reduction, reward_scale=1.25, backend=backend_dtype.backend)
     total, grads = 0.0, [torch.zeros_like(g) for g in want_grads]
     for rows in (slice(0, 1), slice(1, 4)):  # unequal parts: a mean of means is another number
         part = batch.replaced(
@@ -375,20 +377,20 @@ def test_micro_batches_with_a_global_normalizer_are_one_big_batch(machine, reduc
             mask=batch.mask[rows],
         )
         out, (g_hidden, g_weight) = run(
-            part, reduction=reduction, reward_scale=1.25, backend=machine.backend, normalizer=as_tensor(count)
+            part, reduction=reduction, reward_scale=1.25, backend=backend_dtype.backend, normalizer=as_tensor(count)
         )
         total = total + out.loss
         grads[0][rows] += g_hidden
         grads[1] += g_weight
-    assert_close(total, want.loss, machine.tolerance)
-    assert_all_close(grads, want_grads, machine.tolerance)
+    assert_close(total, want.loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
-def test_sequence_lengths_make_split_sequences_one(machine):
+def test_sequence_lengths_make_split_sequences_one(backend_dtype):
     """Each sequence cut into two halves on two ranks: seq-mean-token-mean with global lengths and counts is exact."""
-    batch = make_batch(21, shape=(3, 8), dtype=machine.dtype)
+    batch = make_batch(21, shape=(3, 8), dtype=backend_dtype.dtype)
     lengths = batch.mask.sum(1)
-    want, _ = run(batch, reduction="seq-mean-token-mean", reward_scale=1.25, backend=machine.backend)
+    want, _ = run(batch, reduction="seq-mean-token-mean", reward_scale=1.25, backend=backend_dtype.backend)
     total = 0.0
     for columns in (slice(0, 3), slice(3, 8)):
         part = batch.replaced(
@@ -402,26 +404,26 @@ def test_sequence_lengths_make_split_sequences_one(machine):
             part,
             reduction="seq-mean-token-mean",
             reward_scale=1.25,
-            backend=machine.backend,
+            backend=backend_dtype.backend,
             normalizer=3,
             sequence_lengths=lengths,
         )
         total = total + out.loss
-    assert_close(total, want.loss, machine.tolerance)
+    assert_close(total, want.loss, backend_dtype.tolerance)
 
 
-def test_a_0d_sequence_length_is_that_of_every_sequence(machine):
-    batch = make_batch(21, shape=(3, 4), dtype=machine.dtype)
-    options = {"reduction": "seq-mean-token-mean", "backend": machine.backend}
+def test_a_0d_sequence_length_is_that_of_every_sequence(backend_dtype):
+    batch = make_batch(21, shape=(3, 4), dtype=backend_dtype.dtype)
+    options = {"reduction": "seq-mean-token-mean", "backend": backend_dtype.backend}
     a, grads_a = run(batch, sequence_lengths=torch.tensor(9), **options)
     b, grads_b = run(batch, sequence_lengths=torch.full((3,), 9), **options)
     assert torch.equal(a.loss, b.loss)
     assert all(map(torch.equal, grads_a, grads_b))
 
 
-def test_reduction_none_times_the_mean_weights_is_the_mean(machine):
-    batch = make_batch(22, dtype=machine.dtype)
-    want, want_grads = run(batch, reward_scale=1.25, estimator="full", backend=machine.backend)
+def test_reduction_none_times_the_mean_weights_is_the_mean(backend_dtype):
+    batch = make_batch(22, dtype=backend_dtype.dtype)
+    want, want_grads = run(batch, reward_scale=1.25, estimator="full", backend=backend_dtype.backend)
     out = fg.gopd_loss(
         *batch.models,
         batch.token_ids,
@@ -429,20 +431,20 @@ def test_reduction_none_times_the_mean_weights_is_the_mean(machine):
         reward_scale=1.25,
         estimator="full",
         reduction="none",
-        backend=machine.backend,
+        backend=backend_dtype.backend,
     )
     assert out.loss.shape == batch.mask.shape
     assert (out.loss[~batch.mask] == 0).all()
     loss = out.loss.sum() / batch.mask.sum()
     grads = torch.autograd.grad(loss, batch.leaves)
-    assert_close(loss, want.loss, machine.tolerance)
-    assert_all_close(grads, want_grads, machine.tolerance)
+    assert_close(loss, want.loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_reduction_none_takes_any_upstream_gradient(machine, objective, kind):
-    batch = make_batch(23, kinds=(kind, "linear", "linear"), dtype=machine.dtype)
+def test_reduction_none_takes_any_upstream_gradient(backend_dtype, objective, kind):
+    batch = make_batch(23, kinds=(kind, "linear", "linear"), dtype=backend_dtype.dtype)
     up = torch.randn(2, 5, generator=generator(1), dtype=torch.float64) * torch.tensor([1e-6, 1, 0, 1e4, -1])
     out = fg.gopd_loss(
         *batch.models,
@@ -450,14 +452,14 @@ def test_reduction_none_takes_any_upstream_gradient(machine, objective, kind):
         mask=batch.mask,
         reward_scale=1.25,
         reduction="none",
-        backend=machine.backend,
+        backend=backend_dtype.backend,
         **objective,
     )
-    grads = torch.autograd.grad((out.loss * up.to(machine.dtype)).sum(), batch.leaves)
+    grads = torch.autograd.grad((out.loss * up.to(backend_dtype.dtype)).sum(), batch.leaves)
     wide = [widened(m) for m in batch.models]
     want = oracle.gopd(*wide, batch.token_ids, mask=batch.mask, reward_scale=1.25, reduction="none", **objective)
     want_grads = torch.autograd.grad((want.loss * up).sum(), list(wide[0].tensors.values()))
-    assert_all_close(grads, want_grads, machine.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
 # ------------------------------------------------------------------------------------------------- shapes and layouts
@@ -466,17 +468,17 @@ def test_reduction_none_takes_any_upstream_gradient(machine, objective, kind):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (7,), (2, 3, 2), (1, 2, 1, 3)], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_any_token_shape(machine, objective, shape, masked):
-    batch = make_batch(24, shape=shape, dtype=machine.dtype, masked=masked)
+def test_any_token_shape(backend_dtype, objective, shape, masked):
+    batch = make_batch(24, shape=shape, dtype=backend_dtype.dtype, masked=masked)
     if masked:
         batch.mask.view(-1)[0] = True
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, **objective)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **objective)
 
 
 @pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
-def test_sequences_are_dim_0_of_any_token_shape(machine, reduction):
-    batch = make_batch(25, shape=(3, 2, 4), dtype=machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, reduction=reduction)
+def test_sequences_are_dim_0_of_any_token_shape(backend_dtype, reduction):
+    batch = make_batch(25, shape=(3, 2, 4), dtype=backend_dtype.dtype)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, reduction=reduction)
 
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
@@ -718,16 +720,16 @@ def test_a_teacher_that_shares_the_students_weight_stays_a_teacher(backend):
 
 @pytest.mark.parametrize("kind", ["linear", "logits", "logprobs"])
 @pytest.mark.parametrize(("cancelled", "lam"), [("ref", 1.0), ("teacher", 0.0)])
-def test_score_cancelled_scores_forward_only(machine, cancelled, lam, kind):
+def test_score_cancelled_scores_forward_only(backend_dtype, cancelled, lam, kind):
     kinds = ("linear", kind, "linear") if cancelled == "teacher" else ("linear", "linear", kind)
-    batch = make_batch(39, kinds=kinds, dtype=machine.dtype)
-    options = {"reward_scale": lam, "backend": machine.backend}
+    batch = make_batch(39, kinds=kinds, dtype=backend_dtype.dtype)
+    options = {"reward_scale": lam, "backend": backend_dtype.backend}
     without, grads = run(batch, **options)
     scored, scored_grads = run(batch, score_cancelled=True, **options)
     assert getattr(without, f"{cancelled}_logprobs") is None
     head = getattr(batch, cancelled)
     want = oracle.gopd(widened(batch.student), *(head,) * 2, batch.token_ids, mask=batch.mask, reward_scale=0.5)
-    assert_close(getattr(scored, f"{cancelled}_logprobs"), want.teacher_logprobs, machine.tolerance)
+    assert_close(getattr(scored, f"{cancelled}_logprobs"), want.teacher_logprobs, backend_dtype.tolerance)
     assert torch.equal(without.loss, scored.loss)
     assert all(map(torch.equal, grads, scored_grads))
     assert torch.equal(without.advantages, scored.advantages)
@@ -735,18 +737,18 @@ def test_score_cancelled_scores_forward_only(machine, cancelled, lam, kind):
 
 @pytest.mark.parametrize(("cancelled", "lam"), [("ref", 1.0), ("teacher", 0.0)])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_a_cancelled_model_may_be_missing(machine, objective, cancelled, lam):
-    batch = make_batch(40, dtype=machine.dtype)
-    a, grads_a = run(batch, reward_scale=lam, backend=machine.backend, **objective)
-    b, grads_b = run(batch.replaced(**{cancelled: None}), reward_scale=lam, backend=machine.backend, **objective)
+def test_a_cancelled_model_may_be_missing(backend_dtype, objective, cancelled, lam):
+    batch = make_batch(40, dtype=backend_dtype.dtype)
+    a, grads_a = run(batch, reward_scale=lam, backend=backend_dtype.backend, **objective)
+    b, grads_b = run(batch.replaced(**{cancelled: None}), reward_scale=lam, backend=backend_dtype.backend, **objective)
     assert torch.equal(a.loss, b.loss)
     assert all(map(torch.equal, grads_a, grads_b))
 
 
-def test_without_token_ids_full_reports_what_needs_none(machine):
-    batch = make_batch(41, dtype=machine.dtype)
-    a, grads_a = run(batch, estimator="full", reward_scale=1.25, backend=machine.backend)
-    b, grads_b = run(batch.replaced(token_ids=None), estimator="full", reward_scale=1.25, backend=machine.backend)
+def test_without_token_ids_full_reports_what_needs_none(backend_dtype):
+    batch = make_batch(41, dtype=backend_dtype.dtype)
+    a, grads_a = run(batch, estimator="full", reward_scale=1.25, backend=backend_dtype.backend)
+    b, grads_b = run(batch.replaced(token_ids=None), estimator="full", reward_scale=1.25, backend=backend_dtype.backend)
     assert b.advantages is b.student_logprobs is b.teacher_logprobs is b.ref_logprobs is None
     assert torch.equal(a.loss, b.loss)
     assert torch.equal(a.kl, b.kl)
@@ -779,13 +781,13 @@ def test_outputs_share_no_memory_with_inputs(backend):
 @pytest.mark.parametrize(
     ("kind", "transform"), [("linear", {"bias": True, "softcap": 6.0}), ("logits", {"temperature": 0.7})]
 )
-def test_token_logprobs_and_entropy_are_their_formula(machine, kind, transform):
-    batch = make_batch(44, kinds=(kind, "logits", "logits"), dtype=machine.dtype, transforms=(transform, {}, {}))
+def test_token_logprobs_and_entropy_are_their_formula(backend_dtype, kind, transform):
+    batch = make_batch(44, kinds=(kind, "logits", "logits"), dtype=backend_dtype.dtype, transforms=(transform, {}, {}))
     g = generator(3)
     up, up_entropy = (torch.randn(2, 5, generator=g, dtype=torch.float64) for _ in range(2))
     for use in ((True, False), (False, True), (True, True)):
         lp, entropy = fg.token_logprobs(
-            batch.student, batch.token_ids, mask=batch.mask, return_entropy=True, backend=machine.backend
+            batch.student, batch.token_ids, mask=batch.mask, return_entropy=True, backend=backend_dtype.backend
         )
         total = use[0] * (lp * up.to(lp.dtype)).sum() + use[1] * (entropy * up_entropy.to(lp.dtype)).sum()
         grads = torch.autograd.grad(total, batch.leaves)
@@ -795,34 +797,34 @@ def test_token_logprobs_and_entropy_are_their_formula(machine, kind, transform):
         want_entropy = -(log_p.exp() * log_p).sum(-1) * batch.mask
         want_total = use[0] * (want * up).sum() + use[1] * (want_entropy * up_entropy).sum()
         want_grads = torch.autograd.grad(want_total, list(wide.tensors.values()))
-        assert_close(lp, want, machine.tolerance)
-        assert_close(entropy, want_entropy, machine.tolerance)
-        assert_all_close(grads, want_grads, machine.tolerance)
+        assert_close(lp, want, backend_dtype.tolerance)
+        assert_close(entropy, want_entropy, backend_dtype.tolerance)
+        assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
-def test_token_logprobs_respects_vocab_size_chunks_and_no_grad(machine):
-    batch = make_batch(45, shape=(11,), dtype=machine.dtype, masked=False)
+def test_token_logprobs_respects_vocab_size_chunks_and_no_grad(backend_dtype):
+    batch = make_batch(45, shape=(11,), dtype=backend_dtype.dtype, masked=False)
     ids = batch.token_ids.clamp(max=20)
     want = oracle.logits_of(widened(batch.student))[..., :21].log_softmax(-1).gather(-1, ids[:, None])[:, 0].detach()
     for chunk in (None, 1, 4):
         with torch.no_grad():
-            got = fg.token_logprobs(batch.student, ids, vocab_size=21, chunk_size=chunk, backend=machine.backend)
+            got = fg.token_logprobs(batch.student, ids, vocab_size=21, chunk_size=chunk, backend=backend_dtype.backend)
         assert isinstance(got, torch.Tensor)
         assert not got.requires_grad
-        assert_close(got, want, machine.tolerance)
+        assert_close(got, want, backend_dtype.tolerance)
 
 
-def test_scores_by_token_logprobs_give_the_same_loss_as_the_models(machine):
-    batch = make_batch(46, dtype=machine.dtype)
+def test_scores_by_token_logprobs_give_the_same_loss_as_the_models(backend_dtype):
+    batch = make_batch(46, dtype=backend_dtype.dtype)
     with torch.no_grad():
         scores = [
-            fg.TokenLogProbs(fg.token_logprobs(m, batch.token_ids, mask=batch.mask, backend=machine.backend))
+            fg.TokenLogProbs(fg.token_logprobs(m, batch.token_ids, mask=batch.mask, backend=backend_dtype.backend))
             for m in (batch.teacher, batch.ref)
         ]
-    a, grads_a = run(batch, reward_scale=1.25, backend=machine.backend)
-    b, grads_b = run(batch.replaced(teacher=scores[0], ref=scores[1]), reward_scale=1.25, backend=machine.backend)
-    assert_close(b.token_loss, a.token_loss, machine.tolerance)
-    assert_all_close(grads_b, grads_a, machine.tolerance)
+    a, grads_a = run(batch, reward_scale=1.25, backend=backend_dtype.backend)
+    b, grads_b = run(batch.replaced(teacher=scores[0], ref=scores[1]), reward_scale=1.25, backend=backend_dtype.backend)
+    assert_close(b.token_loss, a.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads_b, grads_a, backend_dtype.tolerance)
 
 
 # ----------------------------------------------------------------------------------------------------------- GOPDLoss

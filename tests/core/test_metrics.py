@@ -14,12 +14,12 @@ from fused_gopd.metrics import Metrics
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_metric_is_its_mean_over_the_live_tokens(machine):
-    batch = make_batch(61, shape=(3, 5), dtype=machine.dtype)
-    old = torch.linspace(-4, -1, 15, dtype=machine.dtype).reshape(3, 5)
+def test_every_metric_is_its_mean_over_the_live_tokens(backend_dtype):
+    batch = make_batch(61, shape=(3, 5), dtype=backend_dtype.dtype)
+    old = torch.linspace(-4, -1, 15, dtype=backend_dtype.dtype).reshape(3, 5)
     rollout = old + 0.3
     options = {"reward_scale": 1.25, "old_logprobs": old, "clip": (0.2, 0.2)}
-    out, _ = run(batch, backend=machine.backend, rollout_logprobs=rollout, rollout_is_cap=0.5, **options)
+    out, _ = run(batch, backend=backend_dtype.backend, rollout_logprobs=rollout, rollout_is_cap=0.5, **options)
     live = batch.mask
     p, q, r = (x[live].double() for x in (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs))
     a, w = out.advantages[live].double(), out.importance[live].double()
@@ -53,12 +53,12 @@ def test_full_has_the_divergence_from_the_target(backend):
 
 
 @pytest.mark.parametrize(("scale", "name"), [(1.0, "kl_teacher"), (0, "kl_ref"), (1.25, None)])
-def test_divergences_are_exact_where_full_has_them_and_estimated_elsewhere(machine, scale, name):
+def test_divergences_are_exact_where_full_has_them_and_estimated_elsewhere(backend_dtype, scale, name):
     """Every token of a position once: weighted by the student's probabilities k3 is the divergence itself."""
     g = torch.Generator().manual_seed(3)
     rows = [torch.randn(1, 11, generator=g, dtype=torch.float64).expand(11, 11) for _ in range(3)]
-    models, ids = [fg.Logits(x.to(machine.dtype)) for x in rows], torch.arange(11)
-    options = {"reward_scale": scale, "score_cancelled": True, "backend": machine.backend}
+    models, ids = [fg.Logits(x.to(backend_dtype.dtype)) for x in rows], torch.arange(11)
+    options = {"reward_scale": scale, "score_cancelled": True, "backend": backend_dtype.backend}
     full = fg.gopd_loss(*models, ids, estimator="full", **options)
     p, *others = (x[0].log_softmax(-1) for x in rows)
     exact = {"kl_teacher": (p.exp() * (p - others[0])).sum(), "kl_ref": (p.exp() * (p - others[1])).sum()}

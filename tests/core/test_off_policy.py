@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fused_gopd as fg
 import oracle
 from builders import (
-    Machine,
+    BackendDtype,
     assert_all_close,
     assert_close,
     assert_same_as_oracle,
@@ -60,9 +60,11 @@ def scores(batch, policy: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=IDS)
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_every_correction_is_its_formula(machine, kind, policy):
-    batch = make_batch(41, shape=(4, 6), kinds=(kind, "linear", "logits"), dtype=machine.dtype)
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, **policy, **scores(batch, policy, machine.dtype))
+def test_every_correction_is_its_formula(backend_dtype, kind, policy):
+    batch = make_batch(41, shape=(4, 6), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
+    assert_same_as_oracle(
+        batch, backend_dtype, reward_scale=1.25, **policy, **scores(batch, policy, backend_dtype.dtype)
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=IDS)
@@ -91,7 +93,7 @@ def test_any_correction_any_reduction_any_chunk(seed, policy, lam, reduction, ch
     batch = make_batch(seed, shape=(3, 5))
     scale = torch.linspace(0, 2, 15, dtype=torch.float64).reshape(3, 5) if lam == "per token" else lam
     options = {"reward_scale": scale, "reduction": reduction, **policy, **scores(batch, policy, torch.float64)}
-    assert_same_as_oracle(batch, Machine("torch", torch.float64), **options)
+    assert_same_as_oracle(batch, BackendDtype("torch", torch.float64), **options)
     whole, grads = run(batch, backend="torch", **options)
     cut, cut_grads = run(batch, backend="torch", chunk_size=chunk, **options)
     assert_close(cut.token_loss, whole.token_loss, 1e-12)
@@ -130,17 +132,17 @@ def test_without_a_cap_the_weight_is_not_truncated():
     assert out.importance.max() > 2
 
 
-def test_logprob_min_makes_an_impossible_token_count(machine):
+def test_logprob_min_makes_an_impossible_token_count(backend_dtype):
     """A token to which the teacher gives probability 0 pulls nowhere, unless its log-prob is clamped."""
-    batch = make_batch(45, shape=(5,), kinds=("linear", "logits", "logits"), dtype=machine.dtype, masked=False)
+    batch = make_batch(45, shape=(5,), kinds=("linear", "logits", "logits"), dtype=backend_dtype.dtype, masked=False)
     with torch.no_grad():
         batch.teacher.logits[2, batch.token_ids[2]] = -math.inf
-    out, grads = run(batch, backend=machine.backend, reward_scale=1.25, logprob_min=-20.0)
+    out, grads = run(batch, backend=backend_dtype.backend, reward_scale=1.25, logprob_min=-20.0)
     assert out.teacher_logprobs[2] == -math.inf  # reported as it is
     want = 1.25 * -20 - 0.25 * out.ref_logprobs[2] - out.student_logprobs[2]
     assert_close(out.advantages[2], want, 1e-6)
     assert grads[0][2].abs().sum() > 0
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, logprob_min=-20.0)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, logprob_min=-20.0)
 
 
 def test_a_sequence_ratio_is_one_number_for_its_live_tokens():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fused_gopd as fg
 from builders import (
     OBJECTIVES,
-    Machine,
+    BackendDtype,
     assert_all_close,
     assert_close,
     assert_same_as_oracle,
@@ -30,10 +30,10 @@ BOUNDS = torch.tensor([0, 3, 3, 10, 12], dtype=torch.int32)  # one of the four s
 
 @pytest.mark.parametrize("reduction", REDUCTIONS[:-1])
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["sampled", "full"])
-def test_every_reduction_is_its_formula(machine, objective, reduction):
-    batch = make_batch(51, shape=(12,), dtype=machine.dtype)
+def test_every_reduction_is_its_formula(backend_dtype, objective, reduction):
+    batch = make_batch(51, shape=(12,), dtype=backend_dtype.dtype)
     batch.mask[10:] = False  # a sequence without a live token
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, reduction=reduction, cu_seqlens=BOUNDS, **objective)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, reduction=reduction, cu_seqlens=BOUNDS, **objective)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -73,14 +73,14 @@ def test_any_packing(seed, lengths, reduction, estimator, per_sequence):
     options = {"reduction": reduction, "estimator": estimator, "cu_seqlens": bounds}
     # a tensor of as many values as tokens is one per token
     scale = torch.linspace(0, 2, count, dtype=torch.float64) if per_sequence and count != n else 1.25
-    assert_same_as_oracle(batch, Machine("torch", torch.float64), reward_scale=scale, **options)
+    assert_same_as_oracle(batch, BackendDtype("torch", torch.float64), reward_scale=scale, **options)
 
 
-def test_normalizer_and_sequence_lengths_are_per_packed_sequence(machine):
-    batch = make_batch(53, shape=(12,), dtype=machine.dtype)
+def test_normalizer_and_sequence_lengths_are_per_packed_sequence(backend_dtype):
+    batch = make_batch(53, shape=(12,), dtype=backend_dtype.dtype)
     options = {"reduction": "seq-mean-token-mean", "cu_seqlens": BOUNDS, "reward_scale": 1.25}
     lengths = torch.tensor([7.0, 1.0, 9.0, 2.0])
-    assert_same_as_oracle(batch, machine, normalizer=5.0, sequence_lengths=lengths, **options)
+    assert_same_as_oracle(batch, backend_dtype, normalizer=5.0, sequence_lengths=lengths, **options)
 
 
 def test_the_reference_packs_alike():
@@ -92,11 +92,11 @@ def test_the_reference_packs_alike():
     assert_all_close(grads, dense_grads, 1e-12)
 
 
-def test_sequence_ratios_of_packed_tokens(machine):
-    batch = make_batch(55, shape=(12,), dtype=machine.dtype)
-    old = torch.linspace(-4, -1, 12, dtype=machine.dtype)
+def test_sequence_ratios_of_packed_tokens(backend_dtype):
+    batch = make_batch(55, shape=(12,), dtype=backend_dtype.dtype)
+    old = torch.linspace(-4, -1, 12, dtype=backend_dtype.dtype)
     options = {"ratio": "sequence", "clip": (0.1, 0.1), "cu_seqlens": BOUNDS, "old_logprobs": old}
-    assert_same_as_oracle(batch, machine, reward_scale=1.25, **options)
+    assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **options)
 
 
 @pytest.mark.parametrize("bounds", [[0], [0, 0], [0, 3, 3, 3, 7], [0, 7]])

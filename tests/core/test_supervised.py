@@ -40,10 +40,10 @@ def labels_for(batch, vocab: int = 37, seed: int = 0) -> torch.Tensor:
 
 @every_objective
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_it_adds_the_cross_entropy(machine, kind, objective):
-    batch = make_batch(95, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=machine.dtype)
+def test_it_adds_the_cross_entropy(backend_dtype, kind, objective):
+    batch = make_batch(95, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
     options = {"reward_scale": 1.25, "sft_labels": labels_for(batch), "sft_weight": 0.3, **objective}
-    assert_same_as_oracle(batch, machine, **options)
+    assert_same_as_oracle(batch, backend_dtype, **options)
 
 
 @every_objective
@@ -78,16 +78,16 @@ def test_any_weight_any_reduction_any_chunk(seed, objective, weight, reduction, 
     )
 
 
-def test_with_nothing_to_distil_it_is_plain_fine_tuning(machine):
+def test_with_nothing_to_distil_it_is_plain_fine_tuning(backend_dtype):
     """Equal models have no distillation loss: what is left is PyTorch's cross entropy."""
-    batch = make_batch(97, shape=(12,), dtype=machine.dtype, masked=False)
+    batch = make_batch(97, shape=(12,), dtype=backend_dtype.dtype, masked=False)
     same = fg.LinearHead(batch.student.hidden.detach(), batch.student.weight.detach())
     labels = labels_for(batch)
-    out, grads = run(batch.replaced(teacher=same), backend=machine.backend, estimator="full", sft_labels=labels)
+    out, grads = run(batch.replaced(teacher=same), backend=backend_dtype.backend, estimator="full", sft_labels=labels)
     logits = batch.student.hidden @ batch.student.weight.T
     want = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 12
-    assert_close(out.loss, want, machine.tolerance)
-    assert_all_close(grads, torch.autograd.grad(want, batch.leaves), machine.tolerance)
+    assert_close(out.loss, want, backend_dtype.tolerance)
+    assert_all_close(grads, torch.autograd.grad(want, batch.leaves), backend_dtype.tolerance)
 
 
 def test_without_labels_nothing_changes(backend):
@@ -113,19 +113,19 @@ def test_masked_labels_are_not_looked_at(backend):
 
 
 @every_objective
-def test_a_label_that_cannot_be_given_adds_nothing(machine, objective):
-    batch = make_batch(100, shape=(6,), kinds=("logits", "logits", "linear"), dtype=machine.dtype, masked=False)
+def test_a_label_that_cannot_be_given_adds_nothing(backend_dtype, objective):
+    batch = make_batch(100, shape=(6,), kinds=("logits", "logits", "linear"), dtype=backend_dtype.dtype, masked=False)
     labels = torch.tensor([1, 2, 3, 4, 5, 6])
     batch.token_ids.fill_(0)
     with torch.no_grad():
         batch.student.logits[2, 3] = -math.inf
         batch.student.logits[:, 0] = 9.0  # the sampled token is possible, and among the largest
         batch.teacher.logits[:, 0] = 9.0
-    options = {"backend": machine.backend, "reward_scale": 1.25, **objective}
+    options = {"backend": backend_dtype.backend, "reward_scale": 1.25, **objective}
     got, grads = run(batch, sft_labels=labels, **options)
     without, _ = run(batch, sft_labels=torch.where(labels == 3, -100, labels), **options)
     assert torch.isfinite(got.loss)
-    assert_close(got.loss, without.loss, machine.tolerance)
+    assert_close(got.loss, without.loss, backend_dtype.tolerance)
     assert all(torch.isfinite(g).all() for g in grads)
     assert got.labelled.tolist() == [True, True, False, True, True, True]
     assert got.label_logprobs[2] == -math.inf

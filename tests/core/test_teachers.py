@@ -11,7 +11,7 @@ import fused_gopd as fg
 import oracle
 from builders import (
     OBJECTIVES,
-    Machine,
+    BackendDtype,
     assert_all_close,
     assert_close,
     generator,
@@ -54,14 +54,14 @@ def composite(models, route: torch.Tensor, vocab: int) -> fg.Logits:
     return fg.Logits(z.gather(0, route[None, ..., None].expand(1, *route.shape, vocab))[0])
 
 
-def assert_routed(batch, teachers, refs, route, machine: Machine, **options) -> None:
+def assert_routed(batch, teachers, refs, route, backend_dtype: BackendDtype, **options) -> None:
     """The same as one call on composite models, in every field."""
     many = batch.replaced(teacher=teachers, ref=refs)
-    got, grads = run(many, backend=machine.backend, teacher_index=route, **options)
+    got, grads = run(many, backend=backend_dtype.backend, teacher_index=route, **options)
     ref = batch.ref if refs is batch.ref else composite(refs, route, 37)
     one = batch.replaced(student=widened(batch.student), teacher=composite(teachers, route, 37), ref=widened(ref))
     want, want_grads = run(one, fg.reference.gopd_loss, **options)
-    tol = machine.tolerance
+    tol = backend_dtype.tolerance
     for name in ("token_loss", "advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "entropy", "kl"):
         a, b = getattr(got, name), getattr(want, name)
         assert (a is None) == (b is None), name
@@ -73,42 +73,45 @@ def assert_routed(batch, teachers, refs, route, machine: Machine, **options) -> 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_each_token_has_its_own_teacher(machine, objective, lam):
-    batch = make_batch(31, shape=SHAPE, dtype=machine.dtype)
-    teachers = heads(500, SHAPE, machine.dtype)
-    assert_routed(batch, teachers, batch.ref, routes(1, SHAPE, 3), machine, reward_scale=lam, **objective)
+def test_each_token_has_its_own_teacher(backend_dtype, objective, lam):
+    batch = make_batch(31, shape=SHAPE, dtype=backend_dtype.dtype)
+    teachers = heads(500, SHAPE, backend_dtype.dtype)
+    assert_routed(batch, teachers, batch.ref, routes(1, SHAPE, 3), backend_dtype, reward_scale=lam, **objective)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
-def test_references_are_routed_alike(machine, objective):
+def test_references_are_routed_alike(backend_dtype, objective):
     """Reward correction: each teacher with its own base."""
-    batch = make_batch(32, shape=SHAPE, dtype=machine.dtype)
-    teachers, refs = heads(500, SHAPE, machine.dtype), heads(600, SHAPE, machine.dtype, ("logits", "linear", "linear"))
+    batch = make_batch(32, shape=SHAPE, dtype=backend_dtype.dtype)
+    teachers, refs = (
+        heads(500, SHAPE, backend_dtype.dtype),
+        heads(600, SHAPE, backend_dtype.dtype, ("logits", "linear", "linear")),
+    )
     route = routes(2, SHAPE, 3)
-    lam = torch.linspace(0, 2, 24, dtype=machine.dtype).reshape(SHAPE)
+    lam = torch.linspace(0, 2, 24, dtype=backend_dtype.dtype).reshape(SHAPE)
     for scale in (1.25, lam):
-        assert_routed(batch, teachers, refs, route, machine, reward_scale=scale, **objective)
+        assert_routed(batch, teachers, refs, route, backend_dtype, reward_scale=scale, **objective)
 
 
-def test_a_route_per_sequence_and_per_packed_sequence(machine):
-    batch = make_batch(33, shape=(12,), dtype=machine.dtype)
-    teachers = heads(500, (12,), machine.dtype)
+def test_a_route_per_sequence_and_per_packed_sequence(backend_dtype):
+    batch = make_batch(33, shape=(12,), dtype=backend_dtype.dtype)
+    teachers = heads(500, (12,), backend_dtype.dtype)
     bounds, route = torch.tensor([0, 3, 3, 10, 12]), torch.tensor([2, 0, 1, 2])
     per_token = torch.tensor([2] * 3 + [1] * 7 + [2] * 2)
     options = {
         "reward_scale": 1.25,
         "cu_seqlens": bounds,
         "reduction": "seq-mean-token-mean",
-        "backend": machine.backend,
+        "backend": backend_dtype.backend,
     }
     a, grads_a = run(batch.replaced(teacher=teachers), teacher_index=route, **options)
     b, grads_b = run(batch.replaced(teacher=teachers), teacher_index=per_token, **options)
     assert torch.equal(a.loss, b.loss)
     assert all(map(torch.equal, grads_a, grads_b))
-    padded = make_batch(33, shape=SHAPE, dtype=machine.dtype)
-    teachers = heads(500, SHAPE, machine.dtype)
+    padded = make_batch(33, shape=SHAPE, dtype=backend_dtype.dtype)
+    teachers = heads(500, SHAPE, backend_dtype.dtype)
     route = torch.tensor([1, 0, 2, 1])
-    options = {"reward_scale": 1.25, "backend": machine.backend}
+    options = {"reward_scale": 1.25, "backend": backend_dtype.backend}
     a, _ = run(padded.replaced(teacher=teachers), teacher_index=route, **options)
     b, _ = run(padded.replaced(teacher=teachers), teacher_index=route[:, None].expand(SHAPE), **options)
     assert torch.equal(a.loss, b.loss)
@@ -117,23 +120,23 @@ def test_a_route_per_sequence_and_per_packed_sequence(machine):
 @pytest.mark.parametrize(
     "kinds", [("linear", "logprobs", "logits"), ("logprobs", "logprobs", "linear"), ("logprobs",) * 3]
 )
-def test_scores_computed_elsewhere_may_be_a_route(machine, kinds):
-    batch = make_batch(34, shape=SHAPE, dtype=machine.dtype)
-    teachers = heads(500, SHAPE, machine.dtype, kinds)
+def test_scores_computed_elsewhere_may_be_a_route(backend_dtype, kinds):
+    batch = make_batch(34, shape=SHAPE, dtype=backend_dtype.dtype)
+    teachers = heads(500, SHAPE, backend_dtype.dtype, kinds)
     route = routes(3, SHAPE, 3)
     many = batch.replaced(teacher=teachers)
-    got, grads = run(many, backend=machine.backend, teacher_index=route, reward_scale=1.25)
+    got, grads = run(many, backend=backend_dtype.backend, teacher_index=route, reward_scale=1.25)
     options = {"vocab_size": 37, "backend": "torch"}
     scores = torch.stack([
         m.logprobs if isinstance(m, fg.TokenLogProbs) else fg.token_logprobs(m, batch.token_ids, **options)
         for m in teachers
     ])  # fmt: skip
     one = batch.replaced(teacher=fg.TokenLogProbs(scores.gather(0, route[None])[0].detach()))
-    want, want_grads = run(one, backend=machine.backend, reward_scale=1.25)
-    assert_close(got.token_loss, want.token_loss, machine.tolerance)
-    assert_all_close(grads, want_grads, machine.tolerance)
+    want, want_grads = run(one, backend=backend_dtype.backend, reward_scale=1.25)
+    assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
     dense, _ = run(many, fg.reference.gopd_loss, teacher_index=route, reward_scale=1.25)
-    assert_close(got.teacher_logprobs, dense.teacher_logprobs, machine.tolerance)
+    assert_close(got.teacher_logprobs, dense.teacher_logprobs, backend_dtype.tolerance)
 
 
 @given(
@@ -165,17 +168,27 @@ def test_any_routing(seed, count, n, objective, chunk, options):
     {"baseline": "expected"},
     {"advantage_clip": 0.5},
 ], ids=["hook", "baseline", "clip"])  # fmt: skip
-def test_the_other_options_follow_the_routes(machine, options):
-    batch = make_batch(35, shape=SHAPE, dtype=machine.dtype)
-    assert_routed(batch, heads(500, SHAPE, machine.dtype), batch.ref, routes(4, SHAPE, 3), machine, reward_scale=1.25,
-                  **options)  # fmt: skip
+def test_the_other_options_follow_the_routes(backend_dtype, options):
+    batch = make_batch(35, shape=SHAPE, dtype=backend_dtype.dtype)
+    assert_routed(
+        batch,
+        heads(500, SHAPE, backend_dtype.dtype),
+        batch.ref,
+        routes(4, SHAPE, 3),
+        backend_dtype,
+        reward_scale=1.25,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_cancelled_lists_are_scored_on_request(machine, lam):
-    batch = make_batch(36, shape=SHAPE, dtype=machine.dtype)
-    teachers, refs = heads(500, SHAPE, machine.dtype), heads(600, SHAPE, machine.dtype, ("logits", "linear", "linear"))
-    assert_routed(batch, teachers, refs, routes(5, SHAPE, 3), machine, reward_scale=lam, score_cancelled=True)
+def test_cancelled_lists_are_scored_on_request(backend_dtype, lam):
+    batch = make_batch(36, shape=SHAPE, dtype=backend_dtype.dtype)
+    teachers, refs = (
+        heads(500, SHAPE, backend_dtype.dtype),
+        heads(600, SHAPE, backend_dtype.dtype, ("logits", "linear", "linear")),
+    )
+    assert_routed(batch, teachers, refs, routes(5, SHAPE, 3), backend_dtype, reward_scale=lam, score_cancelled=True)
 
 
 def test_one_teacher_in_a_list_is_that_teacher(backend):

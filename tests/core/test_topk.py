@@ -65,9 +65,9 @@ def per_token(shape, dtype) -> torch.Tensor:
 @every_tail
 @pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "tensor"])
 @pytest.mark.parametrize("source", ["heads", "student", "teacher", "both"])
-def test_it_is_its_formula(machine, source, lam, tail, divergence):
+def test_it_is_its_formula(backend_dtype, source, lam, tail, divergence):
     """Teacher and reference as heads (the tokens of one or of the student), or one or both as a server's answers."""
-    batch = make_batch(61, shape=SHAPE, kinds=("linear", "logits", "linear"), dtype=machine.dtype)
+    batch = make_batch(61, shape=SHAPE, kinds=("linear", "logits", "linear"), dtype=backend_dtype.dtype)
     options = {"estimator": "topk", "tail": tail, **divergence}
     if source in ("teacher", "both"):
         batch = with_scores(batch, source)
@@ -75,8 +75,8 @@ def test_it_is_its_formula(machine, source, lam, tail, divergence):
             options["k"] = 5  # the reference, a head, is asked
     else:
         options |= {"k": 5, "support": "student" if source == "student" else "teacher"}
-    options["reward_scale"] = per_token(SHAPE, machine.dtype) if lam == "tensor" else lam
-    assert_same_as_oracle(batch, machine, **options)
+    options["reward_scale"] = per_token(SHAPE, backend_dtype.dtype) if lam == "tensor" else lam
+    assert_same_as_oracle(batch, backend_dtype, **options)
 
 
 @every_divergence
@@ -133,12 +133,12 @@ def test_any_configuration_and_any_chunk(seed, n, vocab, data, divergence, tail,
 @every_divergence
 @every_tail
 @pytest.mark.parametrize("support", ["teacher", "student"])
-def test_all_tokens_are_the_full_estimator(machine, support, tail, divergence):
-    batch = make_batch(63, shape=SHAPE, dtype=machine.dtype)
-    options = {"reward_scale": 1.25, "backend": machine.backend, **divergence}
+def test_all_tokens_are_the_full_estimator(backend_dtype, support, tail, divergence):
+    batch = make_batch(63, shape=SHAPE, dtype=backend_dtype.dtype)
+    options = {"reward_scale": 1.25, "backend": backend_dtype.backend, **divergence}
     got, grads = run(batch, estimator="topk", k=37, support=support, tail=tail, **options)
     want, want_grads = run(batch, estimator="full", **options)
-    tolerance = machine.tolerance
+    tolerance = backend_dtype.tolerance
     assert_close(got.token_loss, want.token_loss, tolerance)
     assert_close(got.kl, want.kl, tolerance)
     assert_all_close(grads, want_grads, tolerance)
@@ -148,11 +148,19 @@ def test_all_tokens_are_the_full_estimator(machine, support, tail, divergence):
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
 @pytest.mark.parametrize("k", [1, 5, 37])
-def test_equal_models_give_exactly_nothing(machine, k, lam, tail, divergence):
-    batch = make_batch(64, shape=SHAPE, dtype=machine.dtype)
+def test_equal_models_give_exactly_nothing(backend_dtype, k, lam, tail, divergence):
+    batch = make_batch(64, shape=SHAPE, dtype=backend_dtype.dtype)
     same = fg.LinearHead(batch.student.hidden.detach(), batch.student.weight.detach())
-    out, grads = run(batch.replaced(teacher=same, ref=same), backend=machine.backend, estimator="topk", k=k, tail=tail,
-                     reward_scale=lam, reduction="sum", **divergence)  # fmt: skip
+    out, grads = run(
+        batch.replaced(teacher=same, ref=same),
+        backend=backend_dtype.backend,
+        estimator="topk",
+        k=k,
+        tail=tail,
+        reward_scale=lam,
+        reduction="sum",
+        **divergence,
+    )
     assert not out.token_loss.any()
     assert not out.kl.any()
     assert not any(g.any() for g in grads)
@@ -176,17 +184,17 @@ def test_a_renormalised_loss_does_not_pull_outside_the_support(backend):
     assert grad[outside].abs().max() <= 1e-7 * grad.abs().max()
 
 
-def test_fewer_tokens_than_k(machine):
+def test_fewer_tokens_than_k(backend_dtype):
     """Slots with id -1 are as if they were not there, whatever stands beside them; a position may have none at all."""
-    batch = with_scores(make_batch(67, shape=(4,), dtype=machine.dtype, masked=False), "both")
+    batch = with_scores(make_batch(67, shape=(4,), dtype=backend_dtype.dtype, masked=False), "both")
     short = batch.teacher.token_ids.clone()
     short[0, 3:], short[1, 0], short[2] = -1, -1, -1
     scores = batch.teacher.logprobs.clone()
     scores[short < 0] = torch.nan
     batch = batch.replaced(teacher=fg.TopKLogProbs(short, scores))
     for tail in TAILS:
-        assert_same_as_oracle(batch, machine, estimator="topk", tail=tail, reward_scale=1.25)
-        out, (grad, *_) = run(batch, backend=machine.backend, estimator="topk", tail=tail, reward_scale=1.25)
+        assert_same_as_oracle(batch, backend_dtype, estimator="topk", tail=tail, reward_scale=1.25)
+        out, (grad, *_) = run(batch, backend=backend_dtype.backend, estimator="topk", tail=tail, reward_scale=1.25)
         assert out.token_loss[2] == 0
         assert not grad[2].any()
 
@@ -194,25 +202,25 @@ def test_fewer_tokens_than_k(machine):
 @every_tail
 @every_divergence
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_a_student_that_is_all_but_certain_has_a_finite_gradient(reduction, divergence, tail, machine):
+def test_a_student_that_is_all_but_certain_has_a_finite_gradient(reduction, divergence, tail, backend_dtype):
     """Probabilities next to the smallest that float32 has: at log p of -88 to -104 it loses them bit by bit."""
     gaps = torch.arange(80.0, 112.0)
-    logits = torch.stack((0 * gaps, -gaps, -2 * gaps, -3 * gaps), 1).to(machine.dtype)
+    logits = torch.stack((0 * gaps, -gaps, -2 * gaps, -3 * gaps), 1).to(backend_dtype.dtype)
     ids = torch.tensor([0, 1]).expand(len(gaps), 2)
-    teacher = fg.TopKLogProbs(ids, torch.tensor([-0.7, -1.5], dtype=machine.dtype).expand(len(gaps), 2))
+    teacher = fg.TopKLogProbs(ids, torch.tensor([-0.7, -1.5], dtype=backend_dtype.dtype).expand(len(gaps), 2))
     grads = []
-    for function, dtype in ((fg.gopd_loss, machine.dtype), (fg.reference.gopd_loss, torch.float64)):
+    for function, dtype in ((fg.gopd_loss, backend_dtype.dtype), (fg.reference.gopd_loss, torch.float64)):
         hidden = logits.detach().to(dtype).requires_grad_()
         student = fg.LinearHead(hidden, torch.eye(4, dtype=dtype).requires_grad_())
         options = {"estimator": "topk", "tail": tail, "reduction": reduction, **divergence}
-        function(student, teacher, backend=machine.backend, **options).loss.sum().backward()
+        function(student, teacher, backend=backend_dtype.backend, **options).loss.sum().backward()
         grads.append((hidden.grad, student.weight.grad))
     for got, want in zip(*grads, strict=True):
-        assert_close(got, want, 10 * machine.tolerance)
+        assert_close(got, want, 10 * backend_dtype.tolerance)
 
 
-def test_a_token_that_a_model_rules_out_leaves_the_support(machine):
-    batch = make_batch(68, shape=(6,), kinds=("logits",) * 3, dtype=machine.dtype, masked=False)
+def test_a_token_that_a_model_rules_out_leaves_the_support(backend_dtype):
+    batch = make_batch(68, shape=(6,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
     with torch.no_grad():
         largest = batch.teacher.logits.topk(6).indices
         batch.student.logits[0, largest[0, :2]] = -math.inf
@@ -223,7 +231,7 @@ def test_a_token_that_a_model_rules_out_leaves_the_support(machine):
     # row 3 has no student: an empty support, loss 0
     batch.token_ids.fill_(1)
     for tail in TAILS:
-        options = {"estimator": "topk", "k": 6, "tail": tail, "reward_scale": 1.25, "backend": machine.backend}
+        options = {"estimator": "topk", "k": 6, "tail": tail, "reward_scale": 1.25, "backend": backend_dtype.backend}
         out, (grad,) = run(batch, **options)
         assert torch.isfinite(out.token_loss).all()
         assert torch.isfinite(grad).all()
@@ -236,22 +244,22 @@ def test_a_token_that_a_model_rules_out_leaves_the_support(machine):
                 ref=fg.Logits(wide.ref.logits[row : row + 1]),
             )
             want = oracle.gopd(*cut.models, None, reward_scale=1.25, estimator="topk", k=6, tail=tail)
-            assert_close(out.token_loss[row], want.token_loss[0], 10 * machine.tolerance, f"{tail} row {row}")
+            assert_close(out.token_loss[row], want.token_loss[0], 10 * backend_dtype.tolerance, f"{tail} row {row}")
             if want.loss.requires_grad:
                 (slope,) = torch.autograd.grad(want.loss, cut.student.logits)
-                assert_close(6 * grad[row : row + 1], slope, 10 * machine.tolerance, f"{tail} row {row}")
+                assert_close(6 * grad[row : row + 1], slope, 10 * backend_dtype.tolerance, f"{tail} row {row}")
 
 
 @every_tail
 @every_divergence
 @pytest.mark.parametrize("ruled_out_by", ["teacher", "ref"])
-def test_a_position_without_an_outcome_has_no_gradient(ruled_out_by, divergence, tail, machine):
+def test_a_position_without_an_outcome_has_no_gradient(ruled_out_by, divergence, tail, backend_dtype):
     """A frozen model that rules everything out leaves neither tokens nor a bucket."""
-    batch = make_batch(87, shape=(3,), kinds=("logits",) * 3, dtype=machine.dtype, masked=False)
+    batch = make_batch(87, shape=(3,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
     with torch.no_grad():
         getattr(batch, ruled_out_by).logits[1] = -math.inf
     options = {"estimator": "topk", "k": 4, "tail": tail, "reward_scale": 0.5, **divergence}
-    out, (grad,) = run(batch, backend=machine.backend, **options)
+    out, (grad,) = run(batch, backend=backend_dtype.backend, **options)
     assert out.token_loss[1] == 0
     assert not grad[1].any()
     assert grad[0].any()
@@ -318,25 +326,25 @@ def test_nan_is_seen_and_stays_in_its_row(backend):
     assert torch.equal(out.token_loss[[0, 3]], clean.token_loss[[0, 3]])
 
 
-def test_the_tail_of_a_head_is_summed_and_not_what_is_left_of_one(machine):
+def test_the_tail_of_a_head_is_summed_and_not_what_is_left_of_one(backend_dtype):
     """Where the tail is light, 1 minus the mass on the support would have an error of eps / tail in its logarithm."""
-    batch = make_batch(70, shape=(6,), kinds=("logits",) * 3, dtype=machine.dtype, masked=False)
+    batch = make_batch(70, shape=(6,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
     raw = batch.teacher.logits.clone()
     raw[:, :5] += 11
     ids = torch.arange(5).expand(6, -1)
     model = ModelRows(raw.clone(), LogitTransform())
     problem = RowProblem(37, model, token_ids=batch.token_ids)
-    ops = select_backend(machine.backend, raw.device, {machine.dtype})
+    ops = select_backend(backend_dtype.backend, raw.device, {backend_dtype.dtype})
     statistics, on_support, _ = chunks._statistics_around(ops, problem, ids, batch.token_ids)
     assert torch.equal(model.raw, raw)  # hidden for a while, and back
     log_p = raw.double().log_softmax(-1)
     rest = log_p[:, 5:].logsumexp(-1)
     assert rest.max() < math.log(2e-3)
-    eps = torch.finfo(machine.dtype).eps
+    eps = torch.finfo(backend_dtype.dtype).eps
     # a logarithm of a sum of positive terms: eps times the magnitude of the logits, whatever its value
     assert (on_support.rest - rest).abs().max() <= 60 * eps
-    left = (1 - log_p[:, :5].exp().to(machine.dtype).sum(-1)).log()
-    if machine.dtype == torch.float32:
+    left = (1 - log_p[:, :5].exp().to(backend_dtype.dtype).sum(-1)).log()
+    if backend_dtype.dtype == torch.float32:
         assert (left - rest).abs().max() > 600 * eps
     # and the two parts together are the whole
     want = ops.statistics(problem)
@@ -412,18 +420,18 @@ def test_the_callers_logits_are_left_alone(backend):
     assert all(torch.equal(m.logits, x) for m, x in zip(batch.models, before, strict=True))
 
 
-def test_routes_may_be_heads_and_answers_of_any_k(machine):
+def test_routes_may_be_heads_and_answers_of_any_k(backend_dtype):
     shape = (12,)
-    batch = make_batch(78, shape=shape, dtype=machine.dtype)
-    heads = [linear_head(800 + i, shape, 37, 6 + i, machine.dtype) for i in range(3)]
+    batch = make_batch(78, shape=shape, dtype=backend_dtype.dtype)
+    heads = [linear_head(800 + i, shape, 37, 6 + i, backend_dtype.dtype) for i in range(3)]
     teachers = [heads[0], listed(heads[1], 4), listed(heads[2], 7)]
     route = torch.randint(3, shape, generator=generator(5))
-    options = {"estimator": "topk", "k": 5, "reward_scale": 1.25, "backend": machine.backend}
+    options = {"estimator": "topk", "k": 5, "reward_scale": 1.25, "backend": backend_dtype.backend}
     for reduction in ("sum", "none"):
         out = fg.gopd_loss(batch.student, teachers, batch.ref, batch.token_ids, mask=batch.mask, teacher_index=route,
                            reduction=reduction, **options)  # fmt: skip
         grads = torch.autograd.grad(out.loss.sum(), batch.leaves)
-        want = torch.zeros(shape, dtype=machine.dtype)
+        want = torch.zeros(shape, dtype=backend_dtype.dtype)
         total = [torch.zeros_like(g) for g in grads]
         for i, teacher in enumerate(teachers):
             more = options | ({} if i == 0 else {"k": None})
@@ -431,21 +439,23 @@ def test_routes_may_be_heads_and_answers_of_any_k(machine):
                                reduction="sum", **more)  # fmt: skip
             want = want + one.token_loss
             total = [a + b for a, b in zip(total, torch.autograd.grad(one.loss, batch.leaves), strict=True)]
-        assert_close(out.token_loss, want, machine.tolerance)
-        assert_all_close(grads, total, machine.tolerance)
+        assert_close(out.token_loss, want, backend_dtype.tolerance)
+        assert_all_close(grads, total, backend_dtype.tolerance)
         assert out.teacher_logprobs is None
         assert out.advantages is None
 
 
-def test_what_a_server_sends_is_what_the_head_gives(machine):
+def test_what_a_server_sends_is_what_the_head_gives(backend_dtype):
     """A teacher's own top k through TopKLogProbs is the teacher as a head."""
-    batch = make_batch(79, shape=SHAPE, dtype=machine.dtype)
-    teacher = fg.TopKLogProbs(*fg.token_topk(batch.teacher, 5, mask=batch.mask, backend=machine.backend))
-    options = {"estimator": "topk", "reward_scale": 1.25, "backend": machine.backend}
+    batch = make_batch(79, shape=SHAPE, dtype=backend_dtype.dtype)
+    teacher = fg.TopKLogProbs(*fg.token_topk(batch.teacher, 5, mask=batch.mask, backend=backend_dtype.backend))
+    options = {"estimator": "topk", "reward_scale": 1.25, "backend": backend_dtype.backend}
     got, grads = run(batch.replaced(teacher=teacher), **options)
     want, want_grads = run(batch, k=5, **options)
-    assert_close(got.token_loss, want.token_loss, 3 * machine.tolerance)  # the tail is 1 minus a sum in one of them
-    assert_all_close(grads, want_grads, 3 * machine.tolerance)
+    assert_close(
+        got.token_loss, want.token_loss, 3 * backend_dtype.tolerance
+    )  # the tail is 1 minus a sum in one of them
+    assert_all_close(grads, want_grads, 3 * backend_dtype.tolerance)
 
 
 def test_a_model_that_has_cancelled_is_not_asked(backend):
@@ -470,14 +480,14 @@ def test_a_model_that_has_cancelled_is_not_asked(backend):
 
 @pytest.mark.parametrize(("vocab", "k"), [(3, 3), (64, 1), (1000, 3), (5003, 7), (20_000, 40), (300, 300)])
 @pytest.mark.parametrize("transform", [{}, {"bias": True}, {"softcap": 5.0, "temperature": 0.7, "logit_scale": 0.5}])
-def test_token_topk_is_topk(machine, vocab, k, transform):
-    head = linear_head(81, (2, 3), vocab, 6, machine.dtype, **transform)
-    ids, logprobs = fg.token_topk(head, k, backend=machine.backend, chunk_size=4)
+def test_token_topk_is_topk(backend_dtype, vocab, k, transform):
+    head = linear_head(81, (2, 3), vocab, 6, backend_dtype.dtype, **transform)
+    ids, logprobs = fg.token_topk(head, k, backend=backend_dtype.backend, chunk_size=4)
     log_p = oracle.logits_of(widened(head)).log_softmax(-1)
     want = log_p.topk(k)
     assert ids.shape == logprobs.shape == (2, 3, k)
-    assert_close(logprobs, want.values, machine.tolerance)
-    assert_close(log_p.gather(-1, ids), want.values, machine.tolerance)  # ids of ties may differ
+    assert_close(logprobs, want.values, backend_dtype.tolerance)
+    assert_close(log_p.gather(-1, ids), want.values, backend_dtype.tolerance)  # ids of ties may differ
     assert all(len(set(row)) == k for row in ids.reshape(-1, k).tolist())
 
 

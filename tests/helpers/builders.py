@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class BackendDtype:
     """A backend and the dtype that a test runs it in."""
 
     backend: str
@@ -194,11 +194,11 @@ def assert_all_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: f
         assert_close(a, b, tolerance, f"{what} {i}")
 
 
-def assert_same_as_oracle(batch, machine: Machine, **options) -> None:
+def assert_same_as_oracle(batch, backend_dtype: BackendDtype, **options) -> None:
     """Loss, token losses, gradients and every reported field."""
-    out, grads = run(batch, backend=machine.backend, **options)
+    out, grads = run(batch, backend=backend_dtype.backend, **options)
     want, want_grads = expect(batch, **options)
-    tol = machine.tolerance
+    tol = backend_dtype.tolerance
     # the mean may cancel: its error is that of the token losses
     largest = torch.cat([want.token_loss.abs().reshape(-1), torch.ones(1)]).max()
     assert (out.loss - want.loss).abs().max() <= tol * largest
@@ -212,7 +212,7 @@ def assert_same_as_oracle(batch, machine: Machine, **options) -> None:
                 assert_close(got, getattr(want, name), tol, name)
     if options.get("estimator") in ("full", "topk"):
         assert_close(out.kl, want.kl, tol, "kl")
-    assert out.loss.dtype == out.entropy.dtype == machine.dtype
+    assert out.loss.dtype == out.entropy.dtype == backend_dtype.dtype
 
 
 def minus_inf_batch(

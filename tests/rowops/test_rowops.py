@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import oracle
-from builders import TOLERANCE, Machine, assert_close, generator, in_parts, why_not
+from builders import TOLERANCE, BackendDtype, assert_close, generator, in_parts, why_not
 from fused_gopd import rowops
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.rowops import torch as torch_rowops
@@ -21,16 +21,18 @@ CPU = torch.device("cpu")
 DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
 
 
-def ops_for(machine: Machine):
-    return select_backend(machine.backend, CPU, {machine.dtype})
+def ops_for(backend_dtype: BackendDtype):
+    return select_backend(backend_dtype.backend, CPU, {backend_dtype.dtype})
 
 
-def problem_for(machine: Machine, divergence: str, lam=1.25, *, gone: bool = False, pad: int = 0, **transform):
+def problem_for(
+    backend_dtype: BackendDtype, divergence: str, lam=1.25, *, gone: bool = False, pad: int = 0, **transform
+):
     """C rows of three models (of one for "none"), with -inf where ``gone``; ``pad`` columns of NaN past V."""
     raws = []
     for seed in range(3):
-        raw = torch.full((C, V + pad), math.nan, dtype=machine.dtype)
-        raw[:, :V] = (torch.randn(C, V, generator=generator(seed), dtype=torch.float64) * 3).to(machine.dtype)
+        raw = torch.full((C, V + pad), math.nan, dtype=backend_dtype.dtype)
+        raw[:, :V] = (torch.randn(C, V, generator=generator(seed), dtype=torch.float64) * 3).to(backend_dtype.dtype)
         if gone:
             raw[:-1, 3 * seed : 3 * seed + 4] = -math.inf
         raws.append(raw)
@@ -68,13 +70,13 @@ def _transformed(x: torch.Tensor, t: LogitTransform) -> torch.Tensor:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "per token"])
 @pytest.mark.parametrize("gone", [False, True])
-def test_statistics_are_their_definitions(machine, divergence, lam, gone):
+def test_statistics_are_their_definitions(backend_dtype, divergence, lam, gone):
     if lam == "per token":
-        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
-    problem = problem_for(machine, divergence, lam, gone=gone)
-    got = ops_for(machine).statistics(problem)
+        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=backend_dtype.dtype)
+    problem = problem_for(backend_dtype, divergence, lam, gone=gone)
+    got = ops_for(backend_dtype).statistics(problem)
     assert got.shape == (len(Stat), C)
-    assert got.dtype == machine.dtype
+    assert got.dtype == backend_dtype.dtype
     for i, want in enumerate(oracle_rows(problem)):
         if not want:
             assert got[Stat.LOGSUM_STUDENT, i] == -math.inf
@@ -87,7 +89,7 @@ def test_statistics_are_their_definitions(machine, divergence, lam, gone):
             if math.isinf(value):
                 assert got[stat, i] == value, where
             else:
-                assert abs(float(got[stat, i]) - value) <= TOLERANCE[machine.dtype] * max(1.0, abs(value)), where
+                assert abs(float(got[stat, i]) - value) <= TOLERANCE[backend_dtype.dtype] * max(1.0, abs(value)), where
 
 
 def wanted_gradient(problem: RowProblem, w_d: torch.Tensor, w_y: torch.Tensor) -> torch.Tensor:
@@ -125,51 +127,55 @@ def wanted_gradient(problem: RowProblem, w_d: torch.Tensor, w_y: torch.Tensor) -
 @pytest.mark.parametrize(
     "transform", [{}, {"scale": 0.5, "temperature": 0.7}, {"softcap": 4.0, "temperature": 1.5}], ids=str
 )
-def test_gradient_is_what_autograd_finds(machine, divergence, gone, transform):
-    lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
-    problem = problem_for(machine, divergence, lam, gone=gone, **transform)
-    ops = ops_for(machine)
-    w_d = torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0, 1.0], dtype=machine.dtype)
-    w_y = torch.tensor([0.0, 1.0, 0.5, -1.0, 1e-3, 1.0], dtype=machine.dtype)
-    out = torch.full((C, V), math.nan, dtype=machine.dtype)
+def test_gradient_is_what_autograd_finds(backend_dtype, divergence, gone, transform):
+    lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=backend_dtype.dtype)
+    problem = problem_for(backend_dtype, divergence, lam, gone=gone, **transform)
+    ops = ops_for(backend_dtype)
+    w_d = torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0, 1.0], dtype=backend_dtype.dtype)
+    w_y = torch.tensor([0.0, 1.0, 0.5, -1.0, 1e-3, 1.0], dtype=backend_dtype.dtype)
+    out = torch.full((C, V), math.nan, dtype=backend_dtype.dtype)
     ops.gradient(problem, ops.statistics(problem), GradientWeights(w_d, w_y), out)
-    assert_close(out, wanted_gradient(problem, w_d, w_y), TOLERANCE[machine.dtype])
+    assert_close(out, wanted_gradient(problem, w_d, w_y), TOLERANCE[backend_dtype.dtype])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "per token"])
 @pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 4.0, "temperature": 1.5}], ids=str)
-def test_the_parts_of_a_vocabulary_make_the_whole(machine, divergence, lam, gone, transform):
+def test_the_parts_of_a_vocabulary_make_the_whole(backend_dtype, divergence, lam, gone, transform):
     if lam == "per token":
-        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=machine.dtype)
-    problem = problem_for(machine, divergence, lam, gone=gone, **transform)
+        lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=backend_dtype.dtype)
+    problem = problem_for(backend_dtype, divergence, lam, gone=gone, **transform)
     cancelled = {1.0: "ref", 0.0: "teacher"}.get(lam) if isinstance(lam, float) else None
     if cancelled is not None:
         problem = dataclasses.replace(problem, **{cancelled: None})
     for model in (problem.student, problem.teacher, problem.ref):
         if model is not None and gone:
             model.raw[1, 10:20] = -math.inf  # a part without support in a row that has some
-    ops = ops_for(machine)
-    weights = GradientWeights(*torch.linspace(-1, 2, 2 * C, dtype=machine.dtype).reshape(2, C))
-    want_gradient = torch.empty(C, V, dtype=machine.dtype)
+    ops = ops_for(backend_dtype)
+    weights = GradientWeights(*torch.linspace(-1, 2, 2 * C, dtype=backend_dtype.dtype).reshape(2, C))
+    want_gradient = torch.empty(C, V, dtype=backend_dtype.dtype)
     want = ops.statistics_and_gradient(problem, weights, want_gradient)
     got, gradient = in_parts(ops, problem, [(0, 10), (10, 20), (20, 21), (21, V)], weights)
     for stat in Stat:
         empty = want[Stat.LOGSUM_STUDENT].isneginf() & (stat != Stat.LOGSUM_STUDENT)  # what means nothing
-        assert_close(got[stat].masked_fill(empty, 0), want[stat].masked_fill(empty, 0), machine.tolerance, stat.name)
-    assert_close(gradient, want_gradient, machine.tolerance, "gradient")
+        assert_close(
+            got[stat].masked_fill(empty, 0), want[stat].masked_fill(empty, 0), backend_dtype.tolerance, stat.name
+        )
+    assert_close(gradient, want_gradient, backend_dtype.tolerance, "gradient")
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
-def test_equal_models_are_equal_in_parts_too(machine, divergence):
-    problem = problem_for(machine, divergence)
+def test_equal_models_are_equal_in_parts_too(backend_dtype, divergence):
+    problem = problem_for(backend_dtype, divergence)
     problem = dataclasses.replace(problem, teacher=problem.student, ref=problem.student)
-    one = torch.ones(C, dtype=machine.dtype)
-    got, gradient = in_parts(ops_for(machine), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
-    assert gradient.abs().max() <= (machine.tolerance if divergence == "jsd" and machine.backend == "torch" else 0)
+    one = torch.ones(C, dtype=backend_dtype.dtype)
+    got, gradient = in_parts(ops_for(backend_dtype), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
+    assert gradient.abs().max() <= (
+        backend_dtype.tolerance if divergence == "jsd" and backend_dtype.backend == "torch" else 0
+    )
     assert not got[Stat.MEAN_GAP].any()
-    if machine.backend != "torch":  # which forms the mixture from p and t, not from their ratio
+    if backend_dtype.backend != "torch":  # which forms the mixture from p and t, not from their ratio
         assert not got[[Stat.STUDENT_PART, Stat.TARGET_PART]].any()
     assert torch.equal(got[Stat.LOGSUM_TARGET], got[Stat.LOGSUM_STUDENT])
 
@@ -178,15 +184,15 @@ def test_equal_models_are_equal_in_parts_too(machine, divergence):
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("unlikely", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_diverged_part_poisons_all_of_its_row(machine, divergence, model, unlikely, poison):
+def test_a_diverged_part_poisons_all_of_its_row(backend_dtype, divergence, model, unlikely, poison):
     if divergence == "none" and model != "student":
         pytest.skip("a single model")
-    problem = problem_for(machine, divergence)
+    problem = problem_for(backend_dtype, divergence)
     if unlikely:
         problem.student.raw[2, :10] -= 1e4  # of probability 0
     getattr(problem, model).raw[2, 7] = poison
-    one = torch.ones(C, dtype=machine.dtype)
-    got, gradient = in_parts(ops_for(machine), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
+    one = torch.ones(C, dtype=backend_dtype.dtype)
+    got, gradient = in_parts(ops_for(backend_dtype), problem, [(0, 10), (10, V)], GradientWeights(divergence=one))
     assert got[Stat[f"LOGSUM_{model.upper()}"]].isnan().tolist() == [i == 2 for i in range(C)]
     assert gradient[2].isnan().all()
     assert gradient[torch.arange(C) != 2].isfinite().all()
@@ -194,12 +200,12 @@ def test_a_diverged_part_poisons_all_of_its_row(machine, divergence, model, unli
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("which", ["divergence", "token"])
-def test_a_weight_that_is_absent_is_zero(machine, divergence, which):
-    problem = problem_for(machine, divergence)
-    ops = ops_for(machine)
+def test_a_weight_that_is_absent_is_zero(backend_dtype, divergence, which):
+    problem = problem_for(backend_dtype, divergence)
+    ops = ops_for(backend_dtype)
     statistics = ops.statistics(problem)
-    one, zero = torch.ones(C, dtype=machine.dtype), torch.zeros(C, dtype=machine.dtype)
-    alone, both = torch.empty(2, C, V, dtype=machine.dtype)
+    one, zero = torch.ones(C, dtype=backend_dtype.dtype), torch.zeros(C, dtype=backend_dtype.dtype)
+    alone, both = torch.empty(2, C, V, dtype=backend_dtype.dtype)
     other = "token" if which == "divergence" else "divergence"
     ops.gradient(problem, statistics, GradientWeights(**{which: one}), alone)
     ops.gradient(problem, statistics, GradientWeights(**{which: one, other: zero}), both)
@@ -207,12 +213,12 @@ def test_a_weight_that_is_absent_is_zero(machine, divergence, which):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_zero_weight_switches_its_term_off_even_in_a_diverged_row(machine, divergence):
-    problem = problem_for(machine, divergence)
+def test_a_zero_weight_switches_its_term_off_even_in_a_diverged_row(backend_dtype, divergence):
+    problem = problem_for(backend_dtype, divergence)
     problem.student.raw[2, 3] = math.nan
-    ops = ops_for(machine)
-    weights = GradientWeights(torch.zeros(C, dtype=machine.dtype), torch.zeros(C, dtype=machine.dtype))
-    out = torch.empty(C, V, dtype=machine.dtype)
+    ops = ops_for(backend_dtype)
+    weights = GradientWeights(torch.zeros(C, dtype=backend_dtype.dtype), torch.zeros(C, dtype=backend_dtype.dtype))
+    out = torch.empty(C, V, dtype=backend_dtype.dtype)
     ops.gradient(problem, ops.statistics(problem), weights, out)
     assert (out == 0).all()
 
@@ -220,17 +226,17 @@ def test_a_zero_weight_switches_its_term_off_even_in_a_diverged_row(machine, div
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
-def test_a_diverged_row_poisons_itself_and_no_other(machine, divergence, poison, model):
+def test_a_diverged_row_poisons_itself_and_no_other(backend_dtype, divergence, poison, model):
     if divergence == "none" and model != "student":
         pytest.skip("a single model")
-    clean = problem_for(machine, divergence)
-    dirty = problem_for(machine, divergence)
+    clean = problem_for(backend_dtype, divergence)
+    dirty = problem_for(backend_dtype, divergence)
     getattr(dirty, model).raw[2, 7] = poison
-    ops = ops_for(machine)
-    one = torch.ones(C, dtype=machine.dtype)
+    ops = ops_for(backend_dtype)
+    one = torch.ones(C, dtype=backend_dtype.dtype)
     results = []
     for problem in (clean, dirty):
-        out = torch.empty(C, V, dtype=machine.dtype)
+        out = torch.empty(C, V, dtype=backend_dtype.dtype)
         statistics = ops.statistics_and_gradient(problem, GradientWeights(divergence=one), out)
         results.append((statistics, out))
     (want, want_grad), (got, grad) = results
@@ -242,11 +248,11 @@ def test_a_diverged_row_poisons_itself_and_no_other(machine, divergence, poison,
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_columns_past_the_vocabulary_are_neither_read_nor_written(machine, divergence):
-    problem = problem_for(machine, divergence, pad=7)
-    ops = ops_for(machine)
-    out = torch.full((C, V + 7), -77.0, dtype=machine.dtype)
-    one = torch.ones(C, dtype=machine.dtype)
+def test_columns_past_the_vocabulary_are_neither_read_nor_written(backend_dtype, divergence):
+    problem = problem_for(backend_dtype, divergence, pad=7)
+    ops = ops_for(backend_dtype)
+    out = torch.full((C, V + 7), -77.0, dtype=backend_dtype.dtype)
+    one = torch.ones(C, dtype=backend_dtype.dtype)
     statistics = ops.statistics_and_gradient(problem, GradientWeights(one, one), out)
     assert statistics.isfinite().all()
     assert out[:, :V].isfinite().all()
@@ -254,11 +260,11 @@ def test_columns_past_the_vocabulary_are_neither_read_nor_written(machine, diver
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_gradient_may_overwrite_the_logits(machine, divergence):
-    ops = ops_for(machine)
-    one = torch.ones(C, dtype=machine.dtype)
-    apart, inside = problem_for(machine, divergence), problem_for(machine, divergence)
-    out = torch.empty(C, V, dtype=machine.dtype)
+def test_the_gradient_may_overwrite_the_logits(backend_dtype, divergence):
+    ops = ops_for(backend_dtype)
+    one = torch.ones(C, dtype=backend_dtype.dtype)
+    apart, inside = problem_for(backend_dtype, divergence), problem_for(backend_dtype, divergence)
+    out = torch.empty(C, V, dtype=backend_dtype.dtype)
     a = ops.statistics_and_gradient(apart, GradientWeights(one, one), out)
     b = ops.statistics_and_gradient(inside, GradientWeights(one, one), inside.student.raw)
     assert torch.equal(a, b)
@@ -269,10 +275,10 @@ def test_the_gradient_may_overwrite_the_logits(machine, divergence):
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_a_narrower_gradient_may_lie_over_the_logits(backend, divergence, narrow):
     """Row i of the narrow view starts at row i of the float32 logits."""
-    machine = Machine(backend, torch.float32)
-    ops = ops_for(machine)
+    backend_dtype = BackendDtype(backend, torch.float32)
+    ops = ops_for(backend_dtype)
     one = torch.ones(C)
-    apart, inside = problem_for(machine, divergence), problem_for(machine, divergence)
+    apart, inside = problem_for(backend_dtype, divergence), problem_for(backend_dtype, divergence)
     out = torch.empty(C, V, dtype=narrow)
     ops.statistics_and_gradient(apart, GradientWeights(one, one), out)
     over = inside.student.raw.view(narrow)[:, :V]
@@ -281,11 +287,11 @@ def test_a_narrower_gradient_may_lie_over_the_logits(backend, divergence, narrow
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_both_at_once_are_the_same_bits_as_one_after_the_other(machine, divergence):
-    ops = ops_for(machine)
-    problem = problem_for(machine, divergence, gone=True, softcap=5.0)
-    one = torch.ones(C, dtype=machine.dtype)
-    a, b = torch.empty(2, C, V, dtype=machine.dtype)
+def test_both_at_once_are_the_same_bits_as_one_after_the_other(backend_dtype, divergence):
+    ops = ops_for(backend_dtype)
+    problem = problem_for(backend_dtype, divergence, gone=True, softcap=5.0)
+    one = torch.ones(C, dtype=backend_dtype.dtype)
+    a, b = torch.empty(2, C, V, dtype=backend_dtype.dtype)
     statistics = ops.statistics(problem)
     ops.gradient(problem, statistics, GradientWeights(one, one), a)
     fused = ops.statistics_and_gradient(problem, GradientWeights(one, one), b)
@@ -296,9 +302,9 @@ def test_both_at_once_are_the_same_bits_as_one_after_the_other(machine, divergen
 @pytest.mark.parametrize("raw_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_logits_are_read_exactly(backend, raw_dtype):
     """The same numbers in float32 give the same statistics: nothing is computed in the narrow dtype."""
-    machine = Machine(backend, torch.float32)
-    ops = ops_for(machine)
-    narrow, wide = problem_for(machine, "jsd"), problem_for(machine, "jsd")
+    backend_dtype = BackendDtype(backend, torch.float32)
+    ops = ops_for(backend_dtype)
+    narrow, wide = problem_for(backend_dtype, "jsd"), problem_for(backend_dtype, "jsd")
     cast = [ModelRows(m.raw.to(raw_dtype), m.transform) for m in (narrow.student, narrow.teacher, narrow.ref)]
     back = [ModelRows(m.raw.float(), m.transform) for m in cast]
     ids, lam = wide.token_ids, wide.reward_scale
@@ -307,11 +313,11 @@ def test_low_precision_logits_are_read_exactly(backend, raw_dtype):
     assert_close(a, b, 1e-6)
 
 
-def test_rows_of_stride_zero_and_wide_stride_are_rows(machine):
-    ops = ops_for(machine)
-    problem = problem_for(machine, "reverse_kl")
+def test_rows_of_stride_zero_and_wide_stride_are_rows(backend_dtype):
+    ops = ops_for(backend_dtype)
+    problem = problem_for(backend_dtype, "reverse_kl")
     want = ops.statistics(problem)
-    wide = torch.full((C, 2, V), math.nan, dtype=machine.dtype)
+    wide = torch.full((C, 2, V), math.nan, dtype=backend_dtype.dtype)
     wide[:, 0] = problem.student.raw
     strided = RowProblem(
         V, ModelRows(wide[:, 0], LogitTransform()), problem.teacher, problem.ref, 1.25, problem.token_ids, "reverse_kl"
@@ -323,9 +329,9 @@ def test_rows_of_stride_zero_and_wide_stride_are_rows(machine):
     assert torch.equal(a, b)
 
 
-def test_a_token_id_outside_the_vocabulary_is_nan_and_reads_nothing(machine):
-    ops = ops_for(machine)
-    problem = problem_for(machine, "reverse_kl", pad=3)
+def test_a_token_id_outside_the_vocabulary_is_nan_and_reads_nothing(backend_dtype):
+    ops = ops_for(backend_dtype)
+    problem = problem_for(backend_dtype, "reverse_kl", pad=3)
     problem.token_ids.copy_(torch.tensor([-1, V, V + 2, -100, 2**40, 0]))
     got = ops.statistics(problem)
     for stat in (Stat.LOGIT_STUDENT, Stat.LOGIT_TEACHER, Stat.LOGIT_REF):
@@ -333,14 +339,14 @@ def test_a_token_id_outside_the_vocabulary_is_nan_and_reads_nothing(machine):
 
 
 def test_small_row_blocks_change_nothing(monkeypatch):
-    machine = Machine("torch", torch.float32)
-    ops = ops_for(machine)
+    backend_dtype = BackendDtype("torch", torch.float32)
+    ops = ops_for(backend_dtype)
     lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0])
     one = torch.ones(C)
     results = []
     for elements in (1 << 20, 4 * V, 1):
         monkeypatch.setattr(torch_rowops, "_BLOCK_ELEMENTS", elements)
-        problem = problem_for(machine, "jsd", lam, gone=True)
+        problem = problem_for(backend_dtype, "jsd", lam, gone=True)
         out = torch.empty(C, V)
         results.append((ops.statistics_and_gradient(problem, GradientWeights(one, one), out), out))
     for other in results[1:]:
@@ -349,13 +355,13 @@ def test_small_row_blocks_change_nothing(monkeypatch):
         assert_close(other[1], results[0][1], 1e-6)
 
 
-def test_no_rows_are_no_work(machine):
-    ops = ops_for(machine)
-    full = problem_for(machine, "reverse_kl")
+def test_no_rows_are_no_work(backend_dtype):
+    ops = ops_for(backend_dtype)
+    full = problem_for(backend_dtype, "reverse_kl")
     models = [ModelRows(m.raw[:0], m.transform) for m in (full.student, full.teacher, full.ref)]
     empty = RowProblem(V, *models, 1.25, full.token_ids[:0], "reverse_kl")
-    out = torch.empty(0, V, dtype=machine.dtype)
-    got = ops.statistics_and_gradient(empty, GradientWeights(divergence=torch.empty(0, dtype=machine.dtype)), out)
+    out = torch.empty(0, V, dtype=backend_dtype.dtype)
+    got = ops.statistics_and_gradient(empty, GradientWeights(divergence=torch.empty(0, dtype=backend_dtype.dtype)), out)
     assert got.shape == (len(Stat), 0)
 
 
