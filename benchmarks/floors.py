@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_gopd import gemm
+from fused_gopd.loop import gemm
 
 from .workloads import Inputs, Workload
 
@@ -66,8 +66,9 @@ def bare_gemms(workload: Workload, inputs: Inputs, chunk_size: int, dweight: Ten
     One buffer takes the logits of the models in turn and then stands for the gradient of the logits, so that the same
     memory allows chunks longer than those of an implementation that must hold all models' logits.
     ``dweight`` is a (V, H) buffer that all chunk sizes share, None under a frozen head; the first chunk overwrites it:
-    no zero fill is needed. ``own`` takes the package's products (:mod:`fused_gopd.gemm`) in place of ``torch.mm``: the
-    other library, where that is the faster one on this machine. ``torch.mm`` writes logits in the dtype of the inputs.
+    no zero fill is needed. ``own`` takes the package's products (:mod:`fused_gopd.loop.gemm`) in place of ``torch.mm``:
+    the other library, where that is the faster one on this machine. ``torch.mm`` writes logits in the dtype of the
+    inputs.
     """
     assert inputs.weights is not None
     rows, weights = [x.detach() for x in inputs.live().rows], [x.detach() for x in inputs.weights]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd import gemm
+from fused_gopd.loop import gemm
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem
 from fused_gopd.rowops.triton import Device, LinearTiles, Tiles, TritonRowOps, linear_launches, splits
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd import gemm
+from fused_gopd.loop import gemm
 
 from .arguments import parse, publish
 from .conftest import milliseconds

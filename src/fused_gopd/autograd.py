@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import chunks, objective
+from . import chunks
 from .agreement import Agreement
-from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRow, TokenRows
+from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRows
 from .heads import Head, LinearHead, Logits
+from .objective.divergences import divergence_value
+from .objective.statistics import TokenRow, entropy
 from .rowops import triton
 
 # ----------------------------------------------------------------------------------------- a job apart from its tensors
@@ -66,7 +68,7 @@ def token_values(job: Job, statistics: Tensor) -> tuple[Tensor, Tensor | None]:
     elif job.truncated:
         loss, kl = statistics[TokenRow.TRUNCATED_LOSS], statistics[TokenRow.TRUNCATED_KL]
     else:
-        loss, kl = objective.divergence_value(job.divergence, job.beta, job.reward_scale, statistics, job.has)
+        loss, kl = divergence_value(job.divergence, job.beta, job.reward_scale, statistics, job.has)
     return (loss if job.labels is None else loss + job.supervised(statistics)[1]), kl
 
 
@@ -292,7 +294,7 @@ class _TokenLogProbs(_Recomputed):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
         statistics = _Recomputed.statistics(ctx, job)
-        return job.model_logprobs(statistics)[0], objective.entropy(statistics)
+        return job.model_logprobs(statistics)[0], entropy(statistics)
 
     @staticmethod
     @_once_differentiable
@@ -318,7 +320,7 @@ class _Transformed(torch.autograd.Function):
         statistics, _, chosen = chunks.run(job, needs)
         kept = (statistics, *(chosen or (statistics.new_empty(0), statistics.new_empty(0))))
         if scores:
-            return job.model_logprobs(statistics)[0], objective.entropy(statistics), *kept
+            return job.model_logprobs(statistics)[0], entropy(statistics), *kept
         return token_values(job, statistics)[0], statistics.new_zeros(()), *kept
 
     @staticmethod

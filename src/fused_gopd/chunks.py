@@ -7,7 +7,6 @@ nothing here knows a machine beyond the row operations and GEMMs that it calls.
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -17,23 +16,30 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import gemm, memory, objective, topk
 from .agreement import Agreement, require_agreement
 from .checks import refuse
 from .heads import Head, LinearHead, Logits
-from .objective import (
+from .loop import gemm, memory
+from .objective import topk
+from .objective.divergences import Divergence, divergence_value
+from .objective.policy import (
     PLAIN,
     AdvantageFn,
-    Divergence,
     Estimator,
-    Sequences,
+    PolicyTerm,
     Surrogate,
     TokenStats,
+    advantages_of,
+    looks_jointly,
+    policy_term,
 )
-from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, entries
+from .objective.reductions import Sequences
+from .objective.statistics import ENTROPY_ROWS, STATISTICS, TokenRow, entropy, merge, merged_statistics, token_logprob
+from .objective.supervised import supervised
+from .objective.topk import Entries, OnSupport, Truncation
+from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from .rowops.torch import TorchRowOps, accumulation_dtype, rows_of
 from .shards import VocabShard
-from .topk import Entries, OnSupport, Truncation
 
 T = TypeVar("T")
 
@@ -100,24 +106,6 @@ def logits_buffers(
     if not linear_student:
         return linear_models
     return 1 + (linear_models - 1) / OTHERS_SHARE[_kind(device_type)]
-
-
-class TokenRow(enum.IntEnum):
-    """Rows of the loop's statistics after those of :class:`Stat`."""
-
-    ADVANTAGE = len(Stat)  # sampled: as the gradient uses it
-    REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
-    ENTROPY_TEACHER = len(Stat) + 2  # for an advantage_fn
-    ENTROPY_REF = len(Stat) + 3
-    TRUNCATED_LOSS = len(Stat) + 4  # topk, like the next three: see topk.Term and topk.Entries
-    TRUNCATED_KL = len(Stat) + 5
-    TRUNCATED_WEIGHT = len(Stat) + 6
-    TRUNCATED_REACH = len(Stat) + 7
-    LOGPROB_LABEL = len(Stat) + 8  # of the supervised term
-
-
-STATISTICS = len(Stat) + len(TokenRow)
-_ENTROPIES = (TokenRow.ENTROPY_TEACHER, TokenRow.ENTROPY_REF)
 
 
 def _balanced(rows: int, chunk_size: int, device_type: str) -> int:
@@ -247,7 +235,7 @@ class Job:
     @property
     def joint(self) -> bool:
         """Whether the row operation takes all models of a chunk together."""
-        return objective.looks_jointly(self.estimator, self.surrogate)
+        return looks_jointly(self.estimator, self.surrogate)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,7 +282,7 @@ class Job:
         """Weights of the supervised term (0 where there is no label that counts), and the term itself, (n,) each."""
         assert self.labels is not None
         logprobs = statistics[TokenRow.LOGPROB_LABEL, rows]
-        counts = objective.supervised(logprobs, self.labels[rows])
+        counts = supervised(logprobs, self.labels[rows])
         weights = torch.where(counts, self.sft_weight, torch.zeros_like(logprobs))
         return weights, torch.where(counts, -self.sft_weight * logprobs, 0)
 
@@ -304,7 +292,7 @@ class Job:
         """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
 
         def of(logit: Stat, logsum: Stat) -> Tensor:
-            return objective.token_logprob(statistics[logit, rows], statistics[logsum, rows])
+            return token_logprob(statistics[logit, rows], statistics[logsum, rows])
 
         has_teacher, has_ref = self.has
         return (
@@ -317,13 +305,13 @@ class Job:
         """lambda of some of the live tokens."""
         return self.reward_scale[rows] if isinstance(self.reward_scale, Tensor) else self.reward_scale
 
-    def policy_term(self, statistics: Tensor, rows: slice = slice(None)) -> objective.PolicyTerm:
+    def policy_term(self, statistics: Tensor, rows: slice = slice(None)) -> PolicyTerm:
         """The sampled estimator's token losses; all rows at once where ratios are those of whole sequences."""
         old, rollout = (None if x is None else x[rows] for x in (self.old_logprobs, self.rollout_logprobs))
         student = self.model_logprobs(statistics, rows)[0]
 
-        def term(advantages: Tensor) -> objective.PolicyTerm:
-            return objective.policy_term(self.surrogate, advantages, student, old, rollout, self._mean_over_sequences)
+        def term(advantages: Tensor) -> PolicyTerm:
+            return policy_term(self.surrogate, advantages, student, old, rollout, self._mean_over_sequences)
 
         used = term(statistics[TokenRow.ADVANTAGE, rows])
         if self.surrogate.baseline == "none":
@@ -375,21 +363,21 @@ class Job:
             elsewhere = (self.teacher_logprobs is not None, self.ref_logprobs is not None)
             entropies = [
                 None if self.joint or given or model is None else statistics[row, rows]
-                for given, model, row in zip(elsewhere, (teacher, ref), _ENTROPIES, strict=True)
+                for given, model, row in zip(elsewhere, (teacher, ref), ENTROPY_ROWS, strict=True)
             ]
             stats = replace(
                 stats,
                 index=index,
                 old_logprobs=None if old is None else old.clone(),  # not the caller's own memory
-                student_entropy=objective.entropy(statistics[:, rows]),
+                student_entropy=entropy(statistics[:, rows]),
                 teacher_entropy=entropies[0],
                 ref_entropy=entropies[1],
                 reward_scale=scale.clone() if isinstance(scale, Tensor) else scale,
             )
         expected = None
         if self.surrogate.baseline == "expected":
-            expected, _ = objective.divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], self.has)
-        used, reported = objective.advantages_of(self.surrogate, stats, self.advantage_fn, expected)
+            expected, _ = divergence_value("reverse_kl", self.beta, scale, statistics[:, rows], self.has)
+        used, reported = advantages_of(self.surrogate, stats, self.advantage_fn, expected)
         statistics[TokenRow.ADVANTAGE, rows] = used
         statistics[TokenRow.REPORTED_ADVANTAGE, rows] = reported
 
@@ -683,13 +671,13 @@ def _merge(
     """Statistics of all ranks' columns; one collective."""
     if token_ids is not None:
         own[_LOGITS].masked_fill_(token_ids < 0, -math.inf)
-    sent = objective.merged_statistics(has, divergence, token_ids is not None)
+    sent = merged_statistics(has, divergence, token_ids is not None)
     gathered = shard.gather(torch.cat((torch.stack([own[stat] for stat in sent]), *along)))
     parts = own.new_zeros((gathered.shape[0], *own.shape))
     for i, stat in enumerate(sent):
         parts[:, stat] = gathered[:, i]
     rest = torch.split(gathered[:, len(sent) :].amax(0), [x.shape[0] for x in along]) if along else ()
-    return objective.merge(parts, reward_scale, has, divergence), list(rest)
+    return merge(parts, reward_scale, has, divergence), list(rest)
 
 
 def _refuse_far_target(origin: Tensor, divergence: Divergence) -> None:
@@ -743,10 +731,10 @@ def _score(job: Job, head: Head, buffers: _Buffers, start: int, stop: int) -> Te
 
 def _largest(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
     """Ids (C, k) of a model's k largest logits, the largest first, whoever has their columns; one collective if so."""
-    ids = entries.top(rows, columns, k)
+    ids = sparse.top(rows, columns, k)
     if head.shard is None:
         return ids
-    logits = entries.logits_at(rows, ids)
+    logits = sparse.logits_at(rows, ids)
     # a token that the model rules out still comes before none
     logits = torch.where(ids < 0, logits, logits.clamp_min(torch.finfo(logits.dtype).min))
     ids = torch.where(ids < 0, ids, ids + head.shard.start)
@@ -862,9 +850,9 @@ def most_likely(job: Job, k: int) -> tuple[Tensor, Tensor]:
         stop = min(start + step, job.rows.count)
         problem = _problem(job, buffers, start, stop)
         largest = _largest(job.student, problem.student, problem.vocab_size, k)
-        logits = entries.logits_at(problem.student, _local(job.student.shard, largest))
+        logits = sparse.logits_at(problem.student, _local(job.student.shard, largest))
         statistics, along = _statistics(job, problem, logits.T)
-        values = entries.logprobs(statistics, along[0].T)
+        values = sparse.logprobs(statistics, along[0].T)
         job.rows.put(ids, largest, start, stop)
         job.rows.put(logprobs, values, start, stop)
     return ids.reshape(*job.rows.shape, k), logprobs.reshape(*job.rows.shape, k)
@@ -894,7 +882,7 @@ def _problem(job: Job, buffers: _Buffers, start: int, stop: int, writable: bool 
 
 def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int) -> None:
     """Teacher and reference of the sampled estimator, before the student needs their buffer."""
-    for head, given, logsum, logit, entropy in (
+    for head, given, logsum, logit, entropy_row in (
         (job.teacher, job.teacher_logprobs, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, TokenRow.ENTROPY_TEACHER),
         (job.ref, job.ref_logprobs, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.ENTROPY_REF),
     ):
@@ -905,7 +893,7 @@ def _score_others(job: Job, buffers: _Buffers, statistics: Tensor, start: int, s
             statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
             statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
             if job.advantage_fn is not None:
-                statistics[entropy, start:stop] = objective.entropy(scored)
+                statistics[entropy_row, start:stop] = entropy(scored)
 
 
 # What an estimator that looks at one model at a time takes from the row operation on the student; the other rows hold
@@ -943,7 +931,7 @@ def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int
     along: list[Tensor] = []
     if job.labels is not None:
         labels = _local(job.student.shard, job.labels[cut, None])
-        along = [entries.supported(problem, labels, entries.logits_at(problem.student, labels)).T]
+        along = [sparse.supported(problem, labels, sparse.logits_at(problem.student, labels)).T]
     if support is None:
         chunk, along = _statistics(job, problem, *along)
     else:
@@ -952,7 +940,7 @@ def _look(job: Job, buffers: _Buffers, statistics: Tensor, start: int, stop: int
         )
     _store(job, statistics, chunk, start, stop)
     if along:
-        statistics[TokenRow.LOGPROB_LABEL, cut] = entries.logprobs(chunk, along[0].T)[:, 0]
+        statistics[TokenRow.LOGPROB_LABEL, cut] = sparse.logprobs(chunk, along[0].T)[:, 0]
     if support is None:
         return _Look(problem, chunk, None)
     loss, kl, gradient = topk.term(
@@ -1041,8 +1029,8 @@ def _statistics_around(
     """
     model = problem.student
     own_ids = _local(shard, token_ids)
-    logits = entries.logits_at(model, own_ids)
-    with entries.hidden(model, own_ids):
+    logits = sparse.logits_at(model, own_ids)
+    with sparse.hidden(model, own_ids):
         rest = _own_statistics(ops, problem)
     more = list(along)
     if shard is not None:
@@ -1052,8 +1040,8 @@ def _statistics_around(
     if sampled is not None:
         hit = logits.masked_fill(token_ids != sampled[:, None], -math.inf)
         inside[Stat.LOGIT_STUDENT] = hit.amax(1) - inside[Stat.MAX_STUDENT]
-    statistics = objective.merge(torch.stack((inside, rest)))
-    logprobs = entries.logprobs(statistics, logits)
+    statistics = merge(torch.stack((inside, rest)))
+    logprobs = sparse.logprobs(statistics, logits)
     shift = rest[Stat.MAX_STUDENT] - statistics[Stat.MAX_STUDENT]
     log_rest = rest[Stat.LOGSUM_STUDENT] + shift - statistics[Stat.LOGSUM_STUDENT]
     empty = torch.isneginf(rest[Stat.LOGSUM_STUDENT])
@@ -1207,12 +1195,12 @@ def _write_gradient(
     if not problem.vocab_size:
         return size
     ids = None if ids is None else _local(job.student.shard, ids)
-    logits = None if ids is None or values is None else entries.logits_at(problem.student, ids)
+    logits = None if ids is None or values is None else sparse.logits_at(problem.student, ids)
     if ids is not None:
         problem = replace(problem, token_ids=ids[:, 0].contiguous())
     job.ops.gradient(problem, statistics, GradientWeights(divergence, weight), out)
     if ids is not None and values is not None and logits is not None:
-        entries.overwrite(out, problem.student.transform, ids, values, logits)
+        sparse.overwrite(out, problem.student.transform, ids, values, logits)
     return size
 
 

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import autograd, chunks, objective
-from .chunks import STATISTICS, Chosen, Gradients, Needs, Scaling
+from . import autograd, chunks
+from .chunks import Chosen, Gradients, Needs, Scaling
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
 from .jobs import make_job, make_output, most_likely, prepare_alone
+from .objective.policy import Surrogate, looks_jointly
+from .objective.statistics import STATISTICS, entropy
 from .output import GOPDOutput
 from .prepare import prepare
 from .rowops.torch import accumulation_dtype
@@ -363,7 +365,7 @@ def gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
     for name in ("advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "kl"):
         values.setdefault(name, None)
     mask = None if a["mask"] is None else a["mask"] != 0
-    joint = objective.looks_jointly(a["estimator"], objective.Surrogate(baseline=a["baseline"]))
+    joint = looks_jointly(a["estimator"], Surrogate(baseline=a["baseline"]))
     return GOPDOutput(loss, **values, mask=mask, joint=joint)
 
 
@@ -378,7 +380,7 @@ def _logprobs_op(*packed: Any) -> list[Tensor]:
         p = prepare_alone(**a)
         job = make_job(p)
         statistics = chunks.run(job, needs).statistics
-        values = (job.model_logprobs(statistics)[0], objective.entropy(statistics))
+        values = (job.model_logprobs(statistics)[0], entropy(statistics))
         kept = [_padded(statistics, (STATISTICS, p.rows.shape.numel()))] if any(needs) else []
         return [*(p.rows.scatter(x).clone() for x in values), *kept]
 

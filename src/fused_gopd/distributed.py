@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .checks import one_of, require_mask, require_number
 from .heads import LinearHead
 from .hooks import HEAD_FIX, isinstance_if_imported, require_linear, require_no_hooks
-from .objective import REDUCTIONS, Sequences, widest
+from .objective.reductions import REDUCTIONS, Sequences, widest
 from .output import GOPDOutput
 from .shards import is_dtensor
 

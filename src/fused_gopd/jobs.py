@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, objective
+from . import autograd
 from .checks import require_count, require_reverse_mode
-from .chunks import Job, Route, TokenRow, TokenRows, chunk_size_for, logits_buffers, others_size
+from .chunks import Job, Route, TokenRows, chunk_size_for, logits_buffers, others_size
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
-from .objective import Estimator
+from .objective.policy import Estimator, advantage
+from .objective.statistics import TokenRow, entropy
+from .objective.supervised import label_report
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
 from .rowops import select_backend
@@ -127,7 +129,7 @@ def make_output(
             if term is not None:
                 advantages = term.advantages
             elif not unknown:
-                advantages, _ = objective.advantage(job.reward_scale, student_logprobs, *others.values())
+                advantages, _ = advantage(job.reward_scale, student_logprobs, *others.values())
             if score_cancelled:
                 for name, models in p.cancelled.items():
                     others[name] = _score_alone(models, job, p)
@@ -138,11 +140,11 @@ def make_output(
             student_logprobs,
             others["teacher"],
             others["ref"],
-            objective.entropy(statistics),
+            entropy(statistics),
             kl,
             None if term is None else term.clipped,
             None if term is None else term.importance,
-            *objective.label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
+            *label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
         )
 
 

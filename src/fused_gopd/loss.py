@@ -12,23 +12,10 @@ from . import autograd, compiled
 from .checks import one_of, require_reverse_mode
 from .heads import Head, Source
 from .jobs import make_job, make_output, most_likely, prepare_alone
-from .objective import (
-    BASELINES,
-    DIVERGENCES,
-    ESTIMATORS,
-    RATIOS,
-    REDUCTIONS,
-    SUPPORTS,
-    TAILS,
-    AdvantageFn,
-    Baseline,
-    Divergence,
-    Estimator,
-    Ratio,
-    Reduction,
-    Support,
-    Tail,
-)
+from .objective.divergences import DIVERGENCES, Divergence
+from .objective.policy import BASELINES, ESTIMATORS, RATIOS, AdvantageFn, Baseline, Estimator, Ratio
+from .objective.reductions import REDUCTIONS, Reduction
+from .objective.topk import SUPPORTS, TAILS, Support, Tail
 from .output import GOPDOutput
 from .prepare import prepare
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gemm, objective
 from .agreement import Agreement, agreement_of, shared_by
 from .checks import (
     IGNORE,
@@ -31,27 +30,24 @@ from .checks import (
 )
 from .chunks import TokenRows
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
-from .objective import (
+from .loop import gemm
+from .objective.divergences import DIVERGENCES, Divergence, divergence_of
+from .objective.policy import (
     BASELINES,
-    DIVERGENCES,
     ESTIMATORS,
     RATIOS,
-    REDUCTIONS,
     AdvantageFn,
     Baseline,
-    Divergence,
     Estimator,
     Ratio,
-    Reduction,
-    Sequences,
-    Support,
     Surrogate,
-    Tail,
+    looks_jointly,
 )
+from .objective.reductions import REDUCTIONS, Reduction, Sequences, token_weights
+from .objective.topk import Support, Tail, Truncation
 from .output import GOPDOutput
 from .rowops.torch import accumulation_dtype
 from .support import Scores, check_truncation, scores_of
-from .topk import Truncation
 
 BACKENDS = ("auto", "torch", "native", "triton")
 
@@ -521,7 +517,7 @@ def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object
             f"beta must satisfy 0 <= beta <= 1 (0 is the forward KL, 1 the reverse KL, between them the JSD with "
             f"m = beta target + (1 - beta) p), got {beta}"
         )
-    divergence = objective.divergence_of(beta)
+    divergence = divergence_of(beta)
     return divergence, beta if divergence == "jsd" else 0.5
 
 
@@ -603,7 +599,7 @@ class Prepared:
     @property
     def joint(self) -> bool:
         """Whether the models are looked at together."""
-        return objective.looks_jointly(self.estimator, self.surrogate)
+        return looks_jointly(self.estimator, self.surrogate)
 
     def output(self, loss: Tensor, *values: Tensor | None) -> GOPDOutput:
         """The output from (n,) values of the live tokens, in the order of its fields."""
@@ -760,7 +756,7 @@ def prepare(
     heads = [m for m in (student, *others.values()) if isinstance(m, (LinearHead, Logits))]
     dtype = accumulation_dtype(*(head.rows for head in heads))
     logits_dtype = _check_chunk_dtype(chunk_dtype, dtype, {"student": student, **others})
-    weights = objective.token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
+    weights = token_weights(reduction, live_mask, sequences, normalizer, sequence_lengths, dtype, device)
     if rows.keep is not None:
         weights = weights * rows.keep
     lam = rows.take(lam).to(dtype).contiguous() if isinstance(lam, Tensor) else lam

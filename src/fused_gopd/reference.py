@@ -14,20 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import objective
-from .gemm import without_autocast
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
-from .objective import (
-    AdvantageFn,
-    Baseline,
-    Divergence,
-    Estimator,
-    Ratio,
-    Reduction,
-    Support,
-    Tail,
-    TokenStats,
-)
+from .loop.gemm import without_autocast
+from .objective.divergences import Divergence
+from .objective.policy import AdvantageFn, Baseline, Estimator, Ratio, TokenStats, advantage, call_hook
+from .objective.reductions import Reduction
+from .objective.supervised import label_report
+from .objective.target import bounded, mix
+from .objective.topk import Support, Tail
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
 
@@ -132,15 +126,15 @@ def _full(
         return x if support is None else x.masked_fill(~support, 0)
 
     log_p, log_q, log_r = _log_softmax(z, support), other_logp(z_q, 0.0), other_logp(z_r, 1.0)
-    mix = objective.mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
-    lowest, highest = torch.finfo(mix.dtype).min, torch.finfo(mix.dtype).max
+    mixed = mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
+    lowest, highest = torch.finfo(mixed.dtype).min, torch.finfo(mixed.dtype).max
     # log_softmax takes it relative to its maximum, and may leave the finite range
-    log_p_in, log_t = inside(log_p), inside(_log_softmax(mix, support).clamp_(min=lowest))
+    log_p_in, log_t = inside(log_p), inside(_log_softmax(mixed, support).clamp_(min=lowest))
     prob = inside(log_p_in.exp())
     with torch.no_grad():  # reported only: autograd would keep its [tokens, V] terms
         kl = (prob * (log_p_in - log_t)).sum(-1)
     if divergence == "reverse_kl":
-        gap = log_p_in - mix
+        gap = log_p_in - mixed
         # where the student has a mask as well it may be infinite, times a probability of 0; by a sum, as in _all_finite
         value = (prob * (gap if bool(torch.isfinite(gap.detach().sum())) else gap.clamp(lowest, highest))).sum(-1)
     elif divergence == "forward_kl":
@@ -229,7 +223,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
             rest = 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True)
             bucket = bucket & ~((rest < 1e-6) & needed)
         inside = torch.cat((inside, bucket), 1)
-    log_p, mix = log_p.masked_fill(~inside, 0), objective.mix(lam, log_q, log_r).masked_fill(~inside, 0)
+    log_p, mixed = log_p.masked_fill(~inside, 0), mix(lam, log_q, log_r).masked_fill(~inside, 0)
     empty = ~inside.any(1, keepdim=True)
 
     def normalised(x: Tensor) -> Tensor:
@@ -237,7 +231,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
         top = within.detach().amax(1, keepdim=True)
         return (x - top) - (within - top).logsumexp(1, keepdim=True)
 
-    log_t = objective.bounded(normalised(mix))
+    log_t = bounded(normalised(mixed))
     prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
     with torch.no_grad():  # over the outcomes that there are, as one distribution
         whole = normalised(log_p)
@@ -246,7 +240,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
     if p.truncation.tail == "drop":
         counted[:, -1] = False
     if p.divergence == "reverse_kl":
-        terms = prob * objective.bounded(log_p - mix)
+        terms = prob * bounded(log_p - mixed)
     elif p.divergence == "forward_kl":
         terms = target * (log_t - log_p)
     else:
@@ -272,13 +266,13 @@ def _advantages(
     behaviour = lp if p.old_logprobs is None else p.old_logprobs
     advantages: Tensor | None = None
     if lq is not None or lr is not None:
-        advantages, finite = objective.advantage(p.reward_scale, behaviour, lq, lr)
+        advantages, finite = advantage(p.reward_scale, behaviour, lq, lr)
     if p.advantage_fn is not None:
         index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
         stats = TokenStats(
             index, advantages, lp, lq, lr, p.old_logprobs, entropy, teacher_entropy, ref_entropy, p.reward_scale
         )
-        advantages, finite = objective.call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
+        advantages, finite = call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
     assert advantages is not None
     used = advantages if expected is None else advantages + expected
     low, high = s.advantage_clip or (-math.inf, math.inf)
@@ -415,11 +409,11 @@ def gopd_loss(
                 token_loss = value + (token_loss - token_loss.detach())
             kl = None
         elif not any(isinstance(model, TopKLogProbs) for model in (*p.teacher, *p.ref)):
-            advantages, _ = objective.advantage(p.reward_scale, lp.detach(), lq, lr)
+            advantages, _ = advantage(p.reward_scale, lp.detach(), lq, lr)
     labelled: tuple[Tensor | None, Tensor | None] = (None, None)
     if p.labels is not None:
         label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
-        labelled = objective.label_report(label_logprobs.detach(), p.labels)
+        labelled = label_report(label_logprobs.detach(), p.labels)
         assert labelled[1] is not None
         token_loss = token_loss - p.sft_weight * torch.where(labelled[1], label_logprobs, 0)
     loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()

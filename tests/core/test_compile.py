@@ -13,6 +13,7 @@ from torch import nn
 import fused_gopd as fg
 from builders import OBJECTIVES, generator, like, linear_head, make_batch, trainable
 from fused_gopd import chunks, compiled
+from fused_gopd.objective.statistics import STATISTICS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 
@@ -508,7 +509,7 @@ def test_opcheck_of_the_loss(options, student):
     torch.library.opcheck(compiled._loss_op, arguments)
     if options.get("reduction") == "none":
         made = [x.detach() for x in compiled._loss_op(*arguments)]
-        statistics = next(i for i, x in enumerate(made) if x.shape[:1] == (chunks.STATISTICS,))
+        statistics = next(i for i, x in enumerate(made) if x.shape[:1] == (STATISTICS,))
         upstream = torch.ones(2, 5)
         torch.library.opcheck(compiled._loss_backward_op, (upstream, made[statistics:], *detached(arguments)))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from builders import assert_close, generator
-from fused_gopd import gemm
+from fused_gopd.loop import gemm
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # A sum of n float32 products is off by at most n * 6e-8 of its terms' size, in practice by its square root.

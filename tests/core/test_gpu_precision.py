@@ -12,7 +12,7 @@ import torch
 
 import fused_gopd as fg
 from builders import OBJECTIVES, make_batch, relative_error, why_not, widened
-from fused_gopd import gemm
+from fused_gopd.loop import gemm
 
 LOW = (torch.bfloat16, torch.float16)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fused_gopd as fg
 from builders import expect, generator, in_parts, make_batch, relative_error
-from fused_gopd import objective
+from fused_gopd.objective.divergences import divergence_value
+from fused_gopd.objective.statistics import entropy
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, select_backend
 from fused_gopd.rowops.torch import TorchRowOps
 
@@ -92,10 +93,9 @@ def check_rows(
         statistics, gradient = in_parts(ops, problem, parts, weights)
     lam = problem.reward_scale
     has = lam != 0 if isinstance(lam, float) else True, lam != 1 if isinstance(lam, float) else True
-    value, kl = objective.divergence_value(problem.divergence, problem.beta, lam, statistics, has)
+    value, kl = divergence_value(problem.divergence, problem.beta, lam, statistics, has)
     value, kl, gradient = (x.cpu().double() for x in (value, kl, gradient))
-    entropy = objective.entropy(statistics)
-    assert all(x.isfinite().all() for x in (value, kl, gradient, entropy))
+    assert all(x.isfinite().all() for x in (value, kl, gradient, entropy(statistics)))
     if problem.divergence != "reverse_kl":  # p and at most one t for every entry
         assert gradient.abs().sum(1).max() <= 2 + problem.vocab_size
     if not compare:

@@ -9,8 +9,10 @@ import torch
 
 import oracle
 from builders import assert_close, generator
-from fused_gopd import objective
-from fused_gopd.objective import Sequences, Surrogate
+from fused_gopd.objective.policy import Surrogate, TokenStats, advantage, advantages_of, policy_term
+from fused_gopd.objective.reductions import REDUCTIONS, Sequences, token_weights
+from fused_gopd.objective.statistics import entropy, token_logprob
+from fused_gopd.objective.target import mix
 from fused_gopd.rowops import Stat
 
 INF, NAN = math.inf, math.nan
@@ -23,28 +25,28 @@ def vector(*values: float) -> torch.Tensor:
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, 1.25, -2.0])
 def test_mix_is_linear_and_exact_at_equal_models(lam):
     q, r = vector(-1.3, 2.7), vector(0.4, -5.1)
-    assert_close(objective.mix(lam, q, r), lam * q + (1 - lam) * r, 1e-15)
-    assert torch.equal(objective.mix(lam, q, q), q)
+    assert_close(mix(lam, q, r), lam * q + (1 - lam) * r, 1e-15)
+    assert torch.equal(mix(lam, q, q), q)
 
 
 def test_mix_ignores_a_model_whose_coefficient_is_zero_per_token():
     lam = vector(0.0, 1.0)
     for poison in (NAN, INF, -INF):
         q, r = vector(poison, -1.0), vector(-2.0, poison)
-        assert torch.equal(objective.mix(lam, q, r), vector(-2.0, -1.0))
+        assert torch.equal(mix(lam, q, r), vector(-2.0, -1.0))
 
 
 def test_mix_of_one_model_is_that_model():
     q = vector(-1.0)
-    assert objective.mix(1.0, q, None) is q
-    assert objective.mix(0.0, None, q) is q
+    assert mix(1.0, q, None) is q
+    assert mix(0.0, None, q) is q
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
 def test_advantage_is_its_formula(lam):
     g = generator(0)
     p, q, r = (-torch.rand(20, generator=g, dtype=torch.float64) * 9 for _ in range(3))
-    value, finite = objective.advantage(lam, p, None if lam == 0 else q, None if lam == 1 else r)
+    value, finite = advantage(lam, p, None if lam == 0 else q, None if lam == 1 else r)
     want = [oracle.advantage(lam, *(float(x[i]) for x in (p, q, r))) for i in range(20)]
     assert finite.all()
     assert_close(value, vector(*want), 1e-15)
@@ -54,7 +56,7 @@ def test_advantage_is_its_formula(lam):
 def test_advantage_of_an_impossible_token_is_zero_and_not_finite(where):
     x = {"behaviour": vector(-1.0, -1.0), "teacher": vector(-2.0, -2.0), "ref": vector(-3.0, -3.0)}
     x[where][0] = -INF
-    value, finite = objective.advantage(1.25, **x)
+    value, finite = advantage(1.25, **x)
     assert finite.tolist() == [False, True]
     assert value[0] == 0
     assert value[1] != 0
@@ -64,15 +66,15 @@ def test_advantage_of_a_diverged_model_is_nan():
     for where in range(3):
         x = [vector(-1.0), vector(-2.0), vector(-3.0)]
         x[where] = vector(NAN)
-        value, finite = objective.advantage(1.25, *x)
+        value, finite = advantage(1.25, *x)
         assert value.isnan().all()
         assert finite.all()
 
 
 def term_of(surrogate, reward_scale, student, teacher, ref, old, rollout=None):
-    stats = objective.TokenStats(None, None, student, teacher, ref, old, None, None, None, reward_scale)
-    used, _ = objective.advantages_of(surrogate, stats, None, None)
-    return objective.policy_term(surrogate, used, student, old, rollout, lambda x: x)
+    stats = TokenStats(None, None, student, teacher, ref, old, None, None, None, reward_scale)
+    used, _ = advantages_of(surrogate, stats, None, None)
+    return policy_term(surrogate, used, student, old, rollout, lambda x: x)
 
 
 def policy(student, old, clip, teacher=vector(-1.0), ref=vector(-1.5)):  # noqa: B008 never written to
@@ -123,7 +125,7 @@ def test_an_overflowing_ratio_is_clipped_and_an_impossible_token_has_no_ratio():
 
 def test_a_log_prob_is_minus_inf_outside_the_support_and_nan_in_a_diverged_row():
     logit, logsum = vector(-1.0, -INF, -INF, NAN, -1.0, -INF), vector(0.5, 0.5, -INF, 0.5, NAN, NAN)
-    got = objective.token_logprob(logit, logsum)
+    got = token_logprob(logit, logsum)
     assert torch.equal(got[:3], vector(-1.5, -INF, -INF))
     assert got[3:].isnan().all()
 
@@ -132,12 +134,12 @@ def test_entropy_is_never_negative_and_zero_without_support():
     statistics = torch.zeros(len(Stat), 3, dtype=torch.float64)
     statistics[Stat.LOGSUM_STUDENT] = vector(2.0, 1.0, -INF)
     statistics[Stat.MEAN_LOGIT] = vector(0.5, 1.0 + 1e-16, 0.0)
-    assert torch.equal(objective.entropy(statistics), vector(1.5, 0.0, 0.0))
+    assert torch.equal(entropy(statistics), vector(1.5, 0.0, 0.0))
 
 
 def weights(reduction, mask, **kw):
     options = {"normalizer": None, "sequence_lengths": None, "dtype": torch.float64, "device": mask.device}
-    return objective.token_weights(reduction, mask, Sequences(mask.shape), **{**options, **kw})
+    return token_weights(reduction, mask, Sequences(mask.shape), **{**options, **kw})
 
 
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"])
@@ -152,7 +154,7 @@ def test_token_weights_are_the_derivative_of_the_reduction(reduction, normalizer
     assert_close(got, want, 1e-15)
 
 
-@pytest.mark.parametrize("reduction", objective.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_token_weights_stay_finite_with_nothing_live(reduction):
     assert weights(reduction, torch.zeros(2, 3, dtype=torch.bool)).isfinite().all()
 

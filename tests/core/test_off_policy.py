@@ -23,7 +23,7 @@ from builders import (
     trainable,
     widened,
 )
-from fused_gopd.objective import Surrogate, TokenStats, advantages_of, policy_term
+from fused_gopd.objective.policy import Surrogate, TokenStats, advantages_of, policy_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd import objective
+from fused_gopd.objective.statistics import merge
 from fused_gopd.rowops import GradientWeights, ModelRows, RowOps, RowProblem, Stat, unavailable_reason
 
 LAMBDAS = (0.0, 0.5, 1.0, 1.25, 2.0)
@@ -262,7 +262,7 @@ def in_parts(
     for statistics, p in zip(own, parts, strict=True):
         statistics[logits] = statistics[logits].masked_fill(p.token_ids < 0, -math.inf)
     has = problem.teacher is not None, problem.ref is not None
-    merged = objective.merge(own, problem.reward_scale, has, problem.divergence)
+    merged = merge(own, problem.reward_scale, has, problem.divergence)
     if problem.divergence == "jsd":
         merged[Stat.STUDENT_PART : Stat.TARGET_PART + 1] = sum(ops.jsd_parts(p, merged) for p in parts)
     gradient = torch.empty(problem.rows, problem.vocab_size, dtype=own.dtype, device=own.device)

@@ -13,7 +13,9 @@ import typer
 from .presets import PRESETS, Head, head_of
 
 if TYPE_CHECKING:
-    from fused_gopd.objective import Divergence, Estimator, Support
+    from fused_gopd.objective.divergences import Divergence
+    from fused_gopd.objective.policy import Estimator
+    from fused_gopd.objective.topk import Support
 
 
 # Dense bfloat16 and float16 peaks of the vendors' data sheets, TFLOP/s.
@@ -187,9 +189,9 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
 
     ``ranks`` is how many gather their statistics; ``job`` is then the share of one of them.
     """
-    from fused_gopd import gemm
-    from fused_gopd.chunks import STATISTICS
-    from fused_gopd.rowops import Stat, entries
+    from fused_gopd.loop import gemm
+    from fused_gopd.objective.statistics import STATISTICS
+    from fused_gopd.rowops import Stat, sparse
 
     rows, weight = _chunk_rows(job), job.vocab * job.hidden
     kept = {
@@ -208,9 +210,9 @@ def fused_peak(job: Job, ranks: int = 1) -> dict[str, int]:
         widest = max(job.needed.values())
         forward["widened block of a weight"] = min(gemm._BLOCK_ELEMENTS, job.vocab * widest) * job.wide
     if job.k is not None:
-        searched = min(rows, max(1, entries._SEARCHED[job.device] // job.vocab))
+        searched = min(rows, max(1, sparse._SEARCHED[job.device] // job.vocab))
         # ids twice and logits once of the blocks that may hold the largest
-        forward["search for the support"] = searched * min(job.vocab, job.k * entries._BLOCK) * (8 + 8 + job.wide)
+        forward["search for the support"] = searched * min(job.vocab, job.k * sparse._BLOCK) * (8 + 8 + job.wide)
     if ranks > 1:
         # as they come, and laid out and widened to float64 to be merged
         gathered = max(exchange.numbers for exchange in exchanges(job)) * job.wide + len(Stat) * (job.wide + 8)
@@ -260,7 +262,7 @@ class Exchange(NamedTuple):
 
 def exchanges(job: Job) -> list[Exchange]:
     """The all-gathers of vocabulary-parallel heads, whose sampled tokens are known."""
-    from fused_gopd.objective import merged_statistics
+    from fused_gopd.objective.statistics import merged_statistics
 
     models = len(job.needed)
     if job.estimator == "full":

@@ -1,7 +1,7 @@
 """The sampled estimator where a framework hands over log-probs of the sampled tokens and keeps the model to itself.
 
 What the adapters of RL frameworks share. The student's log-probs carry the gradient there, so that no head is needed;
-the formulas are those of :mod:`fused_gopd.objective`, which :func:`fused_gopd.gopd_loss` uses too.
+the formulas are those of :mod:`fused_gopd.objective.policy`, which :func:`fused_gopd.gopd_loss` uses too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
-from ..objective import PolicyTerm, Sequences, Surrogate, TokenStats, advantages_of, policy_term
+from ..objective.policy import PolicyTerm, Surrogate, TokenStats, advantages_of, policy_term
+from ..objective.reductions import Sequences
 from ..output import GOPDOutput
 from ..prepare import check_cu_seqlens, check_mask, check_surrogate
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..checks import require_number
-from ..objective import mix
+from ..objective.target import mix
 from . import needs
 from .logprobs import metric_sums, sampled_loss
 

@@ -26,7 +26,9 @@ from torch import Tensor
 import fused_gopd as fg
 
 from ..checks import one_of, require_mask
-from ..objective import DIVERGENCES, TAILS, Sequences
+from ..objective.divergences import DIVERGENCES
+from ..objective.reductions import Sequences
+from ..objective.topk import TAILS
 from . import needs
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of

@@ -12,7 +12,7 @@ Notation of the formulas here and in every backend, for one row (one token):
                   logits from every log-prob otherwise (at an offset of 1e4 a log-prob would be off by 5e-4)
     u             lambda q' + (1 - lambda) r', the logits of the target; computed as r' + lambda (q' - r') for
                   lambda <= 1/2 and as q' + (lambda - 1) (q' - r') above, so that three equal models give exactly u = z'
-                  (see objective.mix). Clamped to the finite range: a mask times lambda may be beyond it
+                  (see objective.target.mix). Clamped to the finite range: a mask times lambda may be beyond it
     p, t          softmax of z and of u over S
     m             beta t + (1 - beta) p
 """

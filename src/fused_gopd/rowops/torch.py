@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import objective
+from ..objective.divergences import to_mixture
+from ..objective.target import bounded, mix, origin_of
 from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
@@ -176,11 +177,11 @@ def _load(problem: RowProblem, dtype: torch.dtype, statistics: Tensor | None = N
         ref = relative(ref, Stat.MAX_REF)
     u = origin = None
     if teacher is not None or ref is not None:
-        u = objective.mix(lam_column if isinstance(lam, Tensor) else lam, teacher, ref).masked_fill(~support, -math.inf)
+        u = mix(lam_column if isinstance(lam, Tensor) else lam, teacher, ref).masked_fill(~support, -math.inf)
         if statistics is not None:
             origin = statistics[Stat.ORIGIN_TARGET]
         else:
-            origin = objective.origin_of(u.amax(-1).masked_fill(empty, 0))
+            origin = origin_of(u.amax(-1).masked_fill(empty, 0))
     return _Rows(z, u, origin, teacher, ref, support, use_teacher, use_ref, maxima, dz_dx)
 
 
@@ -202,19 +203,19 @@ def _probabilities(logits: Tensor, logsum: Tensor, support: Tensor) -> Tensor:
 def _gap(x: _Rows) -> Tensor:
     """z' - u."""
     assert x.u is not None
-    return objective.bounded(x.z - x.u)
+    return bounded(x.z - x.u)
 
 
 def _target(x: _Rows) -> Tensor:
     """u relative to its origin."""
     assert x.u is not None
     assert x.origin is not None
-    return objective.bounded(x.u - x.origin[:, None]).masked_fill(~x.support, -math.inf)
+    return bounded(x.u - x.origin[:, None]).masked_fill(~x.support, -math.inf)
 
 
 def _to_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(t / m)."""
-    return objective.to_mixture((_target(x) - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
+    return to_mixture((_target(x) - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
 
 
 def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +242,7 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
         logsum_u = torch.logsumexp(u, -1)
         out[Stat.ORIGIN_TARGET] = x.origin
         out[Stat.LOGSUM_TARGET] = logsum_u
-        out[Stat.MEAN_GAP] = objective.bounded(_weighted(p, _gap(x), x.support))
+        out[Stat.MEAN_GAP] = bounded(_weighted(p, _gap(x), x.support))
         if problem.divergence == "forward_kl":
             out[Stat.TARGET_PART] = _weighted(_probabilities(u, logsum_u, x.support), u - x.z, x.support)
         elif problem.divergence == "jsd":
@@ -278,7 +279,7 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
             else:
                 d = (1.0 - problem.beta) * _to_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])[0]
                 mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
-            term = p * torch.where(x.support, objective.bounded(d - mean[:, None]), zero)
+            term = p * torch.where(x.support, bounded(d - mean[:, None]), zero)
         grad = grad + torch.where(w == 0, zero, w * term)
     if weights.token is not None:
         assert problem.token_ids is not None

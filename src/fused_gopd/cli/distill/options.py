@@ -15,7 +15,8 @@ from typing import Any
 import typer
 
 from ...integrations.hub import is_folder
-from ...objective import DIVERGENCES, ESTIMATORS
+from ...objective.divergences import DIVERGENCES
+from ...objective.policy import ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
 
 FILE = "distill.json"

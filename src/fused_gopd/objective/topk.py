@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .objective import Divergence, Support, Tail, any_impossible, bounded, mix, origin_of, to_mixture
+from .divergences import Divergence, to_mixture
+from .target import any_impossible, bounded, mix, origin_of
+
+Support = Literal["teacher", "student"]
+Tail = Literal["bucket", "drop", "renormalize"]
+SUPPORTS: tuple[str, ...] = get_args(Support)
+TAILS: tuple[str, ...] = get_args(Tail)
 
 
 @dataclass(frozen=True)

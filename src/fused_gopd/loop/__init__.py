@@ -1,0 +1,1 @@
+"""The loop over chunks of tokens: matrix products, row operations and buffers."""

@@ -1,0 +1,204 @@
+"""The sampled estimator: advantages, ratios, clipping and the policy gradient term per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import printing
+from .target import any_impossible, bounded, mix
+
+Estimator = Literal["sampled", "full", "topk"]
+Ratio = Literal["token", "sequence"]
+Baseline = Literal["none", "expected"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+RATIOS: tuple[str, ...] = get_args(Ratio)
+BASELINES: tuple[str, ...] = get_args(Baseline)
+
+
+def advantage(
+    reward_scale: float | Tensor, behaviour: Tensor, teacher: Tensor | None, ref: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A = lambda log q + (1 - lambda) log r - log p of the sampled token, and where it is finite.
+
+    Where a model gives the token probability 0 there is no finite advantage: A is 0 there and ``finite`` False.
+    NaN stays NaN and counts as finite, so that a diverged model is seen.
+
+    Args:
+        reward_scale: lambda, a float or (C,).
+        behaviour: (C,) log-prob under the policy that sampled the token: old log-probs, or the student's own.
+        teacher, ref: (C,) log-probs, None where cancelled.
+    """
+    dead = any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
+    value = bounded(mix(reward_scale, teacher, ref) - behaviour) + 0 * behaviour
+    return torch.where(dead, torch.zeros_like(value), value), ~dead
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """How the sampled estimator makes advantages and turns them into token losses; None switches a part off."""
+
+    clip: tuple[float, float] | None = None  # (epsilon_low, epsilon_high)
+    clip_dual: float | None = None
+    ratio: Ratio = "token"
+    rollout_is_cap: float | None = None
+    advantage_clip: tuple[float, float] | None = None
+    logprob_min: float | None = None
+    baseline: Baseline = "none"
+
+
+PLAIN = Surrogate()
+
+
+def looks_jointly(estimator: Estimator, surrogate: Surrogate) -> bool:
+    """Whether all models of a token are looked at together, over their joint support."""
+    return estimator == "full" or surrogate.baseline == "expected"
+
+
+@dataclass(frozen=True, repr=False)
+class TokenStats:
+    """What an ``advantage_fn`` sees of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).
+
+    Attributes:
+        index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
+        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite;
+            None without a teacher and a reference.
+        student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
+            given (teacher and reference); None for a model that has cancelled.
+        old_logprobs: as given, or None.
+        student_entropy: in nats.
+        teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
+            with ``baseline="expected"``.
+        reward_scale: lambda, a float or (C,).
+
+    A log-prob may be -inf: it is for the function to say what such a token's advantage is.
+    """
+
+    index: Tensor
+    advantages: Tensor | None
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    old_logprobs: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    ref_entropy: Tensor | None
+    reward_scale: float | Tensor
+
+    def __repr__(self) -> str:
+        return printing.lines(self)
+
+
+AdvantageFn = Callable[[TokenStats], Tensor]
+
+
+def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
+    """The hook's advantages (C,), checked."""
+    with torch.no_grad():
+        value = hook(stats)
+    expected = stats.student_logprobs
+    if not isinstance(value, Tensor):
+        raise TypeError(f"advantage_fn must return a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"advantage_fn must return a float tensor, got {value.dtype}")
+    if value.shape != expected.shape or value.device != expected.device:
+        raise ValueError(
+            f"advantage_fn must return one advantage per token, shape {tuple(expected.shape)} on {expected.device}, "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+    return value.detach().to(expected.dtype)
+
+
+def advantages_of(
+    surrogate: Surrogate, stats: TokenStats, hook: AdvantageFn | None, expected: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The advantages that the gradient uses, and those that the loss reports, which leave the baseline out; (C,) each.
+
+    ``logprob_min`` on teacher and reference -> A or the hook's value -> the baseline -> ``advantage_clip``.
+
+    ``expected`` is the value l of the ``full`` reverse KL per token: E_p[A] = -l, so that A + l has mean 0 (vOPD,
+    2605.07865). The hook's advantage has another mean, but any number per position leaves the gradient unbiased.
+    """
+    teacher, ref = stats.teacher_logprobs, stats.ref_logprobs
+    if surrogate.logprob_min is not None:
+        teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
+    behaviour = stats.student_logprobs if stats.old_logprobs is None else stats.old_logprobs
+    adv: Tensor | None = None
+    finite = ~torch.isneginf(behaviour)
+    if teacher is not None or ref is not None:
+        adv, finite = advantage(stats.reward_scale, behaviour, teacher, ref)
+    if hook is not None:
+        adv = call_hook(hook, replace(stats, advantages=adv, teacher_logprobs=teacher, ref_logprobs=ref))
+        finite = ~torch.isneginf(behaviour)
+    assert adv is not None
+
+    def bounded(x: Tensor) -> Tensor:
+        if surrogate.advantage_clip is not None:
+            x = x.clamp(*surrogate.advantage_clip)
+        return x.masked_fill(~finite, 0)
+
+    return bounded(adv if expected is None else adv + expected), bounded(adv)
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    """The sampled estimator's token loss and its derivative with respect to the student's log-prob; (C,) each."""
+
+    loss: Tensor
+    dlogprob: Tensor
+    advantages: Tensor
+    clipped: Tensor  # bool: where the derivative is 0 because a clip is in force
+    importance: Tensor | None  # the detached importance weight of the rollout, where there is one
+
+
+def policy_term(
+    surrogate: Surrogate,
+    adv: Tensor,  # (C,) advantages
+    student: Tensor,  # (C,) log p of the sampled token
+    old: Tensor | None,
+    rollout: Tensor | None,
+    sequence_mean: Callable[[Tensor], Tensor],  # (C,) -> (C,), for ratio="sequence"
+) -> PolicyTerm:
+    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the surrogate says.
+
+    clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
+    clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
+    sequence     rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
+                 detached (GSPO-token, Zheng et al. 2025); the clips see s
+    w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
+    """
+    behaviour = student if old is None else old
+    log_ratio = torch.zeros_like(student) if old is None else student - old
+    ruled_out = torch.isneginf(student)
+    if surrogate.ratio == "sequence":
+        # a token that a policy rules out would make its whole sequence's ratio 0, inf or NaN
+        log_ratio = sequence_mean(log_ratio.masked_fill(ruled_out | torch.isneginf(behaviour), 0))
+    ratio = log_ratio.exp()
+    loss = -adv * ratio
+    clipped = torch.zeros_like(ruled_out)
+    if surrogate.clip is not None:
+        low, high = surrogate.clip
+        bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
+        # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
+        clipped = bounded > loss
+        loss = torch.maximum(loss, bounded)
+    if surrogate.clip_dual is not None:
+        bound = -adv * surrogate.clip_dual
+        over = (adv < 0) & (loss > bound)
+        clipped = clipped | over
+        loss = torch.where(over, bound, loss)
+    importance = None
+    if rollout is not None:
+        importance = (behaviour - rollout).masked_fill(torch.isneginf(behaviour), 0).exp()
+        if surrogate.rollout_is_cap is not None:
+            importance = importance.clamp_max(surrogate.rollout_is_cap)
+        loss = loss * importance
+    # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
+    nothing = adv == 0
+    loss = loss.masked_fill(nothing, 0)
+    # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
+    return PolicyTerm(loss, loss.masked_fill(clipped | ruled_out, 0), adv, clipped & ~nothing, importance)

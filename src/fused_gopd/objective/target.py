@@ -1,0 +1,63 @@
+"""The target of the full and topk estimators: lambda log q + (1 - lambda) log r, and its origin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rowops import FAR
+
+
+def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
+    """lambda q + (1 - lambda) r, where a model with coefficient exactly 0 does not matter, whatever its value.
+
+    Written as r + lambda (q - r), or q + (lambda - 1) (q - r) for lambda > 1/2: so that q = r gives exactly q, and the
+    rounding of q - r, a large one where one of them is a large mask, counts no more than that of the result. Finite q
+    and r give a finite result, clamped to the range of the dtype; an infinite one gives NaN. ``None`` is a model that
+    has cancelled.
+    """
+    if ref is None:
+        assert teacher is not None
+        return teacher
+    if teacher is None:
+        return ref
+    gap = teacher - ref
+    if isinstance(reward_scale, Tensor):
+        near_teacher = reward_scale > 0.5
+        share = torch.where(near_teacher, reward_scale - 1, reward_scale)
+        mixed = torch.where(near_teacher, teacher, ref) + share * gap
+        mixed = bounded(mixed) + 0 * gap
+        return torch.where(reward_scale == 1, teacher, torch.where(reward_scale == 0, ref, mixed))
+    if reward_scale in (0, 1):
+        return teacher if reward_scale else ref
+    mixed = teacher + (reward_scale - 1) * gap if reward_scale > 0.5 else ref + reward_scale * gap
+    return bounded(mixed) + 0 * gap
+
+
+def bounded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Within the finite range of its dtype, or of another one; NaN stays."""
+    limits = torch.finfo(dtype or x.dtype)
+    return x.clamp(limits.min, limits.max)
+
+
+def origin_of(maximum: Tensor) -> Tensor:
+    """What to take u relative to before its log-sum: its maximum where that is far from 0, else 0.
+
+    A log-sum relative to something far away has the rounding of that. Near 0 nothing is subtracted: one operation less
+    for every entry.
+    """
+    return torch.where(maximum.abs() > FAR, bounded(maximum), 0)
+
+
+def any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
+    """Where a model that counts gives the token probability 0."""
+    dead: Tensor | None = None
+    for model, cancelled_at in ((teacher, 0.0), (ref, 1.0)):
+        if model is None:
+            continue
+        gone = torch.isneginf(model)
+        if isinstance(reward_scale, Tensor):
+            gone = gone & (reward_scale != cancelled_at)
+        dead = gone if dead is None else dead | gone
+    assert dead is not None
+    return dead
