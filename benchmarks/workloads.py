@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_gopd.cli.presets import PRESETS
+from fused_gopd.cli.plan.presets import PRESETS
 
 VOCAB_SIZE = 151936  # Qwen3
 REWARD_SCALE = 1.25  # the best of the paper; both teacher and reference are needed

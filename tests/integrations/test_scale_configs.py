@@ -22,7 +22,7 @@ import torch
 import fused_gopd as fg
 import snapshots
 from fused_gopd.cli.distill import options as distill
-from fused_gopd.cli.presets import PRESETS
+from fused_gopd.cli.plan.presets import PRESETS
 from test_scaling import _FENCE, gib, planned, with_outputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

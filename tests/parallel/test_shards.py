@@ -20,7 +20,8 @@ import torch.distributed as dist
 import fused_gopd as fg
 from builders import Batch, assert_close, generator, make_batch, relative_error, widened
 from fused_gopd import agreement
-from fused_gopd.cli import plan
+from fused_gopd.cli.plan.call import PlannedCall
+from fused_gopd.cli.plan.communication import collectives
 from ranks import RankError, run_on_ranks
 
 V = 1003
@@ -753,9 +754,21 @@ def _bytes_on_the_wire() -> None:
             assert sum(size for kind, size in counted if kind == "sum") == 4 * N * H
             # what fused-gopd plan says of it
             scale = {"reward_scale": 1.25, **options}["reward_scale"]
-            job = plan.Job(N, V, H, 24, 16, "float32", options.get("estimator", "sampled"), scale, "cpu", tp=n,
-                           divergence=options.get("divergence", "reverse_kl"), k=options.get("k"))  # fmt: skip
-            wire = {c.what: c.size for c in plan.collectives(job)}
+            call = PlannedCall(
+                tokens=N,
+                vocab=V,
+                hidden=H,
+                teacher_hidden=24,
+                ref_hidden=16,
+                dtype="float32",
+                estimator=options.get("estimator", "sampled"),
+                divergence=options.get("divergence", "reverse_kl"),
+                reward_scale=scale,
+                device="cpu",
+                k=options.get("k"),
+                tp=n,
+            )
+            wire = {c.what: c.size for c in collectives(call)}
             assert wire.pop("gradient of hidden") == 4 * N * H
             assert sum(wire.values()) == n * sum(gathers)
     finally:

@@ -18,6 +18,7 @@ from ...integrations.hub import is_folder
 from ...objective.divergences import DIVERGENCES
 from ...objective.policy import ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
+from ..parameters import require_one_of
 
 FILE = "distill.json"
 # what a resumed run may do otherwise without being another run
@@ -185,11 +186,6 @@ def write(output: Path, options: Options) -> None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _one_of(option: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=option)
-
-
 def _wrong(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
@@ -201,11 +197,11 @@ def check(options: Options) -> None:
             "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
             "`accelerate launch`"
         )
-    _one_of("--estimator", options.estimator, ESTIMATORS)
-    _one_of("--divergence", options.divergence, DIVERGENCES)
-    _one_of("--save", options.save, ("merged", "adapter"))
+    require_one_of("estimator", options.estimator, ESTIMATORS)
+    require_one_of("divergence", options.divergence, DIVERGENCES)
+    require_one_of("save", options.save, ("merged", "adapter"))
     if options.dtype:
-        _one_of("--dtype", options.dtype, ("float32", "bfloat16"))
+        require_one_of("dtype", options.dtype, ("float32", "bfloat16"))
     if not math.isfinite(options.reward_scale):
         raise _wrong("--reward-scale", f"expected a finite number, got {options.reward_scale}")
     if options.temperature == 0:
@@ -257,7 +253,7 @@ def _check_teachers(options: Options) -> None:
 
 
 def _check_server(options: Options) -> None:
-    _one_of("--teacher-server-api", options.teacher_server_api, ("vllm", "sglang", "openai"))
+    require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang", "openai"))
     if not options.teacher_server_model:
         raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
     if options.estimator == "full":

@@ -119,7 +119,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class Head(NamedTuple):
+class HeadSize(NamedTuple):
     """The size of a head; None where a configuration file leaves it to the defaults of its family."""
 
     hidden: int | None
@@ -136,7 +136,7 @@ def _by_name() -> dict[str, Preset]:
     return found
 
 
-def head_of(model: str, option: str) -> Head:
+def head_size(model: str, option: str) -> HeadSize:
     """The head of a model's folder, of a ``config.json``, or of a preset.
 
     Raises:
@@ -148,7 +148,7 @@ def head_of(model: str, option: str) -> Head:
     known = _by_name()
     preset = known.get(model.lower())
     if preset is not None:
-        return Head(preset.hidden, preset.vocab)
+        return HeadSize(preset.hidden, preset.vocab)
     if model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1:
         raise typer.BadParameter(f"there is no folder and no file {model}", param_hint=option)
     close = difflib.get_close_matches(model.lower(), known, n=3)
@@ -160,7 +160,7 @@ def head_of(model: str, option: str) -> Head:
     )
 
 
-def _configured(path: Path, option: str) -> Head:
+def _configured(path: Path, option: str) -> HeadSize:
     """The head that a configuration file describes."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def _configured(path: Path, option: str) -> Head:
         raise typer.BadParameter(f"{path} is no model's configuration: it must be an object", param_hint=option)
     inner = config.get("text_config")  # of a model that also takes images
     parts = [config, *([inner] if isinstance(inner, dict) else [])]
-    return Head(
+    return HeadSize(
         _size(parts, ("hidden_size", "n_embd", "d_model"), path, option), _size(parts, ("vocab_size",), path, option)
     )
 
