@@ -363,7 +363,7 @@ def _fused() -> dict[str, Provider]:
     return found | {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low.items()}
 
 
-# tensors of [tokens, vocabulary] in float32 that are alive at once: fused_gopd.cli.plan.cost.dense_peak says where they are
+# float32 tensors of [tokens, vocabulary] alive at once; fused_gopd.cli.plan.cost.dense_peak says where
 OWN = {
     **_fused(),
     "compile-chunked": Provider(_HIDDEN, _compile_chunked, _one_chunk, compiles=True),

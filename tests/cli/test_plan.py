@@ -139,7 +139,7 @@ def test_plan_command_with_presets() -> None:
 
 
 def test_plan_joint_vocabulary_is_the_smaller() -> None:
-    assert planned("--model", "gemma-3-4b", "--teacher-model", "gemma-3-1b")["call"]["vocab"] == 262_144
+    assert planned("--model", "gemma-3-4b", "--teacher-model", "gemma-3-1b")["job"]["vocab"] == 262_144
 
 
 def test_plan_prints_its_table() -> None:
@@ -170,7 +170,7 @@ def test_plan_presets_have_one_meaning_and_the_sizes_that_transformers_has_for_t
 
 def test_plan_knows_models_by_their_hub_names_folders_and_configuration_files(tmp_path: Path) -> None:
     def sizes(*arguments: str) -> tuple[int, int, int]:
-        call = planned(*arguments)["call"]
+        call = planned(*arguments)["job"]
         return call["hidden"], call["teacher_hidden"], call["vocab"]
 
     assert sizes("--model", "Qwen/Qwen3-4B") == (2560, 2560, 151_936)
