@@ -16,7 +16,9 @@ from .presets import HeadSize, head_size
 from .tables import print_plan, print_presets
 
 if TYPE_CHECKING:
-    from fused_gopd.objective import Divergence, Estimator, Support
+    from fused_gopd.objective.divergences import Divergence
+    from fused_gopd.objective.policy import Estimator
+    from fused_gopd.objective.topk import Support
 
 __all__ = ["parse_memory", "plan"]
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fused_gopd.objective import Divergence, Estimator, Support
+    from fused_gopd.objective.divergences import Divergence
+    from fused_gopd.objective.policy import Estimator
+    from fused_gopd.objective.topk import Support
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 

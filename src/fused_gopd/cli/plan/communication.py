@@ -36,7 +36,7 @@ class Exchange(NamedTuple):
 
 def exchanges(call: PlannedCall) -> list[Exchange]:
     """The all-gathers of vocabulary-parallel heads, for a call with token ids."""
-    from fused_gopd.objective import merged_statistics
+    from fused_gopd.objective.statistics import merged_statistics
 
     models = len(call.needed)
     if call.estimator == "full":

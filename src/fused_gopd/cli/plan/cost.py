@@ -64,9 +64,9 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
         call: the share of one rank.
         ranks: how many ranks gather their statistics.
     """
-    from fused_gopd import gemm
-    from fused_gopd.chunks import STATISTICS
-    from fused_gopd.rowops import Stat, entries
+    from fused_gopd.loop import gemm
+    from fused_gopd.objective.statistics import STATISTICS
+    from fused_gopd.rowops import Stat, sparse
 
     rows, weight = call.largest_chunk, call.vocab * call.hidden
     kept = {
@@ -85,9 +85,9 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
         widest = max(call.needed.values())
         forward["widened block of a weight"] = min(gemm._BLOCK_ELEMENTS, call.vocab * widest) * call.wide
     if call.k is not None:
-        searched = min(rows, max(1, entries._SEARCHED[call.device] // call.vocab))
+        searched = min(rows, max(1, sparse._SEARCHED[call.device] // call.vocab))
         # for the entries of the blocks that may hold the largest logits: two int64 ids and one logit each
-        forward["search for the support"] = searched * min(call.vocab, call.k * entries._BLOCK) * (8 + 8 + call.wide)
+        forward["search for the support"] = searched * min(call.vocab, call.k * sparse._BLOCK) * (8 + 8 + call.wide)
     if ranks > 1:
         # as received, and in the merge's layout, widened to float64
         gathered = max(exchange.numbers for exchange in exchanges(call)) * call.wide + len(Stat) * (call.wide + 8)
