@@ -4,7 +4,7 @@ from . import distributed, reference
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
 from .metrics import Metrics
-from .objective.policy import TokenStats
+from .options import TokenStats
 from .output import GOPDOutput
 from .shards import VocabShard
 

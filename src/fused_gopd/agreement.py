@@ -21,7 +21,7 @@ from .heads import LinearHead, Logits, Source, TopKLogProbs
 from .shards import VocabShard
 
 if TYPE_CHECKING:
-    from .chunks import TokenRows
+    from .tokens import TokenRows
 
 
 class Agree(enum.Enum):

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from . import chunks
 from .agreement import Agreement
-from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling, TokenRows
+from .chunks import Chosen, Coefficients, Job, Needs, Route, Scaling
 from .heads import Head, LinearHead, Logits
 from .objective.divergences import divergence_value
 from .objective.statistics import TokenRow, entropy
 from .rowops import triton
+from .tokens import TokenRows
 
 # ----------------------------------------------------------------------------------------- a job apart from its tensors
 

@@ -22,24 +22,15 @@ from .heads import Head, LinearHead, Logits
 from .loop import gemm, memory
 from .objective import topk
 from .objective.divergences import Divergence, divergence_value
-from .objective.policy import (
-    PLAIN,
-    AdvantageFn,
-    Estimator,
-    PolicyTerm,
-    Surrogate,
-    TokenStats,
-    advantages_of,
-    looks_jointly,
-    policy_term,
-)
-from .objective.reductions import Sequences
+from .objective.policy import PLAIN, PolicyTerm, Surrogate, advantages_of, looks_jointly, policy_term
 from .objective.statistics import ENTROPY_ROWS, STATISTICS, TokenRow, entropy, merge, merged_statistics, token_logprob
 from .objective.supervised import supervised
 from .objective.topk import Entries, OnSupport, Truncation
+from .options import AdvantageFn, Estimator, TokenStats
 from .rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from .rowops.torch import TorchRowOps, accumulation_dtype, rows_of
 from .shards import VocabShard
+from .tokens import Sequences, TokenRows
 
 T = TypeVar("T")
 
@@ -112,67 +103,6 @@ def _balanced(rows: int, chunk_size: int, device_type: str) -> int:
     """The chunk size with as many chunks but all of them nearly equal: 1040 tokens are not 1024 and 16."""
     chunks = -(-rows // chunk_size)
     return max(1, min(rows, chunk_size, _multiple(rows / max(1, chunks), device_type)))
-
-
-# -------------------------------------------------------------------------------------------------------- live rows
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Which tokens are computed: all of a token shape, or those at ``index``, in its order.
-
-    Where nothing may wait for the device to say how many tokens are live, all are computed and ``keep`` says whose
-    results count.
-    """
-
-    shape: torch.Size
-    index: Tensor | None = None  # (n,) int64 flat positions
-    keep: Tensor | None = None  # token shape, bool; only without an index
-
-    @property
-    def count(self) -> int:
-        return self.shape.numel() if self.index is None else self.index.shape[0]
-
-    def take(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of the live tokens of ``x`` (token shape + trailing dims), as (n, ...).
-
-        A view where every token is live and the layout allows it. Otherwise only these rows are copied: flattening a
-        sliced tensor such as ``hidden[:, :-1]`` first would copy all of it.
-        """
-        stop = self.count if stop is None else stop
-        trailing = x.shape[len(self.shape) :]
-        try:
-            flat = x.view(self.shape.numel(), *trailing)
-        except RuntimeError:
-            flat = None
-        if self.index is None:
-            if flat is not None:
-                return flat[start:stop]
-            index = torch.arange(start, stop, device=x.device)
-        else:
-            index = self.index[start:stop]
-            if flat is not None:
-                return flat.index_select(0, index)
-        # by hand: torch.unravel_index copies the shape to the device, which waits for it
-        coordinates: list[Tensor] = []
-        for size in reversed(self.shape):
-            coordinates.insert(0, index % size)
-            index = index // size
-        return x[tuple(coordinates)]
-
-    def put(self, out: Tensor, values: Tensor, start: int, stop: int) -> None:
-        """Write rows [start, stop) into ``out`` (tokens, ...), which is flat and contiguous."""
-        if self.index is None:
-            out[start:stop].copy_(values)
-        else:
-            out.index_copy_(0, self.index[start:stop], values.to(out.dtype))
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """(n,) values of the live tokens in the token shape, 0 elsewhere; differentiable."""
-        if self.index is None:
-            values = values.reshape(self.shape)
-            return values if self.keep is None else values.masked_fill(~self.keep, 0)
-        return values.new_zeros(self.shape.numel()).index_copy(0, self.index, values).reshape(self.shape)
 
 
 # -------------------------------------------------------------------------------------------------------------- job
@@ -357,7 +287,18 @@ class Job:
         old = None if self.old_logprobs is None else self.old_logprobs[rows]
         scale = self.scale_of(rows)
         # what only a function of the user's looks at is made only for it; meanwhile the log-probs stand there
-        stats = TokenStats(student, student, student, teacher, ref, old, student, None, None, scale)
+        stats = TokenStats(
+            index=student,
+            advantages=None,
+            student_logprobs=student,
+            teacher_logprobs=teacher,
+            ref_logprobs=ref,
+            old_logprobs=old,
+            student_entropy=student,
+            teacher_entropy=None,
+            ref_entropy=None,
+            reward_scale=scale,
+        )
         if self.advantage_fn is not None:
             index = torch.arange(start, stop, device=self.device) if self.rows.index is None else self.rows.index[rows]
             elsewhere = (self.teacher_logprobs is not None, self.ref_logprobs is not None)

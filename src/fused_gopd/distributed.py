@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from .checks import one_of, require_mask, require_number
 from .heads import LinearHead
 from .hooks import HEAD_FIX, isinstance_if_imported, require_linear, require_no_hooks
-from .objective.reductions import REDUCTIONS, Sequences, widest
+from .options import REDUCTIONS
 from .output import GOPDOutput
 from .shards import is_dtensor
+from .tokens import Sequences, widest
 
 T = TypeVar("T")
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from . import autograd
 from .checks import require_count, require_reverse_mode
-from .chunks import Job, Route, TokenRows, chunk_size_for, logits_buffers, others_size
+from .chunks import Job, Route, chunk_size_for, logits_buffers, others_size
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
-from .objective.policy import Estimator, advantage
+from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
+from .options import Estimator
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
 from .rowops import select_backend
+from .tokens import TokenRows
 
 
 def _heads(models: tuple[Source, ...], p: Prepared) -> list[Head | None]:

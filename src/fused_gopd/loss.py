@@ -13,9 +13,21 @@ from .checks import one_of, require_reverse_mode
 from .heads import Head, Source
 from .jobs import make_job, make_output, most_likely, prepare_alone
 from .objective.divergences import DIVERGENCES, Divergence
-from .objective.policy import BASELINES, ESTIMATORS, RATIOS, AdvantageFn, Baseline, Estimator, Ratio
-from .objective.reductions import REDUCTIONS, Reduction
-from .objective.topk import SUPPORTS, TAILS, Support, Tail
+from .options import (
+    BASELINES,
+    ESTIMATORS,
+    RATIOS,
+    REDUCTIONS,
+    SUPPORTS,
+    TAILS,
+    AdvantageFn,
+    Baseline,
+    Estimator,
+    Ratio,
+    Reduction,
+    Support,
+    Tail,
+)
 from .output import GOPDOutput
 from .prepare import prepare
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .objective.reductions import widest
+from .tokens import widest
 
 if TYPE_CHECKING:
     from .output import GOPDOutput

@@ -22,16 +22,15 @@ from torch import Tensor
 from . import printing
 from .checks import one_of, require_count, require_number
 from .heads import Head, Source
+from .objective.divergences import DIVERGENCES, Divergence, divergence_of
 
 Estimator = Literal["sampled", "full", "topk"]
-Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
 Ratio = Literal["token", "sequence"]
 Baseline = Literal["none", "expected"]
 Support = Literal["teacher", "student"]
 Tail = Literal["bucket", "drop", "renormalize"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 RATIOS: tuple[str, ...] = get_args(Ratio)
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -430,16 +429,6 @@ def _divergence(estimator: Estimator, divergence: Divergence, beta: float) -> tu
         )
     divergence = divergence_of(beta)
     return divergence, beta if divergence == "jsd" else 0.5
-
-
-def divergence_of(beta: float) -> Divergence:
-    """What the beta of Liger, TRL and ms-swift stands for: the JSD, and at its ends the two KL divergences.
-
-    The JSD goes to 0 at both ends. JSD / beta goes to KL(target || p) at 0 and JSD / (1 - beta) to KL(p || target) at
-    1; those are meant, not divided by anything.
-    """
-    ends: dict[float, Divergence] = {0.0: "forward_kl", 1.0: "reverse_kl"}
-    return ends.get(beta, "jsd")
 
 
 # --------------------------------------------------------------------------------------------------------- signatures

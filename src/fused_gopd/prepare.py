@@ -28,26 +28,29 @@ from .checks import (
     require_number,
     require_shape,
 )
-from .chunks import TokenRows
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
 from .objective.divergences import DIVERGENCES, Divergence, divergence_of
-from .objective.policy import (
+from .objective.policy import Surrogate, looks_jointly
+from .objective.reductions import token_weights
+from .objective.topk import Truncation
+from .options import (
     BASELINES,
     ESTIMATORS,
     RATIOS,
+    REDUCTIONS,
     AdvantageFn,
     Baseline,
     Estimator,
     Ratio,
-    Surrogate,
-    looks_jointly,
+    Reduction,
+    Support,
+    Tail,
 )
-from .objective.reductions import REDUCTIONS, Reduction, Sequences, token_weights
-from .objective.topk import Support, Tail, Truncation
 from .output import GOPDOutput
 from .rowops.torch import accumulation_dtype
 from .support import Scores, check_truncation, scores_of
+from .tokens import Sequences, TokenRows
 
 BACKENDS = ("auto", "torch", "native", "triton")
 

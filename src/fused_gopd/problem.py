@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .agreement import Agreement
 from .heads import Head, Source
-from .options import AdvantageFn, Divergence, LossOptions
+from .objective.divergences import Divergence
+from .options import AdvantageFn, LossOptions
 from .rowops import RowOps
 from .tokens import Sequences, TokenRows
 

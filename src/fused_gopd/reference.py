@@ -17,11 +17,10 @@ from torch import Tensor
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .loop.gemm import without_autocast
 from .objective.divergences import Divergence
-from .objective.policy import AdvantageFn, Baseline, Estimator, Ratio, TokenStats, advantage, call_hook
-from .objective.reductions import Reduction
+from .objective.policy import advantage, call_hook
 from .objective.supervised import label_report
 from .objective.target import bounded, mix
-from .objective.topk import Support, Tail
+from .options import AdvantageFn, Baseline, Estimator, Ratio, Reduction, Support, Tail, TokenStats
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
 
@@ -270,7 +269,16 @@ def _advantages(
     if p.advantage_fn is not None:
         index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
         stats = TokenStats(
-            index, advantages, lp, lq, lr, p.old_logprobs, entropy, teacher_entropy, ref_entropy, p.reward_scale
+            index=index,
+            advantages=advantages,
+            student_logprobs=lp,
+            teacher_logprobs=lq,
+            ref_logprobs=lr,
+            old_logprobs=p.old_logprobs,
+            student_entropy=entropy,
+            teacher_entropy=teacher_entropy,
+            ref_entropy=ref_entropy,
+            reward_scale=p.reward_scale,
         )
         advantages, finite = call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
     assert advantages is not None

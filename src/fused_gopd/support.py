@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .checks import one_of, refuse, require_count
-from .chunks import TokenRows
 from .heads import Source, TopKLogProbs
-from .objective.policy import Estimator
-from .objective.topk import DEFAULT, SUPPORTS, TAILS, Truncation
+from .objective.topk import DEFAULT, Truncation
+from .options import SUPPORTS, TAILS, Estimator
+from .tokens import TokenRows
 
 # More than the whole vocabulary's mass by as much as log-probs rounded to bfloat16 may make it: 2^-8 of a log-prob of
 # -10 is 4 %. Logits in the place of log-probs are far above.

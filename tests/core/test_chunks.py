@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fused_gopd as fg
 from builders import OBJECTIVES, TOLERANCE, Batch, assert_all_close, assert_close, generator, make_batch, widened
 from fused_gopd import chunks
-from fused_gopd.chunks import TokenRows
+from fused_gopd.tokens import TokenRows
 
 SIZES = st.integers(1, 300_000)
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 import fused_gopd as fg
 from builders import OBJECTIVES, like, linear_head, make_batch
 from fused_gopd import chunks
-from fused_gopd.chunks import TokenRows
 from fused_gopd.loop import gemm
+from fused_gopd.tokens import TokenRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import oracle
-from builders import assert_close, generator
-from fused_gopd.objective.policy import Surrogate, TokenStats, advantage, advantages_of, policy_term
-from fused_gopd.objective.reductions import REDUCTIONS, Sequences, token_weights
+from builders import assert_close, generator, token_stats
+from fused_gopd.objective.policy import Surrogate, advantage, advantages_of, policy_term
+from fused_gopd.objective.reductions import token_weights
 from fused_gopd.objective.statistics import entropy, token_logprob
 from fused_gopd.objective.target import mix
+from fused_gopd.options import REDUCTIONS
 from fused_gopd.rowops import Stat
+from fused_gopd.tokens import Sequences
 
 INF, NAN = math.inf, math.nan
 
@@ -72,7 +74,7 @@ def test_advantage_of_a_diverged_model_is_nan():
 
 
 def term_of(surrogate, reward_scale, student, teacher, ref, old, rollout=None):
-    stats = TokenStats(None, None, student, teacher, ref, old, None, None, None, reward_scale)
+    stats = token_stats(student, teacher, ref, old, reward_scale)
     used, _ = advantages_of(surrogate, stats, None, None)
     return policy_term(surrogate, used, student, old, rollout, lambda x: x)
 

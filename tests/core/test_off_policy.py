@@ -20,10 +20,11 @@ from builders import (
     like,
     make_batch,
     run,
+    token_stats,
     trainable,
     widened,
 )
-from fused_gopd.objective.policy import Surrogate, TokenStats, advantages_of, policy_term
+from fused_gopd.objective.policy import Surrogate, advantages_of, policy_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,7 +110,7 @@ def test_the_slope_is_the_derivative_of_the_loss(policy):
     old = torch.full_like(teacher, -1.7)
     rollout = torch.full_like(teacher, -2.0) if "rollout_is_cap" in policy else None
     # a sequence is one token here: its mean is differentiable as the token's own ratio
-    stats = TokenStats(None, None, student.detach(), teacher, ref, old, None, None, None, 1.25)
+    stats = token_stats(student.detach(), teacher, ref, old, 1.25)
     used, _ = advantages_of(Surrogate(**policy), stats, None, None)
     term = policy_term(Surrogate(**policy), used, student, old, rollout, lambda x: x)
     (slope,) = torch.autograd.grad(term.loss.sum(), student)

@@ -20,7 +20,7 @@ from builders import (
     make_batch,
     run,
 )
-from fused_gopd.objective.reductions import Sequences
+from fused_gopd.tokens import Sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

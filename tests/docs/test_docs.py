@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 import fused_gopd as fg
 from fused_gopd.cli import app, bench, reproduce
 from fused_gopd.cli.distill import options
-from fused_gopd.objective.policy import TokenStats
+from fused_gopd.options import TokenStats
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from fused_gopd.heads import LinearHead
-    from fused_gopd.objective.policy import Estimator
+    from fused_gopd.options import Estimator
     from fused_gopd.output import GOPDOutput
 
 BACKENDS = ("torch", "native", "triton")

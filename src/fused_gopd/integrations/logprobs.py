@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
-from ..objective.policy import PolicyTerm, Surrogate, TokenStats, advantages_of, policy_term
-from ..objective.reductions import Sequences
+from ..objective.policy import PolicyTerm, Surrogate, advantages_of, policy_term
+from ..options import TokenStats
 from ..output import GOPDOutput
 from ..prepare import check_cu_seqlens, check_mask, check_surrogate
+from ..tokens import Sequences
 
 
 def check_options(
@@ -142,7 +143,18 @@ def sampled_loss(
     assert entropy is not None
     index = torch.arange(shape.numel(), device=device).reshape(shape)
     q, r = (teacher if reward_scale != 0 else None), (ref if reward_scale != 1 else None)
-    stats = TokenStats(index, known, known, q, r, old, entropy, None, None, reward_scale)
+    stats = TokenStats(
+        index=index,
+        advantages=None,
+        student_logprobs=known,
+        teacher_logprobs=q,
+        ref_logprobs=r,
+        old_logprobs=old,
+        student_entropy=entropy,
+        teacher_entropy=None,
+        ref_entropy=None,
+        reward_scale=reward_scale,
+    )
     advantages, _ = advantages_of(surrogate, stats, None, None)
     loss, term = token_losses(surrogate, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
     clips = surrogate.clip is not None or surrogate.clip_dual is not None

@@ -27,8 +27,8 @@ import fused_gopd as fg
 
 from ..checks import one_of, require_mask
 from ..objective.divergences import DIVERGENCES
-from ..objective.reductions import Sequences
-from ..objective.topk import TAILS
+from ..options import TAILS
+from ..tokens import Sequences
 from . import needs
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of

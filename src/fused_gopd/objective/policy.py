@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import printing
+from ..options import AdvantageFn, Baseline, Estimator, Ratio, TokenStats
 from .target import any_impossible, bounded, mix
-
-Estimator = Literal["sampled", "full", "topk"]
-Ratio = Literal["token", "sequence"]
-Baseline = Literal["none", "expected"]
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-RATIOS: tuple[str, ...] = get_args(Ratio)
-BASELINES: tuple[str, ...] = get_args(Baseline)
 
 
 def advantage(
@@ -57,43 +49,6 @@ PLAIN = Surrogate()
 def looks_jointly(estimator: Estimator, surrogate: Surrogate) -> bool:
     """Whether all models of a token are looked at together, over their joint support."""
     return estimator == "full" or surrogate.baseline == "expected"
-
-
-@dataclass(frozen=True, repr=False)
-class TokenStats:
-    """What an ``advantage_fn`` sees of C tokens: vectors (C,), detached, float32 (float64 for float64 inputs).
-
-    Attributes:
-        index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
-        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite;
-            None without a teacher and a reference.
-        student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
-            given (teacher and reference); None for a model that has cancelled.
-        old_logprobs: as given, or None.
-        student_entropy: in nats.
-        teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
-            with ``baseline="expected"``.
-        reward_scale: lambda, a float or (C,).
-
-    A log-prob may be -inf: it is for the function to say what such a token's advantage is.
-    """
-
-    index: Tensor
-    advantages: Tensor | None
-    student_logprobs: Tensor
-    teacher_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
-    student_entropy: Tensor
-    teacher_entropy: Tensor | None
-    ref_entropy: Tensor | None
-    reward_scale: float | Tensor
-
-    def __repr__(self) -> str:
-        return printing.lines(self)
-
-
-AdvantageFn = Callable[[TokenStats], Tensor]
 
 
 def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:

@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype for sums over tokens: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Which sequence a token belongs to: dim 0 of a token shape (B, ...), or the slices of packed tokens (N,).
-
-    Both ways sums are taken in a fixed order, so that two runs give the same bits, and nothing waits for a device.
-    """
-
-    shape: torch.Size  # the token shape
-    cu_seqlens: Tensor | None = None  # (B + 1,) int64: sequence i is tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1
-
-    @property
-    def count(self) -> int:
-        return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    def sum(self, values: Tensor) -> Tensor:
-        """(B,) sums, in :func:`widest` precision, of ``values`` in the token shape."""
-        values = values.to(widest(values.device))
-        if self.cu_seqlens is None:
-            return values.reshape(self.count, -1).sum(1) if values.numel() else values.new_zeros(self.count)
-        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
-
-    def expand(self, values: Tensor) -> Tensor:
-        """One value per sequence (B,) in the token shape."""
-        if self.cu_seqlens is None:
-            return values.reshape(-1, *([1] * (len(self.shape) - 1))).expand(self.shape)
-        positions = torch.arange(self.shape[0], device=self.cu_seqlens.device)
-        return values[torch.searchsorted(self.cu_seqlens, positions, right=True) - 1]
+from ..options import Reduction
+from ..tokens import Sequences
 
 
 def token_weights(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..rowops import Stat
+from ..tokens import widest
 from .divergences import Divergence
-from .reductions import widest
 from .target import bounded, mix, origin_of
 
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..options import Support, Tail
 from .divergences import Divergence, to_mixture
 from .target import any_impossible, bounded, mix, origin_of
-
-Support = Literal["teacher", "student"]
-Tail = Literal["bucket", "drop", "renormalize"]
-SUPPORTS: tuple[str, ...] = get_args(Support)
-TAILS: tuple[str, ...] = get_args(Tail)
 
 
 @dataclass(frozen=True)

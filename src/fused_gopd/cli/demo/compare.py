@@ -23,7 +23,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 if TYPE_CHECKING:
-    from fused_gopd.objective.policy import Estimator
+    from fused_gopd.options import Estimator
 
 ESTIMATORS: tuple[Estimator, ...] = ("sampled", "full")
 REWARD_SCALE = 1.25  # so that all three models take part

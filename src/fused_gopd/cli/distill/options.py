@@ -16,7 +16,7 @@ import typer
 
 from ...integrations.hub import is_folder
 from ...objective.divergences import DIVERGENCES
-from ...objective.policy import ESTIMATORS
+from ...options import ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import require_one_of
 

@@ -17,8 +17,7 @@ from .tables import print_plan, print_presets
 
 if TYPE_CHECKING:
     from fused_gopd.objective.divergences import Divergence
-    from fused_gopd.objective.policy import Estimator
-    from fused_gopd.objective.topk import Support
+    from fused_gopd.options import Estimator, Support
 
 __all__ = ["parse_memory", "plan"]
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fused_gopd.objective.divergences import Divergence
-    from fused_gopd.objective.policy import Estimator
-    from fused_gopd.objective.topk import Support
+    from fused_gopd.options import Estimator, Support
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 

@@ -12,8 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ...checks import one_of, require_count, require_number
 from ...objective.divergences import DIVERGENCES, divergence_of
-from ...objective.policy import BASELINES, ESTIMATORS
-from ...objective.topk import SUPPORTS, TAILS
+from ...options import BASELINES, ESTIMATORS, SUPPORTS, TAILS
 
 # losses of GRPOTrainer whose ratio is a detached weight of A log p
 _DETACHED_RATIO = ("cispo", "vespo")

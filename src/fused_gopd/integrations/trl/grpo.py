@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from ... import distributed
-from ...objective.policy import AdvantageFn
+from ...options import AdvantageFn
 from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch

@@ -19,7 +19,7 @@ from ... import Metrics, distributed, gopd_loss
 from ...checks import require_number
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
-from ...objective.policy import AdvantageFn
+from ...options import AdvantageFn
 from ...output import GOPDOutput
 from ..hub import require_model
 from ..modules import require_separate
