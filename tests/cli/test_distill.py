@@ -177,7 +177,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT, times: int = 1) -> None:
     """Somebody presses Ctrl-C while the figures of a step are being written."""
-    real = training.Watch.on_log
+    real = training.MetricsCallback.on_log
 
     def on_log(self: Any, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         real(self, args, state, control, logs=logs, **rest)
@@ -185,7 +185,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(training.Watch, "on_log", on_log)
+    monkeypatch.setattr(training.MetricsCallback, "on_log", on_log)
 
 
 # -------------------------------------------------------------------------------- a whole run
@@ -223,8 +223,10 @@ def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
 def test_ref_student_is_the_student_whatever_folders_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "student").mkdir()
     monkeypatch.chdir(tmp_path)
-    given = {**dict.fromkeys(options.Options.names(), ""), "teacher": [], "lora": 0, "learning_rate": 1e-5}
-    found = [options.Options.of({**given, "student": "student", "ref": ref}) for ref in ("student", "./student")]
+    given = {**dict.fromkeys(options.RunOptions.names(), ""), "teacher": [], "lora": 0, "learning_rate": 1e-5}
+    found = [
+        options.RunOptions.from_command({**given, "student": "student", "ref": ref}) for ref in ("student", "./student")
+    ]
     assert [x.ref for x in found] == ["student", str(tmp_path / "student")]
     assert {x.student for x in found} == {str(tmp_path / "student")}
 
@@ -272,7 +274,9 @@ def test_the_card_of_a_hub_model_names_it(files: Files) -> None:
     given = {**_given(files), "reward_scale": 1.0, "teacher": [], "teacher_server": "http://key@h:1"}
     given |= {"teacher_server_model": "org/teacher", "estimator": "topk", "k": 8, "student": "org/student"}
     read = {"inputs": {"the student": {"commit": "abc"}}, "changes": [{"after_step": 2, "what": ["a", "b"]}]}
-    text = card.text(options.Options.of(given), read, 5, [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}])
+    text = card.text(
+        options.RunOptions.from_command(given), read, 5, [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}]
+    )
     for line in (
         'base_model: "org/student"',
         "| base | org/student, commit abc |",
@@ -571,11 +575,11 @@ def test_a_run_that_was_interrupted_before_its_first_step_starts_again(
 
 
 def test_a_resumed_run_is_the_same_run(files: Files, tmp_path: Path) -> None:
-    said = options.started(tmp_path / "run", _given(files))
+    said = options.for_new_run(tmp_path / "run", _given(files))
     options.write(tmp_path / "run", said)
-    assert options.resumed(tmp_path / "run", _given(files), set()) == said
-    assert options.resumed(tmp_path / "run", _given(files), {"student", "prompts"}) == said
-    more = options.resumed(tmp_path / "run", {**_given(files), "steps": 9}, {"steps"})
+    assert options.for_resumed_run(tmp_path / "run", _given(files), set()) == said
+    assert options.for_resumed_run(tmp_path / "run", _given(files), {"student", "prompts"}) == said
+    more = options.for_resumed_run(tmp_path / "run", {**_given(files), "steps": 9}, {"steps"})
     assert more.steps == 9
     output = invoke("--resume", "--output", str(tmp_path / "run"), "--seed", "5", code=2)
     assert "--seed" in output
@@ -583,7 +587,7 @@ def test_a_resumed_run_is_the_same_run(files: Files, tmp_path: Path) -> None:
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -> None:
-    options.write(tmp_path / "run", options.started(tmp_path / "run", _given(files)))
+    options.write(tmp_path / "run", options.for_new_run(tmp_path / "run", _given(files)))
     assert "holds a run already: go on with it by --resume" in invoke(*small(files, tmp_path / "run"), code=2)
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
     assert "is not empty (checkpoint-3) and has no fused-gopd.json" in invoke(*small(files, tmp_path / "other"), code=2)
@@ -607,7 +611,7 @@ def test_a_run_into_the_users_files_is_refused_and_they_are_as_they_were(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("something is loaded")
 
-    monkeypatch.setattr(training.Run, "__init__", load)
+    monkeypatch.setattr(training.DistillationRun, "__init__", load)
     for name in ("model0", "model1", "base", "exp/model", "old/model"):
         shutil.copytree(files.student, tmp_path / name)
     (tmp_path / "adapter").mkdir()
@@ -631,7 +635,7 @@ def test_a_run_that_never_began_is_no_run_to_go_on_with(
     """The command with its mistake mended may use the same folder."""
     monkeypatch.setattr(training.GOPDTrainer, "__init__", lambda *_, **__: (_ for _ in ()).throw(OSError("no memory")))
     assert isinstance(runner.invoke(app, ["distill", *small(files, tmp_path / "run")]).exception, OSError)
-    assert options.started(tmp_path / "run", _given(files)).teacher == [files.math]
+    assert options.for_new_run(tmp_path / "run", _given(files)).teacher == [files.math]
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
@@ -643,7 +647,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
 
 
 def _given(files: Files) -> dict[str, Any]:
-    said: dict[str, Any] = dict.fromkeys(options.Options.names(), "")
+    said: dict[str, Any] = dict.fromkeys(options.RunOptions.names(), "")
     said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
     said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
     said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}

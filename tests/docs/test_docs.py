@@ -104,11 +104,11 @@ def call(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     context = COMMANDS[command].make_context(command, list(rest))
     monkeypatch.chdir(folder)
     if command == "distill" and not context.params["resume"]:
-        given = {name: value for name, value in context.params.items() if name in options.Options.names()}
+        given = {name: value for name, value in context.params.items() if name in options.RunOptions.names()}
         Path(given["prompts"]).parent.mkdir(parents=True, exist_ok=True)
         Path(given["prompts"]).touch()
         monkeypatch.setattr(options, "_check_packages", lambda _: None)
-        options.started(context.params["output"], {**given, "teacher": given["teacher"] or []})
+        options.for_new_run(context.params["output"], {**given, "teacher": given["teacher"] or []})
     if command in ("doctor", "demo", "distill"):
         return
     for module in (bench, reproduce):

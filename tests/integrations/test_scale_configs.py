@@ -467,7 +467,9 @@ def test_the_one_gpu_command_of_the_page_passes_distills_own_check(tmp_path: Pat
     )
     write_prompts(tmp_path / "prompts.parquet")
     given = {**context.params, "prompts": str(tmp_path / "prompts.parquet")}
-    options = distill.started(tmp_path, {key: value for key, value in given.items() if key in distill.Options.names()})
+    options = distill.for_new_run(
+        tmp_path, {key: value for key, value in given.items() if key in distill.RunOptions.names()}
+    )
     assert (options.reward_scale, options.estimator, options.ref) == (1.25, "sampled", "student")
 
 

@@ -1,7 +1,7 @@
 """``fused-gopd distill``: train a student on its own answers, towards one or several teachers, with one command.
 
-The training is :class:`fused_gopd.integrations.trl.GOPDTrainer`'s. What is here: options that are checked before any
-model is loaded, prompts from a file, a run that can be interrupted and resumed, and figures of it.
+:class:`fused_gopd.integrations.trl.GOPDTrainer` does the training. This package adds options that are checked before a
+model is loaded, prompts from a file, runs that can be interrupted and resumed, and their metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...integrations.addresses import split_userinfo
 from .. import outputs
 from ..threads import restart_with_patient_threads
 from .checkpoints import relist
-from .options import Options, resumed, started
+from .options import RunOptions, for_new_run, for_resumed_run
 
 __all__ = ["distill"]
 
@@ -90,29 +90,33 @@ def distill(
     server_url = teacher_server
     if teacher_server:
         try:
-            teacher_server, _ = split_userinfo("URL", teacher_server)  # what is shown and written
+            # without user name and password: this one is shown, and written to the folder
+            teacher_server, _ = split_userinfo("URL", teacher_server)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
-    given = {name: value for name, value in locals().items() if name in Options.names()}
+    given = {name: value for name, value in locals().items() if name in RunOptions.names()}
     given["teacher"] = teacher or []
-    explicit = {name for name in given if _was_given(context, name)}
     if accept_changed_inputs and not resume:
         raise typer.BadParameter("is an option of --resume", param_hint="--accept-changed-inputs")
-    options = resumed(output, given, explicit) if resume else started(output, given)
+    if resume:
+        options = for_resumed_run(output, given, {name for name in given if _was_given(context, name)})
+    else:
+        options = for_new_run(output, given)
     if not options.teacher_server:
         for name in ("api", "timeout", "patience", "key"):
             if _was_given(context, f"teacher_server_{name}", environment=False):
                 raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
     restart_with_patient_threads()
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # there is nothing to ask it for
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # what they say to each other
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
+    # each warns of the other's deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     opened = outputs.opened(output, "distill", reads=options.reads(), again=resume, relist=relist if resume else None)
     with outputs.option("--output"), opened as folder:
-        from .training import Run
+        from .training import DistillationRun
 
-        run = Run(options, folder, teacher_server_key or None, server_url or None)
-        if not run.carry_out(resume, accept_changed_inputs):
+        run = DistillationRun(options, folder, teacher_server_key or None, server_url or None)
+        if not run.run(resume, accept_changed_inputs):
             raise typer.Exit(130)
 
 

@@ -8,18 +8,18 @@ from typing import Any
 
 from ...integrations.trl import card
 from . import inputs
-from .options import Options
+from .options import RunOptions
 
 _NO_METRICS = ("step", "seconds", "learning_rate")
 
 
-def text(options: Options, read: Mapping[str, Any], prompts: int, rows: Sequence[Mapping[str, Any]]) -> str:
+def text(options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Sequence[Mapping[str, Any]]) -> str:
     """The card.
 
     Args:
-        read: ``inputs.json``: fingerprints, and what changed during the run.
-        prompts: how many there are.
-        rows: the figures of each step.
+        read: the content of ``inputs.json``: fingerprints, and what changed during the run.
+        prompts: their number.
+        rows: the metrics of each step.
     """
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NO_METRICS]
     changes = [f"The inputs changed after step {c['after_step']}: {'; '.join(c['what'])}." for c in read["changes"]]
@@ -33,7 +33,7 @@ def text(options: Options, read: Mapping[str, Any], prompts: int, rows: Sequence
     )
 
 
-def _settings(options: Options, fingerprints: inputs.Fingerprints, prompts: int, steps: int) -> card.Lines:
+def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: int, steps: int) -> card.Lines:
     def with_digest(role: str, name: str) -> str:
         return f"{name}, {inputs.digest(fingerprints[role])}" if role in fingerprints else name
 

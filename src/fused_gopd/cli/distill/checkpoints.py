@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the newest one that is intact, and which ones are kept."""
+"""The checkpoints of a run: finds the newest intact one, and deletes all but the newest two."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _KEPT = 2
 
 
 class Checkpoints:
-    """The folders ``checkpoint-N`` of a run, written after N steps; all others are left alone."""
+    """The folders ``checkpoint-N`` of a run, written after N steps. Other folders are never touched."""
 
     def __init__(self, folder: OutputFolder) -> None:
         self._folder, self._output = folder, folder.path
         self.partial = self._output / "checkpoint.partial"  # the trainer writes its checkpoints here
-        self._intact: list[int] = []  # the steps of those that this process verified or wrote
+        self._intact: list[int] = []  # steps of the checkpoints that this process verified or wrote
 
     def path(self, step: int) -> Path:
         return self._output / f"checkpoint-{step}"
 
     @property
     def done(self) -> int:
-        """The steps that are safe."""
+        """The step of the newest intact checkpoint; 0 without one."""
         return max(self._intact, default=0)
 
     def find(self, say: Callable[[str], None]) -> None:
-        """Look for the newest intact one; damaged ones that are newer are named."""
+        """Find the newest intact checkpoint, and name the damaged ones that are newer."""
         damaged = []
         for step in sorted(self._steps(), reverse=True):
             try:
@@ -58,7 +58,7 @@ class Checkpoints:
             say(f"{line}: the run goes on from checkpoint-{self.done}")
 
     def add(self, step: int) -> None:
-        """Take over what the trainer has written; the newest two that are intact are kept."""
+        """Seal and rename the checkpoint that the trainer has written; delete all but the newest two intact ones."""
         written = self.partial / f"checkpoint-{step}"
         seal(written, step)
         self._folder.move(f"{self.partial.name}/{written.name}", self.path(step).name)
@@ -68,7 +68,7 @@ class Checkpoints:
                 self._folder.remove(self.path(other).name)
 
     def history(self) -> list[dict[str, Any]]:
-        """What the trainer had logged when it wrote the newest intact checkpoint."""
+        """The trainer's logs up to the newest intact checkpoint."""
         if not self.done:
             return []
         state = (self.path(self.done) / "trainer_state.json").read_text(encoding="utf-8")
@@ -80,9 +80,9 @@ class Checkpoints:
 
 
 def relist(folder: OutputFolder) -> None:
-    """List what a run wrote into its folder, where the list of it is lost.
+    """Rebuild the list of what a run wrote into its folder, after the list is lost.
 
-    Folders that are as their manifests have them, and the other names that only a run writes.
+    Listed are folders that agree with their manifests, and the other names that only a run writes.
     """
     for path in (*folder.path.glob("checkpoint-*"), folder.path / "model", folder.path / "adapter"):
         with suppress(Damaged):

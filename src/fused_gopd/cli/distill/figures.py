@@ -1,4 +1,4 @@
-"""The figures of a run: one line of JSON a step, a bar on the terminal, a picture at the end."""
+"""The metrics of a run: a line of JSON per step, a progress bar on the terminal, a plot at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..durable import replace
 
-# our names of what the trainer logs
+# name in the trainer's logs -> name in metrics.jsonl
 NAMES = {
     "loss": "loss",
     "gopd/reward": "reward",
@@ -34,7 +34,7 @@ NAMES = {
     "step_time": "seconds",
 }
 _SHOWN = (("reward", "reward"), ("kl_teacher", "KL"), ("entropy", "entropy"), ("length", "length"))
-# to be shown where the exact one is not known
+# metric -> (estimate, title) to show instead where the exact value is not computed
 _ESTIMATED = {"kl_teacher": ("kl_teacher_k3", "KL (k3)")}
 _PANELS = (
     (("reward",), "implicit reward, log q - log r", "nats per token"),
@@ -45,10 +45,10 @@ _PANELS = (
 
 
 class Record:
-    """``metrics.jsonl`` of a run that may have been interrupted: one line a step, each step once."""
+    """``metrics.jsonl``: one line per step. A resumed run rewrites it, so that each step is there once."""
 
     def __init__(self, path: Path, history: Iterable[Mapping[str, Any]]) -> None:
-        """``history``: the trainer's logs up to the step that the run goes on from."""
+        """``history``: the trainer's logs up to the step after which the run continues."""
         self.path = path
         self.rows = [_row(logs["step"], logs) for logs in history if "loss" in logs]
         replace(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -62,7 +62,7 @@ class Record:
 
 
 def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """One step, by our names; what is not a number (of no token, say) is null."""
+    """The metrics of one step by the names of NAMES; NaN and infinity become null."""
     row: dict[str, Any] = {"step": step}
     for name, ours in NAMES.items():
         if name in logs:
@@ -72,7 +72,7 @@ def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """The four figures to watch."""
+    """The four metrics that the progress line shows."""
     shown = []
     for name, title in _SHOWN:
         if row.get(name) is None and name in _ESTIMATED:
@@ -82,7 +82,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 class Display:
-    """A bar on a terminal, a line a step elsewhere."""
+    """A progress bar on a terminal, else a line per step."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
@@ -106,12 +106,12 @@ class Display:
             self.console.print(f"step {row['step']}/{self._steps}  {summary(row)}{seconds}", highlight=False)
 
     def say(self, text: str) -> None:
-        """A line of plain text, above the bar."""
+        """Print a line of plain text above the bar."""
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """The curves of a run."""
+    """Plot the metrics of a run."""
     importlib.import_module("matplotlib").use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Fingerprints of what a run reads: a resumed run has the prompts and models that it began with."""
+"""Fingerprints of the prompts and models of a run; a resumed run must find the same ones."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ..outputs import OutputFolder
 
 FILE = "inputs.json"
 ACCEPT = "--accept-changed-inputs"
-# of the files in a model's folder, those that make the model or its tokenizer what they are
+# suffixes of the files in a model's folder that define the model or its tokenizer
 _OF_MODELS = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".gguf", ".tiktoken")
 
-# the name of an input -> its files by name, each with its SHA-256; a hub model has its commit
+# name of an input -> file name -> SHA-256; of a hub model {"commit": its hash}
 Fingerprints = dict[str, dict[str, str]]
 PROMPTS = "the file of the prompts"
 
 
 def fingerprints(prompts: Path, models: Mapping[str, str]) -> Fingerprints:
-    """The content of the prompts' file and of model folders, and the commits of hub models.
+    """Checksums of the file of prompts and of model folders, and the commits of hub models.
 
     Args:
+        prompts: the file.
         models: folders and hub names, by the names of the inputs.
     """
     files = {PROMPTS: [prompts]}
     files |= {name: _model_files(Path(place)) for name, place in models.items() if Path(place).is_dir()}
-    every = sorted({file for listed in files.values() for file in listed})
+    every = sorted({file for paths in files.values() for file in paths})
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(every, pool.map(durable.sha256, every), strict=True))
     places = {PROMPTS: prompts.parent, **{name: Path(place) for name, place in models.items()}}
     found = {
-        name: {file.relative_to(places[name]).as_posix(): sums[file] for file in listed}
-        for name, listed in files.items()
+        name: {file.relative_to(places[name]).as_posix(): sums[file] for file in paths} for name, paths in files.items()
     }
     return found | {name: {"commit": _commit(place)} for name, place in models.items() if name not in found}
 
@@ -49,28 +49,30 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _commit(name: str) -> str:
-    """The commit of a hub model that is in the cache."""
+    """The commit of a hub model in the local cache."""
     hub: Any = importlib.import_module("transformers.utils.hub")
     path = hub.cached_file(name, "config.json")
     return str(hub.extract_commit_hash(path, None))
 
 
 def digest(files: Mapping[str, str]) -> str:
-    """An input in one line: its commit, the checksum of its file, or that of the list of its files."""
+    """One line for an input: its commit, the checksum of its only file, or a checksum over all its files' checksums."""
     if "commit" in files:
         return f"commit {files['commit']}"
     return f"sha256 {next(iter(files.values())) if len(files) == 1 else durable.checksum(dict(files))}"
 
 
 def check(folder: OutputFolder, now: Fingerprints, done: int, accept: bool) -> dict[str, Any]:
-    """Compare the inputs of a run with those that it began with.
+    """Compare the inputs of a resumed run with those that it was started with.
 
     Args:
+        folder: of the run.
+        now: the fingerprints of the inputs as they are.
         done: steps that are done.
-        accept: go on with other inputs.
+        accept: whether to continue with other inputs.
 
     Returns:
-        What is to be written: the fingerprints, and what was changed after which step of the run.
+        The new content of ``inputs.json``: the fingerprints, and which inputs changed after which step.
 
     Raises:
         typer.BadParameter: naming the inputs that changed, and their files.
@@ -99,5 +101,5 @@ def _difference(name: str, before: dict[str, str] | None, now: dict[str, str] | 
     if before is None or now is None:
         return f"{name} is {'new' if before is None else 'no longer read'}"
     files = [file for file in sorted({**before, **now}) if before.get(file) != now.get(file)]
-    listed = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
-    return f"{name} has changed ({listed})"
+    shown = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
+    return f"{name} has changed ({shown})"

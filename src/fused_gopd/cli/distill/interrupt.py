@@ -1,4 +1,4 @@
-"""Ctrl-C (or SIGTERM) in a run: what is under way is ended or given up, and all that was done is saved."""
+"""Ctrl-C (or SIGTERM) in a run: the step under way is completed or abandoned, and all complete steps are saved."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from transformers import TrainerCallback
 
 
 class Abandoned(BaseException):
-    """The step under way is given up: it waits for a teacher's server, and the user does not."""
+    """Raised in a step that waits for a teacher's server, to abandon it."""
 
 
 class Interrupt(TrainerCallback):
-    """A first signal ends the step under way, or gives it up where it waits for a server; a second one ends the run.
+    """A first signal stops the run after the step under way, which is abandoned if it waits for a server.
 
-    A step that is given up is sampled anew when the run is resumed. So that it comes out the same, the random numbers
-    are kept as they are at the end of each step.
+    A second signal raises KeyboardInterrupt at once. An abandoned step is repeated when the run is resumed. To repeat
+    it with the same random numbers, the states of the generators are recorded at the end of each step.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked = False
         self._say = say
-        self._waiting = False  # for a scorer
+        self._waiting = False  # whether the main thread waits for a scorer
         self._random_numbers: tuple[Any, ...] = ()
 
     @contextmanager
@@ -49,7 +49,7 @@ class Interrupt(TrainerCallback):
             raise Abandoned
 
     def scorer(self, teacher: Any) -> Any:
-        """A teacher that is a scorer, whose answer an interrupt does not wait for."""
+        """Wrap a teacher that is a scorer, so that an interrupt need not wait for its answer."""
         return _Scorer(teacher, self)
 
     @contextmanager
@@ -64,14 +64,14 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        # NumPy's global state, which the trainer's checkpoints have
+        # the trainer's checkpoints save NumPy's global state
         numpy = np.random.get_state()  # noqa: NPY002
         self._random_numbers = (random.getstate(), numpy, torch.get_rng_state(), cuda)
         if self.asked:
             control.should_training_stop = control.should_save = True
 
     def restore_random_numbers(self) -> None:
-        """As they were at the end of the last step that was done."""
+        """Set the generators to their states after the last complete step."""
         python, numpy, cpu, cuda = self._random_numbers
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
@@ -85,7 +85,7 @@ class _Scorer:
         self._teacher, self._interrupt = teacher, interrupt
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._teacher, name)  # what it says of itself: temperature, top_k
+        return getattr(self._teacher, name)  # its attributes temperature and top_k
 
     def __call__(self, *arguments: Any) -> Any:
         with self._interrupt.waiting():

@@ -1,4 +1,4 @@
-"""What the files of a model say of it before it is loaded: that they are whole, its vocabulary and its positions."""
+"""Checks of a model's files before its weights are loaded: damage, vocabulary size, positions, tokenizer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ...integrations.trl.checks import check_vocabulary, check_weights, position
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a run."""
+    """The sizes of a model of a run, and the flag that names it."""
 
     option: str
     name: str
     vocab: int
-    positions: int | None  # None: as many as there are tokens
+    positions: int | None  # None: not limited
 
 
 def read(option: str, name: str, path: str) -> Model:
-    """A model by its files; ``path`` is its folder or its name on the hub.
+    """Read the sizes of a model; ``path`` is its folder or its name on the hub.
 
-    It is loaded without the values of its weights, which tells all that the real loading would: files that are missing
-    or damaged, weights of another architecture or shape. A quantized model, whose kernels want a device, is known by
-    its configuration alone.
+    The model is loaded on the meta device, without the values of its weights. That finds every error of the real
+    loading: missing or damaged files, weights of another architecture or shape. Of a quantized model, whose kernels
+    need a device, only the configuration is read.
 
     Raises:
         typer.BadParameter: naming the option and what is wrong.
@@ -42,12 +42,12 @@ def read(option: str, name: str, path: str) -> Model:
     try:
         config = _load(option, path)
         return Model(option, name, config.get_text_config().vocab_size, positions_of(config))
-    except Exception as error:  # a damaged file makes transformers raise all kinds
+    except Exception as error:  # damaged files make transformers raise many types of exceptions
         raise typer.BadParameter(_unloadable(name, path, error), param_hint=option) from None
 
 
 def _load(option: str, path: str) -> Any:
-    """The configuration, once the files are known to be whole."""
+    """The configuration; raises where the files cannot be loaded."""
     folder = Path(path)
     for link in sorted(folder.iterdir()) if folder.is_dir() else ():
         if link.is_symlink() and not link.exists():
@@ -61,7 +61,7 @@ def _load(option: str, path: str) -> Any:
             raise ValueError('its config.json has no "architectures"')
         if getattr(config, "quantization_config", None) is not None:
             return config
-    # the reference is loaded by its own name, the others by TRL
+    # as in the run: this command loads the reference, TRL the other models
     load: Any = AutoModelForCausalLM.from_pretrained if option == "--ref" else create_model_from_path
     model, found = load(path, device_map="meta", output_loading_info=True)
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -71,7 +71,7 @@ def _load(option: str, path: str) -> Any:
 
 
 def read_tokenizer(option: str, name: str, path: str) -> Any:
-    """A model's tokenizer, likewise."""
+    """Load a model's tokenizer; raises as :func:`read`."""
     try:
         return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
     except Exception as error:
@@ -86,7 +86,7 @@ def _unloadable(name: str, path: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, with its kind where it says little."""
+    """First line of another library's error, with its type where the message alone does not explain it."""
     lines = str(error).strip().splitlines()
     if "ignore_mismatched_sizes" in str(error):
         return "its weights are of another shape than its config.json says"
@@ -96,7 +96,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
-    """Vocabularies that do not fit each other or ``k``; the student comes first."""
+    """Raise for vocabularies that do not match each other, the padding token or ``k``. ``models[0]`` is the student."""
     student = models[0]
     padding = tokenizer.pad_token_id
     if padding is not None and padding >= student.vocab:
@@ -120,9 +120,9 @@ def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
 def check_prompts(
     dataset: Any, rows: Sequence[int], path: str, models: Sequence[Model], tokenizer: Any, new_tokens: int
 ) -> None:
-    """Prompts that the student's tokenizer or chat template cannot take, or that are too long for a model.
+    """Raise for prompts that the student's tokenizer or chat template refuses, or that are too long for a model.
 
-    ``rows`` are the numbers of the dataset's rows in the file.
+    ``rows`` are the row numbers in the file of the dataset's rows.
     """
     student = models[0]
     limited = [(model.positions, model) for model in models if model.positions is not None]
@@ -154,7 +154,7 @@ def check_prompts(
 
 
 def _encoded(prompt: Any, tokenizer: Any, where: str) -> list[int]:
-    """The tokens of a prompt, as the trainer makes them."""
+    """The token ids of a prompt, made as the trainer makes them."""
     try:
         if isinstance(prompt, str):
             ids = tokenizer(text=prompt)["input_ids"]
@@ -162,7 +162,7 @@ def _encoded(prompt: Any, tokenizer: Any, where: str) -> list[int]:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
                 "input_ids"
             ]
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # templates may raise any exception
         what = "the student's tokenizer" if isinstance(prompt, str) else "the student's chat template"
         raise typer.BadParameter(
             f"{where}, is not taken by {what}: {first_line(error)}", param_hint="--prompts"

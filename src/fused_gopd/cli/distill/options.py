@@ -1,4 +1,4 @@
-"""The options of a run: what can be wrong with them is said before anything is loaded."""
+"""The options of a run, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ...integrations.hub import is_folder
 from ...objective.divergences import DIVERGENCES
 from ...options import ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
-from ..parameters import require_one_of
+from ..parameters import flag, require_one_of
 
 FILE = "distill.json"
-# what a resumed run may do otherwise without being another run
+# options that may differ when a run is resumed
 _MAY_CHANGE = ("steps", "save_every", "teacher_server", "teacher_server_timeout", "teacher_server_patience")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What defines a run, as the command has it; paths are absolute."""
+class RunOptions:
+    """The parameters of the command that define a run; paths are absolute."""
 
     student: str
     teacher: list[str]
@@ -60,30 +60,30 @@ class Options:
 
     @staticmethod
     def names() -> set[str]:
-        return {field.name for field in fields(Options)}
+        return {field.name for field in fields(RunOptions)}
 
     @staticmethod
-    def of(given: dict[str, Any]) -> Options:
-        """Of the command's options: with absolute paths, and with the defaults that depend on others."""
-        said = dict(given)
+    def from_command(given: dict[str, Any]) -> RunOptions:
+        """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
+        values = dict(given)
         for name in ("student", "ref", "prompts"):
-            if (name, said[name]) != ("ref", "student"):  # a folder of that name is ./student
-                said[name] = _absolute(said[name])
-        routes = [_route(entry) for entry in said["teacher"]]
-        said["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
-        said["estimator"] = said["estimator"] or ("sampled" if said["teacher_server"] else "full")
-        if said["learning_rate"] is None:
-            said["learning_rate"] = 1e-4 if said["lora"] else 1e-5
-        if said["lora"] and said["lora_alpha"] is None:
-            said["lora_alpha"] = 2.0 * said["lora"]
-        return Options(**said)
+            if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
+                values[name] = _absolute(values[name])
+        routes = [_route(entry) for entry in values["teacher"]]
+        values["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
+        values["estimator"] = values["estimator"] or ("sampled" if values["teacher_server"] else "full")
+        if values["learning_rate"] is None:
+            values["learning_rate"] = 1e-4 if values["lora"] else 1e-5
+        if values["lora"] and values["lora_alpha"] is None:
+            values["lora_alpha"] = 2.0 * values["lora"]
+        return RunOptions(**values)
 
     def routes(self) -> dict[str | None, str]:
-        """The teachers' models by route; one teacher has the route None, one behind a server is not there."""
+        """The local teachers by route; a single teacher has the route None. Empty for a teacher behind a server."""
         return dict(_route(entry) for entry in self.teacher)
 
     def roles(self) -> dict[str, str]:
-        """Folders and hub names of all models that are loaded here, by what they are in the run."""
+        """Folders and hub names of the models that this process loads, by their role in the run."""
         found = {"the student": self.student}
         for route, model in self.routes().items():
             found["the teacher" if route is None else f"the teacher of {route}"] = model
@@ -92,18 +92,18 @@ class Options:
         return found
 
     def models(self) -> list[str]:
-        """All of them."""
+        """Folders and hub names of the models that this process loads."""
         return list(self.roles().values())
 
     def reads(self) -> dict[str, Path]:
-        """Files and folders that the run reads, by a name for messages."""
+        """Files and folders that the run reads, by the names that messages use."""
         places = {role: Path(place).expanduser() for role, place in with_bases(self.roles()).items()}
         folders = {role: folder for role, folder in places.items() if folder.is_dir()}
         return {"the file of the prompts": Path(self.prompts), **folders}
 
 
 def with_bases(places: Mapping[str, str]) -> dict[str, str]:
-    """Models, and those that PEFT adapters among them were trained on."""
+    """The models, and for each PEFT adapter among them also its base model."""
     found = dict(places)
     for role, place in places.items():
         try:
@@ -119,14 +119,14 @@ def _absolute(name: str) -> str:
 
 
 def _route(entry: str) -> tuple[str | None, str]:
-    """A teacher as it is given: MODEL or ROUTE=MODEL, where a folder may have an = in its name."""
+    """(route, model) of MODEL or ROUTE=MODEL; an existing folder with an = in its name is a MODEL."""
     route, sign, model = entry.partition("=")
     if not sign or Path(entry).expanduser().exists():
         return None, _absolute(entry)
     return route, _absolute(model)
 
 
-def started(output: Path, given: dict[str, Any]) -> Options:
+def for_new_run(output: Path, given: dict[str, Any]) -> RunOptions:
     """The options of a new run."""
     if (output / FILE).exists():
         raise typer.BadParameter(
@@ -135,34 +135,39 @@ def started(output: Path, given: dict[str, Any]) -> Options:
     for name in ("student", "prompts"):
         if not given[name]:
             raise typer.BadParameter("must be given", param_hint=f"--{name}")
-    options = Options.of(given)
+    options = RunOptions.from_command(given)
     check(options)
     return options
 
 
-def resumed(output: Path, given: dict[str, Any], explicit: Iterable[str]) -> Options:
-    """The options of the run in a folder; those that are given again must be the same."""
-    saved = _read(output)
-    again = asdict(saved)
-    said = asdict(Options.of({**asdict(saved), **{name: given[name] for name in explicit}}))
-    for name in explicit:
+def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iterable[str]) -> RunOptions:
+    """The saved options of the run in a folder; those that the command line repeats must be equal.
+
+    Args:
+        output: the folder.
+        given: the values of all parameters.
+        from_command_line: the names of the parameters that the user gave.
+    """
+    saved = asdict(_read(output))
+    repeated = asdict(RunOptions.from_command({**saved, **{name: given[name] for name in from_command_line}}))
+    for name in from_command_line:
         if name in _MAY_CHANGE:
-            again[name] = said[name]
-        elif said[name] != again[name]:
+            saved[name] = repeated[name]
+        elif repeated[name] != saved[name]:
             raise typer.BadParameter(
-                f"the run in {output} was started with {again[name]!r}, got {said[name]!r}: leave it out, or start "
+                f"the run in {output} was started with {saved[name]!r}, got {repeated[name]!r}: leave it out, or start "
                 "another run",
-                param_hint=f"--{name.replace('_', '-')}",
+                param_hint=flag(name),
             )
-    options = Options(**again)
+    options = RunOptions(**saved)
     check(options)
     return options
 
 
-def _read(output: Path) -> Options:
+def _read(output: Path) -> RunOptions:
     copies = sorted(output.glob(f"checkpoint-*/{FILE}"), key=lambda path: path.stat().st_mtime)
     try:
-        return Options(**read_sealed(output / FILE))
+        return RunOptions(**read_sealed(output / FILE))
     except Damaged as error:
         if copies:
             command = ["cp", str(copies[-1]), str(output / FILE)]
@@ -178,7 +183,7 @@ def _read(output: Path) -> Options:
         ) from None
 
 
-def write(output: Path, options: Options) -> None:
+def write(output: Path, options: RunOptions) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_sealed(output / FILE, asdict(options))
 
@@ -190,8 +195,8 @@ def _wrong(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
-def check(options: Options) -> None:
-    """Options that contradict each other, files that are not there, packages that are not installed."""
+def check(options: RunOptions) -> None:
+    """Raise for options that contradict each other, missing files and packages that are not installed."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter(
             "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
@@ -228,7 +233,7 @@ def check(options: Options) -> None:
     _check_packages(options)
 
 
-def _check_teachers(options: Options) -> None:
+def _check_teachers(options: RunOptions) -> None:
     if bool(options.teacher) == bool(options.teacher_server):
         raise _wrong("--teacher", "give either --teacher (or several) or --teacher-server")
     if options.teacher_server:
@@ -252,7 +257,7 @@ def _check_teachers(options: Options) -> None:
         _check_model("--teacher", model)
 
 
-def _check_server(options: Options) -> None:
+def _check_server(options: RunOptions) -> None:
     require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang", "openai"))
     if not options.teacher_server_model:
         raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
@@ -272,7 +277,7 @@ def _check_model(option: str, name: str) -> None:
             raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
 
 
-def _check_packages(options: Options) -> None:
+def _check_packages(options: RunOptions) -> None:
     needed = ["transformers", "trl", "datasets", "accelerate", "tensorboard", "matplotlib"]
     needed += ["peft"] if options.lora else []
     needed += ["httpx"] if options.teacher_server else []

@@ -16,12 +16,12 @@ _COLUMNS = ("prompt", "messages")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a file says. A prompt is a text, or a list of messages that ends with what is to be answered."""
+    """The content of a file. A prompt is a text, or a list of messages the last of which is to be answered."""
 
     prompts: list[str] | list[list[dict[str, Any]]]
-    rows: list[int]  # their numbers in the file, from 1
+    rows: list[int]  # row numbers in the file, from 1
     routes: list[str] | None
-    answered: int  # conversations whose last message, an assistant's, was left out
+    answered: int  # conversations whose last message, the assistant's, was removed
 
     @property
     def conversational(self) -> bool:
@@ -29,13 +29,13 @@ class Prompts:
 
 
 def read(path: Path, column: str, route_column: str, routes: Sequence[str]) -> Prompts:
-    """The prompts of a file.
+    """Read and check the prompts of a file.
 
     Args:
-        path: ``.jsonl`` or ``.parquet``.
-        column: of the prompts; empty: ``prompt``, or ``messages``.
-        route_column: which teacher each prompt has; empty: there is one teacher.
-        routes: the teachers that there are.
+        path: a ``.jsonl`` or ``.parquet`` file.
+        column: the column of the prompts; empty for ``prompt``, or else ``messages``.
+        route_column: the column that names each prompt's teacher; empty with one teacher.
+        routes: the names of the teachers.
 
     Raises:
         typer.BadParameter: naming the option, the row and what is wrong.
@@ -59,7 +59,7 @@ def read(path: Path, column: str, route_column: str, routes: Sequence[str]) -> P
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers, from 1."""
+    """(row number from 1, row) of each row."""
     readers = {".parquet": _of_table, ".jsonl": _of_lines, ".json": _of_lines}
     if path.suffix not in readers:
         raise typer.BadParameter(f"expected a .jsonl or .parquet file, got {path.name}", param_hint="--prompts")
@@ -74,7 +74,7 @@ def _of_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
     except ImportError:
         raise typer.BadParameter("a .parquet file needs pyarrow: pip install pyarrow", param_hint="--prompts") from None
-    except ValueError as error:  # Arrow's own are ValueErrors, or OSErrors
+    except ValueError as error:  # pyarrow's exceptions are subclasses of ValueError or OSError
         raise typer.BadParameter(f"{path} is no whole Parquet table: {error}", param_hint="--prompts") from None
     yield from enumerate(rows, 1)
 
@@ -103,7 +103,7 @@ def _of_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value, for a message."""
+    """The first 100 characters of a value, for error messages."""
     try:
         return json.dumps(value, default=str)[:100]
     except (ValueError, RecursionError):  # nested too deeply
@@ -111,7 +111,7 @@ def _shown(value: Any) -> str:
 
 
 def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[Any, bool]:
-    """The prompt of a row, and whether an answer was cut off it."""
+    """The prompt of a row, and whether an answer at its end was removed."""
     prompt = row.get(column)
     answered = False
     if isinstance(prompt, list):
@@ -132,7 +132,7 @@ def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[
 
 
 def _fault(message: Any) -> str | None:
-    """What is wrong with a message. One of an assistant that calls tools may have no content."""
+    """What is wrong with a message, or None. An assistant's message with tool calls may have no content."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return f"{_shown(message)} is no message with a role"
     content = message.get("content")

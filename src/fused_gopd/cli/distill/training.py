@@ -1,4 +1,4 @@
-"""One run: everything is checked, then the models are loaded, trained, and saved; an interrupt loses nothing."""
+"""One run: the inputs are checked, the models loaded, trained and saved; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
-from . import card, checkpoints, figures, inputs, models, options, prompts
+from . import card, checkpoints, figures, inputs, models, prompts
 from .interrupt import Abandoned, Interrupt
+from .options import FILE as OPTIONS_FILE
+from .options import RunOptions, with_bases, write
 
-# the dataset's own, whatever the file's are called
+# the route column of the dataset that the trainer gets, whatever its name in the file
 _ROUTE = "route"
 
 
-class Watch(TrainerCallback):
-    """Passes on what is logged at each step."""
+class MetricsCallback(TrainerCallback):
+    """Records and shows the metrics that the trainer logs after each step."""
 
     def __init__(self, record: figures.Record, display: figures.Display) -> None:
         self._record, self._display = record, display
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:  # the summary at the end has none
+        if logs is not None and "loss" in logs:  # the summary after the last step has no loss
             self._display.step(self._record.add(state.global_step, logs))
 
 
-class Save(TrainerCallback):
-    """Takes over each checkpoint that the trainer has written, with a copy of the run's options."""
+class CheckpointCallback(TrainerCallback):
+    """Moves each checkpoint of the trainer to its final place, with a copy of the run's options."""
 
     def __init__(self, found: checkpoints.Checkpoints, saved: Path) -> None:
         self._checkpoints, self._options = found, saved
@@ -49,65 +51,65 @@ class Save(TrainerCallback):
 
 
 def _tensorboard(path: Path, done: int) -> Any:
-    """Writes TensorBoard's events; what an earlier part of the run wrote of steps that were lost is left out."""
+    """The callback that writes TensorBoard's events; it hides those of steps after ``done``, which are repeated."""
     board: Any = importlib.import_module("torch.utils.tensorboard")
     integrations: Any = importlib.import_module("transformers.integrations")
     return integrations.TensorBoardCallback(board.SummaryWriter(str(path), purge_step=done + 1))
 
 
-class Run:
-    """A run of given options in a folder."""
+class DistillationRun:
+    """A run with given options in a folder."""
 
     def __init__(
-        self, said: options.Options, folder: OutputFolder, server_key: str | None = None, server_url: str | None = None
+        self, options: RunOptions, folder: OutputFolder, server_key: str | None = None, server_url: str | None = None
     ) -> None:
-        """``server_key`` and ``server_url``, with user name and password, are used and neither written nor shown."""
-        self.options, self.folder, self.output = said, folder, folder.path
+        """``server_key`` and ``server_url``, which may have a user name and password, are neither written nor shown."""
+        self.options, self.folder, self.output = options, folder, folder.path
         self._server_key, self._server_url = server_key, server_url
-        self.display = figures.Display(Console(), said.steps)
+        self.display = figures.Display(Console(), options.steps)
         self.say = self.display.say
         self.checkpoints = checkpoints.Checkpoints(folder)
-        self._foreseen: tuple[type[Exception], ...] = ()  # failures whose message says all
-        low = (said.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
-        self._frozen = "bfloat16" if low else "float32"  # of weights that are not trained, and of products
+        self._expected_errors: tuple[type[Exception], ...] = ()  # shown by their message, without a traceback
+        low = (options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
+        self._frozen_dtype = "bfloat16" if low else "float32"  # of frozen weights, and of the matrix products
 
     @property
     def _result(self) -> Path:
         return self.output / ("adapter" if self.options.save == "adapter" else "model")
 
-    def carry_out(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
-        """Train; whether the run is finished."""
+    def run(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
+        """Train. Returns whether all steps are done."""
         logging: Any = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        said = self.options
+        options = self.options
         self.folder.check("metrics.jsonl", "metrics.png", "tensorboard", self._result.name)
         self._check_result()
         self.checkpoints.find(self.say)
         done = self.checkpoints.done
-        listed = prompts.read(Path(said.prompts), said.prompt_column, said.route_column, self._route_names())
-        known, tokenizer = self._models()
-        dataset = self._dataset(listed, tokenizer, known)
+        data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
+        known, tokenizer = self._read_models()
+        dataset = self._dataset(data, tokenizer, known)
         self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
         teacher = self._teacher(tokenizer, known[0].vocab)
         config = self._config()
-        self._announce(done, len(listed.prompts))
+        self._print_summary(done, len(data.prompts))
         interrupt = Interrupt(self.say)
-        if said.teacher_server:
+        if options.teacher_server:
             teacher = interrupt.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             trainer = self._trainer(config, dataset, tokenizer, teacher)
             durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
-            self.folder.extend(options.FILE)
-            options.write(self.output, said)  # where no model could be loaded there is no run to resume
+            self.folder.extend(OPTIONS_FILE)
+            write(self.output, options)  # only once the models are loaded: before that there is nothing to resume
             record = figures.Record(self.folder.create("metrics.jsonl"), self.checkpoints.history())
-            save = Save(self.checkpoints, self.output / options.FILE)
+            save = CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE)
             board = _tensorboard(self.folder.extend("tensorboard"), done)
-            for callback in (interrupt, Watch(record, self.display), save, board):
+            for callback in (interrupt, MetricsCallback(record, self.display), save, board):
                 trainer.add_callback(callback)
             with self.display.running(done):
                 self._train(trainer, interrupt)
-        return self._end(trainer, tokenizer, record, len(listed.prompts))
+        return self._end(trainer, tokenizer, record, len(data.prompts))
 
     # ---------------------------------------------------------------------------------------------- before any model
 
@@ -115,7 +117,7 @@ class Run:
         return [route for route in self.options.routes() if route is not None]
 
     def _local(self, name: str) -> str:
-        """Where a model is; smollm2 is made from its package the first time."""
+        """The folder or hub name of a model; the folder of smollm2 is made from its package when it is first needed."""
         if name != "smollm2" or Path(name).is_dir():
             return name
         try:
@@ -123,59 +125,59 @@ class Run:
         except smollm.DemoError as error:
             raise typer.BadParameter(str(error), param_hint="smollm2") from None
 
-    def _others(self) -> list[tuple[str, str]]:
-        """The models beside the student that are loaded here, each with its option."""
-        said = self.options
-        ref = [("--ref", said.ref)] if said.ref not in ("", "student") and said.reward_scale != 1 else []
-        return [*(("--teacher", model) for model in said.routes().values()), *ref]
+    def _frozen_models(self) -> list[tuple[str, str]]:
+        """(flag, name) of the teachers and the reference that are loaded in this process."""
+        options = self.options
+        ref = [("--ref", options.ref)] if options.ref not in ("", "student") and options.reward_scale != 1 else []
+        return [*(("--teacher", model) for model in options.routes().values()), *ref]
 
-    def _models(self) -> tuple[list[models.Model], Any]:
-        """What is known of the models, the student first, and the student's tokenizer, once they fit each other."""
-        said = self.options
+    def _read_models(self) -> tuple[list[models.Model], Any]:
+        """The models' sizes, the student's first, and the student's tokenizer; raises where models do not match."""
+        options = self.options
         known = [
             models.read(option, name, self._local(name))
-            for option, name in [("--student", said.student), *self._others()]
+            for option, name in [("--student", options.student), *self._frozen_models()]
         ]
-        tokenizer = models.read_tokenizer("--student", said.student, self._local(said.student))
+        tokenizer = models.read_tokenizer("--student", options.student, self._local(options.student))
         for model in known[1:]:
-            if model.name != said.student:
+            if model.name != options.student:
                 other = models.read_tokenizer(model.option, model.name, self._local(model.name))
                 try:
                     check_tokenizers(model.name, tokenizer, other)
                 except ValueError as error:
                     raise typer.BadParameter(str(error), param_hint=model.option) from None
-        models.check_sizes(known, tokenizer, said.k)
+        models.check_sizes(known, tokenizer, options.k)
         return known, tokenizer
 
     def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
-        """Fingerprints of the prompts and models, which a resumed run compares with those that it began with."""
+        """Fingerprints of the prompts and models; a resumed run compares them with those that it was started with."""
         local = {role: self._local(model) for role, model in self.options.roles().items()}
-        now = inputs.fingerprints(Path(self.options.prompts), options.with_bases(local))
+        now = inputs.fingerprints(Path(self.options.prompts), with_bases(local))
         return inputs.check(self.folder, now, done, accept_changes) if resume else {"inputs": now, "changes": []}
 
-    def _dataset(self, listed: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
-        """One row for each answer of the run, in the order of seeded permutations.
+    def _dataset(self, data: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
+        """One row for each answer of the run, in the order of seeded permutations of the prompts.
 
-        All of it is one epoch, so that a resumed run has no earlier epochs' shuffles to repeat, and a longer run
-        begins with the shorter one's prompts.
+        The whole run is one epoch: a resumed run need not repeat the shuffles of earlier epochs, and a longer run
+        begins with the prompts of the shorter one.
         """
-        said = self.options
-        rows: Any = listed.prompts
-        if listed.conversational and tokenizer.chat_template is None:
+        options = self.options
+        rows: Any = data.prompts
+        if data.conversational and tokenizer.chat_template is None:
             raise typer.BadParameter(
-                f"{said.prompts} has conversations, and the tokenizer of {said.student} has no chat template: give "
-                "texts, or a student that was trained on conversations",
+                f"{options.prompts} has conversations, and the tokenizer of {options.student} has no chat template: "
+                "give texts, or a student that was trained on conversations",
                 param_hint="--prompts",
             )
-        if listed.answered:
-            self.say(f"{listed.answered} conversations end with an assistant's message: it is left out")
-        if not listed.conversational and tokenizer.chat_template is not None and said.chat:
+        if data.answered:
+            self.say(f"{data.answered} conversations end with an assistant's message: it is left out")
+        if not data.conversational and tokenizer.chat_template is not None and options.chat:
             self.say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
             rows = [[{"role": "user", "content": text}] for text in rows]
-        columns = {"prompt": rows} if listed.routes is None else {"prompt": rows, _ROUTE: listed.routes}
-        generator = torch.Generator().manual_seed(said.seed)
+        columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
+        generator = torch.Generator().manual_seed(options.seed)
         order: list[int] = []
-        needed = said.steps * said.batch_size * said.accumulation
+        needed = options.steps * options.batch_size * options.accumulation
         while len(order) < needed:
             order += torch.randperm(len(rows), generator=generator).tolist()
         order = order[:needed]
@@ -183,32 +185,37 @@ class Run:
             dataset: Any = importlib.import_module("datasets").Dataset.from_dict(columns)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise typer.BadParameter(
-                f"{said.prompts} has fields of messages that are of one type in some rows and of another in others: "
+                f"{options.prompts} has fields of messages that are of one type in some rows and of another in others: "
                 f"{models.first_line(error)}",
                 param_hint="--prompts",
             ) from None
         used = sorted(set(order))
         models.check_prompts(
-            dataset.select(used), [listed.rows[i] for i in used], said.prompts, known, tokenizer, said.max_new_tokens
+            dataset.select(used),
+            [data.rows[i] for i in used],
+            options.prompts,
+            known,
+            tokenizer,
+            options.max_new_tokens,
         )
         return dataset.select(order)
 
     def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
-        """A model's place, one for each route, or a scorer."""
-        said = self.options
-        if not said.teacher_server:
-            routes = {route: self._local(model) for route, model in said.routes().items()}
+        """A model's path, a dict of paths by route, or the scorer of a server."""
+        options = self.options
+        if not options.teacher_server:
+            routes = {route: self._local(model) for route, model in options.routes().items()}
             return routes.get(None, routes)
         server = importlib.import_module("fused_gopd.integrations.server")
-        self._foreseen = (server.TeacherServerError,)
+        self._expected_errors = (server.TeacherServerError,)
         try:
             return server.ServerTeacher(
-                self._server_url or said.teacher_server,
-                said.teacher_server_model,
-                api=said.teacher_server_api,
-                top_k=said.k,
-                timeout=said.teacher_server_timeout,
-                patience=said.teacher_server_patience,
+                self._server_url or options.teacher_server,
+                options.teacher_server_model,
+                api=options.teacher_server_api,
+                top_k=options.k,
+                timeout=options.teacher_server_timeout,
+                patience=options.teacher_server_patience,
                 api_key=self._server_key,
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
@@ -217,33 +224,33 @@ class Run:
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
 
     def _config(self) -> Any:
-        said, gpu = self.options, torch.cuda.is_available()
+        options, gpu = self.options, torch.cuda.is_available()
         try:
             return GOPDConfig(
                 output_dir=str(self.checkpoints.partial),
-                reward_scale=said.reward_scale,
-                estimator=said.estimator,
-                divergence=said.divergence,
-                k=said.k,
-                route_column=_ROUTE if said.route_column else None,
-                max_steps=said.steps,
-                per_device_train_batch_size=said.batch_size,
-                gradient_accumulation_steps=said.accumulation,
-                learning_rate=said.learning_rate,
-                lr_scheduler_type="constant",  # a run may be made longer
-                max_completion_length=said.max_new_tokens,
-                temperature=said.temperature,
-                seed=said.seed,
-                bf16=self._frozen == "bfloat16",
+                reward_scale=options.reward_scale,
+                estimator=options.estimator,
+                divergence=options.divergence,
+                k=options.k,
+                route_column=_ROUTE if options.route_column else None,
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch_size,
+                gradient_accumulation_steps=options.accumulation,
+                learning_rate=options.learning_rate,
+                lr_scheduler_type="constant",  # a decay would depend on the number of steps, which --resume may raise
+                max_completion_length=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                bf16=self._frozen_dtype == "bfloat16",
                 use_cpu=not gpu,
                 gradient_checkpointing=gpu,
-                # trained weights are float32, whatever the products are
-                model_init_kwargs={"dtype": self._frozen if said.lora else "float32"},
-                teacher_model_init_kwargs=None if said.teacher_server else {"dtype": self._frozen},
+                # trained weights are float32, whatever the dtype of the products
+                model_init_kwargs={"dtype": self._frozen_dtype if options.lora else "float32"},
+                teacher_model_init_kwargs=None if options.teacher_server else {"dtype": self._frozen_dtype},
                 shuffle_dataset=False,
                 logging_steps=1,
                 save_strategy="steps",
-                save_steps=said.save_every,
+                save_steps=options.save_every,
                 report_to="none",
                 disable_tqdm=True,
                 dataloader_pin_memory=gpu,
@@ -251,33 +258,33 @@ class Run:
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
 
-    def _announce(self, done: int, count: int) -> None:
-        said = self.options
-        teachers = said.teacher_server or ", ".join(said.teacher)
-        self.say(f"student {said.student}, teacher {teachers}, reference {said.ref or 'none'}")
-        trained = f"LoRA of rank {said.lora}" if said.lora else "all weights"
-        if done >= said.steps:
+    def _print_summary(self, done: int, count: int) -> None:
+        options = self.options
+        teachers = options.teacher_server or ", ".join(options.teacher)
+        self.say(f"student {options.student}, teacher {teachers}, reference {options.ref or 'none'}")
+        trained = f"LoRA of rank {options.lora}" if options.lora else "all weights"
+        if done >= options.steps:
             self.say("no step is left: the result is written")
             return
-        where = f"steps {done + 1} to {said.steps}" if done else f"{said.steps} steps"
+        where = f"steps {done + 1} to {options.steps}" if done else f"{options.steps} steps"
         self.say(
-            f"{where} of {said.batch_size * said.accumulation} answers to {count} prompts, λ = {said.reward_scale:g}, "
-            f"{said.estimator}, {trained} at {said.learning_rate:g}"
+            f"{where} of {options.batch_size * options.accumulation} answers to {count} prompts, "
+            f"λ = {options.reward_scale:g}, {options.estimator}, {trained} at {options.learning_rate:g}"
         )
-        if said.ref and said.reward_scale == 1:
+        if options.ref and options.reward_scale == 1:
             self.say("the reference is not loaded: λ = 1 has no use for it")
 
     # --------------------------------------------------------------------------------------------------------- training
 
     def _trainer(self, config: Any, dataset: Any, tokenizer: Any, teacher: Any) -> Any:
-        said = self.options
+        options = self.options
         adapter = None
-        if said.lora:
+        if options.lora:
             adapter = importlib.import_module("peft").LoraConfig(
-                r=said.lora, lora_alpha=said.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+                r=options.lora, lora_alpha=options.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
         trainer = GOPDTrainer(
-            self._local(said.student),
+            self._local(options.student),
             teacher,
             config,
             train_dataset=dataset,
@@ -289,14 +296,14 @@ class Run:
         return trainer
 
     def _reference(self) -> Any:
-        """Nothing, the student without its adapter, or a model."""
-        said = self.options
-        if said.reward_scale == 1:
+        """None, ``"base"`` (the student without its adapter), or a model."""
+        options = self.options
+        if options.reward_scale == 1:
             return None
-        if said.ref == "student" and said.lora:
+        if options.ref == "student" and options.lora:
             return "base"
-        name = said.student if said.ref == "student" else said.ref
-        return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen))
+        name = options.student if options.ref == "student" else options.ref
+        return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen_dtype))
 
     def _train(self, trainer: Any, interrupt: Interrupt) -> None:
         done = self.checkpoints.done
@@ -304,20 +311,20 @@ class Run:
             try:
                 trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
             except BaseException as error:
-                if isinstance(error, (Abandoned, *self._foreseen)):
+                if isinstance(error, (Abandoned, *self._expected_errors)):
                     self._save_last_step(trainer, interrupt)
                 raise
         except Abandoned:
             return
         except BaseException as error:
             self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
-            if isinstance(error, self._foreseen):
+            if isinstance(error, self._expected_errors):
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(1) from None
             raise
 
     def _save_last_step(self, trainer: Any, interrupt: Interrupt) -> None:
-        """The checkpoint after the last step that was done, while the one after it is given up."""
+        """Write a checkpoint after the last complete step; the step under way is given up."""
         if trainer.state.global_step > self.checkpoints.done:
             interrupt.restore_random_numbers()
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -328,23 +335,25 @@ class Run:
         return shlex.join(("fused-gopd", "distill", "--resume", "--output", str(self.output)))
 
     def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int) -> bool:
-        said = self.options
+        options = self.options
         picture = self.folder.create("metrics.png")
-        figures.draw(record.rows, picture, f"{Path(said.student).name}, λ = {said.reward_scale:g}, {said.estimator}")
+        figures.draw(
+            record.rows, picture, f"{Path(options.student).name}, λ = {options.reward_scale:g}, {options.estimator}"
+        )
         for path in (picture, record.path):
             self.folder.finish(path.name)
-        finished = bool(trainer.state.global_step >= said.steps)
+        finished = bool(trainer.state.global_step >= options.steps)
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
             return False
-        text = card.text(said, self._inputs, prompt_count, record.rows)
+        text = card.text(options, self._inputs, prompt_count, record.rows)
         self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, text, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
         self.say(f"figures: {record.path}, {picture}, tensorboard --logdir {self.output / 'tensorboard'}")
         return True
 
     def _check_result(self) -> None:
-        """A result is replaced by a longer run's only where it is what this command wrote."""
+        """Refuse to replace a result that this command did not write, or that has all steps already."""
         if not self._result.exists():
             return
         try:
@@ -367,6 +376,6 @@ class Run:
         partial = self.folder.create(f"{self._result.name}.partial")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card, encoding="utf-8")  # in the place of PEFT's, which is empty
+        (partial / "README.md").write_text(model_card, encoding="utf-8")  # replaces the empty card that PEFT writes
         durable.seal(partial, step)
         self.folder.move(partial.name, self._result.name)
