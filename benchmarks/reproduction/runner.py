@@ -67,7 +67,7 @@ def reproduce(
         folder.check("reproduction.json", "reproduction.md", "images", "cache")
         if inside:
             folder.extend("cache")
-        with opened(place, "reproduce --cache", alone=False):
+        with opened(place, "reproduce --cache", exclusive=False):
             try:
                 with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
                     runs = [run.stage for run in plan.runs]

@@ -75,7 +75,7 @@ def test_doctor_survives_a_backend_that_cannot_even_say_why(monkeypatch: pytest.
 
 @pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
 def test_doctor_fails_on_wrong_numbers(monkeypatch: pytest.MonkeyPatch, only_torch_expected: None, fault: str) -> None:
-    right = doctor._Problem.solve
+    right = doctor._TestCall.solve
 
     def faulty(self: Any, estimator: Any, device: str, dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
         loss, hidden, weight = right(self, estimator, device, dtype, backend)
@@ -85,7 +85,7 @@ def test_doctor_fails_on_wrong_numbers(monkeypatch: pytest.MonkeyPatch, only_tor
             raise RuntimeError("no such instruction")
         return [loss, hidden, weight * (1.001 if fault == "wrong" else float("nan"))]
 
-    monkeypatch.setattr(doctor._Problem, "solve", faulty)
+    monkeypatch.setattr(doctor._TestCall, "solve", faulty)
     output = invoke("doctor", code=1)
     assert "self-check of 'torch' on cpu, full" in output
     assert "self-check of 'torch' on cpu, sampled" not in output
@@ -299,7 +299,7 @@ def test_the_teacher_is_at_no_distance_from_itself(network: policy.Network) -> N
     assert figures.expected_reward == pytest.approx(figures.kl_ref, abs=1e-6)
 
 
-def trained(network: policy.Network, scale: float, **options: Any) -> training.Run:
+def trained(network: policy.Network, scale: float, **options: Any) -> training.TrainingHistory:
     before = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=7)
     return training.train(network, PROMPTS, PROMPTS, before, scale, SCHEDULE, TinyTokenizer(), seed=0, **options)
 
@@ -353,8 +353,15 @@ def test_demo_command_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(smollm, "load", lambda: (model, TinyTokenizer()))
     monkeypatch.setattr(compare, "compare", lambda **_: [measured("dense", 0.0), measured("fused", 0.0)])
     monkeypatch.setattr(policy, "Network", functools.partial(policy.Network, trained_layers=2, rank=2))
-    small = demo._Plan(dataclasses.replace(SCHEDULE, eval_answers=1), (1.0, 1.25), 4, ("dense", "fused"), 1, True)
-    monkeypatch.setattr(demo, "_full_plan", lambda: small)
+    small = demo._Settings(
+        schedule=dataclasses.replace(SCHEDULE, eval_answers=1),
+        reward_scales=(1.0, 1.25),
+        compared_answers=4,
+        compared_ways=("dense", "fused"),
+        repetitions=1,
+        with_teacher=True,
+    )
+    monkeypatch.setattr(demo, "_full_run", lambda: small)
     # which lambda wins on a random model is chance: not what this test is about
     monkeypatch.setattr(
         verdict, "judge_training", lambda b, o, e: [verdict.Finding(passes, "the figures that decided it")]
@@ -369,7 +376,9 @@ def test_demo_command_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_report_draws_without_a_teacher(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    run = training.Run(1.0, [0.1], [{"updates": 0, "reward": 0.0, "kl_teacher": 0.4}], [(0, evaluation(0.4))])
+    run = training.TrainingHistory(
+        1.0, [0.1], [{"updates": 0, "reward": 0.0, "kl_teacher": 0.4}], [(0, evaluation(0.4))]
+    )
     report.draw(tmp_path / "picture.png", evaluation(0.4), None, [run])
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 

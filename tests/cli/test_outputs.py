@@ -120,7 +120,7 @@ def test_a_folder_belongs_to_the_command_that_made_it(tmp_path: Path) -> None:
             folder.check("notes.txt")
     with pytest.raises(OutputError, match="holds the output of fused-gopd demo"), opened(tmp_path / "a/run", "distill"):
         pass
-    with pytest.raises(OutputError, match="of an earlier"), opened(tmp_path / "a/run", "demo", again=False):
+    with pytest.raises(OutputError, match="of an earlier"), opened(tmp_path / "a/run", "demo", reuse=False):
         pass
 
 
@@ -165,10 +165,10 @@ def test_a_command_that_was_killed_early_may_begin_again_in_its_folder(tmp_path:
     run = tmp_path / "run"
     with opened(run, "distill") as folder:
         put(folder.create("checkpoint.partial") / "weights.bin")
-    with opened(run, "distill", again=False) as folder:
+    with opened(run, "distill", reuse=False) as folder:
         assert content(put(folder.create("checkpoint.partial") / "new.bin").parent).keys() == {"new.bin"}
     put(run / "notes.txt")
-    with pytest.raises(OutputError, match="of an earlier"), opened(run, "distill", again=False):
+    with pytest.raises(OutputError, match="of an earlier"), opened(run, "distill", reuse=False):
         pass
 
 
@@ -198,7 +198,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
             opened(tmp_path, "distill"),
         ):
             pass
-        with opened(tmp_path, "distill", alone=False):  # a cache is shared
+        with opened(tmp_path, "distill", exclusive=False):  # a cache is shared
             pass
     finally:
         other.send_signal(signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The command line, ``fused-gopd``: doctor, plan, bench, distill, reproduce and demo.
 
-Each command imports what it needs when it runs, so that ``--help`` needs neither PyTorch's kernels nor transformers.
+Commands import transformers and the benchmarks when they run, so that ``--help`` does not need them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ app = typer.Typer(
     name="fused-gopd",
     help="Fused losses for generalized on-policy distillation.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",  # paragraphs of the docstrings are refilled to the terminal's width
+    rich_markup_mode="markdown",  # docstring paragraphs are wrapped to the terminal's width
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )

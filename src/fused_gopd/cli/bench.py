@@ -1,4 +1,4 @@
-"""``fused-gopd bench``: this package beside its peers on identical inputs, with the bare GEMMs of the same run."""
+"""``fused-gopd bench``: compares this package with others on identical inputs, and with bare GEMMs of the same run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import typer
 
 from . import outputs
 
-# The benchmarks' folder is fused_gopd.benchmarks in an installed package and lies beside src/ in a source tree.
+# The benchmarks are fused_gopd.benchmarks in an installed package, and a folder next to src/ in a source tree.
 _PLACES = ("fused_gopd.benchmarks", "benchmarks")
 
 
 def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_benchmark")) -> ModuleType:
-    """A module of the benchmarks, or an error that says what to install."""
+    """Import a module of the benchmarks; the error for a missing package says what to install."""
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
         raise typer.BadParameter(
@@ -31,7 +31,7 @@ def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_ben
 
 
 def _run(bench: ModuleType, options: Any, json_file: Path | None) -> dict[str, Any]:
-    """The measurement, with a progress bar on a terminal and a line per case elsewhere."""
+    """Measure, with a progress bar on a terminal or else a line per case."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -67,7 +67,7 @@ def _print(report: ModuleType, result: dict[str, Any]) -> None:
         table = Table(title=plain(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", min_width=24, overflow="fold")
         for i, column in enumerate(head[1:], 1):
-            # heads may wrap, figures may not
+            # headings may wrap, numbers may not
             table.add_column(plain(column), justify="right", min_width=max(len(cells[i]) for cells in rows))
         for cells in rows:
             ours = cells[0].startswith("**")
@@ -77,7 +77,7 @@ def _print(report: ModuleType, result: dict[str, Any]) -> None:
 
 
 def _check_files(json_file: Path | None, plot: Path | None, overwrite: bool) -> None:
-    """What cannot be written, or is not to be replaced, is an error before anything is measured."""
+    """Raise before the measurement for files that cannot be written or may not be replaced."""
     for name, path in (("--json", json_file), ("--plot", plot)):
         if path is not None:
             with outputs.option(name):
@@ -113,10 +113,10 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these files if they exist.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Show suites, jobs and providers and exit.")] = False,
 ) -> None:
-    """Time, peak memory and errors against float64, beside dense PyTorch and the peers that are installed.
+    """Measure time, peak memory and errors against float64, next to dense PyTorch and the installed peers.
 
     Every provider of a job gets identical inputs and does identical work; times are quantiles without the warm-up, and
-    ratios are to the bare matrix products of the same run. What cannot run here is listed with its reason.
+    ratios are to the bare matrix products of the same run. Cases that cannot run here are listed with the reason.
     """
     run, report = benchmarks_module("run"), benchmarks_module("report")
     if list_all:

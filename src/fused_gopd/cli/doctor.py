@@ -1,4 +1,4 @@
-"""``fused-gopd doctor``: what is installed, what can run here, and whether it computes the right numbers."""
+"""``fused-gopd doctor``: versions, available backends, and their errors against float64 on a small problem."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TOLERANCE = 2e-6
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether a backend can be used here, and whether this machine ought to have it."""
+    """Whether a backend can be used on this machine, and whether it should be."""
 
     name: str
-    reason: str | None  # why it is unavailable
-    expected: bool  # `auto` on this machine's device should pick it
+    reason: str | None  # why it is unavailable; None if it is available
+    expected: bool  # whether `auto` should pick it on this machine's device
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Errors:
 
 @dataclass(frozen=True)
 class Check:
-    """One backend's numbers on one problem."""
+    """The errors of one backend on one problem."""
 
     backend: str
     device: str
     estimator: str
-    errors: Errors | None  # None: it raised
+    errors: Errors | None  # None: the backend raised
     naive: Errors
-    failure: str | None = None  # what it raised
+    failure: str | None = None  # the exception
 
     @property
     def passed(self) -> bool:
-        """No worse than the naive path, plus :data:`TOLERANCE`; NaN fails."""
+        """Whether the errors are at most the naive path's plus :data:`TOLERANCE`; NaN fails."""
         if self.errors is None:
             return False
         return (
@@ -66,7 +66,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the doctor found."""
+    """Everything that the command prints."""
 
     versions: dict[str, str]
     machine: dict[str, str]
@@ -74,7 +74,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """What is wrong, one sentence each; empty when all is well."""
+        """One sentence for each problem; empty if there is none."""
         found = [
             f"backend {b.name!r} should be available on this machine: {b.reason}"
             for b in self.backends
@@ -120,7 +120,7 @@ def _machine() -> dict[str, str]:
 
 
 def _native_isa() -> str:
-    """Instruction set that the C++ kernels picked."""
+    """Instruction set that the C++ kernels use on this CPU."""
     return str(importlib.import_module("fused_gopd._native").isa())
 
 
@@ -134,24 +134,24 @@ def _find_backends() -> list[Backend]:
     for name in BACKENDS:
         try:
             reason = rowops.unavailable_reason(name)
-        except Exception as error:  # a broken installation is what a doctor is there to report
+        except Exception as error:  # a broken installation is reported, not raised
             reason = f"{type(error).__name__}: {error}"
         found.append(Backend(name, reason, name in ("torch", expected)))
     return found
 
 
 def _devices(backend: str) -> list[str]:
-    """Where a backend is to be checked."""
+    """Devices on which to check a backend."""
     import torch
 
     gpu = ["cuda"] if torch.cuda.is_available() else []
     if backend == "triton":
-        return gpu or ["cpu"]  # without a GPU it is available under the interpreter alone
+        return gpu or ["cpu"]  # without a GPU it is only available under Triton's interpreter
     return ["cpu", *gpu] if backend == "torch" else ["cpu"]
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _TestCall:
     """A loss call of three models with different hidden sizes, an odd vocabulary and a mask."""
 
     student: tuple[torch.Tensor, torch.Tensor]  # hidden and weight of each model, float32 on the CPU
@@ -161,7 +161,7 @@ class _Problem:
     mask: torch.Tensor
 
     @staticmethod
-    def random(tokens: int, vocab: int) -> _Problem:
+    def random(tokens: int, vocab: int) -> _TestCall:
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -173,7 +173,7 @@ class _Problem:
         ids = torch.randint(vocab, (tokens,), generator=generator)
         mask = torch.rand(tokens, generator=generator) < 0.8
         mask[0] = True
-        return _Problem(model(64), model(96), model(48), ids, mask)
+        return _TestCall(model(64), model(96), model(48), ids, mask)
 
     def solve(self, estimator: Estimator, device: str, dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
         """Loss, gradient of hidden and of weight, in float64 on the CPU; ``backend=None`` is the dense reference."""
@@ -203,16 +203,16 @@ class _Problem:
 def _errors(result: list[torch.Tensor], truth: list[torch.Tensor]) -> Errors:
     loss = abs(float(result[0] - truth[0])) / (1.0 + abs(float(truth[0])))
     worst = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(result[1:], truth[1:], strict=True)]
-    # max() drops a NaN that comes second
+    # max() ignores a NaN that is not its first argument
     return Errors(loss, max(worst) if not any(map(math.isnan, worst)) else float("nan"))
 
 
 def _check(backend: str, device: str) -> list[Check]:
     import torch
 
-    # the interpreter takes seconds per thousand entries: a small problem there
+    # the interpreter takes seconds per thousand vocabulary entries, hence a smaller problem
     interpreted = backend == "triton" and device == "cpu"
-    problem = _Problem.random(tokens=6, vocab=301) if interpreted else _Problem.random(tokens=64, vocab=5003)
+    problem = _TestCall.random(tokens=6, vocab=301) if interpreted else _TestCall.random(tokens=64, vocab=5003)
     checks = []
     estimators: tuple[Estimator, ...] = ("sampled", "full", "topk")
     for estimator in estimators:
@@ -220,7 +220,7 @@ def _check(backend: str, device: str) -> list[Check]:
         naive = _errors(problem.solve(estimator, device, torch.float32, None), truth)
         try:
             errors = _errors(problem.solve(estimator, device, torch.float32, backend), truth)
-        except Exception as error:  # any failure of a backend is a finding, not the end of the examination
+        except Exception as error:  # the failure of a backend is reported, and the others are still checked
             checks.append(Check(backend, device, estimator, None, naive, f"{type(error).__name__}: {error}"))
         else:
             checks.append(Check(backend, device, estimator, errors, naive))
@@ -228,13 +228,13 @@ def _check(backend: str, device: str) -> list[Check]:
 
 
 def examine() -> Report:
-    """Look at everything and check the numbers of every backend that can run here. Takes a second or two."""
+    """Collect versions and devices, and check every available backend. Takes a second or two."""
     backends = _find_backends()
     machine = _machine()
     if any(b.name == "native" and b.reason is None for b in backends):
         try:
             machine["instruction set of the native backend"] = _native_isa()
-        except Exception as error:  # reported, like everything here
+        except Exception as error:  # reported as above
             machine["instruction set of the native backend"] = f"{type(error).__name__}: {error}"
     report = Report(_versions(), machine, backends)
     for backend in backends:

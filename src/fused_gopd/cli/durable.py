@@ -1,8 +1,9 @@
-"""Files that survive a crash, and folders of which each byte is checked.
+"""Files that survive a crash, and folders with a checksum of every file.
 
-A folder is written under another name first. It then gets a manifest, the size and the SHA-256 of each file, is flushed
-to the disk and renamed (:meth:`fused_gopd.cli.outputs.OutputFolder.move`): a folder under its own name was written to
-the end, and a later damage is found.
+A folder is first written under a temporary name. Then its manifest is written, with the size and the SHA-256 of each
+file, everything is flushed to the disk, and the folder is renamed
+(:meth:`fused_gopd.cli.outputs.OutputFolder.move`). So a folder under its final name is complete, and later damage is
+detected.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ MANIFEST = "manifest.json"
 
 
 class Damaged(Exception):
-    """What is wrong with a file or folder, in a few words."""
+    """A file or folder is not as it was written; the message says in what."""
 
 
 # ------------------------------------------------------------------------------------------------------- single files
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file such that, whenever the process or the machine stops, it has its old or its new text.
+    """Replace a file atomically: after a crash it has either its old or its new text.
 
-    A link stays, and the file that it leads to is replaced.
+    Of a symbolic link, the target is replaced.
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -44,12 +45,16 @@ def replace(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """JSON with a checksum over its values."""
+    """Write values as JSON, with a checksum over them."""
     replace(path, json.dumps({**values, "sha256": checksum(values)}, indent=2))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What :func:`write_sealed` wrote."""
+    """Read the values that :func:`write_sealed` wrote.
+
+    Raises:
+        Damaged: the file is missing, cannot be read, or has other values.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,12 +69,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def checksum(values: dict[str, Any]) -> str:
-    """The SHA-256 of values as JSON."""
+    """SHA-256 of the values as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -83,7 +88,7 @@ def _flush(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
+    with suppress(OSError):  # some file systems cannot flush a folder
         number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
@@ -95,7 +100,7 @@ def flush_folder(path: Path) -> None:
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write the manifest of a folder that is complete, and flush all of it to the disk."""
+    """Write the manifest of a complete folder, and flush the folder to the disk."""
     files = {}
     for name in _files(folder):
         _flush(folder / name)
@@ -107,10 +112,10 @@ def seal(folder: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> int:
-    """The step after which a folder was sealed, where each of its files is as it was then.
+    """Compare a folder with its manifest. Returns the step at which it was sealed.
 
     Raises:
-        Damaged: where one is not, is missing, or has been added.
+        Damaged: a file has changed, is missing, or was added.
     """
     manifest = read_sealed(folder / MANIFEST)
     files = cast("dict[str, dict[str, Any]]", manifest["files"])
@@ -133,7 +138,7 @@ def verify(folder: Path) -> int:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All but the manifest, and but hidden ones, which file managers and network file systems add."""
+    """Relative paths of all files, without the manifest and hidden files, which file managers and systems add."""
     for path in sorted(folder.rglob("*")):
         if not path.is_dir() and not path.name.startswith(".") and path != folder / MANIFEST:
             yield path.relative_to(folder).as_posix()

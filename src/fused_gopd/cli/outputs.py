@@ -1,8 +1,8 @@
 """Which folders and files a command may write into, and which files there it may replace or delete.
 
-A command writes into an empty folder, or into one where it wrote before. What it wrote is listed in the folder itself,
-in ``fused-gopd.json``: only listed files that are still as they were written are ever replaced or deleted. A folder
-that is read (a model, prompts, a cache) is no output folder, and neither is one inside it or around it.
+A command writes into an empty folder, or into one where it wrote before. The folder has a list of what the command
+wrote, ``fused-gopd.json``: only listed files that are unchanged since are ever replaced or deleted. A folder that is
+read (a model, prompts, a cache) is refused as an output folder, and so is one inside it or around it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ LOCK = "fused-gopd.lock"
 
 
 class OutputError(ValueError):
-    """Nothing may be written there; the message says why."""
+    """A place that may not be written to; the message says why."""
 
 
 @contextlib.contextmanager
 def option(name: str) -> Iterator[None]:
-    """An :class:`OutputError` becomes the error of a command's option."""
+    """Turn an :class:`OutputError` into an error of the command's option ``name``."""
     try:
         yield
     except OutputError as error:
@@ -51,14 +51,14 @@ def option(name: str) -> Iterator[None]:
 
 
 def caches() -> dict[str, Path]:
-    """Folders of models that other programs rely on: the hub's cache and this package's."""
+    """Caches of models that other programs rely on: the hub's and this package's."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface")
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
     return {"the cache of hub models": Path(hub), "this package's cache": cache_dir()}
 
 
 def _identity(path: Path | int) -> tuple[int, int] | str:
-    """Equal for two names of one folder or file, whatever links or mounts lead to it; an int is an open file."""
+    """A value equal for all paths of one folder or file, through links and mounts too. An int is a file descriptor."""
     try:
         status = os.stat(path)
     except OSError:
@@ -93,42 +93,43 @@ def refuse_overlap(path: Path, reads: Mapping[str, Path]) -> None:
 
 
 def _refuse_impossible(path: Path, kind: str) -> None:
-    """A link to nowhere, or something in the way."""
+    """Raise for a dangling link, or where a file is in the place of a folder or a folder in that of a file."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise OutputError(f"{place} is a link to {os.readlink(place)}, which does not exist")
-    if path.exists() and not (path.is_dir() if kind == "folder" else path.is_file()):  # a device is neither
+    if path.exists() and not (path.is_dir() if kind == "folder" else path.is_file()):  # a device is neither of them
         raise OutputError(f"{path} is no {kind}")
 
 
-def _refuse_foreign(path: Path, command: str, again: bool) -> None:
-    """Raise unless a folder is empty or one that ``command`` wrote into, without ``again`` only what is unfinished."""
+def _refuse_foreign(path: Path, command: str, reuse: bool) -> None:
+    """Raise unless a folder is empty or written by ``command``; without ``reuse`` it may have no finished entry."""
     found = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
     if not found or found == [LEDGER]:
         return
     if LEDGER not in found:
-        listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        names = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         raise OutputError(
-            f"{path} is not empty ({listed}) and has no {LEDGER}, where fused-gopd lists what it writes: choose a new "
+            f"{path} is not empty ({names}) and has no {LEDGER}, where fused-gopd lists what it writes: choose a new "
             "or an empty folder"
         )
     ledger = _read_ledger(path)
     wrote, files = ledger["command"], {LEDGER: None, **ledger["files"]}
     if wrote != command:
         raise OutputError(f"{path} holds the output of fused-gopd {wrote}: choose another folder")
-    if not again and any(name not in files or files[name] is not None for name in found):
+    if not reuse and any(name not in files or files[name] is not None for name in found):
         raise OutputError(f"{path} holds the output of an earlier fused-gopd {wrote}: choose another folder")
 
 
 def new_file(path: Path, overwrite: bool, reads: Mapping[str, Path] | None = None) -> Path:
-    """A file that may be written; its folder is made.
+    """The path of a file that may be written; creates its folder.
 
     Args:
-        overwrite: it may exist already.
+        path: the file.
+        overwrite: whether it may exist already.
         reads: as for :func:`refuse_overlap`.
 
     Raises:
-        OutputError: it exists, or cannot be written.
+        OutputError: it exists and may not be replaced, or cannot be written.
     """
     refuse_overlap(path, {**(reads or {}), **caches()})
     _refuse_impossible(path, "file")
@@ -157,7 +158,7 @@ def _read_ledger(path: Path) -> dict[str, Any]:
 
 
 def _signature(path: Path) -> list[int] | None:
-    """Size and time of modification of a plain file; they survive a copy that keeps times."""
+    """[size, modification time] of a regular file, else None. A copy that keeps times keeps the signature."""
     try:
         status = path.lstat()
     except OSError:
@@ -168,12 +169,12 @@ def _signature(path: Path) -> list[int] | None:
 class OutputFolder:
     """A folder that a command writes into, with the list of what it wrote there.
 
-    An entry is a file or a folder by its name in this folder. While it is being written all of it is the command's;
-    once it is finished, the files that it has then.
+    An entry is a file or a folder directly in this folder. While it is being written, everything in it counts as the
+    command's. Once it is finished, only the files that it has at that moment do.
     """
 
     def __init__(self, path: Path, command: str, *, new: bool = False) -> None:
-        """With ``new`` the list that is there is not read."""
+        """``new`` begins an empty list and ignores an existing one."""
         self.path = path
         self._command = command
         # entry -> None while it is being written, else file -> size and time of modification
@@ -187,11 +188,11 @@ class OutputFolder:
         durable.write_sealed(self.path / LEDGER, content)
 
     def wrote(self, name: str) -> bool:
-        """Whether an entry is the command's."""
+        """Whether the command wrote the entry."""
         return name in self._files
 
     def check(self, *names: str) -> None:
-        """Raise where an entry that is going to be written exists and is not the command's."""
+        """Raise for a name under which something exists that the command did not write."""
         for name in names:
             if os.path.lexists(self.path / name) and not self.wrote(name):
                 raise OutputError(
@@ -200,25 +201,25 @@ class OutputFolder:
                 )
 
     def extend(self, name: str) -> Path:
-        """The place of an entry that is written piece by piece, over several calls of the command."""
+        """The path of an entry that several calls of the command write to."""
         self.check(name)
         self._files[name] = None
         self.save()
         return self.path / name
 
     def adopt(self, name: str) -> None:
-        """Count an entry that exists as the command's, all of it."""
+        """Add an existing entry to the list, with everything in it."""
         self._files[name] = None
 
     def create(self, name: str) -> Path:
-        """The free place of a new entry; an earlier one of this name is deleted, as far as it is the command's."""
+        """The path for a new entry. An earlier one is deleted as far as the command wrote it, and renamed otherwise."""
         self._clear(name)
         self._files[name] = None
         self.save()
         return self.path / name
 
     def finish(self, name: str) -> None:
-        """An entry is complete: what is added to it or changed from now on is somebody else's."""
+        """Mark an entry as complete: files added or changed from now on do not count as the command's."""
         path = self.path / name
         paths = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         signatures = {str(file.relative_to(self.path)): _signature(file) for file in paths}
@@ -226,9 +227,9 @@ class OutputFolder:
         self.save()
 
     def move(self, source: str, target: str) -> None:
-        """A complete entry gets its name; an earlier one of that name is treated as by :meth:`create`."""
+        """Rename a complete entry; an earlier one of the new name is treated as in :meth:`create`."""
         self._clear(target)
-        self._files[target] = None  # before it is there: an entry that exists is always listed
+        self._files[target] = None  # before the rename, so that the entry is listed at any time
         self.save()
         (self.path / source).rename(self.path / target)
         durable.flush_folder(self.path)
@@ -236,7 +237,7 @@ class OutputFolder:
         self.finish(target)
 
     def remove(self, name: str) -> None:
-        """Delete what the command wrote of an entry, and nothing else."""
+        """Delete those files of an entry that the command wrote, and no others."""
         self._delete_own(name)
         if os.path.lexists(self.path / name):
             typer.echo(f"{self.path / name} is kept: it holds files that this run did not write", err=True)
@@ -245,7 +246,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
-        """An entry that is removed at the end, whatever the end is."""
+        """The path of an entry that is removed at the end, also after an exception."""
         try:
             yield self.create(name)
         finally:
@@ -262,7 +263,9 @@ class OutputFolder:
 
     def _delete_own(self, name: str) -> None:
         path = self.path / name
-        if not self.wrote(name) or path.is_symlink():  # a link is not ours, nor is what it leads to
+        if (
+            not self.wrote(name) or path.is_symlink()
+        ):  # the command writes no links: neither the link nor its target is its own
             return
         files = self._files[name]
         if files is None:
@@ -283,7 +286,7 @@ class OutputFolder:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time writes into a folder; the lock ends with its process, however that ends."""
+    """Hold the folder's lock, which the system releases when the process ends in any way."""
     place = path / LOCK
     while True:
         file = place.open("a+", encoding="utf-8")
@@ -303,7 +306,7 @@ def _locked(path: Path) -> Iterator[None]:
             )
         if _identity(place) == _identity(file.fileno()):
             break
-        file.close()  # the former holder deleted the file between our opening and our locking it
+        file.close()  # the previous holder deleted this file after it was opened here and before it was locked
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -315,7 +318,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _make(path: Path) -> list[Path]:
-    """Make a folder with its parents; those that were not there."""
+    """Create a folder with its parents. Returns those that did not exist."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     return missing
@@ -327,23 +330,24 @@ def opened(
     command: str,
     *,
     reads: Mapping[str, Path] | None = None,
-    again: bool = True,
-    alone: bool = True,
+    reuse: bool = True,
+    exclusive: bool = True,
     relist: Callable[[OutputFolder], None] | None = None,
 ) -> Iterator[OutputFolder]:
-    """A folder to write into, made if it is not there; removed again where nothing was written.
+    """Open a folder to write into. It is created if it does not exist, and removed if nothing is written.
 
     Args:
-        command: who writes; a folder belongs to one command.
-        reads: folders and files that are read, by a name for messages: the output may not overlap with them.
-        again: whether the command may write where it wrote before; else only where it was killed before it had
-            finished anything.
-        alone: no other process may write there at the same time.
-        relist: for a folder that is known to be the command's: called where the list is missing or damaged, it lists
-            the entries anew.
+        path: the folder.
+        command: the command that writes; a folder belongs to one command.
+        reads: folders and files that are read, by a name for messages; the output may not overlap with them.
+        reuse: whether the folder may have finished entries of this command. Without it, the folder may be one where
+            the command was killed before it finished an entry.
+        exclusive: lock the folder, so that no other process writes there at the same time.
+        relist: called where the list is missing or damaged, to add the command's entries to it. Only for a folder that
+            is known to be the command's.
 
     Raises:
-        OutputError: the folder is somebody else's, overlaps with what is read, is in use or cannot be written.
+        OutputError: the folder has files of others, overlaps with what is read, is in use or cannot be written.
     """
     refuse_overlap(path, {**(reads or {}), **caches()})
     _refuse_impossible(path, "folder")
@@ -351,25 +355,25 @@ def opened(
     with contextlib.ExitStack() as stack:
         try:
             if path.exists() and relist is None:
-                _refuse_foreign(path, command, again)
+                _refuse_foreign(path, command, reuse)
             made = _make(path)
             stack.callback(_remove_empty, made)
-            if alone:
+            if exclusive:
                 stack.enter_context(_locked(path))
             if relist is not None:
-                _mend(path, command, relist)
-            _refuse_foreign(path, command, again)  # another process may have begun meanwhile
+                _repair_ledger(path, command, relist)
+            _refuse_foreign(path, command, reuse)  # again: another process may have written in the meantime
         except OSError as error:
             raise OutputError(f"cannot write to {path}: {error.strerror}") from None
         folder = OutputFolder(path, command)
-        if alone:
+        if exclusive:
             stack.callback(_remove_empty_ledger, path)
         else:
             folder.save()
         yield folder
 
 
-def _mend(path: Path, command: str, relist: Callable[[OutputFolder], None]) -> None:
+def _repair_ledger(path: Path, command: str, relist: Callable[[OutputFolder], None]) -> None:
     try:
         durable.read_sealed(path / LEDGER)
     except durable.Damaged as error:

@@ -1,4 +1,4 @@
-"""``fused-gopd reproduce``: the paper's claims on tiny models with checkable answers, on two CPU cores."""
+"""``fused-gopd reproduce``: tests the paper's claims on tiny models with checkable answers, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEEDS = ("transformers", "safetensors", "matplotlib")
 
 
 def _run(runner: Any, plan: Any, output: Path, cache: Path | None, workers: int) -> dict[str, Any]:
-    """The run, with a progress bar on a terminal and a line per stage elsewhere."""
+    """Run the stages, with a progress bar on a terminal or else a line per stage."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -74,11 +74,11 @@ def reproduce(
     cache: Annotated[Path | None, typer.Option(help="Where finished stages are kept. Default: OUTPUT/cache.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
 ) -> None:
-    """The paper's claims where anyone can rerun them: tiny transformers, two domains with checkable answers.
+    """Test the paper's claims on tiny transformers and two domains with checkable answers.
 
-    A base is trained, two teachers are made of it by GRPO, students are distilled from them; all losses are this
-    package's. Finished stages are kept: an interrupted run goes on where it stopped, with more seeds it adds to what is
-    there. The page puts each claim beside the paper's figure, also where it does not reproduce.
+    Trains a base model, makes two teachers from it by GRPO, and distils students from them; all losses are this
+    package's. Finished stages are kept: an interrupted run continues after the last one, and a run with more seeds only
+    computes the new ones. The page compares each claim with the paper's figure, also where it does not reproduce.
     """
     missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
     if missing:

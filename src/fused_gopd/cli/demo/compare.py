@@ -1,7 +1,6 @@
 """Dense and fused loss on the same hidden states and heads: values, gradients, memory, time.
 
-Each way of computing runs in a process of its own, because the memory that one has touched would hide the other's
-peak.
+Each way of computing runs in its own process: memory that one keeps resident would hide the peak of the next.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from fused_gopd.options import Estimator
 
 ESTIMATORS: tuple[Estimator, ...] = ("sampled", "full")
-REWARD_SCALE = 1.25  # so that all three models take part
+REWARD_SCALE = 1.25  # not 0 or 1, so that all three models are needed
 SMALL_CHUNK = 64
 WAYS = {
     "dense": "dense, the shortest code",
@@ -49,13 +48,13 @@ class Measured:
     hidden_error: float  # of the gradient of the hidden states against float64, ratio of norms
     weight_error: float
     seconds: float  # loss and gradients, the faster of the repetitions
-    peak_bytes: int | None  # beyond the inputs, gradients included; None where this platform does not tell
+    peak_bytes: int | None  # beyond the inputs, gradients included; None where the platform cannot tell
     gradient_bytes: int
     tokens: int
     backend: str
 
 
-class _Problem:
+class _Inputs:
     """Hidden states of the live tokens, (N, H) each, and the one head (V, H) that the three models share here."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -82,7 +81,7 @@ def _log_softmax(head: fg.LinearHead) -> Tensor:
 def _shortest_dense(
     student: fg.LinearHead, teacher: fg.LinearHead, ref: fg.LinearHead, ids: Tensor, estimator: Estimator
 ) -> Tensor:
-    """What a trainer writes who does without a library; the leanest rival that is still plain PyTorch."""
+    """The shortest loss in plain PyTorch, as a trainer would write it without a library."""
     if estimator == "full":
         log_p = _log_softmax(student)
         with torch.no_grad():
@@ -99,10 +98,10 @@ def _shortest_dense(
     return -(advantage * (log_p - log_p.detach()).exp()).mean()
 
 
-def _compute(way: str, problem: _Problem, rows: slice, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(way: str, inputs: _Inputs, rows: slice, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient of hidden, gradient of weight."""
-    student, teacher, ref = problem.heads(rows, torch.float32)
-    ids = problem.token_ids[rows]
+    student, teacher, ref = inputs.heads(rows, torch.float32)
+    ids = inputs.token_ids[rows]
     if way == "dense":
         loss = _shortest_dense(student, teacher, ref, ids, estimator)
     elif way == "reference":
@@ -123,19 +122,19 @@ def _compute(way: str, problem: _Problem, rows: slice, estimator: Estimator) -> 
     return loss.detach(), student.hidden.grad, student.weight.grad
 
 
-def _oracle(problem: _Problem, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+def _oracle(inputs: _Inputs, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
     """The same in float64, in slices of tokens: with a given normalizer losses and weight gradients just add up."""
-    count = len(problem.token_ids)
+    count = len(inputs.token_ids)
     total = torch.zeros((), dtype=torch.float64)
-    hidden, weight = [], torch.zeros(problem.weight.shape, dtype=torch.float64)
+    hidden, weight = [], torch.zeros(inputs.weight.shape, dtype=torch.float64)
     for start in range(0, count, _ORACLE_SLICE):
         rows = slice(start, start + _ORACLE_SLICE)
-        student, teacher, ref = problem.heads(rows, torch.float64)
+        student, teacher, ref = inputs.heads(rows, torch.float64)
         loss = fg.reference.gopd_loss(
             student,
             teacher,
             ref,
-            problem.token_ids[rows],
+            inputs.token_ids[rows],
             reward_scale=REWARD_SCALE,
             estimator=estimator,
             normalizer=count,
@@ -153,12 +152,12 @@ def _oracle(problem: _Problem, estimator: Estimator) -> tuple[Tensor, Tensor, Te
 
 
 class _Peak:
-    """Bytes of resident memory that a stretch of code added at its worst, as the kernel counts them.
+    """Peak resident memory in bytes since construction, minus the resident memory at construction.
 
-    Linux lets a process reset its own high-water mark (5 into clear_refs), so the peak is VmHWM at the end less VmRSS
-    at the start: exact, no sampling thread that could miss a short peak or steal time. Elsewhere, or where /proc is
-    read-only, ru_maxrss can only grow: less the resident size at the start it is right as long as nothing before was
-    larger, which the small warm-up takes care of.
+    On Linux a process can reset its own high-water mark (by writing 5 to clear_refs), so the peak is VmHWM at the end
+    minus VmRSS at the start: exact, without a sampling thread that could miss a short peak or take CPU time. Elsewhere,
+    or where /proc is read-only, ru_maxrss cannot be reset; the difference is right if no earlier peak was larger, so
+    the warm-up is small.
     """
 
     def __init__(self) -> None:
@@ -178,7 +177,7 @@ class _Peak:
         return int(match[1]) * 1024
 
     def bytes(self) -> int | None:
-        """Since construction; None where the platform does not tell."""
+        """The peak since construction; None where the platform cannot tell."""
         now = self._read("VmHWM") if self._resettable else _max_resident()
         return None if now is None or self._start is None else max(0, now - self._start)
 
@@ -195,17 +194,17 @@ def _max_resident() -> int | None:
 # ------------------------------------------------------------------------------------------------------ the processes
 
 
-def _measure(way: str, problem: _Problem, oracle: dict[str, Tensor], repetitions: int) -> list[Measured]:
+def _measure(way: str, inputs: _Inputs, oracle: dict[str, Tensor], repetitions: int) -> list[Measured]:
     from fused_gopd.rowops import select_backend
 
     results = []
     for estimator in ESTIMATORS:
-        _compute(way, problem, slice(0, 16), estimator)  # warm-up: libraries load, threads start
+        _compute(way, inputs, slice(0, 16), estimator)  # warm-up: loads libraries and starts threads
         seconds, peak = float("inf"), None
         for repetition in range(repetitions):
             meter = _Peak() if repetition == 0 else None
             started = time.perf_counter()
-            loss, hidden, weight = _compute(way, problem, slice(None), estimator)
+            loss, hidden, weight = _compute(way, inputs, slice(None), estimator)
             seconds = min(seconds, time.perf_counter() - started)
             if meter is not None:
                 peak = meter.bytes()
@@ -227,7 +226,7 @@ def _measure(way: str, problem: _Problem, oracle: dict[str, Tensor], repetitions
                 seconds=seconds,
                 peak_bytes=peak,
                 gradient_bytes=hidden.nbytes + weight.nbytes,
-                tokens=len(problem.token_ids),
+                tokens=len(inputs.token_ids),
                 backend=(
                     select_backend("auto", torch.device("cpu"), {torch.float32}).name
                     if way.startswith("fused")
@@ -240,21 +239,21 @@ def _measure(way: str, problem: _Problem, oracle: dict[str, Tensor], repetitions
 
 def _main(way: str, folder: Path, repetitions: int) -> None:
     safetensors = importlib.import_module("safetensors.torch")
-    problem = _Problem(safetensors.load_file(folder / "problem.safetensors"))
+    inputs = _Inputs(safetensors.load_file(folder / "problem.safetensors"))
     if way == "oracle":
-        found = {e: _oracle(problem, e) for e in ESTIMATORS}
+        found = {e: _oracle(inputs, e) for e in ESTIMATORS}
         names = ("loss", "hidden", "weight")
         safetensors.save_file(
             {f"{e}.{n}": t for e, ts in found.items() for n, t in zip(names, ts, strict=True)},
             folder / "oracle.safetensors",
         )
         return
-    results = _measure(way, problem, safetensors.load_file(folder / "oracle.safetensors"), repetitions)
+    results = _measure(way, inputs, safetensors.load_file(folder / "oracle.safetensors"), repetitions)
     (folder / f"{way}.json").write_text(json.dumps([asdict(m) for m in results]))
 
 
 def _run_process(way: str, folder: Path, repetitions: int) -> None:
-    # the child looks for modules where this process does, so that it finds the same package, installed or not
+    # the child gets this process's module path, so that it imports the same package, installed or not
     code = (
         "import sys, json, pathlib; sys.path[:] = json.loads(sys.argv[1]); "
         "from fused_gopd.cli.demo.compare import _main; _main(sys.argv[2], pathlib.Path(sys.argv[3]), int(sys.argv[4]))"
@@ -281,9 +280,9 @@ def compare(
     repetitions: int = 2,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measured]:
-    """Measure every way on one problem; ``progress`` is called ``len(ways) + 1`` times."""
+    """Measure every way on the same inputs; ``progress`` is called ``len(ways) + 1`` times."""
     tensors = {"student": student, "teacher": teacher, "ref": ref, "weight": weight, "token_ids": token_ids}
-    # clone: a head tied to an embedding shares its storage, which safetensors refuses
+    # cloned: safetensors refuses tensors that share storage, as a head tied to the embedding does
     safetensors = importlib.import_module("safetensors.torch")
     safetensors.save_file(
         {name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / "problem.safetensors"

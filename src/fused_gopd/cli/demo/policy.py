@@ -1,7 +1,7 @@
 """Student, teacher and reference in one network: frozen lower layers, upper layers with switchable LoRA adapters.
 
-The reference is the network without an adapter, the student the same with one; the lower layers serve both and run
-once. The teacher is the network without an adapter that reads another system prompt.
+The reference is the network without an adapter, the student the network with one; both share one run of the lower
+layers. The teacher is the network without an adapter, given another system prompt.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Network:
         model.requires_grad_(False)
 
     def _part(self, start: int, stop: int, norm: nn.Module) -> Any:
-        """Some layers of the base model as a model of their own that shares their modules.
+        """A model of layers start to stop of the base model, which shares their modules.
 
-        transformers' own forward then builds masks and rotary embeddings, and no layer has to be called by hand.
+        Its forward is transformers' own, which makes masks and rotary embeddings.
         """
         config = copy.deepcopy(self._base.config)
         config.num_hidden_layers = stop - start
-        with torch.device("meta"):  # its fresh weights are replaced at once: allocate none
+        with torch.device("meta"):  # on meta, as its new weights are replaced below
             part = type(self._base)(config)
         part.embed_tokens = self._base.embed_tokens
         part.layers = self._base.layers[start:stop]
@@ -79,14 +79,14 @@ class Network:
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), frozen: tied to the embedding."""
+        """(V, H), frozen; tied to the embedding."""
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight
 
     def add_adapter(self, name: str, seed: int) -> list[nn.Parameter]:
-        """A fresh adapter, which changes nothing yet, and its parameters."""
+        """Add an adapter, which is the identity at first. Returns its parameters."""
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it deprecated
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
             torch.manual_seed(seed)
             if self._peft is None:
                 self._peft = importlib.import_module("peft").get_peft_model(
@@ -99,7 +99,7 @@ class Network:
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
-        """Run as the student with this adapter; None is the network as it was loaded."""
+        """Run the network with this adapter, or with none."""
         if self._peft is None:
             if adapter is not None:
                 raise KeyError(f"no adapter {adapter!r}")
@@ -119,14 +119,14 @@ class Network:
     ) -> Answers:
         """Sample an answer to each prompt at temperature 1 from the whole distribution.
 
-        A loop of its own because it needs a random generator of its own: two students that get the same seed get the
-        same random numbers, so that what differs between their answers is the policy.
+        transformers' generate cannot take a random generator. With one, students sampled with the same seed get the
+        same random numbers, so that their answers differ by their policies alone.
         """
         generator = torch.Generator().manual_seed(seed)
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), end_id)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that all answers start in one column
+        for row, prompt in enumerate(prompts):  # left padding: all answers start in the same column
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -157,22 +157,22 @@ class Network:
     # ---------------------------------------------------------------------------------------------------- scoring
 
     def lower_states(self, prompts: Sequence[list[int]], answers: Answers) -> tuple[Tensor, Tensor]:
-        """What the frozen layers make of prompt + answer: states (B, L, H), and where answers start (B,).
+        """Run the frozen layers on prompt + answer. Returns states (B, L, H) and the start of each answer, (B,).
 
-        Padded on the right: causal attention never looks there, so no mask is needed. Prompts of different lengths
-        (the teacher's) put the same answer at different positions; :meth:`hidden` aligns them.
+        Right padding: under causal attention it has no effect on earlier positions, so no mask is needed. The same
+        answer is at another position under the teacher's longer prompt; :meth:`hidden` aligns them.
         """
         rows = [
             torch.cat([torch.tensor(prompt), answer]) for prompt, answer in zip(prompts, answers.tokens, strict=True)
         ]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(answers.tokens[0, -1]))
-        # the state at a token scores the next one: the first answer token is scored by the prompt's last
+        # the state at a position scores the next token: the prompt's last state scores the first answer token
         starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
         with torch.no_grad(), self.using(None):
             return self._lower(input_ids=ids, use_cache=False).last_hidden_state, starts
 
     def hidden(self, adapter: str | None, lower: tuple[Tensor, Tensor], length: int) -> Tensor:
-        """The hidden states (B, T, H) that score the answers' tokens; differentiable for the adapter's parameters."""
+        """The hidden states (B, T, H) that score the answers' tokens; differentiable in the adapter's parameters."""
         states, starts = lower
         with self.using(adapter):
             out: Tensor = self._upper(inputs_embeds=states, use_cache=False).last_hidden_state

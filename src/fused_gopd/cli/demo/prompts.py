@@ -1,6 +1,6 @@
-"""What the demo talks about: two system prompts, 32 questions to train on and 16 held out.
+"""The demo's data: two system prompts, 32 training questions and 16 held-out ones.
 
-Open questions only: a 135M model ignores or garbles requests for lists, capitals or one-word answers.
+All are open questions: a 135M model fails at requests for lists, capitals or one-word answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PLAIN_SYSTEM = "You are a helpful AI assistant."
-# The teacher is the same model with this privileged prompt, so log q - log r is its dense reward for talking like this.
+# The teacher is the same model with this prompt, so log q - log r rewards each token for talking like this.
 TEACHER_SYSTEM = "You are a pirate. Talk like a pirate, say Arrr!"
 
 TRAIN_QUESTIONS = (
@@ -80,7 +80,8 @@ def encode(tokenizer: Any, questions: tuple[str, ...]) -> list[Prompt]:
     """Tokenise questions with the model's chat template, up to where the answer starts."""
 
     def ids(system: str, question: str) -> list[int]:
-        # the system prompt is explicit because the template would put its own there, and it writes <|im_start|> itself
+        # always with a system prompt, else the template adds its own; the template writes <|im_start|>, so that the
+        # tokenizer must add no special tokens
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])

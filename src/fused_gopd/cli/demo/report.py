@@ -1,4 +1,4 @@
-"""How a demo run is shown: tables, a picture, raw figures."""
+"""Tables, plot and raw data of a demo run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .compare import WAYS, Measured
-from .training import Evaluation, Run
+from .training import Evaluation, TrainingHistory
 from .verdict import Finding
 
 
 def print_comparison(console: Console, measured: Sequence[Measured]) -> None:
-    """Dense against fused on the same hidden states."""
+    """The table of dense and fused losses on the same hidden states."""
     first = measured[0]
     backend = next((m.backend for m in measured if m.way.startswith("fused")), "?")
     table = Table(
@@ -47,7 +47,7 @@ def print_comparison(console: Console, measured: Sequence[Measured]) -> None:
 
 
 def print_training(console: Console, rows: dict[str, Evaluation]) -> None:
-    """Held-out figures before and after."""
+    """The table of held-out metrics before and after training."""
     any_row = next(iter(rows.values()))
     table = Table(
         title=f"Held-out questions, {any_row.tokens} tokens of the student's own answers at temperature 1",
@@ -69,7 +69,7 @@ def print_training(console: Console, rows: dict[str, Evaluation]) -> None:
 
 
 def print_samples(console: Console, questions: Sequence[str], rows: dict[str, Evaluation], count: int = 3) -> None:
-    """The first answers to a few held-out questions, before and after."""
+    """Print the first answers to a few held-out questions, before and after training."""
     console.print(
         "[bold]Samples[/bold] (a style shift: at temperature 1 a 135M model's answers are near gibberish before and "
         "after)"
@@ -82,17 +82,17 @@ def print_samples(console: Console, questions: Sequence[str], rows: dict[str, Ev
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """The verdict, criterion by criterion."""
+    """Print each criterion, and whether it is met."""
     for finding in findings:
         console.print(f"{'[green]met   ' if finding.passed else '[red]FAILED'}[/] {escape(finding.text)}")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """All raw figures."""
+    """Write the raw data."""
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def run_data(run: Run) -> dict[str, Any]:
+def run_data(run: TrainingHistory) -> dict[str, Any]:
     """A training run as plain data."""
     return {
         "reward_scale": run.reward_scale,
@@ -107,8 +107,8 @@ def comparison_data(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [asdict(m) for m in measured]
 
 
-def draw(path: Path, before: Evaluation, teacher: Evaluation | None, runs: Sequence[Run]) -> None:
-    """Curves of held-out KL and reward (and the same on each training rollout), bars before and after."""
+def draw(path: Path, before: Evaluation, teacher: Evaluation | None, runs: Sequence[TrainingHistory]) -> None:
+    """Plot held-out KL and reward over updates, the same on each training rollout, and bars before and after."""
     importlib.import_module("matplotlib").use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
 
@@ -139,7 +139,7 @@ def draw(path: Path, before: Evaluation, teacher: Evaluation | None, runs: Seque
         (axes[3], 'share of held-out answers with "arr"', [e.arr for e in students]),
     ):
         axis.bar(names, values, color=shades)
-        axis.set(title=title, ylim=(0, 1.1 * max(*values, 0.1)))  # all zero is a flat picture, not an axis around 0
+        axis.set(title=title, ylim=(0, 1.1 * max(*values, 0.1)))  # keeps the axis from 0 up where all values are 0
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle("SmolLM2-135M distils its own pirate prompt")
     figure.savefig(path, dpi=120)

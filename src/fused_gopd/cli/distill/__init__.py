@@ -111,7 +111,7 @@ def distill(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
     # each warns of the other's deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    opened = outputs.opened(output, "distill", reads=options.reads(), again=resume, relist=relist if resume else None)
+    opened = outputs.opened(output, "distill", reads=options.reads(), reuse=resume, relist=relist if resume else None)
     with outputs.option("--output"), opened as folder:
         from .training import DistillationRun
 
