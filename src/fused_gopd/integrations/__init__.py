@@ -9,11 +9,11 @@ from importlib import metadata
 
 @contextmanager
 def needs(integration: str, *packages: str, install: str) -> Iterator[None]:
-    """Around the imports of an integration: where a package is missing or does not fit, the error says what to do.
+    """Context of an integration's imports: the error for a missing or incompatible package says how to install it.
 
     Args:
-        integration: its ``__name__``.
-        packages: names of those that it imports.
+        integration: the module's ``__name__``.
+        packages: the packages that it imports.
         install: the command that installs them.
     """
     try:

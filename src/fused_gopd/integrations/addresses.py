@@ -1,6 +1,6 @@
-"""Addresses of servers: user-info taken off before anything shows or saves them, and which proxy the environment names.
+"""Addresses of servers: removal of user-info before an address is shown or saved, and the proxy of the environment.
 
-Only the standard library: the command line checks an address before it knows whether httpx is installed.
+Uses the standard library alone: the command line checks addresses before it requires httpx.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 __all__ = ["environment_proxy", "redacted", "split_userinfo"]
 
-# Top-level domains that no public DNS has (RFC 6761, RFC 6762, ICANN's .internal).
+# Top-level domains that are not in the public DNS (RFC 6761, RFC 6762, ICANN's .internal).
 _PRIVATE_DOMAINS = (".localhost", ".local", ".internal")
 
 
 def redacted(url: str) -> str:
-    """A URL for messages: ``***`` in the place of user-info, of a query and of a fragment, well-formed or not."""
+    """A URL for messages: ``***`` in place of user-info, query and fragment, also where the URL is malformed."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "", url
@@ -32,7 +32,7 @@ def redacted(url: str) -> str:
 def split_userinfo(
     name: str, url: object, schemes: Sequence[str] = ("http", "https")
 ) -> tuple[str, tuple[str, str] | None]:
-    """The root of a URL without user-info, trailing slash and ``/v1``; and the user name and password, if it has them.
+    """Split a URL into its root, without user-info, trailing slash and ``/v1``, and (user name, password) or None.
 
     Raises:
         ValueError: naming the argument; the message does not show user-info.
@@ -45,9 +45,9 @@ def split_userinfo(
     try:
         parts = urlsplit(url)
         valid = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that is not closed
+    except ValueError:  # for example a port that is not a number, or an unclosed bracket
         valid = False
-    # urlsplit removes tabs and line ends
+    # on the whole URL, since urlsplit removes tabs and line ends
     if not valid or any(character.isspace() or not character.isprintable() for character in url):
         raise ValueError(expected)
     if "@" in parts.path + parts.query + parts.fragment:
@@ -63,7 +63,7 @@ def split_userinfo(
 def environment_proxy(url: str) -> tuple[str, str] | None:
     """The name of the environment's proxy for a URL, such as ``HTTPS_PROXY``, and its address; None for no proxy.
 
-    An address on this machine or in a private network has none, nor has what ``NO_PROXY`` lists.
+    Addresses on this machine or in a private network have none, nor do those in ``NO_PROXY``.
     """
     proxies = urllib.request.getproxies()
     parts = urlsplit(url)
@@ -76,13 +76,13 @@ def environment_proxy(url: str) -> tuple[str, str] | None:
 
 
 def _is_private(host: str) -> bool:
-    """Whether a host is on this machine or in a private network; a name by its domain, and by what it resolves to."""
+    """Whether a host is on this machine or in a private network, by its domain or by its resolved addresses."""
     name = host.rstrip(".").lower()
     if name.endswith(_PRIVATE_DOMAINS) or ("." not in name and ":" not in name):
         return True
     try:
-        # also resolves what is no name: 127.1 is 127.0.0.1
+        # also resolves abbreviated addresses: 127.1 is 127.0.0.1
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):  # not known here: the proxy may know it
+    except (OSError, UnicodeError):  # unknown here: the proxy may resolve it
         return False
     return any(not ipaddress.ip_address(address).is_global for address in addresses)

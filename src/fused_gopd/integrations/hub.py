@@ -1,4 +1,4 @@
-"""Names of models: a folder, or a name on the hub. One that is neither is refused at once."""
+"""Names of models, which are folders or names on the hub; others are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# what from_pretrained is told of where a model is, and the hub's functions are told alike
+# arguments of from_pretrained that the functions of the hub share
 _WHERE = ("revision", "cache_dir")
 _FILES = ("config.json", "adapter_config.json")
 
 
 def is_folder(argument: str, name: str) -> bool:
-    """Whether a model's name is a folder, or else one that a hub may have.
+    """True for a folder, False for a name that may be on the hub.
 
-    A name with more than one slash, or one that begins with a dot, a slash or a tilde, is a folder's.
+    A name with more than one slash, or one that begins with a dot, a slash or a tilde, must be a folder.
 
     Raises:
         ValueError: there is no such folder.
@@ -28,18 +28,18 @@ def is_folder(argument: str, name: str) -> bool:
 
 
 def require_model(argument: str, name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Raises for a name under which there is nothing to load, before ``from_pretrained`` retries it for half a minute.
+    """Raise for a model that does not exist, which ``from_pretrained`` would retry for half a minute.
 
-    One that is no folder is looked for in the hub's cache, and if it is not there asked for once at the hub.
+    A name that is not a folder is looked up in the hub's cache, and then once on the hub.
 
     Args:
-        argument: whose value the name is, for the message.
-        name: as ``from_pretrained`` takes it.
+        argument: the name of the argument, for the message.
+        name: of the model, as ``from_pretrained`` takes it.
         options: keyword arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: no such folder; no such model on the hub; a model that is not in the cache, while the hub is not
-            reached or not to be asked.
+        ValueError: no such folder; no such model on the hub; a model that is not in the cache, while the hub cannot be
+            reached or is switched off.
     """
     if is_folder(argument, name):
         return
@@ -52,7 +52,7 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
             HFValidationError,
             RepositoryNotFoundError,
         )
-    except ModuleNotFoundError:  # nothing can be loaded, which whoever loads it says
+    except ModuleNotFoundError:  # loading the model will raise the error for the missing package
         return
     options = options or {}
     where = {key: options[key] for key in _WHERE if options.get(key) is not None}
@@ -69,7 +69,7 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
     where.pop("cache_dir", None)
     try:
         get_hf_file_metadata(hf_hub_url(name, _FILES[0], **where), token=options.get("token"), timeout=10)
-    except EntryNotFoundError:  # a model without this file, or with others
+    except EntryNotFoundError:  # the model exists, without this file
         return
     except GatedRepoError:  # a subclass of the next one
         raise ValueError(
@@ -78,9 +78,9 @@ def require_model(argument: str, name: str, options: Mapping[str, Any] | None = 
         ) from None
     except RepositoryNotFoundError:
         raise ValueError(f"{neither}, nor has the hub (a private one needs a token: hf auth login)") from None
-    except HfHubHTTPError:  # an answer that is no answer to the question, which from_pretrained asks again
+    except HfHubHTTPError:  # some other refusal: from_pretrained will try again
         return
-    except Exception as error:  # of a connection; its classes differ between versions of the hub's package
+    except Exception as error:  # connection errors, whose classes differ between versions of huggingface_hub
         raise ValueError(
             f"{neither}; the hub cannot be reached ({type(error).__name__}: {error}): is the folder's name right?"
         ) from None

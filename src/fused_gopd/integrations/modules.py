@@ -1,4 +1,4 @@
-"""torch modules that score: their training mode, and the parameters that two of them share."""
+"""Training modes of models that score, and parameters that two models share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..shards import is_dtensor
 
 @contextmanager
 def evaluation(module: nn.Module, *, keep: tuple[nn.Module, ...] = ()) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a module and all modules inside it, but for those in ``keep``.
+    """Evaluation mode (no dropout) for a module and all its submodules except those in ``keep``.
 
-    ``training`` is set on each module by itself and put back by itself, after an exception too: modules that were in
-    evaluation mode before (frozen ones) stay in it. ``train()`` and ``eval()``, which classes override, are not called.
+    The attribute ``training`` of each module is set and restored by itself, also after an exception: modules that were
+    in evaluation mode before (frozen ones) stay in it. ``train()`` and ``eval()`` are not called, since classes
+    override them.
     """
     training = [m for m in module.modules() if m.training and not any(m is kept for kept in keep)]
     for m in training:
@@ -34,10 +35,11 @@ def evaluation(module: nn.Module, *, keep: tuple[nn.Module, ...] = ()) -> Iterat
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """A forward with gradients whose dropout is off, for losses that compare it with log-probs of an evaluation.
+    """Switch dropout off in a forward with gradients, for losses that compare it with log-probs of an evaluation.
 
-    The model itself stays in training mode, which trainers read, and so do the modules that checkpoint activations
-    (transformers: only in training mode). What these run, and run again in the backward, is in evaluation mode.
+    The model itself stays in training mode, which trainers read, and so do modules that checkpoint activations, which
+    transformers does in training mode only. The functions that they checkpoint run in evaluation mode, in the forward
+    and when they are recomputed in the backward.
     """
     checkpointing: dict[Any, Callable[..., Any]] = {
         m: function
@@ -66,7 +68,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------------- shared parameters
 
-# what PEFT puts into a model in the place of a layer
+# modules that PEFT puts in place of layers
 _ADAPTERS = (("peft.tuners.tuners_utils", "BaseTunerLayer"), ("peft.utils.other", "AuxiliaryTrainingWrapper"))
 
 
@@ -75,11 +77,11 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def _bytes(parameter: Tensor) -> tuple[int, int, int] | None:
-    """The storage of a parameter, and where in memory it begins and ends; None where it has none (meta, ZeRO-3)."""
+    """(storage, first byte, end) of a parameter's memory; None for parameters without memory (meta, ZeRO-3)."""
     local: Any = parameter._local_tensor if is_dtensor(parameter) else parameter  # type: ignore[attr-defined]
     try:
         storage, start = local.untyped_storage().data_ptr(), local.data_ptr()
-    except (RuntimeError, NotImplementedError):  # tensor subclasses without a storage of their own
+    except (RuntimeError, NotImplementedError):  # tensor subclasses without a storage
         return None
     if storage == 0 or local.numel() == 0:
         return None
@@ -88,10 +90,9 @@ def _bytes(parameter: Tensor) -> tuple[int, int, int] | None:
 
 
 def shared_with(student: nn.Module, source: nn.Module) -> str | None:
-    """The first of the student's trainable parameters or adapter layers that another module has too; None if none.
+    """Name of a trainable parameter or adapter layer of the student that another module shares; None if there is none.
 
-    Parameters are compared by identity and by the memory that they occupy, modules by identity. Frozen parameters
-    may be shared.
+    Parameters are compared by identity and by memory, modules by identity. Frozen parameters may be shared.
     """
     modules, parameters = set(source.modules()), list(source.parameters())
     for name, module in student.named_modules():
@@ -114,7 +115,7 @@ def shared_with(student: nn.Module, source: nn.Module) -> str | None:
 
 
 def require_separate(name: str, source: nn.Module, student: nn.Module, instead: str = "") -> None:
-    """Raise for a model that scores and changes with the student, whatever object it is."""
+    """Raise for a teacher or reference that would be trained with the student, because it shares parameters."""
     shared = "all of it" if source is student else shared_with(student, source)
     if shared is not None:
         raise ValueError(

@@ -1,18 +1,18 @@
-"""Hidden states and heads of transformers models, as the loss takes them.
+"""Hidden states and heads of transformers models, for the loss.
 
     hidden = last_hidden_state(model, input_ids, attention_mask, keep=completion.shape[1])
     out = fg.gopd_loss(head_of(model, hidden), teacher, ref, completion)
 
-A model's own forward is run, with its head replaced for the time of the call by a module that records what it is given.
-So whatever a family does between its body and its head (a division, a projection, the images of a wrapper, the
-adapters of PEFT) is in the hidden states. What the model's code does to the outputs of its head (a factor, a softcap,
-rows left out) is measured: the code is given known numbers in place of logits, by :func:`last_hidden_state` in the
-forward that it runs anyway, and by :func:`head_of` in a forward whose body is replaced. Code that does something else
-than a :class:`fused_gopd.LinearHead` can do is an error, never a guess; so are hooks, which would have no effect.
+The model's own forward runs while its head is replaced by a module that records its input. So the hidden states include
+whatever a family does between body and head: a division, a projection, a wrapper's images, adapters of PEFT. What the
+model's code does to the outputs of its head (a factor, a softcap, removed rows) is measured: the code is given known
+numbers in place of logits, by :func:`last_hidden_state` in the forward that it runs anyway, and by :func:`head_of` in a
+forward without the body. Code with any other effect than that of a :class:`fused_gopd.LinearHead` is an error, and so
+are hooks, which would have no effect here.
 
-``docs/integrations/transformers.md`` has the families and the recipes. The modules: :mod:`.causal` finds the model and
-its head, :mod:`.transform` measures what follows the head, :mod:`.weights` takes its weight, :mod:`.states` and
-:mod:`.patch` are the public functions.
+``docs/integrations/transformers.md`` lists the families and has recipes. :mod:`.causal` finds the model and its head,
+:mod:`.transform` measures what follows the head, :mod:`.weights` finds its weight, :mod:`.states` and :mod:`.patch`
+have the public functions.
 """
 
 from __future__ import annotations

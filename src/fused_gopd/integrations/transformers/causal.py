@@ -1,4 +1,4 @@
-"""Which models are taken, and where in them the head is."""
+"""Which models are supported, and where their head is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...hooks import HEAD_FIX, isinstance_if_imported, require_no_hooks
 
-# these take gradients, or gather parameters, in hooks around their own forward
+# wrappers that reduce gradients or gather parameters in hooks around their own forward
 _WRAPPERS = (
     *(("torch.nn.parallel", "DistributedDataParallel"), ("torch.nn", "DataParallel")),
     *(("torch.distributed.fsdp", "FullyShardedDataParallel"), ("deepspeed", "DeepSpeedEngine")),
@@ -23,10 +23,10 @@ _WRAPPERS = (
 
 
 def _why_not_causal(config: Any) -> str | None:
-    """Why a model's states depend on later tokens, whose likelihood given earlier ones they then do not give."""
+    """Why a model's states depend on later tokens, so that it is no causal model; None if they do not."""
     if config.model_type in ("xlnet", "cpmant"):
         return f"{config.model_type} does so whatever its config"
-    # GPT-NeoX has the attribute, too, and does not read it
+    # GPT-NeoX has the attribute too, but does not read it
     if not getattr(config, "is_decoder", True) and not config.model_type.startswith("gpt_neox"):
         return "load it with is_decoder=True"
     if config.model_type == "xlm" and not config.causal:
@@ -37,7 +37,7 @@ def _why_not_causal(config: Any) -> str | None:
 
 
 def require_prefix(base: PreTrainedModel, token_type_ids: Any) -> None:
-    """Raises for a prefix language model that is not told where the prefix ends: all tokens would be its prefix."""
+    """Raise for a prefix language model without ``token_type_ids``: it would treat all tokens as the prefix."""
     prefix = getattr(base.config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
     if prefix and token_type_ids is None:
         raise ValueError(
@@ -47,17 +47,18 @@ def require_prefix(base: PreTrainedModel, token_type_ids: Any) -> None:
 
 
 def is_compiled(model: Any) -> bool:
-    """Compiled as a whole, by torch.compile(model) or model.compile()."""
+    """Whether the whole model is compiled, by torch.compile(model) or model.compile()."""
     return uncompiled(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def uncompiled(model: Any) -> Any:
+    """The module inside torch.compile(model); other models as they are."""
     whole = isinstance_if_imported(model, "torch._dynamo.eval_frame", "OptimizedModule")
     return model._orig_mod if whole else model
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The transformers model inside of what a user has; raises for what is none, or does not sample from a head."""
+    """The transformers model inside a PEFT model; raises for other models, and for those that are not causal."""
     for library, name in _WRAPPERS:
         if isinstance_if_imported(model, library, name):
             raise TypeError(
@@ -80,14 +81,14 @@ def causal_lm(model: Any) -> PreTrainedModel:
     reason = _why_not_causal(config)
     if reason is not None:
         raise ValueError(f"model must be causal; {name} predicts a token from those after it, too: {reason}")
-    # last_hidden_state calls forward, not the model, so that a wrapper's hooks do not run again inside of in_forward
+    # last_hidden_state calls model.forward, which runs no hooks, so that those of a wrapper do not run twice
     require_no_hooks("model", [model] if model is base else [model, base], HEAD_FIX)
     return base
 
 
 @dataclass(frozen=True)
 class HeadLocation:
-    """A head, and the modules from the model to the one whose forward calls it."""
+    """A head, and the chain of modules from the model to the one whose forward calls it."""
 
     model: PreTrainedModel
     path: tuple[nn.Module, ...]  # from the model itself to the caller of the head
@@ -96,6 +97,7 @@ class HeadLocation:
 
     @property
     def caller(self) -> nn.Module:
+        """The module whose forward calls the head."""
         return self.path[-1]
 
     @property
@@ -106,6 +108,7 @@ class HeadLocation:
 
 
 def find_head(model: Any) -> HeadLocation:
+    """Locate the output embedding of a causal language model; raises if it has none, or hooks."""
     base = causal_lm(uncompiled(model))
     head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None or isinstance(head, (nn.ModuleList, nn.ModuleDict)):
@@ -133,17 +136,18 @@ _LOCKS_LOCK = threading.Lock()
 
 
 def lock(model: nn.Module) -> threading.RLock:
-    """One forward of a model at a time while its head is replaced; other threads' own calls get the real head."""
+    """The lock of a model. A thread that replaces its head holds it; calls of other threads still use the real head."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-# True where a patched model is asked for its own logits: it generates, or its head is replaced already
+# True while a patched model must return logits: it generates, or its head is replaced already
 UNPATCHED: ContextVar[bool] = ContextVar("unpatched", default=False)
 
 
 @contextmanager
 def unpatched() -> Iterator[None]:
+    """Have patched models return logits."""
     token = UNPATCHED.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Heads in the place of logits, for trainers that see nothing else of a model."""
+"""Heads in place of logits, for trainers that only read ``model(...).logits``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .transform import without_head
 
 
 class HeadInPlaceOfLogits(LinearHead):
-    """``outputs.logits`` of a patched model: a LinearHead, and an error that says so where it is used as a tensor."""
+    """``outputs.logits`` of a patched model: a LinearHead whose use as a tensor is an error that says what it is."""
 
     def _error(self, use: str, kind: type[Exception] = TypeError) -> Exception:
         return kind(
@@ -34,7 +34,7 @@ class HeadInPlaceOfLogits(LinearHead):
             "logits come from calls in eval mode or with labels, and after undo()"
         )
 
-    def __getattr__(self, name: str) -> Any:  # of what a LinearHead does not have
+    def __getattr__(self, name: str) -> Any:  # only called for attributes that a LinearHead lacks
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise self._error(f"logits.{name} is not there", AttributeError)
@@ -60,10 +60,10 @@ for _name in ("neg", "abs", "lt", "le", "gt", "ge", "len", "setitem", "array", "
 
 
 class _Method:
-    """A function in the place of a method of one instance, which a copy of the instance must not have."""
+    """A function that replaces a method of one instance; the instance cannot be copied or pickled meanwhile."""
 
     def __init__(self, function: Callable[..., Any], original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)  # signatures are read from it
+        functools.update_wrapper(self, original)  # so that inspect.signature returns the original's
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class _Method:
 
 
 class PatchedLMHead:
-    """What :func:`patch_lm_head` returns; a context manager that undoes the patch at its end."""
+    """The handle of :func:`patch_lm_head`; as a context manager it undoes the patch at its end."""
 
     def __init__(self, model: PreTrainedModel, training_only: bool) -> None:
         self._model, self._training_only, self._active = model, training_only, True
@@ -91,7 +91,7 @@ class PatchedLMHead:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         original = self._originals["forward"]
         given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        given = {**kwargs, **given}  # what goes to a **kwargs of the forward is in kwargs alone
+        given = {**kwargs, **given}  # bind_partial nests those that the forward takes as **kwargs
         wanted = self._active and (self._model.training or not self._training_only)
         if not wanted or given.get("labels") is not None or UNPATCHED.get():
             return original(*args, **kwargs)
@@ -109,8 +109,8 @@ class PatchedLMHead:
             return self._originals["generate"](*args, **kwargs)
 
     def undo(self) -> None:
-        """Give the model its own methods back; a second call does nothing."""
-        self._active = False  # for whoever has wrapped the patched forward in the meantime
+        """Restore the model's own methods; a second call does nothing."""
+        self._active = False  # for code that has wrapped the patched forward in the meantime
         for name, method in self._methods.items():
             if vars(self._model).get(name) is method:
                 del vars(self._model)[name]
@@ -127,12 +127,12 @@ class PatchedLMHead:
 
 
 def patch_lm_head(model: Any, *, training_only: bool = True) -> PatchedLMHead:
-    """Have ``model(**inputs).logits`` be the head on its hidden states, for trainers that see nothing else.
+    """Replace ``model(**inputs).logits`` by a head on its hidden states, for trainers that only read the logits.
 
-    Until it is undone, a call without ``labels`` in training mode returns a :class:`fused_gopd.LinearHead` there, which
-    the loss takes as it is, after ``[:, :-1]`` for the shift. ``generate``, calls with labels and calls in eval mode
-    give logits as ever. Without gradients the forward is an evaluation, as in :func:`last_hidden_state`. Only this
-    instance is changed, its class is not.
+    Until it is undone, a call without ``labels`` in training mode returns a :class:`fused_gopd.LinearHead` there. The
+    loss takes it directly, after ``[:, :-1]`` for the shift. ``generate``, calls with labels and calls in eval mode
+    still return logits. Without gradients the forward is an evaluation, as in :func:`last_hidden_state`. Only this
+    instance is changed, not its class.
 
         with patch_lm_head(model):
             student = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
@@ -140,14 +140,14 @@ def patch_lm_head(model: Any, *, training_only: bool = True) -> PatchedLMHead:
 
     Args:
         model: as in :func:`head_of`; a ``DistributedDataParallel`` of it too, whose forward reduces its gradients.
-        training_only: False patches eval mode too, as for a teacher.
+        training_only: False also patches calls in eval mode, for a teacher.
 
     Returns:
-        A handle with ``undo()`` (also ``remove()``), to be used as a context manager or not.
+        A handle with ``undo()`` (also called ``remove()``), which is a context manager too.
 
     Raises:
         TypeError: a model that shards its parameters (FSDP, ZeRO-3), which frees the head's weight before a loss could
-            use it; one that is compiled as a whole; what :func:`head_of` raises.
+            use it; one that is compiled as a whole; the errors of :func:`head_of`.
         RuntimeError: the model is patched already.
     """
     while isinstance_if_imported(model, "torch.nn.parallel", "DistributedDataParallel"):
@@ -163,5 +163,5 @@ def patch_lm_head(model: Any, *, training_only: bool = True) -> PatchedLMHead:
         )
     if isinstance(vars(location.model).get("forward"), _Method):
         raise RuntimeError("model is patched already: undo the first patch_lm_head before another")
-    require_head(model)  # what the loss could not take is an error here, not in the first step
+    require_head(model)  # raises now for heads that the loss cannot use, not in the first step
     return PatchedLMHead(location.model, training_only)

@@ -1,4 +1,4 @@
-"""What the head of a model is given, and the head on it."""
+"""The input of a model's head, and the head on it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def _is_fsdp(x: Any) -> bool:
 
 
 def head_of(model: Any, hidden: Tensor, *, temperature: float = 1.0) -> LinearHead:
-    """The head of a model on hidden states of it, with the family's own factor, softcap and bias.
+    """The head of a model on its hidden states, with the family's factor, softcap and bias.
 
     Args:
         model: a causal language model of transformers, or a PEFT model of one. A LoRA adapter on the head is added to
-            its weight, a copy in ``modules_to_save`` and ``trainable_token_indices`` are taken in its place.
-        hidden: (..., H), what the head is given: from :func:`last_hidden_state`, or slices of it. Families that change
-            their hidden states between body and head (MiniCPM3, Inkling, BERT) have another ``last_hidden_state``.
+            its weight; a copy in ``modules_to_save`` and ``trainable_token_indices`` replace it.
+        hidden: (..., H), the input of the head: from :func:`last_hidden_state`, or slices of it. The body's own
+            ``last_hidden_state`` is another tensor in families that change it before the head (MiniCPM3, Inkling, BERT).
         temperature: the sampling temperature, as in :class:`fused_gopd.LinearHead`.
 
     Returns:
-        A head that shares the model's weight, without a copy but for adapters on the head. ``head_of(model, hidden)``
-        stands for ``model(...).logits``, where the model leaves out rows of its head included. Factor, softcap and rows
-        are measured: in the last :func:`last_hidden_state` of the model, or if there was none, or code or config
-        changed since, in a forward of one token with nothing but the model's own code around its head.
+        A head that shares the model's weight; only adapters on the head need a copy. Its logits are those of
+        ``model(...).logits``, also where the model removes rows. Factor, softcap and rows were measured in the model's
+        last :func:`last_hidden_state`. If there was none, or code or config changed since, they are measured in a
+        forward of one token, which only runs the model's own code around its head.
 
     Raises:
         TypeError: a model that is not causal, or wrapped; a head that is not linear, quantised, or adapted in a way
             that is not known here; hooks on the model or the head, which would have no effect (those of FSDP,
-            DeepSpeed, Accelerate and others that change no value are left alone); a replaced forward of the head.
-        ValueError: weights that are sharded or not there; an adapter that is no change of the weight.
+            DeepSpeed, Accelerate and others that change no value are allowed); a replaced forward of the head.
+        ValueError: weights that are sharded or offloaded; an adapter that is not a change of the weight.
         RuntimeError: the model changes its logits in a way that no LinearHead does, or in one that cannot be measured.
     """
     model = uncompiled(model)
@@ -76,18 +76,20 @@ def head_of(model: Any, hidden: Tensor, *, temperature: float = 1.0) -> LinearHe
 
 
 def require_head(model: Any) -> None:
-    """Raises what :func:`head_of` would raise, as far as it can be known before the model is wrapped or run."""
+    """Raise the errors of :func:`head_of` that can be found before the model is wrapped or run."""
     model = uncompiled(model)
     with lock(causal_lm(model)):
         location = find_head(model)
         if not any(is_dtensor(p) or hasattr(p, "ds_id") for p in location.head.parameters()):
             effective_weight(location.head)
         try:
-            with torch.no_grad():  # whether the model is trained is not known here
+            with (
+                torch.no_grad()
+            ):  # not to be taken for a trained factor: whether the model is trained is not known here
                 transform_of(location)
         except UnknownTransformError:
             raise
-        except RuntimeError:  # without the body; last_hidden_state measures it with the body
+        except RuntimeError:  # it does not run without the body; last_hidden_state measures it with the body
             pass
 
 
@@ -96,9 +98,9 @@ def _is_prompt_learning(model: Any) -> bool:
 
 
 def position_ids_of(model: Any, attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) positions counted from the first token that the mask (B, T) has, as ``generate`` gives them to a model.
+    """(B, T) positions counted from the first attended token of the mask (B, T), as ``generate`` passes them.
 
-    None where ``generate`` gives none, or others: the forward takes no ``position_ids``, the family makes its own (the
+    None where ``generate`` passes none, or others: the forward has no ``position_ids``, the family makes its own (the
     three axes of an image's positions), or PEFT puts virtual tokens before the sequence.
     """
     if attention_mask is None or attention_mask.ndim != 2 or _is_prompt_learning(model):
@@ -122,29 +124,29 @@ def last_hidden_state(
     keep: int | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """What the head of a causal language model is given: ``head_of(model, hidden)`` stands for its logits.
+    """The input of the head of a causal language model, for ``head_of(model, hidden)``.
 
-    The model's own forward runs, with adapters, images and whatever else it takes, up to its head; there is no
-    [tokens, vocabulary] tensor. Without gradients (``torch.no_grad``) it is an evaluation: dropout is off, in whatever
-    mode the model is, and every module's mode is put back.
+    The model's own forward runs up to its head, with adapters, images and all other inputs; no [tokens, vocabulary]
+    tensor is made. Without gradients (``torch.no_grad``) it is an evaluation: dropout is off, whatever the mode of the
+    model, and the mode of every module is restored.
 
     Args:
-        model: a causal language model of transformers, multimodal or not, or a PEFT model of one. The model inside of
-            DDP, FSDP and DeepSpeed wrappers, called in :func:`fused_gopd.distributed.in_forward`.
+        model: a causal language model of transformers, multimodal or not, or a PEFT model of one. Of DDP, FSDP and
+            DeepSpeed wrappers the inner model, in :func:`fused_gopd.distributed.in_forward`.
         input_ids: (B, T); None with ``inputs_embeds``.
         attention_mask: (B, T), padding on either side. ``position_ids`` are made from it where ``generate`` makes them,
-            so that a sequence has the positions at which it was sampled (families that learn positions, as GPT-2).
-        keep: only the states that predict the last ``keep`` tokens, positions T - keep - 1 to T - 2: what the loss
-            takes for a completion of so many tokens.
-        **inputs: whatever else the forward takes: ``position_ids``, ``pixel_values``, ... ``use_cache`` is False unless
-            given. Not ``labels`` or ``logits_to_keep``.
+            so that tokens have the positions at which they were sampled (this matters for learned positions, GPT-2).
+        keep: return only the states that predict the last ``keep`` tokens, at positions T - keep - 1 to T - 2, as the
+            loss needs them for a completion of ``keep`` tokens.
+        **inputs: other arguments of the forward: ``position_ids``, ``pixel_values``, ... ``use_cache`` is False unless
+            given. ``labels`` and ``logits_to_keep`` are refused.
 
     Returns:
         (B, T, H), (B, keep, H) with ``keep``, in the dtype that the head computes in (autocast's, under autocast).
 
     Raises:
         TypeError, ValueError: as :func:`head_of`; an argument that must not be given; ``keep`` that is not below T.
-        RuntimeError: what the model does to its head's outputs is nothing that a :class:`fused_gopd.LinearHead` does.
+        RuntimeError: the model changes the outputs of its head in a way that no :class:`fused_gopd.LinearHead` does.
     """
     for name, instead in (("labels", "sft_labels of gopd_loss"), ("logits_to_keep", "keep")):
         if inputs.get(name) is not None:
@@ -180,7 +182,7 @@ def last_hidden_state(
             ) from error
         raise
     if _is_prompt_learning(model) and input_ids is not None:
-        hidden = hidden[:, -input_ids.shape[1] :]  # without the virtual tokens before them
+        hidden = hidden[:, -input_ids.shape[1] :]  # remove the virtual tokens in front
     if keep is None:
         return hidden
     tokens = hidden.shape[1]

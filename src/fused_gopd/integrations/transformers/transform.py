@@ -20,42 +20,42 @@ from .causal import HeadLocation, find_head, lock, unpatched
 
 
 @dataclass(frozen=True)
-class LogitTransform:
+class HeadTransform:
     """The first ``rows`` outputs z of a head become softcap tanh(logit_scale z / softcap)."""
 
     rows: int
     logit_scale: float
     softcap: float | None
 
-    def of(self, z: Tensor) -> Tensor:
-        """Of outputs that are kept."""
+    def apply(self, z: Tensor) -> Tensor:
+        """Transform outputs (..., rows) of the head."""
         z = z * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
-# The first numbers: a factor is what becomes of 1. Under a softcap, it is what becomes of a number so small that the
-# curvature of tanh is below the rounding of float64, and the softcap is what becomes of one so large that tanh is 1.
+# The first three numbers. Without a softcap the image of 1 is the factor. With one, the image of a number so small that
+# tanh is linear within float64 rounding gives the factor, and that of a number so large that tanh is 1 the softcap.
 _ONE, _LARGE, _SMALL = 1.0, 2.0**30, 2.0**-30
-# by the dtype in which the code returns them: relative tolerance of the comparison, and decimal digits of a factor that
-# are kept, which are those that the rounding of a product and a quotient in that dtype leaves right
+# dtype of the returned numbers -> relative tolerance of the comparison, and the decimal digits to which a factor is
+# rounded: those that survive the rounding of a product and a quotient in that dtype
 _PRECISION = {torch.float64: (1e-9, 14), torch.float32: (1e-5, 7)}
 
 
 @functools.lru_cache(maxsize=4)
 def _numbers(rows: int) -> Tensor:
-    """(rows,) float64 on the CPU, so that nothing waits for a device: of both signs, none of them 0, all different."""
+    """(rows,) distinct nonzero numbers of both signs; float64 on the CPU, so that reading them needs no host sync."""
     z = torch.linspace(0.1, 100.0, rows, dtype=torch.float64, device="cpu")
     z[1::2].neg_()
     z[:3] = torch.tensor((_ONE, _LARGE, _SMALL), dtype=torch.float64, device="cpu")[:rows]
     return z
 
 
-def _fit(z: Tensor, found: Tensor, known: LogitTransform | None) -> LogitTransform | None:
-    """The transform that takes z (rows,) to what was found; None if there is none.
+def _fit(z: Tensor, found: Tensor, known: HeadTransform | None) -> HeadTransform | None:
+    """The transform that maps z (rows,) to ``found``; None if there is none.
 
-    It holds for every entry. Of ``known``, for which it did so before, some thousands are compared.
+    Every entry is compared. With ``known``, for which that was done before, about 4096 entries suffice.
     """
     rows = found.shape[-1]
     if found.numel() != rows or not 3 <= rows <= len(z) or found.dtype not in _PRECISION:
@@ -65,7 +65,7 @@ def _fit(z: Tensor, found: Tensor, known: LogitTransform | None) -> LogitTransfo
     found, z = found.detach().reshape(-1).cpu(), z[:rows]
     some = slice(None, None, 1 + rows // 4096)
     if known is not None and known.rows == rows:
-        expected = known.of(z[some].double())
+        expected = known.apply(z[some].double())
         if torch.allclose(expected, found[some].double(), rtol=tolerance, atol=0.0):
             return known
     found, z = found.double(), z.double()
@@ -74,17 +74,17 @@ def _fit(z: Tensor, found: Tensor, known: LogitTransform | None) -> LogitTransfo
     def rounded(value: float) -> float:
         return float(f"{value:.{digits}g}")
 
-    factor = LogitTransform(rows, one if exact else rounded(one), None)
-    capped = LogitTransform(rows, rounded(small / _SMALL), large if exact else rounded(large))
+    factor = HeadTransform(rows, one if exact else rounded(one), None)
+    capped = HeadTransform(rows, rounded(small / _SMALL), large if exact else rounded(large))
     for transform in (factor, capped):
         positive = transform.logit_scale > 0 and (transform.softcap is None or transform.softcap > 0)
-        if positive and torch.allclose(transform.of(z), found, rtol=tolerance, atol=0.0):
+        if positive and torch.allclose(transform.apply(z), found, rtol=tolerance, atol=0.0):
             return transform
     return None
 
 
 class UnknownTransformError(RuntimeError):
-    """What a model's code does to the outputs of its head, a LinearHead cannot do."""
+    """A model's code changes the outputs of its head in a way that a LinearHead cannot."""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -93,14 +93,14 @@ def logits_of(output: Any) -> Tensor:
 
 
 class HiddenStateRecorder(nn.Module):
-    """In the place of a head: records the hidden states that it is given, and returns ``numbers`` for logits."""
+    """Replaces a head: records the hidden states that it is called with, and returns ``numbers`` as logits."""
 
     def __init__(self, head: nn.Module, numbers: Tensor) -> None:
         super().__init__()
         self.__dict__.update(head=head, thread=threading.get_ident(), numbers=numbers, hidden=None)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["head"], name)  # families read the dtype of its weight
+        return getattr(self.__dict__["head"], name)  # some families read the dtype of its weight
 
     def forward(self, hidden: Tensor) -> Any:
         if threading.get_ident() != self.thread:
@@ -109,45 +109,49 @@ class HiddenStateRecorder(nn.Module):
             what = "is called twice" if self.hidden is not None else f"is given hidden states {tuple(hidden.shape)}"
             raise TypeError(f"model's head must be called once, with hidden states (B, T, H), but it {what}")
         if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as the head's own product would
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as the head's own product would cast it
         self.__dict__["hidden"] = hidden
         return self.numbers[None, None]
 
 
-# by model, as it was last measured, and the code and numbers with which it was
-_MEASURED: WeakKeyDictionary[nn.Module, tuple[Any, LogitTransform]] = WeakKeyDictionary()
+# model -> (the code and numbers that determine the transform, the transform as last measured)
+_MEASURED: WeakKeyDictionary[nn.Module, tuple[Any, HeadTransform]] = WeakKeyDictionary()
 
 
-# by model, of a forward that is no longer the model's: wrappers (FSDP2's hooks) do not change it
-_REMEMBERED: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
+# model -> transform of a forward that another library has replaced since; wrappers (FSDP2's hooks) do not change it
+_REMEMBERED: WeakKeyDictionary[nn.Module, HeadTransform] = WeakKeyDictionary()
 
 
 def _state(location: HeadLocation) -> Any:
-    """What decides what follows a head: code, hooks, and numbers of the config and of the modules on the way to it."""
+    """What determines the transform: code and hooks of the modules on the path to the head, and numbers in their
+    attributes and in the config."""
     objects = (location.model.config.get_text_config(), *location.path)
     numbers = tuple((name, value) for x in objects for name, value in vars(x).items() if type(value) in (int, float))
     code = tuple((type(m).forward, vars(m).get("forward"), tuple(m._forward_hooks)) for m in location.path)
     return code, numbers
 
 
-def _known(location: HeadLocation) -> LogitTransform | None:
+def _known(location: HeadLocation) -> HeadTransform | None:
     state, transform = _MEASURED.get(location.model, (None, None))
     return transform if state == _state(location) else None
 
 
-def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> tuple[Any, Tensor, LogitTransform]:
-    """What a forward returns with numbers in place of logits, what its head was given, what became of the numbers.
+def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> tuple[Any, Tensor, HeadTransform]:
+    """Run a forward with numbers in place of logits.
 
     Args:
-        location: of the head, under the model's lock.
-        forward: calls the forward of the model or of one around it.
-        body: whether the rest of the model runs; False replaces it before the head, and gives the head zeros.
+        location: the place of the head; the caller holds the model's lock.
+        forward: calls the forward of the model, or of a wrapper.
+        body: whether the modules before the head run; False replaces them, and gives the head zeros.
+
+    Returns:
+        The output, the input of the head, and the transform of the numbers.
     """
     known = _known(location)
     numbers = _numbers(location.vocab_size)
-    if known is not None:  # to be confirmed, for which float32 is enough, and faster
+    if known is not None:  # float32 is enough to confirm a known transform, and faster
         numbers = numbers.float()
-    recorder = HiddenStateRecorder(location.head, numbers.clone())  # which the code may change in place
+    recorder = HiddenStateRecorder(location.head, numbers.clone())  # the code may change them in place
     replaced = [(location.caller, location.name, location.head)]
     location.caller._modules[location.name] = recorder
     try:
@@ -167,7 +171,7 @@ def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> t
     if recorder.hidden is None:
         raise TypeError(f"the forward of {name} does not call its head: no hidden states can be taken from there")
     logits = logits_of(output)
-    # a gradient of what the numbers became is one of a factor that is trained, which a LinearHead has as a constant
+    # a gradient here is that of a trained factor, and a LinearHead's factor is a constant
     transform = None if logits.requires_grad else _fit(numbers, logits, known)
     if transform is None:
         raise UnknownTransformError(
@@ -180,9 +184,9 @@ def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> t
 
 
 def without_head(base: PreTrainedModel, forward: Callable[[], Any]) -> tuple[Any, Tensor]:
-    """What a forward returns with numbers in place of logits, and what its head was given.
+    """Run a forward with numbers in place of logits. Returns its output and the input of the head.
 
-    Without gradients it is an evaluation, whoever asks for it: old log-probs, teachers and references have no dropout.
+    Without gradients the model is in evaluation mode: old log-probs, teachers and references have no dropout.
     """
     with lock(base), nullcontext() if torch.is_grad_enabled() else evaluation(base):
         output, hidden, _ = _record(find_head(base), forward, body=True)
@@ -193,7 +197,7 @@ def without_head(base: PreTrainedModel, forward: Callable[[], Any]) -> tuple[Any
 
 
 class _BodyOutput:
-    """What a body that was skipped returns: hidden states, and None for everything else that code may read."""
+    """The output of a skipped body: hidden states; every other attribute is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -216,17 +220,17 @@ class _BodyOutput:
 
 
 class _SkippedModule:
-    """In the place of a module beside the way to the head: not run before the head is; afterwards, it is.
+    """Replaces a module that is not on the path to the head: it does not run before the head, and runs after it.
 
-    Everything else is the module's own: parameters, dtype, config, methods. A body returns hidden states, a layer
-    returns what it is given.
+    Attributes are those of the module: parameters, dtype, config, methods. A skipped body returns hidden states, a
+    skipped layer its first floating point argument.
     """
 
     def __init__(self, module: nn.Module, recorder: HiddenStateRecorder, hidden: Tensor) -> None:
         self.__dict__.update(module=module, recorder=recorder, hidden=hidden)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # for code that asks isinstance
+    def __class__(self) -> Any:  # so that isinstance is true
         return type(self.__dict__["module"])
 
     def _skipped(self, x: Any) -> Any:
@@ -260,7 +264,7 @@ class _SkippedModule:
 
 
 def _zeros(location: HeadLocation) -> Tensor:
-    """(1, 1, H) hidden states as the head takes them."""
+    """(1, 1, H) zeros with the dtype and device of the head's weight."""
     head = location.head
     weight = next((p for p in head.parameters() if p.is_floating_point()), torch.zeros(()))
     size = getattr(head, "in_features", None)
@@ -270,19 +274,20 @@ def _zeros(location: HeadLocation) -> Tensor:
 
 
 def accepts(function: Any, name: str) -> bool:
+    """Whether a function takes a keyword argument of this name."""
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -> LogitTransform:
-    """What the model's code does to the outputs of its head: the code is run on one token without the body.
+def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -> HeadTransform:
+    """Measure what the model's code does to the outputs of its head, on one token and without the body.
 
     Args:
-        location: of the head, under the model's lock.
-        forward: the code, where another one is in its place in the meantime; default the model's forward.
+        location: the place of the head; the caller holds the model's lock.
+        forward: the code to measure; default the model's forward.
 
     Raises:
-        RuntimeError: it does what a LinearHead cannot do, or the code does not run without the body.
+        RuntimeError: a LinearHead cannot do the same, or the code does not run without the body.
     """
     model = location.model
     forward = model.forward if forward is None else forward
@@ -301,14 +306,14 @@ def measure(location: HeadLocation, forward: Callable[..., Any] | None = None) -
         ) from error
 
 
-def transform_of(location: HeadLocation) -> LogitTransform:
-    """As it was measured before, with the same code and numbers, else as it is measured now."""
+def transform_of(location: HeadLocation) -> HeadTransform:
+    """The transform as measured before with the same code and numbers, or else measured now."""
     found = _REMEMBERED.get(location.model) or _known(location)
     return measure(location) if found is None else found
 
 
 def remember_transform(model: Any, forward: Callable[..., Any]) -> None:
-    """Measure ``forward``, the model's own, for models whose forward another library is about to replace."""
+    """Measure ``forward``, the model's own, before another library replaces it."""
     with lock(model), torch.no_grad():
         location = find_head(model)
         _REMEMBERED[location.model] = measure(location, forward)

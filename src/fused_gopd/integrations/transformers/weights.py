@@ -1,4 +1,4 @@
-"""The weight and bias that the forward of a head multiplies by, adapters of PEFT included."""
+"""Weight and bias of a head as its forward uses them, with adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from ...shards import is_dtensor
 
 
 def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) or None; gradients reach what is trained.
+    """Weight (V, H) and bias (V,) or None; gradients flow to the trained parameters.
 
     Raises:
-        TypeError: a head, or a part of it, that is more than a weight: quantised, wrapped, an adapter that is not known
-            here.
-        ValueError: weights that are sharded or not there; an adapter that is no change of the weight.
+        TypeError: a head, or a part of it, that is not a plain weight: quantised, wrapped, with an unknown adapter.
+        ValueError: weights that are sharded or offloaded; an adapter that is not a change of the weight.
     """
     if isinstance_if_imported(head, "peft.utils.other", "ModulesToSaveWrapper"):
         wrapper: Any = head
@@ -62,7 +61,7 @@ def _of_linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _with_lora(head: Any) -> tuple[Tensor, Tensor | None]:
-    """W + sum of scaling B A; gradients flow to A, B, and to W if it is trained. Memory: one more (V, H)."""
+    """W + sum of scaling B A, a new (V, H) tensor; gradients flow to A, B, and to W if it is trained."""
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its forward does
     weight, bias = _of_linear(head.base_layer)
@@ -90,4 +89,4 @@ def _with_trained_tokens(layer: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = _of_linear(layer.base_layer)
     if layer.disable_adapters or layer.merged or not layer.active_adapters:
         return weight, bias
-    return layer.get_merged_weights(layer.active_adapters), None  # PEFT's forward leaves the bias out, too
+    return layer.get_merged_weights(layer.active_adapters), None  # PEFT's forward ignores the bias too
