@@ -29,8 +29,8 @@ def head_of(model: Any, hidden: Tensor, *, temperature: float = 1.0) -> LinearHe
     Args:
         model: a causal language model of transformers, or a PEFT model of one. A LoRA adapter on the head is added to
             its weight; a copy in ``modules_to_save`` and ``trainable_token_indices`` replace it.
-        hidden: (..., H), the input of the head: from :func:`last_hidden_state`, or slices of it. The body's own
-            ``last_hidden_state`` is another tensor in families that change it before the head (MiniCPM3, Inkling, BERT).
+        hidden: (..., H), the input of the head: from :func:`last_hidden_state`, or slices of it. It differs
+            from the body's ``last_hidden_state`` in families that change that before the head (MiniCPM3, Inkling).
         temperature: the sampling temperature, as in :class:`fused_gopd.LinearHead`.
 
     Returns:
