@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fused_gopd.chunks import CHUNK_BUDGET_BYTES
+from fused_gopd.loop.chunking import CHUNK_BUDGET_BYTES
 
 from . import accuracy, floors, memory
 from .providers import FUSED_PREFIX, Result, Run

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 from fused_gopd import reference
-from fused_gopd.chunks import chunk_size_for, logits_buffers
+from fused_gopd.loop.chunking import chunk_size_for, logits_buffers
 from fused_gopd.rowops import unavailable_reason
 
 from .workloads import CLIP, JOBS, JSD_BETA, REWARD_SCALE, Inputs, Workload

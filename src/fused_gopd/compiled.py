@@ -20,12 +20,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import autograd, chunks
-from .chunks import Chosen, Gradients, Needs, Scaling
+from .autograd import core
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
-from .jobs import make_job, make_output, most_likely, prepare_alone
+from .jobs import make_output, make_problem, most_likely, prepare_alone
+from .loop import run
+from .loop.accumulator import Gradients, RequiresGrad
+from .loop.estimators import LogProbs, estimator_of
+from .loop.run import Entries
 from .objective.policy import Surrogate, looks_jointly
-from .objective.statistics import STATISTICS, entropy
+from .objective.statistics import STATISTICS
 from .output import GOPDOutput
 from .prepare import prepare
 from .rowops.torch import accumulation_dtype
@@ -128,14 +131,14 @@ def _packed(name: str, student: Head, arguments: dict[str, Any]) -> _Packed:
 
 class _Call(NamedTuple):
     arguments: dict[str, Any]
-    needs: Needs
+    needs: RequiresGrad
 
 
 def _call(packed: Sequence[Any]) -> _Call:
     """A call from the arguments of its op; symbols in them stay symbols."""
     *student, tensors, ints, floats, static = packed
     parts, parsed = _Parts([*student, *tensors], ints, floats), _loads(static)
-    return _Call({name: _unpack(x, parts) for name, x in parsed["arguments"].items()}, Needs(*parsed["needs"]))
+    return _Call({name: _unpack(x, parts) for name, x in parsed["arguments"].items()}, RequiresGrad(*parsed["needs"]))
 
 
 # ---------------------------------------------------------------------------------------------- what the ops have alike
@@ -169,7 +172,7 @@ def _padded(x: Tensor, shape: Sequence[int], fill: float = 0) -> Tensor:
 def _fake_gradients(packed: Sequence[Any]) -> list[Tensor]:
     """As the loop leaves them."""
     rows, weight, bias = packed[:3]
-    needs, dtype = Needs(*_loads(packed[-1])["needs"]), accumulation_dtype(rows)
+    needs, dtype = RequiresGrad(*_loads(packed[-1])["needs"]), accumulation_dtype(rows)
     gradients = Gradients(
         rows.new_empty(math.prod(rows.shape[:-1]), rows.shape[-1]) if needs.rows else None,
         weight.new_empty(weight.shape, dtype=dtype) if needs.weight else None,
@@ -181,7 +184,7 @@ def _fake_gradients(packed: Sequence[Any]) -> list[Tensor]:
 def _keep(ctx: Any, packed: Sequence[Any], made: Sequence[Tensor], recomputes: bool) -> None:
     """Keep what a backward needs: what the op made for it, and the call itself where it recomputes."""
     *student, tensors, ints, floats, static = packed
-    ctx.needs, ctx.meta, ctx.recomputes = Needs(*_loads(static)["needs"]), autograd.meta(student), recomputes
+    ctx.needs, ctx.meta, ctx.recomputes = RequiresGrad(*_loads(static)["needs"]), core.meta_of(student), recomputes
     ctx.constants, ctx.others, ctx.made = (ints, floats, static), len(tensors), len(made)
     ctx.save_for_backward(*made, *((*student, *tensors) if recomputes else ()))
     ctx.set_materialize_grads(False)
@@ -198,7 +201,7 @@ def _given(ctx: Any, gradients: Sequence[Tensor] | None) -> tuple[Any, ...]:
     student: tuple[Tensor | None, ...] = (None,) * 3
     if gradients is not None:
         needed = [g if needs else None for g, needs in zip(gradients, ctx.needs, strict=True)]
-        student = autograd.like(needed, ctx.meta)
+        student = core.in_shape_of(needed, ctx.meta)
     # PyTorch takes an empty list for one of tensors
     numbers: list[Any] = [None if x else [] for x in ctx.constants[:2]]
     return (*student, [None] * ctx.others, *numbers, None)
@@ -246,7 +249,7 @@ def _recomputes(arguments: dict[str, Any]) -> bool:
     """Whether the gradients wait for the backward."""
     factors = ("old_logprobs", "rollout_logprobs", "sft_labels")
     unbounded = any(arguments[name] is not None for name in factors)
-    waits = autograd.gradient_waits(arguments["student"], arguments["ratio"], unbounded)
+    waits = core.recomputes_in_backward(arguments["student"], arguments["ratio"], unbounded)
     return waits or arguments["reduction"] == "none"
 
 
@@ -271,24 +274,32 @@ def _loss_op(*packed: Any) -> list[Tensor]:
     a, needs = _call(packed)
     with torch.no_grad():
         p = prepare(**a)
-        job = make_job(p)
-        scaling, now = Scaling.of(job, p.weights), any(needs) and not _recomputes(a)
-        statistics, gradients, chosen = chunks.run(job, needs, relative=scaling.relative if now else None)
-        token_loss, _ = autograd.token_values(job, statistics)
-        # cloned: no two results of an op may share memory
-        loss = p.rows.scatter(token_loss).clone() if a["reduction"] == "none" else (token_loss * p.weights).sum()
-        out = make_output(p, job, loss, token_loss, statistics, a["score_cancelled"])
-        values = {name: getattr(out, name) for name in _reported(a)}
-        result = [loss.to(p.dtype), *(x if name in _FLAGS else x.to(p.dtype) for name, x in values.items())]
+        problem = make_problem(p)
+        now, fused, entries = any(needs) and not _recomputes(a), None, None
         if now:
-            factors = [loss.new_ones(()) if x is None else x.clone() for x in (scaling.rows, scaling.weight)]
-            result += [*_dense(gradients, statistics), *(x.to(p.dtype) for x in factors)]
+            fused = core.fused_forward(problem, needs)
+            loss, values, statistics = fused.loss, fused.values, fused.statistics
+        else:
+            (token_loss,), maybe, statistics, entries = core.forward(problem, estimator_of, needs)
+            assert maybe is not None
+            values = maybe
+            # cloned: no two results of an op may share memory
+            loss = p.rows.scatter(token_loss).clone() if a["reduction"] == "none" else (token_loss * p.weights).sum()
+        out = make_output(p, problem, loss, values, statistics, a["score_cancelled"])
+        reported = {name: getattr(out, name) for name in _reported(a)}
+        result = [loss.to(p.dtype), *(x if name in _FLAGS else x.to(p.dtype) for name, x in reported.items())]
+        if fused is not None:
+            scaling = fused.scaling
+            factors = [
+                loss.new_ones(()) if x is None else x.clone() for x in (scaling.deferred_rows, scaling.deferred_weight)
+            ]
+            result += [*_dense(fused.gradients or (None,) * 3, statistics), *(x.to(p.dtype) for x in factors)]
         elif any(needs):
             tokens = p.rows.shape.numel()
             result.append(_padded(statistics.to(p.dtype), (STATISTICS, tokens)))
-            if chosen is not None:
+            if entries is not None:
                 shape = (tokens, _width(a))
-                result += [_padded(chosen.token_ids, shape, -1), _padded(chosen.values.to(p.dtype), shape)]
+                result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(p.dtype), shape)]
         return result
 
 
@@ -315,17 +326,15 @@ def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) ->
     a, needs = _call(packed)
     with torch.no_grad():
         p = prepare(**a)
-        job = make_job(p)
-        n = job.rows.count
-        statistics = made[0][:, :n].to(job.dtype).contiguous()
-        chosen = None
-        if job.truncated:
-            ids, values = (x[:n, : job.width].contiguous() for x in made[1:])
-            chosen = Chosen(ids, values.to(job.dtype))
+        problem = make_problem(p)
+        n = problem.rows.count
+        statistics = made[0][:, :n].to(problem.dtype).contiguous()
+        entries = None
+        if len(made) > 1:
+            ids, values = (x[:n, : problem.width].contiguous() for x in made[1:])
+            entries = Entries(ids, values.to(problem.dtype))
         each = p.rows.take(upstream) if a["reduction"] == "none" else upstream.expand(n) * p.weights
-        coefficients = job.coefficients(statistics, chosen=chosen).times(each.to(job.dtype).contiguous())
-        gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
-        return _dense(gradients, statistics)
+        return _dense(run.backward(problem, estimator_of, needs, statistics, entries, each), statistics)
 
 
 @_loss_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -378,9 +387,7 @@ def _logprobs_op(*packed: Any) -> list[Tensor]:
     a, needs = _call(packed)
     with torch.no_grad():
         p = prepare_alone(**a)
-        job = make_job(p)
-        statistics = chunks.run(job, needs).statistics
-        values = (job.model_logprobs(statistics)[0], entropy(statistics))
+        values, _, statistics, _ = core.forward(make_problem(p), LogProbs, needs)
         kept = [_padded(statistics, (STATISTICS, p.rows.shape.numel()))] if any(needs) else []
         return [*(p.rows.scatter(x).clone() for x in values), *kept]
 
@@ -400,12 +407,9 @@ def _logprobs_backward_op(
     a, needs = _call(packed)
     with torch.no_grad():
         p = prepare_alone(**a)
-        job = make_job(p)
-        statistics = statistics[:, : job.rows.count].contiguous()
+        statistics = statistics[:, : p.rows.count].contiguous()
         each = (None if x is None else p.rows.take(x) for x in (upstream, upstream_entropy))
-        coefficients = autograd.logprob_coefficients(job, *each)
-        gradients = chunks.run(job, needs, statistics=statistics, coefficients=coefficients).gradients
-        return _dense(gradients, statistics)
+        return _dense(run.backward(make_problem(p), LogProbs, needs, statistics, None, *each), statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]

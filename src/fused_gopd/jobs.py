@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .autograd.core import recomputes_in_backward
 from .checks import require_count, require_reverse_mode
-from .chunks import Job, Route, chunk_size_for, logits_buffers, others_size
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
+from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
+from .loop.estimators import TokenValues, model_logprobs
 from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
-from .options import Estimator
+from .options import Estimator, LossOptions
 from .output import GOPDOutput
 from .prepare import Prepared, prepare
+from .problem import Problem, Route
 from .rowops import select_backend
 from .tokens import TokenRows
 
@@ -45,7 +48,7 @@ def _cut(head: Head, p: Prepared) -> Head:
     return head
 
 
-def make_job(p: Prepared) -> Job:
+def make_problem(p: Prepared) -> Problem:
     student = _cut(p.student, p)
     teachers, refs = (_heads(models, p) for models in (p.teacher, p.ref))
     kinds = ([student], teachers, refs)
@@ -61,41 +64,63 @@ def make_job(p: Prepared) -> Job:
         if head is not None
     )
     chunk_size = p.chunk_size or chunk_size_for(widest, buffers, device_type, (p.chunk_dtype or p.dtype).itemsize)
-    return Job(
-        p.rows,
-        p.vocab_size,
-        chunk_size,
-        select_backend(p.backend, p.device, dtypes),
-        student,
-        teachers[0],
-        refs[0],
-        tuple(map(Route, p.stops, teachers, refs)) if len(p.stops) > 1 else (),
-        p.estimator,
-        p.divergence,
-        p.beta,
-        p.reward_scale,
-        p.token_ids,
-        p.logprobs(p.teacher),
-        p.logprobs(p.ref),
-        p.old_logprobs,
-        p.rollout_logprobs,
-        p.surrogate,
-        p.sequences.cu_seqlens,
-        p.advantage_fn,
-        truncation=p.truncation,
+    listed = 0 if p.scores.token_ids is None else p.scores.token_ids.shape[1]
+    s = p.surrogate
+    unbounded = any(x is not None for x in (p.old_logprobs, p.rollout_logprobs, p.advantage_fn, p.labels))
+    recomputes = recomputes_in_backward(student, s.ratio, unbounded)
+    return Problem(
+        options=LossOptions(
+            estimator=p.estimator,
+            clip=s.clip,
+            clip_dual=s.clip_dual,
+            ratio=s.ratio,
+            rollout_is_cap=s.rollout_is_cap,
+            advantage_clip=s.advantage_clip,
+            logprob_min=s.logprob_min,
+            baseline=s.baseline,
+            k=p.truncation.k,
+            support=p.truncation.support,
+            tail=p.truncation.tail,
+            sft_weight=p.sft_weight,
+            chunk_dtype=p.chunk_dtype,
+            grad_filter=p.grad_filter,
+        ),
+        divergence=p.divergence,
+        beta=p.beta,
+        student=student,
+        routes=tuple(
+            Route(start=start, stop=stop, teacher=teacher, ref=ref)
+            for (start, stop), teacher, ref in zip(p.slices, teachers, refs, strict=True)
+        ),
+        rows=p.rows,
+        sequences=p.sequences,
+        vocab_size=p.vocab_size,
+        reward_scale=p.reward_scale,
+        token_ids=p.token_ids,
+        teacher_logprobs=p.logprobs(p.teacher),
+        ref_logprobs=p.logprobs(p.ref),
+        old_logprobs=p.old_logprobs,
+        rollout_logprobs=p.rollout_logprobs,
+        advantage_fn=p.advantage_fn,
         support_ids=p.scores.token_ids,
         teacher_topk=p.scores.teacher,
         ref_topk=p.scores.ref,
         labels=p.labels,
-        sft_weight=p.sft_weight,
-        grad_filter=p.grad_filter,
-        chunk_dtype=p.chunk_dtype,
+        weights=p.weights,
+        recomputes=recomputes,
+        width=max(p.truncation.k or 0, listed) + (p.labels is not None),
         agreement=p.agreement,
-        others_size=others_size(chunk_size, device_type) if p.joint and linear_student and linear > 1 else None,
+        ops=select_backend(p.backend, p.device, dtypes),
+        chunk_size=chunk_size,
+        frozen_chunk_size=frozen_chunk_size(chunk_size, device_type)
+        if p.joint and linear_student and linear > 1
+        else None,
+        dtype=p.dtype,
+        device=p.device,
     )
 
 
-def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
+def _score_alone(models: tuple[Source, ...], problem: Problem, p: Prepared) -> Tensor:
     """log-probs (n,) of the sampled tokens under models that the loss does not need, forward only."""
     given = p.logprobs(models)
     out = torch.zeros(p.rows.count, dtype=p.dtype, device=p.device) if given is None else given
@@ -107,23 +132,38 @@ def _score_alone(models: tuple[Source, ...], job: Job, p: Prepared) -> Tensor:
                 assert rows.index is not None
                 rows = TokenRows(rows.shape, rows.index[start:stop])
             ops = select_backend(p.backend, p.device, {head.rows.dtype})
-            alone = Job(rows, p.vocab_size, job.chunk_size, ops, head, token_ids=p.token_ids[start:stop])
+            alone = Problem(
+                options=LossOptions(),
+                divergence="reverse_kl",
+                beta=0.5,
+                student=head,
+                routes=(Route(start=0, stop=rows.count),),
+                rows=rows,
+                sequences=p.sequences,
+                vocab_size=p.vocab_size,
+                token_ids=p.token_ids[start:stop],
+                weights=p.weights,
+                recomputes=True,
+                ops=ops,
+                chunk_size=problem.chunk_size,
+                dtype=p.dtype,
+                device=p.device,
+            )
             out[start:stop] = autograd.token_logprobs(alone)[0]
     return out
 
 
 def make_output(
-    p: Prepared, job: Job, loss: Tensor, token_loss: Tensor, statistics: Tensor, score_cancelled: bool
+    p: Prepared, problem: Problem, loss: Tensor, values: TokenValues, statistics: Tensor, score_cancelled: bool
 ) -> GOPDOutput:
     """Everything that a call reports, from the loop's statistics."""
     with torch.no_grad():
-        term = job.policy_term(statistics) if job.estimator == "sampled" else None
-        kl = None if job.estimator == "sampled" else autograd.token_values(job, statistics)[1]
+        term = values.policy
         advantages: Tensor | None = None
         student_logprobs: Tensor | None = None
         others: dict[str, Tensor | None] = {"teacher": None, "ref": None}
-        if job.token_ids is not None:
-            student_logprobs, others["teacher"], others["ref"] = job.model_logprobs(statistics)
+        if problem.token_ids is not None:
+            student_logprobs, others["teacher"], others["ref"] = model_logprobs(problem, statistics)
             unknown = False
             for name, models in (("teacher", p.teacher), ("ref", p.ref)):
                 if any(isinstance(model, TopKLogProbs) for model in models):
@@ -131,22 +171,22 @@ def make_output(
             if term is not None:
                 advantages = term.advantages
             elif not unknown:
-                advantages, _ = advantage(job.reward_scale, student_logprobs, *others.values())
+                advantages, _ = advantage(problem.reward_scale, student_logprobs, *others.values())
             if score_cancelled:
                 for name, models in p.cancelled.items():
-                    others[name] = _score_alone(models, job, p)
+                    others[name] = _score_alone(models, problem, p)
         return p.output(
             loss,
-            token_loss,
+            values.loss,
             advantages,
             student_logprobs,
             others["teacher"],
             others["ref"],
             entropy(statistics),
-            kl,
+            values.kl,
             None if term is None else term.clipped,
             None if term is None else term.importance,
-            *label_report(statistics[TokenRow.LOGPROB_LABEL], job.labels),
+            *label_report(statistics[TokenRow.LOGPROB_LABEL], problem.labels),
         )
 
 
@@ -165,7 +205,7 @@ def most_likely(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
     p = prepare_alone(head, None, **options)
     if require_count("k", k) > p.vocab_size:
         raise ValueError(f"k must be at most the vocabulary of {p.vocab_size}, got {k}")
-    ids, logprobs = autograd.token_topk(make_job(p), k)
+    ids, logprobs = autograd.token_topk(make_problem(p), k)
     if p.rows.keep is None:
         return ids, logprobs
     gone = ~p.rows.keep[..., None]

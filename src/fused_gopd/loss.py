@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import autograd, compiled
 from .checks import one_of, require_reverse_mode
 from .heads import Head, Source
-from .jobs import make_job, make_output, most_likely, prepare_alone
+from .jobs import make_output, make_problem, most_likely, prepare_alone
 from .objective.divergences import DIVERGENCES, Divergence
 from .options import (
     BASELINES,
@@ -35,13 +35,13 @@ from .prepare import prepare
 def _gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
     require_reverse_mode("gopd_loss", arguments["student"])
     p = prepare(**arguments)
-    job = make_job(p)
+    problem = make_problem(p)
     if arguments["reduction"] == "none":
-        token_loss, statistics = autograd.token_losses(job)
+        token_loss, values, statistics = autograd.token_losses(problem)
         loss = p.rows.scatter(token_loss)
     else:
-        loss, token_loss, statistics = autograd.weighted_loss(job, p.weights)
-    return make_output(p, job, loss, token_loss, statistics, arguments["score_cancelled"])
+        loss, values, statistics = autograd.weighted_loss(problem)
+    return make_output(p, problem, loss, values, statistics, arguments["score_cancelled"])
 
 
 _outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
@@ -171,7 +171,7 @@ def gopd_loss(
     More options:
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
-        chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.chunks.chunk_size_for`).
+        chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.loop.chunking.chunk_size_for`).
         chunk_dtype: dtype of the chunk's logits. Default float32 (float64). bfloat16 or float16, on a GPU where all
             heads are of that dtype: half the bytes, so faster and with chunks of more tokens. Logits are then rounded
             as a model that returns them in that dtype rounds them (bfloat16: by up to 0.06 between 16 and 32), and
@@ -250,7 +250,7 @@ def token_logprobs(
         logprobs, entropy = compiled.token_logprobs(head, token_ids, options)
         return (logprobs, entropy) if return_entropy else logprobs
     p = prepare_alone(head, token_ids, **options)
-    logprobs, entropy = autograd.token_logprobs(make_job(p))
+    logprobs, entropy = autograd.token_logprobs(make_problem(p))
     result = p.rows.scatter(logprobs)
     return (result, p.rows.scatter(entropy)) if return_entropy else result
 

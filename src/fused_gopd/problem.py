@@ -69,3 +69,16 @@ class Problem:
     frozen_chunk_size: int | None = None  # tokens of teacher and reference at a time where models are taken together
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+
+    @property
+    def joint(self) -> bool:
+        """Whether the row operation takes all models of a token together, normalised over their joint support."""
+        return self.options.estimator == "full" or self.options.baseline == "expected"
+
+    @property
+    def has(self) -> tuple[bool, bool]:
+        """Whether there are a teacher and a reference, as heads or as log-probs of the sampled tokens."""
+        return (
+            self.teacher_logprobs is not None or any(route.teacher is not None for route in self.routes),
+            self.ref_logprobs is not None or any(route.ref is not None for route in self.routes),
+        )

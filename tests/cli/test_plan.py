@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import fused_gopd as fg
 from builders import linear_head, trainable, why_not
-from fused_gopd import chunks
 from fused_gopd.cli import app
 from fused_gopd.cli.plan import cost, parse_memory
 from fused_gopd.cli.plan.call import PlannedCall
 from fused_gopd.cli.plan.communication import collectives
 from fused_gopd.cli.plan.presets import PRESETS
+from fused_gopd.loop import chunking
 from test_cost import Memory
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
@@ -42,7 +42,7 @@ def planned(*arguments: str) -> dict[str, Any]:
 def test_plan_low_chunks_have_logits_of_two_bytes() -> None:
     low, wide = (planned("--model", "qwen3-1.7b", *more)["fused"] for more in (("--low-chunks",), ()))
     for side, element in ((low, 2), (wide, 4)):
-        rows = side["chunk_size"] + 2 * chunks.others_size(side["chunk_size"], "cuda")
+        rows = side["chunk_size"] + 2 * chunking.frozen_chunk_size(side["chunk_size"], "cuda")
         # chunks of nearly equal size may be a little smaller than the largest that there could be
         assert 0.9 * rows < side["items"]["chunk buffers"] / 151936 / element <= rows
     assert low["chunk_size"] > wide["chunk_size"]
@@ -62,9 +62,9 @@ def test_plan_dense_peak_of_few_tokens_is_the_gradients() -> None:
 
 
 def test_plan_fused_items_in_closed_form() -> None:
-    chunk = chunks.chunk_size_for(50_000, 1.5, "cuda", 4)
+    chunk = chunking.chunk_size_for(50_000, 1.5, "cuda", 4)
     items = cost.fused_peak(dataclasses.replace(CALL, tokens=chunk * 500))
-    rows = chunk + 2 * chunks.others_size(chunk, "cuda")  # the student's, and a fourth of them twice
+    rows = chunk + 2 * chunking.frozen_chunk_size(chunk, "cuda")  # the student's, and a fourth of them twice
     assert items["chunk buffers"] == rows * 50_000 * 4
     assert items["gradient of hidden"] == chunk * 500 * 100 * 2
     assert items["float32 accumulator of the weight gradient"] == 50_000 * 100 * 4
@@ -92,12 +92,12 @@ def test_plan_knows_how_many_models_wait() -> None:
         1,
         2,
     ]
-    assert waiting.chunk_size == chunks.chunk_size_for(50_000, 2, "cuda", 4)
+    assert waiting.chunk_size == chunking.chunk_size_for(50_000, 2, "cuda", 4)
 
 
 def test_plan_fused_logits_do_not_grow_with_tokens() -> None:
     chunk = CALL.chunk_size
-    most = (chunk + 2 * chunks.others_size(chunk, "cuda")) * 50_000 * 4
+    most = (chunk + 2 * chunking.frozen_chunk_size(chunk, "cuda")) * 50_000 * 4
     for n in (10**5, 10**6, 10**7):
         # chunks of nearly equal size may be a little smaller than the largest that there could be
         assert 0.95 * most < cost.fused_peak(dataclasses.replace(CALL, tokens=n))["chunk buffers"] <= most
@@ -133,7 +133,7 @@ def test_plan_command_with_presets() -> None:
     assert data["job"]["vocab"] == 151_936
     assert (data["job"]["hidden"], data["job"]["teacher_hidden"], data["job"]["ref_hidden"]) == (2048, 4096, 2048)
     assert data["dense"]["peak"] == 5 * 4096 * 151_936 * 4
-    assert data["fused"]["chunk_size"] == chunks.chunk_size_for(151_936, 1.5, "cuda", 4)
+    assert data["fused"]["chunk_size"] == chunking.chunk_size_for(151_936, 1.5, "cuda", 4)
     assert data["gemm_tflop"] == pytest.approx(2 * 4096 * 151_936 * (4 * 2048 + 4096) / 1e12)
     assert data["fused"]["tokens_that_fit"] > data["dense"]["tokens_that_fit"] > 4096
 
@@ -277,7 +277,7 @@ def test_plan_a_ranks_share_is_its_tokens_on_its_rows() -> None:
     share = dataclasses.replace(BIG, tp=8, dp=3, cp=2).share
     assert (share.tokens, share.vocab) == (1366, 16_032)  # both rounded up: the rank with the most to do
     assert (share.tp, share.dp, share.cp) == (1, 1, 1)
-    assert share.chunk_size == chunks.chunk_size_for(16_032, 1.5, "cuda", 4)
+    assert share.chunk_size == chunking.chunk_size_for(16_032, 1.5, "cuda", 4)
     assert cost.gemm_flop(dataclasses.replace(BIG, tp=8, dp=2, cp=2).share) == cost.gemm_flop(BIG) / 32
 
 
@@ -372,7 +372,7 @@ def test_plan_memory_is_what_a_rank_is_measured_to_hold(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], tp: int
 ) -> None:
     """One rank's work, the loss on its rows of the heads, within 10 % of the plan of all; chunk buffers of 8 MiB."""
-    monkeypatch.setitem(chunks.CHUNK_BUDGET_BYTES, "cpu", 8 << 20)
+    monkeypatch.setitem(chunking.CHUNK_BUDGET_BYTES, "cpu", 8 << 20)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its products come in blocks of their own
     plain = {"tokens": 512, "hidden": 128, "teacher_hidden": 64, "ref_hidden": 96, "dtype": "float32"}
     call = PlannedCall(vocab=32_768, device="cpu", tp=tp, **(plain | changes))

@@ -8,9 +8,10 @@ import torch.utils.checkpoint
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, trainable
-from fused_gopd import autograd, chunks
-from fused_gopd.jobs import make_job
+from fused_gopd.autograd.saved import flatten, unflatten
+from fused_gopd.jobs import make_problem
 from fused_gopd.prepare import prepare
+from fused_gopd.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,19 +279,19 @@ def test_hidden_and_weight_may_be_one_leaf(backend):
     assert torch.equal(got, want[0] + want[1])
 
 
-def test_a_job_is_what_it_was_when_its_tensors_come_back():
+def test_a_problem_is_what_it_was_when_its_tensors_come_back():
     batch = make_batch(17, dtype=torch.float32)
     teachers = [batch.teacher, make_batch(18, dtype=torch.float32).teacher]
     index = torch.arange(batch.token_ids.shape[0]) % 2
     options = {"teacher_index": index, "mask": batch.mask, "reward_scale": 1.25, **OBJECTIVES[3]}
-    job = make_job(prepare(batch.student, teachers, batch.ref, batch.token_ids, **options))
+    problem = make_problem(prepare(batch.student, teachers, batch.ref, batch.token_ids, **options))
     tensors = []
-    frame = autograd._apart(job, tensors)
-    assert "tensor(" not in repr(frame)
-    back = autograd._together(frame, tensors)
-    assert isinstance(back, chunks.Job)
+    spec = flatten(problem, tensors)
+    assert "tensor(" not in repr(spec)
+    back = unflatten(spec, tensors)
+    assert isinstance(back, Problem)
     again = []
-    assert autograd._apart(back, again) == frame
+    assert flatten(back, again) == spec
     assert len(again) == len(tensors) > 10
     assert all(a is b for a, b in zip(again, tensors, strict=True))
 

@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_gopd as fg
 from builders import OBJECTIVES, like, linear_head, make_batch
-from fused_gopd import chunks
-from fused_gopd.loop import gemm
+from fused_gopd.loop import chunking, gemm
 from fused_gopd.tokens import TokenRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,7 +333,7 @@ def test_live_rows_of_a_contiguous_tensor_are_views():
 
 
 def test_the_automatic_chunk_keeps_to_the_budget(backend, monkeypatch):
-    monkeypatch.setitem(chunks.CHUNK_BUDGET_BYTES, "cpu", 3 * 64 * VOCAB * 4)
+    monkeypatch.setitem(chunking.CHUNK_BUDGET_BYTES, "cpu", 3 * 64 * VOCAB * 4)
     batch = big_batch()
     call = lambda: fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, estimator="full", backend=backend)  # noqa: E731
     call()

@@ -23,7 +23,7 @@ from builders import (
     run,
     widened,
 )
-from fused_gopd import chunks
+from fused_gopd.loop.estimators import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.support import _Answer, _matched
 from test_cost import GEMM, H, N, V, gemm_flops
@@ -335,7 +335,7 @@ def test_the_tail_of_a_head_is_summed_and_not_what_is_left_of_one(backend_dtype)
     model = ModelRows(raw.clone(), LogitTransform())
     problem = RowProblem(37, model, token_ids=batch.token_ids)
     ops = select_backend(backend_dtype.backend, raw.device, {backend_dtype.dtype})
-    statistics, on_support, _ = chunks._statistics_around(ops, problem, ids, batch.token_ids)
+    statistics, on_support, _ = statistics_on_support(ops, problem, ids, batch.token_ids)
     assert torch.equal(model.raw, raw)  # hidden for a while, and back
     log_p = raw.double().log_softmax(-1)
     rest = log_p[:, 5:].logsumexp(-1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
 from ..objective.policy import PolicyTerm, Surrogate, advantages_of, policy_term
-from ..options import TokenStats
 from ..output import GOPDOutput
 from ..prepare import check_cu_seqlens, check_mask, check_surrogate
 from ..tokens import Sequences
@@ -141,21 +140,14 @@ def sampled_loss(
     nothing = torch.full_like(known, torch.nan)
     entropy = nothing if entropy is None else vector("entropy", entropy)
     assert entropy is not None
-    index = torch.arange(shape.numel(), device=device).reshape(shape)
-    q, r = (teacher if reward_scale != 0 else None), (ref if reward_scale != 1 else None)
-    stats = TokenStats(
-        index=index,
-        advantages=None,
-        student_logprobs=known,
-        teacher_logprobs=q,
-        ref_logprobs=r,
-        old_logprobs=old,
-        student_entropy=entropy,
-        teacher_entropy=None,
-        ref_entropy=None,
+    advantages, _ = advantages_of(
+        surrogate,
         reward_scale=reward_scale,
+        student=known,
+        teacher=teacher if reward_scale != 0 else None,
+        ref=ref if reward_scale != 1 else None,
+        old=old,
     )
-    advantages, _ = advantages_of(surrogate, stats, None, None)
     loss, term = token_losses(surrogate, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
     clips = surrogate.clip is not None or surrogate.clip_dual is not None
     return GOPDOutput(

@@ -11,8 +11,9 @@ There the products go to oneDNN, the other library in PyTorch, block by block to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,20 @@ _ONEDNN_WORK = 1 << 24
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """What every product runs in: its operands' dtype decides, and float32 does not become bfloat16 on the way."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def in_own_precision(loop: Loop) -> Loop:
+    """A loop over a problem that runs :func:`without_autocast` on its device."""
+
+    @functools.wraps(loop)
+    def wrapped(problem: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_autocast(problem.device):
+            return loop(problem, *args, **kwargs)
+
+    return cast("Loop", wrapped)
 
 
 def accumulates_low_precision(x: Tensor) -> bool:

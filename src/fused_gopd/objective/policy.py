@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,20 @@ def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
     return value.detach().to(expected.dtype)
 
 
+# (A or None, clamped log-probs of teacher and reference) -> advantages (C,)
+Hook = Callable[[Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
 def advantages_of(
-    surrogate: Surrogate, stats: TokenStats, hook: AdvantageFn | None, expected: Tensor | None
+    options: Any,
+    *,
+    reward_scale: float | Tensor,
+    student: Tensor,  # (C,) log p of the sampled token, like the next three
+    teacher: Tensor | None,
+    ref: Tensor | None,
+    old: Tensor | None,
+    hook: Hook | None = None,
+    expected: Tensor | None = None,  # (C,)
 ) -> tuple[Tensor, Tensor]:
     """The advantages that the gradient uses, and those that the loss reports, which leave the baseline out; (C,) each.
 
@@ -78,25 +91,23 @@ def advantages_of(
     ``expected`` is the value l of the ``full`` reverse KL per token: E_p[A] = -l, so that A + l has mean 0 (vOPD,
     2605.07865). The hook's advantage has another mean, but any number per position leaves the gradient unbiased.
     """
-    teacher, ref = stats.teacher_logprobs, stats.ref_logprobs
-    if surrogate.logprob_min is not None:
-        teacher, ref = (None if x is None else x.clamp_min(surrogate.logprob_min) for x in (teacher, ref))
-    behaviour = stats.student_logprobs if stats.old_logprobs is None else stats.old_logprobs
+    if options.logprob_min is not None:
+        teacher, ref = (None if x is None else x.clamp_min(options.logprob_min) for x in (teacher, ref))
+    behaviour = student if old is None else old
     adv: Tensor | None = None
     finite = ~torch.isneginf(behaviour)
     if teacher is not None or ref is not None:
-        adv, finite = advantage(stats.reward_scale, behaviour, teacher, ref)
+        adv, finite = advantage(reward_scale, behaviour, teacher, ref)
     if hook is not None:
-        adv = call_hook(hook, replace(stats, advantages=adv, teacher_logprobs=teacher, ref_logprobs=ref))
-        finite = ~torch.isneginf(behaviour)
+        adv, finite = hook(adv, teacher, ref), ~torch.isneginf(behaviour)
     assert adv is not None
 
-    def bounded(x: Tensor) -> Tensor:
-        if surrogate.advantage_clip is not None:
-            x = x.clamp(*surrogate.advantage_clip)
+    def clipped(x: Tensor) -> Tensor:
+        if options.advantage_clip is not None:
+            x = x.clamp(*options.advantage_clip)
         return x.masked_fill(~finite, 0)
 
-    return bounded(adv if expected is None else adv + expected), bounded(adv)
+    return clipped(adv if expected is None else adv + expected), clipped(adv)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class PolicyTerm:
 
 
 def policy_term(
-    surrogate: Surrogate,
+    surrogate: Any,
     adv: Tensor,  # (C,) advantages
     student: Tensor,  # (C,) log p of the sampled token
     old: Tensor | None,

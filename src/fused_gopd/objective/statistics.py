@@ -21,15 +21,14 @@ class TokenRow(enum.IntEnum):
     REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
     ENTROPY_TEACHER = len(Stat) + 2  # for an advantage_fn
     ENTROPY_REF = len(Stat) + 3
-    TRUNCATED_LOSS = len(Stat) + 4  # topk, like the next three: see topk.Term and topk.Entries
-    TRUNCATED_KL = len(Stat) + 5
-    TRUNCATED_WEIGHT = len(Stat) + 6
-    TRUNCATED_REACH = len(Stat) + 7
+    TOPK_LOSS = len(Stat) + 4
+    TOPK_KL = len(Stat) + 5
+    GRADIENT_WEIGHT = len(Stat) + 6  # topk: of the logit gradient outside its token ids, see LogitGradient
+    GRADIENT_ELSEWHERE = len(Stat) + 7
     LOGPROB_LABEL = len(Stat) + 8  # of the supervised term
 
 
 STATISTICS = len(Stat) + len(TokenRow)
-ENTROPY_ROWS = (TokenRow.ENTROPY_TEACHER, TokenRow.ENTROPY_REF)
 
 
 def token_logprob(logit: Tensor, logsum: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def supervised(label_logprobs: Tensor, labels: Tensor) -> Tensor:
-    """(C,) bool, where there is a label inside the support: elsewhere the supervised term is 0."""
+def has_label(label_logprobs: Tensor, labels: Tensor) -> Tensor:
+    """(C,) bool, where there is a label with p > 0: elsewhere the supervised term is 0."""
     return (labels >= 0) & ~torch.isneginf(label_logprobs)
 
 
@@ -15,4 +15,4 @@ def label_report(label_logprobs: Tensor, labels: Tensor | None) -> tuple[Tensor 
     """Log-probs of the labels, 0 where there is none, and where the supervised term is in force; None without any."""
     if labels is None:
         return None, None
-    return label_logprobs.masked_fill(labels < 0, 0), supervised(label_logprobs, labels)
+    return label_logprobs.masked_fill(labels < 0, 0), has_label(label_logprobs, labels)

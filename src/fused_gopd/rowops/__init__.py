@@ -194,6 +194,13 @@ class RowOps(Protocol):
         computes the logits of the chunk and calls ``statistics``.
         """
 
+    def scale_(self, gradient: Tensor, factor: Tensor, dtype: dtype) -> Tensor:
+        """``gradient`` times ``factor`` (), a tensor of the accumulation dtype.
+
+        In place, or where one pass can also convert to ``dtype``, the dtype that the gradient is wanted in, as a new
+        tensor. Each product is rounded once.
+        """
+
 
 def unavailable_reason(name: str) -> str | None:
     """Why the backend of this name cannot be used here at all; None if it can."""

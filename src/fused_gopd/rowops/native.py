@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
+from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
 _DIVERGENCES = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "jsd": 3}  # enum Divergence
@@ -72,6 +73,9 @@ class NativeRowOps:
         self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
     ) -> Tensor | None:
         return None
+
+    def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return scale_(gradient, factor)
 
 
 class _Job:

@@ -80,6 +80,14 @@ class TorchRowOps:
     ) -> Tensor | None:
         return None
 
+    def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return scale_(gradient, factor)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place. A 0-d factor would be rounded to a low-precision gradient's dtype before it multiplies."""
+    return gradient.mul_(factor.reshape(1))
+
 
 def _dtype(problem: RowProblem) -> torch.dtype:
     models = (problem.student, problem.teacher, problem.ref)

@@ -74,7 +74,7 @@ class PlannedCall:
     @property
     def buffers(self) -> float:
         """Number of [C, V] logits buffers alive at once."""
-        from fused_gopd.chunks import logits_buffers
+        from fused_gopd.loop.chunking import logits_buffers
 
         keeps_student = self.support == "student"
         return logits_buffers(self.estimator == "full", len(self.needed), keeps_student, device_type=self.device_type)
@@ -82,24 +82,24 @@ class PlannedCall:
     @property
     def chunk_size(self) -> int:
         """Tokens per chunk, C."""
-        from fused_gopd.chunks import chunk_size_for
+        from fused_gopd.loop.chunking import chunk_size_for
 
         return chunk_size_for(self.vocab, self.buffers, self.device_type, self.logit)
 
     @property
     def largest_chunk(self) -> int:
         """Tokens of the largest chunk: chunks have nearly equal sizes of at most C."""
-        from fused_gopd.chunks import _balanced
+        from fused_gopd.loop.chunking import balanced
 
-        return _balanced(self.tokens, self.chunk_size, self.device_type)
+        return balanced(self.tokens, self.chunk_size, self.device_type)
 
     @property
     def largest_subchunk(self) -> int:
         """Tokens for which the logits of all models exist at once, in the largest chunk."""
-        from fused_gopd.chunks import others_size
+        from fused_gopd.loop.chunking import frozen_chunk_size
 
         rows = self.largest_chunk
-        return min(rows, others_size(self.chunk_size, self.device_type)) if self.estimator == "full" else rows
+        return min(rows, frozen_chunk_size(self.chunk_size, self.device_type)) if self.estimator == "full" else rows
 
     @property
     def buffer_rows(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
+from ..torch import scale_
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -490,6 +491,9 @@ class TritonRowOps:
         ):
             launch.run(hidden.device)
         return statistics
+
+    def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return scaled(gradient, factor, dtype) if factor.dtype == torch.float32 else scale_(gradient, factor)
 
     @staticmethod
     def _empty(like: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import fused_gopd as fg
 from builders import OBJECTIVES, TOLERANCE, Batch, assert_all_close, assert_close, generator, make_batch, widened
-from fused_gopd import chunks
+from fused_gopd.loop import chunking, memory
+from fused_gopd.loop.logit_gradient import power_of_two
 from fused_gopd.tokens import TokenRows
 
 SIZES = st.integers(1, 300_000)
@@ -18,19 +19,19 @@ SIZES = st.integers(1, 300_000)
 @given(vocab=SIZES, buffers=st.integers(1, 3), device=st.sampled_from(["cpu", "cuda"]))
 def test_chunk_buffers_fit_the_budget_unless_the_floor_forbids(vocab, buffers, device):
     kind = "cpu" if device == "cpu" else "gpu"
-    chunk = chunks.chunk_size_for(vocab, buffers, device)
-    floor = chunks.CHUNK_FLOOR[kind]
-    assert floor <= chunk <= chunks.CHUNK_CEILING
-    assert chunk == floor or chunk * buffers * vocab * 4 <= chunks.CHUNK_BUDGET_BYTES[kind]
+    chunk = chunking.chunk_size_for(vocab, buffers, device)
+    floor = chunking.CHUNK_FLOOR[kind]
+    assert floor <= chunk <= chunking.CHUNK_CEILING
+    assert chunk == floor or chunk * buffers * vocab * 4 <= chunking.CHUNK_BUDGET_BYTES[kind]
 
 
 def test_wider_elements_make_smaller_chunks():
-    assert chunks.chunk_size_for(150_000, 1, "cpu", 8) < chunks.chunk_size_for(150_000, 1, "cpu", 4)
+    assert chunking.chunk_size_for(150_000, 1, "cpu", 8) < chunking.chunk_size_for(150_000, 1, "cpu", 4)
 
 
 @given(rows=st.integers(1, 20_000), chunk=st.integers(1, 9000), device=st.sampled_from(["cpu", "cuda"]))
 def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk, device):
-    even = chunks._balanced(rows, chunk, device)
+    even = chunking.balanced(rows, chunk, device)
     assert 1 <= even <= chunk
     assert -(-rows // even) <= -(-rows // chunk)  # no chunk more
     assert even * (-(-rows // even)) - rows < even  # and all but the last are full
@@ -39,21 +40,21 @@ def test_balanced_chunks_are_as_many_and_never_larger(rows, chunk, device):
 @given(vocab=SIZES, models=st.integers(2, 3), device=st.sampled_from(["cpu", "cuda"]))
 def test_a_joint_chunk_with_its_parts_of_the_others_fits_the_budget(vocab, models, device):
     kind = "cpu" if device == "cpu" else "gpu"
-    chunk = chunks.chunk_size_for(vocab, chunks.logits_buffers(True, models, device_type=device), device)
-    others = chunks.others_size(chunk, device)
+    chunk = chunking.chunk_size_for(vocab, chunking.logits_buffers(True, models, device_type=device), device)
+    others = chunking.frozen_chunk_size(chunk, device)
     assert 0 < others <= chunk
     # a part is rounded up to a whole tile
-    rounding = (models - 1) * chunks._CHUNK_MULTIPLE[kind] * vocab * 4
-    fits = (chunk + (models - 1) * others) * vocab * 4 <= chunks.CHUNK_BUDGET_BYTES[kind] + rounding
-    assert fits or chunk == chunks.CHUNK_FLOOR[kind]
+    rounding = (models - 1) * chunking._CHUNK_MULTIPLE[kind] * vocab * 4
+    fits = (chunk + (models - 1) * others) * vocab * 4 <= chunking.CHUNK_BUDGET_BYTES[kind] + rounding
+    assert fits or chunk == chunking.CHUNK_FLOOR[kind]
 
 
 def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
-    assert chunks.logits_buffers(True, 3) == 3
-    assert chunks.logits_buffers(True, 3, device_type="cuda") == 1.5
-    assert chunks.logits_buffers(True, 2, linear_student=False, device_type="cuda") == 2
-    assert chunks.logits_buffers(False, 3) == 1
-    assert chunks.logits_buffers(False, 0) == 0
+    assert chunking.logits_buffers(True, 3) == 3
+    assert chunking.logits_buffers(True, 3, device_type="cuda") == 1.5
+    assert chunking.logits_buffers(True, 2, linear_student=False, device_type="cuda") == 2
+    assert chunking.logits_buffers(False, 3) == 1
+    assert chunking.logits_buffers(False, 0) == 0
 
 
 FULL = [o for o in OBJECTIVES if o["estimator"] == "full"]
@@ -63,9 +64,9 @@ IN_PARTS = pytest.mark.parametrize("objective", FULL, ids=[" ".join(map(str, o.v
 @pytest.fixture
 def in_parts(monkeypatch):
     """As on a GPU: teacher and reference a fourth of a chunk at a time, here 7 tokens of 28."""
-    monkeypatch.setitem(chunks.OTHERS_SHARE, "cpu", 4)
-    monkeypatch.setitem(chunks._CHUNK_MULTIPLE, "cpu", 1)
-    assert chunks.others_size(28, "cpu") == 7
+    monkeypatch.setitem(chunking.FROZEN_CHUNK_DIVISOR, "cpu", 4)
+    monkeypatch.setitem(chunking._CHUNK_MULTIPLE, "cpu", 1)
+    assert chunking.frozen_chunk_size(28, "cpu") == 7
 
 
 @pytest.mark.usefixtures("in_parts")
@@ -102,13 +103,13 @@ def test_parts_have_the_same_bits_without_gradients(objective):
 @pytest.mark.usefixtures("in_parts")
 def test_only_the_student_has_the_logits_of_a_whole_chunk(monkeypatch):
     taken = []
-    empty = chunks.memory.empty
+    empty = memory.empty
 
     def counted(shape, *more):
         taken.append(tuple(shape))
         return empty(shape, *more)
 
-    monkeypatch.setattr(chunks.memory, "empty", counted)
+    monkeypatch.setattr(memory, "empty", counted)
     batch = make_batch(13, shape=(56,), vocab=(208,) * 3, hidden=(16, 24, 8), dtype=torch.float32, masked=False)
     fg.gopd_loss(*batch.models, batch.token_ids, estimator="full", reward_scale=1.25, chunk_size=28)
     assert sorted(rows for rows, width in taken if width == 208) == [7, 7, 28]
@@ -155,7 +156,7 @@ def test_put_and_scatter_are_the_inverse_of_take():
 @given(x=st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=5))
 def test_the_shared_scale_is_a_power_of_two_just_above_the_largest(x):
     values = torch.tensor(x, dtype=torch.float32)
-    scale = float(chunks._power_of_two(values))
+    scale = float(power_of_two(values))
     largest = float(values.abs().max())
     mantissa = torch.frexp(torch.tensor(scale, dtype=torch.float64)).mantissa
     assert mantissa == 0.5
@@ -165,11 +166,11 @@ def test_the_shared_scale_is_a_power_of_two_just_above_the_largest(x):
 
 @pytest.mark.parametrize("x", [[0.0], [float("inf")], [float("nan")]])
 def test_the_shared_scale_of_nothing_useful_is_one(x):
-    assert chunks._power_of_two(torch.tensor(x)) == 1
+    assert power_of_two(torch.tensor(x)) == 1
 
 
 def test_a_power_of_two_divides_exactly():
     values = torch.rand(50, generator=generator(1)) * 1e-5
-    scale = chunks._power_of_two(values)
+    scale = power_of_two(values)
     assert torch.equal(values / scale * scale, values)
     assert_close((values / scale).amax(), torch.tensor(0.75), 0.34)  # between 1/2 and 1

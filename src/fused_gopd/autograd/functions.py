@@ -1,0 +1,123 @@
+"""The eager autograd Functions: gradients with the loss, or recomputed in the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loop import run
+from ..loop.accumulator import RequiresGrad
+from ..loop.estimators import TokenValues, estimator_of
+from ..loop.run import Entries, MakeEstimator
+from ..objective.statistics import TokenRow
+from ..problem import Problem
+from . import core
+from .saved import for_backward, once_differentiable, save, saved
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether multiplying by x changes nothing, where that is known without a host sync."""
+    return x.device.type == "cpu" and x.item() == 1.0
+
+
+class _FusedLoss(torch.autograd.Function):
+    """sum_i w_i loss_i with the gradients computed in the forward, each GEMM once.
+
+    The backward returns the forward's buffers, multiplied in place by the upstream gradient: no second copy of them
+    ever exists. A second backward (``retain_graph``) computes them anew, to the same bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, TokenValues, Tensor]:
+        requires = RequiresGrad(*(ctx.needs_input_grad[:3]))
+        loss, values, statistics, gradients, scaling = core.fused_forward(problem, requires)
+        ctx.scaling, ctx.requires, ctx.gradients = scaling, requires, gradients
+        ctx.meta, ctx.ops = core.meta_of((rows, weight, bias)), problem.ops
+        known = problem.advantages
+        if problem.advantage_fn is not None:  # called once: a second backward uses these
+            known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
+        save(ctx, for_backward(problem, known))
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return loss, values, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 4
+        scaling = ctx.scaling
+        gradients: Sequence[Tensor | None] | None = ctx.gradients
+        ctx.gradients = None
+        if gradients is None:
+            problem = saved(ctx)[0]
+            gradients = run.forward_with_gradients(problem, estimator_of, ctx.requires, scaling.in_loop)[1]
+        assert gradients is not None
+        of_rows, of_weight = (
+            upstream if s is None else upstream * s for s in (scaling.deferred_rows, scaling.deferred_weight)
+        )
+        scaled: list[Tensor | None] = []
+        for gradient, factor, source in zip(gradients, (of_rows, of_weight, of_weight), ctx.meta, strict=True):
+            if gradient is not None and not _is_one(factor):
+                # in place, unless a copy is needed for the dtype: another [V, H] would be as large as all else
+                gradient = ctx.ops.scale_(gradient, factor, source[1])
+            scaled.append(gradient)
+        return (*core.in_shape_of(scaled, ctx.meta), None)
+
+
+class _Recomputing(torch.autograd.Function):
+    """The outputs of an estimator per token, for any upstream gradients; the backward recomputes the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, problem: Problem, make: MakeEstimator
+    ) -> tuple[Any, ...]:
+        ctx.requires = RequiresGrad(*(ctx.needs_input_grad[:3]))
+        ctx.meta, ctx.make = core.meta_of((rows, weight, bias)), make
+        outputs, values, statistics, entries = core.forward(problem, make, ctx.requires)
+        # the advantages are in the statistics
+        save(ctx, for_backward(problem), statistics, *(entries or (None, None)))
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        if values is not None:
+            values = values._replace(loss=values.loss.detach())  # autograd gives the output itself a graph
+        return (values, statistics, *outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_outputs = upstream[2:]
+        if all(x is None for x in of_outputs):
+            return (None,) * 5
+        problem, (statistics, ids, values) = saved(ctx)
+        assert statistics is not None
+        entries = None if ids is None or values is None else Entries(ids, values)
+        gradients = run.backward(problem, ctx.make, ctx.requires, statistics, entries, *of_outputs)
+        return (*core.in_shape_of(gradients, ctx.meta), None, None)
+
+
+def _student_arguments(problem: Problem) -> tuple[Tensor | None, ...]:
+    tensors = core.student_tensors(problem.student)
+    if torch.is_grad_enabled():
+        return tensors
+    # a Function under no_grad still sees that its inputs require gradients, and would compute them in vain
+    return tuple(None if t is None else t.detach() for t in tensors)
+
+
+def fused_loss(problem: Problem) -> tuple[Tensor, TokenValues, Tensor]:
+    """The loss (), values and statistics."""
+    apply: Any = _FusedLoss.apply
+    loss, values, statistics = apply(*_student_arguments(problem), problem)
+    return loss, values, statistics
+
+
+def recomputing(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ...], TokenValues | None, Tensor]:
+    """Differentiable outputs (n,) of an estimator, values and statistics."""
+    apply: Any = _Recomputing.apply
+    values, statistics, *outputs = apply(*_student_arguments(problem), problem, make)
+    return tuple(outputs), values, statistics

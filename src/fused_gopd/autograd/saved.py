@@ -1,0 +1,145 @@
+"""What autograd keeps of a call: a Problem flattened into tensors, and a backward that refuses a second derivative."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..agreement import Agreement
+from ..heads import LinearHead, Logits
+from ..problem import Problem, Route
+from ..tokens import Sequences, TokenRows
+
+_FLATTENED = (Problem, Route, TokenRows, Sequences, LinearHead, Logits, Agreement)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSlot:
+    """The place of a tensor in the list of flattened tensors."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A flattened object: its type, and its fields with slots in place of tensors."""
+
+    kind: Any
+    fields: dict[str, Any]
+
+
+def flatten(x: Any, tensors: list[Tensor]) -> Any:
+    """Replace the tensors of a Problem, or of a part of one, by slots and append them to the list.
+
+    save_for_backward takes tensors only.
+    """
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return TensorSlot(len(tensors) - 1)
+    if isinstance(x, _FLATTENED):
+        return Spec(type(x), {name: flatten(getattr(x, name), tensors) for name in _field_names(type(x))})  # type: ignore[arg-type]
+    return tuple(flatten(y, tensors) for y in x) if type(x) is tuple else x
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return Agreement._fields if kind is Agreement else tuple(f.name for f in dataclasses.fields(kind))
+
+
+def unflatten(x: Any, tensors: Sequence[Tensor | None]) -> Any:
+    """The object that :func:`flatten` was given."""
+    if isinstance(x, TensorSlot):
+        return tensors[x.number]
+    if isinstance(x, Spec):
+        return x.kind(**{name: unflatten(y, tensors) for name, y in x.fields.items()})
+    return tuple(unflatten(y, tensors) for y in x) if type(x) is tuple else x
+
+
+def for_backward(problem: Problem, advantages: Tensor | None = None) -> Problem:
+    """The problem without what only a forward needs. Ranks that share a vocabulary have agreed on the call.
+
+    Args:
+        advantages: (2, n) those of an ``advantage_fn``, which a second backward shall not call again.
+    """
+    return dataclasses.replace(
+        problem, agreement=None, mask=None, cancelled=(), advantage_fn=None, advantages=advantages
+    )
+
+
+def save(ctx: Any, problem: Problem, *more: Tensor | None) -> None:
+    """Keep a problem and other tensors for the backward, if there will be one.
+
+    Tensors made in inference mode (a teacher's) cannot be saved and are kept as attributes.
+    """
+    if not any(ctx.needs_input_grad):
+        return
+    own: list[Tensor] = []
+    ctx.spec, ctx.more = flatten(problem, own), len(more)
+    tensors = [*own, *more]
+    ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
+    ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
+
+
+def _unpacked(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, read once per backward: checkpointing recomputes for them and refuses a second time."""
+    if ctx.unpacked is None:
+        ctx.unpacked = ctx.saved_tensors
+    return cast("tuple[Any, ...]", ctx.unpacked)
+
+
+def saved(ctx: Any) -> tuple[Problem, list[Tensor | None]]:
+    """The problem and the other tensors of :func:`save`."""
+    tensors = [a if b is None else b for a, b in zip(_unpacked(ctx), ctx.untracked, strict=True)]
+    own = len(tensors) - ctx.more
+    return unflatten(ctx.spec, tensors[:own]), tensors[own:]
+
+
+class RaiseOnDoubleBackward(torch.autograd.Function):
+    """Identity whose backward raises, so that a double backward is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradients of gopd_loss and token_logprobs cannot be differentiated twice: they are computed with the "
+            "loss and have no graph. Second derivatives: fused_gopd.reference.gopd_loss, which is plain PyTorch"
+        )
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """A backward without a graph of its own.
+
+    PyTorch's decorator of that name raises only where the upstream gradient requires a gradient. A second derivative
+    with respect to the inputs would be taken for zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.unpacked = None
+        try:
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            if not torch.is_grad_enabled():  # as it is but for create_graph=True
+                return gradients
+            sources = [t for t in (*upstream, *_unpacked(ctx)) if t is not None and t.requires_grad]
+        finally:
+            ctx.unpacked = None
+        with_graph: Any = RaiseOnDoubleBackward.apply
+        return tuple(None if g is None else with_graph(g, *sources) for g in gradients)
+
+    return wrapped

@@ -1,0 +1,256 @@
+"""Logit gradients of chunks in, gradients of the student's tensors out, and where token weights are applied."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..heads import LinearHead, Logits
+from ..problem import Problem
+from ..rowops import RowProblem
+from ..rowops.torch import accumulation_dtype
+from . import gemm, memory
+from .buffers import columns
+from .logit_gradient import LogitGradient, gradient_buffer, power_of_two, write_logit_gradient
+
+
+class RequiresGrad(NamedTuple):
+    """Which of the student's tensors require a gradient."""
+
+    rows: bool = False  # hidden states, or logits
+    weight: bool = False
+    bias: bool = False
+
+
+NO_GRADIENTS = RequiresGrad()
+
+
+class Gradients(NamedTuple):
+    """Gradients of the student's tensors; None for what does not require one."""
+
+    rows: Tensor | None  # of hidden or logits, (tokens, H or V), in their dtype
+    weight: Tensor | None  # (V, H), in the accumulation dtype
+    bias: Tensor | None  # (V,), likewise
+
+
+class Scaling(NamedTuple):
+    """How token weights are split between the loop and the backward, so that nothing underflows or rounds twice.
+
+    float16 holds nothing below 6e-8, and a token weight of 1e-5 would push gradients of the size of p under it. A
+    float16 gradient is therefore stored relative to a power of two, by which the backward multiplies exactly. Every
+    other dtype has float32's range and is stored with its weights applied. The weight's gradient is a float32 sum over
+    tokens: a factor that all tokens share is applied at its end, unless folding it into float32 operands is free.
+    """
+
+    in_loop: Tensor  # () or (n,) token weights that the loop applies
+    deferred_rows: Tensor | None  # () factor of the rows' gradient in the backward; None is 1
+    deferred_weight: Tensor | None  # () likewise of the weight's and the bias's gradient
+
+    @classmethod
+    def of(cls, student: LinearHead | Logits, weights: Tensor) -> Scaling:
+        if isinstance(student, Logits):
+            return cls(weights, None, None)
+        scale = power_of_two(weights) if student.hidden.dtype == torch.float16 else None
+        in_loop = weights if scale is None else weights / scale
+        return cls(in_loop, scale, scale if folds_weights_into_hidden(student, weights) else weights)
+
+
+def folds_weights_into_hidden(student: LinearHead, weights: Tensor) -> bool:
+    """Whether token weights are multiplied into the hidden states of the product that is the weight's gradient."""
+    # the hidden states' dtype is that of the products: a master weight is rounded to it
+    return weights.ndim > 0 or gemm.gradient_dtype(student.hidden) in (torch.float32, torch.float64)
+
+
+class Part(NamedTuple):
+    """The logit gradient of a sub-chunk at unit scale, and the factors of the products with it."""
+
+    dlogits: Tensor  # (c, V)
+    rows_scale: Tensor | None  # () or (c,) factor of the rows' gradient, applied in float32 before it is rounded
+    weight_scale: Tensor | None  # () or (c,) factor inside the sums that are the weight's and the bias's gradient
+
+
+def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """None is 1."""
+    return b if a is None else a if b is None else a * b
+
+
+def _concatenated(scales: list[Tensor | None]) -> Tensor | None:
+    """The factors of a chunk's sub-chunks: one () for all of them, or one per token."""
+    given = [x for x in scales if x is not None]
+    if not given or given[0].ndim == 0:
+        return scales[0]
+    return given[0] if len(given) == 1 else torch.cat(given)
+
+
+class Accumulator(Protocol):
+    """What the loop asks of the student's kind, sub-chunk by sub-chunk; tokens are [start, stop)."""
+
+    unit_scale: bool  # logit gradients are written at unit scale; their factors go into the products
+
+    def buffer(self, row_problem: RowProblem, start: int, stop: int) -> Tensor:
+        """Where the logit gradient (c, V) of a sub-chunk is written."""
+
+    def written(
+        self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
+    ) -> Part | None:
+        """``buffer`` has been filled. None where no product is needed."""
+
+    def write(
+        self,
+        row_problem: RowProblem,
+        statistics: Tensor,  # (len(Stat), c)
+        gradient: LogitGradient,  # of the c tokens
+        rows_factor: Tensor | None,  # () or (c,) further factor of the rows' gradient
+        weight_factor: Tensor | None,  # likewise of the weight's and the bias's
+        start: int,
+        stop: int,
+    ) -> Part | None:
+        """Write the logit gradient of a sub-chunk whose statistics are known."""
+
+    def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
+        """The products with a chunk's logit gradient; ``whole`` are its logits where it has several sub-chunks."""
+
+    def result(self) -> Gradients: ...
+
+
+class LogitsAccumulator:
+    """A student that is ``Logits``: the logit gradient is the result."""
+
+    unit_scale = False
+
+    def __init__(self, problem: Problem, requires: RequiresGrad) -> None:
+        self._problem = problem
+        logits = problem.student.rows
+        self._rows = _fresh_rows(problem, zero=logits.shape[-1] != columns(problem, problem.student))
+
+    def buffer(self, row_problem: RowProblem, start: int, stop: int) -> Tensor:
+        if self._problem.rows.index is None:
+            return self._rows[start:stop]
+        return self._rows.new_empty(stop - start, columns(self._problem, self._problem.student))
+
+    def written(
+        self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
+    ) -> Part | None:
+        if self._problem.rows.index is not None:
+            self._problem.rows.put(self._rows[:, : out.shape[1]], out, start, stop)
+        return None
+
+    def write(
+        self,
+        row_problem: RowProblem,
+        statistics: Tensor,
+        gradient: LogitGradient,
+        rows_factor: Tensor | None,
+        weight_factor: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> Part | None:
+        out = self.buffer(row_problem, start, stop)
+        complete = gradient if rows_factor is None else gradient.scaled(rows_factor)
+        write_logit_gradient(self._problem, row_problem, statistics, complete, out)
+        return self.written(out, None, None, start, stop)
+
+    def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
+        raise AssertionError("logits have no products")
+
+    def result(self) -> Gradients:
+        return Gradients(self._rows, None, None)
+
+
+class LinearAccumulator:
+    """A student that is a ``LinearHead``: dhidden = dlogits @ weight per chunk, dweight += dlogits.T @ hidden."""
+
+    unit_scale = True
+
+    def __init__(self, problem: Problem, requires: RequiresGrad) -> None:
+        student = problem.student
+        assert isinstance(student, LinearHead)
+        self._problem, self._student = problem, student
+        self._rows = self._weight = self._bias = None
+        if requires.rows:
+            self._rows = _fresh_rows(problem)
+        smallest, width = problem.options.grad_filter, columns(problem, student)
+        if requires.weight:
+            # the first chunk overwrites the joint vocabulary's rows; the padding rows past it are only zeroed
+            self._weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), problem.device)
+            self._weight[width if problem.rows.count and not smallest else 0 :].zero_()
+        if requires.bias:
+            self._bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
+
+    def buffer(self, row_problem: RowProblem, start: int, stop: int) -> Tensor:
+        return gradient_buffer(self._student, row_problem.student.raw)
+
+    def written(
+        self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
+    ) -> Part | None:
+        return Part(out, rows_scale, weight_scale)
+
+    def write(
+        self,
+        row_problem: RowProblem,
+        statistics: Tensor,
+        gradient: LogitGradient,
+        rows_factor: Tensor | None,
+        weight_factor: Tensor | None,
+        start: int,
+        stop: int,
+    ) -> Part | None:
+        out = self.buffer(row_problem, start, stop)
+        size = write_logit_gradient(self._problem, row_problem, statistics, gradient, out, unit=True)
+        return Part(out, product(size, rows_factor), product(size, weight_factor))
+
+    def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
+        student, problem = self._student, self._problem
+        dlogits = parts[0].dlogits if whole is None else gradient_buffer(student, whole)  # (C, V)
+        hidden = problem.rows.take(student.hidden, start, stop)  # (C, H)
+        rows_scale = _concatenated([part.rows_scale for part in parts])
+        weight_scale = _concatenated([part.weight_scale for part in parts])
+        if weight_scale is not None and self._weight is not None:
+            # on the hidden states, not on the logit gradient, which has to stay at unit scale
+            scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
+            hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
+        smallest, width = problem.options.grad_filter, columns(problem, student)
+        weight, total = student.weight[:width], None if self._weight is None else self._weight[:width]
+        selected = gemm.selected(dlogits, smallest) if smallest else None
+        rows: Tensor | None = None
+        if selected is not None:
+            rows = gemm.selected_products(dlogits, weight, selected, hidden, total, self._rows is not None)
+        elif self._rows is not None:
+            rows = gemm.dhidden(dlogits, weight)
+        reduced = None
+        if rows is not None and student.shard is not None and student.shard.reduce_hidden:
+            reduced = student.shard.sum_(rows)  # all-reduce over the ranks, concurrent with the next product
+        if selected is None and total is not None:
+            gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
+        if reduced is not None:
+            reduced.wait()
+        if self._rows is not None and rows is not None:
+            if rows_scale is not None:
+                rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
+            problem.rows.put(self._rows, rows, start, stop)
+        if self._bias is not None:
+            scale = self._bias.new_ones(()) if weight_scale is None else weight_scale
+            gemm.add_dbias_(self._bias[:width], dlogits, scale)
+
+    def result(self) -> Gradients:
+        return Gradients(self._rows, self._weight, self._bias)
+
+    def multiply_(self, factor: Tensor) -> None:
+        """Multiply the weight's and the bias's gradient in place."""
+        for total in (self._weight, self._bias):
+            if total is not None:
+                total.mul_(factor)
+
+
+def _fresh_rows(problem: Problem, zero: bool = False) -> Tensor:
+    """Memory for the rows' gradient, zero-filled where the loop does not write: masked tokens, padding columns."""
+    source = problem.student.rows
+    out = memory.empty((problem.rows.shape.numel(), source.shape[-1]), source.dtype, source.device)
+    return out.zero_() if zero or problem.rows.index is not None else out
+
+
+def accumulator_for(problem: Problem, requires: RequiresGrad) -> Accumulator:
+    kind = LinearAccumulator if isinstance(problem.student, LinearHead) else LogitsAccumulator
+    return kind(problem, requires)

@@ -1,0 +1,85 @@
+"""How many tokens a chunk has: a memory budget for its logits buffers.
+
+Sizes depend on shapes, dtypes and the kind of device only, never on free memory or a timing: two runs give the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+# Bytes for all the logits buffers of a chunk together.
+# CPU: at V = 151936 and three models 256 MiB give chunks of 144 tokens; GEMMs of 128 to 512 rows ran at the same rate
+# within 10 % on two AVX-512 cores, so a larger budget buys nothing.
+# GPU: 1.75 GiB give 2048 tokens at V = 151936 and three models, where adding to the weight's gradient takes no longer
+# than its product (C / 4 FLOP per byte).
+CHUNK_BUDGET_BYTES = {"cpu": 256 << 20, "gpu": 1792 << 20}
+# The same for logits in 16 bits, which need less for chunks of more tokens.
+LOW_PRECISION_BUDGET_BYTES = 1440 << 20
+# Never fewer tokens than this by default, whatever the budget.
+CHUNK_FLOOR = {"cpu": 32, "gpu": 1024}
+# More tokens than this make no GEMM faster.
+CHUNK_CEILING = 8192
+# If the row operation needs all models together, teacher and reference have this many times fewer tokens in their
+# buffers than the student's chunk has. The memory goes to the chunk, whose length decides how often the weight's
+# gradient is read and written. On an H200 that is 2 % faster at H = 2048 and 4096, on two AVX-512 cores 6 to 12 %
+# slower.
+FROZEN_CHUNK_DIVISOR = {"cpu": 1, "gpu": 4}
+# Chunks are whole tiles of the products where they can be.
+_CHUNK_MULTIPLE = {"cpu": 16, "gpu": 256}
+# Elements that the row stride of a logits buffer is a multiple of: 64 bytes of float32, or 32 of bfloat16 in its place.
+_STRIDE_MULTIPLE = 16
+
+
+def _kind(device_type: str) -> str:
+    return "cpu" if device_type == "cpu" else "gpu"
+
+
+def _rounded_up(tokens: float, device_type: str) -> int:
+    multiple = _CHUNK_MULTIPLE[_kind(device_type)]
+    return math.ceil(tokens / multiple) * multiple
+
+
+def chunk_size_for(vocab_size: int, buffers: float, device_type: str, element_bytes: int = 4) -> int:
+    """Tokens per chunk for a number of [C, V] logits buffers."""
+    kind = _kind(device_type)
+    budget = LOW_PRECISION_BUDGET_BYTES if element_bytes < 4 else CHUNK_BUDGET_BYTES[kind]
+    fitting = int(budget / max(1.0, buffers * vocab_size * element_bytes))
+    fitting -= fitting % _CHUNK_MULTIPLE[kind]
+    return min(CHUNK_CEILING, max(CHUNK_FLOOR[kind], fitting))
+
+
+def frozen_chunk_size(chunk_size: int, device_type: str) -> int:
+    """Tokens per sub-chunk: the size of the frozen models' buffers while the student's whole chunk is in memory."""
+    return min(chunk_size, _rounded_up(chunk_size / FROZEN_CHUNK_DIVISOR[_kind(device_type)], device_type))
+
+
+def logits_buffers(
+    joint: bool,
+    linear_models: int,
+    keeps_student_logits: bool = False,
+    linear_student: bool = True,
+    device_type: str = "cpu",
+) -> float:
+    """Number of [C, V] logits buffers alive at once.
+
+    One per model if the row operation needs all models together (``joint``), of which those of the frozen models are
+    smaller by ``FROZEN_CHUNK_DIVISOR``. Otherwise one, reused by every model, or two where the student's logits are
+    kept while a frozen model is scored.
+    """
+    if not joint:
+        return min(2 if keeps_student_logits else 1, linear_models)
+    if not linear_student:
+        return linear_models
+    return 1 + (linear_models - 1) / FROZEN_CHUNK_DIVISOR[_kind(device_type)]
+
+
+def balanced(tokens: int, chunk_size: int, device_type: str) -> int:
+    """The chunk size that gives as many chunks of nearly equal length: 1040 tokens are not split into 1024 and 16."""
+    chunks = -(-tokens // chunk_size)
+    return max(1, min(tokens, chunk_size, _rounded_up(tokens / max(1, chunks), device_type)))
+
+
+def row_stride(vocab_size: int) -> int:
+    """Elements between two rows of a logits buffer: rows start on aligned addresses, for loads of whole vectors."""
+    return -(-vocab_size // _STRIDE_MULTIPLE) * _STRIDE_MULTIPLE

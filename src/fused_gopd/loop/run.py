@@ -1,0 +1,236 @@
+"""The one loop over token chunks: GEMM -> row operation -> GEMMs.
+
+A chunk's logits are computed into [C, V] buffers that every chunk reuses. The student's buffer becomes its logit
+gradient in place. The loop knows no loss: an :class:`Estimator` makes statistics and logit gradients of a chunk, an
+:class:`Accumulator` makes gradients of the student's tensors from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..heads import LinearHead
+from ..objective.statistics import STATISTICS, TokenRow
+from ..problem import Problem
+from ..rowops import GradientWeights, Stat, sparse
+from . import gemm
+from .accumulator import (
+    NO_GRADIENTS,
+    Accumulator,
+    Gradients,
+    LinearAccumulator,
+    Part,
+    RequiresGrad,
+    accumulator_for,
+    folds_weights_into_hidden,
+    product,
+)
+from .buffers import Buffers, with_gemm_dtype_weights
+from .chunking import balanced
+from .estimators import Chunk, Estimator, LogProbs
+from .logit_gradient import LogitGradient, power_of_two
+from .vocab_parallel import local_ids, require_agreement, statistics_of, topk_ids
+
+T = TypeVar("T")
+MakeEstimator = Callable[[Problem], Estimator]
+
+
+class Entries(NamedTuple):
+    """A logit gradient at some token ids, of all tokens: what a recomputing backward keeps of a topk forward."""
+
+    token_ids: Tensor  # (n, K) int64, -1 for none
+    values: Tensor  # (n, K)
+
+
+@gemm.in_own_precision
+def forward(
+    problem: Problem, make: MakeEstimator, requires: RequiresGrad = NO_GRADIENTS
+) -> tuple[Tensor, Entries | None]:
+    """Statistics (STATISTICS, n), and where a backward will recompute the logits the entries that it needs."""
+    require_agreement(problem, requires)
+    problem = with_gemm_dtype_weights(problem)
+    estimator = make(problem)
+    statistics, entries = _no_statistics(problem), None
+    if estimator.gradient_with_statistics and any(requires):
+        shape = (problem.rows.count, problem.width)
+        ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
+        entries = Entries(ids, torch.zeros(shape, dtype=problem.dtype, device=problem.device))
+    for chunk in _chunks(problem, statistics):
+        estimator.score_frozen(chunk)
+        (gradient, *_), _ = _in_sub_chunks(problem, chunk, estimator.score)
+        if gradient is not None:
+            _store_gradient(chunk, gradient)
+            if entries is not None:
+                assert gradient.token_ids is not None
+                assert gradient.values is not None
+                width = gradient.token_ids.shape[1]  # routes may differ in how many ids they have
+                entries.token_ids[chunk.tokens, :width] = gradient.token_ids
+                entries.values[chunk.tokens, :width] = gradient.values
+    return statistics, entries
+
+
+@gemm.in_own_precision
+def forward_with_gradients(
+    problem: Problem,
+    make: MakeEstimator,
+    requires: RequiresGrad,
+    weights: Tensor,  # () or (n,) token weights
+) -> tuple[Tensor, Gradients]:
+    """Statistics (STATISTICS, n) and the gradients of sum_i weights_i loss_i, each GEMM once.
+
+    A weight that all tokens share is not in the weight's gradient where :class:`Scaling` defers it.
+    """
+    require_agreement(problem, requires, fused=True)
+    problem = with_gemm_dtype_weights(problem)
+    estimator, accumulator = make(problem), accumulator_for(problem, requires)
+    student, statistics = problem.student, _no_statistics(problem)
+    folds = isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
+
+    def sub_chunk(part: Chunk) -> Part | None:
+        token_weights = weights if weights.ndim == 0 else weights[part.tokens]
+        now = None if student.shard is not None else estimator.weights_now(part)
+        loaded = estimator.load(part)
+        if now is None:  # the gradient waits for the statistics
+            scored, _ = estimator.statistics(part, loaded)
+            gradient = scored.gradient
+            if gradient is None:
+                gradient = estimator.logit_gradient(statistics, part.tokens)
+            else:
+                _store_gradient(part, gradient)
+            weight_factor = token_weights if folds else None
+            return accumulator.write(
+                loaded.row_problem, scored.statistics, gradient, token_weights, weight_factor, part.start, part.stop
+            )
+        out = accumulator.buffer(loaded.row_problem, part.start, part.stop)
+        unit = now if accumulator.unit_scale else _scaled(now, token_weights)
+        estimator.store(part, problem.ops.statistics_and_gradient(loaded.row_problem, unit, out))
+        slope = estimator.slope(part)
+        rows_scale = product(slope, token_weights)
+        return accumulator.written(out, rows_scale, rows_scale if folds else slope, part.start, part.stop)
+
+    for chunk in _chunks(problem, statistics):
+        estimator.score_frozen(chunk)
+        _accumulate(problem, chunk, accumulator, sub_chunk)
+    return statistics, accumulator.result()
+
+
+@gemm.in_own_precision
+def backward(
+    problem: Problem,
+    make: MakeEstimator,
+    requires: RequiresGrad,
+    statistics: Tensor,  # (STATISTICS, n) of the forward
+    entries: Entries | None,  # of the forward
+    *upstream: Tensor | None,  # (n,) gradients of the estimator's outputs
+) -> Gradients:
+    """The gradients of sum_i upstream_i output_i, the student's logits recomputed."""
+    problem = with_gemm_dtype_weights(problem)
+    estimator, accumulator = make(problem), accumulator_for(problem, requires)
+    gradient = estimator.weighted(statistics, _restored(statistics, entries), *upstream)
+    shared = None
+    if isinstance(accumulator, LinearAccumulator) and problem.student.rows.dtype == torch.float16:
+        # under a loss scale the weights may be large, and float16 hidden states times them overflow
+        shared = power_of_two(gradient.size)
+    folded = None if shared is None else 1 / shared
+
+    def sub_chunk(part: Chunk) -> Part | None:
+        row_problem = estimator.recompute(part)
+        own = statistics[: len(Stat), part.tokens].contiguous()
+        return accumulator.write(row_problem, own, gradient.rows(part.tokens), None, folded, part.start, part.stop)
+
+    for chunk in _chunks(problem, statistics):
+        _accumulate(problem, chunk, accumulator, sub_chunk)
+    if isinstance(accumulator, LinearAccumulator) and shared is not None:
+        accumulator.multiply_(shared)
+    return accumulator.result()
+
+
+@gemm.in_own_precision
+def topk_tokens(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
+    require_agreement(problem, k=k)
+    problem = with_gemm_dtype_weights(problem)
+    rows, student = problem.rows, problem.student
+    shape = (rows.shape.numel(), k)
+    ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
+    logprobs = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
+    estimator = LogProbs(problem)
+    for chunk in _chunks(problem, _no_statistics(problem)):
+        row_problem = estimator.load(chunk).row_problem
+        largest = topk_ids(student, row_problem.student, row_problem.vocab_size, k)
+        logits = sparse.logits_at(row_problem.student, local_ids(student.shard, largest))
+        statistics, (merged,) = statistics_of(problem.ops, student.shard, row_problem, logits.T)
+        rows.put(ids, largest, chunk.start, chunk.stop)
+        rows.put(logprobs, sparse.logprobs(statistics, merged.T), chunk.start, chunk.stop)
+    return ids.reshape(*rows.shape, k), logprobs.reshape(*rows.shape, k)
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+def _no_statistics(problem: Problem) -> Tensor:
+    return torch.zeros(STATISTICS, problem.rows.count, dtype=problem.dtype, device=problem.device)
+
+
+def _chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
+    """All live tokens, route by route."""
+    device_type = problem.device.type
+    routes = [route for route in problem.routes if route.stop > route.start]
+    steps = [balanced(route.stop - route.start, problem.chunk_size, device_type) for route in routes]
+    buffers = Buffers(problem, max(steps, default=1))
+    for route, step in zip(routes, steps, strict=True):
+        for start in range(route.start, route.stop, step):
+            yield Chunk(route, buffers, statistics, start, min(start + step, route.stop))
+
+
+def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -> tuple[list[T], Tensor | None]:
+    """Call ``make`` for as many tokens at a time as the frozen models' buffers have.
+
+    Returns the results, and where there are several the chunk's student logits (C, V) as ``make`` has left them.
+    """
+    tokens, size = chunk.stop - chunk.start, problem.frozen_chunk_size
+    step = tokens if size is None else balanced(tokens, size, problem.device.type)
+    if step >= tokens:
+        return [make(chunk)], None
+    whole = chunk.buffers.load_whole_chunk(chunk.start, chunk.stop)
+    starts = range(chunk.start, chunk.stop, step)
+    made = [make(chunk._replace(start=start, stop=min(start + step, chunk.stop))) for start in starts]
+    chunk.buffers.release_whole_chunk()
+    return made, whole
+
+
+def _accumulate(problem: Problem, chunk: Chunk, accumulator: Accumulator, make: Callable[[Chunk], Part | None]) -> None:
+    """The logit gradient of a chunk in sub-chunks, then one product of each kind."""
+    made, whole = _in_sub_chunks(problem, chunk, make)
+    parts = [part for part in made if part is not None]
+    if parts:
+        accumulator.add(parts, whole, chunk.start, chunk.stop)
+
+
+def _scaled(weights: GradientWeights, factor: Tensor) -> GradientWeights:
+    """Weights per token multiplied by a factor () or (C,)."""
+    return GradientWeights(*(None if x is None else x * factor for x in (weights.divergence, weights.token)))
+
+
+def _store_gradient(chunk: Chunk, gradient: LogitGradient) -> None:
+    """Keep the dense part of a logit gradient among the statistics."""
+    assert gradient.weight is not None
+    assert gradient.max_abs_elsewhere is not None
+    chunk.statistics[TokenRow.GRADIENT_WEIGHT, chunk.tokens] = gradient.weight
+    chunk.statistics[TokenRow.GRADIENT_ELSEWHERE, chunk.tokens] = gradient.max_abs_elsewhere
+
+
+def _restored(statistics: Tensor, entries: Entries | None) -> LogitGradient | None:
+    """The logit gradient of a forward from what it has kept."""
+    if entries is None:
+        return None
+    return LogitGradient(
+        weight=statistics[TokenRow.GRADIENT_WEIGHT],
+        token_ids=entries.token_ids,
+        values=entries.values,
+        max_abs_elsewhere=statistics[TokenRow.GRADIENT_ELSEWHERE],
+    )
