@@ -25,7 +25,8 @@ from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, requir
 from .jobs import make_output, make_problem, most_likely, prepare_alone
 from .loop import run
 from .loop.accumulator import Gradients, RequiresGrad
-from .loop.estimators import LogProbs, estimator_of
+from .loop.estimators import estimator_of
+from .loop.estimators.base import LogProbs
 from .loop.run import Entries
 from .objective.policy import Surrogate, looks_jointly
 from .objective.statistics import STATISTICS

@@ -13,7 +13,7 @@ from .autograd.core import recomputes_in_backward
 from .checks import require_count, require_reverse_mode
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
-from .loop.estimators import TokenValues, model_logprobs
+from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report

@@ -520,7 +520,7 @@ def test_float64_is_refused_by_the_kernels(name, wide, monkeypatch):
 
 def test_nothing_is_computed_before_the_check(monkeypatch):
     """The last thing to be checked is still checked before the first GEMM."""
-    monkeypatch.setattr("fused_gopd.loop.run._chunks", lambda *a, **k: pytest.fail("work before the check"))
+    monkeypatch.setattr("fused_gopd.loop.run.chunks", lambda *a, **k: pytest.fail("work before the check"))
     for case in ("token id V", "vocab_size too large", "mask values", "no reference"):
         changes, error, _ = CASES[case]
         with pytest.raises(error):

@@ -23,7 +23,7 @@ from builders import (
     run,
     widened,
 )
-from fused_gopd.loop.estimators import statistics_on_support
+from fused_gopd.loop.estimators.topk import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.support import _Answer, _matched
 from test_cost import GEMM, H, N, V, gemm_flops

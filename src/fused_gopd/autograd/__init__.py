@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..loop import run
-from ..loop.estimators import LogProbs, TokenValues, estimator_of
+from ..loop.estimators import estimator_of
+from ..loop.estimators.base import LogProbs, TokenValues
 from ..loop.run import MakeEstimator
+from ..loop.topk_tokens import topk_tokens
 from ..problem import Problem
 from . import functions, functorch
 
@@ -40,4 +41,4 @@ def token_logprobs(problem: Problem) -> tuple[Tensor, Tensor]:
 def token_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; not differentiable."""
     with torch.no_grad():
-        return run.topk_tokens(problem, k)
+        return topk_tokens(problem, k)

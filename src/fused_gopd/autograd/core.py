@@ -14,7 +14,8 @@ from torch import Tensor
 from ..heads import Head, LinearHead, Logits
 from ..loop import run
 from ..loop.accumulator import Gradients, RequiresGrad, Scaling
-from ..loop.estimators import TokenValues, estimator_of
+from ..loop.estimators import estimator_of
+from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
 from ..problem import Problem
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..loop import run
 from ..loop.accumulator import RequiresGrad
-from ..loop.estimators import TokenValues, estimator_of
+from ..loop.estimators import estimator_of
+from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
 from ..objective.statistics import TokenRow
 from ..problem import Problem

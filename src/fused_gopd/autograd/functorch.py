@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..loop import run
 from ..loop.accumulator import RequiresGrad
-from ..loop.estimators import TokenValues
+from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
 from ..problem import Problem
 from . import core

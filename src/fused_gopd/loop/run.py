@@ -16,7 +16,7 @@ from torch import Tensor
 from ..heads import LinearHead
 from ..objective.statistics import STATISTICS, TokenRow
 from ..problem import Problem
-from ..rowops import GradientWeights, Stat, sparse
+from ..rowops import GradientWeights, Stat
 from . import gemm
 from .accumulator import (
     NO_GRADIENTS,
@@ -31,16 +31,16 @@ from .accumulator import (
 )
 from .buffers import Buffers, with_gemm_dtype_weights
 from .chunking import balanced
-from .estimators import Chunk, Estimator, LogProbs
+from .estimators.base import Chunk, Estimator
 from .logit_gradient import LogitGradient, power_of_two
-from .vocab_parallel import local_ids, require_agreement, statistics_of, topk_ids
+from .vocab_parallel import require_agreement
 
 T = TypeVar("T")
 MakeEstimator = Callable[[Problem], Estimator]
 
 
 class Entries(NamedTuple):
-    """A logit gradient at some token ids, of all tokens: what a recomputing backward keeps of a topk forward."""
+    """A logit gradient at some token ids, of all tokens, as a backward that recomputes needs it."""
 
     token_ids: Tensor  # (n, K) int64, -1 for none
     values: Tensor  # (n, K)
@@ -54,12 +54,12 @@ def forward(
     require_agreement(problem, requires)
     problem = with_gemm_dtype_weights(problem)
     estimator = make(problem)
-    statistics, entries = _no_statistics(problem), None
+    statistics, entries = no_statistics(problem), None
     if estimator.gradient_with_statistics and any(requires):
         shape = (problem.rows.count, problem.width)
         ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
         entries = Entries(ids, torch.zeros(shape, dtype=problem.dtype, device=problem.device))
-    for chunk in _chunks(problem, statistics):
+    for chunk in chunks(problem, statistics):
         estimator.score_frozen(chunk)
         (gradient, *_), _ = _in_sub_chunks(problem, chunk, estimator.score)
         if gradient is not None:
@@ -87,7 +87,7 @@ def forward_with_gradients(
     require_agreement(problem, requires, fused=True)
     problem = with_gemm_dtype_weights(problem)
     estimator, accumulator = make(problem), accumulator_for(problem, requires)
-    student, statistics = problem.student, _no_statistics(problem)
+    student, statistics = problem.student, no_statistics(problem)
     folds = isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
 
     def sub_chunk(part: Chunk) -> Part | None:
@@ -112,7 +112,7 @@ def forward_with_gradients(
         rows_scale = product(slope, token_weights)
         return accumulator.written(out, rows_scale, rows_scale if folds else slope, part.start, part.stop)
 
-    for chunk in _chunks(problem, statistics):
+    for chunk in chunks(problem, statistics):
         estimator.score_frozen(chunk)
         _accumulate(problem, chunk, accumulator, sub_chunk)
     return statistics, accumulator.result()
@@ -142,41 +142,21 @@ def backward(
         own = statistics[: len(Stat), part.tokens].contiguous()
         return accumulator.write(row_problem, own, gradient.rows(part.tokens), None, folded, part.start, part.stop)
 
-    for chunk in _chunks(problem, statistics):
+    for chunk in chunks(problem, statistics):
         _accumulate(problem, chunk, accumulator, sub_chunk)
     if isinstance(accumulator, LinearAccumulator) and shared is not None:
         accumulator.multiply_(shared)
     return accumulator.result()
 
 
-@gemm.in_own_precision
-def topk_tokens(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
-    """Ids and log-probs, token shape + (k,), of the student's k most likely tokens; -1 and 0 where masked."""
-    require_agreement(problem, k=k)
-    problem = with_gemm_dtype_weights(problem)
-    rows, student = problem.rows, problem.student
-    shape = (rows.shape.numel(), k)
-    ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
-    logprobs = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
-    estimator = LogProbs(problem)
-    for chunk in _chunks(problem, _no_statistics(problem)):
-        row_problem = estimator.load(chunk).row_problem
-        largest = topk_ids(student, row_problem.student, row_problem.vocab_size, k)
-        logits = sparse.logits_at(row_problem.student, local_ids(student.shard, largest))
-        statistics, (merged,) = statistics_of(problem.ops, student.shard, row_problem, logits.T)
-        rows.put(ids, largest, chunk.start, chunk.stop)
-        rows.put(logprobs, sparse.logprobs(statistics, merged.T), chunk.start, chunk.stop)
-    return ids.reshape(*rows.shape, k), logprobs.reshape(*rows.shape, k)
-
-
 # ------------------------------------------------------------------------------------------------------------- chunks
 
 
-def _no_statistics(problem: Problem) -> Tensor:
+def no_statistics(problem: Problem) -> Tensor:
     return torch.zeros(STATISTICS, problem.rows.count, dtype=problem.dtype, device=problem.device)
 
 
-def _chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
+def chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
     """All live tokens, route by route."""
     device_type = problem.device.type
     routes = [route for route in problem.routes if route.stop > route.start]

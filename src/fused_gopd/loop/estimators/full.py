@@ -1,0 +1,39 @@
+"""A divergence over the whole vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...objective.divergences import divergence_value
+from ...rowops import GradientWeights, Stat
+from ..logit_gradient import LogitGradient
+from .base import (
+    EVERY,
+    Chunk,
+    Estimator,
+    Loaded,
+    TokenValues,
+    ones,
+)
+
+
+class Full(Estimator):
+    """A divergence over the whole vocabulary."""
+
+    def load(self, chunk: Chunk) -> Loaded:
+        return Loaded(self._row_problem(chunk, joint=True))
+
+    def store(self, chunk: Chunk, scored: Tensor) -> None:
+        chunk.statistics[: len(Stat), chunk.tokens] = scored
+
+    def weights_now(self, chunk: Chunk) -> GradientWeights | None:
+        return GradientWeights(divergence=ones(self.problem, chunk))
+
+    def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
+        return LogitGradient(divergence=torch.ones_like(statistics[0, tokens]))
+
+    def values(self, statistics: Tensor) -> TokenValues:
+        problem = self.problem
+        loss, kl = divergence_value(problem.divergence, problem.beta, problem.reward_scale, statistics, problem.has)
+        return TokenValues(loss, kl)

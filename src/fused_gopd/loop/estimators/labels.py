@@ -1,0 +1,81 @@
+"""The supervised term beside any estimator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...objective.statistics import TokenRow
+from ...objective.supervised import has_label
+from ...rowops import RowProblem, sparse
+from ..logit_gradient import LogitGradient
+from ..vocab_parallel import local_ids
+from .base import (
+    EVERY,
+    Chunk,
+    Estimator,
+    Loaded,
+    Scored,
+    TokenValues,
+    model_logprobs,
+)
+
+
+class WithLabels(Estimator):
+    """An estimator plus the supervised term, -sft_weight log p[label], from the same logits."""
+
+    def __init__(self, inner: Estimator) -> None:
+        super().__init__(inner.problem)
+        self._inner = inner
+
+    @property
+    def gradient_with_statistics(self) -> bool:
+        return self._inner.gradient_with_statistics
+
+    def score_frozen(self, chunk: Chunk) -> None:
+        self._inner.score_frozen(chunk)
+
+    def load(self, chunk: Chunk) -> Loaded:
+        return self._inner.load(chunk)
+
+    def recompute(self, chunk: Chunk) -> RowProblem:
+        return self._inner.recompute(chunk)
+
+    def statistics(self, chunk: Chunk, loaded: Loaded, *extra_rows: Tensor) -> tuple[Scored, list[Tensor]]:
+        problem, tokens, row_problem = self.problem, chunk.tokens, loaded.row_problem
+        assert problem.labels is not None
+        labels = local_ids(problem.student.shard, problem.labels[tokens, None])
+        logits = sparse.supported(row_problem, labels, sparse.logits_at(row_problem.student, labels))
+        scored, (merged, *extra) = self._inner.statistics(chunk, loaded, logits.T, *extra_rows)
+        label_logprobs = sparse.logprobs(scored.statistics, merged.T)[:, 0]
+        chunk.statistics[TokenRow.LOGPROB_LABEL, tokens] = label_logprobs
+        if scored.gradient is not None:
+            gradient = self._with_label(scored.gradient, chunk.statistics, tokens, scored.probabilities)
+            scored = scored._replace(gradient=gradient)
+        return scored, extra
+
+    def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
+        gradient, p = self._inner.logit_gradient(statistics, tokens), None
+        if gradient.token_ids is not None:  # one id, the sampled token
+            p = model_logprobs(self.problem, statistics, tokens)[0].exp()[:, None]
+        return self._with_label(gradient, statistics, tokens, p)
+
+    def _with_label(
+        self, gradient: LogitGradient, statistics: Tensor, tokens: slice, probabilities: Tensor | None
+    ) -> LogitGradient:
+        assert self.problem.labels is not None
+        weight = self._weights(statistics, tokens)[0]
+        logprobs = statistics[TokenRow.LOGPROB_LABEL, tokens]
+        return gradient.with_label(self.problem.labels[tokens], weight, logprobs, probabilities)
+
+    def _weights(self, statistics: Tensor, tokens: slice = EVERY) -> tuple[Tensor, Tensor]:
+        """(n,) weights of the supervised term, 0 where there is no label with p > 0, and the term itself."""
+        labels, weight = self.problem.labels, self.problem.options.sft_weight
+        assert labels is not None
+        logprobs = statistics[TokenRow.LOGPROB_LABEL, tokens]
+        counts = has_label(logprobs, labels[tokens])
+        return torch.where(counts, weight, torch.zeros_like(logprobs)), torch.where(counts, -weight * logprobs, 0)
+
+    def values(self, statistics: Tensor) -> TokenValues:
+        values = self._inner.values(statistics)
+        return values._replace(loss=values.loss + self._weights(statistics)[1])

@@ -1,0 +1,138 @@
+"""A divergence over K tokens of each position and the rest of the vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...objective.statistics import TokenRow, merge
+from ...objective.topk import OnSupport, term
+from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
+from ...rowops.torch import TorchRowOps, rows_of
+from ...shards import VocabShard
+from ..buffers import columns
+from ..logit_gradient import LogitGradient
+from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, topk_ids
+from .base import (
+    Chunk,
+    Estimator,
+    Loaded,
+    Scored,
+    Support,
+    TokenValues,
+    reward_scale_of,
+)
+
+
+class TopK(Estimator):
+    """A divergence over K tokens of each position and the rest of the vocabulary."""
+
+    @property
+    def gradient_with_statistics(self) -> bool:
+        return True
+
+    def load(self, chunk: Chunk) -> Loaded:
+        """Top-k token ids: the student's, else the teacher's, else the reference's, or those of a server.
+
+        Frozen models are scored first where possible, so that their buffer is reused for the student.
+        """
+        problem, (route, buffers, statistics, start, stop) = self.problem, chunk
+        row_problem, ids, slot, k = None, None, "student", problem.options.k
+        if problem.options.support == "student":
+            row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
+            assert k is not None
+            ids = topk_ids(problem.student, row_problem.student, row_problem.vocab_size, k)
+        models: list[OnSupport | None] = []
+        for head, given, logsum, logit in (
+            (route.teacher, problem.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
+            (route.ref, problem.ref_topk, Stat.LOGSUM_REF, Stat.LOGIT_REF),
+        ):
+            if head is not None:
+                rows = buffers.load(head, slot, start, stop, writable=True)
+                if ids is None:
+                    assert k is not None
+                    ids = topk_ids(head, rows, columns(problem, head), k)
+                sampled = rows_of(problem.token_ids, chunk.tokens)
+                own_sampled = None if sampled is None else local_ids(head.shard, sampled)
+                alone = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
+                scored, on_support, _ = statistics_on_support(problem.ops, alone, ids, sampled, head.shard)
+                statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
+                statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
+                models.append(on_support)
+            elif given is not None:
+                assert problem.support_ids is not None
+                ids = problem.support_ids[start:stop] if ids is None else ids
+                logprobs = given[start:stop].to(problem.dtype).masked_fill(ids < 0, -math.inf)
+                models.append(OnSupport(logprobs, None))
+            else:
+                models.append(None)
+        assert ids is not None
+        if row_problem is None:
+            row_problem = self._row_problem(chunk, joint=False, writable=True)
+        return Loaded(row_problem, Support(ids, *models))
+
+    def recompute(self, chunk: Chunk) -> RowProblem:
+        return self._row_problem(chunk, joint=False)
+
+    def statistics(self, chunk: Chunk, loaded: Loaded, *extra_rows: Tensor) -> tuple[Scored, list[Tensor]]:
+        problem, tokens, (row_problem, support) = self.problem, chunk.tokens, loaded
+        assert support is not None
+        sampled = rows_of(problem.token_ids, tokens)
+        scored, student, extra = statistics_on_support(
+            problem.ops, row_problem, support.token_ids, sampled, problem.student.shard, *extra_rows
+        )
+        self.store(chunk, scored)
+        loss, kl, gradient = term(
+            problem.options.tail,
+            problem.divergence,
+            problem.beta,
+            reward_scale_of(problem, tokens),
+            support.token_ids,
+            student,
+            support.teacher,
+            support.ref,
+        )
+        chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
+        chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
+        ids, values, weight, elsewhere = gradient
+        made = LogitGradient(weight=weight, token_ids=ids, values=values, max_abs_elsewhere=elsewhere)
+        return Scored(row_problem, scored, made, student.logprobs.exp()), extra
+
+    def values(self, statistics: Tensor) -> TokenValues:
+        return TokenValues(statistics[TokenRow.TOPK_LOSS], statistics[TokenRow.TOPK_KL])
+
+
+def statistics_on_support(
+    ops: RowOps,
+    alone: RowProblem,  # one model's logits, writable
+    token_ids: Tensor,  # (C, K) over the whole vocabulary, like the next
+    sampled: Tensor | None,  # (C,)
+    shard: VocabShard | None = None,
+    *extra_rows: Tensor,
+) -> tuple[Tensor, OnSupport, list[Tensor]]:
+    """Statistics of one model, its log-probs on the support and that of the rest of the vocabulary.
+
+    The rest is summed on its own. As 1 minus the mass on the support it would have an error of 1e-7, of which the
+    logarithm makes a large one where the rest is light.
+    """
+    model = alone.student
+    own_ids = local_ids(shard, token_ids)
+    logits = sparse.logits_at(model, own_ids)
+    with sparse.hidden(model, own_ids):
+        rest = own_statistics(ops, alone)
+    extra = list(extra_rows)
+    if shard is not None:
+        rest, (merged, *extra) = merge_over_ranks(shard, rest, alone.token_ids, logits.T, *extra_rows)
+        logits = merged.T.contiguous()
+    inside = TorchRowOps().statistics(RowProblem(logits.shape[1], ModelRows(logits, LogitTransform())))
+    if sampled is not None:
+        hit = logits.masked_fill(token_ids != sampled[:, None], -math.inf)
+        inside[Stat.LOGIT_STUDENT] = hit.amax(1) - inside[Stat.MAX_STUDENT]
+    statistics = merge(torch.stack((inside, rest)))
+    logprobs = sparse.logprobs(statistics, logits)
+    shift = rest[Stat.MAX_STUDENT] - statistics[Stat.MAX_STUDENT]
+    log_rest = rest[Stat.LOGSUM_STUDENT] + shift - statistics[Stat.LOGSUM_STUDENT]
+    empty = torch.isneginf(rest[Stat.LOGSUM_STUDENT])
+    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf)), extra
