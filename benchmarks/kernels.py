@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 from fused_gopd.loop import gemm
+from fused_gopd.objective.divergences import make
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem
 from fused_gopd.rowops.triton import Device, LinearTiles, Tiles, TritonRowOps, linear_launches, splits
 
@@ -96,7 +97,8 @@ def row_kernel(note: Note) -> None:
             student, *others = [ModelRows(x, LogitTransform()) for x in raws] + [None] * (3 - models)
             assert student is not None
             ids = torch.randint(V, (ROWS,), device="cuda")
-            problem = RowProblem(V, student, *others, 1.25, ids, divergence, 0.5)  # type: ignore[arg-type]
+            problem = RowProblem(V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids,
+                                 divergence=None if divergence == "none" else make(divergence))  # fmt: skip
             weights = GradientWeights(token=one) if models == 1 else GradientWeights(divergence=one)
             out = raws[0].view(torch.bfloat16)[:, :V]
             for threads, columns, stages in TILES:

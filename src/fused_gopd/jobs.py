@@ -14,6 +14,7 @@ from .checks import require_count, require_reverse_mode
 from .heads import Head, LinearHead, Logits, Source, TopKLogProbs, require_kind
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.estimators.base import TokenValues, model_logprobs
+from .objective.divergences import ReverseKL, make
 from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
@@ -63,6 +64,7 @@ def make_problem(p: Prepared) -> Problem:
         for head in heads
         if head is not None
     )
+    divergence = make(p.divergence, beta=p.beta)
     chunk_size = p.chunk_size or chunk_size_for(widest, buffers, device_type, (p.chunk_dtype or p.dtype).itemsize)
     listed = 0 if p.scores.token_ids is None else p.scores.token_ids.shape[1]
     s = p.surrogate
@@ -85,8 +87,7 @@ def make_problem(p: Prepared) -> Problem:
             chunk_dtype=p.chunk_dtype,
             grad_filter=p.grad_filter,
         ),
-        divergence=p.divergence,
-        beta=p.beta,
+        divergence=divergence,
         student=student,
         routes=tuple(
             Route(start=start, stop=stop, teacher=teacher, ref=ref)
@@ -110,7 +111,7 @@ def make_problem(p: Prepared) -> Problem:
         recomputes=recomputes,
         width=max(p.truncation.k or 0, listed) + (p.labels is not None),
         agreement=p.agreement,
-        ops=select_backend(p.backend, p.device, dtypes),
+        ops=select_backend(p.backend, p.device, dtypes, divergence if p.joint else None),
         chunk_size=chunk_size,
         frozen_chunk_size=frozen_chunk_size(chunk_size, device_type)
         if p.joint and linear_student and linear > 1
@@ -134,8 +135,7 @@ def _score_alone(models: tuple[Source, ...], problem: Problem, p: Prepared) -> T
             ops = select_backend(p.backend, p.device, {head.rows.dtype})
             alone = Problem(
                 options=LossOptions(),
-                divergence="reverse_kl",
-                beta=0.5,
+                divergence=ReverseKL(),
                 student=head,
                 routes=(Route(start=0, stop=rows.count),),
                 rows=rows,

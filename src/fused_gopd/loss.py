@@ -12,7 +12,7 @@ from . import autograd, compiled
 from .checks import one_of, require_reverse_mode
 from .heads import Head, Source
 from .jobs import make_output, make_problem, most_likely, prepare_alone
-from .objective.divergences import DIVERGENCES, Divergence
+from .objective.divergences import DIVERGENCES
 from .options import (
     BASELINES,
     ESTIMATORS,
@@ -61,7 +61,7 @@ def gopd_loss(
     mask: Tensor | None = None,
     reward_scale: float | Tensor = 1.0,
     estimator: Estimator = "sampled",
-    divergence: Divergence = "reverse_kl",
+    divergence: str = "reverse_kl",
     beta: float = 0.5,
     k: int | None = None,
     support: Support = "teacher",

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import printing
 from .checks import one_of, require_count, require_number
 from .heads import Head, Source
-from .objective.divergences import DIVERGENCES, Divergence, divergence_of
+from .objective.divergences import DIVERGENCES, divergence_of
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
@@ -111,7 +111,7 @@ class Rule:
     of: tuple[Estimator, ...] = ()
     needs: str | None = None
     because: str = ""
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     check: Callable[[str, Any], Any] | None = None
     held: bool = True
     per_batch: bool = False
@@ -197,7 +197,7 @@ class LossOptions:
             choices=ESTIMATORS,
         ),
     )
-    divergence: Divergence = field(
+    divergence: str = field(
         default="reverse_kl",
         metadata=_option("Divergence of 'full' and 'topk' between student and target.", choices=DIVERGENCES),
     )
@@ -412,7 +412,7 @@ def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
         raise ValueError(f"{name} is an option of estimator={rule.of[0]!r}, got estimator={estimator!r}")
 
 
-def _divergence(estimator: Estimator, divergence: Divergence, beta: float) -> tuple[Divergence, float]:
+def _divergence(estimator: Estimator, divergence: str, beta: float) -> tuple[str, float]:
     """The divergence that is computed and its beta, which only the JSD has."""
     if estimator == "sampled" and divergence != "reverse_kl":
         raise ValueError(

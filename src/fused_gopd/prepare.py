@@ -30,7 +30,7 @@ from .checks import (
 )
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
-from .objective.divergences import DIVERGENCES, Divergence, divergence_of
+from .objective.divergences import DIVERGENCES, divergence_of
 from .objective.policy import Surrogate, looks_jointly
 from .objective.reductions import token_weights
 from .objective.topk import Truncation
@@ -503,7 +503,7 @@ def _slices(stops: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(itertools.pairwise((0, *stops)))
 
 
-def _check_divergence(estimator: Estimator, divergence: Divergence, beta: object) -> tuple[Divergence, float]:
+def _check_divergence(estimator: Estimator, divergence: str, beta: object) -> tuple[str, float]:
     """The divergence that is computed and its beta, which only the JSD has."""
     one_of("divergence", divergence, DIVERGENCES)
     if estimator == "sampled" and divergence != "reverse_kl":
@@ -572,7 +572,7 @@ class Prepared:
     scores: Scores
     labels: Tensor | None  # (n,), -1 is none
     sft_weight: float
-    divergence: Divergence
+    divergence: str
     beta: float
     sequences: Sequences
     weights: Tensor  # () or (n,)
@@ -631,7 +631,7 @@ def prepare(
     mask: Tensor | None = None,
     reward_scale: float | Tensor = 1.0,
     estimator: Estimator = "sampled",
-    divergence: Divergence = "reverse_kl",
+    divergence: str = "reverse_kl",
     beta: float = 0.5,
     k: int | None = None,
     support: Support = "teacher",

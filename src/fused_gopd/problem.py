@@ -39,7 +39,6 @@ class Problem:
 
     options: LossOptions  # in their normal form
     divergence: Divergence
-    beta: float
     student: Head  # cut to this rank's columns; the only model that receives gradients
     routes: tuple[Route, ...]  # one where there is one teacher
     rows: TokenRows  # in the order of the routes

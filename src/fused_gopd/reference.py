@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .loop.gemm import without_autocast
-from .objective.divergences import Divergence
 from .objective.policy import advantage, call_hook
 from .objective.supervised import label_report
 from .objective.target import bounded, mix
@@ -337,7 +336,7 @@ def gopd_loss(
     mask: Tensor | None = None,
     reward_scale: float | Tensor = 1.0,
     estimator: Estimator = "sampled",
-    divergence: Divergence = "reverse_kl",
+    divergence: str = "reverse_kl",
     beta: float = 0.5,
     k: int | None = None,
     support: Support = "teacher",

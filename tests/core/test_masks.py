@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 from builders import expect, generator, in_parts, make_batch, relative_error
-from fused_gopd.objective.divergences import divergence_value
+from fused_gopd.objective.divergences import divergence_value, make
 from fused_gopd.objective.statistics import entropy
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, select_backend
 from fused_gopd.rowops.torch import TorchRowOps
@@ -52,7 +52,7 @@ def problem_of(seed: int, divergence: Any, V: int = 40, device: str = "cpu") -> 
     z, q, r = (ModelRows(x.to(device), LogitTransform()) for x in logits)
     lam = lam.to(device) if isinstance(lam, Tensor) else lam
     ids = torch.arange(6, device=device)
-    return RowProblem(V, z, q, r, lam, ids, divergence, 0.3)
+    return RowProblem(V, z, teacher=q, ref=r, reward_scale=lam, token_ids=ids, divergence=make(divergence, beta=0.3))
 
 
 def dense(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,8 +62,8 @@ def dense(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     z.requires_grad_()
     out = fg.reference.gopd_loss(
         fg.Logits(z), fg.Logits(q), fg.Logits(r), reward_scale=lam.cpu().to(dtype) if isinstance(lam, Tensor) else lam,
-        estimator="full", divergence=problem.divergence, reduction="sum",
-        **({"beta": problem.beta} if problem.divergence == "jsd" else {}),
+        estimator="full", divergence=problem.divergence.name, reduction="sum",
+        **({"beta": problem.divergence.beta} if problem.divergence.name == "jsd" else {}),
     )  # fmt: skip
     out.loss.backward()
     return out.token_loss.double(), out.kl.double(), z.grad.double()
@@ -93,10 +93,10 @@ def check_rows(
         statistics, gradient = in_parts(ops, problem, parts, weights)
     lam = problem.reward_scale
     has = lam != 0 if isinstance(lam, float) else True, lam != 1 if isinstance(lam, float) else True
-    value, kl = divergence_value(problem.divergence, problem.beta, lam, statistics, has)
+    value, kl = divergence_value(problem.divergence, lam, statistics, has)
     value, kl, gradient = (x.cpu().double() for x in (value, kl, gradient))
     assert all(x.isfinite().all() for x in (value, kl, gradient, entropy(statistics)))
-    if problem.divergence != "reverse_kl":  # p and at most one t for every entry
+    if problem.divergence.name != "reverse_kl":  # p and at most one t for every entry
         assert gradient.abs().sum(1).max() <= 2 + problem.vocab_size
     if not compare:
         return
@@ -104,7 +104,8 @@ def check_rows(
     naive, naive_kl, naive_gradient = (x.nan_to_num(math.inf) for x in dense(problem, torch.float32))
     target = statistics[Stat.ORIGIN_TARGET].cpu().double().abs()
     rounding = (8 * EPS * target).clamp_max(1)
-    if problem.divergence == "forward_kl":  # t below the normal numbers is 0, and the student's mask a factor of it
+    if problem.divergence.name == "forward_kl":
+        # t below the normal numbers is 0, and the student's mask a factor of it
         rounding = rounding + 1.2e-38 * problem.student.raw.cpu().double().abs().amax(1)
     compared = (want.abs() < COMPARED) & (want_gradient.abs().amax(1) < COMPARED)
     assert ((value - want).abs() <= allowed(naive, want, rounding))[compared].all()
@@ -138,7 +139,8 @@ def test_masks_of_float64s_smallest_number_are_finite() -> None:
         for divergence in DIVERGENCES:
             for lam in (0.3, 4.0):
                 rows = [ModelRows(m, LogitTransform()) for m in models]
-                problem = RowProblem(11, *rows, lam, torch.arange(3), divergence, 0.5)
+                problem = RowProblem(11, rows[0], teacher=rows[1], ref=rows[2], reward_scale=lam,
+                                     token_ids=torch.arange(3), divergence=make(divergence))  # fmt: skip
                 gradient = torch.empty(3, 11, dtype=torch.float64)
                 statistics = TorchRowOps().statistics_and_gradient(
                     problem, GradientWeights(torch.ones(3, dtype=torch.float64)), gradient

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
+from fused_gopd.objective.divergences import Divergence, make
 from fused_gopd.objective.statistics import merge
 from fused_gopd.rowops import GradientWeights, ModelRows, RowOps, RowProblem, Stat, unavailable_reason
 
@@ -238,6 +239,11 @@ def minus_inf_batch(
     return batch
 
 
+def row_divergence(name: str, **parameters: Any) -> Divergence | None:
+    """The divergence of a row problem; "none" is a single model."""
+    return None if name == "none" else make(name, **{"beta": 0.3, **parameters})
+
+
 def in_parts(
     ops: RowOps, problem: RowProblem, bounds: Sequence[tuple[int, int]], weights: GradientWeights
 ) -> tuple[Tensor, Tensor]:
@@ -263,8 +269,8 @@ def in_parts(
         statistics[logits] = statistics[logits].masked_fill(p.token_ids < 0, -math.inf)
     has = problem.teacher is not None, problem.ref is not None
     merged = merge(own, problem.reward_scale, has, problem.divergence)
-    if problem.divergence == "jsd":
-        merged[Stat.STUDENT_PART : Stat.TARGET_PART + 1] = sum(ops.jsd_parts(p, merged) for p in parts)
+    if problem.divergence is not None and problem.divergence.second_round:
+        merged[Stat.CENTRE : Stat.VALUE + 1] = sum(ops.second_round(p, merged) for p in parts)
     gradient = torch.empty(problem.rows, problem.vocab_size, dtype=own.dtype, device=own.device)
     for (start, stop), p in zip(bounds, parts, strict=True):
         ops.gradient(p, merged, weights, gradient[:, start:stop])

@@ -466,7 +466,7 @@ def row_statistics(
         top = u.max() if len(u) else torch.tensor(0.0)
         out["ORIGIN_TARGET"] = top if abs(top) > 64 else torch.tensor(0.0)
         out["LOGSUM_TARGET"], out["MEAN_GAP"] = (u - out["ORIGIN_TARGET"]).logsumexp(-1), (p * (zs - u)).sum()
-        out["forward_kl TARGET_PART"] = (t * (u - out["ORIGIN_TARGET"] - zs)).sum()
-        out["jsd TARGET_PART"] = (t * (t.log() - m.log())).sum()
-        out["jsd STUDENT_PART"] = (p * (p.log() - m.log())).sum()
+        out["forward_kl VALUE"] = (t * (u - out["ORIGIN_TARGET"] - zs)).sum()
+        out["jsd CENTRE"] = ((1 - beta) * p * (p.log() - m.log())).sum()
+        out["jsd VALUE"] = (beta * t * (t.log() - m.log())).sum() + out["jsd CENTRE"]
     return {k: float(v) for k, v in out.items()}

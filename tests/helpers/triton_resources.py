@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import snapshots
+from builders import row_divergence
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.triton import Device, Launch
@@ -137,11 +138,11 @@ def _row(
     problem = RowProblem(
         V if stride == V else stride,
         models[0],  # type: ignore[arg-type]
-        models[1],
-        models[2],
-        vector if per_token_scale else 1.25,
-        torch.empty(C, dtype=torch.int64, device="meta"),
-        divergence,  # type: ignore[arg-type]
+        teacher=models[1],
+        ref=models[2],
+        reward_scale=vector if per_token_scale else 1.25,
+        token_ids=torch.empty(C, dtype=torch.int64, device="meta"),
+        divergence=row_divergence(divergence, beta=0.5),
     )
     grad = None
     if out is not None:

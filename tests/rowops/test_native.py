@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from builders import row_divergence
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import native as native_backend
 from fused_gopd.rowops.torch import TorchRowOps
@@ -59,7 +61,8 @@ def make_problem(rows=5, vocab=211, *, models="qr", divergence="reverse_kl", rew
     teacher = make_rows(rows, vocab, seed + 1, **kwargs) if "q" in models else None
     ref = make_rows(rows, vocab, seed + 2, **kwargs) if "r" in models else None
     token_ids = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(seed))
-    return RowProblem(vocab, student, teacher, ref, reward_scale, token_ids, divergence, 0.3)
+    return RowProblem(vocab, student, teacher=teacher, ref=ref, reward_scale=reward_scale, token_ids=token_ids,
+                      divergence=row_divergence(divergence))  # fmt: skip
 
 
 def make_weights(rows: int, *, divergence=True, token=True) -> GradientWeights:
@@ -280,13 +283,14 @@ def test_equal_models_have_exactly_no_gap():
     model = ModelRows(raw, LogitTransform(softcap=20.0))
     for lam in (0.3, 1.25, torch.tensor([0.0, 1.0, 0.7, 3.3])):
         for divergence in ("reverse_kl", "forward_kl", "jsd"):
-            problem = RowProblem(5000, model, model, model, lam, None, divergence, 0.1)
+            problem = RowProblem(5000, model, teacher=model, ref=model, reward_scale=lam,
+                                 divergence=row_divergence(divergence, beta=0.1))  # fmt: skip
             out = torch.full((4, 5000), 7.0)
             statistics = NATIVE.statistics_and_gradient(problem, GradientWeights(torch.ones(4)), out)
-            assert (statistics[[Stat.MEAN_GAP, Stat.TARGET_PART, Stat.STUDENT_PART]] == 0).all()
+            assert (statistics[[Stat.MEAN_GAP, Stat.VALUE, Stat.CENTRE]] == 0).all()
             assert torch.equal(statistics[Stat.LOGSUM_TARGET], statistics[Stat.LOGSUM_STUDENT])
             assert (out == 0).all()
-    three = NATIVE.statistics(RowProblem(5000, model, model, model, 1.25))
+    three = NATIVE.statistics(RowProblem(5000, model, teacher=model, ref=model, reward_scale=1.25))
     assert torch.equal(three[Stat.LOGSUM_TEACHER], three[Stat.LOGSUM_REF])
     assert torch.equal(three[Stat.LOGSUM_TEACHER], three[Stat.LOGSUM_STUDENT])
 
@@ -311,12 +315,15 @@ def test_log_probabilities_are_never_positive():
 def test_rising_and_falling_rows(step):
     """The running shift is raised often, never, or in big steps; all-negative logits far from 0."""
     ramp = torch.arange(6000) * step - 3000.0
+    student, teacher, ref = (ModelRows((ramp + noise)[None], PLAIN) for noise in torch.randn(3, 6000))
     problem = RowProblem(
         6000,
-        *(ModelRows((ramp + noise)[None], PLAIN) for noise in torch.randn(3, 6000)),
+        student,
+        teacher=teacher,
+        ref=ref,
         reward_scale=1.25,
         token_ids=torch.tensor([17]),
-        divergence="forward_kl",
+        divergence=row_divergence("forward_kl"),
     )
     check(problem, make_weights(1))
 
@@ -435,7 +442,10 @@ def test_inputs_that_require_grad_are_read():
         (lambda p: {"ref": None, "reward_scale": torch.ones(5)}, "needs both"),
         (lambda p: {"reward_scale": torch.ones(4)}, "reward_scale must be"),
         (lambda p: {"token_ids": torch.zeros(4, dtype=torch.int64)}, "token_ids must be"),
-        (lambda p: {"divergence": "total_variation"}, "divergence must be one of"),
+        (
+            lambda p: {"divergence": types.SimpleNamespace(kind="total_variation")},
+            "kind of a divergence must be one of",
+        ),
         (lambda p: {"student": ModelRows(p.student.raw, LogitTransform(bias=torch.ones(3)))}, "bias of student"),
     ],
 )
@@ -466,9 +476,9 @@ def test_refuses_wrong_statistics():
         with pytest.raises((TypeError, ValueError), match="statistics must be"):
             NATIVE.gradient(problem, wrong, weights, out)
         with pytest.raises((TypeError, ValueError), match="statistics must be"):
-            NATIVE.jsd_parts(problem, wrong)
-    with pytest.raises(ValueError, match="jsd_parts needs divergence='jsd', got 'reverse_kl'"):
-        NATIVE.jsd_parts(dataclasses.replace(problem, divergence="reverse_kl"), statistics)
+            NATIVE.second_round(problem, wrong)
+    with pytest.raises(ValueError, match="second_round needs a divergence that has one, got 'reverse_kl'"):
+        NATIVE.second_round(dataclasses.replace(problem, divergence=row_divergence("reverse_kl")), statistics)
 
 
 def test_memory_that_was_freed_is_refused():
@@ -521,8 +531,7 @@ def problems(draw):
         ref=model(2) if three else None,
         reward_scale=lam if three else 1.0,
         token_ids=ids,
-        divergence=divergence,
-        beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
+        divergence=row_divergence(divergence, beta=draw(st.sampled_from([0.1, 0.5, 0.9]))),
     )
     values = st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=rows, max_size=rows)
     weights = GradientWeights(torch.tensor(draw(values)), torch.tensor(draw(values)))

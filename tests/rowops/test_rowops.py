@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import oracle
-from builders import TOLERANCE, BackendDtype, assert_close, generator, in_parts, why_not
+from builders import TOLERANCE, BackendDtype, assert_close, generator, in_parts, row_divergence, why_not
 from fused_gopd import rowops
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.rowops import torch as torch_rowops
@@ -42,7 +42,9 @@ def problem_for(
     if divergence == "none":
         models[1:] = [None, None]
     ids = torch.tensor([0, 5, V - 1, 13, 20, 4])
-    return RowProblem(V, *models, lam if divergence != "none" else 1.0, ids, divergence, 0.3)
+    student, teacher, ref = models
+    return RowProblem(V, student, teacher=teacher, ref=ref, reward_scale=lam if divergence != "none" else 1.0,
+                      token_ids=ids, divergence=row_divergence(divergence))  # fmt: skip
 
 
 def oracle_rows(problem: RowProblem) -> list[dict[str, float]]:
@@ -56,7 +58,7 @@ def oracle_rows(problem: RowProblem) -> list[dict[str, float]]:
         if z[0].isneginf().all():
             rows.append({})
             continue
-        rows.append(oracle.row_statistics(*z, lams[i], problem.beta, int(problem.token_ids[i])))
+        rows.append(oracle.row_statistics(*z, lams[i], 0.3, int(problem.token_ids[i])))
     return rows
 
 
@@ -83,7 +85,7 @@ def test_statistics_are_their_definitions(backend_dtype, divergence, lam, gone):
             assert got[Stat.MAX_STUDENT, i] == 0
             continue
         for stat in Stat:
-            name = f"{divergence} {stat.name}" if stat.name.endswith("_PART") else stat.name
+            name = f"{divergence} {stat.name}" if stat in (Stat.CENTRE, Stat.VALUE) else stat.name
             value = want.get(name, 0.0)
             where = f"{stat.name} of row {i}"
             if math.isinf(value):
@@ -106,12 +108,12 @@ def wanted_gradient(problem: RowProblem, w_d: torch.Tensor, w_y: torch.Tensor) -
         if (z == -math.inf).all():
             grads.append(torch.zeros_like(x))
             continue
-        if problem.divergence == "none":
+        if problem.divergence is None:
             inside = z != -math.inf
             log_p = z[inside] - z[inside].logsumexp(-1)
             value = (log_p.exp() * log_p).sum()  # minus the entropy: p_v (z_v - sum p z)
         else:
-            value, *_ = oracle._full_token(z, *others, lams[i], problem.divergence, problem.beta)
+            value, *_ = oracle._full_token(z, *others, lams[i], problem.divergence.name, 0.3)
             used = [z] + [o for o, off in zip(others, (lams[i] == 0, lams[i] == 1), strict=True) if not off]
             inside = torch.stack([o != -math.inf for o in used]).all(0)
         token = int(problem.token_ids[i])
@@ -176,7 +178,7 @@ def test_equal_models_are_equal_in_parts_too(backend_dtype, divergence):
     )
     assert not got[Stat.MEAN_GAP].any()
     if backend_dtype.backend != "torch":  # which forms the mixture from p and t, not from their ratio
-        assert not got[[Stat.STUDENT_PART, Stat.TARGET_PART]].any()
+        assert not got[[Stat.CENTRE, Stat.VALUE]].any()
     assert torch.equal(got[Stat.LOGSUM_TARGET], got[Stat.LOGSUM_STUDENT])
 
 
@@ -308,8 +310,11 @@ def test_low_precision_logits_are_read_exactly(backend, raw_dtype):
     cast = [ModelRows(m.raw.to(raw_dtype), m.transform) for m in (narrow.student, narrow.teacher, narrow.ref)]
     back = [ModelRows(m.raw.float(), m.transform) for m in cast]
     ids, lam = wide.token_ids, wide.reward_scale
-    a = ops.statistics(RowProblem(V, *cast, lam, ids, "jsd", 0.3))
-    b = ops.statistics(RowProblem(V, *back, lam, ids, "jsd", 0.3))
+    a, b = (
+        ops.statistics(RowProblem(V, models[0], teacher=models[1], ref=models[2], reward_scale=lam, token_ids=ids,
+                                  divergence=wide.divergence))
+        for models in (cast, back)
+    )  # fmt: skip
     assert_close(a, b, 1e-6)
 
 
@@ -319,9 +324,7 @@ def test_rows_of_stride_zero_and_wide_stride_are_rows(backend_dtype):
     want = ops.statistics(problem)
     wide = torch.full((C, 2, V), math.nan, dtype=backend_dtype.dtype)
     wide[:, 0] = problem.student.raw
-    strided = RowProblem(
-        V, ModelRows(wide[:, 0], LogitTransform()), problem.teacher, problem.ref, 1.25, problem.token_ids, "reverse_kl"
-    )
+    strided = dataclasses.replace(problem, student=ModelRows(wide[:, 0], LogitTransform()))
     assert torch.equal(ops.statistics(strided), want)
     single = ModelRows(problem.student.raw[:1].expand(C, V), LogitTransform())
     repeated = ModelRows(problem.student.raw[:1].repeat(C, 1), LogitTransform())
@@ -359,7 +362,8 @@ def test_no_rows_are_no_work(backend_dtype):
     ops = ops_for(backend_dtype)
     full = problem_for(backend_dtype, "reverse_kl")
     models = [ModelRows(m.raw[:0], m.transform) for m in (full.student, full.teacher, full.ref)]
-    empty = RowProblem(V, *models, 1.25, full.token_ids[:0], "reverse_kl")
+    empty = RowProblem(V, models[0], teacher=models[1], ref=models[2], reward_scale=1.25,
+                       token_ids=full.token_ids[:0], divergence=full.divergence)  # fmt: skip
     out = torch.empty(0, V, dtype=backend_dtype.dtype)
     got = ops.statistics_and_gradient(empty, GradientWeights(divergence=torch.empty(0, dtype=backend_dtype.dtype)), out)
     assert got.shape == (len(Stat), 0)

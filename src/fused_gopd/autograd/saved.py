@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..agreement import Agreement
 from ..heads import LinearHead, Logits
+from ..objective.divergences import Divergence
 from ..problem import Problem, Route
 from ..tokens import Sequences, TokenRows
 
-_FLATTENED = (Problem, Route, TokenRows, Sequences, LinearHead, Logits, Agreement)
+_FLATTENED = (Problem, Route, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
 
 
 @dataclasses.dataclass(frozen=True)

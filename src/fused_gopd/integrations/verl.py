@@ -271,7 +271,7 @@ def _topk_from_logits(
         fg.TopKLogProbs(ids.masked_fill(~mask[..., None], -1), logprobs),
         mask=mask,
         estimator="topk",
-        divergence=options.divergence,  # type: ignore[arg-type]
+        divergence=options.divergence,
         beta=options.beta,
         tail=options.tail,  # type: ignore[arg-type]
         reduction="none",

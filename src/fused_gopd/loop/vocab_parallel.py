@@ -61,7 +61,7 @@ def merge_over_ranks(
     return merge(parts, reward_scale, has, divergence), list(extra)
 
 
-def _refuse_far_target(origin: Tensor, divergence: str) -> None:
+def _refuse_far_target(origin: Tensor, divergence: Divergence) -> None:
     """Raise where the target's largest logit (C,) is so far from 0 that its rounding shows in the target.
 
     Each rank rounds u relative to the maxima of its own columns, the gradient relative to those of the whole row. Where
@@ -69,8 +69,8 @@ def _refuse_far_target(origin: Tensor, divergence: str) -> None:
     """
     limit = 0.125 / torch.finfo(origin.dtype).eps
     message = (
-        f"divergence={divergence!r} over a shared vocabulary needs a target lambda log q + (1 - lambda) log r of at "
-        f"most {limit:.3g}: a model alone has a larger mask (give teacher and reference the same one)"
+        f"divergence={divergence.name!r} over a shared vocabulary needs a target lambda log q + (1 - lambda) log r of "
+        f"at most {limit:.3g}: a model alone has a larger mask (give teacher and reference the same one)"
     )
     refuse(origin.abs() > limit, origin, ValueError, message)
 
@@ -83,7 +83,8 @@ def statistics_of(
     if shard is None:
         return own, list(extra_rows)
     has = row_problem.teacher is not None, row_problem.ref is not None
-    divergence = None if row_problem.divergence == "none" else row_problem.divergence
+    divergence = row_problem.divergence
+    assert divergence is None or isinstance(divergence, Divergence)
     merged, extra = merge_over_ranks(
         shard,
         own,
@@ -93,12 +94,12 @@ def statistics_of(
         has=has,
         divergence=divergence,
     )
-    if divergence in ("forward_kl", "jsd"):
+    if divergence is not None and divergence.needs_near_target():
         _refuse_far_target(merged[Stat.ORIGIN_TARGET], divergence)
-    if divergence == "jsd":
-        # the mixture needs the normalisers of the whole vocabulary: a second collective
-        parts = ops.jsd_parts(row_problem, merged) if row_problem.vocab_size else own.new_zeros(2, row_problem.rows)
-        merged[Stat.STUDENT_PART : Stat.TARGET_PART + 1] = shard.gather(parts).sum(0)
+    if divergence is not None and divergence.second_round:
+        # it needs the normalisers of the whole vocabulary: a second collective
+        parts = ops.second_round(row_problem, merged) if row_problem.vocab_size else own.new_zeros(2, row_problem.rows)
+        merged[Stat.CENTRE : Stat.VALUE + 1] = shard.gather(parts).sum(0)
     return merged, extra
 
 

@@ -58,7 +58,7 @@ def merge(
     from the common ones; a token's logit is -inf in the parts that do not have it. ``has`` says whether teacher and
     reference were looked at with the student, over one support.
 
-    The two parts of ``jsd`` need log-sums of the whole first: they are left 0.
+    CENTRE and VALUE of a second round need log-sums of the whole first: they are left 0.
     """
     # wider than what is merged: the parts have been rounded once, and the whole is not to be rounded twice more
     dtype, parts = parts.dtype, parts.to(widest(parts.device))
@@ -102,16 +102,18 @@ def merge(
         out[Stat.ORIGIN_TARGET] = origin_of(whole.to(dtype))
         out[Stat.LOGSUM_TARGET] = whole - out[Stat.ORIGIN_TARGET]
         out[Stat.MEAN_GAP] = mean(parts[:, Stat.MEAN_GAP] + (shift - shift_u), p)
-        if divergence == "forward_kl":
+        if divergence is not None and divergence.target_gap:
             t = (logsum_u - whole).exp().masked_fill(empty, 0)
             moved = (origin - out[Stat.ORIGIN_TARGET]) - shift
-            out[Stat.TARGET_PART] = mean(parts[:, Stat.TARGET_PART] + moved, t)
-        for stat in (Stat.MEAN_GAP, Stat.TARGET_PART):
+            out[Stat.MEAN_TARGET_GAP] = mean(parts[:, Stat.MEAN_TARGET_GAP] + moved, t)
+        for stat in (Stat.MEAN_GAP, Stat.MEAN_TARGET_GAP):
             out[stat] = bounded(out[stat], dtype)
     return out.to(dtype)
 
 
-def merged_statistics(has: tuple[bool, bool], divergence: Divergence | None, tokens: bool) -> list[Stat]:
+def merged_statistics(
+    has: tuple[bool, bool], divergence: Divergence | type[Divergence] | None, tokens: bool
+) -> list[Stat]:
     """What :func:`merge` reads of a part; ``tokens`` says whether there are sampled tokens."""
     models = [(Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT, Stat.LOGIT_STUDENT)]
     models += [(Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER)] if has[0] else []
@@ -119,7 +121,7 @@ def merged_statistics(has: tuple[bool, bool], divergence: Divergence | None, tok
     stats = [stat for model in models for stat in (model if tokens else model[:2])] + [Stat.MEAN_LOGIT]
     stats += [Stat.MEAN_GAP] if any(has) else []
     stats += [Stat.LOGSUM_TARGET, Stat.ORIGIN_TARGET] if all(has) else []
-    return stats + ([Stat.TARGET_PART] if divergence == "forward_kl" else [])
+    return stats + ([Stat.MEAN_TARGET_GAP] if divergence is not None and divergence.target_gap else [])
 
 
 def _target(has: tuple[bool, bool]) -> Stat:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..options import Support, Tail
-from .divergences import Divergence, to_mixture
+from .divergences import Divergence, Outcomes
 from .target import any_impossible, bounded, mix, origin_of
 
 
@@ -138,7 +138,6 @@ def _log_mass(x: Tensor, inside: Tensor) -> Tensor:
 def term(
     tail: Tail,
     divergence: Divergence,
-    beta: float,
     reward_scale: float | Tensor,
     token_ids: Tensor,  # (C, K) int64, -1 is none
     student: OnSupport,
@@ -153,55 +152,50 @@ def term(
     drop         the same target, the bucket's term left out of the sums
     renormalize  p / P_S, q / Q_S, r / R_S in place of p, q, r
 
-    The target t is q^lambda r^(1 - lambda), normalised over the outcomes. With d = log p - lambda log q - (1 - lambda)
-    log r, rho = log(p / m), T the sum of t and A the sum of p h over what is summed, the gradient at v in S and the
-    factor of p outside are
+    The target t is q^lambda r^(1 - lambda), normalised over the outcomes. With h~ and h0 of the divergence (see
+    ``divergences``), P the sum of p and A that of p h~ over what is summed, the gradient is
 
-                             bucket                drop, or it has left             renormalize
-    reverse KL    h = d      p (h - A), h_b - A    p (h - A + 1 - P_S), -A - P_S    p (h - A), 0
-    JSD, (1 - beta) rho      p (h - A), h_b - A    p (h - A), -A                    p (h - A), 0
-    forward KL               p - t, 1 - t_b / p_b  p T - t, T                       p - t, 0
+        in S             p (h~ - A + h0 (1 - P))
+        outside S        p (h~_b - A) with the bucket's h~_b; p (-A - h0 P) where the bucket is not summed;
+                         0 for renormalize
     """
     scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
     x = _outcomes(tail, scale, student, teacher, ref)
     count = token_ids.shape[1]
     log_t = x.mixed - origin_of(x.mixed.masked_fill(~x.inside, -math.inf).amax(1, keepdim=True))
     log_t = bounded(log_t - _log_mass(log_t, x.inside)).masked_fill(~x.inside, 0)
-    p, t = (torch.where(x.inside, y.exp(), 0) for y in (x.log_p, log_t))
-    counted = x.inside
+    outcomes = Outcomes(x.log_p, log_t, x.mixed)
+    summed = x.inside
     if tail == "drop":
-        counted = torch.cat((x.inside[:, :count], torch.zeros_like(x.bucket)), 1)
+        summed = torch.cat((x.inside[:, :count], torch.zeros_like(x.bucket)), 1)
 
     def total(terms: Tensor) -> Tensor:
-        return torch.where(counted, terms, 0).sum(1, keepdim=True)
+        return torch.where(summed, terms, 0).sum(1, keepdim=True)
 
+    p = torch.where(x.inside, x.log_p.exp(), 0)
     mass_outside = x.log_rest.exp()
-    whole = x.bucket & (tail == "bucket")  # the bucket is in the sum
-    if divergence == "forward_kl":
-        loss = total(t * (log_t - x.log_p))
-        T = total(t) if tail == "drop" else torch.ones_like(loss)
-        values = p * T - t
-        weight = T
-        if tail == "bucket":
-            weight = torch.where(whole, -torch.expm1((log_t - x.log_p)[:, count:]), T)
-    else:
-        if divergence == "reverse_kl":
-            h = bounded(x.log_p - x.mixed)
-            loss = total(p * h)
-            missing = mass_outside.masked_fill(whole, 0) if tail != "renormalize" else torch.zeros_like(loss)
-            values, weight = p * bounded(h - loss + missing), missing - 1 - loss
-            average = loss
-        else:
-            log_p_m, log_t_m = to_mixture(log_t - x.log_p, beta)
-            h = (1.0 - beta) * log_p_m
-            loss, average = total(beta * t * log_t_m + p * h), total(p * h)
-            values, weight = p * (h - average), -average
-        if tail == "bucket":
-            weight = torch.where(whole, h[:, count:] - average, weight)
-    if divergence != "reverse_kl" and tail != "drop":
-        loss = loss.clamp_min(0)
+    missing = mass_outside  # 1 - P
     if tail == "renormalize":
+        missing = torch.zeros_like(missing)
+    elif tail == "bucket":
+        missing = missing.masked_fill(x.bucket, 0)
+    h0 = divergence.h0
+    if tail == "drop" and not isinstance(h0, Tensor) and h0 < 0:
+        # from p h itself: beside p h~ and p a small product would lose its digits
+        weighted, h0 = divergence.uncentred(outcomes), 0.0
+    else:
+        weighted = divergence.weighted(outcomes)
+    weighted = torch.where(x.inside, weighted, 0)
+    loss, A = total(divergence.terms(outcomes)), total(weighted)
+    values = bounded(weighted - p * (A - h0 * missing))
+    weight = -A - h0 * (1 - missing)
+    if tail == "bucket":
+        weight = torch.where(x.bucket, bounded(weighted[:, count:] / p[:, count:] - A), weight)
+    elif tail == "renormalize":
         weight = torch.zeros_like(loss)
+    if divergence.normalised and tail != "drop":
+        # with h0 <= 0 the value is not negative where a part of p is missing either
+        loss = torch.where((missing == 0) | (h0 <= 0), loss.clamp_min(0), loss)
     # a model that rules everything out leaves no outcome at all, and so no gradient
     weight = weight.masked_fill(~x.inside.any(1, keepdim=True), 0)
     # outcomes that there are, as one distribution: where the bucket has left they are not

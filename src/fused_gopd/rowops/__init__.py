@@ -14,21 +14,21 @@ Notation of the formulas here and in every backend, for one row (one token):
                   lambda <= 1/2 and as q' + (lambda - 1) (q' - r') above, so that three equal models give exactly u = z'
                   (see objective.target.mix). Clamped to the finite range: a mask times lambda may be beyond it
     p, t          softmax of z and of u over S
-    m             beta t + (1 - beta) p
+    m             b t + (1 - b) p, of a mixture divergence
+    h~, delta     see objective/divergences.py
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import importlib
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple, Protocol
 
 # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
 from torch import Tensor, bfloat16, device, dtype, float16, float32
-
-RowDivergence = Literal["none", "reverse_kl", "forward_kl", "jsd"]
 
 
 @dataclass(frozen=True)
@@ -49,47 +49,84 @@ class ModelRows:
     transform: LogitTransform
 
 
-class Mixture(NamedTuple):
-    """m = beta t + (1 - beta) p for float32 kernels.
+class MixtureConstants(NamedTuple):
+    """A divergence c_t KL(t || m) + c_p KL(p || m) with m = b t + (1 - b) p, for float32 kernels.
 
     At delta = log(t / p) the two log-ratios follow from one logarithm, log(m / p) for delta <= turn and log(m / t)
-    above it. Near an end of beta all of the JSD is as small as beta or 1 - beta, and the logarithm has to be exact to
-    that: as log1p, with the turn where beta t = (1 - beta) p. Elsewhere the turn is at 0 and log is exact enough.
+    above it. Near an end of b all of a JSD is as small as b or 1 - b, and the logarithm has to be exact to that: as
+    log1p, with the turn where b t = (1 - b) p. Elsewhere the turn is at 0 and log is exact enough.
     """
 
-    beta: float
-    one_minus_beta: float
+    share: float  # b
+    one_minus_share: float
     turn: float
     near_end: bool
+    target_scale: float  # c_t
+    student_scale: float  # c_p
+    kappa: float  # c_p b - c_t (1 - b); 0 for the JSD
 
     @staticmethod
     @functools.lru_cache
-    def of(beta: float) -> Mixture:
+    def of(share: float, target_scale: float, student_scale: float, kappa: float) -> MixtureConstants:
         least = 1.2e-38  # the smallest normal float32
-        beta, one_minus_beta = max(beta, least), max(1.0 - beta, least)
-        near_end = min(beta, one_minus_beta) < 1 / 128
-        if not near_end:
-            return Mixture(beta, one_minus_beta, 0.0, False)
-        turn = math.log(one_minus_beta / beta)
-        return Mixture(beta, one_minus_beta, min(max(turn, -80.0), 80.0), True)  # exp(turn) is a float32
+        b, rest = max(share, least), max(1.0 - share, least)
+        near_end = min(b, rest) < 1 / 128
+        # exp(turn) is a float32
+        turn = min(max(math.log(rest / b), -80.0), 80.0) if near_end else 0.0
+        return MixtureConstants(b, rest, turn, near_end, target_scale, student_scale, kappa)
+
+
+class RowDivergence(Protocol):
+    """What kernels know of a :class:`fused_gopd.objective.divergences.Divergence`, which has the formulas.
+
+    The kinds that have kernels, with delta = log t - log p:
+
+        reverse_kl  one round
+        forward_kl  one round
+        mixed       one round: w forward + (1 - w) reverse, ``forward_weight`` = w, a number or (C,)
+        mixture     c_t KL(t || m) + c_p KL(p || m), ``constants`` a MixtureConstants
+                    h~ = c_p log(p / m) + kappa expm1(log(t / m))      terms: c_t t log(t / m) + c_p p log(p / m)
+        alpha       ``constants`` (alpha,), neither 0 nor 1
+                    h~ = -expm1(alpha delta) / alpha                   terms: p h~ / (1 - alpha) for alpha <= 1/2, above
+                                                                       t expm1((alpha - 1) delta) / (alpha (alpha - 1))
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def second_round(self) -> bool:
+        """Whether statistics need a second pass over the row, which fills CENTRE and VALUE."""
+
+    @property
+    def target_gap(self) -> bool:
+        """Whether statistics include MEAN_TARGET_GAP."""
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """Numbers of the kernels, made once per call."""
 
 
 @dataclass(frozen=True)
 class RowProblem:
     """What a row operation computes on: up to three models on the same C tokens.
 
-    ``divergence="none"`` is a single model: teacher and ref are None, u is absent and d = z'. Otherwise at least one of
-    teacher and ref is given; where one is None it has cancelled (lambda = 1 without ref, lambda = 0 without teacher).
+    Without a divergence it is a single model: teacher and ref are None, u is absent and d = z'. Otherwise at least one
+    of teacher and ref is given; where one is None it has cancelled (lambda = 1 without ref, lambda = 0 without
+    teacher).
     """
 
     vocab_size: int  # V, the joint vocabulary: columns past it do not exist
     student: ModelRows
+    _: KW_ONLY
     teacher: ModelRows | None = None
     ref: ModelRows | None = None
     reward_scale: float | Tensor = 1.0  # lambda; a tensor is (C,) in the accumulation dtype and needs both models
     token_ids: Tensor | None = None  # (C,) int64
-    divergence: RowDivergence = "none"
-    beta: float = 0.5
+    divergence: RowDivergence | None = None
 
     @property
     def rows(self) -> int:
@@ -117,8 +154,9 @@ class Stat(enum.IntEnum):
     LOGSUM_TARGET = 3  # log sum_S exp(u - ORIGIN_TARGET)
     MEAN_LOGIT = 4  # sum_S p z', so that the entropy is LOGSUM_STUDENT - MEAN_LOGIT
     MEAN_GAP = 5  # sum_S p (z' - u)
-    STUDENT_PART = 6  # jsd only: KL(p || m)
-    TARGET_PART = 7  # forward_kl: sum_S t (u - ORIGIN_TARGET - z'); jsd: KL(t || m)
+    CENTRE = 6  # of a second round: A = sum_S p h~
+    VALUE = 7  # of a second round: the sum of its terms, the divergence itself
+    MEAN_TARGET_GAP = 7  # forward_kl, mixed: sum_S t (u - ORIGIN_TARGET - z')
     LOGIT_STUDENT = 8  # z'[token]; -inf where the token is outside S, NaN where the id is outside [0, V)
     LOGIT_TEACHER = 9  # q'[token], likewise (0 where lambda = 0)
     LOGIT_REF = 10  # r'[token], likewise (0 where lambda = 1)
@@ -146,6 +184,10 @@ class RowOps(Protocol):
 
     name: str
 
+    @property
+    def kinds(self) -> frozenset[str] | None:
+        """Of divergences; None is all that there are, those from outside the package too."""
+
     def statistics(self, problem: RowProblem) -> Tensor:
         """All of :class:`Stat` for every row: ``(len(Stat), C)``. Reads each model's logits, writes none."""
 
@@ -156,10 +198,11 @@ class RowOps(Protocol):
 
             g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token])          dx_v = g_v dz_v/dx_v
 
-            none:        d = z'                           D = MEAN_LOGIT
-            reverse_kl:  d = z' - u                       D = MEAN_GAP
-            jsd:         d = (1 - beta)(log p - log m)    D = (1 - beta) STUDENT_PART
-            forward_kl:  w_d (p_v - t_v) in place of the first term
+            no divergence:      d = z'          D = MEAN_LOGIT
+            reverse_kl:         d = z' - u      D = MEAN_GAP
+            of a second round:  d = h~          D = CENTRE
+            forward_kl:         w_d (p_v - t_v) in place of the first term
+            mixed:              w times that and 1 - w times the term of reverse_kl
 
             p = exp(z' - LOGSUM_STUDENT), t = exp(u - ORIGIN_TARGET - LOGSUM_TARGET), z' and u formed with the MAX
             statistics
@@ -170,11 +213,11 @@ class RowOps(Protocol):
         narrower dtype whose row i starts at the same address as row i of ``student.raw``.
         """
 
-    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
-        """STUDENT_PART and TARGET_PART, (2, C), summed over these columns for ``statistics`` of a whole vocabulary.
+    def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        """CENTRE and VALUE, (2, C), summed over these columns for ``statistics`` of a whole vocabulary.
 
-        For ``divergence="jsd"`` of which the problem has a part of the columns: the mixture needs the normalisers of
-        all of them.
+        For a divergence of a second round of which the problem has a part of the columns: its terms need the
+        normalisers of all of them.
         """
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
@@ -188,7 +231,7 @@ class RowOps(Protocol):
         vocab_size: int,
         token_ids: Tensor,  # (C,) int64
     ) -> Tensor | None:
-        """``statistics`` of a single model (divergence "none") straight from hidden states.
+        """``statistics`` of a single model (without a divergence) straight from hidden states.
 
         The logits stay on chip. Returns None where the backend has no such kernel for this input; the caller then
         computes the logits of the chunk and calls ``statistics``.
@@ -202,56 +245,80 @@ class RowOps(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """An entry of the table of backends.
+
+    ``module`` is imported at the first use and has ``unavailable_reason()`` (why it cannot be used here, or None),
+    ``wrong_device(device)`` (why not on a device, or None) and ``row_ops()``, a :class:`RowOps`.
+    """
+
+    name: str
+    module: str
+    default_on: str | None = None  # the type of device on which backend="auto" takes it
+    dtypes: frozenset[dtype] | None = None  # of logits; None is all
+
+    def load(self) -> Any:
+        return importlib.import_module(self.module)
+
+
+_KERNEL_DTYPES = frozenset({float32, bfloat16, float16})
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend(name="torch", module="fused_gopd.rowops.torch"),
+        Backend(name="native", module="fused_gopd.rowops.native", default_on="cpu", dtypes=_KERNEL_DTYPES),
+        Backend(name="triton", module="fused_gopd.rowops.triton", default_on="cuda", dtypes=_KERNEL_DTYPES),
+    )
+}
+
+
 def unavailable_reason(name: str) -> str | None:
     """Why the backend of this name cannot be used here at all; None if it can."""
-    if name == "torch":
-        return None
-    if name == "native":
-        from . import native
-
-        return native.unavailable_reason()
-    if name == "triton":
-        from . import triton
-
-        return triton.unavailable_reason()
-    raise ValueError(f"backend must be one of 'auto', 'torch', 'native', 'triton', got {name!r}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {name!r}")
+    reason: str | None = BACKENDS[name].load().unavailable_reason()
+    return reason
 
 
-def select_backend(name: str, device: device, dtypes: set[dtype]) -> RowOps:
-    """The row operations for a backend name, a device and the dtypes of the inputs.
+def select_backend(name: str, device: device, dtypes: set[dtype], divergence: RowDivergence | None = None) -> RowOps:
+    """The row operations for a backend name, a device, the dtypes of the inputs and a divergence over the vocabulary.
 
     ``"auto"`` takes Triton on a GPU and the C++ kernels on a CPU, and plain PyTorch where those are not available or
-    cannot take the dtypes (float64). A backend asked for by name is used or refused with its reason, never replaced.
+    cannot take the dtypes (float64) or the divergence. A backend asked for by name is used or refused with its reason,
+    never replaced.
     """
-    from . import torch as torch_backend
-
-    slow_dtypes = dtypes - {float32, bfloat16, float16}
     if name == "auto":
-        preferred = {"cuda": "triton", "cpu": "native"}.get(device.type)
-        if preferred is None or slow_dtypes or unavailable_reason(preferred) is not None:
-            return torch_backend.TorchRowOps()
-        name = preferred
+        fitting = [b for b in BACKENDS.values() if b.default_on == device.type]
+        for backend in fitting:
+            if (backend.dtypes is None or dtypes <= backend.dtypes) and unavailable_reason(backend.name) is None:
+                ops: RowOps = backend.load().row_ops()
+                if _has_kernel(ops, divergence):
+                    return ops
+        name = "torch"
     reason = unavailable_reason(name)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
-    if name == "torch":
-        return torch_backend.TorchRowOps()
-    if slow_dtypes:
-        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in slow_dtypes))
+    backend = BACKENDS[name]
+    if backend.dtypes is not None and not dtypes <= backend.dtypes:
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes - backend.dtypes))
         raise ValueError(
             f"backend={name!r} takes float32, bfloat16 and float16, got {found}; "
             "backend='torch' takes any floating dtype"
         )
-    if name == "native":
-        from . import native
-
-        if device.type != "cpu":
-            raise ValueError(f"backend='native' runs on CPU tensors, got tensors on {device}")
-        return native.NativeRowOps()
-    from . import triton
-
-    if device.type != "cuda" and not triton.interpreted():
+    module = backend.load()
+    reason = module.wrong_device(device)
+    if reason is not None:
+        raise ValueError(reason)
+    ops = module.row_ops()
+    if not _has_kernel(ops, divergence):
+        assert divergence is not None
         raise ValueError(
-            f"backend='triton' runs on GPU tensors, got tensors on {device} (set TRITON_INTERPRET=1 to interpret)"
+            f"backend={name!r} has no kernel for divergence={divergence.name!r}; backend='torch' computes any"
         )
-    return triton.TritonRowOps()
+    return ops
+
+
+def _has_kernel(ops: RowOps, divergence: RowDivergence | None) -> bool:
+    return divergence is None or ops.kinds is None or divergence.kind in ops.kinds

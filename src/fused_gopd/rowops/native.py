@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
+from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
-_DIVERGENCES = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "jsd": 3}  # enum Divergence
+_KINDS = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "mixture": 3}  # enum Divergence
 
 # From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
 # reads it next, and the stores need not fetch what they overwrite. 1.1 times faster at 256 x 151936 on two Sapphire
@@ -42,28 +42,43 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def wrong_device(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can."""
+    return None if device.type == "cpu" else f"backend='native' runs on CPU tensors, got tensors on {device}"
+
+
+def row_ops() -> NativeRowOps:
+    return NativeRowOps()
+
+
 class NativeRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads."""
 
     name = "native"
+    kinds = frozenset(_KINDS) - {"none"}
 
     def statistics(self, problem: RowProblem) -> Tensor:
         with _Job(problem) as job:
             job.handle.request_statistics()
-        return job.statistics
+        return _from_kernel(problem, job.statistics)
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
-        with _Job(problem, statistics) as job:
+        with _Job(problem, _to_kernel(problem, statistics)) as job:
             job.request_gradient(weights, out)
 
-    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
-        if problem.divergence != "jsd":
-            raise ValueError(f"jsd_parts needs divergence='jsd', got {problem.divergence!r}")
+    def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+        if problem.divergence is None or not problem.divergence.second_round:
+            name = None if problem.divergence is None else problem.divergence.name
+            raise ValueError(f"second_round needs a divergence that has one, got {name!r}")
         with _Job(problem, statistics, writes=True) as job:
             job.handle.request_jsd_parts()
-        return job.statistics[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
+        return _from_kernel(problem, job.statistics)[Stat.CENTRE : Stat.VALUE + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        if problem.divergence is not None and problem.divergence.second_round:
+            statistics = self.statistics(problem)
+            self.gradient(problem, statistics, weights, out)
+            return statistics
         with _Job(problem) as job:
             job.handle.request_statistics()
             job.request_gradient(weights, out)
@@ -76,6 +91,25 @@ class NativeRowOps:
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scale_(gradient, factor)
+
+
+def _from_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
+    """CENTRE and VALUE from the two parts that the kernels write."""
+    if problem.divergence is not None and problem.divergence.second_round:
+        _, _, _, _, c_t, c_p, _ = problem.divergence.constants
+        student, target = statistics[Stat.CENTRE].clone(), statistics[Stat.VALUE].clone()
+        statistics[Stat.CENTRE] = c_p * student
+        statistics[Stat.VALUE] = c_t * target + c_p * student
+    return statistics
+
+
+def _to_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
+    """The way back, for a gradient, which reads the student's part alone."""
+    if problem.divergence is None or not problem.divergence.second_round or len(statistics) != len(Stat):
+        return statistics
+    statistics = statistics.clone()
+    statistics[Stat.CENTRE] /= problem.divergence.constants[5]
+    return statistics
 
 
 class _Job:
@@ -93,10 +127,18 @@ class _Job:
         rows = (problem.rows,)
         if problem.vocab_size < 0:
             raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
-        if problem.divergence not in _DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {problem.divergence!r}")
-        if problem.divergence != "none" and problem.teacher is None and problem.ref is None:
-            raise ValueError(f"divergence={problem.divergence!r} needs a teacher or a reference")
+        divergence = problem.divergence
+        kind = "none" if divergence is None else divergence.kind
+        if kind not in _KINDS:
+            raise ValueError(f"the kind of a divergence must be one of {', '.join(_KINDS)}, got {kind!r}")
+        constants = (0.5, 0.5, 0.0, False, 0.0, 0.0, 0.0)
+        if divergence is not None:
+            if problem.teacher is None and problem.ref is None:
+                raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
+            if divergence.second_round:
+                constants = divergence.constants  # type: ignore[assignment]
+                if constants[6] != 0:
+                    raise NotImplementedError(f"backend='native' has no kernel for divergence={divergence.name!r} yet")
         scale, scales = 1.0, None
         if isinstance(problem.reward_scale, Tensor):
             scales = _vector("reward_scale", problem.reward_scale, rows)
@@ -126,8 +168,8 @@ class _Job:
             reward_scale=scale,
             reward_scales=self._address(scales),
             token_ids=self._address(ids),
-            divergence=_DIVERGENCES[problem.divergence],
-            mixture=tuple(Mixture.of(problem.beta)),
+            divergence=_KINDS[kind],
+            mixture=tuple(constants[:4]),
             statistics=self._address(self.statistics),
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..objective.divergences import to_mixture
+from ..objective.divergences import Divergence, OneRound, Outcomes
 from ..objective.target import bounded, mix, origin_of
 from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 
@@ -24,6 +24,18 @@ _BLOCK_ELEMENTS = 1 << 20
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def wrong_device(device: torch.device) -> str | None:
+    return None
+
+
+def row_ops() -> TorchRowOps:
+    return TorchRowOps()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +58,7 @@ class TorchRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas."""
 
     name = "torch"
+    kinds: frozenset[str] | None = None
 
     def statistics(self, problem: RowProblem) -> Tensor:
         dtype = _dtype(problem)
@@ -61,13 +74,13 @@ class TorchRowOps:
             own = statistics[:, rows]
             out[rows, : problem.vocab_size].copy_(_gradient(part, _load(part, dtype, own), own, part_weights))
 
-    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+    def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
         dtype = _dtype(problem)
         out = torch.empty(2, problem.rows, dtype=dtype, device=problem.student.raw.device)
         for rows, part in _blocks(problem):
             own = statistics[:, rows]
             logsums = own[Stat.LOGSUM_STUDENT], own[Stat.LOGSUM_TARGET]
-            out[:, rows] = torch.stack(_jsd_parts(part, _load(part, dtype, own), *logsums))
+            out[:, rows] = torch.stack(_second_round(part, _load(part, dtype, own), *logsums))
         return out
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
@@ -118,6 +131,7 @@ def _blocks(problem: RowProblem) -> Iterator[tuple[slice, RowProblem]]:
                 ref=part(problem.ref),
                 reward_scale=lam[rows] if isinstance(lam, Tensor) else lam,
                 token_ids=rows_of(problem.token_ids, rows),
+                divergence=None if problem.divergence is None else _formulas(problem).rows(rows),
             ),
         )
 
@@ -221,16 +235,24 @@ def _target(x: _Rows) -> Tensor:
     return bounded(x.u - x.origin[:, None]).masked_fill(~x.support, -math.inf)
 
 
-def _to_mixture(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p / m) and log(t / m)."""
-    return to_mixture((_target(x) - logsum_u[:, None]) - (x.z - logsum_p[:, None]), problem.beta)
+def _formulas(problem: RowProblem) -> Divergence:
+    assert isinstance(problem.divergence, Divergence)
+    return problem.divergence
 
 
-def _jsd_parts(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || m) and KL(t || m)."""
-    student, target = _to_mixture(problem, x, logsum_p, logsum_u)
-    p, t = (_probabilities(y, logsum, x.support) for y, logsum in ((x.z, logsum_p), (_target(x), logsum_u)))
-    return _weighted(p, student, x.support), _weighted(t, target, x.support)
+def _outcomes(x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> Outcomes:
+    """At most 0, as in :func:`_probabilities`."""
+    log_t = (_target(x) - logsum_u[:, None]).clamp_max(0)
+    return Outcomes(bounded(x.z - logsum_p[:, None]).clamp_max(0), log_t, log_t)
+
+
+def _second_round(problem: RowProblem, x: _Rows, logsum_p: Tensor, logsum_u: Tensor) -> tuple[Tensor, Tensor]:
+    """CENTRE and VALUE."""
+    outcomes = _outcomes(x, logsum_p, logsum_u)
+    divergence = _formulas(problem)
+    found = divergence.weighted(outcomes), divergence.terms(outcomes)
+    centre, value = (torch.where(x.support, y, torch.zeros_like(y)).sum(-1) for y in found)
+    return centre, value
 
 
 def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
@@ -251,10 +273,11 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
         out[Stat.ORIGIN_TARGET] = x.origin
         out[Stat.LOGSUM_TARGET] = logsum_u
         out[Stat.MEAN_GAP] = bounded(_weighted(p, _gap(x), x.support))
-        if problem.divergence == "forward_kl":
-            out[Stat.TARGET_PART] = _weighted(_probabilities(u, logsum_u, x.support), u - x.z, x.support)
-        elif problem.divergence == "jsd":
-            out[Stat.STUDENT_PART], out[Stat.TARGET_PART] = _jsd_parts(problem, x, logsum_p, logsum_u)
+        divergence = _formulas(problem)
+        if divergence.target_gap:
+            out[Stat.MEAN_TARGET_GAP] = _weighted(_probabilities(u, logsum_u, x.support), u - x.z, x.support)
+        elif divergence.second_round:
+            out[Stat.CENTRE], out[Stat.VALUE] = _second_round(problem, x, logsum_p, logsum_u)
     if problem.token_ids is not None:
         inside = (problem.token_ids >= 0) & (problem.token_ids < problem.vocab_size)
         ids = torch.where(inside, problem.token_ids, torch.zeros_like(problem.token_ids))[:, None]
@@ -268,6 +291,24 @@ def _statistics(problem: RowProblem, x: _Rows, out: Tensor) -> None:
                 out[stat] = value if use is None else torch.where(use[:, 0], value, torch.zeros_like(value))
 
 
+def _term(problem: RowProblem, x: _Rows, p: Tensor, statistics: Tensor) -> Tensor:
+    """The gradient of the divergence, or of a single model's -entropy, with respect to z; anything outside S."""
+
+    def around(values: Tensor, mean: Stat) -> Tensor:
+        inside = bounded(values - statistics[mean][:, None])
+        return p * torch.where(x.support, inside, torch.zeros((), dtype=p.dtype, device=p.device))
+
+    if problem.divergence is None:
+        return around(x.z, Stat.MEAN_LOGIT)
+    divergence, logsum_u = _formulas(problem), statistics[Stat.LOGSUM_TARGET]
+    if isinstance(divergence, OneRound):
+        return divergence.blend(
+            lambda: p - _probabilities(_target(x), logsum_u, x.support), lambda: around(_gap(x), Stat.MEAN_GAP)
+        )
+    weighted = divergence.weighted(_outcomes(x, statistics[Stat.LOGSUM_STUDENT], logsum_u))
+    return torch.where(x.support, bounded(weighted - p * statistics[Stat.CENTRE][:, None]), torch.zeros_like(p))
+
+
 def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: GradientWeights) -> Tensor:
     logsum_p = statistics[Stat.LOGSUM_STUDENT]
     p = _probabilities(x.z, logsum_p, x.support)
@@ -277,18 +318,7 @@ def _gradient(problem: RowProblem, x: _Rows, statistics: Tensor, weights: Gradie
     if weights.divergence is not None:
         w = weights.divergence[:, None]
         live = live | (w != 0)
-        if problem.divergence == "forward_kl":
-            term = p - _probabilities(_target(x), statistics[Stat.LOGSUM_TARGET], x.support)
-        else:
-            if problem.divergence == "none":
-                d, mean = x.z, statistics[Stat.MEAN_LOGIT]
-            elif problem.divergence == "reverse_kl":
-                d, mean = _gap(x), statistics[Stat.MEAN_GAP]
-            else:
-                d = (1.0 - problem.beta) * _to_mixture(problem, x, logsum_p, statistics[Stat.LOGSUM_TARGET])[0]
-                mean = (1.0 - problem.beta) * statistics[Stat.STUDENT_PART]
-            term = p * torch.where(x.support, bounded(d - mean[:, None]), zero)
-        grad = grad + torch.where(w == 0, zero, w * term)
+        grad = grad + torch.where(w == 0, zero, w * _term(problem, x, p, statistics))
     if weights.token is not None:
         assert problem.token_ids is not None
         w = weights.token[:, None]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_gopd.objective.divergences import make as make_divergence
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, native
 
 # ------------------------------------------------------------------------------------- the extension's place, by ctypes
@@ -141,8 +142,8 @@ class Call:
         )
         if op == "statistics":
             return [ops.statistics(problem)]
-        if op == "jsd_parts":
-            return [ops.jsd_parts(problem, b["statistics"])]
+        if op == "second_round":
+            return [ops.second_round(problem, b["statistics"])]
         results = [ops.statistics_and_gradient(problem, weights, out)] if op == "statistics_and_gradient" else []
         if op == "gradient":
             ops.gradient(problem, b["statistics"], weights, out)
@@ -151,7 +152,7 @@ class Call:
 
 READ = {
     "statistics": set(),
-    "jsd_parts": {"statistics"},
+    "second_round": {"statistics"},
     "gradient": {"statistics", "weights.divergence", "weights.token", "out"},
     "statistics_and_gradient": {"weights.divergence", "weights.token", "out"},
 }
@@ -160,10 +161,12 @@ READ = {
 def make(draw: random.Random) -> tuple[str, Call]:
     op = draw.choice(list(READ))
     rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030))
-    divergence = "jsd" if op == "jsd_parts" else draw.choice(("none", "reverse_kl", "forward_kl", "jsd"))
+    divergence = "jsd" if op == "second_round" else draw.choice(("none", "reverse_kl", "forward_kl", "jsd"))
     there = {"student": True, "teacher": divergence != "none", "ref": divergence != "none"}
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    options: dict[str, Any] = {"divergence": divergence, "beta": draw.choice((0.5, 0.1, 1e-4))}
+    options: dict[str, Any] = {
+        "divergence": None if divergence == "none" else make_divergence(divergence, beta=draw.choice((0.5, 0.1, 1e-4)))
+    }
     buffers: dict[str, Tensor | None] = {}
     transforms = {}
     for name, is_there in there.items():

@@ -16,7 +16,6 @@ from .presets import HeadSize, head_size
 from .tables import print_plan, print_presets
 
 if TYPE_CHECKING:
-    from fused_gopd.objective.divergences import Divergence
     from fused_gopd.options import Estimator, Support
 
 __all__ = ["parse_memory", "plan"]
@@ -164,7 +163,7 @@ def plan(
         estimator=cast("Estimator", estimator),
         reward_scale=reward_scale,
         device=device,
-        divergence=cast("Divergence", divergence),
+        divergence=divergence,
         k=k,
         support=cast("Support", support),
         low_chunks=low_chunks,

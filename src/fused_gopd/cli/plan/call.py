@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fused_gopd.objective.divergences import Divergence
     from fused_gopd.options import Estimator, Support
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -25,7 +24,7 @@ class PlannedCall:
     estimator: Estimator = "full"
     reward_scale: float = 1.25
     device: str = "gpu"
-    divergence: Divergence = "reverse_kl"
+    divergence: str = "reverse_kl"
     k: int | None = None  # of topk
     support: Support = "teacher"
     low_chunks: bool = False  # logits of a chunk in the model's dtype

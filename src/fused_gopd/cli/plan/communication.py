@@ -36,13 +36,15 @@ class Exchange(NamedTuple):
 
 def exchanges(call: PlannedCall) -> list[Exchange]:
     """The all-gathers of vocabulary-parallel heads, for a call with token ids."""
+    from fused_gopd.objective.divergences import DIVERGENCES
     from fused_gopd.objective.statistics import merged_statistics
 
     models = len(call.needed)
     if call.estimator == "full":
         has = "teacher" in call.needed, "ref" in call.needed
-        found = [Exchange("statistics", len(merged_statistics(has, call.divergence, tokens=True)), 1)]
-        return found + ([Exchange("statistics of the mixture", 2, 1)] if call.divergence == "jsd" else [])
+        divergence = DIVERGENCES[call.divergence]
+        found = [Exchange("statistics", len(merged_statistics(has, divergence, tokens=True)), 1)]
+        return found + ([Exchange("statistics of the mixture", 2, 1)] if divergence.second_round else [])
     of_one_model = len(merged_statistics((False, False), None, tokens=True))
     if call.estimator == "sampled":
         return [Exchange("statistics, model by model", models * of_one_model, models)]

@@ -150,15 +150,15 @@ class Estimator:
         """A chunk's logits: of the student alone, or of all models where the row operation needs them together."""
         problem, (route, buffers, _, start, stop) = self.problem, chunk
         ids, student = problem.token_ids, problem.student
+        teacher, ref = (route.teacher, route.ref) if joint else (None, None)
         return RowProblem(
             columns(problem, student),
             buffers.load(student, "student", start, stop, writable),
-            buffers.load(route.teacher, "teacher", start, stop) if joint and route.teacher is not None else None,
-            buffers.load(route.ref, "ref", start, stop) if joint and route.ref is not None else None,
+            teacher=None if teacher is None else buffers.load(teacher, "teacher", start, stop),
+            ref=None if ref is None else buffers.load(ref, "ref", start, stop),
             reward_scale=reward_scale_of(problem, chunk.tokens) if joint else 1.0,
             token_ids=None if ids is None else local_ids(student.shard, ids[start:stop]),
-            divergence=problem.divergence if joint else "none",
-            beta=problem.beta,
+            divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
 
     def _score_alone(self, chunk: Chunk, head: Head) -> Tensor:

@@ -35,5 +35,5 @@ class Full(Estimator):
 
     def values(self, statistics: Tensor) -> TokenValues:
         problem = self.problem
-        loss, kl = divergence_value(problem.divergence, problem.beta, problem.reward_scale, statistics, problem.has)
+        loss, kl = divergence_value(problem.divergence, problem.reward_scale, statistics, problem.has)
         return TokenValues(loss, kl)

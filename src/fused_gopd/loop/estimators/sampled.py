@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...heads import LinearHead
 from ...objective import policy
-from ...objective.divergences import divergence_value
+from ...objective.divergences import ReverseKL, divergence_value
 from ...objective.policy import PolicyTerm
 from ...objective.statistics import TokenRow, entropy
 from ...options import AdvantageFn, TokenStats
@@ -85,7 +85,7 @@ class Sampled(Estimator):
         scale, options = reward_scale_of(problem, tokens), problem.options
         expected = None
         if options.baseline == "expected":
-            expected, _ = divergence_value("reverse_kl", problem.beta, scale, statistics[:, tokens], problem.has)
+            expected, _ = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
         student, teacher, ref = model_logprobs(problem, statistics, tokens)
         return policy.advantages_of(
             options,

@@ -86,8 +86,7 @@ class TopK(Estimator):
         self.store(chunk, scored)
         loss, kl, gradient = term(
             problem.options.tail,
-            problem.divergence,
-            problem.beta,
+            problem.divergence.rows(tokens),
             reward_scale_of(problem, tokens),
             support.token_ids,
             student,

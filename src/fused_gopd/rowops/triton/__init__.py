@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import GradientWeights, LogitTransform, Mixture, ModelRows, RowProblem, Stat
+from .. import GradientWeights, LogitTransform, MixtureConstants, ModelRows, RowProblem, Stat
 from ..torch import scale_
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,7 +147,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
     vector = 16 // itemsize if aligned else 1
     softcap = any(m.transform.softcap is not None for m in given)
-    jsd = problem.divergence == "jsd"
+    jsd = problem.divergence is not None and problem.divergence.second_round
     per_token = isinstance(problem.reward_scale, Tensor)
     heavy = len(given) == 3 and (softcap or (jsd and per_token))
     repeat, stages = max(1, (4 if heavy else 8) // vector), 2
@@ -291,7 +291,12 @@ def row_launch(
         constants |= model_constants
     models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
     transform = problem.student.transform
-    mixture = Mixture.of(problem.beta)
+    kind = "none" if problem.divergence is None else problem.divergence.kind
+    mixture = MixtureConstants.of(0.5, 0.5, 0.5, 0.0)
+    if problem.divergence is not None and problem.divergence.second_round:
+        mixture = MixtureConstants(*problem.divergence.constants)  # type: ignore[arg-type]
+        if mixture.kappa != 0:
+            raise NotImplementedError(f"backend='triton' has no kernel for {problem.divergence.name!r} yet")
     near_teacher = not isinstance(lam, Tensor) and lam > 0.5
     arguments |= {
         "share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
@@ -306,14 +311,14 @@ def row_launch(
         "slope": transform.scale / transform.temperature,
         "tanh_of_z": 0.0 if transform.softcap is None else transform.temperature / transform.softcap,
         "V": problem.vocab_size,
-        "beta": mixture.beta,
-        "one_minus_beta": mixture.one_minus_beta,
+        "beta": mixture.share,
+        "one_minus_beta": mixture.one_minus_share,
         "turn": mixture.turn,
     }
     constants |= {
         "NEAR_TEACHER": near_teacher,
         "NEAR_END": mixture.near_end,
-        "DIVERGENCE": problem.divergence,
+        "DIVERGENCE": "jsd" if kind == "mixture" else kind,
         "STATISTICS": write_statistics,
         "ALIASED": out is not None and any(_share_memory(out, raw) for raw in models),
         "REPEAT": tile.repeat,
@@ -440,10 +445,41 @@ def _input_precision(dtype: torch.dtype, device: Device) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def wrong_device(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can."""
+    if device.type == "cuda" or interpreted():
+        return None
+    return f"backend='triton' runs on GPU tensors, got tensors on {device} (set TRITON_INTERPRET=1 to interpret)"
+
+
+def row_ops() -> TritonRowOps:
+    return TritonRowOps()
+
+
+def _from_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
+    """CENTRE and VALUE from the two parts that the kernel writes."""
+    if problem.divergence is not None and problem.divergence.second_round:
+        _, _, _, _, c_t, c_p, _ = problem.divergence.constants
+        student, target = statistics[Stat.CENTRE].clone(), statistics[Stat.VALUE].clone()
+        statistics[Stat.CENTRE] = c_p * student
+        statistics[Stat.VALUE] = c_t * target + c_p * student
+    return statistics
+
+
+def _to_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
+    """The way back, for a gradient, which reads the student's part alone."""
+    if problem.divergence is None or not problem.divergence.second_round:
+        return statistics
+    statistics = statistics.clone()
+    statistics[Stat.CENTRE] /= problem.divergence.constants[5]
+    return statistics
+
+
 class TritonRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas; ``tile`` and ``linear_tile`` override the tables."""
 
     name = "triton"
+    kinds = frozenset({"reverse_kl", "forward_kl", "mixture"})
 
     def __init__(self, tile: Tiles | None = None, linear_tile: LinearTiles | None = None) -> None:
         self._tile = tile
@@ -452,19 +488,24 @@ class TritonRowOps:
     def statistics(self, problem: RowProblem) -> Tensor:
         statistics = self._empty(problem.student.raw)
         self._launch(problem, statistics, True, GradientWeights(), None)
-        return statistics
+        return _from_kernel(problem, statistics)
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
+        statistics = _to_kernel(problem, statistics)
         if statistics.stride(1) != 1:
             statistics = statistics.contiguous()
         self._launch(problem, statistics, False, weights, out)
 
-    def jsd_parts(self, problem: RowProblem, statistics: Tensor) -> Tensor:
+    def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
         self._launch(problem, statistics, False, GradientWeights(), None)
-        return statistics[Stat.STUDENT_PART : Stat.TARGET_PART + 1]
+        return _from_kernel(problem, statistics)[Stat.CENTRE : Stat.VALUE + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
+        if problem.divergence is not None and problem.divergence.second_round:
+            statistics = self.statistics(problem)
+            self.gradient(problem, statistics, weights, out)
+            return statistics
         statistics = self._empty(problem.student.raw)
         self._launch(problem, statistics, True, weights, out)
         return statistics
