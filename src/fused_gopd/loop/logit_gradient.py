@@ -82,13 +82,14 @@ class LogitGradient:
         labels: Tensor,  # (n,) int64, -1 for none
         label_weight: Tensor,  # (n,) w, 0 where there is no label
         label_logprobs: Tensor,  # (n,) log p[label]
-        probabilities: Tensor | None,  # (n, K) p of token_ids
+        logprobs: Tensor | None,  # (n, K) log p of token_ids
     ) -> LogitGradient:
         """This gradient plus that of -w log p[label], which is w (p - 1[v = label])."""
         if self.token_ids is None:
             return replace(self, weight=label_weight, token_ids=labels[:, None])
         assert self.weight is not None
-        assert probabilities is not None
+        assert logprobs is not None
+        probabilities = logprobs.exp()
         values, elsewhere = self.values, self.max_abs_elsewhere
         if values is None:
             values = self.weight[:, None] * (probabilities - 1)

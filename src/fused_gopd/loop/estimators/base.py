@@ -58,10 +58,9 @@ class Loaded(NamedTuple):
 class Scored(NamedTuple):
     """Statistics of a chunk, while its student logits are still in the buffer (the gradient will overwrite them)."""
 
-    row_problem: RowProblem
     statistics: Tensor  # (len(Stat), C)
     gradient: LogitGradient | None = None  # topk: it is made with the statistics
-    probabilities: Tensor | None = None  # (C, K) p of the gradient's token ids
+    logprobs: Tensor | None = None  # (C, K) log p of the gradient's token ids
 
 
 class TokenValues(NamedTuple):
@@ -97,7 +96,7 @@ class Estimator:
         problem = self.problem
         scored, extra = statistics_of(problem.ops, problem.student.shard, loaded.row_problem, *extra_rows)
         self.store(chunk, scored)
-        return Scored(loaded.row_problem, scored), extra
+        return Scored(scored), extra
 
     def recompute(self, chunk: Chunk) -> RowProblem:
         """Compute the logits that a gradient needs whose statistics are known."""
@@ -218,4 +217,5 @@ class LogProbs(Estimator):
 
 
 def ones(problem: Problem, chunk: Chunk) -> Tensor:
+    """(C,) weights of 1."""
     return torch.ones(chunk.stop - chunk.start, dtype=problem.dtype, device=problem.device)

@@ -50,23 +50,24 @@ class WithLabels(Estimator):
         label_logprobs = sparse.logprobs(scored.statistics, merged.T)[:, 0]
         chunk.statistics[TokenRow.LOGPROB_LABEL, tokens] = label_logprobs
         if scored.gradient is not None:
-            gradient = self._with_label(scored.gradient, chunk.statistics, tokens, scored.probabilities)
+            gradient = self._with_label(scored.gradient, chunk.statistics, tokens, scored.logprobs)
             scored = scored._replace(gradient=gradient)
         return scored, extra
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
-        gradient, p = self._inner.logit_gradient(statistics, tokens), None
+        gradient, logprobs = self._inner.logit_gradient(statistics, tokens), None
         if gradient.token_ids is not None:  # one id, the sampled token
-            p = model_logprobs(self.problem, statistics, tokens)[0].exp()[:, None]
-        return self._with_label(gradient, statistics, tokens, p)
+            logprobs = model_logprobs(self.problem, statistics, tokens)[0][:, None]
+        return self._with_label(gradient, statistics, tokens, logprobs)
 
     def _with_label(
-        self, gradient: LogitGradient, statistics: Tensor, tokens: slice, probabilities: Tensor | None
+        self, gradient: LogitGradient, statistics: Tensor, tokens: slice, logprobs: Tensor | None
     ) -> LogitGradient:
         assert self.problem.labels is not None
         weight = self._weights(statistics, tokens)[0]
-        logprobs = statistics[TokenRow.LOGPROB_LABEL, tokens]
-        return gradient.with_label(self.problem.labels[tokens], weight, logprobs, probabilities)
+        return gradient.with_label(
+            self.problem.labels[tokens], weight, statistics[TokenRow.LOGPROB_LABEL, tokens], logprobs
+        )
 
     def _weights(self, statistics: Tensor, tokens: slice = EVERY) -> tuple[Tensor, Tensor]:
         """(n,) weights of the supervised term, 0 where there is no label with p > 0, and the term itself."""

@@ -97,7 +97,7 @@ class TopK(Estimator):
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
         ids, values, weight, elsewhere = gradient
         made = LogitGradient(weight=weight, token_ids=ids, values=values, max_abs_elsewhere=elsewhere)
-        return Scored(row_problem, scored, made, student.logprobs.exp()), extra
+        return Scored(scored, made, student.logprobs), extra
 
     def values(self, statistics: Tensor) -> TokenValues:
         return TokenValues(statistics[TokenRow.TOPK_LOSS], statistics[TokenRow.TOPK_KL])
