@@ -8,6 +8,7 @@ import torch.utils.checkpoint
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, trainable
+from combinations import pairwise
 from fused_gopd.autograd.saved import flatten, unflatten
 from fused_gopd.jobs import make_problem
 from fused_gopd.prepare import prepare
@@ -27,9 +28,7 @@ def held_still(batch, options):
     return {**options, "old_logprobs": old}
 
 
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@pairwise(objective=OBJECTIVES, kind=["linear", "logits"], reduction=["token-mean", "seq-mean-token-mean", "none"])
 def test_gradcheck(objective, kind, reduction):
     transforms = [
         {"bias": True, "softcap": 6.0, "temperature": 0.8} if kind == "linear" else {"logit_scale": 0.7},

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_gopd as fg
 from builders import OBJECTIVES, like, linear_head, make_batch
+from combinations import pairwise
 from fused_gopd.loop import chunking, gemm
 from fused_gopd.tokens import TokenRows
 
@@ -242,9 +243,9 @@ def big_batch(kinds=("linear",) * 3, dtype=F32, masked=False):
     )
 
 
-@pytest.mark.parametrize("reduction", ["token-mean", "none"])
-@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
-@every_objective
+@pairwise(
+    backend=["torch", "native"], objective=OBJECTIVES, dtype=[F32, torch.bfloat16], reduction=["token-mean", "none"]
+)
 def test_no_allocation_of_all_logits_and_no_growth_with_tokens(backend, objective, dtype, reduction):
     batch = big_batch(dtype=dtype, masked=True)
     memory = Memory(loss_of(batch, backend, CHUNK, reward_scale=1.25, reduction=reduction, **objective))

@@ -12,6 +12,7 @@ import torch
 
 import fused_gopd as fg
 from builders import OBJECTIVES, make_batch, relative_error, why_not, widened
+from combinations import pairwise
 from fused_gopd.loop import gemm
 
 LOW = (torch.bfloat16, torch.float16)
@@ -65,9 +66,12 @@ def bound(dtype):
     return 1.5 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "sum", "none"])
+@pairwise(
+    backend=["torch", "native"],
+    dtype=LOW,
+    objective=OBJECTIVES,
+    reduction=["token-mean", "seq-mean-token-mean", "sum", "none"],
+)
 def test_gradients_are_rounded_at_three_places_at_most(dtype, objective, reduction, backend):
     batch = make_batch(3, dtype=dtype)
     upstream = torch.linspace(-1, 2, 10).reshape(2, 5) if reduction == "none" else None
@@ -79,8 +83,7 @@ def test_gradients_are_rounded_at_three_places_at_most(dtype, objective, reducti
         assert relative_error(g, w) <= bound(dtype)
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pairwise(backend=["torch", "native"], dtype=LOW, objective=OBJECTIVES)
 def test_chunks_in_low_precision_give_what_logits_in_that_dtype_give(dtype, objective, backend):
     """As if each model had returned its logits in that dtype: no rounding but of these and of the gradients."""
     batch = make_batch(6, dtype=dtype)
@@ -113,9 +116,12 @@ def test_equal_models_give_zero_in_low_precision_chunks(dtype):
     assert all((g == 0).all() for g in gradients(same, **options))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=str)
-@pytest.mark.parametrize("normalizer", [1e5, 1e7])
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES[:2],
+    normalizer=[1e5, 1e7],
+    reduction=["token-mean", "seq-mean-token-mean"],
+)
 def test_float16_gradients_survive_tiny_token_weights(objective, reduction, normalizer, backend):
     """float16 holds nothing below 6e-8; a loss scaler undoes the normaliser after the forward."""
     batch = make_batch(4, dtype=torch.float16)

@@ -7,6 +7,7 @@ import torch
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, assert_close, make_batch, relative_error, run
+from combinations import product_on_float64
 from fused_gopd.loop import gemm
 from test_cost import GEMM, H, N, V, gemm_flops
 
@@ -27,9 +28,7 @@ def test_off_is_exactly_off(backend, objective):
     assert all(map(torch.equal, grads, want_grads))
 
 
-@every_objective
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("chunk", [5, 12])
+@product_on_float64(objective=OBJECTIVES, reduction=["sum", "none"], chunk=[5, 12])
 def test_the_error_is_within_the_bound(backend_dtype, objective, reduction, chunk):
     """|w| = 1 in full; |A| in sampled; the largest slope of the token, at most that of its gradient, in topk."""
     batch = make_batch(111, dtype=backend_dtype.dtype, masked=False, **SHAPE)

@@ -28,6 +28,7 @@ from builders import (
     trainable,
     widened,
 )
+from combinations import pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,8 +57,7 @@ def test_the_weight_gradient_does_not_drift_over_many_chunks(backend, dtype, obj
     assert abs(relative_error(many, want) - relative_error(one, want)) <= 0.02 * eps
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@every_objective
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, dtype=[torch.bfloat16, torch.float16, torch.float32])
 def test_no_dtype_is_worse_than_the_naive_path_in_it(backend, dtype, objective):
     """Naive: logits in that dtype, upcast, log-softmax, autograd (fused_gopd.reference in the model's own dtype).
 
@@ -80,8 +80,7 @@ def test_no_dtype_is_worse_than_the_naive_path_in_it(backend, dtype, objective):
         assert relative_error(got, wanted) <= 1.1 * relative_error(base, wanted) + slack, name
 
 
-@pytest.mark.parametrize("offset", [-100.0, -1e4, 1e4])
-@every_objective
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, offset=[-100.0, -1e4, 1e4])
 def test_a_large_common_offset_costs_no_more_than_in_the_naive_path(backend, offset, objective):
     """All logits very negative: a maximum seeded with 0, or a normaliser rounded at the offset's size, shows here."""
     batch = make_batch(3, kinds=("logits",) * 3, dtype=F32)
@@ -142,8 +141,7 @@ def test_log_probs_are_never_positive(backend):
 # ------------------------------------------------------------------------------------------------------- vocabularies
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 3, 31, 127, 128, 129, 1023, 1025, 4097])
-@sampled_and_full
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES[:2], vocab=[1, 2, 3, 31, 127, 128, 129, 1023, 1025, 4097])
 def test_no_vocabulary_size_is_special(backend, vocab, objective):
     batch = make_batch(7, shape=(3,), vocab=(vocab,) * 3, dtype=F32, masked=False, transforms=[{"bias": True}, {}, {}])
     out, grads = run(batch, reward_scale=1.25, backend=backend, **objective)
@@ -236,10 +234,13 @@ def test_minus_inf_in_a_bias_forbids_a_token(backend):
         assert_all_close(grads, [g.nan_to_num() for g in want_grads], TOLERANCE[F32])
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@every_objective
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES,
+    reduction=["sum", "none"],
+    model=["student", "teacher", "ref"],
+    poison=[math.nan, math.inf],
+)
 def test_a_diverged_row_is_nan_in_loss_and_gradient_and_no_other_row_is(backend, objective, reduction, model, poison):
     batch = make_batch(11, shape=(4,), kinds=("logits",) * 3, dtype=F32, masked=False)
     clean = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, backend=backend, **objective)
@@ -284,9 +285,12 @@ def test_nothing_in_a_cancelled_model_matters(backend, objective, where):
         assert all(map(torch.equal, grads, clean_grads))
 
 
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
-@every_objective
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES,
+    reduction=["token-mean", "seq-mean-token-mean", "none"],
+    kind=["linear", "logits"],
+)
 def test_masked_positions_touch_nothing(backend, objective, reduction, kind):
     """NaN in every input of a masked position, ids that no vocabulary has: the same bits."""
     batch = make_batch(14, shape=(3, 5), kinds=(kind,) * 3, dtype=F32)
@@ -507,10 +511,13 @@ def fingerprint(tensors: list[torch.Tensor]) -> list[str]:
     return [hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for t in tensors]
 
 
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reduction", ["token-mean", "none"])
-@every_objective
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES,
+    reduction=["token-mean", "none"],
+    dtype=[F32, torch.bfloat16, torch.float16],
+    kind=["linear", "logits"],
+)
 def test_inputs_are_never_written_to(backend, objective, reduction, dtype, kind):
     batch = make_batch(24, kinds=(kind,) * 3, dtype=dtype)
     lam, old = torch.linspace(0, 2, 10).reshape(2, 5), -torch.rand(2, 5)

@@ -28,6 +28,7 @@ from builders import (
     trainable,
     widened,
 )
+from combinations import pairwise, product_on_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,22 +40,21 @@ TRANSFORMS = (
 )
 
 
-@pytest.mark.parametrize("lam", LAMBDAS)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(objective=OBJECTIVES, lam=LAMBDAS)
 def test_every_objective_is_its_formula(backend_dtype, objective, lam):
     assert_same_as_oracle(make_batch(1, dtype=backend_dtype.dtype), backend_dtype, reward_scale=lam, **objective)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
+@product_on_float64(objective=OBJECTIVES[:2], reduction=REDUCTIONS)
 def test_every_reduction_is_its_formula(backend_dtype, objective, reduction):
     batch = make_batch(2, shape=(4, 5), dtype=backend_dtype.dtype)
     batch.mask[2] = False  # a sequence without a live token counts in no sequence mean
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, reduction=reduction, **objective)
 
 
-@pytest.mark.parametrize("kinds", [("logits", "linear", "logits"), ("linear", "logits", "linear"), ("logits",) * 3])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(
+    objective=OBJECTIVES, kinds=[("logits", "linear", "logits"), ("linear", "logits", "linear"), ("logits",) * 3]
+)
 def test_kinds_of_models_mix(backend_dtype, objective, kinds):
     assert_same_as_oracle(
         make_batch(3, kinds=kinds, dtype=backend_dtype.dtype), backend_dtype, reward_scale=1.25, **objective
@@ -68,8 +68,7 @@ def test_logprobs_computed_elsewhere_stand_for_a_model(backend_dtype, student, o
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25)
 
 
-@pytest.mark.parametrize("kinds", [("linear",) * 3, ("logits", "linear", "logits")])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(objective=OBJECTIVES, kinds=[("linear",) * 3, ("logits", "linear", "logits")])
 def test_softcap_scale_bias_and_temperature_are_applied(backend_dtype, objective, kinds):
     transforms = [
         {k: v for k, v in t.items() if k != "bias" or kind == "linear"}
@@ -79,8 +78,7 @@ def test_softcap_scale_bias_and_temperature_are_applied(backend_dtype, objective
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **objective)
 
 
-@pytest.mark.parametrize("vocab", [(37, 50, 41), (50, 37, 37), (38, 41, 37), (37, 37, 64)])
-@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=OBJECTIVE_IDS[:3])
+@product_on_float64(objective=OBJECTIVES[:3], vocab=[(37, 50, 41), (50, 37, 37), (38, 41, 37), (37, 37, 64)])
 def test_rows_past_the_smallest_vocabulary_are_padding(backend_dtype, objective, vocab):
     batch = make_batch(6, vocab=vocab, dtype=backend_dtype.dtype, transforms=[{"bias": True}] * 3)
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, **objective)
@@ -105,8 +103,7 @@ def test_a_cancelled_model_still_narrows_the_vocabulary(backend_dtype, objective
     assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@product_on_float64(objective=OBJECTIVES, per=["token", "sequence"])
 def test_reward_scale_may_differ_per_token_and_per_sequence(backend_dtype, objective, per):
     batch = make_batch(9, shape=(3, 5), dtype=backend_dtype.dtype)
     lam = torch.linspace(0, 2, 15, dtype=backend_dtype.dtype).reshape(3, 5)
@@ -132,9 +129,9 @@ def test_old_logprobs_and_clip_are_their_formula(backend_dtype, kind, clip):
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, old_logprobs=old, clip=clip)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
-@pytest.mark.parametrize("transform", [{}, {"softcap": 4.0, "temperature": 0.7}], ids=["plain", "softcap"])
+@product_on_float64(
+    objective=OBJECTIVES, lam=[0.0, 0.5, 1.0, 1.25], transform=[{}, {"softcap": 4.0, "temperature": 0.7}]
+)
 def test_a_token_without_probability_in_any_needed_model_leaves_the_support(backend_dtype, objective, lam, transform):
     batch = minus_inf_batch(dtype=backend_dtype.dtype, transform=transform)
     assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
@@ -175,8 +172,7 @@ def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(backend_dt
     assert_close(out.loss, out.token_loss[live].sum() / 5, 1e-6, "the mean over all five")
 
 
-@pytest.mark.parametrize("lam", LAMBDAS)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(objective=OBJECTIVES, lam=LAMBDAS)
 def test_equal_models_give_exactly_zero_loss_and_gradient(backend_dtype, objective, lam):
     head = make_batch(13, dtype=backend_dtype.dtype, transforms=[{"bias": True, "softcap": 9.0}, {}, {}])
     batch = head.replaced(teacher=head.student, ref=head.student)
@@ -190,8 +186,7 @@ def test_equal_models_give_exactly_zero_loss_and_gradient(backend_dtype, objecti
         assert all((g == 0).all() for g in grads)
 
 
-@pytest.mark.parametrize("which", ["student", "teacher", "ref"])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(objective=OBJECTIVES, which=["student", "teacher", "ref"])
 def test_adding_a_constant_to_a_models_logits_changes_nothing(backend_dtype, objective, which):
     batch = make_batch(14, kinds=("logits",) * 3, dtype=backend_dtype.dtype)
     head = getattr(batch, which)
@@ -441,8 +436,7 @@ def test_reduction_none_times_the_mean_weights_is_the_mean(backend_dtype):
     assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-@pytest.mark.parametrize("kind", ["linear", "logits"])
+@product_on_float64(objective=OBJECTIVES, kind=["linear", "logits"])
 def test_reduction_none_takes_any_upstream_gradient(backend_dtype, objective, kind):
     batch = make_batch(23, kinds=(kind, "linear", "linear"), dtype=backend_dtype.dtype)
     up = torch.randn(2, 5, generator=generator(1), dtype=torch.float64) * torch.tensor([1e-6, 1, 0, 1e4, -1])
@@ -465,9 +459,9 @@ def test_reduction_none_takes_any_upstream_gradient(backend_dtype, objective, ki
 # ------------------------------------------------------------------------------------------------- shapes and layouts
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (7,), (2, 3, 2), (1, 2, 1, 3)], ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
-@pytest.mark.parametrize("masked", [False, True])
+@product_on_float64(
+    objective=OBJECTIVES[:2], shape=[(), (1,), (1, 1), (7,), (2, 3, 2), (1, 2, 1, 3)], masked=[False, True]
+)
 def test_any_token_shape(backend_dtype, objective, shape, masked):
     batch = make_batch(24, shape=shape, dtype=backend_dtype.dtype, masked=masked)
     if masked:
@@ -481,10 +475,13 @@ def test_sequences_are_dim_0_of_any_token_shape(backend_dtype, reduction):
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25, reduction=reduction)
 
 
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
-@pytest.mark.parametrize("nothing", ["no tokens", "all masked"])
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES[:2],
+    nothing=["no tokens", "all masked"],
+    reduction=[*REDUCTIONS, "none"],
+    kind=["linear", "logits"],
+)
 def test_nothing_live_is_zero_loss_and_zero_gradient(backend, objective, nothing, reduction, kind):
     shape = (0, 3) if nothing == "no tokens" else (2, 3)
     batch = make_batch(26, shape=shape, kinds=(kind, "linear", "linear"), dtype=torch.float32, masked=False)
@@ -527,10 +524,13 @@ def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["transposed tokens", "sliced tokens", "strided last dim", "column major"])
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
+@pairwise(
+    backend=["torch", "native"],
+    objective=OBJECTIVES[:2],
+    kind=["linear", "logits"],
+    layout=["transposed tokens", "sliced tokens", "strided last dim", "column major"],
+    masked=[False, True],
+)
 def test_strides_do_not_matter(backend, objective, kind, layout, masked):
     batch = make_batch(28, shape=(3, 4), kinds=(kind,) * 3, dtype=torch.float32, masked=masked)
     name = "hidden" if kind == "linear" else "logits"
@@ -595,10 +595,11 @@ def test_expanded_inputs_collect_their_gradient(backend, kind):
     assert_all_close(results[0], results[1], 1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32], ids=str
+@pairwise(
+    backend=["torch", "native"],
+    dtype=[torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32],
+    masked=[False, True],
 )
-@pytest.mark.parametrize("masked", [False, True])
 def test_token_ids_of_any_integer_dtype(backend, dtype, masked):
     batch = make_batch(31, dtype=torch.float32, masked=masked)
     a, grads_a = run(batch, backend=backend)
@@ -625,9 +626,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(str(x)[6:] for x in d))
-@pytest.mark.parametrize("kinds", [("linear",) * 3, ("logits",) * 3])
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=OBJECTIVE_IDS[:2])
+@pairwise(dtypes=MIXED, kinds=[("linear",) * 3, ("logits",) * 3], objective=OBJECTIVES[:2])
 def test_models_of_different_dtypes_mix(dtypes, kinds, objective):
     batch = make_batch(33, kinds=kinds)
     cast = [
@@ -735,9 +734,9 @@ def test_score_cancelled_scores_forward_only(backend_dtype, cancelled, lam, kind
     assert torch.equal(without.advantages, scored.advantages)
 
 
-@pytest.mark.parametrize(("cancelled", "lam"), [("ref", 1.0), ("teacher", 0.0)])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
-def test_a_cancelled_model_may_be_missing(backend_dtype, objective, cancelled, lam):
+@product_on_float64(objective=OBJECTIVES, cancelled_at=[("ref", 1.0), ("teacher", 0.0)])
+def test_a_cancelled_model_may_be_missing(backend_dtype, objective, cancelled_at):
+    cancelled, lam = cancelled_at
     batch = make_batch(40, dtype=backend_dtype.dtype)
     a, grads_a = run(batch, reward_scale=lam, backend=backend_dtype.backend, **objective)
     b, grads_b = run(batch.replaced(**{cancelled: None}), reward_scale=lam, backend=backend_dtype.backend, **objective)

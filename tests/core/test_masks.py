@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fused_gopd as fg
 from builders import expect, generator, in_parts, make_batch, relative_error
+from combinations import pairwise
 from fused_gopd.objective.divergences import divergence_value, make
 from fused_gopd.objective.statistics import entropy
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, select_backend
@@ -203,8 +204,7 @@ def test_losses_of_models_with_masks_are_as_good_as_the_naive_path(backend: str,
         assert entropy.isfinite().all()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("fill", FILLS)
+@pairwise(backend=["torch", "native"], divergence=DIVERGENCES, fill=FILLS)
 def test_equal_models_with_masks_have_loss_and_gradient_0(backend: str, divergence: str, fill: float) -> None:
     logits = masked_logits(0, 6, 40)[0]
     logits[:, [2, 3, 19]] = fill

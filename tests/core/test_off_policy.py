@@ -24,6 +24,7 @@ from builders import (
     trainable,
     widened,
 )
+from combinations import product_on_float64
 from fused_gopd.objective.policy import Surrogate, advantages_of, policy_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,8 +60,7 @@ def scores(batch, policy: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return given | ({"rollout_logprobs": stale(batch, 0.7, dtype, seed=1)} if "rollout_is_cap" in policy else {})
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
-@pytest.mark.parametrize("kind", ["linear", "logits"])
+@product_on_float64(policy=POLICIES, kind=["linear", "logits"])
 def test_every_correction_is_its_formula(backend_dtype, kind, policy):
     batch = make_batch(41, shape=(4, 6), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
     assert_same_as_oracle(

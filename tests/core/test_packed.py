@@ -20,6 +20,7 @@ from builders import (
     make_batch,
     run,
 )
+from combinations import product_on_float64
 from fused_gopd.tokens import Sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +29,7 @@ REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", 
 BOUNDS = torch.tensor([0, 3, 3, 10, 12], dtype=torch.int32)  # one of the four sequences is empty
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS[:-1])
-@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["sampled", "full"])
+@product_on_float64(objective=OBJECTIVES[:2], reduction=REDUCTIONS[:-1])
 def test_every_reduction_is_its_formula(backend_dtype, objective, reduction):
     batch = make_batch(51, shape=(12,), dtype=backend_dtype.dtype)
     batch.mask[10:] = False  # a sequence without a live token

@@ -27,6 +27,7 @@ from builders import (
     run,
     trainable,
 )
+from combinations import pairwise
 from fused_gopd import prepare
 from test_cost import Memory
 
@@ -159,9 +160,12 @@ def test_float32_hidden_states_beside_a_low_precision_weight_say_how_to_round_th
 # ------------------------------------------------------------------------------------------- activation checkpointing
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("reduction", ["token-mean", "none"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES[:2], {"advantage_fn": True}], ids=["sampled", "full", "hook"])
+@pairwise(
+    backend=["torch", "native"],
+    objective=[*OBJECTIVES[:2], {"advantage_fn": True}],
+    reduction=["token-mean", "none"],
+    use_reentrant=[False, True],
+)
 def test_checkpointing_body_and_loss_changes_no_bit(backend, objective, reduction, use_reentrant):
     batch = make_batch(6, dtype=F32)
     body = torch.randn(12, 12, generator=generator(6)).requires_grad_()
@@ -420,9 +424,9 @@ def on_meta(value):
 OFF_POLICY = {"old_logprobs": -torch.rand(2, 5, generator=generator(0)), "clip": (0.2, 0.28), "logprob_min": -9.0}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES, OFF_POLICY], ids=[*IDS, "off-policy"])
+@pairwise(
+    objective=[*OBJECTIVES, OFF_POLICY], reduction=["token-mean", "seq-mean-token-mean", "none"], masked=[False, True]
+)
 def test_no_value_is_read_back_and_no_shape_depends_on_one(objective, reduction, masked):
     """The meta device has shapes alone: what waits for a value raises there, as it does while a graph is captured."""
     batch = make_batch(18, dtype=BF16, transforms=[{"bias": True}, {"softcap": 8.0}, {}], masked=masked)
@@ -447,9 +451,12 @@ def capturing(monkeypatch):
     monkeypatch.setattr(prepare, "_must_not_wait", lambda device: True)
 
 
-@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "none"])
-@pytest.mark.parametrize("kind", ["linear", "logits"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES, OFF_POLICY], ids=[*IDS, "off-policy"])
+@pairwise(
+    backend=["torch", "native"],
+    objective=[*OBJECTIVES, OFF_POLICY],
+    kind=["linear", "logits"],
+    reduction=["token-mean", "seq-mean-token-mean", "none"],
+)
 def test_masked_rows_are_emptied_where_they_cannot_be_dropped(backend, objective, kind, reduction, monkeypatch):
     """Same outputs and gradients to rounding, whatever stands in the masked rows."""
     batch = make_batch(19, kinds=(kind, "linear", "logits"), dtype=F32)
@@ -662,8 +669,7 @@ def test_a_weight_of_any_strides_has_its_own_gradient(backend, layout, dtype):
     assert_close(view(got[1]), dweight, tolerance)
 
 
-@pytest.mark.parametrize("trained", list(itertools.product([False, True], repeat=3)), ids=str)
-@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+@pairwise(trained=list(itertools.product([False, True], repeat=3)), reduction=["token-mean", "none"])
 def test_any_of_hidden_weight_and_bias_may_require_a_gradient(trained, reduction):
     batch = make_batch(26, transforms=[{"bias": True}, {}, {}])
     leaves = [x.requires_grad_(t) for x, t in zip(batch.student.tensors.values(), trained, strict=True)]

@@ -22,6 +22,7 @@ from builders import (
     run,
     widened,
 )
+from combinations import pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,9 +79,7 @@ def test_a_ratio_and_clipping_are_their_formula():
     assert_same_as_oracle(batch, reward_scale=1.25, old_logprobs=old, clip=(0.2, 0.28))
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("model", ["student", "teacher", "ref"])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@pairwise(objective=OBJECTIVES, model=["student", "teacher", "ref"], poison=[math.nan, math.inf])
 def test_a_diverged_model_is_not_hidden(objective, model, poison):
     batch = make_batch(5, shape=(4,), kinds=("logits",) * 3, masked=False)
     with torch.no_grad():

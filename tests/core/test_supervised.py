@@ -21,6 +21,7 @@ from builders import (
     run,
     widened,
 )
+from combinations import pairwise, product_on_float64
 from test_cost import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,8 +39,7 @@ def labels_for(batch, vocab: int = 37, seed: int = 0) -> torch.Tensor:
     return torch.where(kind == 0, -100, torch.where(kind == 1, batch.token_ids, ids))
 
 
-@every_objective
-@pytest.mark.parametrize("kind", ["linear", "logits"])
+@product_on_float64(objective=[*OBJECTIVES, BASELINE], kind=["linear", "logits"])
 def test_it_adds_the_cross_entropy(backend_dtype, kind, objective):
     batch = make_batch(95, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
     options = {"reward_scale": 1.25, "sft_labels": labels_for(batch), "sft_weight": 0.3, **objective}
@@ -144,8 +144,7 @@ def test_it_costs_no_gemm(backend, objective):
     assert gemm_flops(call) == 5 * GEMM
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_objective
+@pairwise(backend=["torch", "native"], objective=[*OBJECTIVES, BASELINE], dtype=[torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_the_naive_path(backend, dtype, objective):
     errors = []
     for function in (fg.gopd_loss, fg.reference.gopd_loss):

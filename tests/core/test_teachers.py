@@ -21,6 +21,7 @@ from builders import (
     run,
     widened,
 )
+from combinations import product_on_float64
 from test_cost import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,8 +72,7 @@ def assert_routed(batch, teachers, refs, route, backend_dtype: BackendDtype, **o
     assert_all_close(grads, want_grads, tol)
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+@product_on_float64(objective=OBJECTIVES, lam=[0.0, 0.5, 1.0, 1.25])
 def test_each_token_has_its_own_teacher(backend_dtype, objective, lam):
     batch = make_batch(31, shape=SHAPE, dtype=backend_dtype.dtype)
     teachers = heads(500, SHAPE, backend_dtype.dtype)

@@ -23,6 +23,7 @@ from builders import (
     run,
     widened,
 )
+from combinations import product_on_float64
 from fused_gopd.loop.estimators.topk import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.support import _Answer, _matched
@@ -61,10 +62,9 @@ def per_token(shape, dtype) -> torch.Tensor:
     return torch.linspace(0, 2, math.prod(shape), dtype=dtype).reshape(shape)
 
 
-@every_divergence
-@every_tail
-@pytest.mark.parametrize("lam", [0.0, 1.0, 1.25, "tensor"])
-@pytest.mark.parametrize("source", ["heads", "student", "teacher", "both"])
+@product_on_float64(
+    source=["heads", "student", "teacher", "both"], lam=[0.0, 1.0, 1.25, "tensor"], tail=TAILS, divergence=DIVERGENCES
+)
 def test_it_is_its_formula(backend_dtype, source, lam, tail, divergence):
     """Teacher and reference as heads (the tokens of one or of the student), or one or both as a server's answers."""
     batch = make_batch(61, shape=SHAPE, kinds=("linear", "logits", "linear"), dtype=backend_dtype.dtype)
@@ -130,9 +130,7 @@ def test_any_configuration_and_any_chunk(seed, n, vocab, data, divergence, tail,
     )
 
 
-@every_divergence
-@every_tail
-@pytest.mark.parametrize("support", ["teacher", "student"])
+@product_on_float64(support=["teacher", "student"], tail=TAILS, divergence=DIVERGENCES)
 def test_all_tokens_are_the_full_estimator(backend_dtype, support, tail, divergence):
     batch = make_batch(63, shape=SHAPE, dtype=backend_dtype.dtype)
     options = {"reward_scale": 1.25, "backend": backend_dtype.backend, **divergence}
@@ -144,10 +142,7 @@ def test_all_tokens_are_the_full_estimator(backend_dtype, support, tail, diverge
     assert_all_close(grads, want_grads, tolerance)
 
 
-@every_divergence
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1.25])
-@pytest.mark.parametrize("k", [1, 5, 37])
+@product_on_float64(k=[1, 5, 37], lam=[0.0, 0.5, 1.0, 1.25], tail=["bucket", "renormalize"], divergence=DIVERGENCES)
 def test_equal_models_give_exactly_nothing(backend_dtype, k, lam, tail, divergence):
     batch = make_batch(64, shape=SHAPE, dtype=backend_dtype.dtype)
     same = fg.LinearHead(batch.student.hidden.detach(), batch.student.weight.detach())
@@ -199,9 +194,7 @@ def test_fewer_tokens_than_k(backend_dtype):
         assert not grad[2].any()
 
 
-@every_tail
-@every_divergence
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@product_on_float64(reduction=["sum", "none"], divergence=DIVERGENCES, tail=TAILS)
 def test_a_student_that_is_all_but_certain_has_a_finite_gradient(reduction, divergence, tail, backend_dtype):
     """Probabilities next to the smallest that float32 has: at log p of -88 to -104 it loses them bit by bit."""
     gaps = torch.arange(80.0, 112.0)
@@ -250,9 +243,7 @@ def test_a_token_that_a_model_rules_out_leaves_the_support(backend_dtype):
                 assert_close(6 * grad[row : row + 1], slope, 10 * backend_dtype.tolerance, f"{tail} row {row}")
 
 
-@every_tail
-@every_divergence
-@pytest.mark.parametrize("ruled_out_by", ["teacher", "ref"])
+@product_on_float64(ruled_out_by=["teacher", "ref"], divergence=DIVERGENCES, tail=TAILS)
 def test_a_position_without_an_outcome_has_no_gradient(ruled_out_by, divergence, tail, backend_dtype):
     """A frozen model that rules everything out leaves neither tokens nor a bucket."""
     batch = make_batch(87, shape=(3,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
