@@ -7,7 +7,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # Two test processes of one thread each: the tests are many and small.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce test test-faults test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce test test-core test-faults test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,11 @@ reproduce: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 	$(BIN)/fused-gopd doctor
+
+# The fast lane: mathematics, options, errors; PyTorch and native row operations in this process.
+test-core: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ranks and not interpreter" \
+		--ignore tests/core/test_compile.py tests/core tests/rowops/test_rowops.py tests/rowops/test_native.py
 
 # Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
 test-faults: $(VENV)/.test

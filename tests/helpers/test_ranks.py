@@ -29,6 +29,7 @@ def _second_waits() -> None:
     time.sleep(60)
 
 
+@pytest.mark.ranks
 def test_every_rank_returns_its_own():
     results = run_on_ranks("test_ranks:_sum_of_ranks", 2, torch.tensor([1.0, 2.0]))
     assert [rank for rank, _ in results] == [0, 1]
@@ -36,11 +37,13 @@ def test_every_rank_returns_its_own():
         assert total.tolist() == [3.0, 6.0]
 
 
+@pytest.mark.ranks
 def test_the_rank_that_fails_is_told():
     with pytest.raises(RankError, match=r"rank 0:\n(.*\n)*ValueError: this rank has failed"):
         run_on_ranks("test_ranks:_first_raises", 2)
 
 
+@pytest.mark.ranks
 def test_a_rank_that_hangs_tells_where():
     with pytest.raises(RankError, match=r"rank [01]:\nTimeout.*\n(.*\n)*.*in _second_waits"):
         run_on_ranks("test_ranks:_second_waits", 2, timeout=8)

@@ -1033,6 +1033,7 @@ def _all_sharded() -> None:
         _sharded(case)
 
 
+@pytest.mark.ranks
 def test_models_that_are_wrapped_train_as_one_process_does():
     run_on_ranks("test_transformers:_all_sharded", 2)
 

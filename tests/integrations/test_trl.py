@@ -290,6 +290,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.ranks
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, ranks: list[dict[str, Any]], lora: bool) -> None:
     (first, log), (second, _) = (rank["runs"][lora] for rank in ranks)
     one, one_log = _run(tmp_path, 4, lora)
@@ -299,6 +300,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, ranks: list[
         assert log[name] == pytest.approx(one_log[name], rel=1e-4), name
 
 
+@pytest.mark.ranks
 def test_sharded_models_have_the_gradients_of_whole_ones(tmp_path: Path, ranks: list[dict[str, Any]]) -> None:
     whole = _gradients(tmp_path, [0, 2, 1, 4], lambda x: x)
     for rank in ranks:
@@ -331,6 +333,7 @@ def _zero_3(folder: str) -> dict[str, Tensor]:
     return {name: safe_get_full_grad(x) for name, x in run.model.named_parameters()}
 
 
+@pytest.mark.ranks
 def test_zero_3_has_the_gradients_of_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -589,6 +589,7 @@ def steps_of_two_ranks(tmp_path_factory) -> list[dict[str, list[tuple[float, flo
 
 
 @pytest.mark.parametrize("name", list(WORKERS))
+@pytest.mark.ranks
 def test_a_step_of_verls_actor_worker_on_two_ranks_has_the_dense_gradient(steps_of_two_ranks, name):
     for rank in steps_of_two_ranks:
         got, dense = rank[name]

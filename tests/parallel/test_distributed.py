@@ -197,12 +197,14 @@ def _wrapped(parts: list[list[Step]], cases: list[tuple[str, bool, str, bool]]) 
 TIED = [(name, tied) for name in WRAPS for tied in (False, True) if not (tied and name.endswith("head on its own"))]
 
 
+@pytest.mark.ranks
 def test_micro_batches_on_wrapped_models_are_one_batch():
     cases = [(*case, "token-mean", skip) for case in TIED for skip in (False, True)]
     cases += [(name, False, reduction, True) for name in ("ddp", "fsdp, head on its own") for reduction in MEANS[1:]]
     run_on_ranks("test_distributed:_wrapped", 2, PARTS, cases)
 
 
+@pytest.mark.ranks
 def test_a_rank_without_a_token_neither_hangs_nor_changes_anything():
     run_on_ranks("test_distributed:_wrapped", 2, NOTHING, [(*case, "token-mean", False) for case in TIED])
 
@@ -355,6 +357,7 @@ def _sharded_heads() -> None:
     _gathered()
 
 
+@pytest.mark.ranks
 def test_sharded_heads():
     run_on_ranks("test_distributed:_sharded_heads", 2)
 
@@ -393,6 +396,7 @@ def _zero_3() -> None:
         engine.destroy()
 
 
+@pytest.mark.ranks
 def test_zero_3(monkeypatch):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -510,6 +514,7 @@ def _context() -> None:
         assert_close(got / 4, expected, 1e-12, "sequence ratio: gradient")
 
 
+@pytest.mark.ranks
 def test_parts_of_sequences_are_the_sequences():
     run_on_ranks("test_distributed:_context", 4)
 
@@ -740,6 +745,7 @@ def _training() -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.ranks
 def test_training_runs_follow_the_curve_of_one_process():
     pytest.importorskip("transformers")
     (found, other) = run_on_ranks("test_distributed:_training", 2, timeout=120)

@@ -218,6 +218,7 @@ def _check_case(name: str, dtype: torch.dtype, backend: str = "auto") -> float:
 
 
 @pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.ranks
 def test_every_estimator_is_as_accurate_as_in_one_process(n):
     run_on_ranks("test_shards:_all_cases", n, timeout=180)
 
@@ -235,6 +236,7 @@ def _all_cases() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.ranks
 def test_vocabulary_parallel_calls(n):
     run_on_ranks("test_shards:_calls", n, timeout=120)
 
@@ -815,6 +817,7 @@ def _as_documented() -> None:
     assert_close(names["student_rows"].grad, want["gradient of weight"][slice(*bounds)], 1e-12)
 
 
+@pytest.mark.ranks
 def test_a_rank_that_dies_ends_the_others():
     with pytest.raises(RankError) as error:
         run_on_ranks("test_shards:_one_dies", 2, timeout=20)

@@ -58,6 +58,7 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("part", ["jsd or linear", "not (jsd or linear)"])
+@pytest.mark.interpreter
 def test_interpreted_suite_passes(part: str) -> None:
     """This file, interpreted, in its own process; in two parts that may run side by side."""
     if INTERPRETED:
