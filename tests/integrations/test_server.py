@@ -698,8 +698,8 @@ def spoiled(answer: Any) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_a_spoiled_answer_is_refused_or_makes_no_difference(any_server: Server, top_k: int | None) -> None:
     with any_server.teacher(top_k=top_k) as teacher:
-        ask = teacher._ask([[4, 1, 2], [3, 5]], [1, 1])
-        right = json.loads(json.dumps(ANSWERS[any_server.api](any_server.model, teacher._request(ask).body)))
+        ask = teacher._scoring_request([[4, 1, 2], [3, 5]], [1, 1])
+        right = json.loads(json.dumps(ANSWERS[any_server.api](any_server.model, teacher._http_request(ask).body)))
         expected = teacher._scored(right, ask)
         refused = 0
         for what, answer in spoiled(right):

@@ -388,7 +388,7 @@ def test_routed_losses_are_those_of_each_teacher_on_its_prompts(tmp_path: Path) 
     data = prompts(domain=["a", "b"] * 4)
     run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, reward_scale=1.25, ref_model=model(2))
     batch = run._prepare_inputs([data[i] for i in range(4)])
-    batch = Batch.of(batch)
+    batch = Batch.from_trl(batch)
     out = run._loss(run.model, batch)
     for i, teacher in enumerate(teachers.values()):
         alone = trainer(tmp_path, teacher=teacher, reward_scale=1.25, ref_model=model(2))
@@ -444,7 +444,7 @@ def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
     data = prompts(domain=["a", "b"] * 4)
     teachers = {"a": model(1), "b": scorer}
     run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, estimator="sampled")
-    batch = Batch.of(run._prepare_inputs([data[i] for i in range(4)]))
+    batch = Batch.from_trl(run._prepare_inputs([data[i] for i in range(4)]))
     out = run._loss(run.model, batch)
     assert (out.teacher_logprobs[(batch.teacher_index == 1)[:, None] & (batch.mask != 0)] == -2).all()
 
@@ -668,7 +668,7 @@ def test_a_padded_prompt_is_sampled_and_scored_at_the_positions_of_an_unpadded_o
 ) -> None:
     run = trainer(tmp_path, student=learned(0), teacher=learned(1), ref_model=learned(2), reward_scale=1.25,
                   estimator=estimator, num_iterations=2, generation_kwargs={"do_sample": False})  # fmt: skip
-    batch = Batch.of(run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:3]]))
+    batch = Batch.from_trl(run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:3]]))
     out = run._loss(run.model, batch)
     models = (run.model, run._teachers[0], run._reference)
     scores = (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs)
@@ -788,7 +788,7 @@ def test_grpo_scores_as_it_samples(tmp_path: Path) -> None:
     assert logs[0]["gopd/advantage_std"] == pytest.approx(0, abs=1e-5)
     assert [log["clip_ratio/region_mean"] for log in logs] == [0, 0]
     output = run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:2] for _ in range(2)])
-    batch = Batch.of(output)
+    batch = Batch.from_trl(output)
     with torch.no_grad():
         ours = run._loss(run.model, batch).student_logprobs
     live = batch.mask.bool()

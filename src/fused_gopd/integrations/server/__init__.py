@@ -1,4 +1,4 @@
-"""A teacher on another machine: vLLM, SGLang or any server that speaks OpenAI's completions protocol.
+"""A teacher on another machine: vLLM, SGLang or any server with OpenAI's completions protocol.
 
 :class:`ServerTeacher` sends token ids and gets log-probs back, as :class:`fused_gopd.TokenLogProbs` for
 ``estimator="sampled"`` or as :class:`fused_gopd.TopKLogProbs` for ``estimator="topk"``. ``formats`` reads the servers'
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...checks import one_of, require_count, require_integer, require_mask, require_number
 from ...heads import TokenLogProbs, TopKLogProbs
-from .formats import FORMATS, Ask, Position, ScoredSequence, UnexpectedAnswer, scored
+from .formats import FORMATS, Position, ScoredSequence, ScoringRequest, UnexpectedAnswer, scored
 from .http import Connection, Request, TeacherServerError
 
 Api = Literal["vllm", "sglang", "openai"]
@@ -30,50 +30,50 @@ _PROBE_IDS = [1, 2, 3]
 
 
 def _same_text(theirs: str, ours: str) -> bool:
-    """Whether two texts of one token may be the same: marks of a leading space and halves of characters aside."""
+    """Whether two texts may be the same token's, ignoring marks of a leading space and incomplete characters."""
     plain = theirs.replace("▁", " ").replace("Ġ", " ").strip()
     return "\ufffd" in theirs or "\ufffd" in ours or plain == ours.strip()
 
 
 class ServerTeacher:
-    """Scores sequences with a model that an inference server has: a teacher (or reference) that fits no GPU here.
+    """Scores sequences with a model on an inference server: a teacher (or reference) that fits no GPU here.
 
-    It is asked when it is made: whether it serves the model, whether it returns log-probs of given tokens and as many
-    of the likeliest ones as wanted, and with a ``tokenizer`` whether its tokens are the student's. What can be wrong is
-    known before the training starts.
+    The constructor sends requests that check whether the server has the model, whether it returns log-probs of given
+    tokens and of enough likeliest ones, and with a ``tokenizer`` whether its tokens are the student's. So errors are
+    found before the training starts.
 
     The log-probs are those of temperature 1. A student that is trained at another temperature needs a local teacher.
 
     Args:
-        base_url: of the server, such as ``http://10.0.0.7:8000``; a trailing ``/v1`` is taken off. A user name and
-            password in it are sent as basic authorisation, and shown nowhere: the attribute ``base_url`` lacks them.
+        base_url: of the server, such as ``http://10.0.0.7:8000``; a trailing ``/v1`` is removed. A user name and
+            password in it are sent as basic authorisation, and are neither shown nor in the attribute ``base_url``.
         model: the name under which it serves the model (``/v1/models`` lists them).
-        api: ``"vllm"``, ``"sglang"``, or ``"openai"`` for others whose completions know ``echo`` with ``logprobs``.
+        api: ``"vllm"``, ``"sglang"``, or ``"openai"`` for others that support ``echo`` with ``logprobs``.
         top_k: the number of likeliest tokens of each position, for ``estimator="topk"``; None for ``"sampled"``.
-        timeout: seconds without a byte from the server after which a request is given up. Such a server sends its
-            whole answer at the end, so that this is what scoring ``batch_size`` sequences may take.
+        timeout: seconds without a byte from the server after which a request fails. These servers send their whole
+            answer at the end, so it must be longer than scoring ``batch_size`` sequences takes.
         retries: how often a request is repeated after a connection error, a timeout, or status 408, 425, 429 or 5xx.
-            The waits double, with jitter; a ``Retry-After`` of the server is kept to.
+            The waits double, with jitter; a ``Retry-After`` header of the server takes precedence.
         patience: seconds after its first failure for which a request is repeated beyond ``retries``, so that a server
-            may restart. Not when the teacher is made: a server that never answered has a wrong address.
+            may restart. Not in the constructor: the address of a server that never answered is probably wrong.
         backoff: seconds of the first of these waits.
-        max_concurrency: requests under way at once, of this process.
+        max_concurrency: simultaneous requests of this process.
         batch_size: sequences in one request.
-        api_key: sent as ``Authorization: Bearer``, without whitespace around it. It is in no message.
-        headers: more headers, whose values are in no message either.
-        proxy: the address of a proxy for all requests, or False for none. By default that of the environment
+        api_key: sent as ``Authorization: Bearer``, without surrounding whitespace. No message contains it.
+        headers: more headers, whose values no message contains either.
+        proxy: the address of a proxy for all requests, or False for none. By default the environment's
             (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``), but none for a server on this machine or in
             a private network.
-        tokenizer: the student's, to compare; anything with ``encode(text, add_special_tokens=False)`` and ``decode``.
-        extra_body: fields to add to each request, or to leave out of it where the value is None.
+        tokenizer: the student's, to compare; any object with ``encode(text, add_special_tokens=False)`` and ``decode``.
+        extra_body: fields to add to each request; a field whose value is None is removed.
         vocab_size: of the student; a likeliest token beyond it is an error here, and otherwise in the loss.
 
     Raises:
-        ValueError, TypeError: an argument that is wrong by itself.
-        TeacherServerError: naming the server, what was asked, what came, and what to do.
+        ValueError, TypeError: an invalid argument.
+        TeacherServerError: naming the server, the request, the answer, and what to do.
     """
 
-    temperature = 1.0  # of the log-probs, for callers whose student has another
+    temperature = 1.0  # of the log-probs; callers compare it with the student's
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class ServerTeacher:
         self._connection.patience = patience
 
     def close(self) -> None:
-        """A closed teacher scores nothing."""
+        """Refuse further requests."""
         self._connection.close()
 
     def __enter__(self) -> ServerTeacher:
@@ -142,13 +142,13 @@ class ServerTeacher:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
     ) -> TokenLogProbs | TopKLogProbs:
-        """What the loss takes for the last K tokens of each sequence.
+        """Score the last K tokens of each sequence.
 
         Args:
             input_ids: (B, T) integer, prompts and completions, padded on any side.
             attention_mask: (B, T), 0 at padding.
-            completion_mask: (B, K), K <= T: which of the last K tokens are wanted. The others cost no request, and
-                have log-prob 0 (and id -1).
+            completion_mask: (B, K), K <= T: which of the last K tokens to score. The others have log-prob 0 (and id
+                -1), and sequences without one to score are not sent.
 
         Returns:
             TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k); float32, on input_ids' device.
@@ -156,7 +156,7 @@ class ServerTeacher:
         _require_masks(input_ids, attention_mask, completion_mask)
         mask, attended = completion_mask.bool().cpu(), attention_mask.bool().cpu()
         ids = input_ids.cpu()
-        # where each of the last K tokens is in its sequence without padding
+        # (B, K) position of each of the last K tokens in its sequence without padding
         place = (attended.cumsum(1) - 1)[:, ids.shape[1] - mask.shape[1] :]
         rows = mask.any(1).nonzero().flatten().tolist()
         wanted = [place[row][mask[row]].tolist() for row in rows]
@@ -166,7 +166,7 @@ class ServerTeacher:
                     f"completion_mask wants the first token of sequence {row}, for which a server has no log-prob: "
                     "begin the sequence with a prompt, or a beginning-of-sequence token"
                 )
-        # what comes after the last token that is wanted has no part in its log-prob
+        # tokens after the last one to score are not sent: they do not affect its log-prob
         sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
         answers = self.score(sequences, [w[0] for w in wanted])
         found = [(one, n - w[0]) for one, w in zip(answers, wanted, strict=True) for n in w]
@@ -182,12 +182,12 @@ class ServerTeacher:
         return TopKLogProbs(top_ids.to(input_ids.device), top.to(input_ids.device))
 
     def score(self, sequences: Sequence[Sequence[int]], start: Sequence[int]) -> list[ScoredSequence]:
-        """Log-probs of given tokens, in the order of the sequences.
+        """Log-probs of the tokens of each sequence from a position on.
 
         Args:
             sequences: token ids, without padding.
-            start: of each sequence, the position of the first token whose log-prob is wanted, at least 1: the first
-                token of all has none.
+            start: for each sequence the position of the first token to score; at least 1, since the first token has
+                no log-prob.
         """
         if len(sequences) != len(start):
             raise ValueError(f"start must have one entry per sequence, got {len(start)} for {len(sequences)}")
@@ -205,44 +205,46 @@ class ServerTeacher:
                     f"max_model_len={self.max_model_len} with the one that it generates: start the server with a "
                     "longer context, or make prompts and completions shorter"
                 )
-        asks = [
-            self._ask(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
+        requests = [
+            self._scoring_request(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
             for i in range(0, len(token_ids), self.batch_size)
         ]
 
         answers = self._connection.request_all(
-            [self._request(ask) for ask in asks], lambda which, answer: self._scored(answer, asks[which])
+            [self._http_request(request) for request in requests],
+            lambda which, answer: self._scored(answer, requests[which]),
         )
         return [one for answer in answers for one in answer]
 
-    def _ask(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> Ask:
-        return Ask(self.model, sequences, start, self.top_k or 0, texts)
+    def _scoring_request(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> ScoringRequest:
+        return ScoringRequest(self.model, sequences, start, self.top_k or 0, texts)
 
-    def _request(self, ask: Ask) -> Request:
-        body = {**self._format.body(ask), **self.extra_body}
+    def _http_request(self, request: ScoringRequest) -> Request:
+        body = {**self._format.body(request), **self.extra_body}
         return Request("POST", self._format.path, {name: value for name, value in body.items() if value is not None})
 
-    def _scored(self, answer: Any, ask: Ask) -> list[ScoredSequence]:
-        positions = self._positions(answer, ask)
+    def _scored(self, answer: Any, request: ScoringRequest) -> list[ScoredSequence]:
+        positions = self._positions(answer, request)
         try:
-            return [scored(ask, which, found, self.vocab_size) for which, found in enumerate(positions)]
+            return [scored(request, which, found, self.vocab_size) for which, found in enumerate(positions)]
         except UnexpectedAnswer as error:
-            raise self._unexpected(ask, str(error)) from None
+            raise self._unexpected(request, str(error)) from None
 
-    def _positions(self, answer: Any, ask: Ask) -> list[list[Position]]:
+    def _positions(self, answer: Any, request: ScoringRequest) -> list[list[Position]]:
         try:
-            return list(self._format.positions(answer, ask))
+            return list(self._format.positions(answer, request))
         except UnexpectedAnswer as error:
-            raise self._unexpected(ask, str(error)) from None
+            raise self._unexpected(request, str(error)) from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise self._unexpected(
-                ask, f"its form is not that of api={self.api!r} ({type(error).__name__}: {error}): {_dumped(answer)}"
+                request,
+                f"its form is not that of api={self.api!r} ({type(error).__name__}: {error}): {_dumped(answer)}",
             ) from None
 
-    def _unexpected(self, ask: Ask, found: str) -> TeacherServerError:
-        asked = f"asked for the log-probs of {len(ask.sequences)} sequences"
-        if ask.top_k:
-            asked += f" and the {ask.top_k} likeliest tokens of each position"
+    def _unexpected(self, request: ScoringRequest, found: str) -> TeacherServerError:
+        asked = f"asked for the log-probs of {len(request.sequences)} sequences"
+        if request.top_k:
+            asked += f" and the {request.top_k} likeliest tokens of each position"
         advice = f"; for a larger top_k {self._format.more_top}" if "must list" in found else ""
         return TeacherServerError(
             f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; {asked}, got: "
@@ -250,7 +252,7 @@ class ServerTeacher:
         )
 
     def _advice(self, status: int) -> str:
-        """What to do about a request that is refused."""
+        """Advice for a refused request, by its status."""
         if status in (404, 405):
             return f": base_url must be the server's root, and api={self.api!r} what it is"
         if status not in (401, 403, 407) and self.top_k is not None:
@@ -281,13 +283,15 @@ class ServerTeacher:
         self.max_model_len = length if type(length) is int and length > 0 else None
 
     def _probe(self, tokenizer: Any) -> None:
-        """Score a few tokens, as the training will; and compare the texts of tokens with the student's."""
+        """Score a few tokens as in training, and compare the server's texts of tokens with the student's."""
         self.score([_PROBE_IDS], [1])
         if tokenizer is None:
             return
         ids = list(tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
-        ask = self._ask([ids], [1], texts=True)
-        ((positions,),) = self._connection.request_all([self._request(ask)], lambda _, a: self._positions(a, ask))
+        request = self._scoring_request([ids], [1], texts=True)
+        ((positions,),) = self._connection.request_all(
+            [self._http_request(request)], lambda _, a: self._positions(a, request)
+        )
         texts = [(i, p.text, tokenizer.decode([i])) for i, p in zip(ids[1:], positions, strict=True)]
         for token_id, theirs, ours in texts:
             if theirs is not None and not _same_text(theirs, ours):
@@ -305,7 +309,7 @@ class ServerTeacher:
 
 
 def _index(name: str, value: Any) -> int:
-    """A token id or position, NumPy's integers included."""
+    """A token id or position as an int, also from NumPy's integers."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -316,7 +320,7 @@ def _index(name: str, value: Any) -> int:
 
 
 def _dumped(answer: Any) -> str:
-    """An answer as JSON; whole, since a secret that is cut would not be found in it."""
+    """An answer as JSON. Not shortened, since a part of a secret could not be found and masked."""
     try:
         return json.dumps(answer)
     except RecursionError:

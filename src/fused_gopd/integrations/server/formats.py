@@ -1,7 +1,7 @@
-"""How each kind of server is asked for log-probs, and its answers: read strictly, since nothing is filled in.
+"""Requests for log-probs in the format of each kind of server, and strict parsers of the answers.
 
-A field that is missing, of another type (JSON's true and false are no numbers), out of range or there twice is an
-:class:`UnexpectedAnswer`. The formats are those of the servers' sources: vLLM's ``prompt_logprobs``
+A field that is missing, of another type (JSON's true and false are not numbers), out of range or repeated is an
+:class:`UnexpectedAnswer`. The formats are those in the servers' sources: vLLM's ``prompt_logprobs``
 (``entrypoints/openai/completion``), SGLang's ``/generate`` with ``logprob_start_len`` (``srt/managers/io_struct.py``),
 and ``echo`` with ``logprobs``.
 """
@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# What vLLM sends for a log-prob of -inf, which JSON does not have.
+# vLLM sends this for a log-prob of -inf, which JSON cannot represent.
 _MINUS_INFINITY = -9999.0
-# A float32 log-softmax of logits below 100 is rounded at 1e-5; what is further above 0 is no log-prob.
+# Rounding of a float32 log-softmax of logits below 100 is about 1e-5: a number further above 0 is no log-prob.
 _ABOVE_ZERO = 1e-4
-# The sum of the probabilities of distinct tokens, as gopd_loss allows it: log-probs may be rounded to bfloat16.
+# Bound on the sum of the probabilities of distinct tokens, as in gopd_loss: log-probs may be rounded to bfloat16.
 _MOST_MASS = 1.1
 _MOST_ID = 2**31 - 1
 
 
 class UnexpectedAnswer(ValueError):
-    """An answer that does not have the form that was asked for."""
+    """An answer that does not have the requested form."""
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """What a server says about the tokens of one sequence from ``start`` on.
+    """A server's scores of the tokens of one sequence from ``start`` on.
 
     Attributes:
-        logprobs: of each of these tokens; -inf where the server rules it out.
-        top_ids, top_logprobs: the ``top_k`` likeliest tokens at each of these positions, the likeliest first; empty
-            lists without ``top_k``.
+        logprobs: of each token; -inf for probability 0.
+        top_ids, top_logprobs: the ``top_k`` likeliest tokens at each position, the likeliest first; empty lists without
+            ``top_k``.
     """
 
     logprobs: list[float]
@@ -41,18 +41,18 @@ class ScoredSequence:
     top_logprobs: list[list[float]]
 
 
-class Ask(NamedTuple):
-    """What one request asks for."""
+class ScoringRequest(NamedTuple):
+    """Sequences to score in one request."""
 
     model: str
     sequences: list[list[int]]
-    start: list[int]  # the first position of each sequence whose log-prob is wanted; at least 1
-    top_k: int  # 0: the tokens' own log-probs alone
-    texts: bool  # also the tokens' texts, to compare tokenizers
+    start: list[int]  # the first position to score in each sequence; at least 1
+    top_k: int  # likeliest tokens per position; 0 for none
+    texts: bool  # whether to return the tokens' texts, to compare tokenizers
 
 
 class Position(NamedTuple):
-    """One scored token: its id is what was asked for, its log-probs are not checked yet."""
+    """One scored token, whose id was compared with the request and whose log-probs are not checked yet."""
 
     logprob: Any
     top: Mapping[int, Any]
@@ -62,14 +62,14 @@ class Position(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ types and ids
 
 
-def _require_list(name: str, listed: Any, *lengths: int) -> list[Any]:
-    if listed is None:
+def _require_list(name: str, value: Any, *lengths: int) -> list[Any]:
+    if value is None:
         raise UnexpectedAnswer(f"{name} is null: the server does not return log-probs of the prompt")
-    if not isinstance(listed, list):
-        raise UnexpectedAnswer(f"{name} must be a list, got {listed!r}")
-    if lengths and len(listed) not in lengths:
-        raise UnexpectedAnswer(f"{name} must have {lengths[0]} entries, got {len(listed)}")
-    return listed
+    if not isinstance(value, list):
+        raise UnexpectedAnswer(f"{name} must be a list, got {value!r}")
+    if lengths and len(value) not in lengths:
+        raise UnexpectedAnswer(f"{name} must have {lengths[0]} entries, got {len(value)}")
+    return value
 
 
 def _require_object(name: str, value: Any) -> dict[str, Any]:
@@ -91,14 +91,14 @@ def _require_id(value: Any) -> int:
 
 
 def _written_id(text: str) -> int:
-    """The id that a key of an object has: decimal digits, as a server writes them."""
+    """The id in an object's key, which must have decimal digits only."""
     if not (text.isascii() and text.isdecimal()) or (text[0] == "0" and text != "0"):
         raise UnexpectedAnswer(f"a token's id must be an integer of at least 0, got {text!r}")
     return _require_id(int(text[:11]))
 
 
 def _require_token(where: str, token_id: int | None, asked: int) -> None:
-    """None where the format does not say which token it is."""
+    """Raise where the answer is about another token; ``token_id`` is None if the format has no ids."""
     if token_id is not None and token_id != asked:
         raise UnexpectedAnswer(f"{where} must be token {asked}, got token {token_id}")
 
@@ -110,9 +110,9 @@ def _place(which: int, position: int) -> str:
 # ---------------------------------------------------------------------------------------------------- the three formats
 
 
-def _choices(answer: Any, ask: Ask) -> list[Any]:
-    """In the order of the sequences."""
-    choices = _require_list("choices", answer["choices"], len(ask.sequences))
+def _choices(answer: Any, request: ScoringRequest) -> list[Any]:
+    """The choices in the order of the sequences."""
+    choices = _require_list("choices", answer["choices"], len(request.sequences))
     ordered: list[Any] = [None] * len(choices)
     for choice in choices:
         index = choice["index"]
@@ -122,18 +122,20 @@ def _choices(answer: Any, ask: Ask) -> list[Any]:
     return ordered
 
 
-def _vllm_body(ask: Ask) -> dict[str, Any]:
-    # one token has to be generated; the prompt's log-probs are those of the logits, whatever the temperature
-    return {"model": ask.model, "prompt": ask.sequences, "max_tokens": 1, "prompt_logprobs": ask.top_k}
+def _vllm_body(request: ScoringRequest) -> dict[str, Any]:
+    # vLLM must generate at least one token; log-probs of the prompt do not depend on the temperature
+    return {"model": request.model, "prompt": request.sequences, "max_tokens": 1, "prompt_logprobs": request.top_k}
 
 
-def _vllm_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
-    for which, (choice, ids, start) in enumerate(zip(_choices(answer, ask), ask.sequences, ask.start, strict=True)):
-        listed = _require_list("prompt_logprobs", choice["prompt_logprobs"], len(ids))
+def _vllm_positions(answer: Any, request: ScoringRequest) -> Iterator[list[Position]]:
+    for which, (choice, ids, start) in enumerate(
+        zip(_choices(answer, request), request.sequences, request.start, strict=True)
+    ):
+        of_prompt = _require_list("prompt_logprobs", choice["prompt_logprobs"], len(ids))
         positions = []
         for place in range(start, len(ids)):
             where, token_id = _place(which, place), ids[place]
-            entries = listed[place]
+            entries = of_prompt[place]
             if entries is None:
                 raise UnexpectedAnswer(f"{where} has no log-prob (null)")
             entries = _require_object(f"{where} of prompt_logprobs", entries)
@@ -145,29 +147,29 @@ def _vllm_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
         yield positions
 
 
-def _sglang_body(ask: Ask) -> dict[str, Any]:
+def _sglang_body(request: ScoringRequest) -> dict[str, Any]:
     return {
-        "input_ids": ask.sequences,
+        "input_ids": request.sequences,
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
-        # the first position in the answer has no log-prob, so it is one before what is wanted
-        "logprob_start_len": [start - 1 for start in ask.start],
-        "top_logprobs_num": ask.top_k,
-        "return_text_in_logprobs": ask.texts,
+        # the first position of the answer has no log-prob, so it is the one before the first to score
+        "logprob_start_len": [start - 1 for start in request.start],
+        "top_logprobs_num": request.top_k,
+        "return_text_in_logprobs": request.texts,
     }
 
 
-def _sglang_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
-    answers = _require_list("the list of answers", answer, len(ask.sequences))
-    for which, (one, ids, start) in enumerate(zip(answers, ask.sequences, ask.start, strict=True)):
+def _sglang_positions(answer: Any, request: ScoringRequest) -> Iterator[list[Position]]:
+    answers = _require_list("the list of answers", answer, len(request.sequences))
+    for which, (one, ids, start) in enumerate(zip(answers, request.sequences, request.start, strict=True)):
         wanted = len(ids) - start
-        # releases differ in whether the position without a log-prob is listed: what is wanted is counted from the end
-        listed = _require_list("input_token_logprobs", one["meta_info"]["input_token_logprobs"], wanted, wanted + 1)
+        # whether the position without a log-prob is in the list depends on the release, so index from the end
+        of_input = _require_list("input_token_logprobs", one["meta_info"]["input_token_logprobs"], wanted, wanted + 1)
         tops: list[Any] = [None] * wanted
-        if ask.top_k:
+        if request.top_k:
             tops = _require_list("input_top_logprobs", one["meta_info"]["input_top_logprobs"], wanted, wanted + 1)
         positions = []
-        for place, entry, top in zip(range(start, len(ids)), listed[-wanted:], tops[-wanted:], strict=True):
+        for place, entry, top in zip(range(start, len(ids)), of_input[-wanted:], tops[-wanted:], strict=True):
             logprob, token_id, text = _require_list("an entry of input_token_logprobs", entry, 3)
             _require_token(_place(which, place), _require_id(token_id), ids[place])
             pairs = [] if top is None else _require_list("an entry of input_top_logprobs", top)
@@ -176,7 +178,7 @@ def _sglang_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
 
 
 def _by_id(where: str, pairs: Iterable[list[Any]]) -> dict[int, Any]:
-    """SGLang's ``[log-prob, id, text]`` of the likeliest tokens by id."""
+    """Log-probs by id, from SGLang's ``[log-prob, id, text]`` of the likeliest tokens."""
     found: dict[int, Any] = {}
     for pair in pairs:
         logprob, token_id = _require_list("a likeliest token", pair, 3, 2)[:2]
@@ -186,15 +188,15 @@ def _by_id(where: str, pairs: Iterable[list[Any]]) -> dict[int, Any]:
     return found
 
 
-def _openai_body(ask: Ask) -> dict[str, Any]:
+def _openai_body(request: ScoringRequest) -> dict[str, Any]:
     return {
-        "model": ask.model,
-        "prompt": ask.sequences,
+        "model": request.model,
+        "prompt": request.sequences,
         "max_tokens": 0,
         "echo": True,
-        "logprobs": max(1, ask.top_k),  # some servers take 0 for "none"
+        "logprobs": max(1, request.top_k),  # some servers return no log-probs for 0
         "temperature": 1.0,
-        "return_tokens_as_token_ids": not ask.texts,  # vLLM's extension, without which there are no ids
+        "return_tokens_as_token_ids": not request.texts,  # extension of vLLM; without it there are no ids
     }
 
 
@@ -203,24 +205,26 @@ def _openai_id(token: str) -> int | None:
     return _written_id(token.removeprefix("token_id:")) if token.startswith("token_id:") else None
 
 
-def _openai_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
-    for which, (choice, ids, start) in enumerate(zip(_choices(answer, ask), ask.sequences, ask.start, strict=True)):
-        listed = choice["logprobs"]
-        if listed is None:
+def _openai_positions(answer: Any, request: ScoringRequest) -> Iterator[list[Position]]:
+    for which, (choice, ids, start) in enumerate(
+        zip(_choices(answer, request), request.sequences, request.start, strict=True)
+    ):
+        of_prompt = choice["logprobs"]
+        if of_prompt is None:
             raise UnexpectedAnswer("logprobs is null: the server does not return log-probs of the prompt")
-        # servers that do not know max_tokens=0 generate a token, which comes last
-        tokens = _require_list("logprobs.tokens", listed["tokens"], len(ids), len(ids) + 1)
-        logprobs = _require_list("logprobs.token_logprobs", listed["token_logprobs"], len(tokens))
+        # servers without support for max_tokens=0 generate one token, which is the last
+        tokens = _require_list("logprobs.tokens", of_prompt["tokens"], len(ids), len(ids) + 1)
+        logprobs = _require_list("logprobs.token_logprobs", of_prompt["token_logprobs"], len(tokens))
         tops: list[Any] = [None] * len(tokens)
-        if ask.top_k and not ask.texts:
-            tops = _require_list("logprobs.top_logprobs", listed["top_logprobs"], len(tokens))
+        if request.top_k and not request.texts:
+            tops = _require_list("logprobs.top_logprobs", of_prompt["top_logprobs"], len(tokens))
         positions = []
         for place in range(start, len(ids)):
             token = _require_text(tokens[place])
             if token is None:
                 raise UnexpectedAnswer(f"{_place(which, place)} has no token (null)")
-            # a token may have the text "token_id:7"
-            _require_token(_place(which, place), None if ask.texts else _openai_id(token), ids[place])
+            # with texts, "token_id:7" may be the text of a token
+            _require_token(_place(which, place), None if request.texts else _openai_id(token), ids[place])
             top: dict[int, Any] = {}
             entries = {} if tops[place] is None else _require_object("an entry of top_logprobs", tops[place])
             for key, value in entries.items():
@@ -237,12 +241,12 @@ def _openai_positions(answer: Any, ask: Ask) -> Iterator[list[Position]]:
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of server is asked, and read."""
+    """The requests and answers of one kind of server."""
 
     path: str
-    body: Callable[[Ask], dict[str, Any]]
-    positions: Callable[[Any, Ask], Iterator[list[Position]]]
-    more_top: str  # what to do about a limit on top_k
+    body: Callable[[ScoringRequest], dict[str, Any]]
+    positions: Callable[[Any, ScoringRequest], Iterator[list[Position]]]
+    more_top: str  # advice for a server that limits top_k
 
 
 FORMATS: dict[str, Format] = {
@@ -264,7 +268,7 @@ def _finite_or_minus_infinity(logprob: Any) -> Any:
 
 
 def _require_logprob(value: Any, which: int, place: int, token_id: int) -> float:
-    # by type, since bool is an int; JSON's integers have no bound, a float's is 1.8e308
+    # compared by type, since bool is a subclass of int; JSON's integers may exceed the largest float
     if (type(value) is float and value <= _ABOVE_ZERO) or (type(value) is int and -1e308 < value <= 0):
         return min(float(value), 0.0)
     what = f"{_place(which, place)}, token {token_id}"
@@ -273,22 +277,22 @@ def _require_logprob(value: Any, which: int, place: int, token_id: int) -> float
     raise UnexpectedAnswer(f"{what} has the log-prob {value!r}: expected a number of at most 0")
 
 
-def scored(ask: Ask, which: int, positions: list[Position], vocab_size: int | None) -> ScoredSequence:
-    """The positions of one sequence, where they are what was asked for."""
+def scored(request: ScoringRequest, which: int, positions: list[Position], vocab_size: int | None) -> ScoredSequence:
+    """Check the positions of one sequence and collect their log-probs."""
     logprobs, top_ids, top_logprobs = [], [], []
-    ids, start = ask.sequences[which], ask.start[which]
+    ids, start = request.sequences[which], request.start[which]
     for place, position in enumerate(positions, start):
         logprobs.append(_require_logprob(position.logprob, which, place, ids[place]))
-        if not ask.top_k:
+        if not request.top_k:
             continue
-        if len(position.top) < ask.top_k:
+        if len(position.top) < request.top_k:
             raise UnexpectedAnswer(
-                f"{_place(which, place)} must list the {ask.top_k} likeliest tokens, got {len(position.top)}"
+                f"{_place(which, place)} must list the {request.top_k} likeliest tokens, got {len(position.top)}"
             )
         found = [(_require_logprob(value, which, place, i), i) for i, value in position.top.items()]
-        # vLLM lists the prompt's own token too, wherever it ranks
-        found.sort(key=lambda one: one[0], reverse=True)
-        likeliest = found[: ask.top_k]
+        # vLLM also lists the prompt's token, whatever its rank
+        found.sort(key=lambda pair: pair[0], reverse=True)
+        likeliest = found[: request.top_k]
         largest = max(i for _, i in likeliest)
         if vocab_size is not None and largest >= vocab_size:
             raise UnexpectedAnswer(

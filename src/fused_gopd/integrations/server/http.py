@@ -1,7 +1,7 @@
-"""Requests to an inference server: secrets that no message shows, proxies, and which failures are asked again.
+"""Requests to an inference server: secrets that are masked in messages, proxies, and retries.
 
-All requests of one call run as coroutines in a thread of their own. An interrupt of the caller cancels them, which
-closes their connections: nothing waits for an answer, and the server sees that nobody does.
+The requests of one call run as coroutines in a separate thread. An interrupt of the caller cancels them and closes
+their connections, so that neither side waits for the other.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 class TeacherServerError(RuntimeError):
-    """The teacher's server cannot be reached, refuses, or answers something that is not what was asked for."""
+    """The teacher's server cannot be reached, refuses a request, or sends an unexpected answer."""
 
 
 class Request(NamedTuple):
+    """An HTTP request."""
+
     method: str
     path: str
     body: dict[str, Any] | None
@@ -56,14 +58,14 @@ class Request(NamedTuple):
 
 
 class Secrets:
-    """Texts that no message may show, in all forms in which servers repeat them."""
+    """Texts that messages must not show, in all forms in which servers repeat them."""
 
     def __init__(self, values: Iterable[str]) -> None:
         forms = {form for value in values for form in _written_forms(value)}
         self._forms = sorted(forms - {""}, key=len, reverse=True)
 
     def shown(self, text: str, limit: int = 500) -> str:
-        """A text from the server for a message: without secrets, printable, and cut only after both."""
+        """A text of the server for a message: secrets masked, unprintable characters escaped, then shortened."""
         for form in self._forms:
             text = text.replace(form, "***")
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -76,7 +78,7 @@ def _written_forms(value: str) -> set[str]:
 
 
 def bearer(api_key: object) -> str:
-    """The key without surrounding whitespace, such as the line end of a file that was read."""
+    """The key without surrounding whitespace, such as the line end of a file."""
     if not isinstance(api_key, str):
         raise TypeError(f"api_key must be a str, got {type(api_key).__name__}")
     key = api_key.strip()
@@ -87,7 +89,7 @@ def bearer(api_key: object) -> str:
 
 
 def checked_headers(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
-    """Headers that HTTP allows, without surrounding whitespace; errors do not show values."""
+    """Check headers, and strip whitespace around their values; errors do not show the values."""
     checked: dict[str, str] = {}
     for i, (name, value) in enumerate((headers or {}).items()):
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
@@ -108,7 +110,7 @@ def checked_headers(headers: Mapping[str, str] | None, api_key: str | None) -> d
 
 
 def _secrets_in_headers(headers: Mapping[str, str]) -> Iterable[str]:
-    """Values and their words: a key is sent as ``Bearer KEY``, and a server repeats the key alone."""
+    """The values and their words: of ``Bearer KEY``, a server may repeat the key alone."""
     for value in headers.values():
         yield value
         yield from (word for word in value.split() if len(word) > 3 and word.lower() not in ("bearer", "basic"))
@@ -118,7 +120,7 @@ def _secrets_in_headers(headers: Mapping[str, str]) -> Iterable[str]:
 
 
 class Connection:
-    """How one server is reached; see :class:`ServerTeacher` for the arguments."""
+    """The connection to one server; see :class:`ServerTeacher` for the arguments."""
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class Connection:
         retries: int,
         backoff: float,
         max_concurrency: int,
-        advice: Callable[[int], str],  # by the status of a refusal, beyond what is known here
+        advice: Callable[[int], str],  # advice for a refusal, by its status
     ) -> None:
         self.base_url, self._userinfo = split_userinfo("base_url", base_url)
         for name, seconds in (("timeout", timeout), ("backoff", backoff)):
@@ -142,7 +144,7 @@ class Connection:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self.max_concurrency = require_count("max_concurrency", max_concurrency)
         self._own_advice = advice
-        self.patience = 0.0  # seconds after the first failure for which a request is repeated beyond retries
+        self.patience = 0.0  # seconds after its first failure during which a request is repeated beyond retries
         key = None if api_key is None else bearer(api_key)
         self._headers = checked_headers(headers, key)
         if self._userinfo is not None and any(name.lower() == "authorization" for name in self._headers):
@@ -159,10 +161,10 @@ class Connection:
                 *_secrets_in_userinfo(proxy_userinfo),
             ]
         )
-        # without TLS one that trusts nobody, which costs nothing to make
+        # without TLS an empty context, which is cheap to make
         secure = self.base_url.startswith("https:")
         self._tls = _tls_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._random = random.Random()  # its own, so that the training's random numbers stay what they are
+        self._random = random.Random()  # separate, so that it does not change the random numbers of the training
         self._answers = True  # whether the last request was answered
         self._closed = False
 
@@ -170,9 +172,9 @@ class Connection:
         self._closed = True
 
     def request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
-        """The answer to each request as ``read(index, answer)`` has it, ``max_concurrency`` requests at a time.
+        """``read(index, answer)`` of the answer to each request, with ``max_concurrency`` requests at a time.
 
-        The first failure ends the others; so does an interrupt, which waits for none of them.
+        The first failure cancels the other requests. So does an interrupt, which does not wait for them.
         """
         if self._closed:
             raise TeacherServerError(f"the connection to {self.base_url} is closed")
@@ -180,7 +182,7 @@ class Connection:
 
     async def _request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
         limits = httpx.Limits(max_connections=self.max_concurrency, max_keepalive_connections=self.max_concurrency)
-        # a transport of its own: a client without one takes every proxy that the environment names
+        # an explicit transport: without one the client uses all proxies of the environment
         transport = httpx.AsyncHTTPTransport(verify=self._tls, limits=limits, proxy=self._proxy)
         options = {"headers": self._headers, "auth": self._userinfo, "timeout": self.timeout}
         under_way = asyncio.Semaphore(self.max_concurrency)
@@ -199,7 +201,7 @@ class Connection:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _request(self, client: Any, request: Request) -> Any:
-        """The answer to one request, which is repeated where that may help."""
+        """Send a request, with retries, and return its answer."""
         where, started, attempt = self.base_url + request.path, time.monotonic(), 0
         while True:
             asked_to_wait = None
@@ -208,7 +210,7 @@ class Connection:
             except httpx.TimeoutException as error:
                 failure = f"timeout={self.timeout:g} s was not enough ({type(error).__name__})"
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError) as error:
-                # the same every time
+                # a retry would fail in the same way
                 raise TeacherServerError(f"{where} cannot be asked ({self._described(error)})") from None
             except httpx.TransportError as error:
                 failure = f"no connection ({self._described(error)})"
@@ -228,7 +230,7 @@ class Connection:
                 raise self._no_answer(where, attempt + 1, failure)
             pause = self._pause(attempt, asked_to_wait)
             if asked_to_wait is None and attempt >= self.retries:
-                pause = min(pause, left)  # one last attempt when patience ends
+                pause = min(pause, left)  # so that the last attempt is at the end of patience
             self._note_failure(where, failure, left)
             await asyncio.sleep(pause)
             attempt += 1
@@ -249,11 +251,11 @@ class Connection:
                     f"{_LONGEST_RETRY_AFTER:.0f} s that a training waits"
                 )
             return asked_to_wait
-        # the exponent has a bound too: with patience there may be thousands of attempts
+        # the exponent is bounded too, since patience allows thousands of attempts
         return min(_LONGEST_BACKOFF, self.backoff * 2.0 ** min(attempt, 60)) * self._random.uniform(0.5, 1.0)
 
     def _note_failure(self, where: str, failure: str, left: float) -> None:
-        """Say once that a server does not answer: with patience a long silence would look like a hang."""
+        """Warn once that the server does not answer: with patience, a long wait would look like a hang."""
         if self._answers and left > 0:
             logger.warning("no answer from %s (%s): it is asked again for up to %.0f s", where, failure, left)
             self._answers = False
@@ -271,7 +273,7 @@ class Connection:
     def _json(self, response: Any, where: str) -> Any:
         try:
             return response.json()
-        except (ValueError, RecursionError):  # no JSON, a wrong encoding, thousands of brackets
+        except (ValueError, RecursionError):  # not JSON, a wrong encoding, or thousands of brackets
             raise TeacherServerError(
                 f"{where} answered with status {response.status_code} and something that is not JSON: "
                 f"{self.secrets.shown(_text(response), 200)!r}. Is base_url that of the model's server, or of a proxy "
@@ -279,7 +281,7 @@ class Connection:
             ) from None
 
     def _message(self, response: Any) -> str:
-        """What a server says about an error: each wraps it in its own way."""
+        """The message in an error's answer; servers nest it in different ways."""
         try:
             answer = response.json()
             for _ in range(2):
@@ -302,7 +304,7 @@ class Connection:
 
 
 def _secrets_in_userinfo(userinfo: tuple[str, str] | None) -> list[str]:
-    """The password; the user name too where it is a token that stands alone; and both as HTTP sends them."""
+    """The password, or a user name without password (a token), and both as HTTP encodes them."""
     if userinfo is None:
         return []
     user, password = userinfo
@@ -310,7 +312,7 @@ def _secrets_in_userinfo(userinfo: tuple[str, str] | None) -> list[str]:
 
 
 def _proxy_of(base_url: str, proxy: str | Literal[False] | None) -> tuple[Any, tuple[str, str] | None]:
-    """The proxy that is asked for, else the environment's, as httpx has it; and its user name and password."""
+    """httpx's object for the given proxy, else for the environment's, and (user name, password)."""
     if proxy is False:
         return None, None
     name = "proxy"
@@ -335,20 +337,20 @@ def _proxy_of(base_url: str, proxy: str | Literal[False] | None) -> tuple[Any, t
 
 
 def _text(response: Any) -> str:
-    """The answer's bytes as UTF-8, whatever the charset that it names: some of Python's codecs decode no text."""
+    """The answer decoded as UTF-8, whatever its charset: some of Python's codecs do not decode to text."""
     return cast("bytes", response.content).decode(errors="replace")
 
 
 def _tls_context() -> Any:
-    """Made once, since reading the certificates costs more than a request."""
+    """The context of all requests, since reading the certificates takes longer than a request."""
     try:
         return httpx.create_ssl_context()
-    except OSError as error:  # also what ssl raises
+    except OSError as error:  # ssl's exceptions are subclasses of it
         raise TeacherServerError(f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error}") from None
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header, which has a number or a date."""
+    """Seconds in a ``Retry-After`` header, which is a number or a date; None if it is missing or invalid."""
     if value is None:
         return None
     if value.strip().isdecimal():
@@ -360,12 +362,12 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, run in a daemon thread; an interrupt of this thread cancels it and does not wait."""
+    """Run a coroutine in a daemon thread. An interrupt of this thread cancels it without waiting for it."""
     loop = asyncio.new_event_loop()
     task = loop.create_task(work)
     result: Future[T] = Future()
 
-    def carry_out() -> None:
+    def run() -> None:
         try:
             outcome = loop.run_until_complete(task)
         except BaseException as error:
@@ -376,11 +378,11 @@ def _in_thread(work: Coroutine[Any, Any, T]) -> T:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    thread = threading.Thread(target=carry_out, daemon=True, name="teacher-server")
+    thread = threading.Thread(target=run, daemon=True, name="teacher-server")
     try:
         thread.start()
         return result.result()
     finally:
         if not result.done():
-            with contextlib.suppress(RuntimeError):  # the loop has closed in the meantime
+            with contextlib.suppress(RuntimeError):  # the loop was closed in the meantime
                 loop.call_soon_threadsafe(task.cancel)

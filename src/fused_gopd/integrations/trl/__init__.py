@@ -2,10 +2,10 @@
 
 * :class:`GOPDTrainer`, a ``DistillationTrainer`` with a reference, lambda, several teachers, and every estimator.
 * :class:`GRPOGOPDMixin`, which adds the G-OPD advantage of each token to that of ``GRPOTrainer``'s rewards.
-* :func:`patch_distillation_loss`, which makes the loss of TRL's own ``DistillationTrainer`` with this package.
+* :func:`patch_distillation_loss`, which computes the loss of TRL's own ``DistillationTrainer`` with this package.
 
-Generation, logging, checkpoints, accumulation and ranks stay TRL's: what is overridden is where a loss is computed,
-where completions come back, and where metrics are logged.
+Generation, logging, checkpoints, accumulation and ranks are TRL's. Overridden are the methods that compute the loss,
+that return completions, and that log metrics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A batch of completions, and parts of it."""
+"""Batches of completions, and scores of parts of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...heads import LinearHead, Source, TokenLogProbs, TopKLogProbs
 
-# what a batch of TRL's has for multimodal models, by the names that the models' forward has
+# keys of TRL's batches that are arguments of multimodal models' forward
 _MULTIMODAL = (
     "pixel_values",
     "image_grid_thw",
@@ -24,7 +24,7 @@ _MULTIMODAL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Completions as TRL pads them: prompts on the left, completions on the right."""
 
@@ -32,32 +32,34 @@ class Batch:
     attention_mask: Tensor  # (B, P + K)
     token_ids: Tensor  # (B, K)
     completion_mask: Tensor  # (B, K)
-    mask: Tensor  # (B, K), without the tokens of tools
+    mask: Tensor  # (B, K), the completion mask without tokens that tools wrote
     multimodal: dict[str, Any]
     teacher_index: Tensor | None  # (B,) on the CPU
     old_logprobs: Tensor | None  # (B, K)
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> Batch:
+    def from_trl(cls, inputs: Mapping[str, Any]) -> Batch:
+        """From the dict that TRL's trainers pass around."""
         completion_mask = inputs["completion_mask"]
         return cls(
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-            inputs["completion_ids"],
-            completion_mask,
-            completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask,
-            {name: inputs[name] for name in _MULTIMODAL if inputs.get(name) is not None},
-            inputs.get("teacher_index"),
-            inputs.get("old_logprobs"),
+            input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            attention_mask=torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
+            token_ids=inputs["completion_ids"],
+            completion_mask=completion_mask,
+            mask=completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask,
+            multimodal={name: inputs[name] for name in _MULTIMODAL if inputs.get(name) is not None},
+            teacher_index=inputs.get("teacher_index"),
+            old_logprobs=inputs.get("old_logprobs"),
         )
 
     def take(self, rows: Tensor | slice) -> Batch:
-        """Some sequences; not of multimodal batches, whose images are not one a sequence."""
+        """Select sequences. Not for multimodal batches, which may have several images per sequence."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         taken: dict[str, Any] = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
         return replace(self, **taken)
 
     def split(self, size: int) -> Iterator[Batch]:
+        """Parts of at most ``size`` sequences; a multimodal batch stays whole."""
         if self.multimodal:
             yield self
             return
@@ -66,7 +68,7 @@ class Batch:
 
 
 def spread(source: Source, rows: Tensor, n: int) -> Source:
-    """What was scored for some sequences at their places among n."""
+    """Scatter scores of the sequences ``rows`` into a batch of n sequences; the others get placeholders."""
 
     def put(x: Tensor, empty: int) -> Tensor:
         whole = x.new_full((n, *x.shape[1:]), empty)

@@ -1,4 +1,4 @@
-"""Model cards: what a model was trained from, with what, and how it went."""
+"""Model cards: base model, settings, metrics and versions of a training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ... import __version__
 Lines = list[tuple[str, str]]
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers")
-_MEANS_OF = 10  # rows of figures at either end
+_MEANS_OF = 10  # rows to average at either end
 _END = re.compile(r"\n<!-- fused-gopd, (\w{64}) -->\n\Z")
 
 
 def name_of(model: Any) -> str:
-    """A model's name on the hub, its folder's name (a card is published, and a path may name people), or its class."""
+    """Name of a model for a card: on the hub, of its folder without the path (which may name people), or its class."""
     if isinstance(model, nn.Module):
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         return name_of(name) if name else type(model).__name__
@@ -34,21 +34,22 @@ def name_of(model: Any) -> str:
 
 
 def hub_name(model: str) -> str | None:
-    """The name of a model on the hub, which a card can link to."""
+    """The name of a model on the hub, for a link; None for a folder."""
     return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else None
 
 
 def text(
     title: str, settings: Lines, metrics: Sequence[str], *, base: str | None, adapter: bool, notes: Sequence[str] = ()
 ) -> str:
-    """A card, in whose last line is a checksum of the rest.
+    """The text of a card. Its last line is a checksum of the rest, see :func:`is_unchanged`.
 
     Args:
-        settings: what is said of the training, a row each.
-        metrics: a table, of :func:`metrics_table`.
-        base: the name on the hub of the model that was trained.
-        adapter: whether what was saved is a PEFT adapter.
-        notes: sentences beneath the settings.
+        title: the heading.
+        settings: (name, value) rows of the table of settings.
+        metrics: the lines of :func:`metrics_table`.
+        base: hub name of the base model.
+        adapter: whether the saved model is a PEFT adapter.
+        notes: sentences below the settings.
     """
     lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
     lines += [f"base_model: {json.dumps(base)}"] if base else []
@@ -66,7 +67,7 @@ def text(
 
 
 def is_unchanged(card: str) -> bool:
-    """Whether a card is one of :func:`text` that nobody has edited."""
+    """Whether a card was made by :func:`text` and not edited since."""
     end = _END.search(card)
     return end is not None and end[1] == _checksum(card[: end.start()])
 
@@ -76,7 +77,7 @@ def _checksum(body: str) -> str:
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """The means of some figures over the first rows and over the last."""
+    """Table of the means of metrics over the first rows and over the last rows."""
     count = min(_MEANS_OF, max(1, len(rows) // 2))
     what = "" if count == 1 else f" {count}, mean"
     lines = [(name, _mean(rows[:count], name), _mean(rows[-count:], name)) for name in names]
@@ -105,10 +106,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | None) -> str:
-    """The card of what one of the trainers has trained so far.
+    """The card of a model that one of the trainers is training.
 
     Args:
-        sources: teachers and reference.
+        trainer: a trainer with :class:`.models.ScoringMixin`.
+        sources: (role, name) of teachers and reference.
+        title: the heading.
+        dataset_name: as TRL passes it.
     """
     args, dataset = trainer.args, trainer.train_dataset
     base = str(getattr(trainer.model.config, "_name_or_path", ""))

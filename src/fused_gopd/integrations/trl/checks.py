@@ -1,4 +1,4 @@
-"""What can be known to be wrong with the models and the data before a run."""
+"""Checks of models, tokenizers and data before a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ...checks import require_count
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Source]
-"""A model somewhere else: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
+"""A function that scores: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
 
-Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask is (B, K), and
-so is the token shape of what is returned.
+Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask and the token
+shape of the result are (B, K).
 """
 Model = str | nn.Module | Scorer
 """A path or hub name, a model, or a scorer."""
 
 
 def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[Any, Model]:
-    """The teachers by route; one teacher has the route None."""
+    """The teachers by route; a single teacher has the route None."""
     if teacher is None:
         raise TypeError("teacher must be given: a model, its path, a scorer, or a dict from route to one of these")
     if not isinstance(teacher, Mapping):
@@ -43,7 +43,7 @@ def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[
 
 
 def check_kind(name: str, model: object, temperature: float) -> None:
-    """A model, its path, or a scorer; one that says its temperature, as a server's, has that of the completions."""
+    """Raise for what is no model, path or scorer, and for a scorer of another temperature than the completions'."""
     if isinstance(model, (str, nn.Module)):
         return
     if not callable(model):
@@ -57,7 +57,7 @@ def check_kind(name: str, model: object, temperature: float) -> None:
 
 
 def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: Any) -> None:
-    """Every route of a dataset has a teacher; what is streamed is checked batch by batch."""
+    """Raise for a route of a dataset without a teacher; streamed datasets are checked batch by batch instead."""
     if isinstance(dataset, Mapping):
         for split, part in dataset.items():
             check_routes(routes, column, f"{name}[{split!r}]", part)
@@ -69,39 +69,40 @@ def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: A
 
 
 def require_route(routes: Mapping[Any, object], where: str, route: object) -> None:
+    """Raise for a route that is not among ``routes``."""
     if route not in routes:
         raise ValueError(
             f"no teacher for the route {route!r}, which is in {where}: teacher has {', '.join(map(repr, routes))}"
         )
 
 
-def try_options(
+def dry_run(
     options: dict[str, Any], routes: Mapping[Any, Model], ref_model: Model | None, device: torch.device
 ) -> None:
-    """One loss of one token: what is wrong with the options is said before anything is loaded or sampled."""
+    """Compute the loss of one token, to raise for wrong options before anything is loaded or sampled."""
     options = dict(options)
     if options.get("k") is not None:
         require_count("k", options["k"])
     if "clip" in options:
         options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
     dtype = options.get("chunk_dtype")
-    counts = [_listed_tokens(model, options) or 0 for model in (*routes.values(), ref_model)]
+    counts = [_top_k(model, options) or 0 for model in (*routes.values(), ref_model)]
     vocabulary = max(8, options.get("k") or 0, *counts)
     head: LinearHead | Logits = Logits(torch.zeros(1, 1, vocabulary, device=device))
-    if dtype is not None:  # which depends on the device of hidden states
+    if dtype is not None:  # its check depends on the device of hidden states
         hidden = torch.zeros(1, 1, 8, dtype=dtype, device=device)
         head = LinearHead(hidden, torch.zeros(vocabulary, 8, dtype=dtype, device=device))
     token_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     def trial_source(model: Model) -> Source:
-        """What the model returns for one token: a head, the token's log-prob, or log-probs of a uniform top k."""
+        """A stand-in for the model's scores of one token: a head, its log-prob, or uniform log-probs of k tokens."""
         if isinstance(model, (str, nn.Module)):
             return head
-        k = _listed_tokens(model, options)
+        k = _top_k(model, options)
         if k is None:
             return TokenLogProbs(torch.full((1, 1), -1.0, device=device))
-        listed = torch.arange(k, device=device)[None, None]
-        return TopKLogProbs(listed, torch.full(listed.shape, -math.log(vocabulary), device=device))
+        top_ids = torch.arange(k, device=device)[None, None]
+        return TopKLogProbs(top_ids, torch.full(top_ids.shape, -math.log(vocabulary), device=device))
 
     # a scorer without top_k may return anything as the reference
     ref = trial_source(cast("Model", ref_model)) if hasattr(ref_model, "top_k") else head
@@ -109,10 +110,10 @@ def try_options(
         gopd_loss(head, trial_source(model), ref, token_ids, reward_scale=1.25, **options)
 
 
-def _listed_tokens(model: Model | None, options: Mapping[str, Any]) -> int | None:
-    """The number of tokens that a scorer lists at each position; None if it returns the tokens' own log-probs.
+def _top_k(model: Model | None, options: Mapping[str, Any]) -> int | None:
+    """Number of likeliest tokens per position that a scorer returns; None if it returns the sampled tokens' log-probs.
 
-    A scorer may say it in ``top_k``, as a server's does; otherwise it is what the options ask for.
+    Its attribute ``top_k`` if it has one, as a server's scorer; otherwise the value that the options need.
     """
     if model is None or isinstance(model, (str, nn.Module)):
         return None
@@ -121,12 +122,13 @@ def _listed_tokens(model: Model | None, options: Mapping[str, Any]) -> int | Non
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the tokenizer itself."""
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """Ids that both have are the same tokens."""
+    """Raise where an id that both tokenizers have stands for different tokens."""
     ours = {i: token for token, i in student.get_vocab().items()}
     theirs = {i: token for token, i in other.get_vocab().items()}
     different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
@@ -139,10 +141,10 @@ def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrai
 
 
 def positions_of(config: Any) -> int | None:
-    """How many positions a model was made for; None where its configuration has no limit.
+    """The longest sequence that a model supports; None where its configuration has no limit.
 
-    Rotary embeddings that are scaled for longer sequences reach as far as their factor says, whether or not
-    ``max_position_embeddings`` was raised with it (Qwen2.5's model cards add YaRN by ``rope_scaling`` alone).
+    Scaled rotary embeddings extend it by their factor, whether or not ``max_position_embeddings`` was raised too
+    (Qwen2.5's model cards enable YaRN by ``rope_scaling`` alone).
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -154,7 +156,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_weights(name: str, found: Mapping[str, Any]) -> None:
-    """``found`` is the loading info of ``from_pretrained``, which makes up the weights that it does not find."""
+    """Raise for missing weights, which ``from_pretrained`` initialises at random. ``found`` is its loading info."""
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
@@ -164,7 +166,7 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
 
 
 def check_vocabulary(name: str, size: int, student: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model of ``size`` tokens scores all that a student of ``student`` tokens can say."""
+    """Raise where a model of ``size`` tokens cannot score every token of a student of ``student`` tokens."""
     last = min(max(tokenizer.get_vocab().values()), student - 1)
     if size <= last:
         raise ValueError(
@@ -174,13 +176,13 @@ def check_vocabulary(name: str, size: int, student: int, tokenizer: PreTrainedTo
 
 
 def find_tokenizer(source: Model, model: nn.Module, **options: Any) -> PreTrainedTokenizerBase | None:
-    """What lies beside a model: loaded by its name if the model was, else only if it is on this machine."""
+    """The tokenizer saved with a model, or None: of a model object only if it is on this machine."""
     name = source if isinstance(source, str) else get_config_model_id(cast("Any", model).config)
     if not name:
         return None
     try:
         found = AutoTokenizer.from_pretrained(name, local_files_only=not isinstance(source, str), **options)
-    except Exception as error:  # a damaged file makes transformers raise all kinds
+    except Exception as error:  # damaged files make transformers raise many types of exceptions
         if next(Path(name).glob("tokenizer*"), None) is not None:
             raise ValueError(
                 f"the tokenizer in {name} cannot be loaded ({type(error).__name__}: {error}), to be compared with the "
@@ -188,5 +190,5 @@ def find_tokenizer(source: Model, model: nn.Module, **options: Any) -> PreTraine
             ) from error
         if not isinstance(error, (OSError, ValueError)):
             raise
-        return None  # there is none
+        return None  # the model has no tokenizer
     return cast("PreTrainedTokenizerBase", found)

@@ -112,7 +112,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         one_of("support", self.support, SUPPORTS)
         one_of("tail", self.tail, TAILS)
         one_of("reduction", self.reduction, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
-        self._settle_divergence()
+        self._resolve_divergence()
         require_count("num_iterations", self.num_iterations)
         if self.clip is not None and self.num_iterations == 1:
             raise ValueError(
@@ -137,7 +137,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
                 f"them compute in {autocast!r}: give that, or leave chunk_dtype out"
             )
 
-    def _settle_divergence(self) -> None:
+    def _resolve_divergence(self) -> None:
         """TRL's ``beta`` and our ``divergence`` say the same; afterwards both are there."""
         meant = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
         if self.divergence is not None:
@@ -211,8 +211,8 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
 C = TypeVar("C", bound=Options)
 
 
-def settled(kind: type[C], args: C | None, model: str | nn.Module, method: str) -> C:
-    """The configuration that is given, or the default one, whose runs are written to a folder by the model's name."""
+def resolve_config(kind: type[C], args: C | None, model: str | nn.Module, method: str) -> C:
+    """The given configuration, or the default one with an output folder named after the model."""
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(cast("Any", model).config)
         return cast("C", cast("Any", kind)(f"{name.split('/')[-1]}-{method}"))

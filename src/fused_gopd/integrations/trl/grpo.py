@@ -1,4 +1,4 @@
-"""The G-OPD advantage beside that of rewards, in TRL's GRPO trainer."""
+"""TRL's GRPO trainer with the G-OPD advantage added to that of the rewards."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch
 from .checks import Model
-from .config import GRPOGOPDConfig, settled
-from .models import Models
+from .config import GRPOGOPDConfig, resolve_config
+from .models import ScoringMixin
 
 
-class GRPOGOPDMixin(Models):
-    """The G-OPD advantage of each token beside that of the rewards, for ``GRPOTrainer`` and what derives from it.
+class GRPOGOPDMixin(ScoringMixin):
+    """Adds the G-OPD advantage of each token to that of the rewards, in ``GRPOTrainer`` and its subclasses.
 
-    ``class MyTrainer(GRPOGOPDMixin, MyGRPOTrainer)``; :class:`GRPOGOPDTrainer` is that of TRL's own. The advantage of a
+    ``class MyTrainer(GRPOGOPDMixin, MyGRPOTrainer)``; :class:`GRPOGOPDTrainer` is that of TRL. The advantage of a
     token becomes ``outcome_weight`` A_reward + ``gopd_weight`` A, with A = lambda (log q - log r) - (log p - log r) of
     :func:`fused_gopd.gopd_loss`, and p the student that sampled. Ratios, clipping, loss types, the KL penalty and
-    everything else are ``GRPOTrainer``'s.
+    all else are unchanged.
 
     Args:
         teacher, ref_model, reward_scale_fn, advantage_fn, teacher_processing_class: as in :class:`GOPDTrainer`. The
-            reference of lambda has nothing to do with GRPO's own, that of ``beta``.
-        reward_funcs: as in TRL; may be left out where ``args.outcome_weight`` is 0.
+            reference of lambda is not the reference of GRPO's KL penalty (``beta``).
+        reward_funcs: as in TRL; optional if ``args.outcome_weight`` is 0.
         args: a :class:`GRPOGOPDConfig`.
         others: as in TRL.
 
@@ -53,59 +53,61 @@ class GRPOGOPDMixin(Models):
         teacher_processing_class: Any = None,
         **trainer_arguments: Any,
     ) -> None:
-        args = settled(GRPOGOPDConfig, args, model, "GRPO")
+        args = resolve_config(GRPOGOPDConfig, args, model, "GRPO")
         datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
         peft_config = trainer_arguments.get("peft_config")
-        self._announce(
+        self._validate(
             model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
         )
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **trainer_arguments)  # type: ignore[call-arg]
-        self._attach(cast("Any", teacher), ref_model, teacher_processing_class)
+        self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))  # type: ignore[misc]
         index = None if self.args.route_column is None else self._routes_in(inputs)
         outcome = output["advantages"] * self.args.outcome_weight
-        batch = Batch.of({**output, "teacher_index": index})
+        batch = Batch.from_trl({**output, "teacher_index": index})
         self._check_positions(batch)
         gopd = self._gopd_advantages(batch)
         output["advantages"] = (outcome[:, None] if outcome.ndim == 1 else outcome) + self.args.gopd_weight * gopd
         return output
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        with evaluation(self.model):  # the policy that samples is the one that is scored: without dropout
+        with evaluation(self.model):  # without dropout, as it is scored
             return super()._generate_single_turn(*args, **options)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **options: Any) -> Any:
-        """TRL's scores, at the positions at which completions are sampled, and without dropout under ``no_grad``."""
+        """TRL's scores, with the positions that ``generate`` uses, and without dropout under ``no_grad``."""
         student = self.accelerator.unwrap_model(model)
         with _sampled_positions(student), nullcontext() if torch.is_grad_enabled() else evaluation(student):
             return super()._get_per_token_logps_and_entropies(model, *args, **options)  # type: ignore[misc]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        ratio = inputs.get("old_per_token_logps") is not None  # of two policies, as in GOPDTrainer
+        ratio = (
+            inputs.get("old_per_token_logps") is not None
+        )  # as in GOPDTrainer: dropout would compare two random masks, not two policies
         with without_dropout(self.accelerator.unwrap_model(model)) if ratio else nullcontext():
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
 
     @torch.no_grad()
     def _gopd_advantages(self, batch: Batch) -> Tensor:
-        """(B, K), a few sequences at a time."""
+        """(B, K) advantages, computed for a few sequences at a time."""
         wrapper = cast("Any", self).model_wrapped
         student = self.accelerator.unwrap_model(wrapper)
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         advantages = []
         for part in batch.split(size):
             out = distributed.in_forward(wrapper, partial(self._loss, student, part))
-            self._note(out)
+            self._record(out)
             advantages.append(cast("Tensor", out.advantages))
         return torch.cat(advantages)
 
 
 @contextmanager
 def _sampled_positions(model: Any) -> Iterator[None]:
-    """Calls of a model without ``position_ids`` get those that ``generate`` makes of the attention mask."""
+    """Add to calls without ``position_ids`` those that ``generate`` makes from the attention mask."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def add(_: nn.Module, args: Any, inputs: dict[str, Any]) -> Any:
@@ -123,7 +125,7 @@ def _sampled_positions(model: Any) -> Iterator[None]:
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:
-    """GRPOTrainer asks for one reward at least."""
+    """A reward of 0: GRPOTrainer needs at least one reward function."""
     return [0.0] * len(completions)
 
 

@@ -1,4 +1,4 @@
-"""Teachers, reference, lambda and metrics: what both trainers have beside TRL's own."""
+"""The mixin of both trainers: teachers, reference, lambda and metrics."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ from .checks import (
     check_tokenizers,
     check_vocabulary,
     check_weights,
+    dry_run,
     find_tokenizer,
     positions_of,
     require_route,
     routes_of,
     tokenizer_of,
-    try_options,
 )
 from .config import Options
 
 logger = get_logger(__name__)
 
-# metrics that TRL logs itself
+# metrics that TRL itself logs
 _LOGGED = ("tokens", "loss", "entropy")
 T = TypeVar("T")
 
 
 def _trains_all(student: nn.Module, source: nn.Module, peft_config: Any) -> bool:
-    """Whether training changes what the source shares with the student, as far as is known before PEFT adapts it.
+    """Whether training changes modules that the source shares with the student, as far as known before PEFT adapts it.
 
-    An adapter is put into modules of the student, whose own parameters are frozen: only a source that has all of these
-    modules is known to have the adapter too. What is in front of the student (prompt tuning) leaves it as it is.
+    PEFT freezes the parameters and puts adapters into some modules. Only a source that shares all modules certainly
+    shares those too. Prompt tuning changes no module of the model.
     """
     if peft_config is None:
         return True
-    whole = set(student.modules()) - {student} <= set(source.modules())  # copy.copy makes another root
+    whole = set(student.modules()) - {student} <= set(source.modules())  # without the root, which copy.copy replaces
     return whole and not getattr(peft_config, "is_prompt_learning", False)
 
 
@@ -69,7 +69,7 @@ def _require_separate(name: str, source: nn.Module, student: nn.Module) -> None:
 
 @contextmanager
 def _without_cast(head: Any) -> Iterator[bool]:
-    """A head with its own forward, and whether GRPOTrainer had put the same product in float32 in its place."""
+    """Restore the head's own forward. Yields whether GRPOTrainer had replaced it by one that computes in float32."""
     cast_to_fp32 = qualified_name(vars(head).get("forward")).startswith("trl.trainer.grpo_trainer.")
     replaced = vars(head).pop("forward") if cast_to_fp32 else None
     try:
@@ -79,8 +79,8 @@ def _without_cast(head: Any) -> Iterator[bool]:
             head.forward = replaced
 
 
-class Models:
-    """Teachers, reference, lambda and metrics, beside a trainer of TRL's."""
+class ScoringMixin:
+    """Adds teachers, reference, lambda and metrics to one of TRL's trainers."""
 
     accelerator: Any
     args: Any
@@ -98,7 +98,7 @@ class Models:
 
     # -------------------------------------------------------------------------------------------------- construction
 
-    def _announce(
+    def _validate(
         self,
         student: str | nn.Module,
         peft_config: Any,
@@ -109,7 +109,7 @@ class Models:
         advantage_fn: AdvantageFn | None,
         datasets: dict[str, Any],
     ) -> None:
-        """All that can be known to be wrong before the student is loaded."""
+        """Raise for every error that can be found before the student is loaded."""
         routes = routes_of(teacher, args.route_column)
         named = {"teacher" if route is None else f"teacher[{route!r}]": model for route, model in routes.items()}
         for name, model in named.items():
@@ -139,7 +139,7 @@ class Models:
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
-        try_options(self._options, routes, ref_model, cast("Any", args).device)
+        dry_run(self._options, routes, ref_model, cast("Any", args).device)
         init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
         for name, source in {"model": student, **named, "ref_model": ref_model}.items():
             if isinstance(source, str) and (name, source) != ("ref_model", "base"):
@@ -148,12 +148,12 @@ class Models:
         self._card_sources = [(name, card.name_of(model)) for name, model in named.items()]
         reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
         self._card_sources.append(("reference", reference))
-        self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self._pending_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
 
-    def _attach(
+    def _set_up_models(
         self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
     ) -> None:
-        """Load, check and prepare the frozen models, once the trainer is there."""
+        """Load, check and prepare the frozen models, after the trainer's own construction."""
         routes = routes_of(teacher, self.args.route_column)
         if self._is_vlm and len(routes) > 1:
             raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
@@ -173,7 +173,7 @@ class Models:
         self._positions = {"the student": positions_of(self.model.config)}
         init = getattr(self.args, "teacher_model_init_kwargs", None)
         self._teachers: list[Any] = [None] * len(names)
-        if self._may_be_other_than(0):
+        if self._differs_in_any_step_from(0):
             self._teachers = [
                 self._frozen(name, source, init, tokenizer, prepared, sizes)
                 for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
@@ -186,7 +186,7 @@ class Models:
                 'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
                 "peft_config, or the path or a copy of the student before training"
             )
-        if ref_model is not None and not self._may_be_other_than(1):
+        if ref_model is not None and not self._differs_in_any_step_from(1):
             if self.accelerator.is_main_process:
                 logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
         elif isinstance(ref_model, str) and ref_model == "base":
@@ -200,7 +200,7 @@ class Models:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **_: Any
     ) -> None:
-        """Write our card in the place of TRL's, where there is none or one of ours that nobody has edited."""
+        """Write this package's card instead of TRL's, unless there is another card, or one that was edited."""
         path = Path(self.args.output_dir) / "README.md"
         if not cast("Any", self).is_world_process_zero() or (
             path.exists() and not card.is_unchanged(path.read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ class Models:
     def _frozen(
         self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]
     ) -> Any:
-        """A model that scores: loaded, compared with the student, and prepared for this run; or a scorer."""
+        """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
         if not isinstance(source, (str, nn.Module)):
             return source
         if isinstance(source, nn.Module):
@@ -237,7 +237,7 @@ class Models:
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)
         elif self.is_fsdp_enabled:
-            # as TRL's GRPOTrainer prepares its reference: accelerate neither shards nor moves what only scores
+            # as GRPOTrainer does for its reference: accelerate neither shards nor moves models in evaluation mode
             model = prepare_fsdp(model, self.accelerator)
         else:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -248,7 +248,7 @@ class Models:
         options = dict(init or {})
         options.setdefault("trust_remote_code", getattr(self.args, "trust_remote_code", False))
         if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            options["device_map"] = None  # what TRL does: "auto" would spread the model over the ranks' devices
+            options["device_map"] = None  # as TRL does: "auto" would spread the model over the ranks' devices
         model, found = create_model_from_path(path, output_loading_info=True, **options)
         check_weights(f"{name} ({path})", found)
         return cast("nn.Module", model)
@@ -258,14 +258,14 @@ class Models:
         return int(model.config.get_text_config().vocab_size)
 
     def _sample_from_joint_vocabulary(self, student: int) -> None:
-        """Rows that a model lacks are padding in the others' (151936 beside 152064): nothing is sampled from there."""
+        """Exclude rows past the smallest vocabulary from sampling: they are padding (152064 against 151936)."""
         if student > self._vocab_size:
             padding = list(range(self._vocab_size, student))
             padding += self.generation_kwargs.get("suppress_tokens") or []
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = padding
 
     def _check_positions(self, batch: Batch) -> None:
-        """No sequence is longer than a model's positions: beyond them its scores mean nothing. Waits for the device."""
+        """Raise for a sequence longer than a model's positions, where its scores are meaningless. Needs a host sync."""
         limits = {name: positions for name, positions in self._positions.items() if positions is not None}
         longest = int(batch.attention_mask.sum(dim=1).max())
         for name, positions in limits.items():
@@ -279,7 +279,7 @@ class Models:
 
     @property
     def reward_scale(self) -> float:
-        """lambda of the current optimizer step; it depends on nothing else, so that a resumed run goes on with it."""
+        """lambda of the current optimizer step; depends on the step alone, so that a resumed run continues with it."""
         if self._reward_scale_fn is not None:
             return require_number("reward_scale_fn(step)", self._reward_scale_fn(self.state.global_step))
         start: float = self.args.reward_scale
@@ -289,13 +289,13 @@ class Models:
         done: float = min(self.state.global_step / max(self.args.reward_scale_steps or self.state.max_steps, 1), 1.0)
         return (1 - done) * start + done * end
 
-    def _may_be_other_than(self, scale: float) -> bool:
-        """Whether lambda is ever another one: a model that it cancels in all steps need not be there."""
+    def _differs_in_any_step_from(self, scale: float) -> bool:
+        """Whether lambda is another number in some step. A model that it cancels in all steps is not loaded."""
         ends = {self.args.reward_scale, self.args.reward_scale_end} - {None}
         return self._reward_scale_fn is not None or ends != {scale}
 
     def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B, K, H) states that predict the completions; inside the forward of the model's wrapper."""
+        """(B, K, H) states that predict the completions. To be called inside the forward of the model's wrapper."""
         keep = batch.token_ids.shape[1]
         return last_hidden_state(model, batch.input_ids, batch.attention_mask, keep=keep, **batch.multimodal)
 
@@ -304,26 +304,26 @@ class Models:
         return head_of(model, hidden, temperature=self.temperature)
 
     def _frozen_head(self, model: Any, hidden: Tensor, gathered: ExitStack) -> LinearHead:
-        """A head of which ZeRO-3 leaves the weight whole for as long as ``gathered`` is open."""
+        """The head of a frozen model. ZeRO-3 keeps its weight gathered while ``gathered`` is open."""
         embeddings = model.get_output_embeddings()
         gathered.enter_context(maybe_gather_lm_head_ctx(*embeddings.parameters()))
         with _without_cast(embeddings) as cast_to_fp32:
             return self._head(model, hidden.float() if cast_to_fp32 else hidden)
 
     def _at_head(self, model: Any, hidden: Tensor, function: Callable[[LinearHead], T]) -> T:
-        """A function of a model's head in the place of its forward, for which wrappers make its weight whole."""
+        """Call ``function`` with the model's head, inside the head's forward: wrappers gather its weight there."""
         embeddings = model.get_output_embeddings()
         with _without_cast(embeddings) as cast_to_fp32:
 
             def at(hidden: Tensor) -> T:
                 return function(self._head(model, hidden.float() if cast_to_fp32 else hidden))
 
-            if not isinstance(embeddings, nn.Linear):  # an adapter's
+            if not isinstance(embeddings, nn.Linear):  # an adapter layer of PEFT
                 return at(hidden)
             return distributed.through_head(embeddings, hidden, lambda given: at(given.hidden))
 
     def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Source:
-        """What a frozen model or a scorer says of a batch."""
+        """Score a batch with a frozen model or a scorer."""
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
             hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
@@ -341,11 +341,11 @@ class Models:
         return scored
 
     def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Source | list[Source], Tensor | None]:
-        """Each teacher on the sequences that are routed to it; the teachers, and which of them a sequence has."""
+        """Score each sequence with its teacher. Returns scores by teacher, and the teacher of each sequence, (B,)."""
         index = batch.teacher_index
         if index is None:
             return self._score("teacher", self._teachers[0], batch, gathered), None
-        # where ranks may share a model, all of them call it: on a sequence that is not used where none is routed to it
+        # ranks that share a model must all call it; without a sequence of its route, a rank scores one and ignores it
         shared = self.accelerator.num_processes > 1
         used, sources = [], []
         for i, (route, model) in enumerate(zip(self._routes, self._teachers, strict=True)):
@@ -358,14 +358,14 @@ class Models:
         return sources, torch.bucketize(index, torch.tensor(used)).to(batch.token_ids.device)
 
     def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
-        """The loss of a batch; inside the forward of the student's wrapper."""
+        """The loss of a batch. To be called inside the forward of the student's wrapper."""
         scale = self.reward_scale
         teacher: Source | list[Source] | None = None
         ref: Source | None = None
         index = None
         with ExitStack() as gathered, self.accelerator.autocast():
             with torch.no_grad():
-                # a model that lambda cancels is not run
+                # models that lambda cancels are not run
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
                 if scale != 1 and self._reference == "base":
@@ -396,7 +396,7 @@ class Models:
             self._signature_columns.append(column)
 
     def _routes_in(self, examples: list[dict[str, Any]]) -> Tensor:
-        """(B,) the teachers of the prompts."""
+        """(B,) index of each prompt's teacher."""
         column = self.args.route_column
         for example in examples:
             if column not in example:
@@ -406,30 +406,31 @@ class Models:
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
-    def _note(self, out: GOPDOutput) -> None:
+    def _record(self, out: GOPDOutput) -> None:
+        """Keep the metrics of a batch until the next log."""
         mode = "train" if self.model.training else "eval"
-        self._seen[mode].append(out.metrics())
+        self._pending_metrics[mode].append(out.metrics())
         self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
 
-    def _put_metrics(self) -> None:
-        """Means over all tokens of all ranks since the last log, among TRL's metrics; one read from the device."""
+    def _log_pending_metrics(self) -> None:
+        """Add the means over all tokens of all ranks since the last log to TRL's metrics, with one host sync."""
         mode = "train" if self.model.training else "eval"
-        if not self._seen[mode]:
+        if not self._pending_metrics[mode]:
             return
-        seen = _together(self._seen[mode])
-        total = Metrics(tuple(seen), self.accelerator.reduce(torch.stack(list(seen.values())), reduction="sum"))
-        self._seen[mode].clear()
+        sums = _sums_by_name(self._pending_metrics[mode])
+        total = Metrics(tuple(sums), self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"))
+        self._pending_metrics[mode].clear()
         for name, value in total.to_dict().items():
             if name not in _LOGGED:
                 self._metrics[mode][f"gopd/{name}"].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._put_metrics()
+        self._log_pending_metrics()
         super().log(logs, start_time)  # type: ignore[misc]
 
 
-def _together(metrics: list[Metrics]) -> dict[str, Tensor]:
-    """Sums and counts by name; steps whose lambda cancels a model lack what it would have told."""
+def _sums_by_name(metrics: list[Metrics]) -> dict[str, Tensor]:
+    """Sums and counts by name. Steps in which lambda cancels a model lack the metrics that need it."""
     total: dict[str, Tensor] = {}
     for each in metrics:
         for name, sums in zip(each._names, each.sums, strict=True):

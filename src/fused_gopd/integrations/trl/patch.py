@@ -17,13 +17,13 @@ from ..modules import require_separate
 
 
 class DistillationPatch:
-    """What :func:`patch_distillation_loss` has done; undone by :meth:`undo` or at the end of a ``with`` block."""
+    """The handle of :func:`patch_distillation_loss`; :meth:`undo` or the end of a ``with`` block undoes the patch."""
 
     def __init__(self, target: Any, own: Any) -> None:
         self._target, self._own, self._done = target, own, False
 
     def undo(self) -> None:
-        """Put back what was there before; a second call does nothing."""
+        """Restore the original method; a second call does nothing."""
         if self._done:
             return
         self._done = True
@@ -40,14 +40,14 @@ class DistillationPatch:
 
 
 def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrainer]) -> DistillationPatch:
-    """Make the loss of TRL's own ``DistillationTrainer`` with this package: same objective, same values.
+    """Compute the loss of TRL's own ``DistillationTrainer`` with this package: same objective, same values.
 
-    TRL's 1.16 projects both models in tiles and once more in the backward; here the gradients are made in the forward.
-    TRL's ``_compute_loss`` runs as it is, but for the function that takes hidden states and heads to the loss. Nothing
-    else is touched: other trainers keep TRL's loss.
+    TRL 1.16 projects both models in tiles, and again in the backward; this package computes the gradients in the
+    forward. In TRL's ``_compute_loss`` only the function from hidden states and heads to the loss is replaced. Other
+    trainers keep TRL's loss.
 
     Args:
-        target: a trainer, or the class, of which all trainers then have it.
+        target: a trainer, or a class for all its trainers.
 
     Returns:
         A handle with ``undo()``, which is also a context manager.
@@ -74,7 +74,7 @@ def patch_distillation_loss(target: DistillationTrainer | type[DistillationTrain
     if not isinstance(target, type) and isinstance(target.teacher_model, nn.Module):
         unwrap = target.accelerator.unwrap_model
         require_separate("teacher_model", unwrap(target.teacher_model), unwrap(target.model))
-    # the same code with another global: the module's own is left alone
+    # the same code with another value of one global; the module itself is not changed
     patched = FunctionType(
         function.__code__, {**function.__globals__, _TRL_LOSS: fused_divergence_loss}, function.__name__
     )
@@ -101,10 +101,10 @@ def fused_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What TRL's ``_chunked_divergence_loss`` returns: the loss, the sum of the entropies, the number of tokens."""
+    """As TRL's ``_chunked_divergence_loss``: the loss, the sum of the entropies, the number of tokens."""
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> LinearHead:
-        if is_dtensor(weight):  # as TRL does: gathered once
+        if is_dtensor(weight):  # gathered once, as in TRL
             weight = cast("Any", weight).full_tensor().to(hidden.dtype)
             bias = None if bias is None else cast("Any", bias).full_tensor()
         if torch.is_autocast_enabled(hidden.device.type):

@@ -18,33 +18,33 @@ from ...options import AdvantageFn
 from ..modules import evaluation, without_dropout
 from .batch import Batch
 from .checks import Model
-from .config import GOPDConfig, settled
-from .models import Models
+from .config import GOPDConfig, resolve_config
+from .models import ScoringMixin
 
 
-class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
+class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     """TRL's ``DistillationTrainer`` with the G-OPD loss.
 
-    The student samples, teachers and reference score, and the loss of all of them is made from hidden states: the
-    gradients are those of :func:`fused_gopd.gopd_loss` over the tokens of all ranks and accumulated batches. Everything
-    that TRL's trainer does around a loss works as it does there.
+    The student samples, teachers and reference score, and the loss is computed from the hidden states of all models.
+    The gradients are those of :func:`fused_gopd.gopd_loss` over the tokens of all ranks and accumulated batches.
+    Generation, logging, checkpoints and everything else around the loss are TRL's.
 
     Args:
         model: the student: a model, a PEFT model, or a path.
         teacher: a model, its path, or a scorer, a function ``(input_ids, attention_mask, completion_mask)`` that
             returns :class:`fused_gopd.TokenLogProbs` or :class:`fused_gopd.TopKLogProbs` of the completions' shape
             (B, K); or a dict from route to one of these, where ``args.route_column`` names the route of each prompt. A
-            teacher runs on the prompts that are routed to it alone.
+            teacher only runs on the prompts that are routed to it.
         args: a :class:`GOPDConfig`.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
             as in TRL.
         ref_model: the reference: a model, its path, a scorer, or ``"base"``, the student without its PEFT adapter.
-            Needed for lambda other than 1; where lambda is 1 it is not run.
+            Needed for lambda other than 1; it is not run while lambda is 1.
         reward_scale_fn: lambda of an optimizer step, ``step -> float``, in place of ``args.reward_scale``; called with
-            the number of steps that are done.
+            the number of completed steps.
         advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
-            tokenizer. By default it is looked for beside the teacher.
+            tokenizer. By default the one that is saved with the teacher.
 
     Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
     log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
@@ -86,10 +86,10 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
     ) -> None:
         if "teacher_model" in trainer_arguments:
             raise TypeError("GOPDTrainer has no argument teacher_model: it is called teacher, and may be a dict")
-        args = settled(GOPDConfig, args, model, "GOPD")
+        args = resolve_config(GOPDConfig, args, model, "GOPD")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         peft_config = trainer_arguments.get("peft_config")
-        self._announce(
+        self._validate(
             model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
         )
         self.num_iterations = args.num_iterations
@@ -106,12 +106,12 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **trainer_arguments,
         )
-        self._attach(cast("Any", teacher), ref_model, teacher_processing_class)
+        self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
 
     # --------------------------------------------------------------------------------------------------- completions
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        with evaluation(self.model):  # the policy that samples is the one that is scored: without dropout
+        with evaluation(self.model):  # without dropout, as it is scored
             completions = super()._generate_single_turn(*args, **options)
         if not self.tools and not all(len(completion) for completion in completions):
             empty = [i for i, completion in enumerate(completions) if not len(completion)]
@@ -125,9 +125,9 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
         if self.args.route_column is not None:
             output["teacher_index"] = self._routes_in(inputs)
-        batch = Batch.of(output)
+        batch = Batch.from_trl(output)
         self._check_positions(batch)
-        # of the whole generation batch, as num_items_in_batch is
+        # in the whole generation batch, as num_items_in_batch
         output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
         if self.num_iterations > 1 and self.args.estimator == "sampled":
             output["old_logprobs"] = self._logprobs(batch)
@@ -135,7 +135,7 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _logprobs(self, batch: Batch) -> Tensor:
-        """(B, K) log-probs of the completions under the student as it is now."""
+        """(B, K) log-probs of the completions under the current student."""
         student = self.accelerator.unwrap_model(self.model_wrapped)
 
         def logprobs(part: Batch) -> Tensor:
@@ -163,7 +163,7 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        # by the step, which a checkpoint keeps: a run that goes on from within the iterations stays in step
+        # decided by the step, which checkpoints save, so that a run can be resumed between the iterations
         if self.model.training and self._buffered_inputs is not None and self.state.global_step % self.num_iterations:
             return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return super()._prepare_inputs(generation_batch)
@@ -176,18 +176,19 @@ class GOPDTrainer(Models, DistillationTrainer):  # type: ignore[misc]
         normalizer = num_items_in_batch
         if normalizer is not None and self.args.reduction != "token-mean":
             normalizer = inputs["num_sequences"].clamp(min=1) / self.accelerator.num_processes
-        batch = Batch.of(inputs)
-        ratio = batch.old_logprobs is not None  # of two policies; dropout would make it one of two random masks
+        batch = Batch.from_trl(inputs)
+        # of two policies; with dropout it would be one of two random masks
+        ratio = batch.old_logprobs is not None
         with without_dropout(unwrapped_student) if ratio else nullcontext():
             out = self._loss(unwrapped_student, batch, normalizer=normalizer)
-        self._note(out)
+        self._record(out)
         return out.loss, out.entropy.sum(), batch.mask.sum()
 
 
 class _EpochSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's sampler, whose order in an epoch depends on the epoch alone, so that a resumed run goes on with it.
+    """TRL's sampler with an order that depends on the epoch alone, so that a resumed run continues with it.
 
-    TRL's own draws a permutation an epoch from one generator, and begins with the first when a later epoch is resumed.
+    TRL's own draws one permutation per epoch from a generator, and repeats the first when a later epoch is resumed.
     """
 
     def __init__(self, *, epoch: Callable[[], int], **options: Any) -> None:
