@@ -799,8 +799,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     },
     "no k": (lambda f: ["--estimator", "topk"], "must be given for --estimator topk"),
     "k for nothing": (lambda f: ["--k", "4"], "is an option of --estimator topk"),
-    "estimator": (lambda f: ["--estimator", "exact"], "expected one of sampled, full, topk, got 'exact'"),
-    "divergence": (lambda f: ["--estimator", "sampled", "--divergence", "jsd"], "is an option of --estimator full"),
+    "estimator": (lambda f: ["--estimator", "exact"], "must be one of 'sampled', 'full', 'topk', got 'exact'"),
+    "divergence": (
+        lambda f: ["--estimator", "sampled", "--divergence", "jsd"],
+        "--divergence jsd needs --estimator full",
+    ),
     "adapter without lora": (lambda f: ["--save", "adapter"], "adapter needs --lora"),
     "dtype": (lambda f: ["--dtype", "fp16"], "expected one of float32, bfloat16, got 'fp16'"),
     "cold": (lambda f: ["--temperature", "0"], "must be positive: the student's own answers are sampled"),

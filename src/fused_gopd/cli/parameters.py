@@ -1,10 +1,15 @@
-"""Checks of command-line parameters that several commands share."""
+"""Checks of command-line parameters that several commands share, and those that are options of the loss."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
+from typing import Any
 
 import typer
+
+from ..options import RULES, LossOptions, checked
 
 
 def flag(name: str) -> str:
@@ -17,3 +22,37 @@ def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}", param_hint=flag(name))
+
+
+def require_finite(name: str, value: float) -> None:
+    """Raise ``typer.BadParameter``, which names the flag, for infinity and NaN."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}", param_hint=flag(name))
+
+
+def help_of(name: str) -> str:
+    """The help of an option of the loss, with the values that it may have."""
+    rule = RULES[name]
+    missing = any(choice not in rule.help for choice in rule.choices)
+    return f"{rule.help.rstrip('.')}: {', '.join(rule.choices)}." if missing else rule.help
+
+
+# NAME=VALUE in a message of the loss
+_ARGUMENT = re.compile(rf"\b({'|'.join(RULES)})=('[^']*'|[\w.+-]+)")
+
+
+def check_loss_options(**options: Any) -> None:
+    """Apply the rules of the loss to some of its options.
+
+    Raises:
+        typer.BadParameter: naming the flag.
+    """
+    try:
+        checked(LossOptions(**options))
+    except (TypeError, ValueError) as error:
+        name: str = error.option  # type: ignore[union-attr]
+        message = _ARGUMENT.sub(lambda match: f"{flag(match[1])} {match[2].strip(chr(39))}", str(error))
+        raise typer.BadParameter(message.removeprefix(f"{name} "), param_hint=flag(name)) from None
+    # of models that score with the teacher's whole vocabulary; a TopKLogProbs brings its own K
+    if options["estimator"] == "topk" and options.get("k") is None:
+        raise typer.BadParameter("must be given for --estimator topk", param_hint="--k")

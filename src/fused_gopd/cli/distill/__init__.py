@@ -15,6 +15,7 @@ import typer
 
 from ...integrations.addresses import split_userinfo
 from .. import outputs
+from ..parameters import help_of
 from ..threads import restart_with_patient_threads
 from .checkpoints import relist
 from .options import RunOptions, for_new_run, for_resumed_run
@@ -54,10 +55,10 @@ def distill(
         float, typer.Option(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")
     ] = 1.0,
     estimator: Annotated[
-        str, typer.Option(help="full, sampled or topk. Default: full; sampled with --teacher-server.")
+        str, typer.Option(help=f"{help_of('estimator')} Default: full; sampled with --teacher-server.")
     ] = "",
-    divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl or jsd, of full and topk.")] = "reverse_kl",
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Tokens of each position that topk looks at.")] = None,
+    divergence: Annotated[str, typer.Option(help=help_of("divergence"))] = "reverse_kl",
+    k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"))] = None,
     lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(min=0.0, help="Its alpha. Default: twice the rank.")] = None,
     save: Annotated[

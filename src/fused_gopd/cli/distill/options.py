@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -15,10 +14,8 @@ from typing import Any
 import typer
 
 from ...integrations.hub import is_folder
-from ...objective.divergences import DIVERGENCES
-from ...options import ESTIMATORS
 from ..durable import Damaged, read_sealed, write_sealed
-from ..parameters import flag, require_one_of
+from ..parameters import check_loss_options, flag, require_finite, require_one_of
 
 FILE = "distill.json"
 # options that may differ when a run is resumed
@@ -202,21 +199,13 @@ def check(options: RunOptions) -> None:
             "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
             "`accelerate launch`"
         )
-    require_one_of("estimator", options.estimator, ESTIMATORS)
-    require_one_of("divergence", options.divergence, DIVERGENCES)
+    check_loss_options(estimator=options.estimator, divergence=options.divergence, k=options.k)
     require_one_of("save", options.save, ("merged", "adapter"))
     if options.dtype:
         require_one_of("dtype", options.dtype, ("float32", "bfloat16"))
-    if not math.isfinite(options.reward_scale):
-        raise _wrong("--reward-scale", f"expected a finite number, got {options.reward_scale}")
+    require_finite("reward_scale", options.reward_scale)
     if options.temperature == 0:
         raise _wrong("--temperature", "must be positive: the student's own answers are sampled")
-    if options.divergence != "reverse_kl" and options.estimator == "sampled":
-        raise _wrong("--divergence", "is an option of --estimator full and topk")
-    if (options.k is None) == (options.estimator == "topk"):
-        raise _wrong(
-            "--k", "must be given for --estimator topk" if options.k is None else "is an option of --estimator topk"
-        )
     if options.save == "adapter" and not options.lora:
         raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
     _check_teachers(options)

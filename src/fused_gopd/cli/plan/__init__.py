@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from ..parameters import require_one_of
+from ..parameters import check_loss_options, help_of, require_finite, require_one_of
 from .call import BYTES, PlannedCall
 from .cost import figures
 from .presets import HeadSize, head_size
@@ -57,17 +57,10 @@ def _size(flag: str, value: int | None, of_model: int | None, model: str | None)
 
 def _check(call: PlannedCall) -> None:
     """Refuse options without effect, and more ranks than there is work for."""
-    if not math.isfinite(call.reward_scale):
-        raise typer.BadParameter(f"expected a finite number, got {call.reward_scale}", param_hint="--reward-scale")
-    if (call.k is None) == (call.estimator == "topk"):
-        message = "must be given for --estimator topk" if call.k is None else "is an option of --estimator topk"
-        raise typer.BadParameter(message, param_hint="--k")
+    require_finite("reward_scale", call.reward_scale)
+    check_loss_options(estimator=call.estimator, divergence=call.divergence, k=call.k, support=call.support)
     if call.k is not None and call.k > call.vocab:
         raise typer.BadParameter(f"must be at most the vocabulary of {call.vocab}, got {call.k}", param_hint="--k")
-    if call.support == "student" and call.estimator != "topk":
-        raise typer.BadParameter("is an option of --estimator topk", param_hint="--support")
-    if call.divergence != "reverse_kl" and call.estimator == "sampled":
-        raise typer.BadParameter("is an option of --estimator full and topk", param_hint="--divergence")
     if call.low_chunks and (call.device == "cpu" or call.dtype not in ("bfloat16", "float16")):
         raise typer.BadParameter("is for bfloat16 and float16 on a GPU", param_hint="--low-chunks")
     if call.tp > call.vocab:
@@ -108,10 +101,10 @@ def plan(
     ref_hidden: Annotated[int | None, typer.Option(min=1, help="Default: as the student.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64.")] = "bfloat16",
     memory: Annotated[str | None, typer.Option(help="Memory for the loss, such as 80GiB: how many tokens fit?")] = None,
-    estimator: Annotated[str, typer.Option(help="full, sampled or topk.")] = "full",
-    divergence: Annotated[str, typer.Option(help="reverse_kl, forward_kl or jsd.")] = "reverse_kl",
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Tokens that topk looks at.")] = None,
-    support: Annotated[str, typer.Option(help="Whose tokens topk looks at: teacher or student.")] = "teacher",
+    estimator: Annotated[str, typer.Option(help=help_of("estimator"))] = "full",
+    divergence: Annotated[str, typer.Option(help=help_of("divergence"))] = "reverse_kl",
+    k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"))] = None,
+    support: Annotated[str, typer.Option(help=help_of("support"))] = "teacher",
     reward_scale: Annotated[float, typer.Option(help="lambda: 1 needs no reference, 0 no teacher.")] = 1.25,
     device: Annotated[str, typer.Option(help="gpu or cpu; decides the chunk size.")] = "gpu",
     low_chunks: Annotated[
@@ -137,9 +130,6 @@ def plan(
         print_presets()
         return
     require_one_of("dtype", dtype, BYTES)
-    require_one_of("estimator", estimator, ("full", "sampled", "topk"))
-    require_one_of("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
-    require_one_of("support", support, ("teacher", "student"))
     require_one_of("device", device, ("gpu", "cpu"))
     student = HeadSize(None, None) if model is None else head_size(model, "--model")
     teacher = HeadSize(None, None) if teacher_model is None else head_size(teacher_model, "--teacher-model")
