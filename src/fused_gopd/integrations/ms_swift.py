@@ -6,11 +6,11 @@ A plugin file, ``--external_plugins plugin.py``::
 
     register(reward_scale=1.25, estimator="full")
 
-and ``swift rlhf --rlhf_type gkd --teacher_model ...`` as before. Everything but the loss is swift's. The reference of
-lambda != 1 is the student without its adapters, since swift loads none for GKD.
+and ``swift rlhf --rlhf_type gkd --teacher_model ...`` as usual. All but the loss is swift's. For lambda != 1 the
+reference is the student without its adapters, since swift loads no reference for GKD.
 
-Hooks: ``swift/rlhf_trainers/gkd_trainer.py``, ``GKDTrainer._compute_liger_loss``, whose place this loss takes (Liger
-is not needed); ``swift/trainers/trainer_factory.py``, ``TrainerFactory.TRAINER_MAPPING``.
+Hooks: ``swift/rlhf_trainers/gkd_trainer.py``, ``GKDTrainer._compute_liger_loss``, which this loss replaces (Liger is
+not needed); ``swift/trainers/trainer_factory.py``, ``TrainerFactory.TRAINER_MAPPING``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["GOPDTrainer", "register"]
 
 
 class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
-    """swift's GKDTrainer with the loss of ``objective`` in the place of its JSD."""
+    """swift's GKDTrainer with the loss ``objective`` instead of its JSD."""
 
     objective: fg.GOPDLoss
 
@@ -51,7 +51,7 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
         return float(self.objective.options.get("reward_scale", 1.0))
 
     def _prepare_liger_loss(self) -> None:
-        """swift's seam for a loss from hidden states: checks what this one needs, before training."""
+        """swift's hook before training, for a loss from hidden states: checks the requirements of this one."""
         scale, sampled = self.reward_scale, self.objective.options.get("estimator", "sampled") == "sampled"
         adapters = is_peft_model(self.accelerator.unwrap_model(self.model))
         for wrong, what, fix in (
@@ -73,7 +73,7 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
         self.use_liger_gkd_loss = True
 
     def _frozen_head(self, model: Any, inputs: dict[str, Any]) -> fg.LinearHead:
-        """The head of a model on hidden states without a gradient; its weight has to be whole already."""
+        """The head of a frozen model; its weight must be gathered already."""
         with torch.no_grad(), disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
             return self._head(model, inputs)
 
@@ -87,7 +87,7 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
             with unwrapped_student.disable_adapter():
                 ref_head = self._frozen_head(unwrapped_student, forward_inputs)
         labels, ids = model_inputs["labels"][:, 1:], model_inputs["input_ids"][:, 1:]
-        with ExitStack() as held:  # for as long as the teacher's weight is used
+        with ExitStack() as held:  # keeps the teacher's weight loaded and gathered
             if self.reward_scale != 0:
                 teacher = self.accelerator.unwrap_model(self.teacher_model)
                 if self.args.offload_teacher_model:
@@ -104,13 +104,13 @@ class GOPDTrainer(GKDTrainer):  # type: ignore[misc]
 
 
 def register(**options: Any) -> None:
-    """Let ``--rlhf_type gkd`` train with the G-OPD loss.
+    """Make ``--rlhf_type gkd`` use the G-OPD loss.
 
     Args:
         **options: those of :class:`fused_gopd.GOPDLoss`: ``reward_scale``, ``estimator``, ``divergence``, ``k``, ...
 
     Raises:
-        TypeError, ValueError: an option that the loss does not have, or a value that it cannot have.
+        TypeError, ValueError: an unknown option, or an invalid value.
     """
     require_reference(options.get("reward_scale", 1.0), True, "")
     GOPDTrainer.objective = fg.GOPDLoss(**options)

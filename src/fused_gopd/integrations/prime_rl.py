@@ -1,8 +1,8 @@
-"""prime-rl: a custom loss, and the target that its on-policy distillation can be given in the teacher's place.
+"""prime-rl: a custom loss, and target log-probs to send in place of the teacher's in its on-policy distillation.
 
-prime-rl carries one stream of reference log-probs to the trainer. A = lambda log q + (1 - lambda) log r - log p needs
-no more than one: let that stream be :func:`target_logprobs`, made where the teacher is scored. Its ``ref_kl`` component
-is then G-OPD as it stands; :func:`gopd_loss` is this package's surrogate for tokens of the ``rl`` component::
+prime-rl sends one stream of reference log-probs to the trainer. That is enough for A = lambda log q + (1 - lambda)
+log r - log p: send :func:`target_logprobs`, computed where the teacher is scored. Then prime-rl's ``ref_kl`` component
+is G-OPD without a change; :func:`gopd_loss` is this package's surrogate for tokens of the ``rl`` component::
 
     [trainer.loss]
     type = "custom"
@@ -28,12 +28,12 @@ __all__ = ["gopd_loss", "target_logprobs"]
 
 
 def target_logprobs(reward_scale: float, teacher: Sequence[float], ref: Sequence[float]) -> list[float]:
-    """lambda log q + (1 - lambda) log r of each token, to be shipped as the teacher's log-probs.
+    """lambda log q + (1 - lambda) log r of each token, to send in place of the teacher's log-probs.
 
-    Not a log-prob itself: it has no normaliser, and may be positive. Args are of one length, in float.
+    The result is not normalised, and may be positive. ``teacher`` and ``ref`` have the same length.
 
     Raises:
-        ValueError: lengths that differ; a token that has no finite target, which a loss could only hide.
+        ValueError: different lengths; a token without a finite target.
     """
     scale = require_number("reward_scale", reward_scale)
     if len(teacher) != len(ref):
@@ -51,12 +51,12 @@ def target_logprobs(reward_scale: float, teacher: Sequence[float], ref: Sequence
 
 
 def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
-    """prime-rl's custom loss of one sequence: the sum of -A rho, rho against the policy that sampled.
+    """prime-rl's custom loss of one sequence: the sum of -A rho, with rho relative to the policy that sampled.
 
     Args:
         inputs: prime-rl's LossInputs: ``trainer_logprobs``, ``inference_logprobs``, ``loss_mask`` (N,), and
             ``ref_logprobs`` (N,), the teacher's or :func:`target_logprobs`. Advantages are not read.
-        reward_scale: 1; any other lambda is in ``ref_logprobs`` already.
+        reward_scale: 1; another lambda must be in ``ref_logprobs`` already.
         **options: ``clip``, ``clip_dual``, ``advantage_clip``, ``logprob_min``, from ``[trainer.loss.kwargs]``.
 
     Returns:

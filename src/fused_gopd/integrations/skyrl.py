@@ -1,4 +1,4 @@
-"""SkyRL: the G-OPD advantages in the place of rewards, and an estimator that hands them on.
+"""SkyRL: G-OPD advantages in place of rewards, and an advantage estimator that returns them unchanged.
 
 ::
 
@@ -11,9 +11,9 @@
             return gopd_rewards(data, reward_scale=1.25)
 
 with ``trainer.algorithm.advantage_estimator=gopd``, ``trainer.algorithm.use_kl_in_reward=true``, the teacher as
-``trainer.ref.model.path``, and one of SkyRL's own policy losses. SkyRL's example ``on_policy_distillation`` has the
-same two seams. It scores one further model, the teacher here: for lambda != 1 the trainer has to score the reference
-too.
+``trainer.ref.model.path``, and one of SkyRL's own policy losses. SkyRL's example ``on_policy_distillation`` uses
+the same two hooks. SkyRL scores one frozen model, here the teacher: for lambda != 1 the trainer must score the
+reference too.
 
 Hooks: ``skyrl/train/trainer.py``, ``apply_reward_kl_penalty``; ``skyrl/backends/skyrl_train/utils/ppo_utils.py``,
 ``register_advantage_estimator``.
@@ -38,12 +38,12 @@ def gopd_rewards(
     data: Any, reward_scale: float = 1.0, *, teacher: str = "base_action_log_probs", ref: str = "ref_action_log_probs",
     **options: Any,
 ) -> Any:  # fmt: skip
-    """Set ``data["rewards"]`` to A of each token, and return the data.
+    """Set ``data["rewards"]`` to the advantage A of each token, and return the data.
 
     Args:
         data: SkyRL's TrainingInputBatch: ``action_log_probs`` and ``loss_mask`` (B, R), and the scores below.
         reward_scale: lambda.
-        teacher, ref: the entries (B, R) that hold their log-probs; that of the reference is needed for lambda != 1.
+        teacher, ref: names of the entries (B, R) with their log-probs; the reference's is needed for lambda != 1.
         **options: ``advantage_clip``, ``logprob_min``.
 
     Raises:
@@ -67,8 +67,8 @@ def gopd_rewards(
     return data
 
 
-def _pass_on(token_level_rewards: Tensor, *, config: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
-    """Advantages that have been made already, and returns."""
+def _unchanged(token_level_rewards: Tensor, *, config: Any = None, **_: Any) -> tuple[Tensor, Tensor]:
+    """The rewards, which are advantages already, as advantages and returns."""
     if getattr(config, "advantage_batch_normalize", False):
         raise ValueError(
             "trainer.algorithm.advantage_batch_normalize must be false with the estimator gopd: whitened, A is no "
@@ -78,9 +78,9 @@ def _pass_on(token_level_rewards: Tensor, *, config: Any = None, **_: Any) -> tu
 
 
 def register_estimator() -> None:
-    """Let ``trainer.algorithm.advantage_estimator=gopd`` take the rewards as they are for advantages."""
+    """Register the advantage estimator ``gopd``, which uses the rewards as advantages."""
     # the package was called skyrl_train up to 0.4
     package = "skyrl.backends.skyrl_train" if importlib.util.find_spec("skyrl") else "skyrl_train"
     with needs(__name__, "skyrl", "skyrl_train", install="install SkyRL, https://github.com/NovaSky-AI/SkyRL"):
         utils = importlib.import_module(f"{package}.utils.ppo_utils")
-    utils.register_advantage_estimator("gopd")(_pass_on)
+    utils.register_advantage_estimator("gopd")(_unchanged)

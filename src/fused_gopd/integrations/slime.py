@@ -1,4 +1,4 @@
-"""slime: the G-OPD advantages, as its custom advantage function. Its own policy loss does the rest.
+"""slime: G-OPD advantages by a custom advantage function, for slime's own policy loss.
 
 ::
 
@@ -29,10 +29,10 @@ def _scores(rollout_data: dict[str, Any], name: str, fix: str) -> list[Tensor]:
 
 
 def gopd_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
-    """Set ``rollout_data["advantages"]`` and ``["returns"]`` to A of each token, sample by sample.
+    """Set ``rollout_data["advantages"]`` and ``["returns"]`` to the advantage A of each token.
 
     Args:
-        args: slime's, with ``gopd_reward_scale`` (lambda) and, if wanted, ``gopd_advantage_clip`` and
+        args: slime's, with ``gopd_reward_scale`` (lambda) and optionally ``gopd_advantage_clip`` and
             ``gopd_logprob_min`` from ``--custom-config-path``.
         rollout_data: lists of (R_i,) float tensors: ``log_probs`` (``rollout_log_probs`` under
             ``--use-rollout-logprobs``), ``teacher_log_probs`` and, for lambda != 1, ``ref_log_probs``.

@@ -2,16 +2,16 @@
 
 ``VERL_USE_EXTERNAL_MODULES=fused_gopd.integrations.verl`` in the environment of every process. Then
 
-- ``distillation.distillation_loss.loss_mode=gopd``: the sampled estimator, any lambda, with or without verl's policy
-  gradient; ``gopd_topk``: a divergence over the teacher's K likeliest tokens, lambda = 1. Their options are those of
-  :class:`GOPDLossConfig`, chosen by ``distillation.distillation_loss._target_``.
-- ``actor_rollout_ref.actor.policy_loss.loss_mode=gopd``: the surrogate of advantages that verl has made.
+- ``distillation.distillation_loss.loss_mode=gopd``: the sampled estimator with any lambda, with or without verl's
+  policy gradient; ``gopd_topk``: a divergence over the teacher's K likeliest tokens with lambda = 1. Their options are
+  in :class:`GOPDLossConfig`, selected by ``distillation.distillation_loss._target_``.
+- ``actor_rollout_ref.actor.policy_loss.loss_mode=gopd``: the surrogate for advantages that verl computes.
 - ``actor_rollout_ref.model.fused_kernel_options.impl_backend=gopd``: log-probs and entropy from hidden states.
 
-verl has no hook to check a whole config before training, and chooses its top-k loss and fused head by name in its own
-code: for these three, functions of verl are replaced by ones that pass on whatever is not ours.
+verl has no hook to check a whole config before training, and selects its top-k loss and fused head by name in its own
+code. For these three, functions of verl are wrapped; calls that are not for this package go to the original.
 
-Recipe and what has been run: ``docs/integrations/verl.md``.
+Recipe and tested set-ups: ``docs/integrations/verl.md``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
 
     @property
     def sampled(self) -> dict[str, Any]:
-        """The options of the sampled estimator. verl's policy gradient clips by itself, after the advantage."""
+        """The options of the sampled estimator. With verl's policy gradient, verl does the clipping."""
         options = {"advantage_clip": self.advantage_clip, "logprob_min": self.log_prob_min_clamp}
         if self.use_policy_gradient:
             return options
@@ -144,7 +144,7 @@ def _options(distillation_config: Any) -> GOPDLossConfig:
 
 
 def check_config(config: Any) -> None:
-    """Raise for what would go wrong in the first training step, from verl's whole config. Called by verl's own check.
+    """Check verl's whole config for errors that would appear in the first training step. Called by verl's own check.
 
     Raises:
         TypeError, ValueError: naming the config entry, what was expected, what was found and what to set.
@@ -195,12 +195,12 @@ def _check_strategy(strategy: str) -> None:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """(B, R) of a tensor that is jagged or padded already."""
+    """(B, R) from a jagged or padded tensor."""
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
 def _response_mask(data: Any) -> Tensor:
-    """(B, R) bool, padded: the tokens of the response that count."""
+    """(B, R) bool, padded: the live tokens of the response."""
     return require_mask("data['response_mask']", _padded(data["response_mask"]))
 
 
@@ -209,16 +209,16 @@ def _mean_metrics(metrics: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def gopd_loss(config: Any, distillation_config: Any, model_output: Any, data: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The distillation loss ``gopd``: what verl's ``register_distillation_loss`` asks for.
+    """The distillation loss ``gopd``, with the signature for verl's ``register_distillation_loss``.
 
-    With ``use_policy_gradient=true`` the losses are -A, of which verl makes advantages for its PPO loss; otherwise they
-    are the token losses -A rho themselves, clipped as the options say, and verl's rollout weights multiply them.
+    With ``use_policy_gradient=true`` the losses are -A, from which verl makes advantages for its PPO loss. Otherwise
+    they are the token losses -A rho, clipped by the options and multiplied by verl's rollout weights.
 
     Args:
         config: verl's ActorConfig.
         distillation_config: verl's DistillationConfig, its ``distillation_loss`` a :class:`GOPDLossConfig`.
         model_output: ``log_probs``, jagged (B, prompt + response).
-        data: micro-batch: ``teacher_logprobs`` jagged (B, prompt + response, 1); ``old_log_probs``, ``response_mask``
+        data: a micro-batch: ``teacher_logprobs`` jagged (B, prompt + response, 1); ``old_log_probs``, ``response_mask``
             and, for lambda != 1, ``ref_log_prob`` (B, R), jagged or padded.
 
     Returns:
@@ -246,9 +246,9 @@ def gopd_loss(config: Any, distillation_config: Any, model_output: Any, data: An
 
 
 def _response_rows(data: Any) -> Tensor:
-    """(nnz,) bool: the positions of the packed micro-batch whose next token is a live one of the response."""
+    """(nnz,) bool: the positions of the packed micro-batch whose next token is a live token of the response."""
     offsets = data["input_ids"].offsets()
-    # verl's own slicing, of the positions themselves
+    # verl's own slicing, applied to the positions
     index = no_padding_2_padding(torch.arange(int(offsets[-1]), device=offsets.device), data)
     rows = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
     rows[index[_response_mask(data)]] = True
@@ -258,7 +258,7 @@ def _response_rows(data: Any) -> Tensor:
 def _topk_from_logits(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """The divergence over the teacher's K tokens, (1, nnz / sp) beside the logits (1, nnz / sp, V); prompts give 0."""
+    """The divergence over the teacher's K tokens, (1, nnz / sp), of logits (1, nnz / sp, V); 0 for prompt tokens."""
     _check_strategy(config.strategy)
     _check_temperature(tu.get(data, "temperature", default=1.0))
     options = _options(distillation_config)
@@ -282,7 +282,7 @@ def _topk_from_logits(
 def gopd_topk_loss(
     config: Any, distillation_config: Any, model_output: Any, data: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The distillation loss ``gopd_topk``: (B, R) losses that were computed beside the logits, and metrics.
+    """The distillation loss ``gopd_topk``: (B, R) losses, which were computed from the logits before, and metrics.
 
     Args as for :func:`gopd_loss`; ``model_output`` has ``distillation_losses``, ``kl_target`` and ``teacher_mass``,
     jagged (B, prompt + response).
@@ -307,12 +307,12 @@ def gopd_policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The policy loss ``gopd``: -A rho with PPO's clip and the dual clip of the actor's config, as in ``gopd_loss``.
 
-    For advantages of one's own (``algorithm.adv_estimator``); distillation itself needs none of it. Unlike verl's
-    ``vanilla`` it does not clamp log rho to 20, and a token with A = 0 is 0 whatever its ratio.
+    For other advantages (``algorithm.adv_estimator``); distillation does not use it. Unlike verl's ``vanilla`` it does
+    not clamp log rho to 20, and the loss of a token with A = 0 is 0 for any ratio.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: (B, R).
-        config: ActorConfig, of which clip_ratio, clip_ratio_low, clip_ratio_high, clip_ratio_c and global_batch_info.
+        config: ActorConfig; clip_ratio, clip_ratio_low, clip_ratio_high, clip_ratio_c and global_batch_info are used.
         rollout_is_weights: (B, R) or None, multiply the token losses.
     """
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
@@ -334,7 +334,7 @@ def gopd_policy_loss(
 
 
 class _Backend(str):
-    """The name of the backend, and the model whose head it is: verl hands the name alone to its fused head."""
+    """The name of the backend with the model as an attribute: verl only passes the name to its fused head."""
 
     model: Any
 
@@ -355,12 +355,12 @@ class _FusedLinear(verl_functional.FusedLinearForPPO):  # type: ignore[misc]
             return result
 
         def score(head: fg.LinearHead) -> tuple[Tensor, Tensor]:
-            # with the family's bias, scale and softcap, which verl's fused heads leave out
+            # with the family's bias, scale and softcap, which verl's fused heads ignore
             own = head_of(backend.model, head.hidden, temperature=temperature)
             logprobs, entropy = fg.token_logprobs(own, input_ids, return_entropy=True)
             return logprobs, entropy
 
-        # through the module and not the weight that verl passes: FSDP2 may have sharded it as a unit of its own
+        # through the module instead of the weight that verl passes, which FSDP2 may have sharded as a separate unit
         return fg.distributed.through_head(backend.model.get_output_embeddings(), hidden_states, score)
 
 
@@ -388,7 +388,7 @@ def _with_topk(original: Any) -> Any:
     return compute_topk_loss
 
 
-# by class of model: the forward that verl's has replaced
+# class of model -> its forward before verl replaced it
 _FORWARDS: dict[type, Any] = {}
 
 

@@ -91,7 +91,7 @@ class _Outcome:
         return judge_comparison(self.comparison) + judge_training(self.before, final[1.0], final.get(1.25))
 
 
-def _hidden_states(
+def hidden_states(
     network: Network, prompts: list[Prompt], new_tokens: int, end_id: int, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Hidden states (N, H) of the three models on the student's own live tokens, and the tokens (N,)."""
@@ -143,7 +143,7 @@ def _measure_and_train(settings: _Settings, seed: int, console: Console) -> _Out
         network = Network(model)
         training, held_out = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
         advance("the student answers")
-        states, token_ids = _hidden_states(
+        states, token_ids = hidden_states(
             network, training[: settings.compared_answers], settings.schedule.new_tokens, tokenizer.eos_token_id, seed
         )
         advance("dense against fused: float64 oracle")

@@ -148,7 +148,7 @@ class ScoringMixin:
         self._card_sources = [(name, card.name_of(model)) for name, model in named.items()]
         reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
         self._card_sources.append(("reference", reference))
-        self._pending_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self._gopd_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
 
     def _set_up_models(
         self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
@@ -409,23 +409,23 @@ class ScoringMixin:
     def _record(self, out: GOPDOutput) -> None:
         """Keep the metrics of a batch until the next log."""
         mode = "train" if self.model.training else "eval"
-        self._pending_metrics[mode].append(out.metrics())
+        self._gopd_metrics[mode].append(out.metrics())
         self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
 
-    def _log_pending_metrics(self) -> None:
+    def _log_gopd_metrics(self) -> None:
         """Add the means over all tokens of all ranks since the last log to TRL's metrics, with one host sync."""
         mode = "train" if self.model.training else "eval"
-        if not self._pending_metrics[mode]:
+        if not self._gopd_metrics[mode]:
             return
-        sums = _sums_by_name(self._pending_metrics[mode])
+        sums = _sums_by_name(self._gopd_metrics[mode])
         total = Metrics(tuple(sums), self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"))
-        self._pending_metrics[mode].clear()
+        self._gopd_metrics[mode].clear()
         for name, value in total.to_dict().items():
             if name not in _LOGGED:
                 self._metrics[mode][f"gopd/{name}"].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._log_pending_metrics()
+        self._log_gopd_metrics()
         super().log(logs, start_time)  # type: ignore[misc]
 
 
