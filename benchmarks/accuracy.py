@@ -1,4 +1,4 @@
-"""Errors against float64, beside the speed: same workload, its first tokens, the same vocabulary."""
+"""Errors against float64, on the first tokens of a workload and its whole vocabulary."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .providers import Result, Run, oracle
+from .providers import Computation, Result, oracle
 from .workloads import ACCURACY_TOKENS, Inputs, Workload
 
 
 class Errors(NamedTuple):
-    """Relative errors; a tensor's is the norm of the difference over the norm."""
+    """Relative errors; of a tensor the norm of the difference over the norm."""
 
-    loss: float  # of the log-probs where they are what the job computes
+    loss: float  # of the job "logprobs" the error of the log-probs
     rows: float | None  # of dhidden, or of dlogits at logits level
     weight: float | None
 
 
 def exact(workload: Workload, inputs: Inputs) -> Result:
-    """Loss and gradients of the first tokens in float64, from the inputs' own values."""
+    """Loss and gradients of the first tokens, computed in float64 from the same values."""
     return oracle(workload, inputs.first(ACCURACY_TOKENS, torch.float64))
 
 
 def relative(x: Tensor, truth: Tensor) -> float:
-    # float64 throughout: (V, H) sums of float32 squares would have errors of their own
+    # in float64: the rounding of float32 sums of V H squares would show
     return float(torch.linalg.vector_norm(truth - x) / torch.linalg.vector_norm(truth))
 
 
-def errors(run: Run, inputs: Inputs, truth: Result) -> Errors:
-    result = run(inputs.first(ACCURACY_TOKENS))
+def errors(step: Computation, inputs: Inputs, truth: Result) -> Errors:
+    result = step(inputs.first(ACCURACY_TOKENS))
     gradients = [relative(g, t) for g, t in zip(result.gradients, truth.gradients, strict=True)]
     return Errors(relative(result.loss, truth.loss), *[*gradients, None, None][:2])

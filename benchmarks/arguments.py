@@ -1,4 +1,4 @@
-"""What the scripts here have in common on their command lines: files that they write, and pages that they fill."""
+"""Shared by the scripts' command lines: output files, and pages whose tables they fill in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fused_gopd.cli.outputs import OutputError, new_file
 
 
 def parse(parser: argparse.ArgumentParser, *outputs: str) -> argparse.Namespace:
-    """The arguments; the files that the ``outputs`` among them name may be written, or it is an error now.
+    """Parse the arguments. Exits if a file that one of ``outputs`` names cannot be written.
 
-    Adds ``--overwrite``, without which no file is replaced.
+    Adds ``--overwrite``, without which existing files are refused.
     """
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     args = parser.parse_args()
@@ -29,8 +29,8 @@ def parse(parser: argparse.ArgumentParser, *outputs: str) -> argparse.Namespace:
 
 
 def edit(page: Path, change: Callable[[str], str]) -> bool:
-    """Change the text of a page and not a byte of the rest; whether there was something to change."""
-    with page.open(encoding="utf-8", newline="") as file:  # line ends as they are
+    """Replace the text of a page by ``change(text)``. Returns whether it changed."""
+    with page.open(encoding="utf-8", newline="") as file:  # newline="" keeps the line ends
         text = file.read()
     changed = change(text)
     if changed != text:
@@ -39,7 +39,7 @@ def edit(page: Path, change: Callable[[str], str]) -> bool:
 
 
 def publish(name: str, text: str, pages: list[Path]) -> None:
-    """Print a text and put it between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the pages."""
+    """Print a text and write it between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of the pages."""
     print(text)
     region = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
 

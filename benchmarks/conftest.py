@@ -1,4 +1,4 @@
-"""Options and the session's state: the inputs of one workload at a time, and what later providers need of earlier."""
+"""Options and session state: the inputs of the current workload, and results that its providers share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from fused_gopd.loop.chunking import CHUNK_BUDGET_BYTES
 
 from . import accuracy, floors, memory
-from .providers import FUSED_PREFIX, Result, Run
+from .providers import FUSED_PREFIX, Computation, Result
 from .registry import PROVIDERS, cases, described, providers_of
 from .workloads import SUITES, Inputs, Workload, default_suite, queued, rotation, synchronize
 
-# What a case says of itself on standard output, for run.py: DONE is the last
+# Prefixes of the lines that a case prints for run.py; DONE is the last one
 MEASURED = "measured-case "
 SKIPPED = "skipped-case "
 DONE = "done-case "
@@ -61,8 +61,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             print(MEASURED + json.dumps({"info": benchmark.extra_info, "seconds": benchmark.stats.stats.data}))
         else:
             assert call.excinfo is not None
-            said = call.excinfo.exconly().splitlines()[0]
-            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {said}"
+            error = call.excinfo.exconly().splitlines()[0]
+            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else f"failed: {error}"
             line = {**described(workload, provider), "reason": reason, "failed": report.failed}
             print(SKIPPED + json.dumps(line))
         print(DONE + item.callspec.id, flush=True)
@@ -70,12 +70,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Nothing that names a machine or its owner."""
+    """Remove what identifies the machine or its owner."""
     machine_info.pop("node", None)
 
 
 def milliseconds(step: Callable[[], object], device: str) -> float:
-    """Of a step."""
+    """Wall time of a step."""
     start, steps = time.perf_counter(), queued(device)
     for _ in range(steps):
         step()
@@ -87,7 +87,7 @@ class Floor(NamedTuple):
     step: Callable[[], object]
     name: str
     chunk_size: int | None
-    candidates_ms: dict[str, float]  # the better of two calls, by name
+    candidates_ms: dict[str, float]  # candidate -> the faster of two calls
 
 
 def _in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
@@ -97,7 +97,7 @@ def _in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
 
 @dataclass
 class Session:
-    """One workload's inputs at a time: two would not fit a small machine."""
+    """State of the current workload; inputs of two workloads would not fit a small machine."""
 
     config: pytest.Config
     started: float = field(default_factory=time.monotonic)
@@ -124,14 +124,14 @@ class Session:
 
     @property
     def inputs(self) -> list[Inputs]:
-        """Sets that timed calls take in turn, past the caches."""
+        """Input sets that timed calls use in turn, see ``rotation``."""
         assert self.workload is not None
         if not self._inputs:
             self._inputs = [self.workload.inputs(seed) for seed in range(rotation(self.workload))]
         return self._inputs
 
     def peak(self, provider: str) -> memory.Peak:
-        """Of one step of the current workload. On a CPU all its providers are measured when the first is asked for."""
+        """Peak of one step of the current workload. On a CPU the first call measures all its providers."""
         assert self.workload is not None
         workload, option = self.workload, self.config.getoption
         if torch.device(workload.device).type == "cuda":
@@ -140,25 +140,25 @@ class Session:
                 run(self.inputs[0])
                 self._peaks[provider] = memory.measure_gpu(run, self.inputs[0])
         elif not self._peaks:
-            asked = option("--providers").split(",") if option("--providers") else []
-            names = dict.fromkeys([*providers_of(option("--suite"), workload, asked), self._fused()])
-            able = [name for name in names if PROVIDERS[name].unavailable(workload) is None]
-            self._peaks = memory.measure_apart(option("--suite"), workload, able)
+            selected = option("--providers").split(",") if option("--providers") else []
+            names = dict.fromkeys([*providers_of(option("--suite"), workload, selected), self._fused()])
+            available = [name for name in names if PROVIDERS[name].unavailable(workload) is None]
+            self._peaks = memory.measure_in_processes(option("--suite"), workload, available)
         peak = self._peaks[provider]
         if isinstance(peak, str):
             raise RuntimeError(f"the memory run of {provider} failed: {peak}")
         return peak
 
-    def errors(self, run: Run) -> accuracy.Errors:
+    def errors(self, step: Computation) -> accuracy.Errors:
         assert self.workload is not None
         if self._truth is None:
             self._truth = accuracy.exact(self.workload, self.inputs[0])
             gc.collect()
-        return accuracy.errors(run, self.inputs[0], self._truth)
+        return accuracy.errors(step, self.inputs[0], self._truth)
 
     @property
     def floor(self) -> Floor:
-        """The floor of the current workload: the fastest of the candidates, each tried twice."""
+        """The floor of the current workload: the fastest candidate, each timed twice."""
         if self._floor is None:
             self._floor = self._pick_floor()
         return self._floor
@@ -182,12 +182,12 @@ class Session:
                     sizes[f"C={c}{suffix}"], candidates[f"C={c}{suffix}"] = c, _in_turn(steps)
         times = {}
         for name, step in candidates.items():
-            times[name] = min(milliseconds(step, device) for _ in range(2))  # the first one is the warm-up
+            times[name] = min(milliseconds(step, device) for _ in range(2))  # the first call is the warm-up
         best = min(times, key=lambda name: times[name])
         return Floor(candidates[best], best, sizes.get(best), times)
 
     def _fused(self) -> str:
-        """This package's provider; without the compiled extension there is still a fused path with the same chunks."""
+        """This package's first available provider; the torch backend without the compiled extension."""
         assert self.workload is not None
         workload = self.workload
         names = [p for p in providers_of(self.config.getoption("--suite"), workload) if p.startswith(FUSED_PREFIX)]
@@ -195,9 +195,9 @@ class Session:
         return (usable or [FUSED_PREFIX + "torch"])[0]
 
     def _floor_memory(self) -> int:
-        """What the floor's chunk may take: as much as this package takes beyond inputs and gradients.
+        """Memory for the floor's chunk: what this package uses beyond inputs and gradients.
 
-        At least the budget of its chunks: where it holds no logits at all the floor would have 16 tokens.
+        At least this package's budget for a chunk: it may hold no logits at all, and the floor needs some.
         """
         assert self.workload is not None
         budget = CHUNK_BUDGET_BYTES["cpu" if torch.device(self.workload.device).type == "cpu" else "gpu"]

@@ -1,8 +1,8 @@
-"""What each option of the loss costs beside the plain call, in one run.
+"""The cost of each option of the loss relative to the plain call, measured in one run.
 
 ``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [PAGE.md ...]`` prints the table and fills
 it in between ``<!-- features -->`` and ``<!-- /features -->`` of a page. Loss and gradients of hidden states and head,
-``sampled``, three models. Each round times the plain call and the option one after the other; the figure is the median
+``sampled``, three models. Each round times the plain call and the option one after the other; the result is the median
 of their ratios.
 """
 
@@ -30,13 +30,13 @@ K = 64  # tokens a position of topk
 
 
 def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
-    """Keyword arguments by what the table calls them; those of the second teacher are made beside."""
+    """Keyword arguments by their name in the table; :func:`step_of` adds the second teacher."""
     n, device = inputs.token_ids.shape[0], inputs.token_ids.device
     old = plain.student_logprobs - 0.1
     bounds = torch.arange(0, n + 1, n // SEQUENCES, device=device, dtype=torch.int32)
     teacher = heads(inputs)[1]
     labels = inputs.token_ids.roll(1)
-    # a reference that lists the teacher's tokens, as a server would be asked to
+    # log-probs of the reference at the teacher's tokens
     ids, scores = fg.token_topk(teacher, K)
     both = {"teacher": fg.TopKLogProbs(ids, scores), "ref": fg.TopKLogProbs(ids, scores - 0.1)}
     top = {"estimator": "topk"}
@@ -64,7 +64,7 @@ def heads(inputs: Inputs) -> tuple[fg.LinearHead, ...]:
 
 
 def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
-    """The call with these options, ``teacher`` and ``ref`` among them where they are not the plain call's."""
+    """A step with these options, which may replace ``teacher`` and ``ref``."""
     student, teacher, ref = heads(inputs)
     models = {"teacher": [teacher, ref] if "teacher_index" in options else teacher, "ref": ref}
     leaves = inputs.leaves

@@ -1,7 +1,7 @@
-"""What no implementation can undercut: moving the bytes once, and the bare matrix products.
+"""Lower bounds on the time of a step: moving the bytes once, and the bare matrix products.
 
-Both write into buffers that exist and are in memory already, so neither pays for allocation or page faults, which the
-providers do pay for: every step returns fresh gradients.
+Both write into existing buffers, so that they pay neither for allocation nor for page faults. The providers do, since
+every step returns new gradients.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Step = Callable[[], object]
 
 
 def moving_bytes(inputs: Inputs) -> dict[str, Step]:
-    """Three reads and one write of N V elements, in the ways that PyTorch has; the fastest one counts.
+    """Three reads and one write of N V elements, in several ways of which the fastest counts.
 
-    All are multi-threaded and vectorised. ``addcmul`` touches each of the four tensors once in a single pass. The
-    others need no arithmetic worth the name, but two or three passes.
+    All are multi-threaded and vectorised. ``addcmul`` reads or writes each of the four tensors once, in a single pass.
+    The others do less arithmetic in two or three passes.
     """
     a, b, c = (x.detach() for x in inputs.rows)
     out = torch.zeros_like(a)
@@ -34,19 +34,19 @@ def moving_bytes(inputs: Inputs) -> dict[str, Step]:
     }
 
 
-# Sizes tried, as far as their buffer fits the memory; the largest one that fits is tried as well.
+# Chunk sizes to try if their buffer fits in memory, besides the largest that fits.
 CHUNK_SIZES = {"cpu": (128, 256, 512), "gpu": (1024, 2048, 4096)}
 
 
 def chunk_sizes(workload: Workload, memory: int) -> list[int]:
-    """Chunk sizes whose one C x V float32 buffer takes no more than ``memory`` bytes."""
+    """Chunk sizes whose [C, V] float32 buffer has at most ``memory`` bytes."""
     sizes = CHUNK_SIZES["cpu" if torch.device(workload.device).type == "cpu" else "gpu"]
     largest = min(workload.live_tokens, max(16, memory // (4 * workload.vocab) // 16 * 16))
     return sorted({c for c in sizes if c < largest} | {largest})
 
 
 def libraries(workload: Workload) -> dict[str, bool]:
-    """The suffix of a floor's name, and whether it multiplies as the package does rather than with torch.mm."""
+    """Suffix of a floor's name -> whether it uses this package's products instead of torch.mm."""
     if torch.device(workload.device).type != "cpu":
         return {"": False}
     if gemm._prefers_onednn():
@@ -56,19 +56,23 @@ def libraries(workload: Workload) -> dict[str, bool]:
 
 
 def count(workload: Workload) -> int:
-    """Products of one step: a forward for each model, dX, and dW unless the head is frozen."""
+    """Number of products per step: one for each model, dX, and dW unless the head is frozen."""
     return workload.kind.models + (0 if not workload.kind.backward else 1 if workload.frozen else 2)
 
 
 def bare_gemms(workload: Workload, inputs: Inputs, chunk_size: int, dweight: Tensor | None, own: bool = False) -> Step:
-    """The products of one step on its unmasked tokens and nothing else; dW is accumulated in float32.
+    """A function that computes only the products of one step on the unmasked tokens; dW is accumulated in float32.
 
-    One buffer takes the logits of the models in turn and then stands for the gradient of the logits, so that the same
-    memory allows chunks longer than those of an implementation that must hold all models' logits.
-    ``dweight`` is a (V, H) buffer that all chunk sizes share, None under a frozen head; the first chunk overwrites it:
-    no zero fill is needed. ``own`` takes the package's products (:mod:`fused_gopd.loop.gemm`) in place of ``torch.mm``:
-    the other library, where that is the faster one on this machine. ``torch.mm`` writes logits in the dtype of the
-    inputs.
+    One buffer holds the logits of the models in turn and then serves as their gradient, so that the same memory allows
+    longer chunks than an implementation that needs the logits of all models together.
+
+    Args:
+        workload: the shapes.
+        inputs: hidden states and weights.
+        chunk_size: tokens per chunk.
+        dweight: (V, H) buffer that all chunk sizes share, None with a frozen head. The first chunk overwrites it.
+        own: whether to use this package's products (:mod:`fused_gopd.loop.gemm`), whose library may be the faster one
+            on this machine, instead of ``torch.mm``, which writes logits in the dtype of the inputs.
     """
     assert inputs.weights is not None
     rows, weights = [x.detach() for x in inputs.live().rows], [x.detach() for x in inputs.weights]
@@ -76,7 +80,7 @@ def bare_gemms(workload: Workload, inputs: Inputs, chunk_size: int, dweight: Ten
     wide = torch.float32 if own else rows[0].dtype
     buffer = torch.zeros(min(chunk_size, tokens), weights[0].shape[0], dtype=wide, device=device)
     dhidden = torch.zeros(rows[0].shape, dtype=wide, device=device)
-    # even chunks: 512 tokens at 440 would otherwise be 440 and 72
+    # chunks of equal size: not 440 and 72 tokens for 512 at C = 440
     chunks = -(-tokens // chunk_size)
     bounds = [tokens * i // chunks for i in range(chunks + 1)]
 

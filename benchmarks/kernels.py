@@ -1,10 +1,10 @@
-"""The pieces of a step on a GPU, each by itself: matrix products, row kernel, linear kernel, and whole steps.
+"""Times of the parts of a step on a GPU: matrix products, row kernel, linear kernel, and whole steps.
 
     python -m benchmarks.kernels --json RESULTS.json [PAGE.md ...]      measure, add the run to the file, fill the pages
     python -m benchmarks.kernels --report RESULTS.json [PAGE.md ...]    from the file alone
 
-What tiles and chunk sizes are chosen from (``rowops/triton``, ``chunks.py``); ``docs/performance.md`` says why. A run
-is a flat table of medians in milliseconds, device events around a call, written as they are measured.
+The tile and chunk sizes in ``rowops/triton`` and ``loop/chunking.py`` are chosen from these; ``docs/performance.md``
+explains the choices. A run is a flat table of medians in milliseconds between device events, written as it is measured.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def _normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16
 
 
 def _milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
-    """The median of device times after two calls that do not count.
+    """Median device time of a call, after two warm-up calls.
 
-    All are queued before the first is waited for: as in a training, the host runs ahead of the device.
+    All calls are queued before the synchronisation: the host runs ahead of the device, as in training.
     """
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2 + rounds)]
     for start, stop in events:
@@ -75,7 +75,7 @@ def _milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
 
 
 def products(note: Note) -> None:
-    """The GEMMs of a chunk, the logits in float32 as the package has them by default and in bfloat16."""
+    """The GEMMs of a chunk, with logits in float32, as by default, and in bfloat16."""
     for H in HIDDEN:
         weight, total = _normal(V, H, scale=H**-0.5), torch.zeros(V, H, device="cuda")
         for C in (ROWS, 2 * ROWS):
@@ -88,7 +88,7 @@ def products(note: Note) -> None:
 
 
 def row_kernel(note: Note) -> None:
-    """Statistics, and both with the gradient in bfloat16 over the logits, for one and three models."""
+    """Statistics alone, and with the bfloat16 gradient written over the logits, for one and three models."""
     one = torch.ones(ROWS, device="cuda")
     for models, divergence in ((3, "reverse_kl"), (3, "jsd"), (1, "none")):
         for dtype in (torch.float32, torch.bfloat16):
@@ -112,7 +112,7 @@ def row_kernel(note: Note) -> None:
 
 
 def linear_kernel(note: Note) -> None:
-    """Log-probs straight from hidden states, beside the product alone."""
+    """Log-probs from hidden states without logits in memory, and the bare product."""
     for H in HIDDEN:
         weight = _normal(V, H, scale=3 * H**-0.5)
         logits = torch.empty(TOKENS, V, device="cuda", dtype=torch.bfloat16)
@@ -132,7 +132,7 @@ def linear_kernel(note: Note) -> None:
 
 
 def steps(note: Note) -> None:
-    """Loss and gradients of hidden states and weight, between two runs of the bare products."""
+    """Loss and gradients of hidden states and weight, with the bare products before and after."""
     for H in HIDDEN:
         _steps_of(note, H)
 
@@ -167,7 +167,7 @@ def _steps_of(note: Note, H: int) -> None:
 PARTS = {"steps": steps, "linear": linear_kernel, "rows": row_kernel, "products": products}
 
 
-def _is_ours(path: Path) -> bool:
+def _has_runs(path: Path) -> bool:
     try:
         return isinstance(json.loads(path.read_text())["runs"], list)
     except (OSError, ValueError, KeyError, TypeError):
@@ -177,7 +177,9 @@ def _is_ours(path: Path) -> bool:
 def measure(path: Path, parts: list[str]) -> dict[str, Any]:
     file = json.loads(path.read_text()) if path.exists() else {"runs": []}
     ms: dict[str, float] = {}
-    file["runs"].append({**run.origin("cuda"), "driver": run._driver("cuda"), "versions": run._versions(), "ms": ms})
+    file["runs"].append(
+        {**run.origin("cuda"), "driver": run.driver_version("cuda"), "versions": run.package_versions(), "ms": ms}
+    )
 
     def note(name: str, call: Callable[[], object]) -> None:
         ms[name] = _milliseconds(call)
@@ -295,7 +297,7 @@ def main() -> None:
         parser.error("give one of --json and --report")
     if args.report is not None:
         file = json.loads(args.report.read_text())
-    elif args.json.exists() and not _is_ours(args.json):
+    elif args.json.exists() and not _has_runs(args.json):
         parser.error(f"--json {args.json} is not a file of this script: choose another name")
     elif not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here")

@@ -1,24 +1,23 @@
-"""Peak memory of one step beyond inputs and gradients; on a CPU each provider in a process of its own.
+"""Peak memory of one step beyond inputs and gradients; on a CPU in a separate process for each provider.
 
 ``python -m benchmarks.memory SUITE WORKLOAD PROVIDER...`` prints one JSON line for each provider. It makes the inputs
-once, with a single thread and without a step, and every provider is a fork of that state. On a CPU the figure is
+once, with a single thread and without running a step, and forks that state for every provider. On a CPU the result is
 
     peak resident set during the step  -  resident set before it  -  bytes of the gradients that it returned
 
-and everything the process keeps counts: allocator arenas, the GEMM library's packing buffers, thread stacks. What would
-falsify it, and what is done about it:
+It includes allocator arenas, the GEMM library's packing buffers and thread stacks. Possible errors and their remedies:
 
-- Libraries that load and threads that start on first use: a miniature of the workload runs first.
-- The peak while the inputs were made: Linux resets the high-water mark (VmHWM) when 5 is written to clear_refs.
-- Freed memory that the allocator keeps in the resident set would be used again for nothing: malloc_trim returns it
-  before the resident set is read. The resident set is read before the provider ever ran at full size, so that caches
-  which survive a step are not mistaken for input.
-- The compiler: what compiles is measured in its second step. Memory that the compiler keeps counts against it; it is
-  small, since the miniature has loaded the compiler.
+- Libraries are loaded and threads started on first use: a small workload runs first.
+- Making the inputs has a peak of its own: writing 5 to clear_refs resets the high-water mark (VmHWM).
+- Freed memory in the resident set would be reused without being counted: malloc_trim returns it to the system first.
+  The resident set is read before the provider runs at full size, so that caches which survive a step do not count as
+  input.
+- Compilation needs memory: providers that compile are measured in their second step. Memory that the compiler keeps
+  counts; it is small, since the small workload has loaded the compiler.
 
-The same step under torch.profiler gives a second figure from the allocator's own records: it sees PyTorch's tensors
-exactly and nothing else. On a GPU the caching allocator's peak is the figure, taken in the process that is timed: it
-counts what is handed out and not what is kept.
+torch.profiler gives a second result for the same step from the allocator's records: exactly PyTorch's tensors and
+nothing else. On a GPU the result is the peak of allocated (not cached) memory of the caching allocator, in the process
+that is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .providers import Result, Run
+from .providers import Computation, Result
 from .registry import PROVIDERS
 from .workloads import SUITES, Inputs, Workload, synchronize
 
@@ -57,14 +56,16 @@ class Peak(NamedTuple):
         return self.allocated if self.resident is None else self.resident
 
 
-def _status(field: str) -> int:
+def process_status(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _settle() -> None:
+def release_free_memory() -> None:
+    """Return freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -73,10 +74,10 @@ def _nbytes(result: Result) -> int:
     return sum(g.nbytes for g in result.gradients)
 
 
-def _profiled(run: Run, inputs: Inputs) -> tuple[Result, int]:
-    """One step, and the peak of what PyTorch's CPU allocator had handed out in it."""
+def _profiled(step: Computation, inputs: Inputs) -> tuple[Result, int]:
+    """Run one step, and the peak of the memory that PyTorch's CPU allocator handed out in it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run(inputs)
+        result = step(inputs)
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -87,42 +88,42 @@ def _profiled(run: Run, inputs: Inputs) -> tuple[Result, int]:
     return result, peak
 
 
-def measure_gpu(run: Run, inputs: Inputs) -> Peak:
-    """In this process; the step has run before, so that nothing is compiled in it."""
+def measure_gpu(step: Computation, inputs: Inputs) -> Peak:
+    """Measure a step that has run before (so that it does not compile) in this process."""
     device = inputs.token_ids.device
     gc.collect()
     synchronize(str(device))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    result = run(inputs)
+    result = step(inputs)
     synchronize(str(device))
     return Peak(None, torch.cuda.max_memory_allocated(device) - before - _nbytes(result))
 
 
 def measure_cpu(workload: Workload, provider: str, inputs: Inputs) -> Peak:
-    """In this process, which has not run a step before."""
+    """Measure a provider in this process, which must not have run a step before."""
     prepare, small = PROVIDERS[provider].prepare, workload.small()
     _profiled(prepare(small), small.inputs())
-    run = prepare(workload)
-    _settle()
-    before = _status("VmRSS")
+    step = prepare(workload)
+    release_free_memory()
+    before = process_status("VmRSS")
     if PROVIDERS[provider].compiles:
-        run(inputs)
-        _settle()
+        step(inputs)
+        release_free_memory()
     Path("/proc/self/clear_refs").write_text("5")
-    result, allocated = _profiled(run, inputs)
-    return Peak(_status("VmHWM") - before - _nbytes(result), allocated - _nbytes(result))
+    result, allocated = _profiled(step, inputs)
+    return Peak(process_status("VmHWM") - before - _nbytes(result), allocated - _nbytes(result))
 
 
 def _forked(workload: Workload, provider: str, inputs: Inputs, threads: int) -> None:
-    """One line on standard output: the figure, or why there is none."""
+    """Measure in a fork, which prints a line of JSON with the peak or an error."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(threads)
         try:
             line: dict[str, Any] = measure_cpu(workload, provider, inputs)._asdict()
-        except Exception as error:  # whatever a peer raises is what is to be said of it
+        except Exception as error:  # peers may raise any exception, which the row reports
             line = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"provider": provider, **line}), flush=True)
         os._exit(0)
@@ -131,8 +132,8 @@ def _forked(workload: Workload, provider: str, inputs: Inputs, threads: int) -> 
         print(json.dumps({"provider": provider, "error": f"its process ended with status {status}"}), flush=True)
 
 
-def measure_apart(suite: str, workload: Workload, providers: Sequence[str]) -> dict[str, Peak | str]:
-    """:func:`measure_cpu` of each in a fresh process, with the allocator as it comes; a text says why there is none."""
+def measure_in_processes(suite: str, workload: Workload, providers: Sequence[str]) -> dict[str, Peak | str]:
+    """:func:`measure_cpu` of each provider in a new process with the default allocator; a str is an error message."""
     command = [sys.executable, "-m", _MODULE, suite, workload.name, *providers]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True, env=environment)
@@ -154,9 +155,9 @@ def main() -> None:
     parser.add_argument("providers", nargs="+")
     args = parser.parse_args()
     (workload,) = [w for w in SUITES[args.suite].workloads("cpu") if w.name == args.workload]
-    # the profiler and torch.compile import it: once here rather than in every fork
+    # imported once here, since the profiler and torch.compile would import it in every fork
     importlib.import_module("torch._inductor.compile_fx")
-    # a fork has no threads but its own: the parent must not have started any that compute
+    # a fork has none of its parent's threads, so the parent must not start OpenMP's
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     inputs = workload.inputs()

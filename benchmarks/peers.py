@@ -1,8 +1,8 @@
-"""Other packages, each by its public call in the configuration that its documentation or trainer uses.
+"""Other packages, called by their public API as their documentation or trainer configures it.
 
-Every adapter names the package's own function and nothing else, so that a reader can check it against its source.
-Versions are pinned in constraints.txt; ``pip install "fused-gopd[bench-peers]"`` installs them. A package that lacks a
-model or the lambda target does the jobs that it can do. What runs on a GPU alone says so and is left out elsewhere.
+Each docstring names the function that is called, so that a reader can compare it with the package's source. Versions
+are pinned in constraints.txt; ``pip install "fused-gopd[bench-peers]"`` installs them. A package that lacks a model or
+the lambda target is measured on the jobs that it supports. Packages that need a GPU are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _torch_linear_cross_entropy(options: Callable[[Workload], dict[str, Any]]) -
 
 
 def _chunks_of_this_package(workload: Workload) -> dict[str, Any]:
-    """Its own choice would be a few tokens at these shapes, and it adds the whole weight gradient up once a chunk."""
+    """Its default would be a few tokens per chunk at these shapes, and it adds the whole weight gradient in each."""
     return {"batch_chunk_size": chunk_size(workload), "chunking_method": None}
 
 
@@ -99,7 +99,7 @@ def _liger_chunked_jsd(workload: Workload) -> Loss:
 def _liger_grpo(workload: Workload) -> Loss:
     """liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss without KL term: PPO's clipped surrogate, mean over tokens.
 
-    Its advantages are one per sequence, so every token is a sequence, and all are one chunk: inside it streams over
+    It takes one advantage per sequence, so every token is a sequence. All are one chunk, within which it streams over
     tokens and vocabulary.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -124,7 +124,7 @@ def _liger_grpo(workload: Workload) -> Loss:
     return loss
 
 
-# _CHUNKED_LOGPROB_CHUNK_SIZE of trl.trainer.utils, with which its trainers call the function
+# _CHUNKED_LOGPROB_CHUNK_SIZE of trl.trainer.utils, which its trainers use
 _TRL_VOCABULARY_CHUNK = 32768
 
 

@@ -1,9 +1,9 @@
-"""Who is measured. A provider turns a workload into a function of its inputs: one call is the job's whole work.
+"""The implementations that are compared. A provider makes a function of a workload's inputs that does one step.
 
-eager            fused_gopd.reference: dense PyTorch that also reports entropy and KL and copes with -inf logits
-eager-lean       the shortest dense PyTorch that is right for finite logits: the loss alone
+eager            fused_gopd.reference: dense PyTorch that also reports entropy and KL and supports -inf logits
+eager-lean       the shortest dense PyTorch that is correct for finite logits, without other outputs
 compile          torch.compile of eager-lean's function, one graph without breaks
-compile-chunked  the same compiled function a chunk of tokens at a time, with the gradients of the chunk
+compile-chunked  the same compiled function on chunks of tokens, with the gradients of each chunk
 fused-NAME       this package on its backend NAME
 others           peers.py
 """
@@ -28,20 +28,20 @@ from .workloads import CLIP, JOBS, JSD_BETA, REWARD_SCALE, Inputs, Workload
 
 
 class Result(NamedTuple):
-    loss: Tensor  # (N,) log-probs of the job that is forward only
+    loss: Tensor  # of the job "logprobs" (N,) log-probs
     gradients: tuple[Tensor, ...]  # of Inputs.leaves
 
 
-Run = Callable[[Inputs], Result]
+Computation = Callable[[Inputs], Result]
 Loss = Callable[[Inputs], Tensor]
 
 
 @dataclass(frozen=True)
 class Provider:
     jobs: tuple[str, ...]
-    prepare: Callable[[Workload], Run]
+    prepare: Callable[[Workload], Computation]
     unavailable: Callable[[Workload], str | None]  # why it cannot run here; None if it can
-    compiles: bool = False  # the first call is not like the others
+    compiles: bool = False  # whether the first call compiles
 
 
 # -------------------------------------------------------------------------------------------------- the work, densely
@@ -117,7 +117,7 @@ OBJECTIVES: dict[str, Callable[[Sequence[Tensor], Inputs], Tensor]] = {
 
 
 def dense(workload: Workload) -> Loss:
-    """The job's loss from unmasked inputs, with every model's logits whole."""
+    """The job's loss of unmasked inputs, with dense logits of every model."""
     objective, linear = OBJECTIVES[workload.kind.objective], workload.level == "hidden"
 
     def loss(inputs: Inputs) -> Tensor:
@@ -129,8 +129,8 @@ def dense(workload: Workload) -> Loss:
     return loss
 
 
-def differentiated(loss: Loss) -> Run:
-    """Loss and the gradients of the leaves; where there are none, the forward alone."""
+def differentiated(loss: Loss) -> Computation:
+    """Loss and gradients of the leaves; without leaves, the forward alone."""
 
     def run(inputs: Inputs) -> Result:
         leaves = inputs.leaves
@@ -143,41 +143,41 @@ def differentiated(loss: Loss) -> Run:
     return run
 
 
-def of_live(loss: Loss) -> Run:
+def of_live(loss: Loss) -> Computation:
     return differentiated(lambda inputs: loss(inputs.live()))
 
 
 def oracle(workload: Workload, inputs: Inputs) -> Result:
-    """The dense function on these inputs, as they are: hand it float64."""
+    """The dense function on these inputs, which should be float64."""
     return of_live(dense(workload))(inputs)
 
 
 # ----------------------------------------------------------------------------------------------------- dense providers
 
 
-def _compile(workload: Workload) -> Run:
+def _compile(workload: Workload) -> Computation:
     return of_live(torch.compile(dense(workload), fullgraph=True, dynamic=False))
 
 
-# Ends the name of a provider of this package whose chunks have logits in the dtype of the heads.
+# Suffix of this package's providers whose chunks have logits in the dtype of the heads.
 LOW_CHUNKS = "-low-chunks"
 
 
 def buffers(workload: Workload) -> float:
-    """C x V buffers of logits that a chunk of the job holds at once."""
+    """Number of [C, V] logits buffers alive at once in a chunk."""
     joint = workload.kind.objective not in ("logprobs", "nll", "policy", "sampled")
     return logits_buffers(joint, workload.kind.models, device_type=torch.device(workload.device).type)
 
 
 def chunk_size(workload: Workload, element_bytes: int = 4) -> int:
-    """Tokens of a chunk in this package; the compiled chunks have as many."""
+    """Tokens per chunk in this package, and in compile-chunked."""
     device_type = torch.device(workload.device).type
     fitting = chunk_size_for(workload.vocab, buffers(workload), device_type, element_bytes)
     return min(workload.live_tokens, fitting)
 
 
 def _chunks(inputs: Inputs, size: int) -> list[Inputs]:
-    """Equal chunks but for one token, so that at most two shapes are compiled; student's hidden states as leaves."""
+    """Chunks of at most two sizes, so that two shapes are compiled; the student's hidden states are leaves."""
     tokens = inputs.token_ids.shape[0]
     count = -(-tokens // size)
     parts = []
@@ -190,8 +190,8 @@ def _chunks(inputs: Inputs, size: int) -> list[Inputs]:
     return parts
 
 
-def _compile_chunked(workload: Workload) -> Run:
-    """Gradients chunk by chunk in the forward, the weight's accumulated in float32."""
+def _compile_chunked(workload: Workload) -> Computation:
+    """Gradients of each chunk in the forward, the weight's accumulated in float32."""
     loss, size = torch.compile(dense(workload), fullgraph=True, dynamic=False), chunk_size(workload)
 
     def forward(inputs: Inputs) -> Result:
@@ -230,7 +230,7 @@ def _heads(inputs: Inputs) -> tuple[fg.LinearHead | fg.Logits, ...]:
 def gopd(
     gopd_loss: Callable[..., fg.GOPDOutput], workload: Workload, inputs: Inputs, backend: str, **options: Any
 ) -> Tensor:
-    """The job by this package's call, or by its dense reference of the same signature."""
+    """The job as a call of this package, or of its dense reference with the same signature."""
     objective, heads = workload.kind.objective, _heads(inputs)
     options |= {"reward_scale": REWARD_SCALE, "mask": inputs.mask, "backend": backend}
     ids: Tensor | None = inputs.token_ids
@@ -249,8 +249,8 @@ def gopd(
     return gopd_loss(*heads, ids, **options).loss
 
 
-def _package(backend: str) -> Callable[[Workload], Run]:
-    def prepare(workload: Workload) -> Run:
+def _package(backend: str) -> Callable[[Workload], Computation]:
+    def prepare(workload: Workload) -> Computation:
         def logprobs(inputs: Inputs) -> Tensor:
             found = fg.token_logprobs(_heads(inputs)[0], inputs.token_ids, mask=inputs.mask, backend=backend)
             assert isinstance(found, Tensor)
@@ -265,10 +265,10 @@ def _package(backend: str) -> Callable[[Workload], Run]:
     return prepare
 
 
-def _low_chunks(backend: str) -> Callable[[Workload], Run]:
-    """The chunk's logits in the dtype of the heads."""
+def _low_chunks(backend: str) -> Callable[[Workload], Computation]:
+    """This package with a chunk's logits in the dtype of the heads."""
 
-    def prepare(workload: Workload) -> Run:
+    def prepare(workload: Workload) -> Computation:
         return differentiated(lambda i: gopd(fg.gopd_loss, workload, i, backend, chunk_dtype=workload.dtype))
 
     return prepare
@@ -278,10 +278,10 @@ def live_count(inputs: Inputs) -> int | Tensor:
     return inputs.token_ids.shape[0] if inputs.mask is None else inputs.mask.sum()
 
 
-def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Run]:
+def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Computation]:
     """NLL by gopd_loss at a constant advantage of 1: its gradient is that of the NLL, computed in the forward."""
 
-    def prepare(workload: Workload) -> Run:
+    def prepare(workload: Workload) -> Computation:
         def run(inputs: Inputs) -> Result:
             (student,) = _heads(inputs)
             nothing = fg.TokenLogProbs(torch.zeros(inputs.token_ids.shape, device=inputs.token_ids.device))
@@ -305,19 +305,19 @@ BACKENDS = ("triton", "native", "torch")
 _ALL = tuple(JOBS)
 _HIDDEN = tuple(name for name, job in JOBS.items() if job.level == "hidden")
 _REFERENCE = tuple(name for name, job in JOBS.items() if job.models > 1)
-_LOSS = tuple(name for name in _HIDDEN if name not in ("logprobs", "nll"))  # gopd_loss itself, from hidden states
+_LOSS = tuple(name for name in _HIDDEN if name not in ("logprobs", "nll"))  # jobs of gopd_loss from hidden states
 
 
 def _free_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # what the allocator keeps counts as taken otherwise
+        torch.cuda.empty_cache()  # else memory cached by the allocator counts as used
         return int(torch.cuda.mem_get_info(device)[0])
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _too_dense(tensors: int) -> Callable[[Workload], str | None]:
-    """Dense code whose [tokens, vocabulary] tensors do not fit is left out before it takes the machine down."""
+    """Why dense code cannot run: its [tokens, vocabulary] tensors do not fit, which could take the machine down."""
 
     def reason(workload: Workload) -> str | None:
         needed, free = tensors * workload.live_tokens * workload.vocab * 4, _free_memory(workload.device)
@@ -358,9 +358,9 @@ def _fused() -> dict[str, Provider]:
     for backend in BACKENDS:
         found[FUSED_PREFIX + backend] = Provider(_ALL, _package(backend), _backend_reason(backend))
         found[f"{FUSED_PREFIX}{backend}-one-pass"] = Provider(("nll",), _one_pass(backend), _backend_reason(backend))
-    low = {"": Provider(_LOSS, _low_chunks("triton"), _low_reason("triton"))}
-    low["-one-pass"] = Provider(("nll",), _one_pass("triton", low=True), _low_reason("triton"))
-    return found | {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low.items()}
+    low_chunks = {"": Provider(_LOSS, _low_chunks("triton"), _low_reason("triton"))}
+    low_chunks["-one-pass"] = Provider(("nll",), _one_pass("triton", low=True), _low_reason("triton"))
+    return found | {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low_chunks.items()}
 
 
 # float32 tensors of [tokens, vocabulary] alive at once; fused_gopd.cli.plan.cost.dense_peak says where

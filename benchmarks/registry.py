@@ -1,4 +1,4 @@
-"""Which providers a workload has (all that do its job, unless somebody names them), and what a row says of both."""
+"""The providers of a workload (by default all that support its job), and the description of both in a row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .workloads import SUITES, Workload
 PROVIDERS = {**OWN, **PEERS}
 FLOOR = "floor"
 
-# Left out unless they are asked for by name: the backend that is for checking, dense code with more outputs than its
-# competitors have, and what a better setting of the same function stands for.
+# Only run when named: the backend for checking, dense code with more outputs than the others, and a function whose
+# other configuration is better.
 ON_DEMAND = ("fused-torch", "fused-torch-one-pass", "eager", "torch-lce-auto")
 
-# Providers by job, to be had in ten minutes on two cores. In bfloat16 the dense path stands for the naive accuracy that
-# the fused one must not fall behind.
+# Providers by job for the suite "record", which takes ten minutes on two cores. In bfloat16 the dense path shows the
+# naive error, which the fused one must not exceed.
 RECORD = {
     "logits-full": ["fused-native", "fused-torch", "compile", "eager-lean", "eager"],
     "logits-sampled": ["fused-native", "compile", "eager"],
@@ -28,30 +28,33 @@ RECORD = {
 
 
 def has_floor(workload: Workload) -> bool:
-    """The log has its bfloat16 job beside the same in float32 instead."""
+    """Whether a workload is compared with a floor; the bfloat16 job is compared with the float32 one instead."""
     return workload.job != "hidden-full-bf16"
 
 
-def providers_of(suite: str, workload: Workload, asked: Sequence[str] = ()) -> list[str]:
-    able = [name for name, provider in PROVIDERS.items() if workload.job in provider.jobs]
-    if asked:
-        return [name for name in able if name in asked]
-    return RECORD[workload.job] if suite == "record" else [name for name in able if name not in ON_DEMAND]
+def providers_of(suite: str, workload: Workload, selected: Sequence[str] = ()) -> list[str]:
+    """The providers of a workload, or those of them that are selected."""
+    supporting = [name for name, provider in PROVIDERS.items() if workload.job in provider.jobs]
+    if selected:
+        return [name for name in supporting if name in selected]
+    return RECORD[workload.job] if suite == "record" else [name for name in supporting if name not in ON_DEMAND]
 
 
-def cases(suite: str, device: str, jobs: Sequence[str] = (), asked: Sequence[str] = ()) -> list[tuple[Workload, str]]:
-    """Workload and provider in the order in which they run, the floor first."""
+def cases(
+    suite: str, device: str, jobs: Sequence[str] = (), selected: Sequence[str] = ()
+) -> list[tuple[Workload, str]]:
+    """(workload, provider) in the order of the run, the floor first."""
     found = []
     for workload in SUITES[suite].workloads(device):
         if jobs and workload.job not in jobs:
             continue
-        floor = [FLOOR] if has_floor(workload) and (not asked or FLOOR in asked) else []
-        found += [(workload, name) for name in floor + providers_of(suite, workload, asked)]
+        floor = [FLOOR] if has_floor(workload) and (not selected or FLOOR in selected) else []
+        found += [(workload, name) for name in floor + providers_of(suite, workload, selected)]
     return found
 
 
 def described(workload: Workload, provider: str) -> dict[str, Any]:
-    """What a row says of a workload, and of the chunks where its provider's are known."""
+    """The columns of a row that describe the workload, and the provider's chunks where they are known."""
     hidden = None if workload.hidden is None else [*workload.hidden, None, None][:3]
     chunk_dtypes = {"compile-chunked": workload.dtype_name}
     if provider.startswith(FUSED_PREFIX) and hidden is not None:

@@ -27,10 +27,9 @@ from .workloads import JOBS, SUITES, default_suite
 
 _HERE = Path(__file__).resolve().parent
 
-# With --keep-memory. glibc gives every large tensor back to the system when it is freed and asks anew for the next. A
-# virtual machine may hand such pages back to its host, and getting them again then takes longer than the arithmetic.
-# With these the timed process keeps what it has freed, for all providers alike. The memory runs always do without:
-# there it would hide a peak.
+# Environment with --keep-memory. By default glibc returns every large tensor to the system when it is freed. A virtual
+# machine may return such pages to its host, and faulting them in again takes longer than the arithmetic. With these the
+# timed process keeps freed memory, for all providers alike. Not in the memory runs, where it would hide a peak.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
@@ -43,7 +42,7 @@ def _cpuinfo(key: str) -> str:
 
 
 def _instruction_set() -> str:
-    """PyTorch's, and that of the native kernels if they are there."""
+    """PyTorch's instruction set, and that of the native kernels if they are installed."""
     torch_set = f"PyTorch {torch.backends.cpu.get_cpu_capability()}"
     try:
         from fused_gopd import _native
@@ -53,14 +52,14 @@ def _instruction_set() -> str:
 
 
 def device_name(device: str) -> str:
-    """The machine in words: nothing that tells whose it is."""
+    """Model of the GPU or CPU, without anything that identifies the machine."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     model = f"{_cpuinfo('model name')} (family {_cpuinfo('cpu family')}, model {_cpuinfo('model')})"
     return f"{model}, {torch.get_num_threads()} threads, {_instruction_set()}"
 
 
-def _driver(device: str) -> str | None:
+def driver_version(device: str) -> str | None:
     if torch.device(device).type != "cuda":
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -68,13 +67,13 @@ def _driver(device: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that was measured; ``-dirty`` where tracked files differ from it. None outside a checkout of ours."""
+    """The commit that is measured, with ``-dirty`` if tracked files differ. None outside this repository."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], check=False, cwd=_HERE, capture_output=True, text=True)
         return done.stdout.strip()
 
-    # an installed package may lie in somebody else's checkout
+    # an installed package may be inside another repository
     root = git("rev-parse", "--show-toplevel")
     if not root or not (Path(root) / "src" / "fused_gopd").is_dir():
         return None
@@ -82,7 +81,7 @@ def _commit() -> str | None:
 
 
 def origin(device: str) -> dict[str, Any]:
-    """What was measured, where and when: the top of every raw result."""
+    """Device, commit and date, for the beginning of every result file."""
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"device": device_name(device), "commit": _commit(), "date": date}
 
@@ -90,7 +89,7 @@ def origin(device: str) -> dict[str, Any]:
 _PACKAGES = ("fused-gopd", "pytest-benchmark", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
@@ -101,7 +100,7 @@ def _versions() -> dict[str, str]:
 
 
 def _quantile(values: list[float], q: float) -> float:
-    """Linear between neighbours."""
+    """Quantile with linear interpolation."""
     values = sorted(values)
     position = q * (len(values) - 1)
     low = int(position)
@@ -110,19 +109,19 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def row_of(info: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
-    """A row from what a case says of itself and its rounds, with the time of the floor that ran beside it."""
+    """A row of a case's description and its rounds, with the median time of the floor in the same rounds."""
     row = dict(info)
     times = [1e3 * t / row.get("queued", 1) for t in seconds]
-    beside = row.pop("floor_ms", times if "floor" in row else None)
+    floor = row.pop("floor_ms", times if "floor" in row else None)
     row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
     row["rounds"] = len(times)
-    if beside:
-        row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(beside)
+    if floor:
+        row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(floor)
     return row
 
 
 class BadOptionError(ValueError):
-    """An option that names what there is not."""
+    """An option with an unknown name."""
 
     def __init__(self, option: str, expected: Sequence[str], got: str) -> None:
         super().__init__(f"expected {', '.join(expected)}, got {got!r}")
@@ -131,7 +130,7 @@ class BadOptionError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What to run. Empty jobs and providers are all of the suite's."""
+    """What to run. Empty jobs or providers stand for all of the suite."""
 
     device: str = "cpu"
     suite: str = ""  # default by device
@@ -144,7 +143,7 @@ class Options:
     limit: float | None = None  # seconds after which no further case is started
 
     def checked(self) -> Options:
-        """Itself with the suite filled in, or an error that says which option, what was expected and what came."""
+        """These options with the suite filled in; raises for options that name nothing."""
         try:
             kind = torch.device(self.device).type
         except RuntimeError:
@@ -167,8 +166,8 @@ class Options:
             if not there:
                 jobs = dict.fromkeys(w.job for w in SUITES[suite].workloads(self.device))
                 raise BadOptionError("--jobs", tuple(jobs), ", ".join(self.jobs))
-            able = {name for w in there for name, p in registry.PROVIDERS.items() if w.job in p.jobs}
-            raise BadOptionError("--providers", tuple(sorted(able)), ", ".join(self.providers))
+            supporting = {name for w in there for name, p in registry.PROVIDERS.items() if w.job in p.jobs}
+            raise BadOptionError("--providers", tuple(sorted(supporting)), ", ".join(self.providers))
         return checked
 
     @property
@@ -178,7 +177,7 @@ class Options:
 
     @property
     def command(self) -> list[str]:
-        """pytest on this folder's suite, whatever project the caller stands in."""
+        """The pytest command for this folder, independent of the current project's configuration."""
         command = [sys.executable, "-m", "pytest", str(_HERE / "test_speed.py"), "-c", os.devnull]
         command += [f"--rootdir={_HERE}", "-q", "-s", "-p", "no:cacheprovider"]
         command += ["--benchmark-disable-gc", "--benchmark-quiet"]
@@ -192,27 +191,27 @@ class Options:
 def measure(options: Options, done: Callable[[str], None], path: Path | None = None) -> dict[str, Any]:
     """Run the cases and call ``done`` with the name of each. Failed cases are in ``skipped`` with ``failed`` set.
 
-    Each case is in the file at ``path`` as soon as it is measured: a run that is cut off leaves what it has.
+    The file at ``path`` is written after each case, so that an interrupted run leaves the finished ones.
     """
     allocator = ALLOCATOR if options.keep_memory else {}
     start, output = time.monotonic(), []
     result: dict[str, Any] = {
         "suite": options.suite,
         **origin(options.device),
-        "driver": _driver(options.device),
-        "versions": _versions(),
+        "driver": driver_version(options.device),
+        "versions": package_versions(),
         "allocator": allocator,
         "seconds": 0.0,
         "rows": [],
         "skipped": [],
     }
-    # a pytest of its own, also inside another one: in a worker of pytest-xdist pytest-benchmark measures nothing
+    # without the variables of an outer pytest: in a worker of pytest-xdist, pytest-benchmark does not measure
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**outer, **allocator, "PYTHONUNBUFFERED": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(options.command, env=environment, **pipes) as process:
         for line in process.stdout or ():
-            # pytest's dots stand before the marks
+            # pytest may print dots before the prefixes
             for mark, add in ((conftest.SKIPPED, result["skipped"].append), (conftest.MEASURED, result["rows"].append)):
                 _, found, rest = line.partition(mark)
                 if found:
@@ -240,7 +239,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def listing() -> str:
-    """What the options may name."""
+    """The names that the options accept."""
     parts = ["suites", *(f"  {name:18} {suite.what}" for name, suite in SUITES.items()), "jobs"]
     parts += [f"  {name:18} {report.TITLES[name]}" for name in JOBS]
     parts += ["providers", *(f"  {name:18} {report.NAMES[name]}" for name in registry.PROVIDERS)]

@@ -1,9 +1,9 @@
-"""What ``grad_filter`` saves and costs on a real model's logits, in one run.
+"""Time and error of ``grad_filter`` on a real model's logits.
 
 ``python -m benchmarks.sparsity [--json FILE] [--rounds N] [PAGE.md ...]`` prints the table and fills it in between
-``<!-- sparsity -->`` and ``<!-- /sparsity -->`` of a page. The demo's set-up: SmolLM2-135M answers questions, the
-teacher is the same model with a system prompt of its own, the reference the student before training. Needs the demo's
-packages and its model (see the README). Random logits would say nothing: theirs are spread over the whole vocabulary.
+``<!-- sparsity -->`` and ``<!-- /sparsity -->`` of a page. The set-up is the demo's: SmolLM2-135M answers questions,
+the teacher is the same model with another system prompt, the reference the student before training. Needs the demo's
+packages and its model (see the README). Random logits are no substitute: their mass is spread over the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .conftest import milliseconds
 from .run import device_name, origin, write
 
 FILTERS = (1e-6, 1e-5, 1e-4, 1e-3)
-CHUNKS = (None, 128)  # the default, and shorter ones, which leave out more
+CHUNKS = (None, 128)  # the default, and shorter chunks, in which more entries are negligible
 ANSWER_TOKENS = 48
 ESTIMATORS = ("sampled", "full")
 SEED = 0
@@ -36,7 +36,7 @@ SEED = 0
 
 def problem() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Hidden states (N, H) of the three models on the student's own tokens, the head they share, the tokens."""
-    from fused_gopd.cli.demo import _hidden_states, smollm
+    from fused_gopd.cli.demo import hidden_states, smollm
     from fused_gopd.cli.demo.policy import Network
     from fused_gopd.cli.demo.prompts import TRAIN_QUESTIONS, encode
 
@@ -44,7 +44,7 @@ def problem() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     model, tokenizer = smollm.load()
     network = Network(model)
     prompts = encode(tokenizer, TRAIN_QUESTIONS)
-    states, ids = _hidden_states(network, prompts, ANSWER_TOKENS, tokenizer.eos_token_id, SEED)
+    states, ids = hidden_states(network, prompts, ANSWER_TOKENS, tokenizer.eos_token_id, SEED)
     return states, network.head_weight.detach(), ids
 
 
@@ -53,22 +53,22 @@ def _relative(x: Tensor, truth: Tensor) -> float:
 
 
 def _kept(step: Callable[[], object]) -> float:
-    """Mean share of the vocabulary that the chunks of one step put into the gradient GEMMs."""
+    """Mean share of the vocabulary in the gradient GEMMs of the chunks of one step."""
     shares = []
     selected = gemm.selected
 
-    def watched(dlogits: Tensor, smallest: float) -> Tensor | None:
+    def recording(dlogits: Tensor, smallest: float) -> Tensor | None:
         columns = selected(dlogits, smallest)
         shares.append(1.0 if columns is None else columns.shape[0] / dlogits.shape[1])
         return columns
 
-    with unittest.mock.patch.object(gemm, "selected", watched):
+    with unittest.mock.patch.object(gemm, "selected", recording):
         step()
     return statistics.mean(shares)
 
 
 def _above(hidden: Tensor, weight: Tensor, smallest: float) -> float:
-    """Mean share of the vocabulary to which one token gives at least so much."""
+    """Mean share of the vocabulary with a probability of at least ``smallest`` at a token."""
     counts = [((h @ weight.T).softmax(-1) >= smallest).float().mean() for h in hidden.split(64)]
     return float(torch.stack(counts).mean())
 

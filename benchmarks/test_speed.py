@@ -1,8 +1,7 @@
-"""Time per step of every provider on every workload, with its memory and its errors beside it.
+"""Time per step, memory and errors of every provider on every workload.
 
-Nothing here asserts a time. Quantiles come from the rounds that pytest-benchmark records; a warm-up round is left out,
-and with it compilation. Before each round of a provider the floor runs once and is timed too, so that the ratio of the
-two is taken between neighbours in time.
+No time is asserted. Quantiles are over the rounds that pytest-benchmark records, without the warm-up and compilation.
+The floor is timed before each round of a provider, so that their ratio compares measurements that are close in time.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _floor(session: Session, workload: Workload, extra: dict[str, Any]) -> Calla
 
 
 def _measured(session: Session, workload: Workload, provider: str, extra: dict[str, Any]) -> Callable[[], object]:
-    """The provider's step on one set of inputs after another; memory and errors go into ``extra``."""
+    """The provider's step, which uses the input sets in turn; adds memory and errors to ``extra``."""
     reason = PROVIDERS[provider].unavailable(workload)
     if reason is not None:
         pytest.skip(reason)
@@ -59,16 +58,16 @@ def _measured(session: Session, workload: Workload, provider: str, extra: dict[s
     return lambda: run(next(sets))
 
 
-def _rounds(timed: Callable[[], float], beside: float, workload: Workload, seconds: float, *, compiles: bool) -> int:
-    """Warm-up until its calls add up to WARM_UP seconds, two calls at least where the first one compiles.
+def _rounds(timed: Callable[[], float], floor_ms: float, workload: Workload, seconds: float, *, compiles: bool) -> int:
+    """Warm up for WARM_UP seconds, at least two calls if the first one compiles. Returns the number of rounds that fit.
 
-    The first steps of a process fault memory in that the host of a virtual machine has to find, at ten times the time
-    of later ones. The last call and the floor's time ``beside`` each round say how many rounds fit.
+    The first steps of a process may take ten times as long as later ones, because the host of a virtual machine has to
+    provide the pages. A round takes the time of the last call and ``floor_ms``.
     """
     estimates = [timed() for _ in range(2 if compiles else 1)]
     while seconds and sum(estimates) < 1e3 * WARM_UP[torch.device(workload.device).type]:
         estimates.append(timed())
-    each = queued(workload.device) * (estimates[-1] + beside)
+    each = queued(workload.device) * (estimates[-1] + floor_ms)
     fitting = round(seconds * 1e3 * SECONDS[workload.level] / each)
     return min(max(fitting, ROUNDS[0]), ROUNDS[1])
 
@@ -83,7 +82,7 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
     seconds = option("--seconds")
     if seconds is None:
         seconds = SUITES[option("--suite")].seconds
-    beside: list[float] = []
+    floor_times: list[float] = []
     try:
         if provider == FLOOR:
             step, compiles = _floor(session, workload, benchmark.extra_info), False
@@ -93,12 +92,12 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
         floor = session.floor if provider != FLOOR and has_floor(workload) else None
 
         gc.collect()
-        gc.freeze()  # what is there now is not looked at again before every round
+        gc.freeze()  # existing objects are not scanned again before every round
 
         def before_round() -> None:
             gc.collect()
             if floor is not None:
-                beside.append(milliseconds(floor.step, workload.device))
+                floor_times.append(milliseconds(floor.step, workload.device))
 
         timed = functools.partial(milliseconds, step, workload.device)
         floor_ms = 0.0 if floor is None else floor.candidates_ms[floor.name]
@@ -110,5 +109,5 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
         pytest.skip("out of memory on the GPU")
     finally:
         gc.unfreeze()
-    if beside:
-        benchmark.extra_info["floor_ms"] = beside
+    if floor_times:
+        benchmark.extra_info["floor_ms"] = floor_times

@@ -1,11 +1,11 @@
-"""Peak memory of a step of TRL's distillation trainer, with and without this package; each in a process of its own.
+"""Peak memory of a step of TRL's distillation trainer, with and without this package, in separate processes.
 
 ``python -m benchmarks.trl_memory [--json FILE] [PAGE.md ...]`` prints the table and fills it in between
 ``<!-- trl-memory -->`` and ``<!-- /trl-memory -->`` of a page. Needs TRL, datasets and tokenizers, and a Linux.
 
-A step is the trainer's own ``training_step``: forwards of all models, loss, backward. The completions are given, so
-that nothing is generated in it. The figure is what :mod:`benchmarks.memory` measures on a CPU: peak resident set during
-the step, less that before it, less the gradients; the bodies' activations, the same for all rows, are in it.
+A step is the trainer's ``training_step``: forwards of all models, loss, backward, with given completions. Measured as
+in :mod:`benchmarks.memory` on a CPU: the peak resident set during the step, minus that before it, minus the gradients.
+It includes the activations of the models' bodies, which are the same in all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .arguments import parse, publish
-from .memory import _settle, _status
+from .memory import process_status, release_free_memory
 from .run import device_name, origin, write
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def tokenizer() -> Any:
 
 
 def batch(completion: int) -> dict[str, torch.Tensor]:
-    """What TRL makes of a generation batch."""
+    """A generation batch as TRL prepares it."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> torch.Tensor:
@@ -77,8 +77,8 @@ def batch(completion: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _made_dense(made: Any) -> None:
-    """The loss of whole logits from the models' own forward, in plain PyTorch."""
+def _make_dense(made: Any) -> None:
+    """Replace the trainer's loss by the dense reference on logits from the models' own forward."""
     import fused_gopd as fg
     from fused_gopd.integrations.trl import models
 
@@ -110,7 +110,7 @@ def trainer(name: str, folder: str) -> Any:
     config = GOPDConfig(**plain, reward_scale=SCALE if three else 1.0)
     made = GOPDTrainer(model(0), model(1), config, **data, ref_model=model(2) if three else None)
     if name.startswith("dense"):
-        _made_dense(made)
+        _make_dense(made)
     return made
 
 
@@ -118,21 +118,21 @@ def measure(name: str) -> dict[str, Any]:
     """In this process, which has not run a step at full size before."""
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(name, folder)
-        made._prepare_inputs = lambda given: given  # nothing to generate
+        made._prepare_inputs = lambda given: given  # the completions are given
         made.current_gradient_accumulation_steps = 1  # what the loop over batches sets
         step: Callable[[int], torch.Tensor] = lambda n: made.training_step(made.model, batch(n), None)  # noqa: E731
         step(4)  # what loads and starts on first use
         made.model.zero_grad()
-        _settle()
-        before = _status("VmRSS")
+        release_free_memory()
+        before = process_status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         loss = step(COMPLETION).item()
-        peak = _status("VmHWM") - before
+        peak = process_status("VmHWM") - before
         gradients = sum(p.grad.nbytes for p in made.model.parameters() if p.grad is not None)
         return {"row": name, "peak_bytes": peak - gradients, "gradient_bytes": gradients, "loss": loss}
 
 
-def measure_apart(name: str) -> dict[str, Any]:
+def measure_in_process(name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"{__package__}.trl_memory", "--only", name]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(command, check=False, cwd=_ROOT, capture_output=True, text=True, env=environment)
@@ -157,7 +157,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args.only)))
         return
-    rows = [measure_apart(name) for name in NAMES]
+    rows = [measure_in_process(name) for name in NAMES]
     import transformers
     import trl
 

@@ -1,8 +1,8 @@
-"""What the baseline does to the variance of the sampled gradient, by enumeration: no sampling noise in the figure.
+"""Variance of the sampled gradient with and without the baseline, by enumeration instead of sampling.
 
 ``python -m benchmarks.variance [--json FILE] [PAGE.md ...]`` prints the table and fills it in between
-``<!-- variance -->`` and ``<!-- /variance -->``. For every position of random models the package's own gradient is
-taken for each token of the vocabulary; the trace of its covariance under the student is the figure.
+``<!-- variance -->`` and ``<!-- /variance -->``. At every position of random models the package computes the
+gradient for each token of the vocabulary; the result is the trace of its covariance under the student.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .run import write
 
 VOCAB, POSITIONS = 256, 64
 SCALES = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 4.0)
-# How far teacher and reference are from the student: deviation of their logits' differences from it, of 3 in all.
+# Standard deviation of teacher's and reference's logits from the student's, whose own deviation is 3.
 DISTANCES = {"near": 0.3, "far": 1.5}
 
 
@@ -33,8 +33,8 @@ def models(distance: float) -> list[Tensor]:
 
 
 def variance(logits: list[Tensor], reward_scale: float, baseline: str) -> float:
-    """Trace of the covariance of the gradient with respect to the student's logits, mean over the positions."""
-    # every token of the vocabulary at every position
+    """Trace of the covariance of the gradient of the student's logits, averaged over the positions."""
+    # one row for every token of the vocabulary at every position
     z, q, r = (x.repeat_interleave(VOCAB, 0) for x in logits)
     ids = torch.arange(VOCAB).repeat(POSITIONS)
     student = z.requires_grad_()

@@ -1,9 +1,9 @@
-"""What vocabulary-parallel heads put on the wire, counted, against the least that any exchange needs; and their time.
+"""Bytes that vocabulary-parallel heads exchange, against the minimum of any exchange; and their time.
 
 ``python -m benchmarks.wire [--json FILE] [--rounds N] [PAGE.md ...]`` starts two and four ranks on this machine (gloo,
-one thread each), counts every byte that a step hands to a collective, and with two ranks on two cores compares the
-step's time with that of one process of one thread. Prints the tables and fills them in between ``<!-- wire -->`` and
-``<!-- /wire -->`` of a page.
+one thread each), counts every byte that a step passes to a collective, and with two ranks on two cores compares the
+time of a step with that of one process with one thread. Prints the tables and fills them in between ``<!-- wire -->``
+and ``<!-- /wire -->`` of a page.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ LAMBDA = 1.25
 FLOAT = 4
 K = 32
 
-# name -> (options, numbers per token without which a rank could not go on, once each)
-# sampled: a normaliser of each model, its logit of the token, and the mean logit that the entropy needs. full: the same
-# and what the loss, its gradient and the reported KL have of the target: its normaliser, the mean gap, and one mean
-# more (forward_kl) or two (jsd). topk: ids and logits to choose from, of one model; the others' logits there; of each
-# model the mass of the rest and its logit of the token, and the mean logit.
+# name -> (options, least numbers per token that a rank needs from the others)
+# sampled: the normaliser and the token's logit of each model, and the mean logit for the entropy. full: also the
+# target's normaliser and the mean gap, for loss, gradient and KL, and one more mean (forward_kl) or two (jsd). topk:
+# candidate ids and logits of one model, the other models' logits at the chosen ids, of each model the mass outside
+# them and the token's logit, and the mean logit.
 OBJECTIVES: dict[str, tuple[dict[str, Any], int]] = {
     "sampled": ({"estimator": "sampled"}, 7),
     "full": ({"estimator": "full"}, 9),
@@ -55,13 +55,13 @@ def _heads(seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class _Wire:
-    """Stands in for the collectives of a shard, counts what they are given and how long they hold the step up."""
+    """Replaces the collectives of a shard: counts their bytes and the time that the step waits for them."""
 
     def __init__(self) -> None:
         self.gathered: list[int] = []
         self.summed: list[int] = []
         self.seconds = 0.0
-        self.waits = False  # for each sum at once, in place of beside the weight's product
+        self.waits = False  # whether to wait for each sum at once, without overlapping it with the weight's product
         self._gather, self._sum = fg.VocabShard.gather, fg.VocabShard.sum_
 
     def gather(self, shard: fg.VocabShard, mine: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _worker(rounds: int, target: Path) -> None:
             counted = {"gathered": wire.gathered[1:], "agreement": wire.gathered[0], "summed": list(wire.summed)}
             times, shares, waiting = [], [], []
             for i in range(rounds if n == 2 else 0):
-                # in turns, so that neither is always the first
+                # in alternating order, so that neither always runs first
                 for wire.waits in ((False, True), (True, False))[i % 2]:
                     dist.barrier()
                     wire.seconds = 0.0
@@ -127,7 +127,7 @@ def _worker(rounds: int, target: Path) -> None:
         alone = []
         for _ in range(rounds if n == 2 else 0):
             dist.barrier()
-            if rank == 0:  # while the other rank waits, asleep
+            if rank == 0:  # the other rank sleeps in the barrier
                 alone.append(timed(options, None))
         dist.barrier()
         chunks = len(counted["summed"])
@@ -163,7 +163,7 @@ def _launch(n: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def received(row: dict[str, Any], statistics_bytes: float) -> float:
-    """Bytes that a rank receives per token: of an all-gather those of the others, of a ring's all-reduce 2 (n-1)/n."""
+    """Bytes that a rank receives per token: from all other ranks in an all-gather, 2 (n-1)/n in a ring's all-reduce."""
     n = row["ranks"]
     return statistics_bytes * (n - 1) + row["hidden_gradient_bytes_per_token"] * 2 * (n - 1) / n
 
@@ -195,7 +195,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         if r["step_ms"]:
             step, alone = (statistics.median(r[name]) for name in ("step_ms", "one_process_ms"))
             cells = [f"`{r['objective']}`", f"{step:.0f}", f"{alone:.0f}", f"{step / alone:.2f}×"]
-            # of neighbours in time; either was first in half of the pairs, and what comes second is slower or faster
+            # ratios of consecutive runs; the mean over both orders cancels the effect of running second
             waited = [b / a for a, b in zip(r["step_ms"], r["step_ms_without_overlap"], strict=True)]
             both = statistics.geometric_mean(statistics.median(waited[i::2]) for i in range(2))
             cells += [f"{statistics.median(r['share_in_collectives']):.1%}", f"{both:.2f}×"]

@@ -1,4 +1,4 @@
-"""What is measured: one set-up per workload, shared by the time, memory and accuracy runs of every provider."""
+"""The workloads: shapes, options and inputs, shared by the time, memory and accuracy runs of every provider."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACCURACY_TOKENS = 32
 
 
 class Job(NamedTuple):
-    """One piece of work, the same for everyone who is measured on it."""
+    """A computation that providers are compared on."""
 
     objective: str  # a name in providers.OBJECTIVES
     models: int
@@ -30,8 +30,8 @@ class Job(NamedTuple):
     level: str = "hidden"  # "hidden": from hidden states and head, "logits": logits are given
 
 
-# A peer that lacks a model or the lambda target is measured on the part that it can do, beside the same part of this
-# package: that is what the jobs with one and two models are for.
+# The jobs with one and two models are for peers that lack a model or the lambda target: they are compared with the
+# same part of this package.
 JOBS = {
     "logprobs": Job("logprobs", 1, backward=False),
     "nll": Job("nll", 1),
@@ -49,19 +49,17 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of the models, student first. What the student has and may train are leaves that require a gradient."""
+    """Tensors of the models, student first. The student's trainable tensors are leaves that require a gradient."""
 
     rows: tuple[Tensor, ...]  # logits (N, V) or hidden states (N, H)
     weights: tuple[Tensor, ...] | None  # (V, H) each; None at logits level
     token_ids: Tensor  # (N,)
     mask: Tensor | None = None  # (N,) bool
-    scores: tuple[
-        Tensor, ...
-    ] = ()  # (N,) log-probs of old policy, teacher and reference where ``policy`` is given them
+    scores: tuple[Tensor, ...] = ()  # (N,) log-probs of old policy, teacher and reference, for the job "policy"
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What is differentiated: logits, or hidden states and weight, or hidden states alone under a frozen head."""
+        """Tensors to differentiate: logits, or hidden states and weight, or hidden states alone with a frozen head."""
         student = [self.rows[0]] if self.weights is None else [self.rows[0], self.weights[0]]
         return [x for x in student if x.requires_grad]
 
@@ -70,7 +68,7 @@ class Inputs:
         return sum(t.nbytes for t in (*self.rows, *(self.weights or ()), self.token_ids))
 
     def first(self, tokens: int, dtype: torch.dtype | None = None) -> Inputs:
-        """The first tokens only, in another dtype if one is given; fresh leaves."""
+        """The first tokens, optionally in another dtype, as new leaves."""
 
         def cut(models: tuple[Tensor, ...], length: int | None) -> tuple[Tensor, ...]:
             return tuple(x.detach()[:length].to(dtype or x.dtype).requires_grad_(x.requires_grad) for x in models)
@@ -80,7 +78,7 @@ class Inputs:
         return Inputs(cut(self.rows, tokens), weights, self.token_ids[:tokens], mask, cut(self.scores, tokens))
 
     def live(self) -> Inputs:
-        """Unmasked tokens only, differentiably: what dense code and peers do for the masked ones not to cost them."""
+        """Select the unmasked tokens, differentiably, as dense code and peers do to save the work on masked ones."""
         if self.mask is None:
             return self
         index = self.mask.nonzero()[:, 0]
@@ -94,7 +92,7 @@ class Workload:
 
     job: str
     tokens: int
-    hidden: tuple[int, ...] | None  # one of each model; None: logits are given
+    hidden: tuple[int, ...] | None  # hidden size of each model; None if logits are given
     dtype: torch.dtype = torch.float32
     vocab: int = VOCAB_SIZE
     device: str = "cpu"
@@ -115,7 +113,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Tells the workloads of a suite apart."""
+        """Unique within a suite."""
         sizes = [f"N{self.tokens}", *([] if self.hidden is None else [f"H{'x'.join(map(str, self.hidden))}"])]
         options = [f"masked{round(100 * self.masked)}"] * (self.masked > 0) + ["frozen"] * self.frozen
         return "-".join([self.job, *sizes, f"V{self.vocab}", self.dtype_name, *options])
@@ -125,12 +123,12 @@ class Workload:
         return sum(self._live(i) for i in range(self.tokens))
 
     def _live(self, token: int) -> bool:
-        """Live tokens lie evenly: every other one at half masked, every tenth at nine tenths."""
+        """Whether a token is live. Live tokens are evenly spaced: every tenth one where nine tenths are masked."""
         percent = 100 - round(100 * self.masked)
         return (token + 1) * percent // 100 > token * percent // 100
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """Teacher and reference resemble the student, as checkpoints of one model do; logits have a deviation of 3."""
+        """Make inputs. All models are similar, as checkpoints of one model are; their logits have deviation 3."""
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def like(base: Tensor | None, shape: tuple[int, ...], scale: float) -> Tensor:
@@ -164,7 +162,7 @@ class Workload:
         return Inputs(rows, weights, ids, mask, scores)
 
     def _scores(self, hidden: Tensor, weight: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Old log-probs, near enough to the student's that some ratios are clipped and most are not; and two others."""
+        """Log-probs of old policy, teacher and reference; the old ones are so close that few ratios are clipped."""
         logprobs = []
         for h, i in zip(hidden.split(64), ids.split(64), strict=True):
             z = (h @ weight.T).float()
@@ -174,19 +172,19 @@ class Workload:
         return tuple((base + scale * x).clamp(max=0) for scale, x in zip((0.1, 0.5, 0.5), noise, strict=True))
 
     def small(self) -> Workload:
-        """A miniature that loads libraries and starts threads before memory is measured."""
+        """A small workload that loads libraries and starts threads before memory is measured."""
         hidden = None if self.hidden is None else (8,) * len(self.hidden)
         return replace(self, tokens=10, hidden=hidden, vocab=64)
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device, so that a timed call includes its work."""
+    """Wait for the device, so that a timed call includes the work on it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def queued(device: str) -> int:
-    """Steps of a timed call: on a GPU several in a row, as in a training, where the host runs ahead of the device."""
+    """Steps per timed call: several on a GPU, where the host runs ahead of the device as in training."""
     return 3 if torch.device(device).type == "cuda" else 1
 
 
@@ -201,10 +199,9 @@ def _last_level_cache(device: str) -> int:
 
 
 def rotation(workload: Workload) -> int:
-    """Sets of inputs that the timed calls take in turn, so that none finds its own in the last-level cache.
+    """Number of input sets that timed calls use in turn, so that no call finds its inputs in the last-level cache.
 
-    Four times the cache in all. Moot for every head of a real model but the smallest: one set of inputs is far larger
-    than any cache, and is then the only one.
+    Together they have four times the size of the cache. For real models a single set is larger than that.
     """
     sizes = [workload.tokens * workload.vocab] * 3
     if workload.hidden is not None:
@@ -223,7 +220,7 @@ class Suite(NamedTuple):
 
 
 def _on(device: str, jobs: Iterable[str], shape: Workload) -> list[Workload]:
-    """The same shape for several jobs: (H,) or one hidden size per model where the job has that many."""
+    """Workloads of several jobs in one shape, whose ``hidden`` is (H,) or has one size per model."""
     made = []
     for job in jobs:
         hidden = None
@@ -303,7 +300,7 @@ def _frozen(device: str) -> list[Workload]:
 
 
 def _unequal(device: str) -> list[Workload]:
-    """Strong to weak: teacher and its own base model are twice as wide as the student."""
+    """Strong to weak: the teacher and its base model are twice as wide as the student."""
     tokens, dtype = (8192, torch.bfloat16) if _gpu(device) else (128, torch.float32)
     return _on(device, ("reverse-kl", *THREE), Workload("", tokens, (2048, 4096, 4096), dtype))
 

@@ -1,4 +1,4 @@
-"""The paper's claims as runs: which stages each needs, and the JSON of what they found."""
+"""The paper's claims as runs: the stages that each needs, and the JSON of their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import stages, tasks
 from .stages import Stage
 
 CLAIMS = ("lambda", "two-teachers", "strong-to-weak", "dynamics", "length", "estimators")
-# Of a quick run that names none: a smaller student needs a base of its own, which would take a third of its time.
+# Default of a quick run: strong-to-weak needs another base model, which would take a third of the time.
 QUICK_CLAIMS = tuple(claim for claim in CLAIMS if claim != "strong-to-weak")
 ADDITION, STRINGS = tasks.DOMAINS
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -26,10 +26,10 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 class Settings:
     """How much is computed. The defaults are the full run."""
 
-    n: int = 8192  # prompts that a student's score is the mean of
-    shared_n: int = 8192  # that of a base or teacher: the same in the quick run, which so shares them with the full one
+    n: int = 8192  # prompts to score a student on
+    shared_n: int = 8192  # to score a base or teacher; the same in the quick run, so that both runs share them
     base_steps: int = 1400
-    longer_base_steps: int = 2000  # of small bases: as long as the large one takes
+    longer_base_steps: int = 2000  # of small bases: takes as long as the large one
     base_batch: int = 128
     rl_steps: int = 32  # of a teacher at most
     steps: int = 80  # of a distillation to a student of the teacher's size
@@ -61,8 +61,8 @@ QUICK = Settings(
 
 
 @dataclass(frozen=True)
-class Run:
-    """One trained and scored model: ``group`` is what it is, over seeds; seed None for what students share."""
+class TrainedModel:
+    """A trained and scored model. Seeds share a ``group``; the seed of bases and teachers is None."""
 
     claims: tuple[str, ...]
     group: str
@@ -71,12 +71,12 @@ class Run:
 
 
 def scaled(prefix: str, scale: float) -> str:
-    """The group of a λ."""
+    """The name of the group of a λ."""
     return f"{prefix} λ={scale:g}"
 
 
 class Plan:
-    """Every run of the chosen claims. Bases and teachers are the same for all seeds: a seed is a student's training."""
+    """All runs of the chosen claims. The seed only affects students: bases and teachers are shared."""
 
     def __init__(self, settings: Settings, seeds: Iterable[int], claims: Iterable[str] = CLAIMS) -> None:
         self.settings, self.seeds = settings, list(seeds)
@@ -84,7 +84,7 @@ class Plan:
         for claim in self.claims:
             if claim not in CLAIMS:
                 raise ValueError(f"claim must be one of {', '.join(CLAIMS)}; got {claim!r}")
-        self.runs: list[Run] = []
+        self.runs: list[TrainedModel] = []
         s = settings
         data = {"batch": s.base_batch, "lr": 4e-3, "seed": 1, "n": s.shared_n}
         usual, habit = asdict(tasks.Errors()), asdict(tasks.Errors(0.25, 0.12, 0.16, "next"))
@@ -116,12 +116,12 @@ class Plan:
     def _add(self, claims: tuple[str, ...], group: str, stage: Stage, seed: int | None = None) -> None:
         wanted = tuple(c for c in claims if c in self.claims)
         if wanted:
-            self.runs.append(Run(wanted, group, stage, seed))
+            self.runs.append(TrainedModel(wanted, group, stage, seed))
 
     def distillation(
         self, group: str, students: tuple[Stage, Stage], domains: list[str], seed: int, **how: Any
     ) -> Stage:
-        """A student's training; ``students`` are where it starts and the reference."""
+        """The training of a student; ``students`` are its initial model and the reference."""
         config = {"domains": domains, "how": {"steps": self.settings.steps, **how}, "seed": 100 + seed}
         parents = (*students, *(self.teachers[d] for d in domains))
         return Stage(group, "distill", {**config, "n": self.settings.n}, parents)
@@ -200,7 +200,7 @@ class Plan:
                 if batch != 128:
                     how["batch"] = batch
                 elif name == "sampled":
-                    continue  # the λ curve has it
+                    continue  # part of the λ curve
                 self._add(claim, group, self.distillation(group, pair, [ADDITION], seed, **how), seed)
         if seed == self.seeds[0]:
             rest: dict[str, Any] = {"batches": list(s.variance_batches), "repeats": s.variance_repeats, "seed": 4}
@@ -209,7 +209,7 @@ class Plan:
             self._add(claim, "variance", Stage("variance", "variance", {"domain": ADDITION, **rest}, parents))
 
     def results(self, cache: Path) -> list[dict[str, Any]]:
-        """What the finished runs found, one entry each."""
+        """The results of the finished runs, one entry each."""
         rows = []
         for run in self.runs:
             found = stages.result(run.stage, cache)

@@ -1,4 +1,4 @@
-"""Tiny transformers, their sampling, and how the loss takes them."""
+"""Tiny transformers: construction, sampling, and their hidden states and heads for the loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def size_of(model: LlamaForCausalLM) -> str:
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompt: Tensor, generator: torch.Generator) -> Tensor:
-    """(n, 14) responses at temperature 1; PAD after the end."""
+    """(n, 14) responses sampled at temperature 1, with PAD after the end."""
     cache, x = DynamicCache(config=model.config), prompt
     response = torch.full((len(prompt), tasks.RESPONSE), tasks.PAD)
     going = torch.ones(len(prompt), dtype=torch.bool)
@@ -63,6 +63,6 @@ def sample(model: LlamaForCausalLM, prompt: Tensor, generator: torch.Generator) 
 
 def head(model: LlamaForCausalLM, prompt: Tensor, response: Tensor) -> fg.LinearHead:
     """The hidden states (n, 14, H) that score a response, with the model's head."""
-    ids = torch.cat([prompt, response[:, :-1]], 1)  # padding comes last and is causal: no attention mask
+    ids = torch.cat([prompt, response[:, :-1]], 1)  # right padding under causal attention needs no mask
     hidden: Any = model.model(ids, use_cache=False).last_hidden_state
     return fg.LinearHead(hidden[:, tasks.PROMPT - 1 :], model.lm_head.weight)

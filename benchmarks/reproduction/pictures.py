@@ -1,4 +1,4 @@
-"""One picture a claim, of the runs of a JSON. Matplotlib figures, no state."""
+"""One plot per claim, from the runs of a JSON file. Makes Matplotlib figures without global state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _draw_two(r: Runs, figure: Any) -> None:
         axis.annotate(
             group.removeprefix("A+B "), (a.mean, b.mean), xytext=(5, 5), textcoords="offset points", fontsize=8
         )
-    axis.margins(x=0.12)  # for the names
+    axis.margins(x=0.12)  # room for the names
     axis.set(xlabel="accuracy, addition", ylabel="accuracy, strings")
     axis.axvline(r.score("teacher A").mean, color="C3", linestyle=":")
     axis.axhline(r.score("teacher B", STRINGS).mean, color="C3", linestyle=":")
@@ -85,7 +85,7 @@ def _draw_length(r: Runs, figure: Any) -> None:
         color = "C3" if "teacher" in group else "C0" if "λ" in group else "0.5"
         axis.errorbar(x.mean, y.mean, max(y.spread, y.error), x.spread, marker="o", color=color, capsize=2)
         axis.annotate(group.removeprefix("A "), (x.mean, y.mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axis.margins(x=0.12)  # for the names
+    axis.margins(x=0.12)  # room for the names
     axis.set(xlabel="tokens of an answer", ylabel="accuracy, addition")
 
 
@@ -95,7 +95,7 @@ def _draw_estimators(r: Runs, figure: Any) -> None:
         curves = {name: values for name, values in row["variance"].items() if min(values) > 0}
         for name, values in curves.items():
             axis.loglog(row["batches"], values, marker="o", label=name)
-        if curves:  # none where nothing was learnt that there could be a gradient of
+        if curves:  # some runs have no curve of this signal
             axis.set(xticks=row["batches"], xticklabels=row["batches"])
             axis.legend()
     axis.set(xlabel="sequences in a batch", ylabel="tr Cov(g) / |E g|²")

@@ -1,4 +1,4 @@
-"""The page of the reproduction, made from its JSON alone: each claim beside the paper's figure, and what failed.
+"""The page of the reproduction, made from its JSON: each claim next to the paper's result, also where it fails.
 
 python -m benchmarks.reproduction.report benchmarks/results/reproduction.json docs/reproduction.md --overwrite
 """
@@ -20,7 +20,7 @@ WORDS = {True: "yes", False: "**no**", None: "–"}
 
 @dataclass(frozen=True)
 class Section:
-    """The words of a claim: heading, what the paper has, what was done here."""
+    """The text of a claim: heading, the paper's result, the set-up here."""
 
     title: str
     paper: str
@@ -73,7 +73,7 @@ SECTIONS = {
 
 
 def _rows_of_claim(r: Runs, claim: str) -> list[list[str]]:
-    """The table under a claim."""
+    """The table of a claim."""
     groups = list(dict.fromkeys(row["group"] for row in r.rows if claim in row["claims"]))
     if claim == "dynamics":
         head = ["λ", "implicit reward", "length", "entropy", "log p/q", "log p/r", "KL to the target"]
@@ -166,7 +166,7 @@ def _introduction(found: Found) -> list[str]:
 
 
 def page(found: Found, images: str = "images") -> str:
-    """The Markdown."""
+    """The page as Markdown."""
     r, lines = Runs(found), _introduction(found)
     for claim in found["claims"]:
         section = SECTIONS[claim]
@@ -185,7 +185,7 @@ def _picture(images: Path, claim: str) -> Path:
 
 
 def write(found: Found, markdown: Path, images: Path) -> None:
-    """The page, and its pictures into a folder beside it."""
+    """Write the page, and its plots into a folder next to it."""
     from matplotlib.figure import Figure
 
     from .pictures import PICTURES

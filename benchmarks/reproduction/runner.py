@@ -1,4 +1,4 @@
-"""The whole reproduction: plan, compute what the cache lacks, write the JSON, the page and its pictures."""
+"""The whole reproduction: plan, compute the stages that are not cached, write the JSON, the page and its plots."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .claims import Plan
 
 
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # the models are too small for more: two stages at once are faster
+    torch.set_num_threads(1)  # the models are too small for several threads: two stages at a time are faster
 
 
 def as_json(plan: Plan, cache: Path) -> dict[str, Any]:
-    """What is known so far. Runs that are not finished are named in ``missing``."""
+    """The results so far; ``missing`` names the unfinished runs."""
     import transformers
 
     rows = plan.results(cache)
@@ -62,7 +62,7 @@ def reproduce(
     place = cache or output / "cache"
     inside = place == output / "cache"
     reads = {} if inside else {"the cache of stages": place}
-    context = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")  # a fork would not have PyTorch's threads
     with opened(output, "reproduce", reads=reads) as folder:
         folder.check("reproduction.json", "reproduction.md", "images", "cache")
         if inside:
@@ -72,14 +72,14 @@ def reproduce(
                 with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
                     runs = [run.stage for run in plan.runs]
                     stages.execute(runs, place, pool, workers, lambda stage: done(stage.name))
-            finally:  # interrupted: a page of what is finished, which names what is not
+            finally:  # also after an interrupt: the page shows the finished runs and names the missing ones
                 found = as_json(plan, place)
                 write(found, folder)
     return found
 
 
 def write(found: dict[str, Any], folder: OutputFolder) -> None:
-    """The JSON, and the page that is made from it."""
+    """Write the JSON, and the page that is made from it."""
     text = json.dumps(found, separators=(",", ":")) + "\n"
     folder.create("reproduction.json").write_text(text, encoding="utf-8")
     report.write(json.loads(text), folder.create("reproduction.md"), folder.create("images"))

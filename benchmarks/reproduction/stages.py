@@ -27,13 +27,13 @@ from fused_gopd.cli.durable import Damaged
 
 from . import models, work
 
-# Part of every key: to be raised when the code of `work` changes what a stage computes.
+# Part of every key: raise it when a change of `work` changes results.
 VERSION = 2
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of work.
+    """One cached computation.
 
     Attributes:
         name: for people and for the report; not part of the key.
@@ -57,7 +57,7 @@ class Stage:
 
 
 def with_parents(stages: Iterable[Stage]) -> list[Stage]:
-    """All that is needed, each once, parents first."""
+    """The stages and all their ancestors, each once, parents first."""
     found: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
@@ -72,7 +72,7 @@ def with_parents(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def result(stage: Stage, cache: Path) -> dict[str, Any] | None:
-    """What a finished stage found, or None."""
+    """The result of a finished stage, or None."""
     path = stage.folder(cache) / "result.json"
     with _reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -98,7 +98,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def compute(stage: Stage, cache: Path) -> None:
-    """Do the work of one stage, whose parents are finished, and keep it."""
+    """Compute a stage, whose parents are finished, and cache it."""
     start, cpu = time.perf_counter(), time.process_time()
     model, found = getattr(work, stage.kind)([load(p, cache) for p in stage.parents], **stage.config)
     folder = stage.folder(cache)
@@ -108,12 +108,12 @@ def compute(stage: Stage, cache: Path) -> None:
         save_model(model, str(draft / "model.safetensors"))
         found["size"] = models.size_of(model)
     found["seconds"] = round(time.perf_counter() - start, 2)
-    found["cpu_seconds"] = round(time.process_time() - cpu, 2)  # what it takes where nobody else wants the core
+    found["cpu_seconds"] = round(time.process_time() - cpu, 2)  # the time without other load
     (draft / "stage.json").write_text(json.dumps({"name": stage.name, "kind": stage.kind, "config": stage.config}))
     (draft / "result.json").write_text(json.dumps(found))
     try:
         draft.rename(folder)
-    except OSError:  # another run was faster: what it has is the same
+    except OSError:  # another process has computed the same in the meantime
         if not (folder / "result.json").is_file():
             raise
         shutil.rmtree(draft)
@@ -122,7 +122,7 @@ def compute(stage: Stage, cache: Path) -> None:
 def execute(
     stages: Iterable[Stage], cache: Path, executor: Executor, workers: int, done: Callable[[Stage], None]
 ) -> None:
-    """Compute what is not there: always the first stages of the order given whose parents are there.
+    """Compute the stages that are not cached, in the given order as their parents are finished.
 
     Args:
         executor: where; a pool of processes, since a stage keeps the interpreter busy.

@@ -24,7 +24,7 @@ DOMAINS = ("addition", "strings")
 
 @dataclass(frozen=True)
 class Errors:
-    """How often a content token of the training data is wrong, and how.
+    """Rates of wrong content tokens in the training data, by kind of error.
 
     Attributes:
         direct: in an answer without a scratch.
@@ -40,12 +40,12 @@ class Errors:
 
 
 def text(ids: Tensor) -> str:
-    """The tokens of one sequence as characters, for people."""
+    """The tokens of one sequence as characters, for printing."""
     return "".join(VOCABULARY[i] for i in ids.tolist())
 
 
 def prompts(domain: str, n: int, generator: torch.Generator) -> Tensor:
-    """(n, 8) random prompts of a domain; ``both`` is half of each, in halves."""
+    """(n, 8) random prompts of a domain; for ``both`` the first half is of one, the second half of the other."""
     if domain == "both":
         return torch.cat([prompts(d, m, generator) for d, m in zip(DOMAINS, (n - n // 2, n // 2), strict=True)])
     if domain not in DOMAINS:
@@ -62,7 +62,7 @@ def prompts(domain: str, n: int, generator: torch.Generator) -> Tensor:
 
 
 def is_addition(prompt: Tensor) -> Tensor:
-    """(n,) bool, which prompts (n, 8) are of domain A."""
+    """(n,) bool: whether prompts (n, 8) are of domain A."""
     return prompt[:, 4] == PLUS
 
 
@@ -94,7 +94,7 @@ def answers(prompt: Tensor) -> Tensor:
 
 
 def correct(prompt: Tensor, response: Tensor) -> Tensor:
-    """(n,) bool: the response (n, 14) ends, and ends with ``=`` and the right answer."""
+    """(n,) bool: whether the response (n, 14) ends with ``=`` and the right answer."""
     ends = response == END
     at = ends.int().argmax(1)  # the first end
     long_enough = ends.any(1) & (at >= ANSWER + 1)
@@ -104,20 +104,20 @@ def correct(prompt: Tensor, response: Tensor) -> Tensor:
 
 
 def live(response: Tensor) -> Tensor:
-    """(n, 14) bool: the tokens up to and with the end."""
+    """(n, 14) bool: the tokens up to and including the end."""
     ends = (response == END).int()
     return ends.cumsum(1) - ends == 0
 
 
 def _spoil(x: Tensor, rate: float, kind: str, generator: torch.Generator) -> Tensor:
-    """Content tokens, each wrong with a probability."""
+    """Replace each content token by a wrong one with a probability."""
     base = x // LETTER * LETTER  # 0 for digits, 10 for letters
     other = torch.randint(10, x.shape, generator=generator) if kind == "uniform" else (x - base + 1) % 10
     return torch.where(torch.rand(x.shape, generator=generator) < rate, base + other, x)
 
 
 def solutions(prompt: Tensor, errors: Errors, generator: torch.Generator) -> Tensor:
-    """(n, 14) responses as the training data has them: half direct, half with a scratch, with errors."""
+    """(n, 14) responses of the training data: half direct, half with a scratch, with errors."""
     n = len(prompt)
     response = torch.full((n, RESPONSE), PAD)
     a, scratched = is_addition(prompt), torch.rand(n, generator=generator) < 0.5

@@ -1,4 +1,4 @@
-"""Training and scoring of the tiny models: supervised, GRPO, distillation. Every loss goes through fused_gopd."""
+"""Training and scoring of the tiny models: supervised, GRPO, distillation. All losses are computed by fused_gopd."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adam(model: LlamaForCausalLM, lr: float) -> torch.optim.Adam:
 
 
 def cosine(step: int, steps: int) -> float:
-    """What a learning rate is multiplied by: from 1 down to 0."""
+    """Factor on the learning rate, which falls from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -42,7 +42,7 @@ def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, loss: Tenso
 
 
 def supervise(model: LlamaForCausalLM, batches: Iterator[Batch], steps: int, lr: float) -> None:
-    """Maximum likelihood of responses; a short warm-up, then a cosine down to 0."""
+    """Maximise the likelihood of responses, with a short warm-up and a cosine decay to 0."""
     warmup = max(1, min(50, steps // 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / warmup) * cosine(i, steps))
@@ -54,7 +54,7 @@ def supervise(model: LlamaForCausalLM, batches: Iterator[Batch], steps: int, lr:
 
 
 def training_data(errors: tasks.Errors, batch: int, seed: int) -> Iterator[Batch]:
-    """Solutions with errors, half of each domain, always new ones."""
+    """An endless stream of solutions with errors, half from each domain."""
     g = generator(seed)
     while True:
         prompt = tasks.prompts("both", batch, g)
@@ -62,7 +62,7 @@ def training_data(errors: tasks.Errors, batch: int, seed: int) -> Iterator[Batch
 
 
 def answers_of(teachers: dict[str, LlamaForCausalLM], batch: int, seed: int) -> Iterator[Batch]:
-    """What teachers sample, each in its domain: the data of off-policy distillation."""
+    """Samples of the teachers, each in its domain: the data of off-policy distillation."""
     g = generator(seed)
     while True:
         pairs = []
@@ -83,7 +83,7 @@ def grpo_step(
     groups: int = 16,
     size: int = 8,
 ) -> float:
-    """One on-policy update with group-relative advantages, no KL; the mean reward of its rollouts."""
+    """One on-policy update with group-relative advantages and no KL term. Returns the mean reward."""
     prompt = tasks.prompts(domain, groups, g).repeat_interleave(size, 0)
     response = models.sample(model, prompt, g)
     reward = tasks.correct(prompt, response).float().view(groups, size)
@@ -99,7 +99,7 @@ def grpo_step(
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student is trained; ``dense`` takes the dense reference loss in place of the fused one.
+    """How a student is trained; ``dense`` uses the dense reference loss instead of the fused one.
 
     The learning rate decays to 0 over the steps: at a constant one, what is scored is the end of a walk around the
     optimum, which differs from seed to seed by more than what one λ does from the next.
@@ -113,7 +113,7 @@ class Distillation:
     estimator: str = "sampled"
     options: dict[str, Any] = field(default_factory=dict)
     dense: bool = False
-    stop: int | None = None  # after so many of the steps, the learning rate not yet decayed
+    stop: int | None = None  # stop after so many steps, before the learning rate has decayed
 
     def loss(self, *heads: Any, **rest: Any) -> fg.GOPDOutput:
         function: Callable[..., fg.GOPDOutput] = fg.reference.gopd_loss if self.dense else fg.gopd_loss
@@ -128,7 +128,7 @@ class Distillation:
 
 @torch.no_grad()
 def _routed(teachers: dict[str, LlamaForCausalLM], prompt: Tensor, response: Tensor) -> tuple[Any, dict[str, Tensor]]:
-    """Teachers as the loss takes them: one, or several of which each computes the prompts of its domain alone."""
+    """Heads of the teachers for the loss; each of several teachers only scores the prompts of its domain."""
     if len(teachers) == 1:
         (teacher,) = teachers.values()
         return models.head(teacher, prompt, response), {}
@@ -172,7 +172,7 @@ def distill(
     how: Distillation,
     seed: int,
 ) -> list[dict[str, float]]:
-    """On-policy distillation, one update a rollout; per step the loss's metrics, length and accuracy of the rollout."""
+    """On-policy distillation with one update per rollout. Returns metrics, length and accuracy of each."""
     g, optimizer, history = generator(seed), adam(student, how.lr), []
     for i in range(how.steps if how.stop is None else how.stop):
         optimizer.param_groups[0]["lr"] = how.lr * cosine(i, how.steps)
@@ -190,7 +190,7 @@ def distill(
 
 
 def evaluate(model: LlamaForCausalLM, domain: str, n: int) -> dict[str, float]:
-    """Accuracy at temperature 1 on the first n of a fixed list of prompts, with what the answers look like."""
+    """Accuracy at temperature 1 on the first n of a fixed list of prompts, and statistics of the answers."""
     g = generator(20_000)
     prompt = tasks.prompts(domain, n, g)
     response = torch.cat([models.sample(model, part, g) for part in prompt.split(1024)])

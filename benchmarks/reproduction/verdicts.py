@@ -1,4 +1,4 @@
-"""What the runs say about each of the paper's sentences: means, spreads, and whether it holds."""
+"""The paper's claims against the runs: means, spreads, and whether each claim holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over seeds; ``spread`` is their standard deviation, ``error`` what sampling n answers leaves of it."""
+    """A mean over seeds; ``spread`` is their standard deviation, ``error`` the standard error of n sampled answers."""
 
     mean: float
     spread: float
@@ -40,19 +40,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence of the paper, and whether it holds here; None where what it needs was not run."""
+    """A claim of the paper, and whether it holds here; None if the runs that it needs are missing."""
 
     claim: str
     here: str
     holds: bool | None
 
 
-# signals that committed results have under an earlier name
+# signal -> its former name, which committed results have
 _FORMERLY = {"log_ratio_teacher": "kl_teacher", "log_ratio_ref": "kl_ref"}
 
 
 class Runs:
-    """The runs of the JSON by what they are."""
+    """The runs of the JSON by group."""
 
     def __init__(self, found: Found) -> None:
         self.found, self.rows = found, found["runs"]
@@ -83,7 +83,7 @@ class Runs:
         return max(over, key=lambda pair: pair[1].mean, default=None)
 
     def history(self, group: str, name: str) -> tuple[list[float], list[float]]:
-        """Steps and the mean over seeds of one signal of the training; empty where there is none."""
+        """Steps and the mean over seeds of a signal of the training; empty if there is none."""
         if not any(name in row.get("history", {}) for row in self.rows_of(group)):
             name = _FORMERLY.get(name, name)
         columns = [row["history"] for row in self.rows_of(group) if name in row.get("history", {})]
@@ -93,7 +93,7 @@ class Runs:
         return steps, [statistics.fmean(column[name][i] for column in columns) for i in range(len(steps))]
 
     def last(self, group: str, name: str) -> float:
-        """A signal over the last sixth of the training, mean over seeds; NaN where there is none."""
+        """Mean of a signal over the last sixth of the training and over seeds; NaN if there is none."""
         values = self.history(group, name)[1]
         return statistics.fmean(values[-2:]) if values else math.nan
 
@@ -103,7 +103,7 @@ def _has(*scores: Score) -> bool:
 
 
 def _rises(values: list[float]) -> bool | None:
-    """Whether the last exceeds the first, and the order is right in most steps."""
+    """Whether the last value exceeds the first, and most steps rise."""
     if len(values) < 2 or any(map(math.isnan, values)):
         return None
     ups = sum(b > a for a, b in pairwise(values))
@@ -142,7 +142,7 @@ def _lambda_verdicts(r: Runs) -> Iterable[Verdict]:
 
 
 def _controls(r: Runs, best: Score) -> Iterable[Verdict]:
-    """Cheaper explanations of what λ > 1 does."""
+    """Controls for simpler explanations of the effect of λ > 1."""
     for group, claim in (
         ("A λ=1, twice the learning rate", "control: a larger step at λ = 1 does less than the best λ"),
         (
@@ -287,6 +287,6 @@ VERDICTS: dict[str, Callable[[Runs], Iterable[Verdict]]] = {
 
 
 def verdicts(found: Found) -> list[Verdict]:
-    """Every sentence that the runs of a JSON can judge."""
+    """The verdicts that the runs of a JSON allow."""
     runs = Runs(found)
     return [v for claim in found["claims"] for v in VERDICTS[claim](runs)]

@@ -1,4 +1,4 @@
-"""What the stages do. Each function takes its parents' models and its configuration, returns a model and findings."""
+"""The computations of the stages: functions of the parents' models and a configuration to a model and its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from . import models, tasks, train
 
 Done = tuple[LlamaForCausalLM | None, dict[str, Any]]
-# How many points of a training history are kept: each the mean of as many steps.
+# Number of points of a training history to keep, each the mean of equally many steps.
 POINTS = 12
 
 
@@ -19,7 +19,7 @@ def _scored(model: LlamaForCausalLM, domains: list[str], n: int) -> Done:
 
 
 def _thinned(history: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Columns of means over equal stretches of the training."""
+    """Columns of means over equal parts of the training."""
     size = max(1, len(history) // POINTS)
     parts = [history[i : i + size] for i in range(0, len(history) - size + 1, size)]
     columns = {name: [round(sum(h[name] for h in part) / size, 5) for part in parts] for name in history[0]}
@@ -68,7 +68,7 @@ def teacher(
 def sft(
     parents: list[LlamaForCausalLM], *, domains: list[str], steps: int, lr: float, batch: int, seed: int, n: int
 ) -> Done:
-    """Off-policy: maximum likelihood of what the teachers sample. Parents: student, teachers."""
+    """Off-policy: maximum likelihood of the teachers' samples. Parents: student, teachers."""
     student, *teachers = parents
     data = train.answers_of(dict(zip(domains, teachers, strict=True)), batch, seed)
     train.supervise(student, data, steps, lr)
@@ -76,7 +76,7 @@ def sft(
 
 
 def extrapolate(parents: list[LlamaForCausalLM], *, domains: list[str], scale: float, n: int) -> Done:
-    """Weight extrapolation (ExPO): base + scale times the sum of what the teachers' training added. No training."""
+    """Weight extrapolation (ExPO): base + scale * sum of (teacher - base), without training."""
     origin, *teachers = parents
     start = {name: p.clone() for name, p in origin.state_dict().items()}
     moved = {name: p + scale * sum(t.state_dict()[name] - p for t in teachers) for name, p in start.items()}
