@@ -49,7 +49,7 @@ def libraries(workload: Workload) -> dict[str, bool]:
     """Suffix of a floor's name -> whether it uses this package's products instead of torch.mm."""
     if torch.device(workload.device).type != "cpu":
         return {"": False}
-    if gemm._prefers_onednn():
+    if gemm.prefers_onednn():
         return {"": False, ", oneDNN": True}
     # MKL's bfloat16 products are slower than widening on CPUs without AMX
     return {"": False} if workload.dtype == torch.float32 else {"": False, ", widened": True}

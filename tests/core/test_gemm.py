@@ -24,7 +24,7 @@ def wide_dtype(dtype):
 @pytest.fixture(params=[1, 40, 1 << 20], ids=["block of 1 row", "blocks of 5 rows", "one block"])
 def block_elements(request, monkeypatch):
     """The blocks that a weight is taken in; H is 8 here."""
-    monkeypatch.setattr(gemm, "_BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["mm", "oneDNN"], autouse=True)
@@ -32,7 +32,7 @@ def library(request, monkeypatch):
     """Both libraries, whichever this machine would take."""
     if request.param and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
 
 
@@ -89,7 +89,7 @@ def test_strided_operands_are_multiplied_as_they_lie():
 
 
 def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypatch):
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 6 * 13 * 8)
     weight = torch.zeros(13, 8)
     assert gemm._uses_onednn(6, weight)
@@ -99,6 +99,6 @@ def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypa
 
 
 def test_switching_onednn_off_is_respected(monkeypatch):
-    monkeypatch.setattr(gemm, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not gemm._uses_onednn(1 << 20, torch.zeros(13, 8))

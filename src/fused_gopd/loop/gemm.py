@@ -21,7 +21,7 @@ from torch import Tensor
 # Elements of a block of the weight, and of the buffer that a low-precision one is widened into. 2^20 float32 are 4 MiB.
 # On two AVX-512 cores with MKL blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the
 # time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 # Multiply-adds from which on a product goes to oneDNN, where it does: it generates code for every new shape, which
 # takes milliseconds.
@@ -64,7 +64,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _prefers_onednn() -> bool:
+def prefers_onednn() -> bool:
     """Whether float32 matrices on this CPU are better multiplied by oneDNN: depends on the model of the device alone.
 
     Measured on two Zen 5 cores: 430 to 480 GFLOP/s where torch.mm does 160 to 225, of 560 at most.
@@ -80,7 +80,7 @@ def _uses_onednn(rows: int, weight: Tensor) -> bool:
     """Whether the products of so many rows with a weight or its gradient go to oneDNN."""
     if weight.device.type != "cpu" or weight.dtype == torch.float64 or rows * weight.numel() < _ONEDNN_WORK:
         return False
-    return _prefers_onednn() and bool(torch.backends.mkldnn.enabled)
+    return prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 def _blocks(V: int, width: int) -> Iterator[slice]:
     """Slices of the vocabulary that make blocks of ``width`` elements an entry."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, width))
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 
@@ -172,7 +172,7 @@ def add_dweight_(
 
 
 # Elements of the weight that selected_products copies at once: a GPU would rather have few launches.
-_SELECTED = {"cpu": _BLOCK_ELEMENTS, "gpu": 1 << 26}
+_SELECTED = {"cpu": BLOCK_ELEMENTS, "gpu": 1 << 26}
 # Above this share of the vocabulary the products over all of it are the faster ones: selecting copies its operands.
 _MOST_SELECTED = 0.5
 

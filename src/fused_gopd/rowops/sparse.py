@@ -23,6 +23,16 @@ _BLOCK = 64
 _SEARCHED = {"cpu": 1 << 20, "gpu": 1 << 24}
 
 
+def rows_at_once(vocab_size: int, device_type: str) -> int:
+    """Rows whose largest entries are searched together."""
+    return max(1, _SEARCHED["cpu" if device_type == "cpu" else "gpu"] // vocab_size)
+
+
+def candidates_per_row(vocab_size: int, k: int) -> int:
+    """Upper bound on the entries of a row that are compared one by one in the search for the k largest."""
+    return min(vocab_size, k * _BLOCK)
+
+
 def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
     """Ids (C, k) of the k largest logits of each row, the largest first. Reads each logit once.
 
@@ -32,7 +42,7 @@ def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
         ids = top(model, vocab_size, vocab_size) if vocab_size else model.raw.new_empty((model.raw.shape[0], 0))
         return torch.nn.functional.pad(ids.to(torch.int64), (0, k - vocab_size), value=-1)
     raw = model.raw
-    step = max(1, _SEARCHED["cpu" if raw.device.type == "cpu" else "gpu"] // vocab_size)
+    step = rows_at_once(vocab_size, raw.device.type)
     out = torch.empty(raw.shape[0], k, dtype=torch.int64, device=raw.device)
     bias = None if model.transform.bias is None else model.transform.bias[:vocab_size]
     for start in range(0, raw.shape[0], step):

@@ -83,11 +83,12 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
     }
     if low and call.device == "cpu":
         widest = max(call.needed.values())
-        forward["widened block of a weight"] = min(gemm._BLOCK_ELEMENTS, call.vocab * widest) * call.wide
+        forward["widened block of a weight"] = min(gemm.BLOCK_ELEMENTS, call.vocab * widest) * call.wide
     if call.k is not None:
-        searched = min(rows, max(1, sparse._SEARCHED[call.device] // call.vocab))
+        searched = min(rows, sparse.rows_at_once(call.vocab, call.device_type))
         # for the entries of the blocks that may hold the largest logits: two int64 ids and one logit each
-        forward["search for the support"] = searched * min(call.vocab, call.k * sparse._BLOCK) * (8 + 8 + call.wide)
+        candidates = sparse.candidates_per_row(call.vocab, call.k)
+        forward["search for the support"] = searched * candidates * (8 + 8 + call.wide)
     if ranks > 1:
         # as received, and in the merge's layout, widened to float64
         gathered = max(exchange.numbers for exchange in exchanges(call)) * call.wide + len(Stat) * (call.wide + 8)
