@@ -1,16 +1,15 @@
 """What the ranks that share a vocabulary have to agree on in a call, argument by argument, and the check that they do.
 
 Ranks that call the loss differently would wait for each other for ever, or mix up tokens, or sum gradients of different
-losses. :data:`ARGUMENTS` says of every argument of :func:`fused_gopd.gopd_loss`, and :data:`FIELDS` of every field of
-a model, how ranks must agree; a test holds both complete. One collective of a few hundred bytes a call.
+losses. The rule of an argument (:mod:`fused_gopd.options`) says how ranks must agree in it, and :data:`FIELDS` says so
+of every field of a model. One collective of a few hundred bytes a call.
 """
 
 from __future__ import annotations
 
-import enum
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,62 +17,13 @@ from torch import Tensor
 
 from .checks import refuse
 from .heads import LinearHead, Logits, Source, TopKLogProbs
+from .options import ARGUMENTS as ARGUMENT_NAMES
+from .options import RULES, Agree
 from .shards import VocabShard
+from .tokens import TokenRows
 
-if TYPE_CHECKING:
-    from .tokens import TokenRows
-
-
-class Agree(enum.Enum):
-    """How ranks agree in an argument, or in a field of a model."""
-
-    OPTION = "a Python value, the same on all ranks"
-    NUMBERS = "a number or a tensor, the same in every entry"
-    TOKENS = "a number or a tensor, the same at every live token"
-    ROUNDED = "a tensor, the same at every live token but for rounding: layers below may sum in another order"
-    GIVEN = "given on all ranks or on none: a function, or a rank's own rows of a weight"
-    MODELS = "a model or a list of them, field by field"
-    SHARD = "the same cut of the vocabulary"
-    OWN = "each rank's own affair"
-
-
-ARGUMENTS: dict[str, Agree] = {
-    "student": Agree.MODELS,
-    "teacher": Agree.MODELS,
-    "ref": Agree.MODELS,
-    "mask": Agree.NUMBERS,
-    "cu_seqlens": Agree.NUMBERS,
-    "teacher_index": Agree.TOKENS,
-    "token_ids": Agree.TOKENS,
-    "reward_scale": Agree.TOKENS,
-    "estimator": Agree.OPTION,
-    "divergence": Agree.OPTION,
-    "beta": Agree.OPTION,
-    "k": Agree.OPTION,
-    "support": Agree.OPTION,
-    "tail": Agree.OPTION,
-    "reduction": Agree.OPTION,
-    "normalizer": Agree.NUMBERS,
-    "sequence_lengths": Agree.NUMBERS,
-    "old_logprobs": Agree.ROUNDED,
-    "rollout_logprobs": Agree.ROUNDED,
-    "rollout_is_cap": Agree.OPTION,
-    "clip": Agree.OPTION,
-    "clip_dual": Agree.OPTION,
-    "ratio": Agree.OPTION,
-    "advantage_clip": Agree.OPTION,
-    "logprob_min": Agree.OPTION,
-    "baseline": Agree.OPTION,
-    "advantage_fn": Agree.GIVEN,
-    "sft_labels": Agree.TOKENS,
-    "sft_weight": Agree.OPTION,
-    "score_cancelled": Agree.OPTION,
-    "vocab_size": Agree.OPTION,
-    "chunk_size": Agree.OPTION,
-    "chunk_dtype": Agree.OPTION,
-    "grad_filter": Agree.OPTION,
-    "backend": Agree.OWN,
-}
+# models first: of several arguments in which ranks differ the first is named
+ARGUMENTS: dict[str, Agree] = {name: RULES[name].agree for name in ARGUMENT_NAMES}
 
 FIELDS: dict[str, Agree] = {
     "hidden": Agree.ROUNDED,
@@ -134,16 +84,18 @@ def agreement_of(
     models: Mapping[str, Sequence[Source]],
     rows: TokenRows,
     slices: Sequence[tuple[int, int]],
+    function: str = "gopd_loss",
 ) -> Agreement:
     """Of a checked call.
 
     Args:
         shards: of ``models``.
-        call: every argument; tensors of the token shape as vectors (n,) of the live tokens.
+        call: every argument of a loss; tensors of the token shape as vectors (n,) of the live tokens.
         models: those that are computed or read, one a route; none where lambda cancels them.
         rows, slices: the live tokens, and start and stop of every route among them.
+        function: what is called; every function compares as many values.
     """
-    options: list[tuple[str, str]] = [("token shape", str(tuple(rows.shape)))]
+    options: list[tuple[str, str]] = [("function", function), ("token shape", str(tuple(rows.shape)))]
     cuts: list[tuple[str, tuple[VocabShard | None, ...]]] = []
     exact: dict[str, Tensor | None] = dict.fromkeys(EXACT)
     rounded: dict[str, Tensor | None] = dict.fromkeys(ROUNDED)

@@ -22,17 +22,18 @@ from torch import Tensor
 
 from .autograd import core
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
-from .jobs import make_output, make_problem, most_likely, prepare_alone
 from .loop import run
 from .loop.accumulator import Gradients, RequiresGrad
 from .loop.estimators import estimator_of
 from .loop.estimators.base import LogProbs
 from .loop.run import Entries
-from .objective.policy import Surrogate, looks_jointly
 from .objective.statistics import STATISTICS
+from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
-from .prepare import prepare
+from .prepare import dtype_of, prepare, recomputes_in_backward, reported_fields, support_width
+from .report import report
 from .rowops.torch import accumulation_dtype
+from .scoring import prepare_scoring, topk_tokens
 from .shards import VocabShard
 
 # ------------------------------------------------------------------------------------------ a call as an op's arguments
@@ -210,132 +211,86 @@ def _given(ctx: Any, gradients: Sequence[Tensor] | None) -> tuple[Any, ...]:
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
-_FLAGS = ("clipped", "labelled")
+_FLAGS = {"clipped": torch.bool, "labelled": torch.bool}
 
 
-def _models(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _reported(arguments: dict[str, Any]) -> list[str]:
-    """The vectors of a call's output that are not None: options decide that, values do not."""
-    a = arguments
-    scale, sampled = a["reward_scale"], a["estimator"] == "sampled"
-    known, scored = True, {}
-    for name, cancelled_at in (("teacher", 0.0), ("ref", 1.0)):
-        models = _models(a[name])
-        needed = isinstance(scale, Tensor) or scale != cancelled_at
-        elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
-        known = known and not (needed and elsewhere)
-        scored[name] = len(models) > 0 and not elsewhere and (needed or a["score_cancelled"])
-    ids, labels = a["token_ids"] is not None, a["sft_labels"] is not None
-    there = {
-        "token_loss": True,
-        "advantages": ids and (sampled or known),
-        "student_logprobs": ids,
-        "teacher_logprobs": ids and scored["teacher"],
-        "ref_logprobs": ids and scored["ref"],
-        "entropy": True,
-        "kl": not sampled,
-        "clipped": a["clip"] is not None or a["clip_dual"] is not None,
-        "importance": a["rollout_logprobs"] is not None,
-        "label_logprobs": labels,
-        "labelled": labels,
-        "reward_scale": isinstance(scale, Tensor),
-    }
-    return [name for name, is_there in there.items() if is_there]
-
-
-def _recomputes(arguments: dict[str, Any]) -> bool:
-    """Whether the gradients wait for the backward."""
-    factors = ("old_logprobs", "rollout_logprobs", "sft_labels")
-    unbounded = any(arguments[name] is not None for name in factors)
-    waits = core.recomputes_in_backward(arguments["student"], arguments["ratio"], unbounded)
-    return waits or arguments["reduction"] == "none"
-
-
-def _width(arguments: dict[str, Any]) -> int:
-    """At least :attr:`fused_gopd.chunks.Job.width`, whichever model lambda cancels."""
-    answers = [x for name in ("teacher", "ref") for x in _models(arguments[name]) if isinstance(x, TopKLogProbs)]
-    return max([arguments["k"] or 0, *(x.k for x in answers)]) + (arguments["sft_labels"] is not None)
-
-
-def _dtype(arguments: dict[str, Any]) -> torch.dtype:
-    """Of the outputs."""
-    models = [arguments["student"], *_models(arguments["teacher"]), *_models(arguments["ref"])]
-    return accumulation_dtype(*(x.rows for x in models if isinstance(x, (LinearHead, Logits))))
+def _loss_call(packed: Sequence[Any]) -> tuple[LossCall, RequiresGrad]:
+    """A loss from the arguments of its op."""
+    arguments, requires = _call(packed)
+    return LossCall(**arguments), requires
 
 
 @_op("loss")
 def _loss_op(*packed: Any) -> list[Tensor]:
-    """The loss, what is :func:`_reported`, and what a backward needs.
+    """The loss, the vectors that are reported, and what a backward needs.
 
-    That is the student's gradients and two factors of them, or statistics of all tokens and what topk chose.
+    That is the student's gradients and two factors of them, or statistics of all tokens and the entries of topk.
     """
-    a, needs = _call(packed)
+    call, requires = _loss_call(packed)
     with torch.no_grad():
-        p = prepare(**a)
-        problem = make_problem(p)
-        now, fused, entries = any(needs) and not _recomputes(a), None, None
-        if now:
-            fused = core.fused_forward(problem, needs)
+        problem = prepare(call)
+        rows, dtype = problem.rows, problem.dtype
+        fused, entries = None, None
+        if any(requires) and not problem.recomputes:
+            fused = core.fused_forward(problem, requires)
             loss, values, statistics = fused.loss, fused.values, fused.statistics
         else:
-            (token_loss,), maybe, statistics, entries = core.forward(problem, estimator_of, needs)
+            (token_loss,), maybe, statistics, entries = core.forward(problem, estimator_of, requires)
             assert maybe is not None
             values = maybe
             # cloned: no two results of an op may share memory
-            loss = p.rows.scatter(token_loss).clone() if a["reduction"] == "none" else (token_loss * p.weights).sum()
-        out = make_output(p, problem, loss, values, statistics, a["score_cancelled"])
-        reported = {name: getattr(out, name) for name in _reported(a)}
-        result = [loss.to(p.dtype), *(x if name in _FLAGS else x.to(p.dtype) for name, x in reported.items())]
+            summed = call.reduction != "none"
+            loss = (token_loss * problem.weights).sum() if summed else rows.scatter(token_loss).clone()
+        out = report(problem, loss, values, statistics)
+        result = [loss.to(dtype)]
+        for name in problem.reported:
+            x = getattr(out, name)
+            result.append(x if x.dtype == torch.bool else x.to(dtype))
         if fused is not None:
             scaling = fused.scaling
-            factors = [
-                loss.new_ones(()) if x is None else x.clone() for x in (scaling.deferred_rows, scaling.deferred_weight)
-            ]
-            result += [*_dense(fused.gradients or (None,) * 3, statistics), *(x.to(p.dtype) for x in factors)]
-        elif any(needs):
-            tokens = p.rows.shape.numel()
-            result.append(_padded(statistics.to(p.dtype), (STATISTICS, tokens)))
+            factors = (scaling.deferred_rows, scaling.deferred_weight)
+            result += _dense(fused.gradients or (None,) * 3, statistics)
+            result += [loss.new_ones((), dtype=dtype) if x is None else x.to(dtype, copy=True) for x in factors]
+        elif any(requires):
+            tokens = rows.shape.numel()
+            result.append(_padded(statistics.to(dtype), (STATISTICS, tokens)))
             if entries is not None:
-                shape = (tokens, _width(a))
-                result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(p.dtype), shape)]
+                shape = (tokens, problem.width)
+                result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(dtype), shape)]
         return result
 
 
 @_loss_op.register_fake  # type: ignore[untyped-decorator]
 def _(*packed: Any) -> list[Tensor]:
-    a, needs = _call(packed)
-    rows, dtype = packed[0], _dtype(a)
+    call, requires = _loss_call(packed)
+    rows, dtype = packed[0], dtype_of(call)
     shape = rows.shape[:-1]
-    result = [rows.new_empty(shape if a["reduction"] == "none" else (), dtype=dtype)]
-    result += [rows.new_empty(shape, dtype=torch.bool if name in _FLAGS else dtype) for name in _reported(a)]
-    if any(needs) and not _recomputes(a):
+    result = [rows.new_empty(shape if call.reduction == "none" else (), dtype=dtype)]
+    result += [rows.new_empty(shape, dtype=_FLAGS.get(name, dtype)) for name in reported_fields(call)]
+    if any(requires) and not recomputes_in_backward(call):
         result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
-    elif any(needs):
+    elif any(requires):
         tokens = math.prod(shape)
         result.append(rows.new_empty(STATISTICS, tokens, dtype=dtype))
-        if a["estimator"] == "topk":
-            result += [rows.new_empty(tokens, _width(a), dtype=x) for x in (torch.int64, dtype)]
+        if call.estimator == "topk":
+            result += [rows.new_empty(tokens, support_width(call), dtype=x) for x in (torch.int64, dtype)]
     return result
 
 
 @_op("loss_backward", "Tensor upstream, Tensor[] made, ")
 def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
-    """The student's gradients from what :func:`_loss_op` left, its logits recomputed."""
-    a, needs = _call(packed)
+    """The student's gradients from the statistics and entries of :func:`_loss_op`, its logits recomputed."""
+    call, requires = _loss_call(packed)
     with torch.no_grad():
-        p = prepare(**a)
-        problem = make_problem(p)
+        problem = prepare(call)
         n = problem.rows.count
         statistics = made[0][:, :n].to(problem.dtype).contiguous()
         entries = None
         if len(made) > 1:
-            ids, values = (x[:n, : problem.width].contiguous() for x in made[1:])
+            ids, values = (x[:n].contiguous() for x in made[1:])
             entries = Entries(ids, values.to(problem.dtype))
-        each = p.rows.take(upstream) if a["reduction"] == "none" else upstream.expand(n) * p.weights
-        return _dense(run.backward(problem, estimator_of, needs, statistics, entries, each), statistics)
+        each = problem.rows.take(upstream) if call.reduction == "none" else upstream.expand(n) * problem.weights
+        return _dense(run.backward(problem, estimator_of, requires, statistics, entries, each), statistics)
 
 
 @_loss_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -344,9 +299,9 @@ def _(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
 
 
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    arguments = _call(inputs).arguments
+    call, _ = _loss_call(inputs)
     ctx.mark_non_differentiable(*output[1:])
-    _keep(ctx, inputs, output[1 + len(_reported(arguments)) :], _recomputes(arguments))
+    _keep(ctx, inputs, output[1 + len(reported_fields(call)) :], recomputes_in_backward(call))
 
 
 def _loss_backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
@@ -366,17 +321,15 @@ def _loss_backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
 _loss_op.register_autograd(_loss_backward, setup_context=_keep_loss)
 
 
-def gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
+def gopd_loss(call: LossCall) -> GOPDOutput:
     """:func:`fused_gopd.gopd_loss` under a compiler."""
-    a = arguments
-    names = _reported(a)
-    loss, *out = _loss_op(*_packed("student", a["student"], {k: x for k, x in a.items() if k != "student"}))
-    values = {"reward_scale": a["reward_scale"], **dict(zip(names, out[: len(names)], strict=True))}
-    for name in ("advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "kl"):
-        values.setdefault(name, None)
-    mask = None if a["mask"] is None else a["mask"] != 0
-    joint = looks_jointly(a["estimator"], Surrogate(baseline=a["baseline"]))
-    return GOPDOutput(loss, **values, mask=mask, joint=joint)
+    arguments = {name: getattr(call, name) for name in ARGUMENTS if name != "student"}
+    loss, *out = _loss_op(*_packed("student", call.student, arguments))
+    fields: dict[str, Any] = dict.fromkeys(("advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "kl"))
+    fields |= {"reward_scale": call.reward_scale}
+    fields |= dict(zip(reported_fields(call), out, strict=False))
+    mask = None if call.mask is None else call.mask != 0
+    return GOPDOutput(loss=loss, **fields, mask=mask, joint=call.joint)
 
 
 # --------------------------------------------------------------------------------------------------- one model's scores
@@ -385,12 +338,13 @@ def gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
 @_op("token_logprobs")
 def _logprobs_op(*packed: Any) -> list[Tensor]:
     """log-probs, entropies, and the statistics where a backward needs them."""
-    a, needs = _call(packed)
+    arguments, requires = _call(packed)
     with torch.no_grad():
-        p = prepare_alone(**a)
-        values, _, statistics, _ = core.forward(make_problem(p), LogProbs, needs)
-        kept = [_padded(statistics, (STATISTICS, p.rows.shape.numel()))] if any(needs) else []
-        return [*(p.rows.scatter(x).clone() for x in values), *kept]
+        problem = prepare_scoring(**arguments)
+        values, _, statistics, _ = core.forward(problem, LogProbs, requires)
+        rows = problem.rows
+        kept = [_padded(statistics, (STATISTICS, rows.shape.numel()))] if any(requires) else []
+        return [*(rows.scatter(x).clone() for x in values), *kept]
 
 
 @_logprobs_op.register_fake  # type: ignore[untyped-decorator]
@@ -405,12 +359,12 @@ def _(*packed: Any) -> list[Tensor]:
 def _logprobs_backward_op(
     upstream: Tensor | None, upstream_entropy: Tensor | None, statistics: Tensor, *packed: Any
 ) -> list[Tensor]:
-    a, needs = _call(packed)
+    arguments, requires = _call(packed)
     with torch.no_grad():
-        p = prepare_alone(**a)
-        statistics = statistics[:, : p.rows.count].contiguous()
-        each = (None if x is None else p.rows.take(x) for x in (upstream, upstream_entropy))
-        return _dense(run.backward(make_problem(p), LogProbs, needs, statistics, None, *each), statistics)
+        problem = prepare_scoring(**arguments)
+        statistics = statistics[:, : problem.rows.count].contiguous()
+        each = (None if x is None else problem.rows.take(x) for x in (upstream, upstream_entropy))
+        return _dense(run.backward(problem, LogProbs, requires, statistics, None, *each), statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -442,7 +396,7 @@ def token_logprobs(head: Head, token_ids: Tensor, options: dict[str, Any]) -> tu
 
 @_op("token_topk")
 def _topk_op(*packed: Any) -> list[Tensor]:
-    return list(most_likely(**_call(packed).arguments))
+    return list(topk_tokens(**_call(packed).arguments))
 
 
 @_topk_op.register_fake  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""The public calls: check the input, drop masked tokens, run the loop, reduce. Nothing here has a vocabulary axis."""
+"""The public calls: a call becomes a problem, the loop runs, the output is reported. Nothing has a vocabulary axis."""
 
 from __future__ import annotations
 
@@ -9,39 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, compiled
-from .checks import one_of, require_reverse_mode
+from .checks import require_reverse_mode
 from .heads import Head, Source
-from .jobs import make_output, make_problem, most_likely, prepare_alone
-from .objective.divergences import DIVERGENCES
-from .options import (
-    BASELINES,
-    ESTIMATORS,
-    RATIOS,
-    REDUCTIONS,
-    SUPPORTS,
-    TAILS,
-    AdvantageFn,
-    Baseline,
-    Estimator,
-    Ratio,
-    Reduction,
-    Support,
-    Tail,
-)
+from .options import RULES, LossCall, LossOptions, called_as, checked, refuse_unknown
 from .output import GOPDOutput
 from .prepare import prepare
+from .report import report
+from .scoring import prepare_scoring, topk_tokens
 
 
-def _gopd_loss(arguments: dict[str, Any]) -> GOPDOutput:
-    require_reverse_mode("gopd_loss", arguments["student"])
-    p = prepare(**arguments)
-    problem = make_problem(p)
-    if arguments["reduction"] == "none":
+def _gopd_loss(call: LossCall) -> GOPDOutput:
+    require_reverse_mode("gopd_loss", call.student)
+    problem = prepare(call)
+    if call.reduction == "none":
         token_loss, values, statistics = autograd.token_losses(problem)
-        loss = p.rows.scatter(token_loss)
+        loss = problem.rows.scatter(token_loss)
     else:
         loss, values, statistics = autograd.weighted_loss(problem)
-    return make_output(p, problem, loss, values, statistics, arguments["score_cancelled"])
+    return report(problem, loss, values, statistics)
 
 
 _outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
@@ -51,44 +36,8 @@ _outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
 )
 
 
-def gopd_loss(
-    student: Head,
-    teacher: Source | Sequence[Source] | None,
-    ref: Source | Sequence[Source] | None = None,
-    token_ids: Tensor | None = None,
-    *,
-    teacher_index: Tensor | None = None,
-    mask: Tensor | None = None,
-    reward_scale: float | Tensor = 1.0,
-    estimator: Estimator = "sampled",
-    divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    k: int | None = None,
-    support: Support = "teacher",
-    tail: Tail = "bucket",
-    reduction: Reduction = "token-mean",
-    normalizer: float | Tensor | None = None,
-    sequence_lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    rollout_is_cap: float | None = None,
-    clip: tuple[float, float] | None = None,
-    clip_dual: float | None = None,
-    ratio: Ratio = "token",
-    advantage_clip: float | tuple[float, float] | None = None,
-    logprob_min: float | None = None,
-    baseline: Baseline = "none",
-    advantage_fn: AdvantageFn | None = None,
-    sft_labels: Tensor | None = None,
-    sft_weight: float = 1.0,
-    score_cancelled: bool = False,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
-    chunk_dtype: torch.dtype | None = None,
-    grad_filter: float = 0.0,
-    backend: str = "auto",
-) -> GOPDOutput:
+@called_as(LossCall)
+def gopd_loss(call: LossCall) -> GOPDOutput:
     """The G-OPD loss of three models, without a [tokens, vocabulary] tensor ever existing.
 
     Maximises E sum_t [lambda (log q - log r) - (log p - log r)] for a student p, teacher q and reference r: the
@@ -201,20 +150,12 @@ def gopd_loss(
         ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
         RuntimeError: a backend that was asked for by name is not available.
     """
-    # not locals(): torch.compile of PyTorch 2.11 does not know it
-    arguments = dict(  # noqa: C408
-        student=student, teacher=teacher, ref=ref, token_ids=token_ids, teacher_index=teacher_index, mask=mask,
-        reward_scale=reward_scale, estimator=estimator, divergence=divergence, beta=beta, k=k, support=support,
-        tail=tail, reduction=reduction, normalizer=normalizer, sequence_lengths=sequence_lengths,
-        cu_seqlens=cu_seqlens, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs,
-        rollout_is_cap=rollout_is_cap, clip=clip, clip_dual=clip_dual, ratio=ratio, advantage_clip=advantage_clip,
-        logprob_min=logprob_min, baseline=baseline, advantage_fn=advantage_fn, sft_labels=sft_labels,
-        sft_weight=sft_weight, score_cancelled=score_cancelled, vocab_size=vocab_size, chunk_size=chunk_size,
-        chunk_dtype=chunk_dtype, grad_filter=grad_filter, backend=backend,
-    )  # fmt: skip
     if not torch.compiler.is_compiling():
-        return _gopd_loss(arguments)
-    return compiled.gopd_loss(arguments) if advantage_fn is None else _outside_of_graphs(arguments)
+        return _gopd_loss(call)
+    if call.advantage_fn is None:
+        return compiled.gopd_loss(call)
+    output: GOPDOutput = _outside_of_graphs(call)
+    return output
 
 
 def token_logprobs(
@@ -249,10 +190,10 @@ def token_logprobs(
     if torch.compiler.is_compiling():
         logprobs, entropy = compiled.token_logprobs(head, token_ids, options)
         return (logprobs, entropy) if return_entropy else logprobs
-    p = prepare_alone(head, token_ids, **options)
-    logprobs, entropy = autograd.token_logprobs(make_problem(p))
-    result = p.rows.scatter(logprobs)
-    return (result, p.rows.scatter(entropy)) if return_entropy else result
+    problem = prepare_scoring(head, token_ids, **options)
+    logprobs, entropy = autograd.token_logprobs(problem)
+    result = problem.rows.scatter(logprobs)
+    return (result, problem.rows.scatter(entropy)) if return_entropy else result
 
 
 def token_topk(
@@ -282,48 +223,34 @@ def token_topk(
     options: dict[str, Any] = {"mask": mask, "vocab_size": vocab_size, "chunk_size": chunk_size, "backend": backend}
     if torch.compiler.is_compiling():
         return compiled.token_topk(head, k, options)
-    return most_likely(head, k, **options)
+    return topk_tokens(head, k, **options)
+
+
+_HELD = frozenset(name for name, rule in RULES.items() if rule.held)
+_POSITIONAL = {"student", "teacher", "ref", "token_ids"}
+_PER_BATCH = frozenset(name for name, rule in RULES.items() if rule.per_batch) - _POSITIONAL
 
 
 class GOPDLoss(nn.Module):
     """:func:`gopd_loss` with its options held in a module.
 
     Args:
-        **options: any keyword option of :func:`gopd_loss` that is not a per-batch tensor: ``reward_scale``,
-            ``estimator``, ``divergence``, ``beta``, ``k``, ``support``, ``tail``, ``reduction``, ``clip``,
-            ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``, ``baseline``,
-            ``advantage_fn``, ``sft_weight``, ``score_cancelled``, ``vocab_size``, ``chunk_size``, ``chunk_dtype``,
-            ``grad_filter``, ``backend``.
+        **options: any argument of :func:`gopd_loss` that is the same for all batches: those of
+            :class:`fused_gopd.options.LossOptions`, ``reward_scale`` and ``advantage_fn``.
 
-    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: ``teacher_index``,
-    ``mask``, ``cu_seqlens``, ``old_logprobs``, ``rollout_logprobs``, ``sft_labels``, ``normalizer``,
-    ``sequence_lengths``, and ``reward_scale`` and ``advantage_fn`` to override the module's.
+    ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: all other arguments, and
+    ``reward_scale`` and ``advantage_fn`` to override the module's.
+
+    Raises:
+        TypeError, ValueError: naming an option that is unknown or wrong, when the module is made. What an option needs
+            of the batch is checked by ``forward``.
     """
-
-    _BATCH = frozenset(
-        {"teacher_index", "mask", "cu_seqlens", "old_logprobs", "rollout_logprobs", "normalizer", "sequence_lengths"}
-        | {"sft_labels", "reward_scale", "advantage_fn"}
-    )
-    _OPTIONS = frozenset(
-        {"reward_scale", "estimator", "divergence", "beta", "k", "support", "tail", "reduction", "clip", "clip_dual"}
-        | {"ratio", "rollout_is_cap", "advantage_clip", "logprob_min", "baseline", "advantage_fn", "sft_weight"}
-        | {"score_cancelled", "vocab_size", "chunk_size", "chunk_dtype", "grad_filter", "backend"}
-    )
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._refuse(options, self._OPTIONS, "option of GOPDLoss")
-        allowed = {"estimator": ESTIMATORS, "divergence": DIVERGENCES, "reduction": REDUCTIONS}
-        allowed |= {"ratio": RATIOS, "baseline": BASELINES, "support": SUPPORTS, "tail": TAILS}
-        for name in allowed.keys() & options.keys():
-            one_of(name, options[name], allowed[name])
+        refuse_unknown(options, _HELD, "an option of GOPDLoss")
+        checked(LossOptions(**{name: value for name, value in options.items() if name not in _PER_BATCH}))
         self.options = options
-
-    @staticmethod
-    def _refuse(given: dict[str, Any], allowed: frozenset[str], what: str) -> None:
-        unknown = sorted(set(given) - allowed)
-        if unknown:
-            raise TypeError(f"{unknown[0]} is not an {what}; expected one of {', '.join(sorted(allowed))}")
 
     def forward(
         self,
@@ -333,7 +260,7 @@ class GOPDLoss(nn.Module):
         token_ids: Tensor | None = None,
         **batch: Any,
     ) -> GOPDOutput:
-        self._refuse(batch, self._BATCH, "argument of GOPDLoss.forward")
+        refuse_unknown(batch, _PER_BATCH, "an argument of GOPDLoss.forward")
         return gopd_loss(student, teacher, ref, token_ids, **{**self.options, **batch})
 
     def extra_repr(self) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .tokens import widest
-
-if TYPE_CHECKING:
-    from .output import GOPDOutput
+# Metrics that have a standard deviation: ``name + "_std"``, from the sum of squares in ``name + "_squared"``.
+WITH_DEVIATION = ("advantage", "importance")
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -41,66 +38,9 @@ class Metrics(Mapping[str, Tensor]):
     What a call does not have (no ``token_ids``, no reference, no clip) is absent.
     """
 
-    _STD = ("advantage", "importance")
-
     def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
         self._names = names
         self.sums = sums  # (len(names), 2): sum and count; of the square too where there is a deviation
-
-    @classmethod
-    def of(cls, out: GOPDOutput) -> Metrics:
-        """Of one call; see :meth:`fused_gopd.GOPDOutput.metrics`."""
-        live = torch.ones_like(out.token_loss, dtype=torch.bool) if out.mask is None else out.mask
-        entries: dict[str, Tensor] = {}
-        dtype = widest(live.device)
-
-        def add(name: str, values: Tensor, among: Tensor = live) -> None:
-            wide = torch.where(among, values, torch.zeros_like(values)).to(dtype)
-            entries[name] = torch.stack((wide.sum(), among.sum().to(dtype)))
-            if name in cls._STD:
-                entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(dtype)))
-
-        add("tokens", live.to(dtype))
-        add("loss", out.token_loss)
-        add("entropy", out.entropy)
-        p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
-        scale = out.reward_scale
-        if not isinstance(scale, torch.Tensor):
-            scale = torch.full((), scale, dtype=dtype, device=live.device)  # filled there: copying would wait for it
-        needs_q, needs_r = (scale != x for x in (0, 1))
-        # a joint look has no log-prob of a model that the token's own lambda cancels
-        skips = out.joint and isinstance(out.reward_scale, Tensor)
-        has_q, has_r = (live & needs_q, live & needs_r) if skips else (live, live)
-
-        def k3(name: str, other: Tensor | None, among: Tensor) -> None:
-            if p is not None and other is not None:
-                d = other.to(dtype) - p.to(dtype)
-                add(name, (torch.expm1(d) - d).clamp_min(0), among & ~torch.isneginf(p) & ~torch.isneginf(other))
-
-        if q is not None and r is not None:
-            add("reward", q - r, has_q & has_r & ~torch.isneginf(q) & ~torch.isneginf(r))
-        k3("kl_teacher_k3", q, has_q)
-        k3("kl_ref_k3", r, has_r)
-        if p is not None and (q is not None or r is not None):
-            impossible = torch.isneginf(p)
-            for model, needed in ((q, needs_q), (r, needs_r)):
-                if model is not None:
-                    impossible = impossible | (needed & torch.isneginf(model))
-            add("impossible", impossible.to(dtype))
-        if out.kl is not None:
-            add("kl_target", out.kl)
-            target = {0.0: "kl_ref", 1.0: "kl_teacher"}
-            if out.joint and not isinstance(out.reward_scale, Tensor) and out.reward_scale in target:
-                add(target[out.reward_scale], out.kl)  # full: the target is one of the models
-        if out.label_logprobs is not None and out.labelled is not None:
-            add("sft_loss", -out.label_logprobs, out.labelled)
-        if out.advantages is not None:
-            add("advantage", out.advantages)
-        if out.clipped is not None:
-            add("clip_fraction", out.clipped.to(dtype))
-        if out.importance is not None:
-            add("importance", out.importance)
-        return cls(tuple(entries), torch.stack(list(entries.values())))
 
     def __add__(self, other: Metrics | int) -> Metrics:
         if isinstance(other, int) and other == 0:  # where sum() starts
@@ -128,7 +68,7 @@ class Metrics(Mapping[str, Tensor]):
             raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
         if name == "tokens":
             return self.sums[self._names.index(name), 0]
-        if name.removesuffix("_std") in self._STD and name.endswith("_std") and name[:-4] in self._names:
+        if name.removesuffix("_std") in WITH_DEVIATION and name.endswith("_std") and name[:-4] in self._names:
             mean = self._mean(name[:-4])
             return (self._mean(name[:-4] + "_squared") - mean * mean).clamp_min(0).sqrt()
         if name not in self._names or name.endswith("_squared"):

@@ -295,6 +295,11 @@ class LossOptions:
         metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=BACKENDS),
     )
 
+    @property
+    def joint(self) -> bool:
+        """Whether the models of a token are normalised together, over their joint support."""
+        return self.estimator == "full" or self.baseline == "expected"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LossCall(LossOptions):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import printing
-from .metrics import Metrics
+from .metrics import WITH_DEVIATION, Metrics
+from .tokens import widest
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class GOPDOutput:
     """What :func:`gopd_loss` returns. ``(...)`` is the token shape; entries of masked tokens are 0.
 
@@ -61,4 +63,58 @@ class GOPDOutput:
 
         Computed when asked for, without waiting for the device.
         """
-        return Metrics.of(self)
+        return _metrics_of(self)
+
+
+def _metrics_of(out: GOPDOutput) -> Metrics:
+    live = torch.ones_like(out.token_loss, dtype=torch.bool) if out.mask is None else out.mask
+    entries: dict[str, Tensor] = {}
+    dtype = widest(live.device)
+
+    def add(name: str, values: Tensor, among: Tensor = live) -> None:
+        wide = torch.where(among, values, torch.zeros_like(values)).to(dtype)
+        entries[name] = torch.stack((wide.sum(), among.sum().to(dtype)))
+        if name in WITH_DEVIATION:
+            entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(dtype)))
+
+    add("tokens", live.to(dtype))
+    add("loss", out.token_loss)
+    add("entropy", out.entropy)
+    p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
+    scale = out.reward_scale
+    if not isinstance(scale, Tensor):  # filled on the device: a copy would be a host sync
+        scale = torch.full((), scale, dtype=dtype, device=live.device)
+    needs_q, needs_r = (scale != x for x in (0, 1))
+    # over the joint support a model that the token's own lambda cancels has no log-prob
+    skips = out.joint and isinstance(out.reward_scale, Tensor)
+    has_q, has_r = (live & needs_q, live & needs_r) if skips else (live, live)
+
+    def k3(name: str, other: Tensor | None, among: Tensor) -> None:
+        if p is not None and other is not None:
+            d = other.to(dtype) - p.to(dtype)
+            add(name, (torch.expm1(d) - d).clamp_min(0), among & ~torch.isneginf(p) & ~torch.isneginf(other))
+
+    if q is not None and r is not None:
+        add("reward", q - r, has_q & has_r & ~torch.isneginf(q) & ~torch.isneginf(r))
+    k3("kl_teacher_k3", q, has_q)
+    k3("kl_ref_k3", r, has_r)
+    if p is not None and (q is not None or r is not None):
+        impossible = torch.isneginf(p)
+        for model, needed in ((q, needs_q), (r, needs_r)):
+            if model is not None:
+                impossible = impossible | (needed & torch.isneginf(model))
+        add("impossible", impossible.to(dtype))
+    if out.kl is not None:
+        add("kl_target", out.kl)
+        target = {0.0: "kl_ref", 1.0: "kl_teacher"}
+        if out.joint and not isinstance(out.reward_scale, Tensor) and out.reward_scale in target:
+            add(target[out.reward_scale], out.kl)  # full: the target is one of the models
+    if out.label_logprobs is not None and out.labelled is not None:
+        add("sft_loss", -out.label_logprobs, out.labelled)
+    if out.advantages is not None:
+        add("advantage", out.advantages)
+    if out.clipped is not None:
+        add("clip_fraction", out.clipped.to(dtype))
+    if out.importance is not None:
+        add("importance", out.importance)
+    return Metrics(tuple(entries), torch.stack(list(entries.values())))

@@ -60,7 +60,7 @@ class Problem:
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
     recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
-    reported: frozenset[str] = frozenset()  # the fields of the output that are not None
+    reported: tuple[str, ...] = ()  # the vectors of the output that are not None
     cancelled: tuple[tuple[str, tuple[Source, ...]], ...] = ()  # "teacher" or "ref" given, not needed; one a route
     agreement: Agreement | None = None  # where ranks share a vocabulary
     ops: RowOps

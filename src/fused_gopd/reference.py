@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, TokenLogProbs
 from .loop.gemm import without_autocast
-from .objective.policy import advantage, call_hook
+from .models import named_models
+from .objective.policy import advantage, advantages_of, call_hook
 from .objective.supervised import label_report
-from .objective.target import bounded, mix
-from .options import AdvantageFn, Baseline, Estimator, Ratio, Reduction, Support, Tail, TokenStats
+from .objective.target import FROZEN, bounded, mix
+from .options import LossCall, TokenStats, called_as
 from .output import GOPDOutput
-from .prepare import Prepared, prepare
+from .prepare import prepare
+from .problem import Problem, Route
+from .report import output_of
+from .rowops.torch import TorchRowOps
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -69,37 +72,51 @@ def _gather(logp: Tensor, ids: Tensor) -> Tensor:
     return logp.gather(-1, ids[:, None])[:, 0]
 
 
-def _live_logits(p: Prepared, models: tuple[Source, ...], columns: list[tuple[int, int]]) -> Tensor | None:
-    """(n, V) logits of the live tokens, each under the model of its route; None without a vocabulary axis."""
-    if not models or any(isinstance(model, (TokenLogProbs, TopKLogProbs)) for model in models):
+def _logits(p: Problem, head: Head, start: int, stop: int) -> Tensor:
+    """(stop - start, V) logits of live tokens."""
+    flat = logits_of(head, p.vocab_size, p.dtype).reshape(-1, p.vocab_size)
+    return flat[start:stop] if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop])
+
+
+def _frozen_logits(p: Problem, name: str) -> Tensor | None:
+    """(n, V) logits of the teachers or references, each token under that of its route; None where there is none."""
+    heads = [(getattr(route, name), route) for route in p.routes]
+    if any(head is None for head, _ in heads):
         return None
-    parts = []
-    for model, (start, stop) in zip(models, columns, strict=True):
-        assert isinstance(model, (LinearHead, Logits))
-        flat = logits_of(model, p.vocab_size, p.dtype).reshape(-1, p.vocab_size)
-        parts.append(flat if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop]))
+    parts = [_logits(p, head, route.start, route.stop) for head, route in heads]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _scores(p: Prepared, models: tuple[Source, ...], ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """log-probs (n,) of the live tokens and entropies, each under the model of its route alone; None where unknown."""
-    if not models or ids is None or any(isinstance(model, TopKLogProbs) for model in models):
+def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """log-probs (n,) of the sampled tokens and entropies, under the model of each route alone; None where unknown."""
+    if p.token_ids is None:
         return None, None
+    given = p.teacher_logprobs if name == "teacher" else p.ref_logprobs
     scores, entropies = [], []
-    for model, (start, stop) in zip(models, p.slices, strict=True):
-        if isinstance(model, TokenLogProbs):
-            scores.append(p.rows.take(model.logprobs, start, stop).to(p.dtype).detach())
-            continue
-        z = _live_logits(p, (model,), [(start, stop)])
-        assert z is not None
-        log_p = _own_log_softmax(z)
-        scores.append(_gather(log_p, ids[start:stop]))
-        entropies.append(_entropy(log_p))
+    for route in p.routes:
+        head = getattr(route, name)
+        if head is not None:
+            log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
+            scores.append(_gather(log_p, p.token_ids[route.start : route.stop]))
+            entropies.append(_entropy(log_p))
+        elif given is not None:
+            scores.append(given[route.start : route.stop])
+        else:
+            return None, None
     return torch.cat(scores), torch.cat(entropies) if len(entropies) == len(scores) else None
 
 
+def _cancelled_scores(p: Problem, model: object, route: Route) -> Tensor:
+    """log-probs of a route's sampled tokens under a model that lambda cancels."""
+    if isinstance(model, TokenLogProbs):
+        return p.rows.take(model.logprobs, route.start, route.stop).to(p.dtype)
+    assert p.token_ids is not None
+    log_p = _own_log_softmax(_logits(p, model, route.start, route.stop))  # type: ignore[arg-type]
+    return _gather(log_p, p.token_ids[route.start : route.stop])
+
+
 def _full(
-    p: Prepared, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
+    p: Problem, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
     lam, divergence, beta = p.reward_scale, p.divergence, p.beta
@@ -149,38 +166,37 @@ def _at(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
 
 
-class _Seen(NamedTuple):
-    """What topk sees of a position."""
+class _OnSupport(NamedTuple):
+    """Teacher and reference on the tokens of topk."""
 
     token_ids: Tensor  # (n, K), -1 where there are fewer
     teacher: Tensor | None  # (n, K) log-probs there
     ref: Tensor | None
-    poisoned: Tensor  # (n,) bool, NaN anywhere in a model that counts
+    has_nan: Tensor  # (n,) bool, NaN anywhere in a model that counts
 
 
-def _on_support(p: Prepared, log_p: Tensor) -> _Seen:
-    k = p.truncation.k or 0
+def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
+    k = p.options.k or 0
     parts: list[tuple[Tensor, list[Tensor | None]]] = []
-    poisoned = torch.isnan(log_p).any(1)
-    for i, (start, stop) in enumerate(p.slices):
-        ids = log_p[start:stop].topk(k).indices if p.truncation.support == "student" else None
+    has_nan = torch.isnan(log_p).any(1)
+    for route in p.routes:
+        tokens = slice(route.start, route.stop)
+        ids = log_p[tokens].topk(k).indices if p.options.support == "student" else None
         scores: list[Tensor | None] = []
-        for models, given, cancelled_at in ((p.teacher, p.scores.teacher, 0.0), (p.ref, p.scores.ref, 1.0)):
-            if not models:
-                scores.append(None)
-            elif isinstance(models[i], TopKLogProbs):
-                assert p.scores.token_ids is not None
-                assert given is not None
-                ids = p.scores.token_ids[start:stop] if ids is None else ids
-                scores.append(given[start:stop].to(p.dtype).masked_fill(ids < 0, -math.inf))
-            else:
-                z = _live_logits(p, (models[i],), [(start, stop)])
-                assert z is not None
-                log_m = _own_log_softmax(z)
+        for (name, cancelled_at), given in zip(FROZEN, (p.teacher_topk, p.ref_topk), strict=True):
+            head = getattr(route, name)
+            if head is not None:
+                log_m = _own_log_softmax(_logits(p, head, route.start, route.stop))
                 ids = log_m.topk(k).indices if ids is None else ids
                 scores.append(_at(log_m, ids))
-                counts = p.reward_scale[start:stop] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
-                poisoned[start:stop] |= torch.isnan(log_m).any(1) & counts
+                counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
+                has_nan[tokens] |= torch.isnan(log_m).any(1) & counts
+            elif given is not None:
+                assert p.support_ids is not None
+                ids = p.support_ids[tokens] if ids is None else ids
+                scores.append(given[tokens].to(p.dtype).masked_fill(ids < 0, -math.inf))
+            else:
+                scores.append(None)
         assert ids is not None
         parts.append((ids, scores))
     width = max(ids.shape[1] for ids, _ in parts)
@@ -192,10 +208,10 @@ def _on_support(p: Prepared, log_p: Tensor) -> _Seen:
     ids = together([ids for ids, _ in parts], -1)
     assert ids is not None
     teacher, ref = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
-    return _Seen(ids, teacher, ref, poisoned)
+    return _OnSupport(ids, teacher, ref, has_nan)
 
 
-def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
+def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
     lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
@@ -208,14 +224,14 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
         """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside."""
         listed, empty = x.masked_fill(~inside, 0), ~inside.any(1, keepdim=True)
         x = x.masked_fill(~inside, -math.inf)
-        if p.truncation.tail == "renormalize":
+        if p.options.tail == "renormalize":
             return (listed - x.masked_fill(empty, 0).logsumexp(1, keepdim=True)).masked_fill(~inside, 0)
         rest = 1 - x.exp().sum(1, keepdim=True)
         return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), 1).log()), 1)
 
     log_p, log_q, log_r = (None if x is None else with_bucket(x) for x in (lp, lq, lr))
     assert log_p is not None
-    if p.truncation.tail != "renormalize":
+    if p.options.tail != "renormalize":
         bucket = every
         for x, needed in [(lp.detach(), every), *used]:
             rest = 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True)
@@ -235,7 +251,7 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
         whole = normalised(log_p)
         kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
     counted = inside.clone()
-    if p.truncation.tail == "drop":
+    if p.options.tail == "drop":
         counted[:, -1] = False
     if p.divergence == "reverse_kl":
         terms = prob * bounded(log_p - mixed)
@@ -248,47 +264,47 @@ def _topk(p: Prepared, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tupl
 
 
 def _advantages(
-    p: Prepared,
+    p: Problem,
     lp: Tensor,
     lq: Tensor | None,
     lr: Tensor | None,
-    entropy: Tensor,
-    teacher_entropy: Tensor | None,
-    ref_entropy: Tensor | None,
+    entropies: tuple[Tensor, Tensor | None, Tensor | None],  # of student, teacher and reference
     expected: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The advantages that the gradient uses and those that the loss reports, without the baseline."""
-    s = p.surrogate
-    if s.logprob_min is not None:
-        lq, lr = (None if x is None else x.clamp_min(s.logprob_min) for x in (lq, lr))
-    behaviour = lp if p.old_logprobs is None else p.old_logprobs
-    advantages: Tensor | None = None
-    if lq is not None or lr is not None:
-        advantages, finite = advantage(p.reward_scale, behaviour, lq, lr)
-    if p.advantage_fn is not None:
+
+    def hook(advantages: Tensor | None, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
         index = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
         stats = TokenStats(
             index=index,
             advantages=advantages,
             student_logprobs=lp,
-            teacher_logprobs=lq,
-            ref_logprobs=lr,
+            teacher_logprobs=teacher,
+            ref_logprobs=ref,
             old_logprobs=p.old_logprobs,
-            student_entropy=entropy,
-            teacher_entropy=teacher_entropy,
-            ref_entropy=ref_entropy,
+            student_entropy=entropies[0],
+            teacher_entropy=entropies[1],
+            ref_entropy=entropies[2],
             reward_scale=p.reward_scale,
         )
-        advantages, finite = call_hook(p.advantage_fn, stats), ~torch.isneginf(behaviour)
-    assert advantages is not None
-    used = advantages if expected is None else advantages + expected
-    low, high = s.advantage_clip or (-math.inf, math.inf)
-    return torch.where(finite, used.clamp(low, high), 0), torch.where(finite, advantages.clamp(low, high), 0)
+        assert p.advantage_fn is not None
+        return call_hook(p.advantage_fn, stats)
+
+    return advantages_of(
+        p.options,
+        reward_scale=p.reward_scale,
+        student=lp,
+        teacher=lq,
+        ref=lr,
+        old=p.old_logprobs,
+        hook=None if p.advantage_fn is None else hook,
+        expected=expected,
+    )
 
 
-def _surrogate(p: Prepared, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Token loss, for autograd to differentiate, where a clip is in force, and importance weight."""
-    s = p.surrogate
+    s = p.options
     behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
     nothing = advantages == 0  # no loss, whatever it is multiplied by
     if s.ratio == "token":
@@ -326,107 +342,71 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
 
 
-def gopd_loss(
-    student: Head,
-    teacher: Source | Sequence[Source] | None,
-    ref: Source | Sequence[Source] | None = None,
-    token_ids: Tensor | None = None,
-    *,
-    teacher_index: Tensor | None = None,
-    mask: Tensor | None = None,
-    reward_scale: float | Tensor = 1.0,
-    estimator: Estimator = "sampled",
-    divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    k: int | None = None,
-    support: Support = "teacher",
-    tail: Tail = "bucket",
-    reduction: Reduction = "token-mean",
-    normalizer: float | Tensor | None = None,
-    sequence_lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    rollout_is_cap: float | None = None,
-    clip: tuple[float, float] | None = None,
-    clip_dual: float | None = None,
-    ratio: Ratio = "token",
-    advantage_clip: float | tuple[float, float] | None = None,
-    logprob_min: float | None = None,
-    baseline: Baseline = "none",
-    advantage_fn: AdvantageFn | None = None,
-    sft_labels: Tensor | None = None,
-    sft_weight: float = 1.0,
-    score_cancelled: bool = False,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
-    chunk_dtype: torch.dtype | None = None,
-    grad_filter: float = 0.0,
-    backend: str = "auto",
-) -> GOPDOutput:
+@called_as(LossCall)
+def gopd_loss(call: LossCall) -> GOPDOutput:
     """:func:`fused_gopd.gopd_loss` in dense PyTorch: same arguments, same result, [tokens, V] memory.
 
     ``chunk_size``, ``chunk_dtype``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing
     to choose here.
     """
-    p = prepare(**locals())
-    for model in (p.student, *p.teacher, *p.ref, *itertools.chain(*p.cancelled.values())):
-        if isinstance(model, (LinearHead, Logits)) and model.shard is not None:
+    p = prepare(call, TorchRowOps())
+    frozen = named_models("teacher", call.teacher) | named_models("ref", call.ref)
+    for model in (call.student, *frozen.values()):
+        if getattr(model, "shard", None) is not None:
             raise ValueError("the dense reference takes whole heads: gather the weights, got one with a shard")
-    z = _live_logits(p, (p.student,), [(0, p.rows.count)])
-    assert z is not None
+    options, ids = p.options, p.token_ids
+    z = _logits(p, p.student, 0, p.rows.count)
     kl = lp = lq = lr = None
     entropies: tuple[Tensor | None, Tensor | None] = (None, None)
-    if p.joint:
+    if options.joint:
         with torch.no_grad():
-            z_q, z_r = (_live_logits(p, models, p.slices) for models in (p.teacher, p.ref))
+            z_q, z_r = (_frozen_logits(p, name) for name, _ in FROZEN)
         token_loss, kl, log_p, log_q, log_r = _full(p, z, z_q, z_r)
-        if p.token_ids is not None:
-            ids = p.token_ids
+        if ids is not None:
             lq, lr = (None if x is None else _gather(x, ids) for x in (log_q, log_r))
             if isinstance(p.reward_scale, Tensor):
-                # per token too a model that lambda cancels is not looked at: no log-prob, which is 0
+                # a model that a token's own lambda cancels is outside its joint support: its log-prob is 0
                 assert lq is not None
                 assert lr is not None
                 lq, lr = lq.masked_fill(p.reward_scale == 0, 0), lr.masked_fill(p.reward_scale == 1, 0)
     else:
         log_p = _own_log_softmax(z)
         with torch.no_grad():
-            (lq, first), (lr, second) = (_scores(p, models, p.token_ids) for models in (p.teacher, p.ref))
+            (lq, first), (lr, second) = (_frozen_scores(p, name) for name, _ in FROZEN)
         entropies = first, second
-        if estimator == "topk":
+        if options.estimator == "topk":
             with torch.no_grad():
-                seen = _on_support(p, log_p)
-            token_loss, kl = _topk(p, _at(log_p, seen.token_ids), seen.teacher, seen.ref)
-            # NaN is seen wherever it stands, also in a row of which nothing is looked at
-            bad = seen.poisoned
+                support = _on_support(p, log_p)
+            token_loss, kl = _topk(p, _at(log_p, support.token_ids), support.teacher, support.ref)
+            # a NaN anywhere in the row shows, also where no token of the row is in the support
+            bad = support.has_nan
             token_loss = torch.where(bad, z.masked_fill(~bad[:, None], 0).sum(1) * math.nan, token_loss)
             kl = kl.masked_fill(bad, math.nan)
     entropy = _entropy(log_p.detach())
-    advantages = clipped = importance = None
-    if p.token_ids is not None:
-        lp = _gather(log_p, p.token_ids)
-        if estimator == "sampled":
+    vectors: dict[str, Tensor | None] = {"entropy": entropy, "kl": kl}
+    if ids is not None:
+        lp = _gather(log_p, ids)
+        if options.estimator == "sampled":
             with torch.no_grad():
-                expected = token_loss.detach() if p.joint else None
-                advantages, reported = _advantages(p, lp.detach(), lq, lr, entropy, *entropies, expected)
-                value, _, _ = _surrogate(p, lp, reported)
-            token_loss, clipped, importance = _surrogate(p, lp, advantages)
-            if baseline == "expected":  # the gradient with it, the value without
+                expected = token_loss.detach() if options.joint else None
+                advantages, reported = _advantages(p, lp.detach(), lq, lr, (entropy, *entropies), expected)
+                value, _, _ = _policy_loss(p, lp, reported)
+            token_loss, vectors["clipped"], vectors["importance"] = _policy_loss(p, lp, advantages)
+            vectors["advantages"] = advantages
+            if options.baseline == "expected":  # the gradient with it, the value without
                 token_loss = value + (token_loss - token_loss.detach())
-            kl = None
-        elif not any(isinstance(model, TopKLogProbs) for model in (*p.teacher, *p.ref)):
-            advantages, _ = advantage(p.reward_scale, lp.detach(), lq, lr)
-    labelled: tuple[Tensor | None, Tensor | None] = (None, None)
+        elif "advantages" in p.reported:
+            vectors["advantages"], _ = advantage(p.reward_scale, lp.detach(), lq, lr)
     if p.labels is not None:
         label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
-        labelled = label_report(label_logprobs.detach(), p.labels)
-        assert labelled[1] is not None
-        token_loss = token_loss - p.sft_weight * torch.where(labelled[1], label_logprobs, 0)
-    loss = p.rows.scatter(token_loss) if reduction == "none" else (token_loss * p.weights).sum()
+        vectors["label_logprobs"], labelled = label_report(label_logprobs.detach(), p.labels)
+        assert labelled is not None
+        vectors["labelled"] = labelled
+        token_loss = token_loss - options.sft_weight * torch.where(labelled, label_logprobs, 0)
+    loss = p.rows.scatter(token_loss) if options.reduction == "none" else (token_loss * p.weights).sum()
+    vectors |= {"token_loss": token_loss, "student_logprobs": lp, "teacher_logprobs": lq, "ref_logprobs": lr}
     with torch.no_grad():
-        if score_cancelled:
-            for name, models in p.cancelled.items():
-                scored, _ = _scores(p, models, p.token_ids)
-                lq, lr = (scored, lr) if name == "teacher" else (lq, scored)
-    return p.output(loss, token_loss, advantages, lp, lq, lr, entropy, kl, clipped, importance, *labelled)
+        for name, models in p.cancelled:
+            scores = [_cancelled_scores(p, model, route) for model, route in zip(models, p.routes, strict=True)]
+            vectors[f"{name}_logprobs"] = torch.cat(scores)
+    return output_of(p, loss, vectors)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import IGNORE, refuse, require_device, require_mask, require_shape
+
 
 def widest(device: torch.device) -> torch.dtype:
     """The dtype for sums over tokens: float64, where the device has it."""
@@ -104,3 +106,76 @@ class TokenRows:
             values = values.reshape(self.shape)
             return values if self.keep is None else values.masked_fill(~self.keep, 0)
         return values.new_zeros(self.shape.numel()).index_copy(0, self.index, values).reshape(self.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def host_sync_forbidden(device: torch.device) -> bool:
+    """Whether no value may be read from the device: during CUDA-graph capture, and on meta, which has no values."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def check_mask(mask: object, shape: torch.Size, device: torch.device, owner: str = "student") -> Tensor | None:
+    """A mask of the token shape of ``owner``, as bool; None is all live."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        require_shape("mask", mask, shape, owner)
+        require_device("mask", mask, device)
+    return require_mask("mask", mask)
+
+
+def live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
+    """The live tokens in the order of the batch."""
+    if mask is None:
+        return TokenRows(shape)
+    if host_sync_forbidden(mask.device):
+        return TokenRows(shape, keep=mask)
+    # the one host sync that dropping masked rows costs: how many are live
+    index = mask.reshape(-1).nonzero()[:, 0]
+    return TokenRows(shape, None if index.shape[0] == shape.numel() else index)
+
+
+def live_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
+    """(n,) int64 ids of the live tokens. Out of range: IndexError on a CPU, a device-side assert on a GPU."""
+    live = rows.take(ids.to(torch.int64)).contiguous()
+    wrong = (live < 0) | (live >= vocab_size)
+    if live.device.type == "cpu" and not masked and bool((live == IGNORE).any()):
+        raise ValueError(
+            f"token_ids contains {IGNORE} but no mask is given: pass mask=(token_ids != {IGNORE}), since ids alone "
+            "never mask a token here"
+        )
+    message = f"token_ids must be in [0, {vocab_size}) where not masked ({IGNORE} needs a mask)"
+    refuse(wrong, live, IndexError, message)
+    return live
+
+
+def check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:
+    """The slices of packed tokens. Values: ValueError on a CPU, a device-side assert (no host sync) on a GPU."""
+    if cu_seqlens is None:
+        return Sequences(shape)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens needs packed tokens of shape (N,), got the token shape {tuple(shape)}")
+    require_device("cu_seqlens", cu_seqlens, device)
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    sorted_ = (bounds[1:] >= bounds[:-1]).all()
+    if device.type == "cuda":
+        right = sorted_ & (bounds[0] == 0) & (bounds[-1] == shape[0])
+        torch._assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
+    elif device.type == "meta":
+        pass
+    elif bounds[0] != 0 or bounds[-1] != shape[0]:
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at N={shape[0]}, the number of tokens, got {int(bounds[0])} and "
+            f"{int(bounds[-1])}"
+        )
+    elif not sorted_:
+        raise ValueError(f"cu_seqlens must be sorted, got {bounds.tolist() if bounds.numel() < 20 else 'a decrease'}")
+    return Sequences(shape, bounds)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
+from fused_gopd.jobs import make_problem
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, trainable
 from combinations import pairwise
 from fused_gopd.autograd.saved import flatten, unflatten
-from fused_gopd.jobs import make_problem
 from fused_gopd.prepare import prepare
 from fused_gopd.problem import Problem
 

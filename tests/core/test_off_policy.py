@@ -25,7 +25,7 @@ from builders import (
     widened,
 )
 from combinations import product_on_float64
-from fused_gopd.objective.policy import Surrogate, advantages_of, policy_term
+from fused_gopd.objective.policy import advantages_of, policy_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

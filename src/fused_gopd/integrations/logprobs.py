@@ -12,33 +12,23 @@ import torch
 from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
-from ..objective.policy import PolicyTerm, Surrogate, advantages_of, policy_term
+from ..objective.policy import PolicyTerm, advantages_of, policy_term
+from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
-from ..prepare import check_cu_seqlens, check_mask, check_surrogate
-from ..tokens import Sequences
+from ..prepare import require_sequences
+from ..tokens import Sequences, check_cu_seqlens, check_mask
+
+# Those that a loss of log-probs alone can have: the baseline needs the whole vocabulary.
+OPTIONS = tuple(name for name in options_of("sampled") if name != "baseline")
 
 
-def check_options(
-    *,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    sequences: Sequences | None = None,
-    clip: tuple[float, float] | None = None,
-    clip_dual: float | None = None,
-    ratio: str = "token",
-    rollout_is_cap: float | None = None,
-    advantage_clip: float | tuple[float, float] | None = None,
-    logprob_min: float | None = None,
-) -> Surrogate:
+def check_options(**options: Any) -> LossOptions:
     """The options of :func:`sampled_loss` in one object; raises like :func:`fused_gopd.gopd_loss`.
 
-    Before there is a batch, call it with the options alone: what a batch must bring is then taken to be there.
+    What an option needs of a batch is taken to be there.
     """
-    if sequences is None:
-        anything = torch.zeros(1, 1)
-        sequences, old_logprobs, rollout_logprobs = Sequences(anything.shape), anything, anything
-    given = (clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min)
-    return check_surrogate("sampled", sequences, old_logprobs, rollout_logprobs, *given, "none", None)
+    refuse_unknown(options, OPTIONS, "an option of the sampled estimator on log-probs")
+    return checked(LossOptions(**options))
 
 
 def require_reference(reward_scale: float, ref: object, fix: str) -> float:
@@ -53,7 +43,7 @@ def require_reference(reward_scale: float, ref: object, fix: str) -> float:
 
 
 def token_losses(
-    surrogate: Surrogate,
+    options: LossOptions,
     advantages: Tensor,
     student_logprobs: Tensor,  # with its gradient
     old: Tensor | None,
@@ -68,7 +58,7 @@ def token_losses(
     def mean(x: Tensor) -> Tensor:
         return sequences.expand(sequences.sum(x.masked_fill(~live, 0)) / counts).to(x.dtype)
 
-    term = policy_term(surrogate, advantages, known, old, rollout, mean)
+    term = policy_term(options, advantages, known, old, rollout, mean)
     # the value is term.loss, the derivative term.dlogprob; 0 * (-inf - -inf) would be NaN
     step = torch.where(torch.isneginf(known), 0, student - known)
     return (term.loss + term.dlogprob * step).masked_fill(~live, 0), term
@@ -112,7 +102,8 @@ def sampled_loss(
     shape, device = student_logprobs.shape, student_logprobs.device
     dtype = torch.float64 if student_logprobs.dtype == torch.float64 else torch.float32
     sequences = check_cu_seqlens(cu_seqlens, shape, device)
-    live = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else check_mask(mask, shape, device)
+    given = check_mask(mask, shape, device, "student_logprobs")
+    live = torch.ones(shape, dtype=torch.bool, device=device) if given is None else given
 
     def vector(name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -134,22 +125,25 @@ def sampled_loss(
     teacher = logprobs("teacher_logprobs", teacher_logprobs, reward_scale != 0 and not mixed)
     ref = logprobs("ref_logprobs", ref_logprobs, reward_scale != 1)
     old, rollout = logprobs("old_logprobs", old_logprobs), logprobs("rollout_logprobs", rollout_logprobs)
-    surrogate = check_options(old_logprobs=old, rollout_logprobs=rollout, sequences=sequences, **options)
+    refuse_unknown(options, OPTIONS, "an option of sampled_loss")
+    no_head: Any = None
+    chosen = checked(LossCall(no_head, None, old_logprobs=old, rollout_logprobs=rollout, **options))
+    require_sequences(chosen, sequences)
     known = logprobs("student_logprobs", student_logprobs)
     assert known is not None
     nothing = torch.full_like(known, torch.nan)
     entropy = nothing if entropy is None else vector("entropy", entropy)
     assert entropy is not None
     advantages, _ = advantages_of(
-        surrogate,
+        chosen,
         reward_scale=reward_scale,
         student=known,
         teacher=teacher if reward_scale != 0 else None,
         ref=ref if reward_scale != 1 else None,
         old=old,
     )
-    loss, term = token_losses(surrogate, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
-    clips = surrogate.clip is not None or surrogate.clip_dual is not None
+    loss, term = token_losses(chosen, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
+    clips = chosen.clip is not None or chosen.clip_dual is not None
     return GOPDOutput(
         loss=loss,
         token_loss=term.loss.masked_fill(~live, 0),

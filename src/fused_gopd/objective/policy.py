@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..options import AdvantageFn, Baseline, Estimator, Ratio, TokenStats
+from ..options import AdvantageFn, LossOptions, TokenStats
 from .target import any_impossible, bounded, mix
 
 
@@ -29,27 +29,6 @@ def advantage(
     dead = any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
     value = bounded(mix(reward_scale, teacher, ref) - behaviour) + 0 * behaviour
     return torch.where(dead, torch.zeros_like(value), value), ~dead
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """How the sampled estimator makes advantages and turns them into token losses; None switches a part off."""
-
-    clip: tuple[float, float] | None = None  # (epsilon_low, epsilon_high)
-    clip_dual: float | None = None
-    ratio: Ratio = "token"
-    rollout_is_cap: float | None = None
-    advantage_clip: tuple[float, float] | None = None
-    logprob_min: float | None = None
-    baseline: Baseline = "none"
-
-
-PLAIN = Surrogate()
-
-
-def looks_jointly(estimator: Estimator, surrogate: Surrogate) -> bool:
-    """Whether all models of a token are looked at together, over their joint support."""
-    return estimator == "full" or surrogate.baseline == "expected"
 
 
 def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
@@ -74,7 +53,7 @@ Hook = Callable[[Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 def advantages_of(
-    options: Any,
+    options: LossOptions,
     *,
     reward_scale: float | Tensor,
     student: Tensor,  # (C,) log p of the sampled token, like the next three
@@ -104,7 +83,8 @@ def advantages_of(
 
     def clipped(x: Tensor) -> Tensor:
         if options.advantage_clip is not None:
-            x = x.clamp(*options.advantage_clip)
+            low, high = cast("tuple[float, float]", options.advantage_clip)
+            x = x.clamp(low, high)
         return x.masked_fill(~finite, 0)
 
     return clipped(adv if expected is None else adv + expected), clipped(adv)
@@ -122,14 +102,14 @@ class PolicyTerm:
 
 
 def policy_term(
-    surrogate: Any,
+    options: LossOptions,
     adv: Tensor,  # (C,) advantages
     student: Tensor,  # (C,) log p of the sampled token
     old: Tensor | None,
     rollout: Tensor | None,
     sequence_mean: Callable[[Tensor], Tensor],  # (C,) -> (C,), for ratio="sequence"
 ) -> PolicyTerm:
-    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the surrogate says.
+    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the options say.
 
     clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
     clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
@@ -140,28 +120,28 @@ def policy_term(
     behaviour = student if old is None else old
     log_ratio = torch.zeros_like(student) if old is None else student - old
     ruled_out = torch.isneginf(student)
-    if surrogate.ratio == "sequence":
+    if options.ratio == "sequence":
         # a token that a policy rules out would make its whole sequence's ratio 0, inf or NaN
         log_ratio = sequence_mean(log_ratio.masked_fill(ruled_out | torch.isneginf(behaviour), 0))
     ratio = log_ratio.exp()
     loss = -adv * ratio
     clipped = torch.zeros_like(ruled_out)
-    if surrogate.clip is not None:
-        low, high = surrogate.clip
+    if options.clip is not None:
+        low, high = options.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
         # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
         clipped = bounded > loss
         loss = torch.maximum(loss, bounded)
-    if surrogate.clip_dual is not None:
-        bound = -adv * surrogate.clip_dual
+    if options.clip_dual is not None:
+        bound = -adv * options.clip_dual
         over = (adv < 0) & (loss > bound)
         clipped = clipped | over
         loss = torch.where(over, bound, loss)
     importance = None
     if rollout is not None:
         importance = (behaviour - rollout).masked_fill(torch.isneginf(behaviour), 0).exp()
-        if surrogate.rollout_is_cap is not None:
-            importance = importance.clamp_max(surrogate.rollout_is_cap)
+        if options.rollout_is_cap is not None:
+            importance = importance.clamp_max(options.rollout_is_cap)
         loss = loss * importance
     # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
     nothing = adv == 0

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..rowops import FAR
 
+# The frozen models, each with the lambda at which its coefficient is 0.
+FROZEN = (("teacher", 0.0), ("ref", 1.0))
+
 
 def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
     """lambda q + (1 - lambda) r, where a model with coefficient exactly 0 does not matter, whatever its value.

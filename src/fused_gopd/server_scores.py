@@ -1,18 +1,17 @@
-"""What the topk estimator looks at: its options checked, and scores from elsewhere lined up by token id."""
+"""TopKLogProbs of an inference server: checked, and lined up by token id. And the models that topk takes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import one_of, refuse, require_count
+from .checks import refuse
 from .heads import Source, TopKLogProbs
-from .objective.topk import DEFAULT, Truncation
-from .options import SUPPORTS, TAILS, Estimator
+from .options import LossOptions
 from .tokens import TokenRows
 
 # More than the whole vocabulary's mass by as much as log-probs rounded to bfloat16 may make it: 2^-8 of a log-prob of
@@ -25,26 +24,15 @@ _CHECKED = 1 << 20
 Models = tuple[Source, ...]  # one a route, none where no model is needed
 
 
-def check_truncation(
-    estimator: Estimator, k: object, support: object, tail: object, teacher: Models, ref: Models, vocab_size: int
-) -> Truncation:
-    """The options of topk against the models that the loss needs; one that has nothing to act on raises."""
-    one_of("support", support, SUPPORTS)
-    one_of("tail", tail, TAILS)
-    given: dict[str, Any] = {"k": k, "support": support, "tail": tail}
-    if estimator != "topk":
-        for name, value in given.items():
-            if value != getattr(DEFAULT, name):
-                raise ValueError(f"{name} is an option of estimator='topk', got estimator={estimator!r}")
-        return DEFAULT
-    if k is not None:
-        require_count("k", k)
+def check_topk(options: LossOptions, teacher: Models, ref: Models, vocab_size: int) -> None:
+    """Check the options of topk against the models that the loss needs."""
+    k = options.k
     asked: list[bool] = []  # whether a head is asked for its largest, route by route
     listed: set[int] = set()
     for i in range(max(len(teacher), len(ref))):
         models = {name: x[i] for name, x in (("teacher", teacher), ("ref", ref)) if x}
         answers = {name: model.k for name, model in models.items() if isinstance(model, TopKLogProbs)}
-        if answers and support == "student":
+        if answers and options.support == "student":
             name = _name(next(iter(answers)), i, teacher, ref)
             raise TypeError(
                 f"{name} is TopKLogProbs, and support='student' needs a LinearHead or Logits: the student's tokens "
@@ -61,14 +49,12 @@ def check_truncation(
     if not any(asked):
         if k is not None and {k} != listed:
             raise ValueError(f"k is for heads; TopKLogProbs have their own K={sorted(listed)}, got k={k!r}")
-        return Truncation(**{**given, "k": None})
-    if k is None:
+    elif k is None:
         raise ValueError(
             "k must be given for estimator='topk' with a LinearHead or Logits: how many tokens it looks at"
         )
-    if k > vocab_size:  # type: ignore[operator]
+    elif k > vocab_size:
         raise ValueError(f"k must be at most the vocabulary of {vocab_size}, got {k}")
-    return Truncation(**given)
 
 
 def _name(name: str, i: int, teacher: Models, ref: Models) -> str:

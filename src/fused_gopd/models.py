@@ -1,0 +1,170 @@
+"""The models of a call: which kinds an estimator takes, which lambda needs, and how they share a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import require_device
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
+from .loop import gemm
+from .options import Estimator, LossCall, LossOptions
+
+# What is computed elsewhere, and the estimator that can use it.
+_USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}
+
+
+def require_source(name: str, value: object, estimator: Estimator) -> None:
+    if isinstance(value, (LinearHead, Logits)):
+        return
+    kind, user = type(value).__name__, _USERS.get(type(value))
+    if name == "student" and user is not None:
+        raise TypeError(f"student must be a LinearHead or Logits: {kind} carry no gradient")
+    require_kind(name, value, *(() if name == "student" else _USERS))
+    if estimator != user:
+        raise TypeError(
+            f"{name} is {kind}, which estimator={user!r} alone can use; estimator={estimator!r} needs a LinearHead or "
+            "Logits" + {"sampled": " or TokenLogProbs", "topk": " or TopKLogProbs"}.get(estimator, "")
+        )
+
+
+def named_models(name: str, models: object) -> dict[str, Any]:
+    """The models of an argument by the names that messages give them: none, one, or those of a list."""
+    if models is None:
+        return {}
+    if not isinstance(models, (list, tuple)):
+        return {name: models}
+    if not models:
+        raise ValueError(f"{name} must not be an empty list")
+    return {f"{name}[{i}]": model for i, model in enumerate(models)}
+
+
+def check_sources(models: Mapping[str, Any], options: LossOptions, shape: torch.Size, device: torch.device) -> None:
+    for name, model in models.items():
+        require_source(name, model, options.estimator)
+        if model.token_shape != shape:
+            raise ValueError(
+                f"{name} must have the token shape {tuple(shape)} of student, got {tuple(model.token_shape)}"
+            )
+        for field, tensor in model.tensors.items():
+            require_device(f"{name}.{field}", tensor, device)
+        if options.baseline == "expected" and isinstance(model, TokenLogProbs):
+            raise TypeError(
+                f"{name} is TokenLogProbs, and baseline='expected' needs a LinearHead or Logits: all the vocabulary"
+            )
+
+
+def require_models(
+    scale: float | Tensor, given: Mapping[str, Mapping[str, Any]], call: LossCall, options: LossOptions
+) -> None:
+    """The models that lambda needs are given.
+
+    An ``advantage_fn`` needs none. Without any model the options that act on teacher or reference are refused.
+    """
+    if call.advantage_fn is not None and not any(given.values()):
+        acting = {
+            "reward_scale": isinstance(scale, Tensor) or scale != 1,
+            "logprob_min": options.logprob_min is not None,
+            "baseline": options.baseline != "none",
+            "score_cancelled": options.score_cancelled,
+        }
+        for name, chosen in acting.items():
+            if chosen:
+                raise ValueError(
+                    f"{name} needs a teacher or a reference: with an advantage_fn and neither of them it has nothing "
+                    "to act on"
+                )
+        return
+    if isinstance(scale, Tensor):
+        for name, models in given.items():
+            if not models:
+                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
+    elif scale != 0 and not given["teacher"]:
+        raise ValueError(f"teacher must be given for reward_scale={scale}: only reward_scale=0 does without it")
+    elif scale != 1 and not given["ref"]:
+        raise ValueError(f"ref must be given for reward_scale={scale}: only reward_scale=1 does without a reference")
+
+
+def joint_vocab_size(models: Mapping[str, Any], vocab_size: int | None) -> int:
+    """The vocabulary that all models have; of which ``vocab_size`` may take a part."""
+    sizes = {name: m.vocab_size for name, m in models.items() if isinstance(m, (LinearHead, Logits))}
+    smallest = min(sizes.values())
+    if vocab_size is None:
+        return smallest
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= smallest:
+        raise ValueError(f"vocab_size must be between 1 and {smallest} (the smallest of {sizes}), got {vocab_size}")
+    return vocab_size
+
+
+def check_shards(student: Head, frozen: Mapping[str, Any], together: str, vocab_size: int) -> None:
+    """Models that are normalised together have the same columns on each rank, or all of them on every rank."""
+    for name, model in frozen.items():
+        shard = model.shard if isinstance(model, (LinearHead, Logits)) else None
+        if shard is None:
+            continue
+        if student.shard is None:
+            raise ValueError(
+                f"{name} has a shard and student has none, but {together} looks at the same columns of all models: "
+                f"shard the student alike, or give {name} the whole weight"
+            )
+        if not shard.matches(student.shard, vocab_size):
+            raise ValueError(
+                f"{name} must have the shard of student, or no shard at all, for {together}, which looks at the same "
+                f"columns of all models: student's ranks have {list(student.shard.bounds)}, {name}'s have "
+                f"{list(shard.bounds)}"
+            )
+
+
+def check_chunk_dtype(
+    chunk_dtype: torch.dtype | None, default: torch.dtype, models: Mapping[str, Source]
+) -> torch.dtype | None:
+    """None for the default, which is that of accumulation.
+
+    A library's product has the dtype of its operands or float32: nothing else can be asked for.
+    """
+    if chunk_dtype in (None, default):
+        return None
+    for name, model in models.items():
+        if not isinstance(model, LinearHead):
+            continue
+        if model.hidden.dtype != chunk_dtype:
+            raise ValueError(
+                f"chunk_dtype={chunk_dtype} needs all hidden states in that dtype, and {name}.hidden is "
+                f"{model.hidden.dtype}: leave chunk_dtype out"
+            )
+        if not gemm.accumulates_low_precision(model.hidden):
+            raise ValueError(
+                f"chunk_dtype={chunk_dtype} is for bfloat16 and float16 heads on a CUDA GPU, and {name}.hidden is "
+                f"{model.hidden.dtype} on {model.hidden.device}: leave chunk_dtype out"
+            )
+    return chunk_dtype
+
+
+def zero_masked(model: Any, mask: Tensor) -> Any:
+    """The model with zeros at masked tokens, so that a NaN there reaches no result; where rows cannot be dropped."""
+    masked = ~mask
+    if isinstance(model, LinearHead):
+        return replace(model, hidden=model.hidden.masked_fill(masked[..., None], 0))
+    if isinstance(model, Logits):
+        return replace(model, logits=model.logits.masked_fill(masked[..., None], 0))
+    if isinstance(model, TokenLogProbs):
+        return TokenLogProbs(model.logprobs.masked_fill(masked, 0))
+    return TopKLogProbs(model.token_ids.masked_fill(masked[..., None], -1), model.logprobs)
+
+
+def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head]) -> list[Head | None]:
+    """The models with a vocabulary axis, one a route; detached, since only the student receives gradients."""
+    heads: list[Head | None] = []
+    for model in models:
+        if isinstance(model, (LinearHead, Logits)):
+            detached: dict[str, Any] = {name: x.detach() for name, x in model.tensors.items()}
+            heads.append(cut(replace(model, **detached)))
+        else:
+            heads.append(None)
+    return heads

@@ -1,0 +1,116 @@
+"""One head alone: log-probs of given tokens, entropies, and the most likely tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .agreement import agreement_of, shared_by
+from .checks import require_count, require_device, require_integer, require_reverse_mode, require_shape
+from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
+from .loop.chunking import chunk_size_for
+from .models import frozen_heads, joint_vocab_size, zero_masked
+from .objective.divergences import ReverseKL
+from .options import DEFAULTS, LossOptions, checked
+from .problem import Problem, Route
+from .rowops import select_backend
+from .rowops.torch import accumulation_dtype
+from .tokens import Sequences, TokenRows, check_mask, live_rows, live_token_ids
+
+
+def prepare_scoring(
+    head: Head, token_ids: Tensor | None, *, mask: Tensor | None, vocab_size: int | None, **options: Any
+) -> Problem:
+    """The problem of scoring ``token_ids``, or without them of a search; options are ``chunk_size`` and ``backend``."""
+    require_kind("head", head)
+    function = "token_topk" if token_ids is None else "token_logprobs"
+    require_reverse_mode(function, head)
+    chosen = checked(LossOptions(**options))
+    shape, device = head.token_shape, head.rows.device
+    if token_ids is not None:
+        require_integer("token_ids", token_ids)
+        require_shape("token_ids", token_ids, shape, "head")
+        require_device("token_ids", token_ids, device)
+    live = check_mask(mask, shape, device, "head")
+    vocab_size = joint_vocab_size({"head": head}, vocab_size)
+    rows = live_rows(live, shape)
+    if rows.keep is not None:
+        head = zero_masked(head, rows.keep)
+        token_ids = None if token_ids is None else token_ids.masked_fill(~rows.keep, 0)
+    ids = None if token_ids is None else live_token_ids(token_ids, rows, vocab_size, mask is not None)
+    agreement = None
+    models: dict[str, Sequence[Source]] = {"student": (head,), "teacher": (), "ref": ()}
+    shards = shared_by(models)
+    if shards:
+        every = torch.ones(shape, dtype=torch.bool, device=device) if live is None else live
+        values = DEFAULTS | {"student": head, "teacher": None, "token_ids": ids, "mask": every}
+        values |= {"vocab_size": vocab_size, "chunk_size": chosen.chunk_size}
+        agreement = agreement_of(shards, values, models, rows, [(0, rows.count)], function)
+    if head.shard is not None:
+        head = replace(head, shard=head.shard.within(vocab_size))
+    problem = _problem(head, rows, ids, vocab_size, chosen.chunk_size, chosen.backend)
+    return replace(problem, agreement=agreement)
+
+
+def _problem(
+    head: Head, rows: TokenRows, token_ids: Tensor | None, vocab_size: int, chunk_size: int | None, backend: str
+) -> Problem:
+    device, dtype = head.rows.device, accumulation_dtype(head.rows)
+    columns = vocab_size if head.shard is None else head.shard.largest
+    return Problem(
+        options=_DEFAULT,
+        divergence=ReverseKL(),
+        student=head,
+        routes=(Route(start=0, stop=rows.count),),
+        rows=rows,
+        sequences=Sequences(rows.shape),
+        vocab_size=vocab_size,
+        token_ids=token_ids,
+        weights=torch.ones((), dtype=dtype, device=device),
+        recomputes=True,
+        ops=select_backend(backend, device, {head.rows.dtype}),
+        chunk_size=chunk_size or chunk_size_for(columns, isinstance(head, LinearHead), device.type, dtype.itemsize),
+        dtype=dtype,
+        device=device,
+    )
+
+
+_DEFAULT = LossOptions()
+
+
+def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs of the k most likely tokens: see :func:`fused_gopd.token_topk`."""
+    problem = prepare_scoring(head, None, **options)
+    if require_count("k", k) > problem.vocab_size:
+        raise ValueError(f"k must be at most the vocabulary of {problem.vocab_size}, got {k}")
+    ids, logprobs = autograd.token_topk(problem, k)
+    if problem.rows.keep is None:
+        return ids, logprobs
+    masked = ~problem.rows.keep[..., None]
+    return ids.masked_fill(masked, -1), logprobs.masked_fill(masked, 0)
+
+
+def logprobs_under(models: Sequence[Source], problem: Problem) -> Tensor:
+    """log-probs (n,) of a loss's sampled tokens under models, one a route, that the loss itself does not need."""
+    out = torch.zeros(problem.rows.count, dtype=problem.dtype, device=problem.device)
+    assert problem.token_ids is not None
+    heads = frozen_heads(models, lambda head: head)
+    for model, head, route in zip(models, heads, problem.routes, strict=True):
+        cut, rows = slice(route.start, route.stop), problem.rows
+        if isinstance(model, TokenLogProbs):
+            out[cut] = rows.take(model.logprobs.detach(), route.start, route.stop)
+        elif head is not None:
+            if len(problem.routes) > 1:
+                assert rows.index is not None
+                rows = TokenRows(rows.shape, rows.index[cut])
+            if head.shard is not None:
+                head = replace(head, shard=head.shard.within(problem.vocab_size))
+            size, backend = problem.chunk_size, problem.options.backend
+            alone = _problem(head, rows, problem.token_ids[cut], problem.vocab_size, size, backend)
+            out[cut] = autograd.token_logprobs(alone)[0]
+    return out
