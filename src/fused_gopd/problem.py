@@ -72,7 +72,7 @@ class Problem:
     @property
     def joint(self) -> bool:
         """Whether the row operation takes all models of a token together, normalised over their joint support."""
-        return self.options.estimator == "full" or self.options.baseline == "expected"
+        return self.options.joint
 
     @property
     def has(self) -> tuple[bool, bool]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
-from fused_gopd.jobs import make_problem
 
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, generator, like, make_batch, trainable
 from combinations import pairwise
 from fused_gopd.autograd.saved import flatten, unflatten
+from fused_gopd.options import LossCall
 from fused_gopd.prepare import prepare
 from fused_gopd.problem import Problem
 
@@ -283,7 +283,7 @@ def test_a_problem_is_what_it_was_when_its_tensors_come_back():
     teachers = [batch.teacher, make_batch(18, dtype=torch.float32).teacher]
     index = torch.arange(batch.token_ids.shape[0]) % 2
     options = {"teacher_index": index, "mask": batch.mask, "reward_scale": 1.25, **OBJECTIVES[3]}
-    problem = make_problem(prepare(batch.student, teachers, batch.ref, batch.token_ids, **options))
+    problem = prepare(LossCall(batch.student, teachers, batch.ref, batch.token_ids, **options))
     tensors = []
     spec = flatten(problem, tensors)
     assert "tensor(" not in repr(spec)

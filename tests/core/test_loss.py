@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -856,11 +855,6 @@ def test_the_modules_reward_scale_can_be_overridden_per_batch():
     a = module(*batch.models, batch.token_ids, reward_scale=0.5)
     b = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=0.5, backend="torch")
     assert torch.equal(a.loss, b.loss)
-
-
-def test_the_module_knows_every_keyword_of_the_function():
-    keywords = {p.name for p in inspect.signature(fg.gopd_loss).parameters.values() if p.kind == p.KEYWORD_ONLY}
-    assert keywords == fg.GOPDLoss._OPTIONS | fg.GOPDLoss._BATCH
 
 
 def test_a_cancelled_model_of_another_dtype_is_scored():

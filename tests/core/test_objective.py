@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import oracle
-from builders import assert_close, generator, token_stats
-from fused_gopd.objective.policy import Surrogate, advantage, advantages_of, policy_term
+from builders import assert_close, generator
+from fused_gopd.objective.policy import advantage, advantages_of, policy_term
 from fused_gopd.objective.reductions import token_weights
 from fused_gopd.objective.statistics import entropy, token_logprob
 from fused_gopd.objective.target import mix
-from fused_gopd.options import REDUCTIONS
+from fused_gopd.options import REDUCTIONS, LossOptions
 from fused_gopd.rowops import Stat
 from fused_gopd.tokens import Sequences
 
@@ -73,14 +73,14 @@ def test_advantage_of_a_diverged_model_is_nan():
         assert finite.all()
 
 
-def term_of(surrogate, reward_scale, student, teacher, ref, old, rollout=None):
-    stats = token_stats(student, teacher, ref, old, reward_scale)
-    used, _ = advantages_of(surrogate, stats, None, None)
-    return policy_term(surrogate, used, student, old, rollout, lambda x: x)
+def term_of(clip, reward_scale, student, teacher, ref, old, rollout=None):
+    options = LossOptions(clip=clip)
+    used, _ = advantages_of(options, reward_scale=reward_scale, student=student, teacher=teacher, ref=ref, old=old)
+    return policy_term(options, used, student, old, rollout, lambda x: x)
 
 
 def policy(student, old, clip, teacher=vector(-1.0), ref=vector(-1.5)):  # noqa: B008 never written to
-    return term_of(Surrogate(clip), 1.25, student, teacher, ref, old)
+    return term_of(clip, 1.25, student, teacher, ref, old)
 
 
 def test_on_policy_the_loss_is_minus_the_advantage():
@@ -102,7 +102,7 @@ def test_policy_slope_is_the_derivative_of_the_loss(clip):
             loss = torch.maximum(loss, -adv * ratio.clamp(1 - clip[0], 1 + clip[1]))
         (slope,) = torch.autograd.grad(loss.sum(), student)
         n = torch.full_like(student, -1.0), torch.full_like(student, -1.5)
-        term = term_of(Surrogate(clip), 1.25, student.detach(), *n, olds)
+        term = term_of(clip, 1.25, student.detach(), *n, olds)
         assert_close(term.loss, loss.detach(), 1e-14)
         corner = (ratio.detach() - 1).abs() < 1e-9  # the one-sided derivatives differ there
         assert_close(term.dlogprob[~corner], slope[~corner], 1e-14)
@@ -113,13 +113,13 @@ def test_clipping_is_pessimistic():
     good, bad = vector(-0.5), vector(-3.0)  # teacher's log-prob: above and below p_old
     old, far = vector(-2.0), vector(-1.0)  # ratio e
     for teacher, flat in ((good, True), (bad, False)):
-        term = term_of(Surrogate((0.2, 0.2)), 1.0, far, teacher, None, old)
+        term = term_of((0.2, 0.2), 1.0, far, teacher, None, old)
         assert (term.dlogprob == 0).all() == flat
 
 
 def test_an_overflowing_ratio_is_clipped_and_an_impossible_token_has_no_ratio():
     student, old = vector(-0.1, -0.1), vector(-2000.0, -INF)
-    term = term_of(Surrogate((0.2, 0.2)), 1.0, student, vector(-1.0, -1.0), None, old)
+    term = term_of((0.2, 0.2), 1.0, student, vector(-1.0, -1.0), None, old)
     assert term.loss.isfinite().all()
     assert (term.dlogprob == 0).all()
     assert term.loss[1] == 0

@@ -20,7 +20,6 @@ from builders import (
     like,
     make_batch,
     run,
-    token_stats,
     trainable,
     widened,
 )
@@ -110,9 +109,10 @@ def test_the_slope_is_the_derivative_of_the_loss(policy):
     old = torch.full_like(teacher, -1.7)
     rollout = torch.full_like(teacher, -2.0) if "rollout_is_cap" in policy else None
     # a sequence is one token here: its mean is differentiable as the token's own ratio
-    stats = token_stats(student.detach(), teacher, ref, old, 1.25)
-    used, _ = advantages_of(Surrogate(**policy), stats, None, None)
-    term = policy_term(Surrogate(**policy), used, student, old, rollout, lambda x: x)
+    options = LossOptions(**policy)
+    known = {"student": student.detach(), "teacher": teacher, "ref": ref, "old": old}
+    used, _ = advantages_of(options, reward_scale=1.25, **known)
+    term = policy_term(options, used, student, old, rollout, lambda x: x)
     (slope,) = torch.autograd.grad(term.loss.sum(), student)
     assert_close(term.dlogprob, slope, 1e-12)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -87,12 +86,6 @@ def test_a_diverged_model_is_not_hidden(objective, model, poison):
     out, grads = run(batch, fg.reference.gopd_loss, reward_scale=1.25, **objective)
     assert out.token_loss.isnan().tolist() == [False, True, False, False]
     assert grads[0][1].isnan().any()
-
-
-def test_it_takes_the_arguments_of_the_fused_loss():
-    assert list(inspect.signature(fg.reference.gopd_loss).parameters) == list(
-        inspect.signature(fg.gopd_loss).parameters
-    )
 
 
 def test_it_refuses_what_the_fused_loss_refuses():

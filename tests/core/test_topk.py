@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from fused_gopd.support import _Answer, _matched
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from builders import (
 from combinations import product_on_float64
 from fused_gopd.loop.estimators.topk import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
+from fused_gopd.server_scores import _Answer, _matched
 from test_cost import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -275,21 +275,3 @@ def in_parts(
     for (start, stop), p in zip(bounds, parts, strict=True):
         ops.gradient(p, merged, weights, gradient[:, start:stop])
     return merged, gradient
-
-
-def token_stats(
-    student: Tensor, teacher: Tensor | None, ref: Tensor | None, old: Tensor | None, reward_scale: float | Tensor
-) -> fg.TokenStats:
-    """What advantages are made of, without what an ``advantage_fn`` alone reads."""
-    return fg.TokenStats(
-        index=torch.arange(student.numel(), device=student.device),
-        advantages=None,
-        student_logprobs=student,
-        teacher_logprobs=teacher,
-        ref_logprobs=ref,
-        old_logprobs=old,
-        student_entropy=torch.full_like(student, math.nan),
-        teacher_entropy=None,
-        ref_entropy=None,
-        reward_scale=reward_scale,
-    )

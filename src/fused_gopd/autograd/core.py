@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import Head, LinearHead, Logits
+from ..heads import LinearHead, Logits
 from ..loop import run
 from ..loop.accumulator import Gradients, RequiresGrad, Scaling
 from ..loop.estimators import estimator_of
@@ -79,19 +79,3 @@ def fused_forward(problem: Problem, requires: RequiresGrad) -> FusedForward:
         statistics, _ = run.forward(problem, estimator_of)
     values = estimator_of(problem).values(statistics)
     return FusedForward((values.loss * problem.weights).sum(), values, statistics, gradients, scaling)
-
-
-def recomputes_in_backward(student: Head, ratio: object, unbounded: bool) -> bool:
-    """Whether a loss with known token weights recomputes the logits in the backward all the same.
-
-    A low-precision ``Logits`` student does: no GEMM is repeated by it, and the gradient, which is the size of all
-    logits, is rounded once with all factors applied. So do ratios of whole sequences, which are known only when all
-    chunks are through, and float16 hidden states under ratios, importance weights, advantages or supervised weights of
-    the caller's (``unbounded``), which may be so large that a gradient without its token weight overflows.
-    """
-    dtype = student.rows.dtype
-    if isinstance(student, Logits):
-        recomputes = dtype in (torch.float16, torch.bfloat16)
-    else:
-        recomputes = dtype == torch.float16 and unbounded
-    return recomputes or ratio == "sequence"
