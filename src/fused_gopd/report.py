@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loop.estimators import TokenValues, model_logprobs
+from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
