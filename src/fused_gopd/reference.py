@@ -119,7 +119,7 @@ def _full(
     p: Problem, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
-    lam, divergence, beta = p.reward_scale, p.divergence, p.beta
+    lam, divergence, beta = p.reward_scale, p.options.divergence, p.options.beta
     column = lam[:, None] if isinstance(lam, Tensor) else lam
     support: Tensor | None = None
     if not _all_finite(z, z_q, z_r):
@@ -253,13 +253,13 @@ def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple
     counted = inside.clone()
     if p.options.tail == "drop":
         counted[:, -1] = False
-    if p.divergence == "reverse_kl":
+    if p.options.divergence == "reverse_kl":
         terms = prob * bounded(log_p - mixed)
-    elif p.divergence == "forward_kl":
+    elif p.options.divergence == "forward_kl":
         terms = target * (log_t - log_p)
     else:
-        log_m = torch.logaddexp(log_t + math.log(p.beta), log_p + math.log1p(-p.beta))
-        terms = p.beta * target * (log_t - log_m) + (1 - p.beta) * prob * (log_p - log_m)
+        log_m = torch.logaddexp(log_t + math.log(p.options.beta), log_p + math.log1p(-p.options.beta))
+        terms = p.options.beta * target * (log_t - log_m) + (1 - p.options.beta) * prob * (log_p - log_m)
     return torch.where(counted, terms, 0).sum(1), kl
 
 

@@ -25,6 +25,7 @@ from builders import (
 )
 from combinations import product_on_float64
 from fused_gopd.objective.policy import advantages_of, policy_term
+from fused_gopd.options import LossOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
