@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from ... import gopd_loss
-from ...checks import require_count
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Source]
@@ -81,8 +80,6 @@ def dry_run(
 ) -> None:
     """Compute the loss of one token, to raise for wrong options before anything is loaded or sampled."""
     options = dict(options)
-    if options.get("k") is not None:
-        require_count("k", options["k"])
     if "clip" in options:
         options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
     dtype = options.get("chunk_dtype")

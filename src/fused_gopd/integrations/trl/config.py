@@ -1,8 +1,8 @@
-"""The configurations: TRL's, and the options of the loss; what is wrong with one is said when it is made."""
+"""The configurations of the trainers: TRL's, with options of the loss, which are checked by the loss's own rules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,21 +11,29 @@ from trl import DistillationConfig, GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ...checks import one_of, require_count, require_number
-from ...objective.divergences import DIVERGENCES, divergence_of
-from ...options import BASELINES, ESTIMATORS, SUPPORTS, TAILS
+from ...objective.divergences import divergence_of
+from ...options import DEFAULTS, OPTIONS, RULES, LossOptions, checked
 
-# losses of GRPOTrainer whose ratio is a detached weight of A log p
+# losses of GRPOTrainer in which the ratio is a detached factor of A log p
 _DETACHED_RATIO = ("cispo", "vespo")
 _CHUNK_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# divergence -> the beta that means it in TRL, for the JSD by default
+_BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
+_TRL_BETA: float = DistillationConfig.beta
 
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+def _option(name: str) -> Any:
+    """A field for an option of the loss, with its default and help."""
+    return field(default=DEFAULTS[name], metadata=_help(RULES[name].help))
+
+
 @dataclass
 class Options:
-    """What the configurations of both trainers have."""
+    """The options of both trainers' configurations."""
 
     reward_scale: float = field(default=1.0, metadata=_help("lambda; all but 1 need a reference."))
     reward_scale_end: float | None = field(
@@ -37,13 +45,13 @@ class Options:
     route_column: str | None = field(
         default=None, metadata=_help("Column of the dataset that names the teacher of each prompt.")
     )
-    baseline: str = field(default="none", metadata=_help("'expected': advantages of mean 0; estimator='sampled'."))
-    advantage_clip: float | None = field(default=None, metadata=_help("Bound on an advantage's magnitude."))
-    logprob_min: float | None = field(default=None, metadata=_help("Teacher's and reference's log-probs at least."))
-    chunk_size: int | None = field(default=None, metadata=_help("Tokens per chunk; default from a memory budget."))
-    backend: str = field(default="auto", metadata=_help("'auto', 'torch', 'native' or 'triton'."))
+    baseline: str = _option("baseline")
+    advantage_clip: float | None = _option("advantage_clip")
+    logprob_min: float | None = _option("logprob_min")
+    chunk_size: int | None = _option("chunk_size")
+    backend: str = _option("backend")
 
-    def _check(self) -> None:
+    def _check_reward_scale(self) -> None:
         require_number("reward_scale", self.reward_scale)
         if self.reward_scale_end is not None:
             require_number("reward_scale_end", self.reward_scale_end)
@@ -51,16 +59,24 @@ class Options:
             require_count("reward_scale_steps", self.reward_scale_steps)
             if self.reward_scale_end is None:
                 raise ValueError("reward_scale_steps needs reward_scale_end: the lambda that is reached after them")
-        one_of("baseline", self.baseline, BASELINES)
 
     @property
     def _needs_reference(self) -> bool:
         return self.reward_scale != 1 or self.reward_scale_end not in (None, 1)
 
     def _loss_options(self) -> dict[str, Any]:
-        """Those of :func:`fused_gopd.gopd_loss` that are the same for all batches."""
-        names = ("baseline", "advantage_clip", "logprob_min", "chunk_size", "backend")
-        return {name: getattr(self, name) for name in names}
+        """Keyword arguments of :func:`fused_gopd.gopd_loss` that are the same for all batches.
+
+        Only fields that classes of this module add: a field of TRL's may have the same name and another meaning, as
+        GRPOConfig's beta.
+        """
+        added = {name for kind in type(self).__mro__ if issubclass(kind, Options) for name in _annotations(kind)}
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name in added and f.name in OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def _annotations(kind: type) -> dict[str, Any]:
+    return cast("dict[str, Any]", vars(kind).get("__annotations__", {}))
 
 
 @dataclass
@@ -73,44 +89,44 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         reward_scale: lambda. 1 is ordinary on-policy distillation and needs no reference; with
             ``reward_scale_end`` it moves linearly to that over ``reward_scale_steps`` optimizer steps (default: all).
         estimator: ``"full"``, ``"sampled"`` or ``"topk"``.
-        divergence: ``"reverse_kl"``, ``"forward_kl"`` or ``"jsd"``; None: the one that TRL's ``beta`` stands for.
-        beta: TRL's: 0 is the forward KL, 1 the reverse KL, between them the JSD; None: that of ``divergence``, 0.5 for
-            ``"jsd"``. Both may be given if they agree.
+        divergence: its name; None for the one that TRL's ``beta`` means.
+        beta: TRL's: 0 is the forward KL, 1 the reverse KL, between them the JSD; None for that of ``divergence``, 0.5
+            for ``"jsd"``. Both may be given if they agree.
         k, support, tail: of ``topk``.
         reduction: ``"token-mean"``, as TRL's, or ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``, over the tokens
             or sequences of all ranks and accumulated batches.
         baseline, clip, advantage_clip, logprob_min: of ``sampled``.
-        num_iterations: optimizer steps on each batch of completions. Above 1 the policy that sampled is no longer the
-            one that learns, and ``sampled`` has a ratio to clip.
-        route_column: with several teachers, the column of the dataset that says whose prompt it is.
-        chunk_size, chunk_dtype, grad_filter, backend: how it is computed. ``chunk_dtype``, ``"bfloat16"`` or
-            ``"float16"``, is the dtype of the chunk's logits, on a CUDA GPU where all models compute in that dtype.
+        num_iterations: optimizer steps on each batch of completions. Above 1 the student differs from the policy that
+            sampled, and ``sampled`` has a ratio to clip.
+        route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
+        chunk_size, chunk_dtype, grad_filter, backend: the computation. ``chunk_dtype``, ``"bfloat16"`` or
+            ``"float16"``, is the dtype of a chunk's logits, on a CUDA GPU where all models compute in that dtype.
 
     Raises:
         ValueError, TypeError: naming the option, what was expected and what was found.
     """
 
-    estimator: str = field(default="full", metadata=_help("'full', 'sampled' or 'topk'."))
-    divergence: str | None = field(default=None, metadata=_help("'reverse_kl', 'forward_kl' or 'jsd'."))
+    estimator: str = field(default="full", metadata=_help(RULES["estimator"].help))
+    divergence: str | None = field(
+        default=None, metadata=_help(f"{', '.join(RULES['divergence'].choices)}; default: that of beta.")
+    )
     beta: float | None = field(
         default=None, metadata=_help("TRL's: 0 forward KL, 1 reverse KL, between them JSD; default by divergence.")
     )
-    k: int | None = field(default=None, metadata=_help("Tokens of each position that estimator='topk' looks at."))
-    support: str = field(default="teacher", metadata=_help("Whose likeliest tokens: 'teacher' or 'student'."))
-    tail: str = field(default="bucket", metadata=_help("The rest in 'topk': 'bucket', 'drop' or 'renormalize'."))
-    reduction: str = field(default="token-mean", metadata=_help("How token losses become one."))
-    clip: list[float] | None = field(default=None, metadata=_help("PPO's epsilon_low and epsilon_high."))
+    k: int | None = _option("k")
+    support: str = _option("support")
+    tail: str = _option("tail")
+    reduction: str = _option("reduction")
+    clip: list[float] | None = field(default=None, metadata=_help(RULES["clip"].help))
     num_iterations: int = field(default=1, metadata=_help("Optimizer steps on each batch of completions."))
     chunk_dtype: str | None = field(
         default=None, metadata=_help("Dtype of the chunk's logits: 'bfloat16' or 'float16'; default float32.")
     )
-    grad_filter: float = field(default=0.0, metadata=_help("Leave negligible entries out of the gradient GEMMs."))
+    grad_filter: float = _option("grad_filter")
 
     def __post_init__(self) -> None:
-        self._check()
-        one_of("estimator", self.estimator, ESTIMATORS)
-        one_of("support", self.support, SUPPORTS)
-        one_of("tail", self.tail, TAILS)
+        self._check_reward_scale()
+        # a trainer needs one number
         one_of("reduction", self.reduction, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
         self._resolve_divergence()
         require_count("num_iterations", self.num_iterations)
@@ -125,6 +141,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             )
         super().__post_init__()
         self._check_chunk_dtype()
+        checked(LossOptions(**self._loss_options()))
 
     def _check_chunk_dtype(self) -> None:
         if self.chunk_dtype is None:
@@ -138,12 +155,18 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             )
 
     def _resolve_divergence(self) -> None:
-        """TRL's ``beta`` and our ``divergence`` say the same; afterwards both are there."""
-        meant = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
-        if self.divergence is not None:
-            one_of("divergence", self.divergence, DIVERGENCES)
+        """Set ``divergence`` by TRL's ``beta``, or ``beta`` by ``divergence``; raise where they disagree."""
+        if self.divergence is not None and self.divergence not in _BETAS:
+            # TRL's beta has no value for it, nor for an unknown name
+            if self.beta not in (None, _TRL_BETA):
+                raise ValueError(
+                    f"beta is for divergence={' or '.join(map(repr, _BETAS))}, got beta={self.beta} with "
+                    f"divergence={self.divergence!r}"
+                )
+            self.beta = _TRL_BETA
+            return
         if self.beta is None:
-            self.beta = meant[self.divergence or "reverse_kl"]
+            self.beta = _BETAS[self.divergence or "reverse_kl"]
         beta = require_number("beta", self.beta)
         by_beta = divergence_of(beta)
         if self.divergence is None or (self.divergence == "jsd" and beta in (0.0, 1.0)):
@@ -155,16 +178,11 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             )
 
     def _loss_options(self) -> dict[str, Any]:
-        names = ("estimator", "divergence", "support", "tail", "reduction", "grad_filter")
-        options = {**super()._loss_options(), **{name: getattr(self, name) for name in names}}
-        if self.divergence == "jsd":
-            options["beta"] = self.beta
+        options = super()._loss_options()
+        if self.divergence != "jsd":
+            del options["beta"]
         if self.chunk_dtype is not None:
             options["chunk_dtype"] = _CHUNK_DTYPES[self.chunk_dtype]
-        if self.k is not None:
-            options["k"] = self.k
-        if self.clip is not None:
-            options["clip"] = self.clip
         return options
 
 
@@ -175,9 +193,9 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
     Args:
         reward_scale, reward_scale_end, reward_scale_steps, route_column, baseline, advantage_clip, logprob_min,
             chunk_size, backend: as in :class:`GOPDConfig`.
-        outcome_weight: what the advantage of the rewards is multiplied by; 0 trains on G-OPD alone.
-        gopd_weight: what the G-OPD advantage of each token is multiplied by.
-        teacher_model_init_kwargs: for a teacher that is loaded.
+        outcome_weight: factor on the advantage of the rewards; 0 trains on G-OPD alone.
+        gopd_weight: factor on the G-OPD advantage of each token.
+        teacher_model_init_kwargs: arguments of ``from_pretrained`` for a teacher given by path.
 
     Raises:
         ValueError, TypeError: as :class:`GOPDConfig`; ``importance_sampling_level="sequence"`` (GSPO), with which TRL's
@@ -191,7 +209,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check_reward_scale()
         require_number("outcome_weight", self.outcome_weight)
         require_number("gopd_weight", self.gopd_weight)
         sequence = self.importance_sampling_level == "sequence" and self.loss_type not in _DETACHED_RATIO
@@ -203,6 +221,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
                 f"the ratio and may have it (got {self.loss_type!r})"
             )
         super().__post_init__()
+        checked(LossOptions(**self._loss_options()))
 
     def _loss_options(self) -> dict[str, Any]:
         return {**super()._loss_options(), "estimator": "sampled"}
