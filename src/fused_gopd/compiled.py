@@ -27,10 +27,11 @@ from .loop.accumulator import Gradients, RequiresGrad
 from .loop.estimators import estimator_of
 from .loop.estimators.base import LogProbs
 from .loop.run import Entries
+from .models import dtype_of, support_width
 from .objective.statistics import STATISTICS
 from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
-from .prepare import dtype_of, prepare, recomputes_in_backward, reported_fields, support_width
+from .prepare import prepare, recomputes_in_backward, reported_fields
 from .report import report
 from .rowops.torch import accumulation_dtype
 from .scoring import prepare_scoring, topk_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,38 @@ from torch import Tensor
 from .checks import require_device
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
+from .objective.target import FROZEN
 from .options import Estimator, LossCall, LossOptions
+from .rowops.torch import accumulation_dtype
+
+Models = dict[str, tuple[Source, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
+
+
+def as_tuple(models: Any) -> tuple[Source, ...]:
+    return () if models is None else tuple(models) if isinstance(models, (list, tuple)) else (models,)
+
+
+def needed_models(call: LossCall) -> Models:
+    """Teachers and references that lambda does not cancel, as they are given."""
+    scale = call.reward_scale
+    return {
+        name: as_tuple(getattr(call, name)) if isinstance(scale, Tensor) or scale != cancelled_at else ()
+        for name, cancelled_at in FROZEN
+    }
+
+
+def dtype_of(call: LossCall) -> torch.dtype:
+    """Of accumulation and of the outputs: float64 where a model that is needed has it, else float32."""
+    models = (call.student, *itertools.chain(*needed_models(call).values()))
+    return accumulation_dtype(*(x.rows for x in models if isinstance(x, (LinearHead, Logits))))
+
+
+def support_width(call: LossCall) -> int:
+    """The most tokens that a position of topk has: those of its support, and a label."""
+    needed = needed_models(call)
+    listed = (model.k for model in needed["teacher"] or needed["ref"] if isinstance(model, TopKLogProbs))
+    return max((call.k or 0, *listed)) + (call.sft_labels is not None)
+
 
 # What is computed elsewhere, and the estimator that can use it.
 _USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}

@@ -28,14 +28,19 @@ from .checks import (
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .models import (
+    Models,
+    as_tuple,
     check_chunk_dtype,
     check_shards,
     check_sources,
+    dtype_of,
     frozen_heads,
     joint_vocab_size,
     named_models,
+    needed_models,
     require_models,
     require_source,
+    support_width,
     zero_masked,
 )
 from .objective.divergences import make
@@ -44,7 +49,6 @@ from .objective.target import FROZEN
 from .options import OPTIONS, LossCall, LossOptions, checked
 from .problem import Problem, Route
 from .rowops import RowOps, select_backend
-from .rowops.torch import accumulation_dtype
 from .server_scores import check_topk, scores_of
 from .tokens import (
     Sequences,
@@ -56,28 +60,7 @@ from .tokens import (
     live_token_ids,
 )
 
-Models = dict[str, tuple[Source, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
-
 # ------------------------------------------------------------------------------- what follows from the arguments' kinds
-
-
-def _as_tuple(models: Any) -> tuple[Source, ...]:
-    return () if models is None else tuple(models) if isinstance(models, (list, tuple)) else (models,)
-
-
-def needed_models(call: LossCall) -> Models:
-    """Teachers and references that lambda does not cancel, as they are given."""
-    scale = call.reward_scale
-    return {
-        name: _as_tuple(getattr(call, name)) if isinstance(scale, Tensor) or scale != cancelled_at else ()
-        for name, cancelled_at in FROZEN
-    }
-
-
-def dtype_of(call: LossCall) -> torch.dtype:
-    """Of accumulation and of the outputs: float64 where a model that is needed has it, else float32."""
-    models = (call.student, *itertools.chain(*needed_models(call).values()))
-    return accumulation_dtype(*(x.rows for x in models if isinstance(x, (LinearHead, Logits))))
 
 
 def recomputes_in_backward(call: LossCall) -> bool:
@@ -98,19 +81,12 @@ def recomputes_in_backward(call: LossCall) -> bool:
     return dtype == torch.float16 and any(x is not None for x in factors)
 
 
-def support_width(call: LossCall) -> int:
-    """The most tokens that a position of topk has: those of its support, and a label."""
-    needed = needed_models(call)
-    listed = (model.k for model in needed["teacher"] or needed["ref"] if isinstance(model, TopKLogProbs))
-    return max((call.k or 0, *listed)) + (call.sft_labels is not None)
-
-
 def reported_fields(call: LossCall) -> tuple[str, ...]:
     """The vectors of a call's output that are not None."""
     needed, sampled = needed_models(call), call.estimator == "sampled"
     known, scored = True, {}
     for name, _ in FROZEN:
-        models = _as_tuple(getattr(call, name))
+        models = as_tuple(getattr(call, name))
         elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
         counts = len(needed[name]) > 0
         known = known and not (elsewhere and counts)
@@ -408,7 +384,7 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     models = {"student": (student,) * count, **scored}
     shards = shared_by(models)
     if shards:
-        values = {name: getattr(options, name) for name in OPTIONS} | {
+        values = {name: getattr(call, name) for name in OPTIONS} | {
             "student": student,
             "teacher": call.teacher,
             "ref": call.ref,
