@@ -24,20 +24,15 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
+from distill_runs import Files, assert_same_weights, invoke, metrics_of, small
 from fused_gopd.cli import durable, outputs
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
-from test_distill import Files, assert_same_weights, invoke, metrics_of, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import fused_gopd as fg
 from builders import linear_head, trainable, why_not
+from costs import Memory
 from fused_gopd.cli import app
 from fused_gopd.cli.plan import cost, parse_memory
 from fused_gopd.cli.plan.call import PlannedCall
 from fused_gopd.cli.plan.communication import collectives
 from fused_gopd.cli.plan.presets import PRESETS
 from fused_gopd.loop import chunking
-from test_cost import Memory
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 GIB = 1 << 30

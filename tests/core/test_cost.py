@@ -1,72 +1,28 @@
-"""The work is what it claims: GEMMs counted, allocations seen, nothing copied or widened whole.
-
-Counted with torch.profiler, which records every ATen call and every allocation also inside a custom op (a dispatch mode
-does not: the op is one call to it).
-"""
+"""The work is what it claims: GEMMs counted, allocations seen, nothing copied or widened whole."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import fused_gopd as fg
 from builders import OBJECTIVES, like, linear_head, make_batch
 from combinations import pairwise
+from costs import GEMM, H, Memory, N, V, gemm_flops
 from fused_gopd.loop import chunking, gemm
 from fused_gopd.tokens import TokenRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 F32 = torch.float32
-N, H, V = 96, 16, 512
-GEMM = 2 * N * H * V
 SHAPE = {"shape": (N,), "vocab": (V,) * 3, "hidden": (H,) * 3, "dtype": F32}
 sampled_and_full = pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["sampled", "full"])
 every_objective = pytest.mark.parametrize(
     "objective", OBJECTIVES, ids=[" ".join(map(str, o.values())) for o in OBJECTIVES]
 )
-
-
-def profiled(call: Callable[[], Any]) -> Any:
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as prof:
-        call()
-    return prof
-
-
-def gemm_flops(call: Callable[[], Any]) -> int:
-    """2 m n k of every matrix product that ran, from the shapes of its two matrices."""
-    total = 0
-    for event in profiled(call).events():
-        if event.name in ("aten::mm", "aten::bmm"):
-            left, right = event.input_shapes[:2]
-        elif event.name in ("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"):
-            left, right = event.input_shapes[1:3]
-        elif event.name == "mkldnn::_linear_pointwise":
-            left, right = event.input_shapes[0], event.input_shapes[1][::-1]
-        else:
-            continue
-        total += 2 * math.prod(left) * right[-1]
-    return total
-
-
-class Memory:
-    """What a call allocates through PyTorch's allocators."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        events = profiled(call).profiler.kineto_results.events()
-        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        assert sizes, "the profiler saw no allocation at all"
-        self.largest = max(size for _, size in sizes)
-        now = self.peak = 0
-        for _, size in sorted(sizes, key=lambda x: x[0]):
-            now += size
-            self.peak = max(self.peak, now)
-        self.left = now
 
 
 # ---------------------------------------------------------------------------------------------- the detectors detect
@@ -135,8 +91,7 @@ def test_the_other_library_costs_five_gemms_too(monkeypatch):
     assert gemm_flops(loss_of(batch, "torch", reward_scale=1.25, estimator="full")) == 5 * GEMM
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-@every_objective
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, lam=[0.0, 1.0])
 def test_a_cancelled_model_costs_nothing(backend, objective, lam):
     batch = make_batch(2, masked=False, **SHAPE)
     assert gemm_flops(loss_of(batch, backend, reward_scale=lam, **objective)) == 4 * GEMM
@@ -148,16 +103,14 @@ def test_scoring_a_cancelled_model_costs_its_forward(backend, lam):
     assert gemm_flops(loss_of(batch, backend, reward_scale=lam, score_cancelled=True)) == 5 * GEMM
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
-@every_objective
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, frozen=["hidden", "weight"])
 def test_a_frozen_tensor_saves_its_gemm(backend, objective, frozen):
     batch = make_batch(4, masked=False, **SHAPE)
     batch.student.tensors[frozen].requires_grad_(False)
     assert gemm_flops(loss_of(batch, backend, reward_scale=1.25, **objective)) == 4 * GEMM
 
 
-@pytest.mark.parametrize("how", ["no_grad", "frozen"])
-@every_objective
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, how=["no_grad", "frozen"])
 def test_without_gradients_three_forwards_are_left(backend, objective, how):
     batch = make_batch(5, masked=False, **SHAPE)
     if how == "frozen":
@@ -169,8 +122,7 @@ def test_without_gradients_three_forwards_are_left(backend, objective, how):
             assert gemm_flops(loss_of(batch, backend, reward_scale=1.25, **objective)) == 3 * GEMM
 
 
-@pytest.mark.parametrize("live", [0, 1, 24, 95])
-@sampled_and_full
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES[:2], live=[0, 1, 24, 95])
 def test_work_is_proportional_to_the_live_rows(backend, objective, live):
     batch = make_batch(6, masked=False, **SHAPE)
     batch.mask = torch.zeros(N, dtype=torch.bool)

@@ -8,8 +8,8 @@ import torch
 import fused_gopd as fg
 from builders import OBJECTIVES, assert_all_close, assert_close, make_batch, relative_error, run
 from combinations import product_on_float64
+from costs import GEMM, H, N, V, gemm_flops
 from fused_gopd.loop import gemm
-from test_cost import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

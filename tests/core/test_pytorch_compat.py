@@ -28,8 +28,8 @@ from builders import (
     trainable,
 )
 from combinations import pairwise
+from costs import Memory
 from fused_gopd import prepare
-from test_cost import Memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

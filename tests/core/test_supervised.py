@@ -22,7 +22,7 @@ from builders import (
     widened,
 )
 from combinations import pairwise, product_on_float64
-from test_cost import GEMM, H, N, V, gemm_flops
+from costs import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,10 +24,10 @@ from builders import (
     widened,
 )
 from combinations import product_on_float64
+from costs import GEMM, H, N, V, gemm_flops
 from fused_gopd.loop.estimators.topk import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
 from fused_gopd.server_scores import _Answer, _matched
-from test_cost import GEMM, H, N, V, gemm_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
