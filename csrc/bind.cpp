@@ -2,14 +2,12 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "rowops.h"
@@ -83,7 +81,8 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Job* self, int64_t rows, int64_t vocab, const Model& student, const Model* teacher, const Model* ref,
              double reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
-             const std::tuple<float, float, float, bool>& mixture, uintptr_t statistics) {
+             const std::vector<double>& constants, float forward_weight, uintptr_t forward_weights,
+             uintptr_t statistics) {
             new (self) Job();
             self->rows = rows;
             self->vocab = vocab;
@@ -94,17 +93,18 @@ NB_MODULE(_native, m) {
             self->reward_scales = pointer<const float>(reward_scales);
             self->token_ids = pointer<const int64_t>(token_ids);
             self->divergence = static_cast<Divergence>(divergence);
-            std::tie(self->mixture.beta, self->mixture.one_minus_beta, self->mixture.turn, self->mixture.near_end) =
-                mixture;
+            set_constants(*self, constants.data(), constants.size());
+            self->forward_weight = forward_weight;
+            self->forward_weights = pointer<const float>(forward_weights);
             self->statistics = pointer<float>(statistics);
           },
           "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(), "reward_scale"_a, "reward_scales"_a,
-          "token_ids"_a, "divergence"_a, "mixture"_a, "statistics"_a)
+          "token_ids"_a, "divergence"_a, "constants"_a, "forward_weight"_a, "forward_weights"_a, "statistics"_a)
       .def(
           "request_statistics", [](Job& job) { job.compute_statistics = true; }, "Have run() write the statistics.")
       .def(
-          "request_jsd_parts", [](Job& job) { job.compute_jsd_parts = true; },
-          "Have run() replace the two parts of jsd by their sums over these columns, from the other statistics.")
+          "request_second_round", [](Job& job) { job.compute_second_round = true; },
+          "Have run() replace centre and value by their sums over these columns, from the other statistics.")
       .def(
           "request_gradient",
           [](Job& job, uintptr_t divergence_weights, uintptr_t token_weights, uintptr_t out, int64_t out_stride,

@@ -22,6 +22,16 @@ const Kernels& find_kernels(const char* isa) {
   throw std::runtime_error("the instruction set must be one of 'baseline', 'avx2', 'avx512', got '" + name + "'");
 }
 
+void set_constants(Job& job, const double* x, size_t count) {
+  const size_t expected = job.divergence == Divergence::mixture ? 7 : job.divergence == Divergence::alpha ? 1 : 0;
+  if (count != expected)
+    throw std::invalid_argument("the divergence has " + std::to_string(expected) + " constants, got " +
+                                std::to_string(count));
+  if (job.divergence == Divergence::alpha) job.alpha = x[0];
+  if (job.divergence == Divergence::mixture)
+    job.mixture = {float(x[0]), float(x[1]), float(x[2]), x[3] != 0.0, float(x[4]), float(x[5]), float(x[6])};
+}
+
 void run(const Kernels& kernels, const Job& job, int threads) {
 #if defined(_OPENMP)
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -7,14 +7,15 @@
 //   u             r' + lambda (q' - r'), or q' + (1 - lambda) (r' - q') for lambda > 1/2; in the finite range
 //   u"            u relative to its origin: 0, or its maximum over S where that is far from 0
 //   statistics    the maxima and the origin; log-sum-exp over S of z', q', r', u"; sum p z', sum p (z' - u);
-//                 forward_kl: sum t (u" - z'); jsd: KL(p|m), KL(t|m); z', q', r' of the sampled token
+//                 forward_kl, mixed: sum t (u" - z'); mixture, alpha: A = sum p h and the divergence itself;
+//                 z', q', r' of the sampled token
 //   gradient      g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token]) on S, 0 elsewhere, times dz/dx
 //
-// with p = softmax(z'), t = softmax(u"), m = beta t + (1 - beta) p and d, D as in fused_gopd/rowops/__init__.py.
+// with p = softmax(z'), t = softmax(u") and h, d, D as in fused_gopd/rowops/__init__.py.
 //
-// Traffic of one row with k models of b bytes an element: statistics read k b V bytes; jsd reads them a second time;
-// the gradient reads them again and writes its own V elements. One row of 152k float32 is 0.6 MB, so with both halves
-// in one call the second read comes from the cache.
+// Traffic of one row with k models of b bytes an element: statistics read k b V bytes; mixture and alpha read them
+// again; the gradient reads them again and writes its own V elements. One row of 152k float32 is 0.6 MB, so with both
+// halves in one call the second read comes from the cache.
 //
 // A row is walked in blocks that fit the first-level cache. A block is brought to float32 z, z_q, z_r first (or read in
 // place where it already is that), padded to whole vectors with -inf, which is outside S by itself.
@@ -143,7 +144,7 @@ struct Row {
 inline vf mix(vf other, vf last, float share) { return last + share * (other - last); }
 
 // Within the finite range; NaN stays.
-inline vf bounded(vf x) { return max(splat(-kMaxFloat), min(splat(kMaxFloat), x)); }
+inline vf bounded(vf x, float limit = kMaxFloat) { return max(splat(-limit), min(splat(limit), x)); }
 
 // u" of u; never above the origin but for rounding.
 inline vf relative(vf u, float origin) { return max(splat(-kMaxFloat), min(splat(kMaxFloat), u) - origin); }
@@ -385,7 +386,7 @@ struct RowSums {
       finished.bounded = !beyond && __builtin_fabs(mean_difference) < 1e30;
       if constexpr (TargetGap) {
         const double target_mean = empty ? 0.0 : (u_below - below[0]) + target_gap / sum[target];
-        row.statistic(target_part) = poisoned ? undefined : finite(target_mean);
+        row.statistic(divergence_value) = poisoned ? undefined : finite(target_mean);
       }
       float value = row.statistic(logsum_student + row.kind[1]);
       if constexpr (Models == 3) {
@@ -436,7 +437,7 @@ void far_target(const Row& row) {
   }
   row.statistic(origin_target) = top;
   row.statistic(logsum_target) = float(__builtin_log(sum));
-  if (TargetGap) row.statistic(target_part) = finite(gap / sum);
+  if (TargetGap) row.statistic(divergence_value) = finite(gap / sum);
 }
 
 // Replace entries outside S by -inf in all models, in the block's buffers. Returns how many there are.
@@ -477,36 +478,69 @@ bool first_statistics(const Row& row) {
   return clean && finished.bounded && !finished.far;
 }
 
-// log p - log m and log t - log m at delta = log t - log p. In terms of delta alone, they are exactly 0 where the
-// models agree, and no probability is formed that could underflow:
-//   log m - log p = log(1 - beta + beta e^delta) = max(delta, 0) + log(1 + B (e^-|delta| - 1)),
-//   with B = beta for delta < 0 and 1 - beta for delta > 0.
-// Near an end of beta the same with the turn of the mixture in place of 0, and the logarithm as log1p.
-template <bool NearEnd>
-inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target) {
-  if constexpr (NearEnd) {
-    const vi above = delta > m.turn;
-    const vf e = exp(select(above, -delta, delta));
-    const vf b = select(above, splat(m.one_minus_beta), splat(m.beta));
-    const vf rest = select(above, splat(m.beta), splat(m.one_minus_beta));
-    const vf mixed = b * e + rest;  // not below rest, where 1 + b (e - 1) would round to 0
-    const vf common = log(mixed) + (b * (e - 1.0f) - (mixed - 1.0f));
-    student = select(above, -delta, vf{}) - common;
-    target = select(above, vf{}, delta) - common;
-  } else {
+// Which sums over a row that needs both normalisers first, and which gradient. Token: the divergence's weight is 0, its
+// term does not exist. Jsd: a mixture with kappa = 0.
+enum class Term { token, none, reverse_kl, forward_kl, mixed, jsd, jsd_near_end, mixture, alpha };
+
+template <Term T>
+struct Of {
+  static constexpr Term term = T;
+};
+
+// action(Of<T>()) with the job's T.
+template <class Action>
+void with_term(const Job& job, Action action) {
+  switch (job.divergence) {
+    case Divergence::none:
+      return action(Of<Term::none>());
+    case Divergence::reverse_kl:
+      return action(Of<Term::reverse_kl>());
+    case Divergence::forward_kl:
+      return action(Of<Term::forward_kl>());
+    case Divergence::mixed:
+      return action(Of<Term::mixed>());
+    case Divergence::alpha:
+      return action(Of<Term::alpha>());
+    case Divergence::mixture:
+      if (job.mixture.kappa != 0.0f) return action(Of<Term::mixture>());
+      return job.mixture.near_end ? action(Of<Term::jsd_near_end>()) : action(Of<Term::jsd>());
+  }
+}
+
+// log p - log m and log t - log m at delta = log t - log p, and t / m - 1 for Term::mixture. In terms of delta alone,
+// they are exactly 0 where the models agree, and no probability is formed that could underflow:
+//   log m - log p = log(1 - b + b e^delta) = max(delta, 0) + log(1 + B (e^-|delta| - 1)),
+//   with B = b for delta < 0 and 1 - b for delta > 0.
+// Near an end of b the same with the turn of the mixture in place of 0, and the logarithm as log1p.
+template <Term T>
+__attribute__((always_inline)) inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target, vf& excess) {
+  if constexpr (T == Term::jsd) {
     const vf e = exp(bits<vf>(bits<vi>(delta) | splat_int(INT32_MIN)));
-    const vf b = select(delta > 0.0f, splat(m.one_minus_beta), splat(m.beta));
+    const vf b = select(delta > 0.0f, splat(m.one_minus_b), splat(m.b));
     const vf common = log(b * (e - 1.0f) + 1.0f);
     student = -max(vf{}, delta) - common;
     target = min(vf{}, delta) - common;
+  } else {
+    const vi above = delta > m.turn, sign = above & splat_int(INT32_MIN);
+    const vf e = exp(bits<vf>(bits<vi>(delta) ^ sign));
+    const vf b = select(above, splat(m.one_minus_b), splat(m.b));
+    const vf rest = select(above, splat(m.b), splat(m.one_minus_b));
+    const vf mixed = b * e + rest;  // not below rest, where 1 + b (e - 1) would round to 0
+    const vf common = log(mixed) + (b * (e - 1.0f) - (mixed - 1.0f));
+    student = -keep(above, delta) - common;
+    target = keep(~above, delta) - common;
+    if constexpr (T == Term::mixture) excess = bits<vf>(bits<vi>((e - 1.0f) * m.one_minus_b) ^ sign) / mixed;
   }
 }
 
 // What a pass over a row that knows its statistics needs of them, and the gradient's weights w_d and w_y.
 struct Coefficients {
   float divergence = 0.0f, token = 0.0f;
+  float forward = 0.0f;  // Term::mixed: the part of w_d for the forward KL, the rest is in divergence
   float maximum[3], logsum_p, logsum_u, origin, mean = 0.0f;
   Mixture mixture;
+  float limit = kMaxFloat;                                 // of a logit difference whose product with w_d is finite
+  float rate = 0.0f, inverse_rate = 0.0f, largest = 0.0f;  // Term::alpha: see power_difference
 
   explicit Coefficients(const Row& row) : mixture(row.job.mixture) {
     for (int i = 0; i < row.count; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
@@ -514,54 +548,92 @@ struct Coefficients {
     logsum_u = row.statistic(logsum_target);
     origin = row.statistic(origin_target);
   }
+  void set_rate(double to) {
+    const double inverse = 1.0 / to, size = __builtin_fabs(inverse);
+    rate = float(to);
+    inverse_rate = size < 1e30 ? float(inverse) : to < 0.0 ? -1e30f : 1e30f;
+    largest = size > 1.0 ? float(80.0 - __builtin_log(size < 1e30 ? size : 1e30)) : 80.0f;
+  }
 };
 
-// KL(p || m) and KL(t || m), which need both normalisers first. Clean as in gradient_block.
-template <int Models, bool NearEnd, bool Clean>
-GOPD_HOT void jsd_block(const Block& b, int n, const Coefficients& c, double& student_sum, double& target_sum) {
-  vf student = {}, target = {};
+// x (e^(rate delta) - 1) / rate of x = exp(log_x): a polynomial where rate delta is small, the difference of two
+// exponentials elsewhere. It is not above e^80, where the sum of a block is still finite.
+__attribute__((always_inline)) inline vf power_difference(vf x, vf log_x, vf delta, const Coefficients& c) {
+  const vf y = c.rate * delta;
+  vf p = splat(1.387575059e-3f);  // minimax for |y| <= 1/2, to 1.2e-7 of the result
+  p = p * y + 8.402393199e-3f;
+  p = p * y + 4.166897014e-2f;
+  p = p * y + 1.666613519e-1f;
+  p = p * y + 4.999998212e-1f;
+  p = p * y + 1.0f;
+  const vf far = (exp(min(splat(c.largest), log_x + y)) - x) * c.inverse_rate;
+  return select(abs(y) < 0.5f, x * delta * p, far);
+}
+
+// Sums over a block of what needs both normalisers first. Clean as in gradient_block.
+//   alpha           p (e^(alpha delta) - 1) / alpha, or for alpha > 1/2 t (e^((alpha - 1) delta) - 1) / (alpha - 1)
+//   jsd, mixture    p log p/m, t log t/m and, for mixture, p (t/m - 1)
+template <Term T>
+constexpr int kSecondSums = T == Term::alpha ? 1 : 2 + (T == Term::mixture);
+
+template <int Models, Term T, bool Clean>
+GOPD_HOT void second_block(const Block& b, int n, const Coefficients& c, bool of_target, double* total) {
+  vf sum[3] = {};
   for (int k = 0; k < n; k += W) {
     const vf log_p = (load(b.x[0] + k) - c.maximum[0]) - c.logsum_p;
     vf u = target_logits<Models>(b, k, c.maximum);
     if constexpr (Models == 3 && !Clean) u = relative(u, c.origin);
     vf log_t = u - c.logsum_u;
     if (!Clean) log_t = at_most_one(log_t);
-    vf p_part, t_part;
-    log_ratios<NearEnd>(log_t - log_p, c.mixture, p_part, t_part);
-    p_part *= exp(log_p);
-    t_part *= exp(log_t);
-    if constexpr (Clean) {
-      student += p_part;
-      target += t_part;
+    vf term[3];
+    if constexpr (T == Term::alpha) {
+      const vf log_x = of_target ? log_t : log_p;
+      term[0] = power_difference(exp(log_x), log_x, log_t - log_p, c);
     } else {
-      const vi inside = support<Models>(b, k);
-      student += select(inside, p_part, vf{});
-      target += select(inside, t_part, vf{});
+      log_ratios<T>(log_t - log_p, c.mixture, term[0], term[1], term[2]);
+      const vf p = exp(log_p);
+      term[0] *= p;
+      term[1] *= exp(log_t);
+      if (T == Term::mixture) term[2] *= p;
     }
+    const vi inside = support<Models>(b, k);
+    for (int i = 0; i < kSecondSums<T>; ++i) sum[i] += Clean ? term[i] : select(inside, term[i], vf{});
   }
-  student_sum += sum_lanes(student);
-  target_sum += sum_lanes(target);
+  for (int i = 0; i < kSecondSums<T>; ++i) total[i] += sum_lanes(sum[i]);
 }
 
-template <int Models, bool NearEnd>
-void jsd_sums(const Row& row, bool clean) {
-  const Coefficients c(row);
-  double student_sum = 0.0, target_sum = 0.0;
+template <int Models, Term T>
+void second_sums(const Row& row, bool clean) {
+  const double alpha = row.job.alpha;
+  const bool of_target = T == Term::alpha && alpha > 0.5;
+  Coefficients c(row);
+  if (T == Term::alpha) c.set_rate(of_target ? alpha - 1.0 : alpha);
+  double total[3] = {};
   Block b;
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
     const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
     const int lanes = padded(n);
     b.load<Models>(row, start, n);
-    clean&& lanes == n ? jsd_block<Models, NearEnd, true>(b, n, c, student_sum, target_sum)
-                       : jsd_block<Models, NearEnd, false>(b, lanes, c, student_sum, target_sum);
+    clean&& lanes == n ? second_block<Models, T, true>(b, n, c, of_target, total)
+                       : second_block<Models, T, false>(b, lanes, c, of_target, total);
   }
-  row.statistic(student_part) = float(student_sum);
-  row.statistic(target_part) = float(target_sum);
+  const Mixture& m = c.mixture;
+  double a = m.c_p * total[0] + m.kappa * total[2], l = m.c_t * total[1] + m.c_p * total[0];
+  if (T == Term::alpha) {
+    // the two are sum t^alpha p^(1 - alpha) - 1, over -alpha and over alpha (alpha - 1)
+    l = of_target ? total[0] / alpha : total[0] / (alpha - 1.0);
+    a = (1.0 - alpha) * l;
+  }
+  row.statistic(centre) = finite(a);
+  row.statistic(divergence_value) = finite(l);
 }
 
 template <int Models>
-void jsd_statistics(const Row& row, bool clean) {
-  row.job.mixture.near_end ? jsd_sums<Models, true>(row, clean) : jsd_sums<Models, false>(row, clean);
+void second_round(const Row& row, bool clean) {
+  with_term(row.job, [&](auto of) {
+    constexpr Term T = decltype(of)::term;
+    if constexpr (Models > 1 && T >= Term::jsd) second_sums<Models, T>(row, clean);
+  });
 }
 
 // The logits of the sampled token.
@@ -584,13 +656,14 @@ struct Token {
 template <int Models>
 bool statistics(const Row& row) {
   for (int stat = 0; stat < stat_count; ++stat) row.statistic(stat) = 0.0f;
+  const bool target_gap = row.job.divergence == Divergence::forward_kl || row.job.divergence == Divergence::mixed;
   bool clean;
-  if (Models > 1 && row.job.divergence == Divergence::forward_kl) {
+  if (Models > 1 && target_gap) {
     clean = first_statistics<Models, (Models > 1)>(row);
   } else {
     clean = first_statistics<Models, false>(row);
   }
-  if (Models > 1 && row.job.divergence == Divergence::jsd) jsd_statistics<Models>(row, clean);
+  second_round<Models>(row, clean);
   if (row.job.token_ids != nullptr) {
     const Token token(row);
     for (int i = 0; i < Models; ++i) {
@@ -603,14 +676,13 @@ bool statistics(const Row& row) {
 
 // --------------------------------------------------------------------------------------------------------- gradient
 
-// Which gradient. Token: the divergence's weight is 0, its term does not exist.
-enum class Term { token, none, reverse_kl, forward_kl, jsd, jsd_near_end };
-
 // w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
 // outside, that the origin of u is 0 and that nothing overflows. Stream: g is aligned to the vector and stored to past
 // the caches.
 template <int Models, Term T, bool Clean, bool Stream = false>
 GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float* g) {
+  const float student_weight = c.divergence * c.mixture.c_p, excess_weight = c.divergence * c.mixture.kappa;
+  const float limit = c.limit, everywhere = finite(double(c.token) - double(c.divergence) * double(c.mean));
   for (int k = 0; k < n; k += W) {
     for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
     const vf z = load(b.x[0] + k) - c.maximum[0];
@@ -620,18 +692,23 @@ GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float
     if constexpr (Models > 1) u = target_logits<Models>(b, k, c.maximum);
     if constexpr (T == Term::token) value = c.token * p;
     if constexpr (T == Term::none) value = p * (c.divergence * (z - c.mean) + c.token);
-    if constexpr (T == Term::reverse_kl) {
+    if constexpr (T == Term::reverse_kl || T == Term::mixed) {
       vf d = (z - u) - c.mean;
-      if (!Clean) d = bounded(d);
+      if (!Clean) d = bounded(d, limit);
       value = p * (c.divergence * d + c.token);
     }
     if constexpr (Models == 3 && !Clean && T != Term::reverse_kl) u = relative(u, c.origin);
     const vf log_t = Clean ? u - c.logsum_u : at_most_one(u - c.logsum_u);
     if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(log_t)) + c.token * p;
-    if constexpr (T == Term::jsd || T == Term::jsd_near_end) {
-      vf student, target;
-      log_ratios<T == Term::jsd_near_end>(log_t - log_p, c.mixture, student, target);
-      value = p * (c.divergence * (c.mixture.one_minus_beta * student - c.mean) + c.token);
+    if constexpr (T == Term::mixed) value += c.forward * (p - exp(log_t));
+    if constexpr (T == Term::jsd || T == Term::jsd_near_end || T == Term::mixture) {
+      vf student, target, excess;
+      log_ratios<T>(log_t - log_p, c.mixture, student, target, excess);
+      value = student_weight * (p * student) + everywhere * p;
+      if constexpr (T == Term::mixture) value += excess_weight * (p * excess);
+    }
+    if constexpr (T == Term::alpha) {
+      value = everywhere * p - c.divergence * power_difference(p, log_p, log_t - log_p, c);
     }
     if (!Clean) value = keep(support<Models>(b, k), value);
     if (Stream) {
@@ -768,8 +845,6 @@ void gradient(const Row& row, bool clean) {
   Coefficients c(row);
   c.divergence = job.divergence_weights != nullptr ? job.divergence_weights[row.index] : 0.0f;
   c.token = job.token_weights != nullptr ? job.token_weights[row.index] : 0.0f;
-  c.mean = row.statistic(job.divergence == Divergence::none ? mean_logit : mean_gap);
-  if (job.divergence == Divergence::jsd) c.mean = c.mixture.one_minus_beta * row.statistic(student_part);
   const bool divergence = c.divergence != 0.0f;
   if (!divergence && c.token == 0.0f) return zero_row(row);
   if (!row.model[0]->softcap) {  // dz/dx is one number
@@ -777,20 +852,26 @@ void gradient(const Row& row, bool clean) {
     c.token *= row.model[0]->input_scale;
   }
   if (!divergence) return gradient_row<Models, Term::token>(row, c, clean);
-  if (job.divergence == Divergence::none) return gradient_row<Models, Term::none>(row, c, clean);
-  if constexpr (Models > 1) {
-    if (job.divergence == Divergence::reverse_kl) return gradient_row<Models, Term::reverse_kl>(row, c, clean);
-    if (job.divergence == Divergence::forward_kl) return gradient_row<Models, Term::forward_kl>(row, c, clean);
-    if (job.mixture.near_end) return gradient_row<Models, Term::jsd_near_end>(row, c, clean);
-    return gradient_row<Models, Term::jsd>(row, c, clean);
-  }
+  with_term(job, [&](auto of) {
+    constexpr Term T = decltype(of)::term;
+    c.mean = row.statistic(T == Term::none ? mean_logit : T >= Term::jsd ? centre : mean_gap);
+    if (T == Term::mixed) {
+      const float w = job.forward_weights != nullptr ? job.forward_weights[row.index] : job.forward_weight;
+      c.forward = c.divergence * w;
+      c.divergence *= 1.0f - w;
+    }
+    if (T == Term::alpha) c.set_rate(job.alpha);
+    const float size = __builtin_fabsf(c.divergence);
+    if (size > 1.0f) c.limit = kMaxFloat / size * 0.999f;
+    if constexpr (Models > 1 || T == Term::none) gradient_row<Models, T>(row, c, clean);
+  });
 }
 
 template <int Models>
 void compute(const Row& row) {
   bool clean = false;
   if (row.job.compute_statistics) clean = statistics<Models>(row);
-  if (Models > 1 && row.job.compute_jsd_parts) jsd_statistics<Models>(row, false);
+  if (row.job.compute_second_round) second_round<Models>(row, false);
   if (row.job.compute_gradient) gradient<Models>(row, clean);
 #if defined(__x86_64__)
   if (row.job.compute_gradient && row.job.stream_out) _mm_sfence();

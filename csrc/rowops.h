@@ -3,12 +3,13 @@
 // The formulas are those of src/fused_gopd/rowops/__init__.py, under the same names.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace fused_gopd {
 
 enum class DType : int { f32, bf16, f16 };
-enum class Divergence : int { none, reverse_kl, forward_kl, jsd };
+enum class Divergence : int { none, reverse_kl, forward_kl, mixed, mixture, alpha };
 
 // Rows of the (stat_count, C) statistics; the order is that of fused_gopd.rowops.Stat.
 enum Stat : int {
@@ -18,8 +19,8 @@ enum Stat : int {
   logsum_target,
   mean_logit,
   mean_gap,
-  student_part,
-  target_part,
+  centre,
+  divergence_value,
   logit_student,
   logit_teacher,
   logit_ref,
@@ -43,11 +44,13 @@ struct Model {
   bool softcap = false;
 };
 
-// m = beta t + (1 - beta) p; see Mixture in rowops/__init__.py.
+// m = b t + (1 - b) p of L = c_t KL(t|m) + c_p KL(p|m), and kappa = c_p b - c_t (1 - b), which is 0 for the JSD; for
+// turn and near_end see rowops/__init__.py.
 struct Mixture {
-  float beta = 0.5f, one_minus_beta = 0.5f;
+  float b = 0.5f, one_minus_b = 0.5f;
   float turn = 0.0f;
   bool near_end = false;
+  float c_t = 0.5f, c_p = 0.5f, kappa = 0.0f;
 };
 
 struct Job {
@@ -58,10 +61,13 @@ struct Job {
   const float* reward_scales = nullptr;  // (C,) gives one per row
   const int64_t* token_ids = nullptr;    // (C,) or nullptr
   Divergence divergence = Divergence::none;
-  Mixture mixture;
+  Mixture mixture;                         // of Divergence::mixture
+  double alpha = 0.5;                      // of Divergence::alpha; not 0 or 1
+  float forward_weight = 0.5f;             // of Divergence::mixed: w of every row, unless
+  const float* forward_weights = nullptr;  // (C,) gives one per row
 
   bool compute_statistics = false;
-  bool compute_jsd_parts = false;  // of statistics that have been computed
+  bool compute_second_round = false;  // centre and value, from the other statistics
   bool compute_gradient = false;
   float* statistics = nullptr;  // (stat_count, C): written by the one, read by the other
 
@@ -72,6 +78,10 @@ struct Job {
   DType out_dtype = DType::f32;
   bool stream_out = false;  // store past the caches: for an out that is too large to be found there again
 };
+
+// Fills the mixture or alpha from their numbers in the order above; other divergences have none. Throws
+// std::invalid_argument where it is another number of them.
+void set_constants(Job& job, const double* constants, size_t count);
 
 // One instruction set's kernels.
 struct Kernels {

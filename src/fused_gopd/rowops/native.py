@@ -1,8 +1,8 @@
 """The row operations as C++ kernels for CPU (``csrc/``): float32, bfloat16 and float16, accumulated in float32.
 
-One call walks each row twice (three times for ``jsd``): statistics, then the gradient while the row is still in the
-cache. The kernels exist once per instruction set and the best that the machine has is taken; ``FUSED_GOPD_ISA``
-(``baseline``, ``avx2`` or ``avx512``), read at the first use in a process, asks for another one.
+One call walks each row twice (three times for a divergence of two rounds): statistics, then the gradient while the
+row is still in the cache. The kernels exist once per instruction set and the best that the machine has is taken;
+``FUSED_GOPD_ISA`` (``baseline``, ``avx2`` or ``avx512``), read at the first use in a process, asks for another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
-_KINDS = {"none": 0, "reverse_kl": 1, "forward_kl": 2, "mixture": 3}  # enum Divergence
+_KINDS = {"reverse_kl": 1, "forward_kl": 2, "mixed": 3, "mixture": 4, "alpha": 5}  # enum Divergence; 0 without one
 
 # From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
 # reads it next, and the stores need not fetch what they overwrite. 1.1 times faster at 256 x 151936 on two Sapphire
@@ -55,15 +55,15 @@ class NativeRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads."""
 
     name = "native"
-    kinds = frozenset(_KINDS) - {"none"}
+    kinds = frozenset(_KINDS)
 
     def statistics(self, problem: RowProblem) -> Tensor:
         with _Job(problem) as job:
             job.handle.request_statistics()
-        return _from_kernel(problem, job.statistics)
+        return job.statistics
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
-        with _Job(problem, _to_kernel(problem, statistics)) as job:
+        with _Job(problem, statistics) as job:
             job.request_gradient(weights, out)
 
     def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
@@ -71,14 +71,10 @@ class NativeRowOps:
             name = None if problem.divergence is None else problem.divergence.name
             raise ValueError(f"second_round needs a divergence that has one, got {name!r}")
         with _Job(problem, statistics, writes=True) as job:
-            job.handle.request_jsd_parts()
-        return _from_kernel(problem, job.statistics)[Stat.CENTRE : Stat.VALUE + 1]
+            job.handle.request_second_round()
+        return job.statistics[Stat.CENTRE : Stat.VALUE + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        if problem.divergence is not None and problem.divergence.second_round:
-            statistics = self.statistics(problem)
-            self.gradient(problem, statistics, weights, out)
-            return statistics
         with _Job(problem) as job:
             job.handle.request_statistics()
             job.request_gradient(weights, out)
@@ -91,25 +87,6 @@ class NativeRowOps:
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scale_(gradient, factor)
-
-
-def _from_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
-    """CENTRE and VALUE from the two parts that the kernels write."""
-    if problem.divergence is not None and problem.divergence.second_round:
-        _, _, _, _, c_t, c_p, _ = problem.divergence.constants
-        student, target = statistics[Stat.CENTRE].clone(), statistics[Stat.VALUE].clone()
-        statistics[Stat.CENTRE] = c_p * student
-        statistics[Stat.VALUE] = c_t * target + c_p * student
-    return statistics
-
-
-def _to_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
-    """The way back, for a gradient, which reads the student's part alone."""
-    if problem.divergence is None or not problem.divergence.second_round or len(statistics) != len(Stat):
-        return statistics
-    statistics = statistics.clone()
-    statistics[Stat.CENTRE] /= problem.divergence.constants[5]
-    return statistics
 
 
 class _Job:
@@ -128,17 +105,15 @@ class _Job:
         if problem.vocab_size < 0:
             raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
         divergence = problem.divergence
-        kind = "none" if divergence is None else divergence.kind
-        if kind not in _KINDS:
-            raise ValueError(f"the kind of a divergence must be one of {', '.join(_KINDS)}, got {kind!r}")
-        constants = (0.5, 0.5, 0.0, False, 0.0, 0.0, 0.0)
         if divergence is not None:
+            if divergence.kind not in _KINDS:
+                kinds = ", ".join(_KINDS)
+                raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
             if problem.teacher is None and problem.ref is None:
                 raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
-            if divergence.second_round:
-                constants = divergence.constants  # type: ignore[assignment]
-                if constants[6] != 0:
-                    raise NotImplementedError(f"backend='native' has no kernel for divergence={divergence.name!r} yet")
+        weight: Any = getattr(divergence, "forward_weight", 0.0)
+        per_row = isinstance(weight, Tensor)
+        weights = _vector("forward_weight", weight, rows) if per_row else None
         scale, scales = 1.0, None
         if isinstance(problem.reward_scale, Tensor):
             scales = _vector("reward_scale", problem.reward_scale, rows)
@@ -168,8 +143,10 @@ class _Job:
             reward_scale=scale,
             reward_scales=self._address(scales),
             token_ids=self._address(ids),
-            divergence=_KINDS[kind],
-            mixture=tuple(constants[:4]),
+            divergence=0 if divergence is None else _KINDS[divergence.kind],
+            constants=() if divergence is None else divergence.constants,
+            forward_weight=0.0 if per_row else weight,
+            forward_weights=self._address(weights),
             statistics=self._address(self.statistics),
         )
 

@@ -26,6 +26,7 @@ struct Case {
   int models;
   DType dtype = DType::f32;
   bool softcap = false, holes = false, stream = false;
+  Mixture mixture = {};
 };
 
 // Room for a row of any dtype, aligned as PyTorch aligns.
@@ -80,6 +81,7 @@ void count(const Kernels& kernels, const Case& c) {
   job.reward_scale = c.models == 2 ? 1.0f : 1.25f;
   job.token_ids = &token_id;
   job.divergence = c.divergence;
+  job.mixture = c.mixture;
   job.compute_statistics = true;
   job.statistics = statistics;
   job.divergence_weights = c.divergence == Divergence::none ? nullptr : &divergence_weight;
@@ -103,6 +105,7 @@ void count(const Kernels& kernels, const Case& c) {
 int main(int count_of_arguments, char** arguments) {
   if (count_of_arguments != 2) return 2;
   const Kernels& kernels = find_kernels(arguments[1]);
+  const Mixture skew_kl = {0.1f, 0.9f, 0.0f, false, 1.0f, 0.0f, -0.9f};
   const Case cases[] = {
       {"sampled float32", Divergence::none, 1},
       {"sampled bfloat16", Divergence::none, 1, DType::bf16},
@@ -119,10 +122,16 @@ int main(int count_of_arguments, char** arguments) {
       {"forward_kl bfloat16", Divergence::forward_kl, 3, DType::bf16},
       {"forward_kl float16", Divergence::forward_kl, 3, DType::f16},
       {"forward_kl float32, softcap and bias", Divergence::forward_kl, 3, DType::f32, true},
-      {"jsd float32", Divergence::jsd, 3},
-      {"jsd bfloat16", Divergence::jsd, 3, DType::bf16},
-      {"jsd float16", Divergence::jsd, 3, DType::f16},
-      {"jsd float32, softcap and bias", Divergence::jsd, 3, DType::f32, true},
+      {"jsd float32", Divergence::mixture, 3},
+      {"jsd bfloat16", Divergence::mixture, 3, DType::bf16},
+      {"jsd float16", Divergence::mixture, 3, DType::f16},
+      {"jsd float32, softcap and bias", Divergence::mixture, 3, DType::f32, true},
+      {"skew_kl float32", Divergence::mixture, 3, DType::f32, false, false, false, skew_kl},
+      {"skew_kl bfloat16", Divergence::mixture, 3, DType::bf16, false, false, false, skew_kl},
+      {"alpha float32", Divergence::alpha, 3},
+      {"alpha bfloat16", Divergence::alpha, 3, DType::bf16},
+      {"mixed float32", Divergence::mixed, 3},
+      {"mixed bfloat16", Divergence::mixed, 3, DType::bf16},
   };
   for (const Case& c : cases) count(kernels, c);
   return 0;

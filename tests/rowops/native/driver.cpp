@@ -81,6 +81,26 @@ bool near(float a, float b, float tolerance) {
   return a == b || std::fabs(a - b) <= tolerance * (1.0f + std::fabs(a));
 }
 
+struct Kind {
+  Divergence divergence;
+  Mixture mixture = {};
+  double alpha = 0.5;
+};
+
+const Kind kinds[] = {
+    {Divergence::none},
+    {Divergence::reverse_kl},
+    {Divergence::forward_kl},
+    {Divergence::mixed},
+    {Divergence::mixture, {0.3f, 0.7f, 0.0f, false, 0.3f, 0.7f, 0.0f}},
+    {Divergence::mixture, {1e-4f, 0.9999f, 9.21024f, true, 1e-4f, 0.9999f, 0.0f}},
+    {Divergence::mixture, {0.1f, 0.9f, 0.0f, false, 1.0f, 0.0f, -0.9f}},
+    {Divergence::mixture, {0.999f, 0.001f, -6.906755f, true, 0.0f, 1.0f, 0.999f}},
+    {Divergence::alpha, {}, -0.5},
+    {Divergence::alpha, {}, 0.3},
+    {Divergence::alpha, {}, 2.0},
+};
+
 int fail(const char* what, const char* isa, int64_t vocab) {
   std::printf("FAILED: %s, %s, V = %lld\n", what, isa, static_cast<long long>(vocab));
   return 1;
@@ -99,7 +119,8 @@ int main() {
   const DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
   int64_t jobs = 0;
   for (int64_t vocab : {1, 2, 7, 15, 16, 17, 33, 211, 1000, 1023, 1024, 1025, 2049, 4099}) {
-    for (int divergence = 0; divergence < 4; ++divergence) {
+    for (const Kind& kind : kinds) {
+      const bool alone = kind.divergence == Divergence::none;
       for (int variant = 0; variant < 12; ++variant) {
         const int64_t rows = 3;
         Job job;
@@ -109,7 +130,7 @@ int main() {
         std::unique_ptr<float[]> bias(new float[vocab]);
         for (int64_t v = 0; v < vocab; ++v) bias[v] = 0.25f * static_cast<float>(v % 7);
         Model* models[] = {&job.student, &job.teacher, &job.ref};
-        for (int i = 0; i < (divergence == 0 ? 1 : 3); ++i) {
+        for (int i = 0; i < (alone ? 1 : 3); ++i) {
           if ((i == 1 && variant % 6 == 4) || (i == 2 && variant % 6 == 5)) continue;
           Model& m = *models[i];
           m.dtype = dtypes[(variant + i) % 3];
@@ -123,12 +144,15 @@ int main() {
         }
         std::unique_ptr<float[]> scales(new float[rows]{0.0f, 1.0f, 1.25f});
         job.reward_scale = variant % 6 == 4 ? 0.0f : variant % 6 == 5 ? 1.0f : 1.25f;
-        if (divergence != 0 && variant % 6 == 3) job.reward_scales = scales.get();
+        if (!alone && variant % 6 == 3) job.reward_scales = scales.get();
         std::unique_ptr<int64_t[]> ids(new int64_t[rows]{variant % 2 ? -1 : 0, vocab - (variant % 3 == 0 ? 0 : 1),
                                                          variant % 4 ? vocab / 2 : INT64_MAX});
         job.token_ids = ids.get();
-        job.divergence = static_cast<Divergence>(divergence);
-        job.mixture = {0.3f, 0.7f, 0.0f, false};
+        job.divergence = kind.divergence;
+        job.mixture = kind.mixture;
+        job.alpha = kind.alpha;
+        std::unique_ptr<float[]> forward_weights(new float[rows]{0.0f, 0.25f, 1.0f});
+        if (variant % 2 == 0) job.forward_weights = forward_weights.get();
         std::unique_ptr<float[]> w_d(new float[rows]{1.0f, 0.5f, 0.0f}), w_y(new float[rows]{0.0f, -2.0f, 1.0f});
         job.divergence_weights = variant % 7 == 6 ? nullptr : w_d.get();
         job.token_weights = variant % 7 == 5 ? nullptr : w_y.get();

@@ -19,17 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_gopd.objective.divergences import Mixed
 from fused_gopd.objective.divergences import make as make_divergence
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, native
 
 # ------------------------------------------------------------------------------------- the extension's place, by ctypes
 
 P, INT64, INT, F, BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_bool
+NUMBERS = ctypes.POINTER(ctypes.c_double)
 SIGNATURES = {
     "new_model": (P, [P, INT64, INT, P, F, F, BOOL]),
-    "new_job": (P, [INT64, INT64, P, P, P, F, P, P, INT, F, F, F, BOOL, P]),
+    "new_job": (P, [INT64, INT64, P, P, P, F, P, P, INT, NUMBERS, ctypes.c_size_t, F, P, P]),
     "request_statistics": (None, [P]),
-    "request_jsd_parts": (None, [P]),
+    "request_second_round": (None, [P]),
     "request_gradient": (None, [P, P, P, P, INT64, INT, BOOL]),
     "run_job": (None, [P, ctypes.c_char_p]),
 }
@@ -47,10 +49,12 @@ class Shim:
     def Model(self, *, raw, row_stride, dtype, bias, input_scale, output_scale, softcap):
         return Held(self.c.new_model(raw, row_stride, dtype, bias, input_scale, output_scale, softcap), self.c)
 
-    def Job(self, *, rows, vocab, student, teacher, ref, reward_scale, reward_scales, token_ids, divergence, mixture,
-            statistics):  # fmt: skip
+    def Job(self, *, rows, vocab, student, teacher, ref, reward_scale, reward_scales, token_ids, divergence, constants,
+            forward_weight, forward_weights, statistics):  # fmt: skip
         models = [None if model is None else model.address for model in (student, teacher, ref)]
-        mine = (*models, reward_scale, reward_scales, token_ids, divergence, *mixture, statistics)
+        numbers = (ctypes.c_double * len(constants))(*constants)
+        mine = (*models, reward_scale, reward_scales, token_ids, divergence, numbers, len(constants), forward_weight,
+                forward_weights, statistics)  # fmt: skip
         return Held(self.c.new_job(rows, vocab, *mine), self.c)
 
     def run(self, job, *, threads):
@@ -65,8 +69,8 @@ class Held:
     def request_statistics(self):
         self.c.request_statistics(self.address)
 
-    def request_jsd_parts(self):
-        self.c.request_jsd_parts(self.address)
+    def request_second_round(self):
+        self.c.request_second_round(self.address)
 
     def request_gradient(self, *, divergence_weights, token_weights, out, out_stride, out_dtype, stream):
         self.c.request_gradient(self.address, divergence_weights, token_weights, out, out_stride, out_dtype, stream)
@@ -132,6 +136,8 @@ class Call:
             bias = b[f"the bias of {name}"]
             models[name] = None if b[name] is None else ModelRows(b[name], replace(self.transforms[name], bias=bias))
         options = dict(self.options)
+        if b["forward_weight"] is not None:
+            options["divergence"] = Mixed(b["forward_weight"])
         if b["reward_scale"] is not None:
             options["reward_scale"] = b["reward_scale"]
         problem = RowProblem(self.vocab, **models, token_ids=b["token_ids"], **options)
@@ -150,6 +156,13 @@ class Call:
         return [*results, out[:, : self.vocab].clone()]
 
 
+DIVERGENCES = (
+    None,
+    *(make_divergence(name) for name in ("reverse_kl", "forward_kl", "mixed")),
+    *(make_divergence("jsd", beta=beta) for beta in (0.5, 0.1, 1e-4)),
+    *(make_divergence(name, skew=skew) for name in ("skew_kl", "skew_reverse_kl") for skew in (0.1, 0.9999)),
+    *(make_divergence("alpha", alpha=alpha) for alpha in (-0.5, 1e-6, 0.3, 2.0)),
+)
 READ = {
     "statistics": set(),
     "second_round": {"statistics"},
@@ -161,12 +174,11 @@ READ = {
 def make(draw: random.Random) -> tuple[str, Call]:
     op = draw.choice(list(READ))
     rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030))
-    divergence = "jsd" if op == "second_round" else draw.choice(("none", "reverse_kl", "forward_kl", "jsd"))
-    there = {"student": True, "teacher": divergence != "none", "ref": divergence != "none"}
+    divergence = draw.choice([x for x in DIVERGENCES if op != "second_round" or (x is not None and x.second_round)])
+    joint = divergence is not None
+    there = {"student": True, "teacher": joint, "ref": joint}
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    options: dict[str, Any] = {
-        "divergence": None if divergence == "none" else make_divergence(divergence, beta=draw.choice((0.5, 0.1, 1e-4)))
-    }
+    options: dict[str, Any] = {"divergence": divergence}
     buffers: dict[str, Tensor | None] = {}
     transforms = {}
     for name, is_there in there.items():
@@ -174,7 +186,9 @@ def make(draw: random.Random) -> tuple[str, Call]:
         has_bias = is_there and draw.random() < 0.3
         buffers[f"the bias of {name}"] = torch.randn(vocab) if has_bias else None
         transforms[name] = LogitTransform(softcap=draw.choice((None, 8.0)), temperature=draw.choice((1.0, 0.7)))
-    scales = divergence != "none" and draw.random() < 0.4
+    per_token = isinstance(divergence, Mixed) and draw.random() < 0.5
+    buffers["forward_weight"] = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.75])[:rows].clone() if per_token else None
+    scales = joint and draw.random() < 0.4
     buffers["reward_scale"] = torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])[:rows].clone() if scales else None
     options["reward_scale"] = draw.choice((1.25, 0.5))
     buffers["token_ids"] = torch.tensor([0, -1, vocab - 1, vocab, 2**62])[:rows].clone()

@@ -15,8 +15,9 @@ Model* new_model(const void* raw, int64_t row_stride, int dtype, const float* bi
 }
 
 Job* new_job(int64_t rows, int64_t vocab, const Model* student, const Model* teacher, const Model* ref,
-             float reward_scale, const float* reward_scales, const int64_t* token_ids, int divergence, float beta,
-             float one_minus_beta, float turn, bool near_end, float* statistics) {
+             float reward_scale, const float* reward_scales, const int64_t* token_ids, int divergence,
+             const double* constants, size_t constant_count, float forward_weight, const float* forward_weights,
+             float* statistics) {
   Job* job = new Job();
   job->rows = rows;
   job->vocab = vocab;
@@ -27,14 +28,16 @@ Job* new_job(int64_t rows, int64_t vocab, const Model* student, const Model* tea
   job->reward_scales = reward_scales;
   job->token_ids = token_ids;
   job->divergence = static_cast<Divergence>(divergence);
-  job->mixture = {beta, one_minus_beta, turn, near_end};
+  set_constants(*job, constants, constant_count);
+  job->forward_weight = forward_weight;
+  job->forward_weights = forward_weights;
   job->statistics = statistics;
   return job;
 }
 
 void request_statistics(Job* job) { job->compute_statistics = true; }
 
-void request_jsd_parts(Job* job) { job->compute_jsd_parts = true; }
+void request_second_round(Job* job) { job->compute_second_round = true; }
 
 void request_gradient(Job* job, const float* divergence_weights, const float* token_weights, void* out,
                       int64_t out_stride, int out_dtype, bool stream) {
