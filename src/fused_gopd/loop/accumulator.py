@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..heads import LinearHead, Logits
+from ..objective.logit_gradient import LogitGradient
 from ..problem import Problem
 from ..rowops import RowProblem
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .buffers import columns
-from .logit_gradient import LogitGradient, gradient_buffer, power_of_two, write_logit_gradient
+from .logit_gradient import gradient_buffer, power_of_two, write_logit_gradient
 
 
 class RequiresGrad(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..heads import LinearHead
+from ..objective.logit_gradient import LogitGradient
 from ..objective.statistics import STATISTICS, TokenRow
 from ..problem import Problem
 from ..rowops import GradientWeights, Stat
@@ -32,7 +33,7 @@ from .accumulator import (
 from .buffers import Buffers, with_gemm_dtype_weights
 from .chunking import balanced
 from .estimators.base import Chunk, Estimator
-from .logit_gradient import LogitGradient, power_of_two
+from .logit_gradient import power_of_two
 from .vocab_parallel import require_agreement
 
 T = TypeVar("T")

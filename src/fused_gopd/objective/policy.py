@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import AdvantageFn, LossOptions, TokenStats
-from .target import any_impossible, bounded, mix
+from .target import bounded, mix, outside_support
 
 
 def advantage(
@@ -26,9 +26,9 @@ def advantage(
         behaviour: (C,) log-prob under the policy that sampled the token: old log-probs, or the student's own.
         teacher, ref: (C,) log-probs, None where cancelled.
     """
-    dead = any_impossible(reward_scale, teacher, ref) | torch.isneginf(behaviour)
+    outside = outside_support(reward_scale, teacher, ref) | torch.isneginf(behaviour)
     value = bounded(mix(reward_scale, teacher, ref) - behaviour) + 0 * behaviour
-    return torch.where(dead, torch.zeros_like(value), value), ~dead
+    return torch.where(outside, torch.zeros_like(value), value), ~outside
 
 
 def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
@@ -119,13 +119,13 @@ def policy_term(
     """
     behaviour = student if old is None else old
     log_ratio = torch.zeros_like(student) if old is None else student - old
-    ruled_out = torch.isneginf(student)
+    zero_probability = torch.isneginf(student)
     if options.ratio == "sequence":
-        # a token that a policy rules out would make its whole sequence's ratio 0, inf or NaN
-        log_ratio = sequence_mean(log_ratio.masked_fill(ruled_out | torch.isneginf(behaviour), 0))
+        # a token of probability 0 under a policy would make its whole sequence's ratio 0, inf or NaN
+        log_ratio = sequence_mean(log_ratio.masked_fill(zero_probability | torch.isneginf(behaviour), 0))
     ratio = log_ratio.exp()
     loss = -adv * ratio
-    clipped = torch.zeros_like(ruled_out)
+    clipped = torch.zeros_like(zero_probability)
     if options.clip is not None:
         low, high = options.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
@@ -147,4 +147,4 @@ def policy_term(
     nothing = adv == 0
     loss = loss.masked_fill(nothing, 0)
     # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
-    return PolicyTerm(loss, loss.masked_fill(clipped | ruled_out, 0), adv, clipped & ~nothing, importance)
+    return PolicyTerm(loss, loss.masked_fill(clipped | zero_probability, 0), adv, clipped & ~nothing, importance)

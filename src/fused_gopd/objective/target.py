@@ -44,23 +44,21 @@ def bounded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def origin_of(maximum: Tensor) -> Tensor:
-    """What to take u relative to before its log-sum: its maximum where that is far from 0, else 0.
+    """What is subtracted from u before its log-sum: its maximum where that is far from 0, else 0.
 
-    A log-sum relative to something far away has the rounding of that. Near 0 nothing is subtracted: one operation less
-    for every entry.
+    A log-sum of entries far from 0 has their rounding. Near 0 nothing is subtracted, one operation less per entry.
     """
     return torch.where(maximum.abs() > FAR, bounded(maximum), 0)
 
 
-def any_impossible(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
-    """Where a model that counts gives the token probability 0."""
-    dead: Tensor | None = None
-    for model, cancelled_at in ((teacher, 0.0), (ref, 1.0)):
-        if model is None:
-            continue
-        gone = torch.isneginf(model)
-        if isinstance(reward_scale, Tensor):
-            gone = gone & (reward_scale != cancelled_at)
-        dead = gone if dead is None else dead | gone
-    assert dead is not None
-    return dead
+def outside_support(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
+    """Where a frozen model whose coefficient is not 0 gives the token probability 0."""
+    outside: Tensor | None = None
+    for model, (_, cancelled_at) in zip((teacher, ref), FROZEN, strict=True):
+        if model is not None:
+            own = torch.isneginf(model)
+            if isinstance(reward_scale, Tensor):
+                own = own & (reward_scale != cancelled_at)
+            outside = own if outside is None else outside | own
+    assert outside is not None
+    return outside

@@ -14,84 +14,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import Support, Tail
+from ..options import Tail
 from .divergences import Divergence, Outcomes
-from .target import any_impossible, bounded, mix, origin_of
+from .logit_gradient import LogitGradient
+from .target import FROZEN, bounded, mix, origin_of, outside_support
 
-
-@dataclass(frozen=True)
-class Truncation:
-    """Which tokens of a position the estimator looks at, and what it makes of the others' mass."""
-
-    k: int | None = None  # how many, where a head is asked for its largest
-    support: Support = "teacher"
-    tail: Tail = "bucket"
-
-
-DEFAULT = Truncation()
-
-# A tail lighter than this is left out: where it is 1 minus a sum, in float32, it has an error of 1e-7, and it enters as
-# a logarithm.
+# A tail with less mass than this is no outcome. Where it is 1 minus a float32 sum it has an error of 1e-7, and its
+# logarithm enters.
 LIGHTEST_TAIL = 1e-6
 
 
 @dataclass(frozen=True)
 class OnSupport:
-    """One model on the tokens of S."""
+    """One model on the tokens of a support S."""
 
-    logprobs: Tensor  # (C, K), -inf where there is no token or the model rules it out
-    rest: Tensor | None  # (C,) log of the mass outside S; None is 1 less the mass on S, to the precision of a sum
+    logprobs: Tensor  # (C, K), -inf where there is no token or its probability is 0
+    rest: Tensor | None  # (C,) log of the mass outside S; None: 1 minus the mass on S, to the precision of a sum
 
     def log_rest(self, inside: Tensor) -> Tensor:
-        """(C, 1) log of the mass outside S, and of what is listed in S but has left it."""
+        """(C, 1) log of the mass outside S, the listed tokens that are not ``inside`` (C, K) included."""
         if self.rest is None:
             mass = self.logprobs.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
             return (-torch.expm1(mass)).clamp_min(0).log()
-        gone = self.logprobs.masked_fill(inside, -math.inf)
-        return torch.cat((self.rest[:, None], gone), 1).logsumexp(1, keepdim=True)
-
-
-class Entries(NamedTuple):
-    """A gradient with respect to logits: a factor of p, and the tokens at which it is something else."""
-
-    token_ids: Tensor  # (C, K) int64, -1 is none; only the last may repeat another, and has the same value then
-    values: Tensor  # (C, K) gradient at these tokens
-    weight: Tensor  # (C,) factor of p everywhere else
-    reach: Tensor  # (C,) at least |weight| p there
-
-    def with_label(self, probabilities: Tensor, label: Tensor, weight: Tensor, label_probability: Tensor) -> Entries:
-        """And that of -weight log p[label]; ``probabilities`` (C, K) are p of the tokens, label is -1 where none is."""
-        w = weight[:, None]
-        hit = (self.token_ids == label[:, None]) & (label >= 0)[:, None]
-        values = self.values + w * probabilities - torch.where(hit, w, 0)
-        total = self.weight + weight
-        own = torch.where(hit, values, 0).sum(1)
-        own = torch.where(hit.any(1), own, self.weight * label_probability + weight * (label_probability - 1))
-        return Entries(
-            torch.cat((self.token_ids, label[:, None]), 1),
-            torch.cat((values, own[:, None]), 1),
-            total,
-            self.reach + weight,
-        )
+        excluded = self.logprobs.masked_fill(inside, -math.inf)
+        return torch.cat((self.rest[:, None], excluded), 1).logsumexp(1, keepdim=True)
 
 
 class Term(NamedTuple):
-    """Of the token losses."""
+    """Values of the token losses and their logit gradient."""
 
     loss: Tensor  # (C,)
-    kl: Tensor  # (C,) KL(p || target) over the outcomes that there are, p over its mass on them
-    entries: Entries
+    kl: Tensor  # (C,) KL(p || target) over the existing outcomes, p divided by its mass on them
+    gradient: LogitGradient
 
 
 class _Outcomes(NamedTuple):
     """The outcomes of a position: the tokens of S and, but for ``renormalize``, the bucket as the last column."""
 
-    inside: Tensor  # (C, K or K + 1) bool, those that there are
-    bucket: Tensor  # (C, 1) bool, whether the bucket is there
+    inside: Tensor  # (C, K or K + 1) bool, the existing ones
+    bucket: Tensor  # (C, 1) bool, whether the bucket exists
     log_p: Tensor  # (C, K or K + 1), 0 where there is no outcome
     mixed: Tensor  # lambda log q + (1 - lambda) log r, likewise
     log_rest: Tensor  # (C, 1) log of the student's mass outside S
-    poisoned: Tensor  # (C,) bool: NaN in a model that counts, wherever it is
+    has_nan: Tensor  # (C,) bool: NaN anywhere in a model whose coefficient is not 0
 
 
 def _outcomes(
@@ -99,26 +64,27 @@ def _outcomes(
 ) -> _Outcomes:
     inside = ~(
         torch.isneginf(student.logprobs)
-        | any_impossible(scale, *(None if x is None else x.logprobs for x in (teacher, ref)))
+        | outside_support(scale, *(None if x is None else x.logprobs for x in (teacher, ref)))
     )
     bucket = torch.full_like(inside[:, :1], tail != "renormalize")
-    poisoned = torch.zeros_like(bucket)
+    has_nan = torch.zeros_like(bucket)
     models: list[Tensor | None] = []
-    for model, cancelled_at in ((student, None), (teacher, 0.0), (ref, 1.0)):
+    frozen = zip((teacher, ref), (at for _, at in FROZEN), strict=True)
+    for model, cancelled_at in ((student, None), *frozen):
         if model is None:
             models.append(None)
             continue
         rest = model.log_rest(inside)
-        bad, light = torch.isnan(rest), rest < math.log(LIGHTEST_TAIL)  # NaN is not light: it shall be seen
+        bad, light = torch.isnan(rest), rest < math.log(LIGHTEST_TAIL)  # NaN is not light: it reaches the loss
         if cancelled_at is not None and isinstance(scale, Tensor):
             bad, light = bad & (scale != cancelled_at), light & (scale != cancelled_at)
-        poisoned, bucket = poisoned | bad, bucket & ~light
+        has_nan, bucket = has_nan | bad, bucket & ~light
         models.append(model.logprobs if tail == "renormalize" else torch.cat((model.logprobs, rest), 1))
     if tail != "renormalize":
         inside = torch.cat((inside, bucket), 1)
 
     def within(x: Tensor) -> Tensor:
-        """0 where there is no outcome, before any arithmetic: there may be an infinity there."""
+        """0 where there is no outcome, before any arithmetic: the log-prob may be infinite there."""
         if tail == "renormalize":
             x = x - _log_mass(x, inside)
         return x.masked_fill(~inside, 0)
@@ -126,11 +92,11 @@ def _outcomes(
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
     assert log_p is not None
     log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]])
-    return _Outcomes(inside, bucket, log_p, mix(scale, log_q, log_r), log_rest, poisoned[:, 0])
+    return _Outcomes(inside, bucket, log_p, mix(scale, log_q, log_r), log_rest, has_nan[:, 0])
 
 
 def _log_mass(x: Tensor, inside: Tensor) -> Tensor:
-    """(C, 1) log of the sum; 0 where that is rounding alone, so that normalising leaves equal models equal."""
+    """(C, 1) log of the sum; 0 where it is only rounding, so that equal models stay equal when normalised."""
     mass = x.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
     return mass.masked_fill(mass.abs() <= 16 * torch.finfo(x.dtype).eps, 0)
 
@@ -139,16 +105,18 @@ def term(
     tail: Tail,
     divergence: Divergence,
     reward_scale: float | Tensor,
-    token_ids: Tensor,  # (C, K) int64, -1 is none
+    token_ids: Tensor,  # (C, K) int64, -1 for none
+    *,
     student: OnSupport,
     teacher: OnSupport | None,  # None where it has cancelled
     ref: OnSupport | None,
 ) -> Term:
     """A divergence over the tokens of S, one outcome each, and the rest of the vocabulary.
 
-    A token that a model which counts gives probability 0 leaves S. With masses P_S = sum over S of p, and so on:
+    A token of probability 0 under a model whose coefficient is not 0 is excluded from S. With masses P_S (the sum of p
+    over S), Q_S and R_S:
 
-    bucket       one more outcome of mass 1 - P_S, 1 - Q_S, 1 - R_S. It leaves where any of them is below 1e-6
+    bucket       one more outcome of mass 1 - P_S, 1 - Q_S, 1 - R_S. It is no outcome where any of them is below 1e-6
     drop         the same target, the bucket's term left out of the sums
     renormalize  p / P_S, q / Q_S, r / R_S in place of p, q, r
 
@@ -196,15 +164,20 @@ def term(
     if divergence.normalised and tail != "drop":
         # with h0 <= 0 the value is not negative where a part of p is missing either
         loss = torch.where((missing == 0) | (h0 <= 0), loss.clamp_min(0), loss)
-    # a model that rules everything out leaves no outcome at all, and so no gradient
+    # no outcome at all: no gradient
     weight = weight.masked_fill(~x.inside.any(1, keepdim=True), 0)
-    # outcomes that there are, as one distribution: where the bucket has left they are not
+    # the existing outcomes as one distribution: without the bucket they do not sum to 1
     mass = _log_mass(x.log_p, x.inside)
     kl = torch.where(x.inside, (x.log_p - mass).exp() * (x.log_p - mass - log_t), 0).sum(1).clamp_min(0)
-    weight = weight[:, 0].masked_fill(x.poisoned, math.nan)
-    # a listed token that has left S is one of the others
+    weight = weight[:, 0].masked_fill(x.has_nan, math.nan)
+    # a listed token that is excluded from S is one of the others
     others = weight[:, None] * student.logprobs.exp()
-    values = torch.where(x.inside[:, :count], values[:, :count], others).masked_fill(x.poisoned[:, None], math.nan)
-    entries = Entries(token_ids, values, weight, weight.abs() * mass_outside[:, 0])
-    loss, kl = (y.masked_fill(x.poisoned, math.nan) for y in (loss[:, 0], kl))
-    return Term(loss, kl, entries)
+    values = torch.where(x.inside[:, :count], values[:, :count], others).masked_fill(x.has_nan[:, None], math.nan)
+    gradient = LogitGradient(
+        weight=weight,
+        token_ids=token_ids,
+        values=values,
+        max_abs_elsewhere=weight.abs() * mass_outside[:, 0],
+    )
+    loss, kl = (y.masked_fill(x.has_nan, math.nan) for y in (loss[:, 0], kl))
+    return Term(loss, kl, gradient)

@@ -103,10 +103,10 @@ def supported(problem: RowProblem, token_ids: Tensor, logits: Tensor) -> Tensor:
     z, scale = logits, problem.reward_scale
     for model, cancelled_at in ((problem.teacher, 0.0), (problem.ref, 1.0)):
         if model is not None:
-            gone = torch.isneginf(logits_at(model, token_ids))
+            outside = torch.isneginf(logits_at(model, token_ids))
             if isinstance(scale, Tensor):
-                gone = gone & (scale != cancelled_at)[:, None]
-            z = z.masked_fill(gone, -math.inf)
+                outside = outside & (scale != cancelled_at)[:, None]
+            z = z.masked_fill(outside, -math.inf)
     return z
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ...heads import Head, LinearHead
+from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
 from ...objective.statistics import entropy, token_logprob
 from ...objective.topk import OnSupport
 from ...problem import Problem, Route
 from ...rowops import GradientWeights, RowProblem, Stat
 from ..buffers import Buffers, columns, transform_of
-from ..logit_gradient import LogitGradient
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
 
 EVERY = slice(None)

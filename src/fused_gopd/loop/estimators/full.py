@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...objective.divergences import divergence_value
+from ...objective.logit_gradient import LogitGradient
 from ...rowops import GradientWeights, Stat
-from ..logit_gradient import LogitGradient
 from .base import (
     EVERY,
     Chunk,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...objective.logit_gradient import LogitGradient
 from ...objective.statistics import TokenRow
 from ...objective.supervised import has_label
 from ...rowops import RowProblem, sparse
-from ..logit_gradient import LogitGradient
 from ..vocab_parallel import local_ids
 from .base import (
     EVERY,

@@ -10,12 +10,12 @@ from torch import Tensor
 from ...heads import LinearHead
 from ...objective import policy
 from ...objective.divergences import ReverseKL, divergence_value
+from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
 from ...objective.statistics import TokenRow, entropy
 from ...options import AdvantageFn, TokenStats
 from ...rowops import GradientWeights, Stat
 from ...rowops.torch import rows_of
-from ..logit_gradient import LogitGradient
 from .base import (
     EVERY,
     Chunk,

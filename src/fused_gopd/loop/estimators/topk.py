@@ -13,7 +13,6 @@ from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, spars
 from ...rowops.torch import TorchRowOps, rows_of
 from ...shards import VocabShard
 from ..buffers import columns
-from ..logit_gradient import LogitGradient
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, topk_ids
 from .base import (
     Chunk,
@@ -89,15 +88,13 @@ class TopK(Estimator):
             problem.divergence.rows(tokens),
             reward_scale_of(problem, tokens),
             support.token_ids,
-            student,
-            support.teacher,
-            support.ref,
+            student=student,
+            teacher=support.teacher,
+            ref=support.ref,
         )
         chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
-        ids, values, weight, elsewhere = gradient
-        made = LogitGradient(weight=weight, token_ids=ids, values=values, max_abs_elsewhere=elsewhere)
-        return Scored(scored, made, student.logprobs), extra
+        return Scored(scored, gradient, student.logprobs), extra
 
     def values(self, statistics: Tensor) -> TokenValues:
         return TokenValues(statistics[TokenRow.TOPK_LOSS], statistics[TokenRow.TOPK_KL])
