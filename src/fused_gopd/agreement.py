@@ -55,7 +55,7 @@ _UNITS = 1000
 
 
 class Agreement(NamedTuple):
-    """What a rank brings to the comparison. Tensors are in tuples, out of which autograd.py takes them to be saved."""
+    """What a rank brings to the comparison. Tensors are in tuples, which the autograd layer flattens."""
 
     shards: tuple[VocabShard, ...]
     options: tuple[tuple[str, str], ...]  # Python values, and what tensors are, in words

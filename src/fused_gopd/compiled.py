@@ -43,7 +43,10 @@ _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LinearHead, Logits, T
 
 
 class _Parts(NamedTuple):
-    """What the string of an op refers to. Numbers are not in it: one that changes shall not have all compiled again."""
+    """What the static string of an op refers to.
+
+    Numbers are passed separately, so that a changed value does not trigger recompilation.
+    """
 
     tensors: list[Any]
     ints: list[Any]
@@ -159,7 +162,7 @@ def _op(name: str, extra: str = "") -> Callable[[Callable[..., list[Tensor]]], A
 
 
 def _dense(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """An op returns tensors: an empty one stands for what nobody needs."""
+    """An op returns tensors only: an empty one in the place of None."""
     return [like.new_empty(0) if x is None else x for x in tensors]
 
 
@@ -173,7 +176,7 @@ def _padded(x: Tensor, shape: Sequence[int], fill: float = 0) -> Tensor:
 
 
 def _fake_gradients(packed: Sequence[Any]) -> list[Tensor]:
-    """As the loop leaves them."""
+    """Shapes and dtypes of the loop's gradients."""
     rows, weight, bias = packed[:3]
     needs, dtype = RequiresGrad(*_loads(packed[-1])["needs"]), accumulation_dtype(rows)
     gradients = Gradients(

@@ -277,7 +277,7 @@ class TopKLogProbs:
 
     Args:
         token_ids: (..., K) integer, K >= 1, distinct at each position; -1 where there are fewer than K.
-        logprobs: (..., K) floating, normalised over the whole vocabulary; whatever stands beside -1 is ignored.
+        logprobs: (..., K) floating, normalised over the whole vocabulary; the value at an id of -1 is ignored.
     """
 
     token_ids: Tensor

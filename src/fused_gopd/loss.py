@@ -66,7 +66,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             gradient, as in Liger, TRL and ms-swift; the JSD itself goes to 0 there.
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
-            ``ratio="sequence"`` does and, beside float16 hidden states, what may make a gradient overflow before its
+            ``ratio="sequence"`` does and, with float16 hidden states, what may make a gradient overflow before its
             weight is applied (old_logprobs, rollout_logprobs, advantage_fn, sft_labels); all others do not.
         normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
             or one-element tensor. Default: this call's own count.
@@ -75,7 +75,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         cu_seqlens: (B + 1,) int32 or int64 bounds of packed sequences in tokens of shape (N,), from 0 to N; for
             reductions and options that know sequences. Where B = N, values (N,) are per token.
 
-    Options of ``sampled``, applied in the order in which they stand here:
+    Options of ``sampled``, applied in this order:
         logprob_min: teacher's and reference's log-probs are at least this, before any arithmetic: a token that they
             rule out then has a finite advantage.
         advantage_fn: an advantage of one's own in place of A: called with the :class:`fused_gopd.TokenStats` of each
@@ -90,7 +90,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             ``logprob_min`` is.
         advantage_clip: a bound on the advantage's magnitude, or a pair (low, high).
         old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old. Like all
-            log-probs that are given, they must not be above 0 by more than rounding makes them (0.25); beside an
+            log-probs that are given, they must not be above 0 by more than rounding makes them (0.25); with an
             advantage_fn, where they serve the ratio alone, they may be shifted to make a ratio of one's own.
         ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
             of the token (GSPO-token; Zheng et al. 2025). Recomputes the logits in the backward.
@@ -105,12 +105,12 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         k: how many tokens S has, where it is made here: the largest of a head. TopKLogProbs bring their own ids; those
             of the reference must contain the teacher's, matched by id.
         support: whose tokens S holds: ``"teacher"`` (the reference where lambda = 0 has cancelled it) or
-            ``"student"``, which needs heads, whose logits it then holds beside the student's.
+            ``"student"``, which needs heads, whose logits are then in memory together with the student's.
         tail: ``"bucket"``: the mass outside S is one more outcome, unless it is below 1e-6 in any of the models;
             ``"drop"``: that outcome's term is left out of the sum, so that equal models do not have gradient 0;
             ``"renormalize"``: each model is divided by its mass on S, and nothing outside S has a gradient.
-            The student's log-probs have the full normaliser. A token that a model rules out leaves S. A position
-            without any token to look at has loss 0.
+            The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S. A
+            position where S is empty has loss 0.
 
     Options of every estimator:
         sft_labels: (...) integer, the label of a supervised term at each token, -100 for none. From the same logits:

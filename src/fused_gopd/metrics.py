@@ -32,7 +32,7 @@ class Metrics(Mapping[str, Tensor]):
     clip_fraction       share of tokens whose gradient a clip removed
     importance          and ``importance_std``: the detached weight of the rollout, as used
     impossible          share of tokens that a model which lambda does not cancel gives probability 0; a log-ratio
-                        leaves out tokens that one of its two models rules out
+                        excludes tokens of probability 0 under one of its two models
     ==================  ================================================================================
 
     What a call does not have (no ``token_ids``, no reference, no clip) is absent.

@@ -27,7 +27,7 @@ class GOPDOutput:
             ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
-        kl: (...) KL(student || target) >= 0; in ``topk`` over the outcomes that there are, the student's mass on them
+        kl: (...) KL(student || target) >= 0; in ``topk`` over the existing outcomes, the student's mass on them
             being 1. None in ``sampled``.
         clipped: (...) bool, where ``clip`` or ``clip_dual`` removed the gradient. None without them.
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
@@ -35,7 +35,7 @@ class GOPDOutput:
         labelled: (...) bool, where the supervised term is in force: there is a label inside the support.
         mask: (...) bool, the live tokens; None where all are.
         reward_scale: lambda as given, expanded to the token shape where it is a tensor.
-        joint: whether the models were looked at together: in ``full``, and with a baseline.
+        joint: whether log-probs are normalised over the joint support of all models: in ``full``, and with a baseline.
     """
 
     loss: Tensor

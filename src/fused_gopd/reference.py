@@ -39,9 +39,9 @@ def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
     if head.logit_scale != 1.0:
         z = z * head.logit_scale
     if head.softcap is not None:
-        gone = z == -math.inf
+        outside = z == -math.inf
         # masked before and after tanh: its own gradient at -inf is fine, a later where's is not
-        z = (head.softcap * torch.tanh(z.masked_fill(gone, 0) / head.softcap)).masked_fill(gone, -math.inf)
+        z = (head.softcap * torch.tanh(z.masked_fill(outside, 0) / head.softcap)).masked_fill(outside, -math.inf)
     return z / head.temperature if head.temperature != 1.0 else z
 
 
@@ -55,11 +55,11 @@ def _log_softmax(z: Tensor, support: Tensor | None) -> Tensor:
     if support is None:
         return z.log_softmax(-1)
     empty = ~support.any(-1, keepdim=True)
-    # log_softmax would give -inf, a token of probability 0, beside a +inf: that row is NaN
+    # log_softmax would give the other tokens of a row with +inf the log-prob -inf: that row is NaN
     infinite = (support & (z == math.inf)).any(-1, keepdim=True)
     # added, not filled in: so that the gradient is NaN too
-    poison = torch.zeros_like(z[:, :1]).masked_fill(infinite, math.nan).detach()
-    inside = z.masked_fill(~support, -math.inf).masked_fill(empty, 0) + poison
+    nan_rows = torch.zeros_like(z[:, :1]).masked_fill(infinite, math.nan).detach()
+    inside = z.masked_fill(~support, -math.inf).masked_fill(empty, 0) + nan_rows
     return inside.log_softmax(-1).masked_fill(empty, -math.inf)
 
 
@@ -126,8 +126,8 @@ def _full(
         support = z != -math.inf
         for other, cancelled_at in ((z_q, 0.0), (z_r, 1.0)):
             if other is not None:
-                gone = other == -math.inf
-                support = support & ~(gone & (column != cancelled_at) if isinstance(column, Tensor) else gone)
+                outside = other == -math.inf
+                support = support & ~(outside & (column != cancelled_at) if isinstance(column, Tensor) else outside)
 
     def other_logp(other: Tensor | None, cancelled_at: float) -> Tensor | None:
         if other is None:
@@ -247,7 +247,7 @@ def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple
 
     log_t = bounded(normalised(mixed))
     prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
-    with torch.no_grad():  # over the outcomes that there are, as one distribution
+    with torch.no_grad():  # the existing outcomes as one distribution
         whole = normalised(log_p)
         kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
     counted = inside.clone()

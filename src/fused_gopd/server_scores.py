@@ -67,7 +67,7 @@ class Scores(NamedTuple):
     """Scores of the live tokens from elsewhere, (n, K); None for a model that has none."""
 
     token_ids: Tensor | None  # int64, -1 is none
-    teacher: Tensor | None  # log-probs, anything beside -1
+    teacher: Tensor | None  # log-probs; undefined at an id of -1
     ref: Tensor | None  # of the same ids
 
 

@@ -22,7 +22,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def _check_bounds(bounds: Bounds) -> None:
-    """Raise unless the shards are [0, V) without gap or overlap; ranks with nothing may stand anywhere."""
+    """Raise unless the shards are [0, V) without gap or overlap; ranks without rows may be anywhere."""
     end = 0
     for start, stop in sorted((b for b in bounds if b[0] != b[1]), key=lambda b: b[0]):
         if start != end:
@@ -49,7 +49,7 @@ class VocabShard:
     Args:
         group: the process group; None is the default one.
         start, stop: global rows of this rank's part. A weight may have more than ``stop - start`` rows (padding), which
-            are never looked at and have gradient 0. ``start == stop`` is a rank without rows.
+            are never read and have gradient 0. ``start == stop`` is a rank without rows.
         reduce_hidden: sum the gradient of the hidden states over the group, in float32, so that every rank has the
             whole of it. False leaves each rank its own part, for whoever reduces it later (reduce-scatter under
             sequence parallelism).

@@ -65,7 +65,7 @@ def for_backward(problem: Problem, advantages: Tensor | None = None) -> Problem:
     """The problem without what only a forward needs. Ranks that share a vocabulary have agreed on the call.
 
     Args:
-        advantages: (2, n) those of an ``advantage_fn``, which a second backward shall not call again.
+        advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
     """
     return dataclasses.replace(
         problem, agreement=None, mask=None, cancelled=(), advantage_fn=None, advantages=advantages

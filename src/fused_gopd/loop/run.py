@@ -172,7 +172,7 @@ def chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
 def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -> tuple[list[T], Tensor | None]:
     """Call ``make`` for as many tokens at a time as the frozen models' buffers have.
 
-    Returns the results, and where there are several the chunk's student logits (C, V) as ``make`` has left them.
+    Returns the results, and where there are several the memory of the chunk's student logits (C, V), now gradients.
     """
     tokens, size = chunk.stop - chunk.start, problem.frozen_chunk_size
     step = tokens if size is None else balanced(tokens, size, problem.device.type)

@@ -110,7 +110,7 @@ class Divergence(ABC):
         """What the divergence sums: p g, or another form of the same sum."""
 
     def uncentred(self, x: Outcomes) -> Tensor:
-        """p h. Where h0 < 0 this is a product, in which no digit is lost beside p."""
+        """p h. Where h0 < 0 this is a product, in which no digit is lost to p."""
         return self.weighted(x) + self.h0 * x.log_p.exp()
 
     def value(self, statistics: Tensor, reward_scale: float | Tensor, has: tuple[bool, bool]) -> Tensor:
@@ -267,7 +267,7 @@ def to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         log(m / p) = log1p(beta expm1(ratio))              below it
         log(m / t) = log(beta + (1 - beta) exp(-ratio))    above it
 
-    and the other one is that +- ratio. Below the branch the error is small beside beta, not only beside 1: near the
+    and the other one is that +- ratio. Below the branch the error is small relative to beta, not only to 1: near the
     ends of beta the JSD and its gradient are as small as that.
     """
     if beta > 0.5:

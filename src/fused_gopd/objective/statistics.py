@@ -34,7 +34,7 @@ STATISTICS = len(Stat) + len(TokenRow)
 def token_logprob(logit: Tensor, logsum: Tensor) -> Tensor:
     """log-prob of the sampled token from its logit and the normaliser, both relative to the row's maximum.
 
-    Never positive; -inf outside the support, NaN in a poisoned row.
+    Never positive; -inf outside the support, NaN in a row with NaN.
     """
     return torch.where(torch.isneginf(logsum), logsum, logit - logsum)
 
@@ -56,7 +56,7 @@ def merge(
 
     Maxima by max, log-sums at the common maximum, means by their weights and moved by how far the part's maxima were
     from the common ones; a token's logit is -inf in the parts that do not have it. ``has`` says whether teacher and
-    reference were looked at with the student, over one support.
+    reference are in the statistics, over the joint support with the student.
 
     CENTRE and VALUE of a second round need log-sums of the whole first: they are left 0.
     """
@@ -125,7 +125,7 @@ def merged_statistics(
 
 
 def _target(has: tuple[bool, bool]) -> Stat:
-    """Where the log-sum of u stands: with one frozen model u is its logits."""
+    """The row of the log-sum of u: with one frozen model u is its logits."""
     return Stat.LOGSUM_TARGET if all(has) else Stat.LOGSUM_TEACHER if has[0] else Stat.LOGSUM_REF
 
 

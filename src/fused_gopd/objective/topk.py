@@ -156,7 +156,7 @@ def term(
         missing = missing.masked_fill(x.bucket, 0)
     h0 = divergence.h0
     if tail == "drop" and not isinstance(h0, Tensor) and h0 < 0:
-        # from p h itself: beside p h~ and p a small product would lose its digits
+        # from p h itself: as a difference of p h~ and p a small product would lose its digits
         weighted, h0 = divergence.uncentred(outcomes), 0.0
     else:
         weighted = divergence.weighted(outcomes)

@@ -7,7 +7,7 @@ Notation of the formulas here and in every backend, for one row (one token):
 
     z, z_q, z_r   transformed logits of student, teacher and reference over the joint vocabulary of V entries
     S             the support: entries where no model that the row needs has -inf. A row needs the teacher unless
-                  lambda = 0 and the reference unless lambda = 1; NaN and +inf stay inside S and poison the row
+                  lambda = 0 and the reference unless lambda = 1; NaN and +inf stay inside S and make the row NaN
     z', q', r'    the same relative to their maxima over S, z' = z - max_S z: float32 would lose a common offset of the
                   logits from every log-prob otherwise (at an offset of 1e4 a log-prob would be off by 5e-4)
     u             lambda q' + (1 - lambda) r', the logits of the target; computed as r' + lambda (q' - r') for

@@ -214,7 +214,7 @@ class _Job:
 
 
 def _check_memory(name: str, x: Tensor) -> None:
-    """The tensor has the memory on the CPU that its shape and strides speak of, as it stands there."""
+    """The tensor has CPU memory of the size that its shape and strides need."""
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU for backend='native', got {x.device}")
     if x.layout != torch.strided or x.is_neg():

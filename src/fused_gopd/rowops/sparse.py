@@ -1,7 +1,7 @@
 """A few entries of each row of a chunk: find the largest, read some, hide some, overwrite some.
 
 Plain PyTorch on (C, K) tensors, for every backend: what touches whole rows is the backend's own. Token ids are (C, K)
-int64 and -1 stands for no token.
+int64, -1 for no token.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from . import LogitTransform, ModelRows, RowProblem, Stat
 from .torch import accumulation_dtype, slope, transformed
 
-# Entries of a block whose maximum stands for it in the search for the largest: near the square root of V / k, where
-# both rounds look at the same number, for V = 151936 and k = 32.
+# Entries of a block in the first round of the search for the largest, which compares maxima of blocks: near the square
+# root of V / k, where both rounds compare as many numbers, for V = 151936 and k = 32.
 _BLOCK = 64
 # Elements that are searched at once. On a CPU they stay in the cache; a GPU would rather have few launches.
 _SEARCHED = {"cpu": 1 << 20, "gpu": 1 << 24}

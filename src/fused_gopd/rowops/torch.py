@@ -1,6 +1,6 @@
-"""The row operations in plain PyTorch: any device, any floating dtype, the slow truth.
+"""The row operations in plain PyTorch: any device, any floating dtype. The slow reference of the other backends.
 
-Rows are taken a few at a time, so that the temporaries stay small beside the chunk's own buffers.
+Rows are taken a few at a time, so that the temporaries are small compared with the chunk's buffers.
 """
 
 from __future__ import annotations

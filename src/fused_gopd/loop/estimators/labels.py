@@ -1,4 +1,4 @@
-"""The supervised term beside any estimator."""
+"""The supervised term, added to any estimator."""
 
 from __future__ import annotations
 
