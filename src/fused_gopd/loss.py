@@ -63,7 +63,14 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         divergence: of ``full`` and ``topk``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"``
             KL(target || p), or ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m),
             m = beta target + (1 - beta) p. ``beta=0`` is ``"forward_kl"`` and ``beta=1`` is ``"reverse_kl"``, value and
-            gradient, as in Liger, TRL and ms-swift; the JSD itself goes to 0 there.
+            gradient, as in Liger, TRL and ms-swift; the JSD itself goes to 0 there. And, with t the target:
+            ``"skew_kl"`` KL(t || skew t + (1 - skew) p), ``"skew_reverse_kl"`` KL(p || (1 - skew) t + skew p),
+            ``"alpha"`` (sum t^alpha p^(1 - alpha) - 1) / (alpha (alpha - 1)), ``"mixed"`` forward_weight times the
+            forward KL plus 1 - forward_weight times the reverse KL. docs/objectives.md has them all.
+        beta: of ``"jsd"``, 0 ... 1.
+        skew: of the two skew KLs, 0 <= skew < 1, default 0.1; 0 is the KL without a mixture.
+        alpha: of ``"alpha"``, any number, default 0.5; 1 is the forward KL and 0 the reverse KL, with its value.
+        forward_weight: of ``"mixed"``, 0 ... 1, default 0.5: a number, a tensor (...), or one value per sequence (B,).
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
             ``ratio="sequence"`` does and, with float16 hidden states, what may make a gradient overflow before its

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import printing
 from .checks import one_of, require_count, require_number
 from .heads import Head, Source
-from .objective.divergences import DIVERGENCES, divergence_of
+from .objective.divergences import DIVERGENCES, make
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
@@ -102,6 +102,7 @@ class Rule:
         of: the estimators that have the option; empty for all of them.
         needs: the argument without which the option has nothing to act on, and ``because``, the end of that sentence.
         choices: the strings that it may be.
+        parameter: whether it is the parameter of some divergences; the classes that name it have its range.
         check: (name, value) -> the value in its normal form; raises TypeError or ValueError.
         held: whether :class:`fused_gopd.GOPDLoss` holds it, and whether its ``forward`` takes it: ``per_batch``.
     """
@@ -112,6 +113,7 @@ class Rule:
     needs: str | None = None
     because: str = ""
     choices: Collection[str] = ()
+    parameter: bool = False
     check: Callable[[str, Any], Any] | None = None
     held: bool = True
     per_batch: bool = False
@@ -205,6 +207,23 @@ class LossOptions:
         default=0.5,
         metadata=_option(
             "Share of the target in the mixture of divergence='jsd'; 0 is the forward KL, 1 the reverse KL.",
+            parameter=True,
+            check=require_number,
+        ),
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata=_option(
+            "Of divergence='alpha', default 0.5; 0 is the reverse KL, 1 the forward KL.",
+            parameter=True,
+            check=require_number,
+        ),
+    )
+    skew: float | None = field(
+        default=None,
+        metadata=_option(
+            "Of 'skew_kl' and 'skew_reverse_kl', default 0.1: the share of the distribution itself in the mixture.",
+            parameter=True,
             check=require_number,
         ),
     )
@@ -319,6 +338,16 @@ class LossCall(LossOptions):
     reward_scale: float | Tensor = field(
         default=1.0, metadata=_batch("lambda; all but 1 need a reference.", Agree.TOKENS, held=True)
     )
+    forward_weight: float | Tensor | None = field(
+        default=None,
+        metadata=_batch(
+            "Of divergence='mixed', default 0.5: the forward KL's weight, a number or one per token or sequence.",
+            Agree.TOKENS,
+            parameter=True,
+            check=lambda name, value: value if isinstance(value, Tensor) else require_number(name, value),
+            held=True,
+        ),
+    )
     normalizer: float | Tensor | None = field(
         default=None, metadata=_batch("Divisor of the means, over all ranks.", Agree.NUMBERS)
     )
@@ -365,7 +394,10 @@ def options_of(estimator: Estimator) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------- applying the rules
 
 _DEFAULTS = tuple((name, DEFAULTS[name]) for name in OPTIONS)
-_BATCH_RULES = tuple((name, rule) for name, rule in RULES.items() if name not in OPTIONS and rule.of)
+_BATCH_RULES = tuple(
+    (name, rule) for name, rule in RULES.items() if name not in OPTIONS and (rule.of or rule.parameter)
+)
+_PARAMETERS = tuple(name for name, rule in RULES.items() if rule.parameter)
 _UNKNOWN = object()
 
 
@@ -389,8 +421,15 @@ def checked(options: LossOptions) -> LossOptions:
                     if rule.check is not None:
                         rule.check(name, given[name])
                     _require_estimator(name, rule, estimator)
-        name = "divergence" if estimator == "sampled" else "beta"
-        values["divergence"], values["beta"] = _divergence(estimator, values["divergence"], values["beta"])
+        name = "divergence"
+        if estimator == "sampled" and values[name] != "reverse_kl":
+            raise ValueError(
+                f"divergence={values[name]!r} needs estimator='full' or 'topk'; "
+                "'sampled' estimates the reverse KL alone"
+            )
+        for name in _PARAMETERS:
+            _check_parameter(name, given.get(name), values["divergence"])
+        _normalise_divergence(values, given)
     except (TypeError, ValueError) as error:
         error.option = name  # type: ignore[union-attr]
         raise
@@ -417,23 +456,31 @@ def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
         raise ValueError(f"{name} is an option of estimator={rule.of[0]!r}, got estimator={estimator!r}")
 
 
-def _divergence(estimator: Estimator, divergence: str, beta: float) -> tuple[str, float]:
-    """The divergence that is computed and its beta, which only the JSD has."""
-    if estimator == "sampled" and divergence != "reverse_kl":
+def _check_parameter(name: str, value: Any, divergence: str) -> None:
+    """Raise where a parameter belongs to another divergence, or is a number outside the range of this one."""
+    if value is None or (not isinstance(value, Tensor) and value == DEFAULTS[name]):
+        return
+    own = DIVERGENCES[divergence].parameter
+    if own is None or own.option != name:
+        owners = [d.name for d in DIVERGENCES.values() if d.parameter is not None and d.parameter.option == name]
+        shown = "a tensor" if isinstance(value, Tensor) else value
         raise ValueError(
-            f"divergence={divergence!r} needs estimator='full' or 'topk'; 'sampled' estimates the reverse KL alone"
+            f"{name} is an option of divergence={' or '.join(map(repr, owners))}, got {name}={shown} with "
+            f"divergence={divergence!r}"
         )
-    if divergence != "jsd":
-        if beta != 0.5:
-            raise ValueError(f"beta is an option of divergence='jsd', got beta={beta} with divergence={divergence!r}")
-        return divergence, beta
-    if not 0 <= beta <= 1:
-        raise ValueError(
-            f"beta must satisfy 0 <= beta <= 1 (0 is the forward KL, 1 the reverse KL, between them the JSD with "
-            f"m = beta target + (1 - beta) p), got {beta}"
-        )
-    divergence = divergence_of(beta)
-    return divergence, beta if divergence == "jsd" else 0.5
+    if not isinstance(value, Tensor):
+        own.check(float(value))
+
+
+def _normalise_divergence(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """At an end of its parameter's range a divergence is another one."""
+    name = values["divergence"]
+    if DIVERGENCES[name].parameter is None:
+        return
+    made = make(name, **{option: given.get(option) for option in _PARAMETERS})
+    if made.name != name:
+        values["divergence"] = made.name
+        values |= {option: DEFAULTS[option] for option in _PARAMETERS if option in values}
 
 
 # --------------------------------------------------------------------------------------------------------- signatures

@@ -165,19 +165,19 @@ def _shapes(sequences: Sequences) -> str:
     return f"the token shape {tuple(sequences.shape)}{per_sequence}"
 
 
-def _check_reward_scale(value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
-    """lambda as a Python float, or expanded to the token shape."""
+def _number_per_token(name: str, value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
+    """A Python float, or a tensor expanded to the token shape."""
     if not isinstance(value, Tensor):
-        return require_number("reward_scale", value)
-    require_float("reward_scale", value)
-    require_device("reward_scale", value, device)
+        return require_number(name, value)
+    require_float(name, value)
+    require_device(name, value, device)
     value, shape = value.detach(), sequences.shape
     if value.shape == shape or value.ndim == 0:
         return value.expand(shape)
     if sequences.known and value.shape == (sequences.count,):
         return sequences.expand(value)
     raise ValueError(
-        f"reward_scale must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
+        f"{name} must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
     )
 
 
@@ -322,7 +322,10 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     frozen = given["teacher"] | given["ref"]
     check_sources(frozen, options, shape, device)
     sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
-    scale = _check_reward_scale(call.reward_scale, sequences, device)
+    scale = _number_per_token("reward_scale", call.reward_scale, sequences, device)
+    forward_weight = call.forward_weight
+    if forward_weight is not None:
+        forward_weight = _number_per_token("forward_weight", forward_weight, sequences, device)
     count, route = _check_routes(call, sequences, device)
     require_models(scale, given, call, options)
     _check_tokens(call, options, sequences, device)
@@ -374,6 +377,10 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     if keep is not None:
         weights = weights * keep
     scale = live(scale, 1).to(dtype).contiguous() if isinstance(scale, Tensor) else scale
+    if isinstance(forward_weight, Tensor):
+        forward_weight = live(forward_weight).to(dtype).contiguous()
+        outside = ~((forward_weight >= 0) & (forward_weight <= 1))
+        refuse(outside, forward_weight, ValueError, "forward_weight must be between 0 and 1 where not masked")
     # with an advantage_fn they are the denominator of a ratio only, which may be of the caller's own making
     old = logprobs("old_logprobs", call.old_logprobs, call.advantage_fn is None)
     rollout = logprobs("rollout_logprobs", call.rollout_logprobs, True)
@@ -392,6 +399,7 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
             "teacher_index": None if route is None else rows.take(route),
             "mask": torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask,
             "reward_scale": scale,
+            "forward_weight": forward_weight,
             "normalizer": normalizer,
             "sequence_lengths": call.sequence_lengths,
             "cu_seqlens": call.cu_seqlens,
@@ -413,7 +421,13 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     student = cut(student)
     heads = {name: frozen_heads(x, cut) for name, x in needed.items()}
     chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, (chunk_dtype or dtype).itemsize)
-    divergence = make(options.divergence, beta=options.beta)
+    divergence = make(
+        options.divergence,
+        beta=options.beta,
+        alpha=options.alpha,
+        skew=options.skew,
+        forward_weight=forward_weight,
+    )
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
     dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
     return Problem(

@@ -16,6 +16,7 @@ from torch import Tensor
 from .heads import Head, LinearHead, TokenLogProbs
 from .loop.gemm import without_autocast
 from .models import named_models
+from .objective.divergences import OneRound, Outcomes
 from .objective.policy import advantage, advantages_of, call_hook
 from .objective.supervised import label_report
 from .objective.target import FROZEN, bounded, mix
@@ -119,7 +120,7 @@ def _full(
     p: Problem, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
-    lam, divergence, beta = p.reward_scale, p.options.divergence, p.options.beta
+    lam, divergence = p.reward_scale, p.divergence
     column = lam[:, None] if isinstance(lam, Tensor) else lam
     support: Tensor | None = None
     if not _all_finite(z, z_q, z_r):
@@ -148,16 +149,19 @@ def _full(
     prob = inside(log_p_in.exp())
     with torch.no_grad():  # reported only: autograd would keep its [tokens, V] terms
         kl = (prob * (log_p_in - log_t)).sum(-1)
-    if divergence == "reverse_kl":
+
+    def reverse_kl() -> Tensor:
         gap = log_p_in - mixed
         # where the student has a mask as well it may be infinite, times a probability of 0; by a sum, as in _all_finite
-        value = (prob * (gap if bool(torch.isfinite(gap.detach().sum())) else gap.clamp(lowest, highest))).sum(-1)
-    elif divergence == "forward_kl":
-        value = (inside(log_t.exp()) * (log_t - log_p_in)).sum(-1)
+        return (prob * (gap if bool(torch.isfinite(gap.detach().sum())) else gap.clamp(lowest, highest))).sum(-1)
+
+    def forward_kl() -> Tensor:
+        return (inside(log_t.exp()) * (log_t - log_p_in)).sum(-1)
+
+    if isinstance(divergence, OneRound):
+        value = divergence.blend(forward_kl, reverse_kl)
     else:
-        log_m = torch.logaddexp(log_t + math.log(beta), log_p_in + math.log1p(-beta))
-        value = beta * (inside(log_t.exp()) * (log_t - log_m)).sum(-1)
-        value = value + (1 - beta) * (prob * (log_p_in - log_m)).sum(-1)
+        value = inside(divergence.terms(Outcomes(log_p_in, log_t, mixed))).sum(-1)
     return value, kl, log_p, log_q, log_r
 
 
@@ -246,20 +250,13 @@ def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple
         return (x - top) - (within - top).logsumexp(1, keepdim=True)
 
     log_t = bounded(normalised(mixed))
-    prob, target = (torch.where(inside, x.exp(), 0) for x in (log_p, log_t))
     with torch.no_grad():  # the existing outcomes as one distribution
         whole = normalised(log_p)
         kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
     counted = inside.clone()
     if p.options.tail == "drop":
         counted[:, -1] = False
-    if p.options.divergence == "reverse_kl":
-        terms = prob * bounded(log_p - mixed)
-    elif p.options.divergence == "forward_kl":
-        terms = target * (log_t - log_p)
-    else:
-        log_m = torch.logaddexp(log_t + math.log(p.options.beta), log_p + math.log1p(-p.options.beta))
-        terms = p.options.beta * target * (log_t - log_m) + (1 - p.options.beta) * prob * (log_p - log_m)
+    terms = p.divergence.terms(Outcomes(log_p, log_t, mixed))
     return torch.where(counted, terms, 0).sum(1), kl
 
 

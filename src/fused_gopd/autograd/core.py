@@ -78,5 +78,4 @@ def fused_forward(problem: Problem, requires: RequiresGrad) -> FusedForward:
     else:
         statistics, _ = run.forward(problem, estimator_of)
     values = estimator_of(problem).values(statistics)
-    loss = (values.loss * problem.weights).sum()
-    return FusedForward(loss=loss, values=values, statistics=statistics, gradients=gradients, scaling=scaling)
+    return FusedForward((values.loss * problem.weights).sum(), values, statistics, gradients, scaling)

@@ -73,15 +73,7 @@ class MixtureConstants(NamedTuple):
         near_end = min(b, rest) < 1 / 128
         # exp(turn) is a float32
         turn = min(max(math.log(rest / b), -80.0), 80.0) if near_end else 0.0
-        return MixtureConstants(
-            share=b,
-            one_minus_share=rest,
-            turn=turn,
-            near_end=near_end,
-            target_scale=target_scale,
-            student_scale=student_scale,
-            kappa=kappa,
-        )
+        return MixtureConstants(b, rest, turn, near_end, target_scale, student_scale, kappa)
 
 
 class RowDivergence(Protocol):
@@ -302,7 +294,7 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
         for backend in fitting:
             if (backend.dtypes is None or dtypes <= backend.dtypes) and unavailable_reason(backend.name) is None:
                 ops: RowOps = backend.load().row_ops()
-                if _has_kernel(ops, divergence):
+                if has_kernel(ops, divergence):
                     return ops
         name = "torch"
     reason = unavailable_reason(name)
@@ -320,7 +312,7 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if reason is not None:
         raise ValueError(reason)
     ops = module.row_ops()
-    if not _has_kernel(ops, divergence):
+    if not has_kernel(ops, divergence):
         assert divergence is not None
         raise ValueError(
             f"backend={name!r} has no kernel for divergence={divergence.name!r}; backend='torch' computes any"
@@ -328,5 +320,6 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     return ops
 
 
-def _has_kernel(ops: RowOps, divergence: RowDivergence | None) -> bool:
+def has_kernel(ops: RowOps, divergence: RowDivergence | None) -> bool:
+    """Whether the row operations compute a divergence; a single model always."""
     return divergence is None or ops.kinds is None or divergence.kind in ops.kinds
