@@ -84,7 +84,7 @@ def pairs(names: list[str]) -> list[Any]:
     ("provider", "workload"),
     pairs([name for name in providers.OWN if not registry.PROVIDERS[name].compiles]),
 )
-def test_every_provider_matches_the_float64_oracle(provider: str, workload: Any) -> None:
+def test_every_provider_does_the_work_of_the_float64_oracle(provider: str, workload: Any) -> None:
     reason = registry.PROVIDERS[provider].unavailable(workload)
     if reason is not None:
         pytest.skip(reason)
@@ -92,9 +92,7 @@ def test_every_provider_matches_the_float64_oracle(provider: str, workload: Any)
 
 
 @pytest.mark.parametrize(("provider", "workload"), pairs(["compile", "compile-chunked"]))
-def test_compiled_providers_match_the_float64_oracle(
-    provider: str, workload: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_compiled_does_the_work_too(provider: str, workload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions themselves, in chunks of 16 tokens: the compiler would take most of the tests' time."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(providers, "chunk_size", lambda workload: 16)
@@ -104,7 +102,7 @@ def test_compiled_providers_match_the_float64_oracle(
 @pytest.mark.parametrize(
     ("provider", "workload"), pairs([name for name in registry.PROVIDERS if name not in providers.OWN])
 )
-def test_peers_match_the_float64_oracle(provider: str, workload: Any) -> None:
+def test_peers_do_the_work_of_the_float64_oracle(provider: str, workload: Any) -> None:
     reason = registry.PROVIDERS[provider].unavailable(workload)
     if reason is not None:
         pytest.skip(reason)
@@ -127,14 +125,14 @@ def test_the_oracle_is_the_package_reference_in_float64(workload: Any) -> None:
         assert relative(gradient, exact) < 1e-11
 
 
-def test_workload_names_are_unique_in_every_suite() -> None:
+def test_every_suite_tells_its_workloads_apart() -> None:
     for name, suite in workloads.SUITES.items():
         for device in ("cpu", "cuda"):
             names = [w.name for w in suite.workloads(device)]
             assert len(set(names)) == len(names) > 0, name
 
 
-def test_number_of_masked_tokens_is_that_of_the_workload() -> None:
+def test_masked_tokens_are_as_many_as_the_workload_says() -> None:
     for masked, live in ((0.0, 100), (0.5, 50), (0.9, 10)):
         workload = replace(QUICK["nll"], tokens=100, masked=masked)
         mask = workload.inputs().mask
@@ -142,7 +140,7 @@ def test_number_of_masked_tokens_is_that_of_the_workload() -> None:
         assert mask is None or int(mask.sum()) == live
 
 
-def test_input_sets_together_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_rotate_past_the_cache_unless_one_set_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = 10 << 20
     monkeypatch.setattr(workloads, "_last_level_cache", lambda device: cache)
     large = replace(QUICK["nll"], hidden=(1024,), vocab=151936)
@@ -184,7 +182,7 @@ def test_a_run_has_every_field_and_every_provider(measured: tuple[dict[str, Any]
         assert rows[name]["ms_p20"] <= rows[name]["ms_p50"] <= rows[name]["ms_p80"]
 
 
-def test_unavailable_providers_are_listed_with_the_reason(measured: tuple[dict[str, Any], str, Path]) -> None:
+def test_what_cannot_run_is_listed_with_its_reason(measured: tuple[dict[str, Any], str, Path]) -> None:
     result, printed, _ = measured
     (skipped,) = [row for row in result["skipped"] if row["provider"] == "liger-jsd"]
     installed = importlib.util.find_spec("liger_kernel") is not None
@@ -214,7 +212,7 @@ def test_a_plot_of_nothing_raises(tmp_path: Path) -> None:
         report.plot({"rows": []}, tmp_path / "x.png")
 
 
-def test_a_run_past_its_time_limit_lists_the_skipped_cases(tmp_path: Path) -> None:
+def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
     file = tmp_path / "none.json"
     arguments = ["--suite", "quick", "--jobs", "nll", "--providers", "floor,eager-lean", "--limit", "0"]
     result = runner.invoke(app, ["bench", *arguments, "--json", str(file)])
@@ -224,7 +222,7 @@ def test_a_run_past_its_time_limit_lists_the_skipped_cases(tmp_path: Path) -> No
     assert {row["reason"] for row in written["skipped"]} == {"the limit of 0 s was over"}
 
 
-def test_the_page_of_gpu_kernels_is_generated_from_its_file() -> None:
+def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
     kernels, root = bench.benchmarks_module("kernels"), Path(__file__).parents[2]
     file = json.loads((root / "benchmarks" / "results" / "gpu-kernels.json").read_text())
     assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
@@ -245,7 +243,7 @@ def test_the_page_of_gpu_kernels_is_generated_from_its_file() -> None:
         (["--plot", "x.png", "--no-memory"], ["--plot", "memory"]),
     ],
 )
-def test_errors_name_the_option_the_expected_values_and_the_value(arguments: list[str], said: list[str]) -> None:
+def test_bad_options_name_the_option_what_was_expected_and_what_came(arguments: list[str], said: list[str]) -> None:
     result = runner.invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     for text in said:
@@ -253,7 +251,7 @@ def test_errors_name_the_option_the_expected_values_and_the_value(arguments: lis
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_missing_gpu_is_an_error() -> None:
+def test_a_gpu_that_is_not_there_is_an_error() -> None:
     result = runner.invoke(app, ["bench", "--device", "cuda"])
     assert result.exit_code == 2
     assert "no GPU" in result.output

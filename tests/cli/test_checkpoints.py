@@ -102,7 +102,7 @@ def search(run: Path) -> tuple[int, list[str]]:
     return found.done, said
 
 
-def test_each_damage_of_a_file_is_found_and_the_older_checkpoint_used(run: Path) -> None:
+def test_each_damage_of_a_file_is_found_and_the_older_checkpoint_taken(run: Path) -> None:
     for path, damage in cases(run / "checkpoint-4"):
         with damaged(path, damage):
             done, (line,) = search(run)
@@ -143,7 +143,7 @@ def _folder_for_a_file(run: Path) -> None:
 @pytest.mark.parametrize(
     "change", [_rename, _add, _of_another_step, _file_in_its_place, _dangling_link, _folder_for_a_file]
 )
-def test_a_checkpoint_with_added_or_removed_files_is_not_used(run: Path, change: Callable[[Path], None]) -> None:
+def test_a_checkpoint_that_was_changed_otherwise_is_not_taken(run: Path, change: Callable[[Path], None]) -> None:
     change(run)
     done, (line,) = search(run)
     assert done == 3
@@ -159,7 +159,7 @@ def test_each_flipped_bit_of_a_manifest_or_of_the_options_is_found(run: Path) ->
                 durable.read_sealed(path)
 
 
-def test_hidden_files_of_the_system_are_ignored(run: Path) -> None:
+def test_a_hidden_file_of_the_system_is_no_damage(run: Path) -> None:
     (run / "checkpoint-4" / ".DS_Store").write_text("")
     assert search(run) == (4, [])
 
@@ -167,7 +167,7 @@ def test_hidden_files_of_the_system_are_ignored(run: Path) -> None:
 STRANGE = ("checkpoint-", "checkpoint-4.bak", "checkpoint-x", "checkpoint-²", "checkpoint-04", "checkpoint--1", "my-9")
 
 
-def test_a_run_resumed_from_the_intact_checkpoint_has_equal_results(run: Path, whole: Path) -> None:
+def test_a_run_goes_on_from_the_intact_checkpoint_and_ends_the_same(run: Path, whole: Path) -> None:
     """With a damaged newest checkpoint, damaged figures, half a result, no list of what it wrote, strange folders."""
     for name in STRANGE:
         shutil.copytree(run / "checkpoint-4", run / name)
@@ -187,7 +187,7 @@ def test_a_run_resumed_from_the_intact_checkpoint_has_equal_results(run: Path, w
     assert (run / "checkpoint-4.kept-1").is_dir()  # without the list nobody knows whose it was
 
 
-def test_without_an_intact_checkpoint_the_run_is_refused_with_advice(
+def test_where_no_checkpoint_is_intact_the_run_is_refused_with_what_to_do_instead(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(run / "model")
@@ -229,7 +229,9 @@ def test_the_newest_two_intact_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
-def test_an_incomplete_checkpoint_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_checkpoint_that_is_not_written_to_the_end_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     found = Checkpoints(OutputFolder(tmp_path, "distill"))
     write(found, 1)
 
@@ -272,7 +274,7 @@ def test_damaged_options_are_restored_from_a_checkpoint(run: Path, damage: str) 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_ledger_is_rebuilt(run: Path, damage: str) -> None:
+def test_a_damaged_list_of_what_the_run_wrote_is_made_again(run: Path, damage: str) -> None:
     before = OutputFolder(run, "distill")
     (run / "checkpoint-5").mkdir()
     with damaged(run / outputs.LEDGER, damage), outputs.opened(run, "distill", relist=relist) as folder:
@@ -281,7 +283,7 @@ def test_a_damaged_ledger_is_rebuilt(run: Path, damage: str) -> None:
         outputs.opened(run, "demo").__enter__()
 
 
-def test_files_are_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "distill.json"
     durable.replace(path, "old")
     for function in ("fsync", "replace"):
@@ -297,7 +299,7 @@ def test_files_are_replaced_atomically(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [[], ["--lora", "2", "--save", "adapter"]], ids=["all weights", "lora"])
-def test_a_run_resumed_after_each_damage_has_equal_results(files: Files, tmp_path: Path, kind: list[str]) -> None:
+def test_a_run_resumed_after_each_damage_ends_the_same(files: Files, tmp_path: Path, kind: list[str]) -> None:
     """Of the newest checkpoint: the older one is taken. Of both: the run is refused."""
     whole = tmp_path / "whole"
     invoke(*small(files, whole, "--save-every", "1", *kind, steps=STEPS))
@@ -389,7 +391,7 @@ def kill_after(process: subprocess.Popen[str], run: Path, steps: int, seconds: f
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_has_equal_results(files: Files, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) -> None:
     """Eight kills at random moments and seven inside the writing of a checkpoint or of the result."""
     whole, run, kinds = tmp_path / "whole", tmp_path / "run", ["--save-every", "1"]
     process = distill(whole, 0, small(files, whole, *kinds, steps=STEPS))

@@ -61,7 +61,7 @@ def test_doctor_fails_when_the_backend_of_this_device_is_missing(monkeypatch: py
     assert f"backend '{expected}' should be available on this machine: it fell off" in invoke("doctor", code=1)
 
 
-def test_doctor_reports_a_backend_whose_check_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_survives_a_backend_that_cannot_even_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     real = rowops.unavailable_reason
 
     def broken(name: str) -> str | None:
@@ -156,7 +156,7 @@ def test_verdict_of_a_full_run(kl_after: float, reward_extrapolated: float, pass
 
 
 @pytest.mark.parametrize(("kl_after", "passed"), [(0.39, True), (0.4, False), (0.41, False), (float("nan"), False)])
-def test_verdict_of_a_quick_run_only_requires_that_the_kl_fell(kl_after: float, passed: bool) -> None:
+def test_verdict_of_a_quick_run_asks_only_that_the_kl_fell(kl_after: float, passed: bool) -> None:
     findings = verdict.judge_training(evaluation(0.4), evaluation(kl_after), None)
     assert [f.passed for f in findings] == [passed]
 
@@ -293,7 +293,7 @@ def test_before_training_the_student_is_the_reference(network: policy.Network) -
     assert len(figures.texts) == len(PROMPTS)
 
 
-def test_the_teachers_kl_to_itself_is_zero(network: policy.Network) -> None:
+def test_the_teacher_is_at_no_distance_from_itself(network: policy.Network) -> None:
     figures = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=0, privileged=True)
     assert figures.kl_teacher == pytest.approx(0, abs=1e-6)
     assert figures.expected_reward == pytest.approx(figures.kl_ref, abs=1e-6)
@@ -304,7 +304,7 @@ def trained(network: policy.Network, scale: float, **options: Any) -> training.T
     return training.train(network, PROMPTS, PROMPTS, before, scale, SCHEDULE, TinyTokenizer(), seed=0, **options)
 
 
-def test_training_changes_the_student_alone(network: policy.Network) -> None:
+def test_training_moves_the_student_and_nothing_else(network: policy.Network) -> None:
     spoken = [p.plain for p in PROMPTS]
     answers = network.sample(None, spoken, 5, END, seed=1)
     lower = network.lower_states(spoken, answers)
@@ -329,7 +329,7 @@ def test_both_lambdas_start_from_one_student(network: policy.Network) -> None:
     assert first.rollouts[1] != second.rollouts[1]
 
 
-def test_comparison_runs_in_separate_processes(tmp_path: Path) -> None:
+def test_comparison_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     generator = torch.Generator().manual_seed(0)
     student, teacher, ref = (torch.randn(40, 16, generator=generator) for _ in range(3))

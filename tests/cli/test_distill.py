@@ -74,7 +74,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
 # -------------------------------------------------------------------------------- a whole run
 
 
-def test_the_trained_model_loads_by_from_pretrained_and_generates(files: Files, whole: Whole) -> None:
+def test_the_trained_model_is_loaded_by_from_pretrained_and_speaks(files: Files, whole: Whole) -> None:
     folder = whole() / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     question = [{"role": "user", "content": "who are you"}]
@@ -84,7 +84,7 @@ def test_the_trained_model_loads_by_from_pretrained_and_generates(files: Files, 
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_each_step_has_a_line_of_metrics_and_the_run_a_plot(whole: Whole) -> None:
+def test_each_step_has_a_line_of_figures_and_the_run_a_picture(whole: Whole) -> None:
     rows = metrics_of(whole())
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for name in ("loss", "reward", "kl_teacher_k3", "kl_ref_k3", "entropy", "length", "seconds"):
@@ -93,7 +93,7 @@ def test_each_step_has_a_line_of_metrics_and_the_run_a_plot(whole: Whole) -> Non
     assert list((whole() / "tensorboard").iterdir())
 
 
-def test_the_output_describes_the_run(files: Files, tmp_path: Path) -> None:
+def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
     output = invoke(*small(files, tmp_path / "run", steps=1))
     (row,) = metrics_of(tmp_path / "run")
     assert "1 steps of 4 answers to 5 prompts, λ = 1.25, full, all weights at 0.01" in output
@@ -103,9 +103,7 @@ def test_the_output_describes_the_run(files: Files, tmp_path: Path) -> None:
     assert f"trained model: {tmp_path / 'run' / 'model'}" in output
 
 
-def test_ref_student_is_the_student_even_beside_a_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ref_student_is_the_student_whatever_folders_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "student").mkdir()
     monkeypatch.chdir(tmp_path)
     given = {**dict.fromkeys(options.RunOptions.names(), ""), "teacher": [], "lora": 0, "learning_rate": 1e-5}
@@ -116,7 +114,7 @@ def test_ref_student_is_the_student_even_beside_a_folder_of_that_name(
     assert {x.student for x in found} == {str(tmp_path / "student")}
 
 
-def test_an_adapter_is_merged_or_saved_alone(files: Files, whole: Whole) -> None:
+def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> None:
     import peft
 
     merged = weights(whole("--lora", "2") / "model")
@@ -130,7 +128,7 @@ def test_an_adapter_is_merged_or_saved_alone(files: Files, whole: Whole) -> None
     assert "library_name: peft" in (adapter / "README.md").read_text()
 
 
-def test_the_model_card_lists_models_and_settings(files: Files, whole: Whole) -> None:
+def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Whole) -> None:
     text = (whole() / "model" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "None" not in text
@@ -199,7 +197,7 @@ def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) 
     ],
     ids=" ".join,
 )
-def test_every_kind_of_run_changes_the_student(files: Files, tmp_path: Path, said: list[str]) -> None:
+def test_every_kind_of_run_moves_the_student(files: Files, tmp_path: Path, said: list[str]) -> None:
     invoke(*small(files, tmp_path / "run", *said, steps=1))
     before, after = weights(Path(files.student)), weights(tmp_path / "run" / "model")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -217,7 +215,7 @@ def test_smollm2_is_the_model_of_the_demo(
 
 
 @pytest.mark.parametrize("estimator", [["--estimator", "sampled"], ["--estimator", "topk", "--k", "4"]], ids=" ".join)
-def test_a_teacher_behind_a_server_gives_the_weights_of_the_local_one(
+def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: list[str]
 ) -> None:
     for server in served(files, monkeypatch):
@@ -249,7 +247,7 @@ def served(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
-def test_an_unreachable_server_ends_the_run_with_an_error_message(
+def test_a_server_that_goes_away_ends_the_run_with_its_message(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = pytest.importorskip("fused_gopd.integrations.server")
@@ -323,7 +321,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_steps_after_the_last_checkpoint_are_repeated(
+def test_what_was_done_after_the_last_checkpoint_is_done_again(
     files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second Ctrl-C is like the loss of the machine."""
@@ -400,7 +398,7 @@ def test_a_finished_run_may_be_made_longer(files: Files, whole: Whole, tmp_path:
     assert [path.name for path in (parts / "checkpoint-1").iterdir()] == ["notes.txt"]
 
 
-def test_changed_inputs_are_named_before_a_run_is_resumed(files: Files, tmp_path: Path) -> None:
+def test_inputs_that_changed_are_named_before_a_run_goes_on(files: Files, tmp_path: Path) -> None:
     prompts, teacher = tmp_path / "prompts.jsonl", tmp_path / "teacher"
     shutil.copy(files.prompts, prompts)
     shutil.copytree(files.math, teacher)
@@ -490,7 +488,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(files: Files, tmp_path: Path) -
         ("old/README.md/run", "cannot write to"),
     ],
 )
-def test_a_run_into_a_folder_of_user_files_is_refused_without_changes(
+def test_a_run_into_the_users_files_is_refused_and_they_are_as_they_were(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str
 ) -> None:
     def load(*_: Any, **__: Any) -> None:
@@ -514,7 +512,7 @@ def test_a_run_into_a_folder_of_user_files_is_refused_without_changes(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_without_a_loaded_model_cannot_be_resumed(
+def test_a_run_that_never_began_is_no_run_to_go_on_with(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command with its mistake mended may use the same folder."""
@@ -523,7 +521,7 @@ def test_a_run_without_a_loaded_model_cannot_be_resumed(
     assert options.for_new_run(tmp_path / "run", _given(files)).teacher == [files.math]
 
 
-def test_resume_needs_a_run(tmp_path: Path) -> None:
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert "holds no run to go on with" in invoke("--resume", "--output", str(tmp_path), code=2)
     (tmp_path / options.FILE).write_text("{}")
     assert "distill.json has other values than were written" in invoke("--resume", "--output", str(tmp_path), code=2)
@@ -714,7 +712,7 @@ WRONG: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_options_are_refused_before_a_model_is_loaded(
+def test_wrong_use_is_said_before_a_model_is_loaded(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     def load(*_: Any, **__: Any) -> None:
@@ -747,7 +745,7 @@ def test_several_processes_are_refused(files: Files, tmp_path: Path, monkeypatch
 # -------------------------------------------------------------------------------- prompts
 
 
-def test_texts_and_conversations_are_read_from_jsonl_and_parquet(files: Files) -> None:
+def test_texts_and_conversations_are_read_from_lines_and_tables(files: Files) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -761,7 +759,7 @@ def test_texts_and_conversations_are_read_from_jsonl_and_parquet(files: Files) -
     assert read(Path(files.prompts), "", "", []).prompts == list(SENTENCES)
 
 
-def test_an_assistants_answer_at_the_end_is_removed(files: Files) -> None:
+def test_an_assistants_answer_at_the_end_is_left_out(files: Files) -> None:
     user, assistant = {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}
     path = files.write("answered.jsonl", [{"messages": [user, assistant]}, {"messages": [user, assistant, user]}])
     found = read(Path(path), "", "", [])
@@ -796,7 +794,7 @@ def _said(content: Any) -> dict[str, Any]:
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_invalid_rows_are_named(files: Files, rows: list[Any], said: str) -> None:
+def test_rows_that_are_no_prompts_are_named(files: Files, rows: list[Any], said: str) -> None:
     path = files.write("wrong.jsonl", rows)
     with pytest.raises(Exception, match=said) as error:
         read(Path(path), "", "", [])
@@ -836,7 +834,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, conten
     assert error.value.param_hint == "--prompts"
 
 
-def test_byte_order_marks_and_tool_calls_are_read(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_calls_of_tools_are_read(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     rows = [{"role": "user", "content": "why"}, call, {"role": "tool", "content": "so"}]
     path = tmp_path / "prompts.jsonl"
@@ -845,13 +843,13 @@ def test_byte_order_marks_and_tool_calls_are_read(tmp_path: Path) -> None:
     assert (found.prompts, found.rows) == ([rows], [1])
 
 
-def test_other_file_types_are_refused(files: Files) -> None:
+def test_other_files_are_refused(files: Files) -> None:
     path = files.write("prompts.csv", ["prompt", "a"])
     with pytest.raises(Exception, match=r"expected a .jsonl or .parquet file, got prompts.csv"):
         read(Path(path), "", "", [])
 
 
-def test_a_missing_model_is_refused_at_once():
+def test_a_model_that_is_not_there_is_refused_at_once():
     """By a name that a hub might have: without its retries."""
     with pytest.raises(BadParameter, match=r"^must be a model: there is no folder runs/missing, and the hub's cache"):
         distill_models.read("--teacher", "runs/missing", "runs/missing")

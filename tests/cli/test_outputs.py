@@ -67,7 +67,7 @@ def written(folder: OutputFolder, name: str, text: str = "ours") -> Path:
         ("model2", None),
     ],
 )
-def test_outputs_must_not_overlap_with_inputs(
+def test_an_output_overlaps_with_nothing_that_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str | None
 ) -> None:
     put(tmp_path / "model" / "model.safetensors")
@@ -98,7 +98,7 @@ def test_outputs_must_not_overlap_with_inputs(
         (lambda run: put(run.parent / "out"), "cannot write to"),
     ],
 )
-def test_a_folder_of_other_files_is_refused_without_changes(
+def test_a_folder_of_somebody_else_is_refused_as_it_is(
     tmp_path: Path, make: Callable[[Path], object], said: str
 ) -> None:
     make(tmp_path / "run")
@@ -129,7 +129,7 @@ def test_a_folder_belongs_to_the_command_that_made_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["none", "added", "edited", "replaced", "link", "foreign", "unfinished"])
 @pytest.mark.parametrize("way", ["create", "move", "remove"])
-def test_only_unchanged_files_that_the_command_wrote_are_deleted(tmp_path: Path, change: str, way: str) -> None:
+def test_only_what_was_written_and_is_unchanged_is_deleted(tmp_path: Path, change: str, way: str) -> None:
     with opened(tmp_path / "run", "distill") as folder:
         put(folder.extend("metrics.jsonl"))
         model = written(folder, "model") if change != "foreign" else folder.path / "model"
@@ -161,7 +161,7 @@ def test_only_unchanged_files_that_the_command_wrote_are_deleted(tmp_path: Path,
     assert len(content(tmp_path / "elsewhere")) == (3 if change == "link" else 0)
 
 
-def test_a_command_killed_before_its_first_result_may_reuse_its_folder(tmp_path: Path) -> None:
+def test_a_command_that_was_killed_early_may_begin_again_in_its_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with opened(run, "distill") as folder:
         put(folder.create("checkpoint.partial") / "weights.bin")
@@ -172,7 +172,7 @@ def test_a_command_killed_before_its_first_result_may_reuse_its_folder(tmp_path:
         pass
 
 
-def test_files_added_to_a_copy_of_the_folder_are_kept(tmp_path: Path) -> None:
+def test_what_a_copy_of_the_folder_holds_is_never_lost(tmp_path: Path) -> None:
     """Copied without its times: what cannot be told from the user's is kept."""
     with opened(tmp_path / "run", "distill") as folder:
         written(folder, "model")
@@ -186,7 +186,7 @@ def test_files_added_to_a_copy_of_the_folder_are_kept(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- one at a time
 
 
-def test_two_processes_cannot_write_into_one_folder(tmp_path: Path) -> None:
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from fused_gopd.cli.outputs import opened\n"
     code += "with opened(Path(sys.argv[1]), 'distill') as f: f.extend('x'); print('open', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -222,7 +222,9 @@ def test_two_processes_cannot_write_into_one_folder(tmp_path: Path) -> None:
         ("home/fused-gopd/x.json", "lies in this package's cache"),
     ],
 )
-def test_existing_files_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+def test_a_file_that_exists_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
     put(tmp_path / "file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
@@ -273,7 +275,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_every_command_refuses_a_taken_output_before_any_work(
+def test_every_command_refuses_a_place_that_is_taken_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     put(tmp_path / "taken" / "notes.txt")
@@ -309,7 +311,7 @@ def test_every_command_refuses_a_taken_output_before_any_work(
     assert content(tmp_path) == before
 
 
-def test_a_page_is_only_changed_between_its_marks(tmp_path: Path) -> None:
+def test_a_page_is_changed_between_its_marks_alone(tmp_path: Path) -> None:
     arguments = bench.benchmarks_module("arguments", needs=())
     page = tmp_path / "page.md"
     page.write_bytes(b"one\r\n<!-- wire -->\nold\n<!-- /wire -->\ntwo\r\n")
@@ -317,7 +319,7 @@ def test_a_page_is_only_changed_between_its_marks(tmp_path: Path) -> None:
     assert page.read_bytes() == b"one\r\n<!-- wire -->\n\nnew\n<!-- /wire -->\ntwo\r\n"
 
 
-def test_the_demos_cache_does_not_replace_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_the_demo_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     source = put(tmp_path / "package" / smollm._GGUF).parent
     found = type("Spec", (), {"submodule_search_locations": [str(source)]})

@@ -82,7 +82,7 @@ def test_plan_float32_needs_no_second_accumulator() -> None:
     assert "float32 accumulator of the weight gradient" not in cost.fused_peak(wide)
 
 
-def test_plan_counts_logits_buffers_by_estimator_and_support() -> None:
+def test_plan_knows_how_many_models_wait() -> None:
     """full: the student's chunk and a fourth of the others'; topk: one model, two where the student has to wait."""
     topk = dataclasses.replace(CALL, estimator="topk", k=32)
     waiting = dataclasses.replace(topk, support="student")
@@ -154,7 +154,7 @@ def test_plan_lists_presets() -> None:
     assert all(name in output for preset, found in PRESETS.items() for name in (preset, *found.hub))
 
 
-def test_plan_preset_names_are_unambiguous_and_sizes_are_those_of_transformers() -> None:
+def test_plan_presets_have_one_meaning_and_the_sizes_that_transformers_has_for_their_families() -> None:
     transformers = pytest.importorskip("transformers")
     names = [name.lower() for preset in PRESETS.values() for name in preset.hub]
     assert len(names) == len(set(names))
@@ -168,7 +168,7 @@ def test_plan_preset_names_are_unambiguous_and_sizes_are_those_of_transformers()
         assert (PRESETS[name].hidden, PRESETS[name].vocab, PRESETS[name].tied) == want, name
 
 
-def test_plan_accepts_hub_names_folders_and_configuration_files(tmp_path: Path) -> None:
+def test_plan_knows_models_by_their_hub_names_folders_and_configuration_files(tmp_path: Path) -> None:
     def sizes(*arguments: str) -> tuple[int, int, int]:
         call = planned(*arguments)["job"]
         return call["hidden"], call["teacher_hidden"], call["vocab"]
@@ -205,7 +205,7 @@ def test_plan_accepts_hub_names_folders_and_configuration_files(tmp_path: Path) 
     ],
     ids=lambda value: str(value)[:12],
 )
-def test_plan_refuses_bad_configuration_files(tmp_path: Path, text: str | None, said: str) -> None:
+def test_plan_says_what_is_wrong_with_a_configuration_file(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     output = invoke("plan", "--model", str(tmp_path), code=2)
@@ -223,7 +223,7 @@ def test_plan_refuses_bad_configuration_files(tmp_path: Path, text: str | None, 
         ("7B", 7),
     ],
 )
-def test_plan_parses_sizes(text: str, size: int) -> None:
+def test_plan_understands_sizes(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
@@ -281,7 +281,7 @@ def test_plan_a_ranks_share_is_its_tokens_on_its_rows() -> None:
     assert cost.gemm_flop(dataclasses.replace(BIG, tp=8, dp=2, cp=2).share) == cost.gemm_flop(BIG) / 32
 
 
-def test_plan_one_rank_has_no_collectives() -> None:
+def test_plan_one_rank_has_no_wire() -> None:
     assert collectives(BIG) == []
 
 
@@ -309,7 +309,7 @@ def test_plan_vocabulary_parallel_wire_in_closed_form(tp: int) -> None:
     }
 
 
-def test_plan_counts_collectives_per_chunk_and_subchunk() -> None:
+def test_plan_collectives_are_called_once_a_chunk_or_a_part_of_it() -> None:
     call = dataclasses.replace(BIG, tp=8, tokens=100_000)
     per_chunk = -(-100_000 // call.share.chunk_size)
     assert per_chunk > 1
@@ -322,7 +322,7 @@ def test_plan_counts_collectives_per_chunk_and_subchunk() -> None:
 
 
 @pytest.mark.parametrize(("dp", "cp"), [(4, 1), (1, 4), (2, 2)])
-def test_plan_sharded_heads_are_gathered_once_per_step(dp: int, cp: int) -> None:
+def test_plan_sharded_heads_travel_once_a_step(dp: int, cp: int) -> None:
     one = 128_256 * 512 * 2 * 3 // 4  # (n - 1) / n of the student's head in bfloat16
     want = {"head of the student": one, "head of the teacher": 2 * one, "head of the reference": one // 2}
     call = dataclasses.replace(BIG, dp=dp, cp=cp)
@@ -368,7 +368,7 @@ MEASURED = [
 
 @pytest.mark.skipif(why_not("native") is not None, reason="the torch backend's temporaries are not planned for")
 @pytest.mark.parametrize(("changes", "tp"), MEASURED, ids=str)
-def test_plan_memory_agrees_with_a_measured_rank(
+def test_plan_memory_is_what_a_rank_is_measured_to_hold(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], tp: int
 ) -> None:
     """One rank's work, the loss on its rows of the heads, within 10 % of the plan of all; chunk buffers of 8 MiB."""

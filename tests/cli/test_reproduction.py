@@ -210,7 +210,7 @@ def execute(cache: Path, *wanted: stages.Stage) -> list[str]:
     return sorted(p.name.split("-")[0] for p in cache.glob("*") if p.name not in before)
 
 
-def test_an_interrupted_run_continues_after_its_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, end = base(1), base(2)
     last = weights(1.5, start, end)
 
@@ -227,7 +227,7 @@ def test_an_interrupted_run_continues_after_its_last_stage(tmp_path: Path, monke
     assert execute(tmp_path, last) == []
 
 
-def test_stages_run_in_order_as_their_parents_finish(tmp_path: Path) -> None:
+def test_what_comes_first_is_computed_first_though_it_was_not_ready_at_once(tmp_path: Path) -> None:
     names: list[str] = []
     first = replace(weights(1.0, base(1), base(2)), name="first")
     with ThreadPoolExecutor(1) as pool:
@@ -236,14 +236,14 @@ def test_stages_run_in_order_as_their_parents_finish(tmp_path: Path) -> None:
     assert names == ["base", "base", "first", "second", "third"]
 
 
-def test_a_changed_configuration_only_recomputes_dependent_stages(tmp_path: Path) -> None:
+def test_a_changed_configuration_computes_what_depends_on_it_alone(tmp_path: Path) -> None:
     start = base(1)
     execute(tmp_path, weights(1.0, start, base(2)))
     assert execute(tmp_path, weights(1.5, start, base(2))) == ["extrapolate"]
     assert execute(tmp_path, weights(1.0, start, base(3))) == ["base", "extrapolate"]
 
 
-def test_an_incomplete_stage_is_recomputed(tmp_path: Path) -> None:
+def test_a_half_written_stage_does_not_count(tmp_path: Path) -> None:
     stage = base(1)
     (tmp_path / f"base-{stage.key}.123").mkdir()
     assert execute(tmp_path, stage) == ["base"]
@@ -326,11 +326,11 @@ def test_a_curve_as_in_the_paper_holds() -> None:
         ({"A λ=4": [80.0, 81.0]}, "too large a λ breaks: the answers get worse"),
     ],
 )
-def test_claims_that_fail_are_reported(change: dict[str, list[float]], claim: str) -> None:
+def test_what_does_not_hold_is_said(change: dict[str, list[float]], claim: str) -> None:
     assert holds({**CURVE, **change})[claim] is False
 
 
-def test_the_page_names_failed_and_missing_runs() -> None:
+def test_the_page_says_what_failed_and_what_is_missing() -> None:
     data = found({**CURVE, "A λ=1": [73.0, 73.1]})
     data["missing"] = [{"group": "A λ=2", "seed": 1}]
     page = report.page(data)
@@ -357,7 +357,7 @@ def test_the_command_in_miniature_from_the_stages_to_the_page(tmp_path: Path, mo
         assert (tmp_path / "images" / f"reproduction-{claim}.png").is_file()
 
 
-def test_an_interrupted_command_writes_the_page_of_finished_runs(
+def test_an_interrupted_command_leaves_a_page_of_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any) -> None:

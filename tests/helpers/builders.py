@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd.objective.divergences import Divergence, make
+from fused_gopd.objective.divergences import DIVERGENCES, Divergence, make
 from fused_gopd.objective.statistics import merge
 from fused_gopd.rowops import GradientWeights, ModelRows, RowOps, RowProblem, Stat, unavailable_reason
 
@@ -240,8 +240,14 @@ def minus_inf_batch(
 
 
 def row_divergence(name: str, **parameters: Any) -> Divergence | None:
-    """The divergence of a row problem; "none" is a single model."""
-    return None if name == "none" else make(name, **{"beta": 0.3, **parameters})
+    """The divergence of a row problem by its name, or its name and parameter; "none" is a single model."""
+    name, _, number = name.partition(" ")
+    if name == "none":
+        return None
+    parameter = DIVERGENCES[name].parameter
+    if parameter is not None and parameter.option not in parameters:
+        parameters[parameter.option] = float(number or 0.3)
+    return make(name, **parameters)
 
 
 def in_parts(

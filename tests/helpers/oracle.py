@@ -65,8 +65,30 @@ def _row(x: Tensor | None, t: int) -> Tensor | None:
     return None if x is None else x[t]
 
 
+def divergence_terms(divergence: str, x: float, log_p: Tensor, log_t: Tensor, mixed: Tensor) -> Tensor:
+    """What a divergence of parameter x sums; ``mixed`` is the target's log, not normalised."""
+    p, t = log_p.exp(), log_t.exp()
+    reverse, forward = p * (log_p - mixed), t * (log_t - log_p)
+
+    def from_mixture(of: Tensor, share: float) -> Tensor:
+        """The terms of KL(of || share t + (1 - share) p)."""
+        return of.exp() * (of - torch.logaddexp(math.log(share) + log_t, math.log(1 - share) + log_p))
+
+    if divergence == "jsd":
+        return x * from_mixture(log_t, x) + (1 - x) * from_mixture(log_p, x)
+    if divergence == "skew_kl":
+        return from_mixture(log_t, x) if x else forward
+    if divergence == "skew_reverse_kl":
+        return from_mixture(log_p, 1 - x) if x else reverse
+    if divergence == "mixed":
+        return x * forward + (1 - x) * reverse
+    if divergence == "alpha" and x not in (0, 1):
+        return ((x * log_t + (1 - x) * log_p).exp() - (p if x <= 0.5 else t)) / (x * (x - 1))
+    return forward if divergence == "forward_kl" or (divergence == "alpha" and x) else reverse
+
+
 def _full_token(
-    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, beta: float
+    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, parameter: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scores]:
     """Value, KL(p || target), entropy of p, (3, V) log-probs over the joint support, and p's by id, for one token."""
     used = [x for x, wanted in ((z, True), (z_q, lam != 0), (z_r, lam != 1)) if wanted]
@@ -81,15 +103,9 @@ def _full_token(
     log_r = _log_normalise(z_r[inside]) if lam != 1 else torch.zeros_like(log_p)
     mixed = _in_range(lam * log_q + (1 - lam) * log_r)
     log_t = _in_range(_log_normalise(mixed))
-    p, t = log_p.exp(), log_t.exp()
+    p = log_p.exp()
     kl = (p * (log_p - log_t)).sum()
-    if divergence == "reverse_kl":
-        value = (p * (log_p - mixed)).sum()
-    elif divergence == "forward_kl":
-        value = (t * (log_t - log_p)).sum()
-    else:
-        log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_p)
-        value = beta * (t * (log_t - log_m)).sum() + (1 - beta) * (p * (log_p - log_m)).sum()
+    value = divergence_terms(divergence, parameter, log_p, log_t, mixed).sum()
     for row, x in zip(logp, (log_p, log_q, log_r), strict=True):
         row[inside] = x.detach()
     by_id = dict(zip(inside.nonzero()[:, 0].tolist(), log_p, strict=True))
@@ -111,7 +127,7 @@ def _topk_token(
     listed: list[bool],
     lam: float,
     divergence: str,
-    beta: float,
+    parameter: float,
     top: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Value and KL(p || target) of one token; ``listed`` says whether teacher and reference came as ids."""
@@ -142,16 +158,9 @@ def _topk_token(
     weights = [(lam, 1 - lam)[i] for i, _ in used]
     mixed = _in_range(sum(w * x for w, x in zip(weights, frozen_logs, strict=True)))
     log_t = _in_range(_log_normalise(mixed))
-    P, t = log_p.exp(), log_t.exp()
     whole = _log_normalise(log_p)
     kl = (whole.exp() * (whole - log_t)).sum()
-    if divergence == "reverse_kl":
-        terms = P * (log_p - mixed)
-    elif divergence == "forward_kl":
-        terms = t * (log_t - log_p)
-    else:
-        log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_p)
-        terms = beta * t * (log_t - log_m) + (1 - beta) * P * (log_p - log_m)
+    terms = divergence_terms(divergence, parameter, log_p, log_t, mixed)
     return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
 
 
@@ -245,6 +254,9 @@ def gopd(
     estimator: str = "sampled",
     divergence: str = "reverse_kl",
     beta: float = 0.5,
+    alpha: float = 0.5,
+    skew: float = 0.1,
+    forward_weight: float | Tensor = 0.5,
     reduction: str = "token-mean",
     normalizer: float | None = None,
     sequence_lengths: Tensor | None = None,
@@ -280,12 +292,20 @@ def gopd(
     z[1:] = [None if x is None else x.detach() for x in z[1:]]
     given = [None if x is None else x.detach().reshape(-1) for x in given]
     live = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
-    lam_all = torch.as_tensor(reward_scale, dtype=torch.float64)
-    if lam_all.ndim == 1 and len(shape) > 1:
-        lam_all = lam_all.reshape(-1, *([1] * (len(shape) - 1)))
-    if cu_seqlens is not None and lam_all.shape == (len(cu_seqlens) - 1,) != shape:
-        lam_all = torch.cat([x.expand(n) for x, n in zip(lam_all, cu_seqlens.diff().tolist(), strict=True)])
-    lams = lam_all.expand(shape).reshape(-1).tolist()
+
+    def per_token(number: float | Tensor) -> list[float]:
+        """Of one number, one per sequence or one per token."""
+        every = torch.as_tensor(number, dtype=torch.float64)
+        if every.ndim == 1 and len(shape) > 1:
+            every = every.reshape(-1, *([1] * (len(shape) - 1)))
+        if cu_seqlens is not None and every.shape == (len(cu_seqlens) - 1,) != shape:
+            every = torch.cat([x.expand(n) for x, n in zip(every, cu_seqlens.diff().tolist(), strict=True)])
+        values: list[float] = every.expand(shape).reshape(-1).tolist()
+        return values
+
+    lams = per_token(reward_scale)
+    named = {"jsd": beta, "alpha": alpha, "skew_kl": skew, "skew_reverse_kl": skew, "mixed": forward_weight}
+    parameters = per_token(named.get(divergence, 0.0))
     olds, rollouts = (None if x is None else x.double().reshape(-1).tolist() for x in (old_logprobs, rollout_logprobs))
     ids = None if token_ids is None else token_ids.reshape(-1).tolist()
     log_s: list[float] | None = None
@@ -314,10 +334,12 @@ def gopd(
             if estimator == "topk":
                 # a Python float cancels a model everywhere, also the one that would have chosen the tokens
                 gone = {"teacher_gone": teacher is None or (not isinstance(reward_scale, Tensor) and reward_scale == 0)}
-                values.update(_topk(t, z, listed, lams[t], ids, divergence, beta, policy | gone))
+                values.update(_topk(t, z, listed, lams[t], ids, divergence, parameters[t], policy | gone))
             else:
                 values.update(
-                    _token(t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, beta, policy)
+                    _token(
+                        t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, parameters[t], policy
+                    )
                 )
             if sft_labels is not None and sft_labels.reshape(-1)[t] != -100:
                 row = [z[0][t], *(_row(x, t) for x in z[1:])]
@@ -353,7 +375,7 @@ def _topk(
     lam: float,
     ids: list[int] | None,
     divergence: str,
-    beta: float,
+    parameter: float,
     top: dict[str, Any],
 ) -> dict[str, Tensor]:
     """All values of one live token under the topk estimator."""
@@ -366,7 +388,7 @@ def _topk(
         else:
             pairs = zip(pair[0][t].tolist(), pair[1][t], strict=True)
             frozen.append({token: x for token, x in pairs if token >= 0 and x != -math.inf})
-    value, kl = _topk_token(rows[0], frozen, [pair is not None for pair in listed], lam, divergence, beta, top)
+    value, kl = _topk_token(rows[0], frozen, [pair is not None for pair in listed], lam, divergence, parameter, top)
     values = {"token_loss": value, "kl": kl, "entropy": _entropy(rows[0])}
     if ids is not None:
         scored = [None if row is None else _token_logprob(row, ids[t]) for row in rows]
@@ -387,7 +409,7 @@ def _token(
     rollout: float | None,
     estimator: str,
     divergence: str,
-    beta: float,
+    parameter: float,
     policy: dict[str, Any],
 ) -> dict[str, Tensor]:
     """All values of one live token."""
@@ -395,7 +417,7 @@ def _token(
     rows = [_row(x, t) for x in z]
     assert rows[0] is not None
     if estimator == "full":
-        value, values["kl"], values["entropy"], logp, _ = _full_token(*rows, lam, divergence, beta)
+        value, values["kl"], values["entropy"], logp, _ = _full_token(*rows, lam, divergence, parameter)
         values["token_loss"] = value
         if ids is None:
             return values
@@ -438,11 +460,12 @@ def _token(
 
 
 def row_statistics(
-    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, beta: float, token: int
+    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, parameter: float, token: int
 ) -> dict[str, float]:
     """The statistics that a row operation leaves for one row, straight from their definitions.
 
-    z' is z less its maximum over the support; likewise q' and r'. u = lambda q' + (1 - lambda) r'.
+    z' is z less its maximum over the support; likewise q' and r'. u = lambda q' + (1 - lambda) r'. With p g the terms
+    of a divergence, h = g - g' is their derivative with respect to log p, over p, and h~ is h less its value at p = t.
     """
     rows = {"STUDENT": z, "TEACHER": None if lam == 0 else z_q, "REF": None if lam == 1 else z_r}
     rows = {name: x for name, x in rows.items() if x is not None}
@@ -461,12 +484,22 @@ def row_statistics(
     if len(rows) > 1 or z_q is not None or z_r is not None:
         u = lam * shifted.get("TEACHER", torch.zeros_like(zs)) + (1 - lam) * shifted.get("REF", torch.zeros_like(zs))
         t = u.softmax(-1)
-        m = beta * t + (1 - beta) * p
         u = _in_range(u)
         top = u.max() if len(u) else torch.tensor(0.0)
         out["ORIGIN_TARGET"] = top if abs(top) > 64 else torch.tensor(0.0)
         out["LOGSUM_TARGET"], out["MEAN_GAP"] = (u - out["ORIGIN_TARGET"]).logsumexp(-1), (p * (zs - u)).sum()
-        out["forward_kl VALUE"] = (t * (u - out["ORIGIN_TARGET"] - zs)).sum()
-        out["jsd CENTRE"] = ((1 - beta) * p * (p.log() - m.log())).sum()
-        out["jsd VALUE"] = (beta * t * (t.log() - m.log())).sum() + out["jsd CENTRE"]
+        if divergence in ("forward_kl", "mixed"):
+            out["VALUE"] = (t * (u - out["ORIGIN_TARGET"] - zs)).sum()
+        elif divergence != "reverse_kl" and len(zs):
+
+            def weighted(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+                """The sum of the terms, and p h."""
+                log_p = log_p.detach().requires_grad_()
+                value = divergence_terms(divergence, parameter, log_p, log_t, log_t).sum()
+                return value.detach(), torch.autograd.grad(value, log_p)[0]
+
+            log_p, log_t = _log_normalise(zs), _log_normalise(u)
+            out["VALUE"], products = weighted(log_p, log_t)
+            at_equal = weighted(log_p, log_p)[1] / log_p.exp()
+            out["CENTRE"] = (products - log_p.exp() * at_equal).sum()
     return {k: float(v) for k, v in out.items()}

@@ -131,7 +131,7 @@ def test_masked_tokens_may_hold_anything(scores):
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "ref", "old", "rollout"])
-def test_probabilities_are_refused_as_log_probs(scores, name):
+def test_probabilities_are_no_log_probs(scores, name):
     given = {x: getattr(scores, x).detach() for x in ("student", "teacher", "ref", "old")} | {"rollout": scores.old}
     given[name] = given[name].masked_fill(scores.mask, 0.9)
     arguments = {f"{x}_logprobs": given[x] for x in given}
@@ -141,7 +141,7 @@ def test_probabilities_are_refused_as_log_probs(scores, name):
     logprobs.sampled_loss(**{f"{x}_logprobs": given[x] for x in given}, mask=scores.mask, reward_scale=1.25)
 
 
-def test_a_token_with_probability_0_has_no_loss(scores):
+def test_a_token_that_a_model_rules_out_has_no_loss(scores):
     teacher = scores.teacher.clone()
     teacher[2, 3] = -torch.inf
     out = logprobs.sampled_loss(scores.student, teacher, scores.ref, reward_scale=1.25)
@@ -228,7 +228,7 @@ def test_slimes_own_function_calls_it(scores, monkeypatch):
         ({}, "log_probs", "slime keeps them with --use-opd"),
     ],
 )
-def test_slime_errors_name_the_options_to_set(scores, change, without, message):
+def test_slime_is_told_what_to_set(scores, change, without, message):
     data = slime_data(scores)
     data.pop(without, None)
     with pytest.raises(ValueError, match=message):
@@ -317,7 +317,7 @@ def test_prime_rls_configuration_finds_the_loss():
     assert callable(loss.setup_rl_loss_fn(config.CustomLossConfig(import_path=path, kwargs={"clip": [0.2, 0.2]})))
 
 
-def test_prime_rl_error_names_the_place_of_lambda(scores, prime):
+def test_prime_rl_is_told_where_lambda_belongs(scores, prime):
     inputs = prime_inputs(prime, scores, scores.teacher, scores.old)
     with pytest.raises(ValueError, match=r"reward_scale must be 1 .* target_logprobs"):
         prime_rl.gopd_loss(inputs, reward_scale=1.25)
@@ -342,7 +342,7 @@ def skyrl_batch(request) -> Callable[[dict[str, Any]], Any]:
     return framework("skyrl.backends.skyrl_train.training_batch").TrainingInputBatch
 
 
-def test_skyrls_loss_mask_must_be_0_or_1(scores):
+def test_skyrls_loss_mask_is_no_weight(scores):
     data = skyrl_data(scores)
     with pytest.raises(ValueError, match=r"data\['loss_mask'\] must hold 0 and 1 only, got 0.5"):
         skyrl.gopd_rewards({**data, "loss_mask": data["loss_mask"] / 2}, reward_scale=1.25)
@@ -366,7 +366,7 @@ def test_skyrls_advantages_are_not_whitened(monkeypatch):
         found["gopd"](torch.ones(2, 3), config=config)
 
 
-def test_skyrls_estimator_returns_them_unchanged(scores):
+def test_skyrls_estimator_hands_them_on(scores):
     utils = framework("skyrl.backends.skyrl_train.utils.ppo_utils")
     skyrl.register_estimator()
     rewards = torch.randn(3, 6)
@@ -381,7 +381,7 @@ def test_skyrls_estimator_returns_them_unchanged(scores):
         ("ref_action_log_probs", "reward_scale=1.25 needs .* SkyRL scores no third model"),
     ],
 )
-def test_skyrl_errors_name_missing_data(scores, without, message):
+def test_skyrl_is_told_what_is_missing(scores, without, message):
     data = skyrl_data(scores)
     del data[without]
     with pytest.raises(ValueError, match=message):
@@ -433,7 +433,7 @@ def test_nemo_rls_loss_is_the_surrogate_over_the_global_number_of_tokens(scores,
     assert metrics.keys() - {"num_valid_samples"} <= loss_fn.metric_normalizations.keys()
 
 
-def test_nemo_rls_masks_must_be_0_or_1(scores, nemo):
+def test_nemo_rls_masks_are_no_weights(scores, nemo):
     for name in ("token_mask", "sample_mask"):
         data = nemo_data(scores)
         data[name] = data[name] * 0.5
@@ -477,7 +477,7 @@ def test_nemo_rls_wrong_options_are_refused_before_training(nemo):
         ("reference_policy_logprobs", r"reward_scale=1.25 needs .* data\['reference_policy_logprobs'\]"),
     ],
 )
-def test_nemo_rl_errors_name_missing_data(scores, nemo, without, message):
+def test_nemo_rl_is_told_what_is_missing(scores, nemo, without, message):
     data = nemo_data(scores)
     del data[without]
     with pytest.raises(ValueError, match=message):
@@ -584,7 +584,7 @@ def test_ms_swift_runs_no_teacher_that_lambda_cancels(swift):
         ({}, True, {"gkd_logits_topk": 8}, "leave out --gkd_logits_topk"),
     ],
 )
-def test_ms_swift_errors_name_the_options_before_training(swift, options, adapters, change, message):
+def test_ms_swift_is_told_what_to_set_before_training(swift, options, adapters, change, message):
     swift.register(**options)
     with pytest.raises(ValueError, match=message):
         swift_trainer(swift, adapters, **change)._prepare_liger_loss()
@@ -657,14 +657,14 @@ for integration, package in {cases}:
 """
 
 
-def test_a_missing_framework_is_named_with_the_install_command():
+def test_an_integration_without_its_framework_says_what_to_install():
     code = IMPORT_EACH.format(cases=[case[:2] for case in MISSING])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for (name, package, install), line in zip(MISSING, done.stdout.splitlines(), strict=True):
         assert line.startswith(f"fused_gopd.integrations.{name} needs {package}, which is not installed: {install}")
 
 
-def test_an_incompatible_framework_version_is_named():
+def test_an_integration_whose_framework_has_another_version_says_so():
     with pytest.raises(ImportError, match=r"mine does not fit the torch .* 2\..*'no_such'.*: do so"):  # noqa: SIM117
         with needs("mine", "torch", install="do so"):
             from torch import no_such  # noqa: F401
@@ -694,14 +694,14 @@ def hub(monkeypatch, tmp_path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["./no", "/no/where", "~/no", "a/deep/folder", "file.txt", "two words/x", ""])
-def test_an_invalid_hub_name_is_refused_without_a_request(hub, tmp_path, name):
+def test_a_name_that_no_hub_has_is_never_asked_for(hub, tmp_path, name):
     (tmp_path / "file.txt").touch()
     with pytest.raises(ValueError, match=f"teacher must be a model: there is no folder {re.escape(name)}"):
         require_model("teacher", name)
     assert not hub.asked
 
 
-def test_a_hub_name_is_looked_up_once(hub, tmp_path):
+def test_a_name_of_the_hub_is_asked_for_once(hub, tmp_path):
     def answer(kind: str) -> Exception:
         error = getattr(hub.package.errors, kind)
         return error.__new__(error)

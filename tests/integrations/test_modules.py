@@ -19,7 +19,7 @@ def partly_frozen() -> nn.Module:
     return made
 
 
-def test_evaluation_restores_the_mode_of_each_module() -> None:
+def test_an_evaluation_puts_the_modes_back_one_by_one() -> None:
     module = partly_frozen()
     before = [m.training for m in module.modules()]
     with evaluation(module):
@@ -103,7 +103,7 @@ def _meta() -> tuple[nn.Module, nn.Module]:
         (_meta, None),
     ],
 )
-def test_shared_parameters_are_found_by_identity_and_by_memory(models: Callable, shared: str | None) -> None:
+def test_what_is_shared_is_found_by_identity_and_by_memory(models: Callable, shared: str | None) -> None:
     student, source = models()
     assert shared_with(student, source) == shared
     if shared is not None:

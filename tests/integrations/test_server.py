@@ -303,7 +303,7 @@ def test_masked_tokens_are_zero_and_have_no_ids(vllm: Server) -> None:
     assert (scored.token_ids[~masked] >= 0).all()
 
 
-def test_padding_and_unwanted_tokens_are_not_sent(vllm: Server) -> None:
+def test_padding_and_what_is_not_wanted_are_not_sent(vllm: Server) -> None:
     ids, attention_mask, completion_mask = batch()
     with vllm.teacher() as teacher:
         vllm.bodies.clear()
@@ -312,7 +312,7 @@ def test_padding_and_unwanted_tokens_are_not_sent(vllm: Server) -> None:
     assert sent == [ids[0, 2:7].tolist(), ids[1].tolist()]
 
 
-def test_without_wanted_tokens_no_request_is_sent(any_server: Server) -> None:
+def test_nothing_wanted_asks_nothing(any_server: Server) -> None:
     ids, attention_mask, completion_mask = batch()
     for options in ({}, {"top_k": 3}):
         with any_server.teacher(**options) as teacher:
@@ -335,7 +335,7 @@ def test_order_is_kept_whatever_the_order_of_the_answers(any_server: Server) -> 
         assert one.logprobs == pytest.approx([rows[0][ids[1]], rows[1][ids[2]]])
 
 
-def test_max_concurrency_bounds_simultaneous_requests(vllm: Server) -> None:
+def test_no_more_requests_than_allowed_are_under_way(vllm: Server) -> None:
     with vllm.teacher(batch_size=2, max_concurrency=3) as teacher:
         vllm.bodies.clear()
         vllm.faults = [slow(0.05)] * 8
@@ -344,7 +344,7 @@ def test_max_concurrency_bounds_simultaneous_requests(vllm: Server) -> None:
     assert sorted(len(body["prompt"]) for body in vllm.bodies) == [1, *[2] * 7]
 
 
-def test_random_numbers_of_the_training_are_unchanged(vllm: Server) -> None:
+def test_the_training_s_random_numbers_are_left_alone(vllm: Server) -> None:
     import random
 
     random.seed(3)
@@ -371,14 +371,14 @@ def test_random_numbers_of_the_training_are_unchanged(vllm: Server) -> None:
     ],
     ids=["500", "503", "429", "hung up", "slow", "broken compression"],
 )
-def test_temporary_failures_are_retried(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
+def test_what_may_pass_is_asked_again(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
     with vllm.teacher(timeout=0.3, retries=2) as teacher:
         vllm.faults = [fault, fault]
         (scored,) = teacher.score([[1, 2]], [1])
     assert scored.logprobs == pytest.approx([vllm.model.logprobs([1])[0][2]])
 
 
-def test_retry_after_is_respected(vllm: Server) -> None:
+def test_retry_after_is_kept_to(vllm: Server) -> None:
     with vllm.teacher(retries=1) as teacher:
         vllm.faults = [status(429, {"message": "slow down"}, {"Retry-After": "1"})]
         started = time.monotonic()
@@ -424,7 +424,7 @@ def test_patience_is_for_a_server_that_has_answered() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_an_interrupt_cancels_requests(vllm: Server) -> None:
+def test_an_interrupt_abandons_what_is_under_way(vllm: Server) -> None:
     abandoned = threading.Semaphore(0)  # connections that the client has closed
 
     def never_answer(handler: Handler, answer: Any) -> None:
@@ -446,7 +446,7 @@ def test_an_interrupt_cancels_requests(vllm: Server) -> None:
     assert not waited_for
 
 
-def test_refusals_are_not_retried(vllm: Server) -> None:
+def test_a_refusal_is_not_repeated(vllm: Server) -> None:
     with vllm.teacher() as teacher:
         vllm.bodies.clear()
         vllm.faults = [status(400, {"error": {"message": "prompt is too long"}})]
@@ -474,14 +474,14 @@ def test_no_server_names_address_and_attempts() -> None:
         ServerTeacher("http://127.0.0.1:9", "teacher", retries=1, backoff=0.01)
 
 
-def test_a_very_long_retry_after_is_an_error(vllm: Server) -> None:
+def test_a_wait_that_no_training_waits_is_an_error(vllm: Server) -> None:
     with vllm.teacher() as teacher:
         vllm.faults = [status(429, {}, {"Retry-After": "86400"})]
         with pytest.raises(TeacherServerError, match="left alone for 86400 s"):
             teacher.score([[1, 2]], [1])
 
 
-def test_one_failure_cancels_the_other_requests(vllm: Server) -> None:
+def test_one_failure_ends_the_others(vllm: Server) -> None:
     with vllm.teacher(batch_size=1, max_concurrency=1) as teacher:
         vllm.bodies.clear()
         vllm.faults = [status(400, {"message": "no"})]
@@ -514,7 +514,7 @@ def own_entry(answer: Any, api: str) -> tuple[Any, Any]:
     ],
     ids=lambda value: str(value)[:9],
 )
-def test_invalid_logprobs_are_refused(any_server: Server, value: Any, said: str) -> None:
+def test_what_is_no_logprob_is_refused(any_server: Server, value: Any, said: str) -> None:
     def change(answer: Any) -> None:
         holder, key = own_entry(answer, any_server.api)
         holder[key] = value
@@ -556,7 +556,7 @@ def drop_last(answer: Any, api: str) -> None:
         answer["choices"][0]["logprobs"]["tokens"].pop()
 
 
-def test_answers_with_fewer_tokens_are_refused(any_server: Server) -> None:
+def test_fewer_tokens_than_asked_about_are_refused(any_server: Server) -> None:
     with any_server.teacher() as teacher:
         any_server.faults = [changed(lambda answer: drop_last(answer, any_server.api))]
         with pytest.raises(TeacherServerError, match=r"logprobs.* must have [23] entries.*, got [12]"):
@@ -590,14 +590,14 @@ def likeliest_entry(answer: Any, api: str, token_id: Any) -> None:
     ],
     ids=str,
 )
-def test_invalid_likeliest_tokens_are_refused(any_server: Server, token_id: Any, message: str) -> None:
+def test_a_likeliest_token_that_is_none_is_refused(any_server: Server, token_id: Any, message: str) -> None:
     with any_server.teacher(top_k=2, vocab_size=V) as teacher:
         any_server.faults = [changed(lambda answer: likeliest_entry(answer, any_server.api, token_id))]
         with pytest.raises(TeacherServerError, match=message):
             teacher.score([[4, 1, 2]], [1])
 
 
-def test_repeated_likeliest_tokens_are_refused() -> None:
+def test_a_likeliest_token_that_is_there_twice_is_refused() -> None:
     # in the other formats the tokens are the keys of an object, which are distinct
     for sglang in serve("sglang"):
         with sglang.teacher(top_k=2) as teacher:
@@ -606,7 +606,7 @@ def test_repeated_likeliest_tokens_are_refused() -> None:
                 teacher.score([[4, 1, 2]], [1])
 
 
-def test_numbers_beyond_the_range_of_floats_are_refused() -> None:
+def test_a_number_that_no_float_holds_is_refused() -> None:
     def change(answer: Any) -> None:
         answer[0]["meta_info"]["input_token_logprobs"][-1][0] = -(10**400)
 
@@ -635,7 +635,7 @@ def test_probabilities_that_sum_to_more_than_one_are_refused(any_server: Server)
 
 
 @pytest.mark.parametrize("indices", [(0, 0), (False, True), (1, 2), (0, "1"), (0.0, 1.0)], ids=str)
-def test_choices_are_ordered_by_their_index(vllm: Server, indices: tuple[Any, Any]) -> None:
+def test_choices_are_told_apart_by_their_index(vllm: Server, indices: tuple[Any, Any]) -> None:
     def change(answer: Any) -> None:
         for choice, index in zip(answer["choices"], indices, strict=True):
             choice["index"] = index
@@ -663,7 +663,7 @@ def test_log_probs_of_other_tokens_are_refused(any_server: Server) -> None:
             teacher.score([[4, 1, 2]], [1])
 
 
-def test_answers_with_fewer_sequences_are_refused(any_server: Server) -> None:
+def test_fewer_sequences_than_asked_about_are_refused(any_server: Server) -> None:
     def change(answer: Any) -> None:
         (answer if any_server.api == "sglang" else answer["choices"]).pop()
 
@@ -696,7 +696,7 @@ def spoiled(answer: Any) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
-def test_a_corrupted_answer_is_refused_or_gives_the_same_result(any_server: Server, top_k: int | None) -> None:
+def test_a_spoiled_answer_is_refused_or_makes_no_difference(any_server: Server, top_k: int | None) -> None:
     with any_server.teacher(top_k=top_k) as teacher:
         ask = teacher._scoring_request([[4, 1, 2], [3, 5]], [1, 1])
         right = json.loads(json.dumps(ANSWERS[any_server.api](any_server.model, teacher._http_request(ask).body)))
@@ -733,37 +733,37 @@ def test_what_is_not_json_is_shown(vllm: Server) -> None:
 # -------------------------------------------------------------------------------- at the start
 
 
-def test_a_model_that_is_not_served_is_refused_at_the_start(vllm: Server) -> None:
+def test_a_model_that_is_not_served_is_known_at_the_start(vllm: Server) -> None:
     with pytest.raises(TeacherServerError, match=r"does not serve model='other'; it serves 'teacher'"):
         ServerTeacher(vllm.url, "other")
     assert not vllm.bodies
 
 
-def test_a_server_without_models_is_refused_at_the_start(vllm: Server) -> None:
+def test_a_server_of_something_else_is_known_at_the_start(vllm: Server) -> None:
     vllm.cards = {"hello": "world"}
     with pytest.raises(TeacherServerError, match="must list models"):
         vllm.teacher()
 
 
-def test_a_limit_on_top_k_is_found_at_the_start(vllm: Server) -> None:
+def test_a_limit_on_top_k_is_known_at_the_start(vllm: Server) -> None:
     vllm.faults = [status(400, {"error": {"message": "Requested prompt logprobs of 64, which is greater than 20"}})]
     with pytest.raises(TeacherServerError, match=r"greater than 20: .*--max-logprobs"):
         vllm.teacher(top_k=64)
 
 
-def test_too_few_likeliest_tokens_are_found_at_the_start(any_server: Server) -> None:
+def test_fewer_likeliest_tokens_than_asked_for_are_known_at_the_start(any_server: Server) -> None:
     with pytest.raises(
         TeacherServerError, match=rf"must list the {V + 2} likeliest tokens, got {V}; for a larger top_k"
     ):
         any_server.teacher(top_k=V + 2)
 
 
-def test_texts_instead_of_ids_are_refused_for_top_k(openai: Server) -> None:
+def test_texts_in_place_of_ids_are_no_top_k(openai: Server) -> None:
     with pytest.raises(TeacherServerError, match="names tokens by their text"):
         openai.teacher(top_k=2, extra_body={"return_tokens_as_token_ids": None})
 
 
-def test_texts_instead_of_ids_suffice_without_top_k(openai: Server) -> None:
+def test_texts_in_place_of_ids_suffice_for_the_tokens_own_log_probs(openai: Server) -> None:
     with openai.teacher(extra_body={"return_tokens_as_token_ids": None}) as teacher:
         (scored,) = teacher.score([[1, 2]], [1])
     assert scored.logprobs == pytest.approx([openai.model.logprobs([1])[0][2]])
@@ -807,7 +807,7 @@ def assert_hidden(error: pytest.ExceptionInfo[BaseException]) -> None:
 @pytest.mark.parametrize(
     "key", [SECRET + " x", f"a\n{SECRET}", f"\0{SECRET}", f"{SECRET}ü", f"{SECRET}\ud800"], ids=ascii
 )
-def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
+def test_a_key_that_http_cannot_carry_is_refused_unseen(key: str) -> None:
     for arguments in (
         {"api_key": key},
         {"headers": {"X-Key": key.replace(" ", "\x7f")}},
@@ -840,7 +840,7 @@ def test_an_invalid_key_is_refused_and_not_shown(key: str) -> None:
     ],
     ids=str,
 )
-def test_arguments_that_make_no_valid_request_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_no_request_can_be_made_of_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         ServerTeacher(**{"base_url": "http://127.0.0.1:9", "model": "teacher", **arguments})
 
@@ -859,7 +859,7 @@ def test_arguments_that_make_no_valid_request_are_refused(arguments: dict[str, A
     ],
     ids=str,
 )
-def test_the_password_in_a_malformed_address_is_not_shown(url: str) -> None:
+def test_a_password_in_an_address_that_is_none_is_not_shown(url: str) -> None:
     for arguments in ({"base_url": url}, {"proxy": url}):
         with pytest.raises(ValueError, match=r"(base_url|proxy) must be an address") as error:
             ServerTeacher(**{"base_url": "http://127.0.0.1:9", "model": "teacher", **arguments})
@@ -892,7 +892,7 @@ def long(text: str) -> str:
     ],
     ids=range(11),
 )
-def test_secrets_that_a_server_repeats_are_not_shown(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
+def test_what_a_server_repeats_is_not_shown(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
     for arguments in (
         {"api_key": SECRET},
         {"headers": {"X-Key": f"Token {SECRET}"}},
@@ -906,7 +906,7 @@ def test_secrets_that_a_server_repeats_are_not_shown(vllm: Server, fault: Callab
         assert "user" not in str(error.value)
 
 
-def test_user_and_password_are_sent_and_removed_from_the_address(vllm: Server) -> None:
+def test_user_and_password_of_an_address_are_sent_and_not_kept_in_it(vllm: Server) -> None:
     userinfo = f"us%40er:{quote(SECRET, safe='')}"
     with ServerTeacher(vllm.url.replace("//", f"//{userinfo}@") + "/v1", "teacher") as teacher:
         assert teacher.base_url == vllm.url
@@ -965,13 +965,15 @@ def test_the_environment_s_proxy_is_for_public_addresses(proxies: Callable[..., 
     assert found == ((f"{url.split(':')[0].upper()}_PROXY", "http://p:1") if proxied else None)
 
 
-def test_the_environments_proxy_is_not_used_for_a_local_server(vllm: Server, proxies: Callable[..., None]) -> None:
+def test_no_proxy_of_the_environment_sees_a_server_on_this_machine(vllm: Server, proxies: Callable[..., None]) -> None:
     proxies(HTTP_PROXY="http://127.0.0.1:9", ALL_PROXY="nonsense://", HTTPS_PROXY="http://127.0.0.1:9")
     with vllm.teacher(retries=0) as teacher:
         teacher.score([[1, 2]], [1])
 
 
-def test_a_given_proxy_is_used_and_its_password_not_shown(vllm: Server, proxies: Callable[..., None]) -> None:
+def test_a_proxy_that_is_asked_for_is_used_and_its_password_not_shown(
+    vllm: Server, proxies: Callable[..., None]
+) -> None:
     """The server answers what is sent to a proxy, too."""
     by_address = vllm.url.replace("//", f"//user:{quote(SECRET, safe='')}@")
     with ServerTeacher("http://127.0.0.1:9", "teacher", proxy=by_address, retries=0) as teacher:
@@ -993,7 +995,7 @@ def test_a_given_proxy_is_used_and_its_password_not_shown(vllm: Server, proxies:
         ServerTeacher("http://127.0.0.1:9", "teacher", proxy=False, retries=0)
 
 
-def test_v1_at_the_end_of_the_address_is_removed(vllm: Server) -> None:
+def test_v1_at_the_end_of_the_address_is_taken_off(vllm: Server) -> None:
     with ServerTeacher(vllm.url + "/v1/", "teacher") as teacher:
         assert teacher.base_url == vllm.url
 

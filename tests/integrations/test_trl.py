@@ -192,7 +192,7 @@ def dense_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     ],
     ids=lambda options: "-".join(str(x) for x in options.values()),
 )
-def test_two_steps_give_the_weights_of_a_dense_loss(
+def test_two_steps_end_in_the_weights_of_a_dense_loss(
     tmp_path: Path, dense_loss: Callable[[], None], options: dict[str, Any]
 ) -> None:
     options = {**SGD, **options}
@@ -203,7 +203,7 @@ def test_two_steps_give_the_weights_of_a_dense_loss(
     assert_same(fused, dense, 1e-5)
 
 
-def test_lambda_1_with_trls_beta_gives_the_weights_of_trls_own_trainer(tmp_path: Path) -> None:
+def test_lambda_1_with_trls_beta_ends_in_the_weights_of_trls_own_trainer(tmp_path: Path) -> None:
     own = DistillationTrainer(
         model(0),
         model(1, hidden=48),
@@ -413,7 +413,7 @@ def test_padding_beyond_the_joint_vocabulary_is_never_sampled(tmp_path: Path) ->
     run.train()
 
 
-def test_a_scorer_replaces_the_teacher_whose_log_probs_it_returns(tmp_path: Path) -> None:
+def test_a_scorer_is_the_teacher_whose_log_probs_it_tells(tmp_path: Path) -> None:
     teacher = model(1, hidden=48).eval()
 
     def head(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.Logits:
@@ -474,7 +474,7 @@ def test_lambda_may_be_a_function_of_the_step(tmp_path: Path) -> None:
     ],
     ids=["lambda-between-epochs", "within-the-second-epoch", "iterations"],
 )
-def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
     """An epoch has two steps, or four where each batch of completions has two."""
     options = {"max_steps": 4, "save_strategy": "steps", **options}
     whole = trained(tmp_path, ref_model=model(2), **options)
@@ -484,7 +484,7 @@ def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["distillation", "grpo"])
-def test_checkpoints_have_our_card_unless_there_is_another(tmp_path: Path, kind: str) -> None:
+def test_checkpoints_come_with_our_card_which_replaces_nobody_elses(tmp_path: Path, kind: str) -> None:
     def run(scale: float) -> None:
         options = {"save_strategy": "steps", "max_steps": 1, "ref_model": model(2), "reward_scale": scale}
         (grpo if kind == "grpo" else trainer)(tmp_path, **options).train()
@@ -530,7 +530,7 @@ def test_prompts_come_in_trls_own_order(tmp_path: Path) -> None:
         assert list(ours) == list(own)
 
 
-def test_a_run_resumed_within_iterations_samples_at_the_next_prompts(tmp_path: Path) -> None:
+def test_a_run_that_resumes_within_iterations_samples_for_new_prompts_when_they_come(tmp_path: Path) -> None:
     options: dict[str, Any] = {"estimator": "sampled", "num_iterations": 2, "max_steps": 4}
     options |= {"save_strategy": "steps", "save_steps": 3}
     trained(tmp_path, **options)
@@ -583,7 +583,7 @@ def test_evaluation_has_the_same_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "teacher", "ref_model"])
-def test_a_missing_model_is_an_error_at_once(tmp_path: Path, name: str) -> None:
+def test_a_model_that_is_not_there_is_an_error_at_once(tmp_path: Path, name: str) -> None:
     models = {"student": model(0), "teacher": model(1), "ref_model": model(2)}
     models["student" if name == "model" else name] = "runs/missing"
     with pytest.raises(ValueError, match=rf"{name} must be a model: there is no folder runs/missing, and the"):
@@ -651,7 +651,7 @@ def test_an_unchanged_policy_has_the_ratio_1_whatever_its_dropout(tmp_path: Path
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-5) != 0
 
 
-def test_a_teacher_in_training_mode_is_evaluated_and_its_mode_restored(tmp_path: Path) -> None:
+def test_a_teacher_in_training_mode_is_evaluated_and_put_back(tmp_path: Path) -> None:
     teacher = learned(1, 0.3).train()
     teacher.transformer.h[0].eval()
     modes = [m.training for m in teacher.modules()]
@@ -837,7 +837,7 @@ def own_trainer(folder: Path, **options: Any) -> DistillationTrainer:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_a_patched_trainer_gives_the_weights_and_logs_of_trls_loss(tmp_path: Path, beta: float) -> None:
+def test_a_patched_trainer_ends_in_the_weights_and_logs_of_trls_loss(tmp_path: Path, beta: float) -> None:
     options: dict[str, Any] = {"beta": beta, "temperature": 0.8, "max_completion_length": 12}
     plain = own_trainer(tmp_path, **options)
     plain.train()
@@ -898,7 +898,7 @@ def test_a_batch_without_a_live_token_keeps_its_graph() -> None:
     assert not weight.grad.any()
 
 
-def test_a_patch_only_affects_its_trainer_and_is_undone(tmp_path: Path) -> None:
+def test_a_patch_reaches_its_trainer_alone_and_is_undone(tmp_path: Path) -> None:
     import trl.trainer.distillation_trainer as module
 
     theirs, function = module._chunked_divergence_loss, DistillationTrainer._compute_loss
@@ -919,7 +919,7 @@ def test_a_class_is_patched_for_all_its_trainers_and_undone(tmp_path: Path) -> N
     assert DistillationTrainer._compute_loss is function
 
 
-def test_refused_patches_say_why(tmp_path: Path) -> None:
+def test_what_cannot_be_patched_says_why(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="DistillationTrainer"):
         patch_distillation_loss(torch.nn.Linear)
     with pytest.raises(ValueError, match="GOPDTrainer has a loss of its own"):
@@ -962,7 +962,9 @@ def test_options_are_read_from_the_command_line() -> None:
         ({"chunk_dtype": "float16", "bf16": True}, "chunk_dtype='float16' needs models that compute in that dtype"),
     ],
 )
-def test_invalid_configurations_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_configuration_that_cannot_be_says_what_is_wrong(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
 
@@ -1031,14 +1033,14 @@ def test_a_route_without_a_teacher_is_named_before_training(tmp_path: Path) -> N
         trainer(tmp_path, teacher={"math": model(1)}, route_column="domain", data=data)
 
 
-def test_a_streamed_route_without_a_teacher_is_named_in_its_batch(tmp_path: Path) -> None:
+def test_a_streamed_route_without_a_teacher_is_named_when_it_comes(tmp_path: Path) -> None:
     data = prompts(domain=["code"] * 8).to_iterable_dataset()
     run = trainer(tmp_path, teacher={"math": model(1)}, route_column="domain", data=data)
     with pytest.raises(ValueError, match="no teacher for the route 'code'"):
         run.train()
 
 
-def test_a_tokenizer_with_other_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_says_other_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the tokenizers of the student and of teacher differ at \d+ ids"):
         trainer(tmp_path, teacher_processing_class=tokenizer("zebras zigzag zestfully in the zoo zone"))
 
@@ -1049,7 +1051,7 @@ def test_a_tokenizer_for_a_route_that_no_teacher_has_is_named(tmp_path: Path) ->
         trainer(tmp_path, teacher_processing_class={"maths": tokenizer()}, **arguments)
 
 
-def test_a_tokenizer_saved_with_a_teacher_is_compared(tmp_path: Path) -> None:
+def test_a_tokenizer_beside_a_teacher_is_found_and_compared(tmp_path: Path) -> None:
     model(1).save_pretrained(tmp_path / "teacher")
     tokenizer("zebras zigzag zestfully in the zoo zone").save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="the tokenizers of the student and of teacher differ"):
@@ -1079,13 +1081,13 @@ def test_sequences_beyond_the_positions_of_a_model_are_refused(tmp_path: Path, m
         run.train()
 
 
-def test_scaled_rotary_embeddings_extend_the_positions() -> None:
+def test_scaled_rotary_embeddings_reach_beyond_the_original_positions() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     for rope, positions, want in ((None, 40, 40), (yarn, 32, 128), (yarn, 128, 128), (yarn, 200, 200)):
         assert positions_of(Qwen3Config(max_position_embeddings=positions, rope_parameters=rope)) == want
 
 
-def test_a_teacher_with_missing_weights_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path: Path) -> None:
     """from_pretrained makes the others up."""
     model(1).save_pretrained(tmp_path / "teacher")
     path = tmp_path / "teacher" / "model.safetensors"
@@ -1137,7 +1139,7 @@ def test_the_student_under_another_name_is_refused(
         kind(student, args=args, train_dataset=prompts(), processing_class=tokenizer(), **own, **sources)
 
 
-def test_frozen_parameters_may_be_shared(tmp_path: Path) -> None:
+def test_what_does_not_change_may_be_shared(tmp_path: Path) -> None:
     student, teacher, ref = model(0), model(1), model(2)
     teacher.model.embed_tokens.weight = ref.model.embed_tokens.weight = student.model.embed_tokens.weight
     adapter = peft.LoraConfig(**LORA)  # freezes them

@@ -152,7 +152,7 @@ def test_the_recipe_of_the_docs_passes_verls_check():
     assert omega_conf_to_dataclass(config.distillation).distillation_loss.reward_scale == 1.25
 
 
-def test_configurations_without_the_plugin_are_unchanged():
+def test_configurations_without_the_plugin_are_left_alone():
     validated("distillation.enabled=false")
     validated(f"{SECTION}.loss_mode=k3", "actor_rollout_ref.rollout.temperature=0.7")
 
@@ -297,7 +297,7 @@ def test_lambda_one_needs_no_reference():
     assert "distillation/reward" not in metrics
 
 
-def test_a_missing_reference_is_named_with_the_setting_to_change():
+def test_a_reference_that_is_not_there_is_named_with_the_setting_that_brings_it():
     with pytest.raises(ValueError, match=r"reward_scale=1.25 needs .* actor_rollout_ref.actor.use_kl_loss=true"):
         run_loss(micro_batch(ref=False), f"+{SECTION}.reward_scale=1.25")
 
@@ -317,7 +317,7 @@ def test_rollout_weights_of_verl_multiply_the_token_losses():
     assert_close(weighted.detach(), 2 * plain.detach(), 1e-12)
 
 
-def test_values_at_masked_tokens_have_no_effect():
+def test_what_masked_tokens_hold_does_not_matter():
     micro = micro_batch("padded")
     loss, _ = run_loss(micro, f"+{SECTION}.reward_scale=1.25")
     for name in ("old_log_probs", "ref_log_prob"):
@@ -356,7 +356,7 @@ def test_topk_gradients_are_those_of_the_dense_formula(layout, divergence):
     assert_close(kl, want.kl[micro.mask].mean(), 1e-12)
 
 
-def test_verls_own_topk_loss_still_works():
+def test_verls_own_topk_loss_is_still_there():
     micro = micro_batch(topk=5)
     config = omega_conf_to_dataclass(config_of(f"{SECTION}.loss_mode=forward_kl_topk").distillation)
     outputs = verl_losses.compute_topk_loss(actor_config(), config, micro.data, micro.logits[None], "thd")
@@ -423,7 +423,7 @@ def fused_outputs(model: Any, backend: str, ids: Tensor) -> tuple[Tensor, Tensor
     return out.log_probs.detach(), out.entropy.detach(), gradient
 
 
-def test_the_fused_head_matches_verls_own(forwards):
+def test_the_fused_head_gives_what_verls_own_gives(forwards):
     torch.manual_seed(0)
     model, ids = tiny(), torch.randint(64, (2, 7))
     got, want = fused_outputs(model, "gopd", ids), fused_outputs(model, "torch", ids)
@@ -431,7 +431,7 @@ def test_the_fused_head_matches_verls_own(forwards):
         assert_close(a, b, 1e-5, what)
 
 
-def test_the_fused_head_applies_the_familys_logit_transform(forwards):
+def test_the_fused_head_keeps_what_a_family_does_to_its_logits(forwards):
     torch.manual_seed(0)
     model, ids = tiny("gemma2", final_logit_softcapping=2.0), torch.randint(64, (2, 7))
     logits = model(input_ids=ids, use_cache=False).logits / 0.8

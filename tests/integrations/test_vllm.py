@@ -169,7 +169,7 @@ def local_logprobs(model: Any, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("api", ["vllm", "openai"])
-def test_scores_are_those_of_the_local_model(files: Files, server: Server, api: str) -> None:
+def test_scores_are_those_of_the_model_here(files: Files, server: Server, api: str) -> None:
     ids, attended, wanted = batch()
     tokenizer = AutoTokenizer.from_pretrained(files.teacher)
     model = AutoModelForCausalLM.from_pretrained(files.teacher).eval()
@@ -198,7 +198,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {"sampled": {}, "topk": {"k": TOP_K}}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_trainer_gets_the_weights_of_a_local_teacher(
+def test_a_trainer_learns_what_it_learns_from_the_model_here(
     files: Files, server: Server, tmp_path: Path, estimator: str
 ) -> None:
     def trained(teacher: Any) -> dict[str, Tensor]:

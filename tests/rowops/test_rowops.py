@@ -47,6 +47,12 @@ def problem_for(
                       token_ids=ids, divergence=row_divergence(divergence))  # fmt: skip
 
 
+def name_and_parameter(problem: RowProblem) -> tuple[str, float]:
+    if problem.divergence is None:
+        return "none", 0.0
+    return problem.divergence.name, next(iter(vars(problem.divergence).values()), 0.0)
+
+
 def oracle_rows(problem: RowProblem) -> list[dict[str, float]]:
     lams = torch.as_tensor(problem.reward_scale, dtype=torch.float64).expand(C).tolist()
     rows = []
@@ -58,7 +64,8 @@ def oracle_rows(problem: RowProblem) -> list[dict[str, float]]:
         if z[0].isneginf().all():
             rows.append({})
             continue
-        rows.append(oracle.row_statistics(*z, lams[i], 0.3, int(problem.token_ids[i])))
+        name, parameter = name_and_parameter(problem)
+        rows.append(oracle.row_statistics(*z, lams[i], name, parameter, int(problem.token_ids[i])))
     return rows
 
 
@@ -79,14 +86,17 @@ def test_statistics_are_their_definitions(backend_dtype, divergence, lam, gone):
     got = ops_for(backend_dtype).statistics(problem)
     assert got.shape == (len(Stat), C)
     assert got.dtype == backend_dtype.dtype
+    check_statistics(problem, got, backend_dtype)
+
+
+def check_statistics(problem: RowProblem, got: torch.Tensor, backend_dtype: BackendDtype) -> None:
     for i, want in enumerate(oracle_rows(problem)):
         if not want:
             assert got[Stat.LOGSUM_STUDENT, i] == -math.inf
             assert got[Stat.MAX_STUDENT, i] == 0
             continue
         for stat in Stat:
-            name = f"{divergence} {stat.name}" if stat in (Stat.CENTRE, Stat.VALUE) else stat.name
-            value = want.get(name, 0.0)
+            value = want.get(stat.name, 0.0)
             where = f"{stat.name} of row {i}"
             if math.isinf(value):
                 assert got[stat, i] == value, where
@@ -113,7 +123,9 @@ def wanted_gradient(problem: RowProblem, w_d: torch.Tensor, w_y: torch.Tensor) -
             log_p = z[inside] - z[inside].logsumexp(-1)
             value = (log_p.exp() * log_p).sum()  # minus the entropy: p_v (z_v - sum p z)
         else:
-            value, *_ = oracle._full_token(z, *others, lams[i], problem.divergence.name, 0.3)
+            name, parameter = name_and_parameter(problem)
+            parameter = float(parameter[i]) if isinstance(parameter, torch.Tensor) else parameter
+            value, *_ = oracle._full_token(z, *others, lams[i], name, parameter)
             used = [z] + [o for o, off in zip(others, (lams[i] == 0, lams[i] == 1), strict=True) if not off]
             inside = torch.stack([o != -math.inf for o in used]).all(0)
         token = int(problem.token_ids[i])
@@ -138,6 +150,36 @@ def test_gradient_is_what_autograd_finds(backend_dtype, divergence, gone, transf
     out = torch.full((C, V), math.nan, dtype=backend_dtype.dtype)
     ops.gradient(problem, ops.statistics(problem), GradientWeights(w_d, w_y), out)
     assert_close(out, wanted_gradient(problem, w_d, w_y), TOLERANCE[backend_dtype.dtype])
+
+
+FAMILY = ("skew_kl", "skew_kl 0.005", "skew_reverse_kl", "alpha", "alpha -0.5", "alpha 0.7", "alpha 1.5", "mixed")
+
+
+@pytest.mark.parametrize("divergence", FAMILY)
+@pytest.mark.parametrize("transform", [{}, {"softcap": 4.0, "temperature": 1.5}], ids=str)
+def test_the_whole_family_is_its_definitions(backend_dtype, divergence, transform):
+    """Statistics, gradient, both at once and in parts of the vocabulary, with -inf and lambda per token."""
+    lam = torch.tensor([0.0, 1.0, 0.5, 1.25, 2.0, 1.0], dtype=backend_dtype.dtype)
+    problem, ops = problem_for(backend_dtype, divergence, lam, gone=True, **transform), ops_for(backend_dtype)
+    if not rowops.has_kernel(ops, problem.divergence):
+        pytest.skip(f"backend='{ops.name}' has no kernel for it")
+    if divergence == "mixed":
+        shares = torch.tensor([0.0, 1.0, 0.3, 0.5, 0.7, 1.0], dtype=backend_dtype.dtype)
+        check_statistics(problem, ops.statistics(problem), backend_dtype)
+        problem = dataclasses.replace(problem, divergence=row_divergence("mixed", forward_weight=shares))
+    w_d, w_y = torch.linspace(-1, 2, 2 * C, dtype=backend_dtype.dtype).reshape(2, C)
+    weights = GradientWeights(w_d, w_y)
+    statistics, once, then, apart = ops.statistics(problem), *torch.zeros(3, C, V, dtype=backend_dtype.dtype)
+    fused = ops.statistics_and_gradient(problem, weights, once)
+    ops.gradient(problem, statistics, weights, then)
+    assert torch.equal(statistics, fused)
+    assert torch.equal(once, then)
+    merged, apart = in_parts(ops, problem, [(0, 10), (10, 20), (20, 21), (21, V)], weights)
+    if divergence != "mixed":
+        check_statistics(problem, statistics, backend_dtype)
+        check_statistics(problem, merged, backend_dtype)
+    for gradient in (once, apart):
+        assert_close(gradient, wanted_gradient(problem, w_d, w_y), TOLERANCE[backend_dtype.dtype])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
