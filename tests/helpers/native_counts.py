@@ -30,7 +30,7 @@ ENTRIES = 4096  # kLong - kShort of native/count.cpp
 # loop: each is in a row of fewer than 400 a vector (the longest, skew KL statistics of the baseline, has 331).
 SHARE = 0.0025
 RULES = {"statistics": snapshots.more(SHARE), "gradient": snapshots.more(SHARE)}
-ACCEPT = "If that is meant, accept it with `python tests/helpers/native_counts.py --write` (see CONTRIBUTING.md)."
+ACCEPT = "If that is meant, accept it with `python tests/helpers/native_counts.py --write` (see tests/snapshots.md)."
 
 
 def unavailable_reason() -> str | None:

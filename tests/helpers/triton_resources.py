@@ -50,7 +50,7 @@ RULES = {
     "matrix": snapshots.earlier_in(MATRIX),
     "copies": snapshots.earlier_in(COPIES),  # without them there is less shared memory, which would pass for better
 }
-ACCEPT = "If that is meant, accept it with `python tests/helpers/triton_resources.py --write` (see CONTRIBUTING.md)."
+ACCEPT = "If that is meant, accept it with `python tests/helpers/triton_resources.py --write` (see tests/snapshots.md)."
 # The rows that the docs show.
 MAIN = (
     "full fp32, bf16 gradient on the logits",
