@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import autograd, compiled
 from .checks import require_reverse_mode
 from .heads import Head, Source
-from .options import RULES, LossCall, LossOptions, called_as, checked, refuse_unknown
+from .options import OPTIONS, PARAMETERS, RULES, LossCall, called_as, checked_options, refuse_unknown
 from .output import GOPDOutput
 from .prepare import prepare
 from .report import report
@@ -256,7 +256,7 @@ class GOPDLoss(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         refuse_unknown(options, _HELD, "an option of GOPDLoss")
-        checked(LossOptions(**{name: value for name, value in options.items() if name not in _PER_BATCH}))
+        checked_options(**{name: value for name, value in options.items() if name in (*OPTIONS, *PARAMETERS)})
         self.options = options
 
     def forward(

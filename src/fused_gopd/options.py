@@ -397,7 +397,7 @@ _DEFAULTS = tuple((name, DEFAULTS[name]) for name in OPTIONS)
 _BATCH_RULES = tuple(
     (name, rule) for name, rule in RULES.items() if name not in OPTIONS and (rule.of or rule.parameter)
 )
-_PARAMETERS = tuple(name for name, rule in RULES.items() if rule.parameter)
+PARAMETERS = tuple(name for name, rule in RULES.items() if rule.parameter)
 _UNKNOWN = object()
 
 
@@ -427,13 +427,25 @@ def checked(options: LossOptions) -> LossOptions:
                 f"divergence={values[name]!r} needs estimator='full' or 'topk'; "
                 "'sampled' estimates the reverse KL alone"
             )
-        for name in _PARAMETERS:
+        for name in PARAMETERS:
             _check_parameter(name, given.get(name), values["divergence"])
         _normalise_divergence(values, given)
     except (TypeError, ValueError) as error:
         error.option = name  # type: ignore[union-attr]
         raise
     return LossOptions(**values)
+
+
+def checked_options(**options: Any) -> LossOptions:
+    """Keyword arguments in their normal form, before there is a batch.
+
+    What an option needs of the batch is taken to be given. An error carries the argument's name as ``option``.
+    """
+    refuse_unknown(options, (*OPTIONS, *PARAMETERS), "an option of the loss")
+    needed = {RULES[name].needs for name, value in options.items() if value not in (None, DEFAULTS[name])} - {None}
+    no_model: Any = None
+    batch: dict[str, Any] = {name: torch.empty(0) for name in needed if name is not None}
+    return checked(LossCall(no_model, None, **batch, **options))
 
 
 def _checked(name: str, value: Any, default: Any, options: LossOptions) -> Any:
@@ -477,10 +489,10 @@ def _normalise_divergence(values: dict[str, Any], given: dict[str, Any]) -> None
     name = values["divergence"]
     if DIVERGENCES[name].parameter is None:
         return
-    made = make(name, **{option: given.get(option) for option in _PARAMETERS})
+    made = make(name, **{option: given.get(option) for option in PARAMETERS})
     if made.name != name:
         values["divergence"] = made.name
-        values |= {option: DEFAULTS[option] for option in _PARAMETERS if option in values}
+        values |= {option: DEFAULTS[option] for option in PARAMETERS if option in values}
 
 
 # --------------------------------------------------------------------------------------------------------- signatures

@@ -190,7 +190,9 @@ def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) 
     "said",
     [
         ["--estimator", "sampled"],
-        ["--estimator", "topk", "--k", "4", "--divergence", "forward_kl"],
+        ["--estimator", "topk", "--k", "4", "--divergence", "skew_kl", "--skew", "0.2"],
+        ["--divergence", "mixed", "--forward-weight", "0.3"],
+        ["--divergence", "alpha", "--alpha", "0.3"],
         ["--reward-scale", "1", "--ref", ""],
         ["--dtype", "bfloat16"],
         ["--no-chat"],
@@ -686,6 +688,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "divergence": (
         lambda f: ["--estimator", "sampled", "--divergence", "jsd"],
         "--divergence jsd needs --estimator full",
+    ),
+    "parameter of another divergence": (
+        lambda f: ["--divergence", "skew_reverse_kl", "--alpha", "0.3"],
+        "--alpha: is an option of --divergence alpha",
+    ),
+    "parameter out of range": (
+        lambda f: ["--divergence", "mixed", "--forward-weight", "1.5"],
+        "--forward-weight: must satisfy 0 <= forward_weight <= 1",
     ),
     "adapter without lora": (lambda f: ["--save", "adapter"], "adapter needs --lora"),
     "dtype": (lambda f: ["--dtype", "fp16"], "expected one of float32, bfloat16, got 'fp16'"),

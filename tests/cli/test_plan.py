@@ -298,6 +298,9 @@ def test_plan_vocabulary_parallel_wire_in_closed_form(tp: int) -> None:
     assert received(call) == {"statistics": n * 13 * 4 * others, **gradient}
     jsd = dataclasses.replace(call, divergence="jsd")
     assert received(jsd) == {**received(call), "statistics of the mixture": n * 2 * 4 * others}
+    # those with a second pass over a row exchange two statistics more, those with both KLs one
+    assert received(dataclasses.replace(call, divergence="alpha")) == received(jsd)
+    assert received(dataclasses.replace(call, divergence="mixed"))["statistics"] == n * 14 * 4 * others
     for scale, models in ((1.25, 3), (1.0, 2), (0.0, 2)):
         sampled = dataclasses.replace(call, estimator="sampled", reward_scale=scale)
         assert received(sampled) == {"statistics, model by model": models * n * 4 * 4 * others, **gradient}

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..options import RULES, LossOptions, checked
+from ..options import RULES, checked_options
 
 
 def flag(name: str) -> str:
@@ -48,7 +48,7 @@ def check_loss_options(**options: Any) -> None:
         typer.BadParameter: naming the flag.
     """
     try:
-        checked(LossOptions(**options))
+        checked_options(**options)
     except (TypeError, ValueError) as error:
         name: str = error.option  # type: ignore[union-attr]
         message = _ARGUMENT.sub(lambda match: f"{flag(match[1])} {match[2].strip(chr(39))}", str(error))

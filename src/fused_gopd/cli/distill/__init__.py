@@ -59,6 +59,10 @@ def distill(
     ] = "",
     divergence: Annotated[str, typer.Option(help=help_of("divergence"))] = "reverse_kl",
     k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"))] = None,
+    beta: Annotated[float | None, typer.Option(help=help_of("beta"))] = None,
+    alpha: Annotated[float | None, typer.Option(help=help_of("alpha"))] = None,
+    skew: Annotated[float | None, typer.Option(help=help_of("skew"))] = None,
+    forward_weight: Annotated[float | None, typer.Option(help=help_of("forward_weight"))] = None,
     lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(min=0.0, help="Its alpha. Default: twice the rank.")] = None,
     save: Annotated[

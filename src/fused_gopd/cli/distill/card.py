@@ -49,13 +49,12 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         reference = "the base"
     else:
         reference = with_digest("the reference", card.name_of(options.ref))
-    loss = options.estimator if options.k is None else f"{options.estimator}, k = {options.k}"
     trained = f"LoRA, rank {options.lora}, alpha {options.lora_alpha:g}" if options.lora else "all weights"
     return [
         *found,
         ("reference", reference),
         ("λ (reward scale)", f"{options.reward_scale:g}"),
-        ("estimator", loss if options.estimator == "sampled" else f"{loss}, {options.divergence}"),
+        ("estimator", card.describe_loss(options)),
         ("data", with_digest(inputs.PROMPTS, f"{prompts} prompts, {Path(options.prompts).name}")),
         ("trained", f"{trained}, learning rate {options.learning_rate:g}"),
         ("steps", f"{steps} of {options.batch_size * options.accumulation} answers"),

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from ...integrations.hub import is_folder
+from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, require_finite, require_one_of
 
@@ -54,6 +55,11 @@ class RunOptions:
     dtype: str
     seed: int
     save_every: int
+    # parameters of divergences; a run that was started without them is resumed without them
+    beta: float | None = None
+    alpha: float | None = None
+    skew: float | None = None
+    forward_weight: float | None = None
 
     @staticmethod
     def names() -> set[str]:
@@ -74,6 +80,11 @@ class RunOptions:
         if values["lora"] and values["lora_alpha"] is None:
             values["lora_alpha"] = 2.0 * values["lora"]
         return RunOptions(**values)
+
+    def loss_options(self) -> dict[str, Any]:
+        """Those that are options of the loss, as far as they are given."""
+        values = {name: getattr(self, name) for name in ("estimator", "divergence", "k", *PARAMETERS)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def routes(self) -> dict[str | None, str]:
         """The local teachers by route; a single teacher has the route None. Empty for a teacher behind a server."""
@@ -199,7 +210,7 @@ def check(options: RunOptions) -> None:
             "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
             "`accelerate launch`"
         )
-    check_loss_options(estimator=options.estimator, divergence=options.divergence, k=options.k)
+    check_loss_options(**options.loss_options())
     require_one_of("save", options.save, ("merged", "adapter"))
     if options.dtype:
         require_one_of("dtype", options.dtype, ("float32", "bfloat16"))

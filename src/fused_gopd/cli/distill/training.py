@@ -229,9 +229,7 @@ class DistillationRun:
             return GOPDConfig(
                 output_dir=str(self.checkpoints.partial),
                 reward_scale=options.reward_scale,
-                estimator=options.estimator,
-                divergence=options.divergence,
-                k=options.k,
+                **options.loss_options(),
                 route_column=_ROUTE if options.route_column else None,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ... import __version__
+from ...objective.divergences import DIVERGENCES
 
 Lines = list[tuple[str, str]]
 
@@ -105,6 +106,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
+def describe_loss(options: Any) -> str:
+    """Estimator and divergence with their parameters, from attributes named as the loss's options."""
+    estimator: str = getattr(options, "estimator", "sampled")
+    if estimator == "sampled":
+        return estimator
+    parts = [estimator] if options.k is None else [estimator, f"k = {options.k}"]
+    parts.append(options.divergence)
+    parameter = DIVERGENCES[options.divergence].parameter
+    if parameter is not None:
+        value = getattr(options, parameter.option)
+        parts.append(f"{parameter.option} = {parameter.default if value is None else value:g}")
+    return ", ".join(parts)
+
+
 def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | None) -> str:
     """The card of a model that one of the trainers is training.
 
@@ -119,11 +134,6 @@ def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | Non
     scale = "a function of the step" if trainer._reward_scale_fn is not None else f"{args.reward_scale:g}"
     if args.reward_scale_end is not None:
         scale += f" to {args.reward_scale_end:g}"
-    loss = getattr(args, "estimator", "sampled")
-    if loss == "topk":
-        loss += f", k = {args.k}"
-    if loss != "sampled":
-        loss += f", {args.divergence}"
     data = [dataset_name] if dataset_name else []
     data += [f"{len(dataset)} prompts"] if hasattr(dataset, "__len__") else []
     data += [f"fingerprint {dataset._fingerprint}"] if getattr(dataset, "_fingerprint", None) else []
@@ -134,7 +144,7 @@ def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | Non
         ("base", name_of(base) if base else type(trainer.accelerator.unwrap_model(trainer.model)).__name__),
         *sources,
         ("λ (reward scale)", scale),
-        ("loss", loss),
+        ("loss", describe_loss(args)),
         ("data", ", ".join(data) or "a stream"),
         ("optimizer steps", str(trainer.state.global_step)),
         ("seed", str(args.seed)),

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ...checks import one_of, require_count, require_number
 from ...objective.divergences import divergence_of
-from ...options import DEFAULTS, OPTIONS, RULES, LossOptions, checked
+from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES, checked_options
 
 # losses of GRPOTrainer in which the ratio is a detached factor of A log p
 _DETACHED_RATIO = ("cispo", "vespo")
@@ -71,8 +71,8 @@ class Options:
         GRPOConfig's beta.
         """
         added = {name for kind in type(self).__mro__ if issubclass(kind, Options) for name in _annotations(kind)}
-        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name in added and f.name in OPTIONS}
-        return {name: value for name, value in options.items() if value is not None}
+        names = [f.name for f in fields(self) if f.name in added and f.name in (*OPTIONS, *PARAMETERS)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def _annotations(kind: type) -> dict[str, Any]:
@@ -92,6 +92,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         divergence: its name; None for the one that TRL's ``beta`` means.
         beta: TRL's: 0 is the forward KL, 1 the reverse KL, between them the JSD; None for that of ``divergence``, 0.5
             for ``"jsd"``. Both may be given if they agree.
+        alpha, skew, forward_weight: the parameters of ``"alpha"``, of ``"skew_kl"`` and ``"skew_reverse_kl"``, and of
+            ``"mixed"``.
         k, support, tail: of ``topk``.
         reduction: ``"token-mean"``, as TRL's, or ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``, over the tokens
             or sequences of all ranks and accumulated batches.
@@ -113,6 +115,9 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     beta: float | None = field(
         default=None, metadata=_help("TRL's: 0 forward KL, 1 reverse KL, between them JSD; default by divergence.")
     )
+    alpha: float | None = _option("alpha")
+    skew: float | None = _option("skew")
+    forward_weight: float | None = _option("forward_weight")
     k: int | None = _option("k")
     support: str = _option("support")
     tail: str = _option("tail")
@@ -141,7 +146,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             )
         super().__post_init__()
         self._check_chunk_dtype()
-        checked(LossOptions(**self._loss_options()))
+        checked_options(**self._loss_options())
 
     def _check_chunk_dtype(self) -> None:
         if self.chunk_dtype is None:
@@ -221,7 +226,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
                 f"the ratio and may have it (got {self.loss_type!r})"
             )
         super().__post_init__()
-        checked(LossOptions(**self._loss_options()))
+        checked_options(**self._loss_options())
 
     def _loss_options(self) -> dict[str, Any]:
         return {**super()._loss_options(), "estimator": "sampled"}
