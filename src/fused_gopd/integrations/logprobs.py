@@ -1,7 +1,7 @@
-"""The sampled estimator where a framework hands over log-probs of the sampled tokens and keeps the model to itself.
+"""The sampled estimator from log-probs of the sampled tokens, for RL frameworks that compute these themselves.
 
-What the adapters of RL frameworks share. The student's log-probs carry the gradient there, so that no head is needed;
-the formulas are those of :mod:`fused_gopd.objective.policy`, which :func:`fused_gopd.gopd_loss` uses too.
+The gradient flows to the student's log-probs, so that no head is needed. The formulas are those of
+:mod:`fused_gopd.objective.policy`, which :func:`fused_gopd.gopd_loss` uses too.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from ..output import GOPDOutput
 from ..prepare import require_sequences
 from ..tokens import Sequences, check_cu_seqlens, check_mask
 
-# Those that a loss of log-probs alone can have: the baseline needs the whole vocabulary.
+# All but the baseline, which needs the whole vocabulary.
 OPTIONS = tuple(name for name in options_of("sampled") if name != "baseline")
 
 
 def check_options(**options: Any) -> LossOptions:
-    """The options of :func:`sampled_loss` in one object; raises like :func:`fused_gopd.gopd_loss`.
+    """Check options of :func:`sampled_loss`; raises as :func:`fused_gopd.gopd_loss`.
 
-    What an option needs of a batch is taken to be there.
+    What an option needs of a batch is taken to be given.
     """
     refuse_unknown(options, OPTIONS, "an option of the sampled estimator on log-probs")
     return checked(LossOptions(**options))
 
 
 def require_reference(reward_scale: float, ref: object, fix: str) -> float:
-    """lambda as a float; raises where it needs a reference that is not there, and says what the framework's fix is."""
+    """lambda as a float. Raises where it needs a reference and ``ref`` is None; the message ends with ``fix``."""
     reward_scale = require_number("reward_scale", reward_scale)
     if ref is None and reward_scale != 1:
         raise ValueError(
@@ -51,7 +51,7 @@ def token_losses(
     live: Tensor,
     sequences: Sequences,
 ) -> tuple[Tensor, PolicyTerm]:
-    """-A rho w of live tokens, differentiable in the student's log-probs and 0 elsewhere; all of one token shape."""
+    """-A rho w of live tokens, differentiable in the student's log-probs; 0 at the other tokens."""
     student = student_logprobs.masked_fill(~live, 0)
     known, counts = student.detach(), sequences.sum(live).clamp_min(1)
 
@@ -59,7 +59,7 @@ def token_losses(
         return sequences.expand(sequences.sum(x.masked_fill(~live, 0)) / counts).to(x.dtype)
 
     term = policy_term(options, advantages, known, old, rollout, mean)
-    # the value is term.loss, the derivative term.dlogprob; 0 * (-inf - -inf) would be NaN
+    # value term.loss and derivative term.dlogprob; where log p is -inf the difference would be NaN
     step = torch.where(torch.isneginf(known), 0, student - known)
     return (term.loss + term.dlogprob * step).masked_fill(~live, 0), term
 

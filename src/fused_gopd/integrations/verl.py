@@ -26,8 +26,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from ..checks import one_of, require_mask
-from ..objective.divergences import DIVERGENCES
-from ..options import TAILS
+from ..options import DEFAULTS, PARAMETERS, checked_options
 from ..tokens import Sequences
 from . import needs
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
@@ -83,14 +82,15 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
     # gopd_topk
     divergence: str = "reverse_kl"
     beta: float = 0.5
+    alpha: float | None = None
+    skew: float | None = None
+    forward_weight: float | None = None
     tail: str = "bucket"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(f"{SECTION}.loss_mode", self.loss_mode, (GOPD, TOPK))
         require_reference(self.reward_scale, True, "")
-        one_of(f"{SECTION}.divergence", self.divergence, DIVERGENCES)
-        one_of(f"{SECTION}.tail", self.tail, TAILS)
         check_options(**self.sampled)
         (self._check_topk if self.loss_mode == TOPK else self._check_sampled)()
 
@@ -108,13 +108,20 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
             "ratio": self.ratio,
         }
 
+    @property
+    def of_topk(self) -> dict[str, Any]:
+        """The options of the topk estimator."""
+        parameters = {name: getattr(self, name) for name in PARAMETERS if getattr(self, name) is not None}
+        return {"estimator": "topk", "divergence": self.divergence, "tail": self.tail, **parameters}
+
     def _refuse(self, name: str, default: object, fix: str) -> None:
         value = getattr(self, name)
         if value != default:
             raise ValueError(f"{SECTION}.{name} must be {default} for loss_mode={self.loss_mode!r}: {fix}, got {value}")
 
     def _check_sampled(self) -> None:
-        for name, default in (("divergence", "reverse_kl"), ("beta", 0.5), ("tail", "bucket")):
+        unset = ((name, DEFAULTS[name]) for name in PARAMETERS)
+        for name, default in (("divergence", "reverse_kl"), *unset, ("tail", "bucket")):
             self._refuse(name, default, f"only {TOPK!r} has it")
         if self.use_policy_gradient:
             self._refuse(
@@ -125,6 +132,7 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
             self._refuse("loss_max_clamp", None, "a clamped loss has no gradient; advantage_clip bounds the advantage")
 
     def _check_topk(self) -> None:
+        checked_options(**self.of_topk)
         self._refuse("reward_scale", 1, f"the reference's log-probs of the teacher's tokens are not sent; use {GOPD!r}")
         self._refuse("use_policy_gradient", False, "a detached divergence is no advantage, its expected gradient is 0")
         self._refuse("use_task_rewards", False, "verl's policy loss may overwrite the logits that the backward needs")
@@ -270,11 +278,8 @@ def _topk_from_logits(
         fg.Logits(student_logits),
         fg.TopKLogProbs(ids.masked_fill(~mask[..., None], -1), logprobs),
         mask=mask,
-        estimator="topk",
-        divergence=options.divergence,
-        beta=options.beta,
-        tail=options.tail,  # type: ignore[arg-type]
         reduction="none",
+        **options.of_topk,
     )
     return {"distillation_losses": out.loss, "kl_target": out.kl, "teacher_mass": logprobs.exp().sum(-1)}
 
