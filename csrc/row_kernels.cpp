@@ -478,8 +478,8 @@ bool first_statistics(const Row& row) {
   return clean && finished.bounded && !finished.far;
 }
 
-// Which sums over a row that needs both normalisers first, and which gradient. Token: the divergence's weight is 0, its
-// term does not exist. Jsd: a mixture with kappa = 0.
+// The formula of a row's second round and of its gradient. token: the divergence's weight is 0, its term is left out.
+// jsd, jsd_near_end: a mixture with kappa = 0, whose t / m - 1 is not computed.
 enum class Term { token, none, reverse_kl, forward_kl, mixed, jsd, jsd_near_end, mixture, alpha };
 
 template <Term T>
@@ -539,7 +539,7 @@ struct Coefficients {
   float forward = 0.0f;  // Term::mixed: the part of w_d for the forward KL, the rest is in divergence
   float maximum[3], logsum_p, logsum_u, origin, mean = 0.0f;
   Mixture mixture;
-  float limit = kMaxFloat;                                 // of a logit difference whose product with w_d is finite
+  float limit = kMaxFloat;                                 // the largest |d| for which w_d d is finite
   float rate = 0.0f, inverse_rate = 0.0f, largest = 0.0f;  // Term::alpha: see power_difference
 
   explicit Coefficients(const Row& row) : mixture(row.job.mixture) {
@@ -557,7 +557,7 @@ struct Coefficients {
 };
 
 // x (e^(rate delta) - 1) / rate of x = exp(log_x): a polynomial where rate delta is small, the difference of two
-// exponentials elsewhere. It is not above e^80, where the sum of a block is still finite.
+// exponentials elsewhere. Clamped to e^80, so that the sum of a block is finite.
 __attribute__((always_inline)) inline vf power_difference(vf x, vf log_x, vf delta, const Coefficients& c) {
   const vf y = c.rate * delta;
   vf p = splat(1.387575059e-3f);  // minimax for |y| <= 1/2, to 1.2e-7 of the result
@@ -570,7 +570,7 @@ __attribute__((always_inline)) inline vf power_difference(vf x, vf log_x, vf del
   return select(abs(y) < 0.5f, x * delta * p, far);
 }
 
-// Sums over a block of what needs both normalisers first. Clean as in gradient_block.
+// The sums of the second round over a block, from the row's normalisers. Clean as in gradient_block.
 //   alpha           p (e^(alpha delta) - 1) / alpha, or for alpha > 1/2 t (e^((alpha - 1) delta) - 1) / (alpha - 1)
 //   jsd, mixture    p log p/m, t log t/m and, for mixture, p (t/m - 1)
 template <Term T>
