@@ -39,6 +39,7 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "benchmarks/README.md",
+        ROOT / "tests/snapshots.md",
         *ROOT.glob("docs/**/*.md"),
     )
 }
