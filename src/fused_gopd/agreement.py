@@ -40,8 +40,11 @@ FIELDS: dict[str, Agree] = {
 
 _MODELS = tuple(name for name, rule in ARGUMENTS.items() if rule is Agree.MODELS)
 # What may be a tensor has a place of its own in what is exchanged, whether or not it is one: all ranks send as much.
+# Those that decide which vectors the others are come first: the mask, and which teacher each token has.
 EXACT = (
-    *(name for name, rule in ARGUMENTS.items() if rule in (Agree.NUMBERS, Agree.TOKENS)),
+    *(name for name, rule in ARGUMENTS.items() if rule is Agree.NUMBERS),
+    *(name for name, rule in ARGUMENTS.items() if rule is Agree.TOKENS and name != "token_ids"),
+    "token_ids",
     *(f"{name}.token_ids" for name in _MODELS),
 )
 ROUNDED = (*_MODELS, *(name for name, rule in ARGUMENTS.items() if rule is Agree.ROUNDED))

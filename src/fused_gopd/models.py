@@ -153,15 +153,16 @@ def check_shards(student: Head, frozen: Mapping[str, Any], together: str, vocab_
             )
 
 
-def check_chunk_dtype(
-    chunk_dtype: torch.dtype | None, default: torch.dtype, models: Mapping[str, Source]
-) -> torch.dtype | None:
-    """None for the default, which is that of accumulation.
+def with_logits_dtype(options: LossOptions, default: torch.dtype, models: Mapping[str, Source]) -> LossOptions:
+    """The options with None for the dtype of logits that is the default, that of accumulation.
 
     A library's product has the dtype of its operands or float32: nothing else can be asked for.
     """
-    if chunk_dtype in (None, default):
-        return None
+    chunk_dtype = options.chunk_dtype
+    if chunk_dtype is None:
+        return options
+    if chunk_dtype == default:
+        return replace(options, chunk_dtype=None)
     for name, model in models.items():
         if not isinstance(model, LinearHead):
             continue
@@ -175,7 +176,7 @@ def check_chunk_dtype(
                 f"chunk_dtype={chunk_dtype} is for bfloat16 and float16 heads on a CUDA GPU, and {name}.hidden is "
                 f"{model.hidden.dtype} on {model.hidden.device}: leave chunk_dtype out"
             )
-    return chunk_dtype
+    return options
 
 
 def zero_masked(model: Any, mask: Tensor) -> Any:

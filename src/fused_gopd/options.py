@@ -319,6 +319,15 @@ class LossOptions:
         """Whether the models of a token are normalised together, over their joint support."""
         return self.estimator == "full" or self.baseline == "expected"
 
+    @property
+    def clips_ratio(self) -> bool:
+        """Whether a clip of the ratio may remove the gradient of a token."""
+        return self.clip is not None or self.clip_dual is not None
+
+    def logits_dtype(self, default: torch.dtype) -> torch.dtype:
+        """Of a chunk's logits."""
+        return default if self.chunk_dtype is None else self.chunk_dtype
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LossCall(LossOptions):

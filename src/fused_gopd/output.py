@@ -29,7 +29,7 @@ class GOPDOutput:
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0; in ``topk`` over the existing outcomes, the student's mass on them
             being 1. None in ``sampled``.
-        clipped: (...) bool, where ``clip`` or ``clip_dual`` removed the gradient. None without them.
+        clipped: (...) bool, where a clip of the ratio removed the gradient. None without one.
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
         label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.
         labelled: (...) bool, where the supervised term is in force: there is a label inside the support.

@@ -30,7 +30,6 @@ from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .models import (
     Models,
     as_tuple,
-    check_chunk_dtype,
     check_shards,
     check_sources,
     dtype_of,
@@ -41,6 +40,7 @@ from .models import (
     require_models,
     require_source,
     support_width,
+    with_logits_dtype,
     zero_masked,
 )
 from .objective.divergences import make
@@ -100,7 +100,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "ref_logprobs": ids and scored["ref"],
         "entropy": True,
         "kl": not sampled,
-        "clipped": call.clip is not None or call.clip_dual is not None,
+        "clipped": call.clips_ratio,
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,
         "labelled": labels,
@@ -372,7 +372,7 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
         ids = live_token_ids(ids, rows, vocab_size, mask is not None)
     if labels is not None:
         labels = _live_labels(live(labels, IGNORE), vocab_size)
-    chunk_dtype = check_chunk_dtype(options.chunk_dtype, dtype, {"student": student, **frozen})
+    options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     weights = token_weights(options.reduction, mask, sequences, normalizer, call.sequence_lengths, dtype, device)
     if keep is not None:
         weights = weights * keep
@@ -420,7 +420,7 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
 
     student = cut(student)
     heads = {name: frozen_heads(x, cut) for name, x in needed.items()}
-    chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, (chunk_dtype or dtype).itemsize)
+    chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, options.logits_dtype(dtype).itemsize)
     divergence = make(
         options.divergence,
         beta=options.beta,
@@ -431,7 +431,7 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
     dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
     return Problem(
-        options=options if chunk_dtype == options.chunk_dtype else replace(options, chunk_dtype=chunk_dtype),
+        options=options,
         divergence=divergence,
         student=student,
         routes=tuple(Route(start=start, stop=stop, teacher=q, ref=r) for (start, stop), q, r in routes),

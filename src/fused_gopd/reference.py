@@ -343,8 +343,7 @@ def _entropy(log_p: Tensor) -> Tensor:
 def gopd_loss(call: LossCall) -> GOPDOutput:
     """:func:`fused_gopd.gopd_loss` in dense PyTorch: same arguments, same result, [tokens, V] memory.
 
-    ``chunk_size``, ``chunk_dtype``, ``grad_filter`` and ``backend`` choose how the fused loss computes and have nothing
-    to choose here.
+    The options that choose how the fused loss computes (its chunks, ``grad_filter``, ``backend``) have no effect.
     """
     p = prepare(call, TorchRowOps())
     frozen = named_models("teacher", call.teacher) | named_models("ref", call.ref)

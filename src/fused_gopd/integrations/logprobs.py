@@ -143,7 +143,6 @@ def sampled_loss(
         old=old,
     )
     loss, term = token_losses(chosen, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
-    clips = chosen.clip is not None or chosen.clip_dual is not None
     return GOPDOutput(
         loss=loss,
         token_loss=term.loss.masked_fill(~live, 0),
@@ -153,7 +152,7 @@ def sampled_loss(
         ref_logprobs=ref,
         entropy=entropy,
         kl=None,
-        clipped=term.clipped & live if clips else None,
+        clipped=term.clipped & live if chosen.clips_ratio else None,
         importance=None if term.importance is None else term.importance.masked_fill(~live, 0),
         mask=live,
         reward_scale=reward_scale,
