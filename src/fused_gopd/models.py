@@ -196,8 +196,10 @@ def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head]) -> list[
     heads: list[Head | None] = []
     for model in models:
         if isinstance(model, (LinearHead, Logits)):
-            detached: dict[str, Any] = {name: x.detach() for name, x in model.tensors.items()}
-            heads.append(cut(replace(model, **detached)))
+            if any(x.requires_grad for x in model.tensors.values()):
+                detached: dict[str, Any] = {name: x.detach() for name, x in model.tensors.items()}
+                model = replace(model, **detached)
+            heads.append(cut(model))
         else:
             heads.append(None)
     return heads

@@ -344,6 +344,9 @@ class LossCall(LossOptions):
         default=None, metadata=_batch("(...) or (B,) which teacher of the list.", Agree.TOKENS)
     )
     mask: Tensor | None = field(default=None, metadata=_batch("(...) the live tokens.", Agree.NUMBERS))
+    cu_seqlens: Tensor | None = field(
+        default=None, metadata=_batch("(B + 1,) bounds of packed sequences.", Agree.NUMBERS)
+    )
     reward_scale: float | Tensor = field(
         default=1.0, metadata=_batch("lambda; all but 1 need a reference.", Agree.TOKENS, held=True)
     )
@@ -362,9 +365,6 @@ class LossCall(LossOptions):
     )
     sequence_lengths: Tensor | None = field(
         default=None, metadata=_batch("(B,) live tokens of each sequence, over all ranks.", Agree.NUMBERS)
-    )
-    cu_seqlens: Tensor | None = field(
-        default=None, metadata=_batch("(B + 1,) bounds of packed sequences.", Agree.NUMBERS)
     )
     old_logprobs: Tensor | None = field(
         default=None,

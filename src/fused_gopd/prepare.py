@@ -189,6 +189,14 @@ def require_sequences(options: LossOptions, sequences: Sequences) -> None:
         )
 
 
+_TOKEN_TENSORS: tuple[tuple[str, Callable[[str, object], None]], ...] = (
+    ("token_ids", require_integer),
+    ("old_logprobs", require_float),
+    ("rollout_logprobs", require_float),
+    ("sft_labels", require_integer),
+)
+
+
 def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, device: torch.device) -> None:
     """The tensors of the token shape, and the options that need them or sequences."""
     if options.score_cancelled and call.token_ids is None:
@@ -196,13 +204,7 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
     if options.estimator == "sampled" and call.token_ids is None:
         raise ValueError("token_ids must be given for estimator='sampled'")
     require_sequences(options, sequences)
-    tensors: tuple[tuple[str, Callable[[str, object], None]], ...] = (
-        ("token_ids", require_integer),
-        ("old_logprobs", require_float),
-        ("rollout_logprobs", require_float),
-        ("sft_labels", require_integer),
-    )
-    for name, require in tensors:
+    for name, require in _TOKEN_TENSORS:
         value = getattr(call, name)
         if value is not None:
             require(name, value)
