@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from . import printing
-from .checks import one_of, require_count, require_number
+from .checks import (
+    bounds,
+    epsilons,
+    number_that,
+    one_of,
+    require_count,
+    require_dtype,
+    require_flag,
+    require_function,
+    require_number,
+)
 from .heads import Head, Source
 from .objective.divergences import DIVERGENCES, make
 
@@ -129,58 +139,7 @@ def _batch(help: str, agree: Agree, **rule: Any) -> dict[str, Rule]:
     return {"rule": Rule(**{"help": help, "agree": agree, "held": False, "per_batch": True, **rule})}
 
 
-def _number(holds: Callable[[float], bool], must_be: str) -> Callable[[str, Any], float]:
-    def check(name: str, value: object) -> float:
-        number = require_number(name, value)
-        if not holds(number):
-            raise ValueError(f"{name} must {must_be}, got {number}")
-        return number
-
-    return check
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    return value
-
-
-def _function(name: str, value: object) -> object:
-    if not callable(value):
-        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
-    return value
-
-
-def _dtype(name: str, value: object) -> torch.dtype:
-    if not isinstance(value, torch.dtype):
-        raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
-    return value
-
-
-def _epsilons(name: str, value: object) -> tuple[float, float]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be a pair (epsilon_low, epsilon_high), got {value!r}")
-    low, high = (require_number(name, x) for x in value)
-    if not 0 <= low <= 1 or high < 0:
-        raise ValueError(f"{name} must satisfy 0 <= epsilon_low <= 1 and epsilon_high >= 0, got {value!r}")
-    return low, high
-
-
-def _bounds(name: str, value: object) -> tuple[float, float]:
-    """(low, high) of a bound on the magnitude, or of a pair."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise TypeError(f"{name} must be a number or a pair (low, high), got {value!r}")
-        low, high = (require_number(name, x) for x in value)
-    else:
-        high = require_number(name, value)
-        low = -high
-    if low >= high:
-        raise ValueError(f"{name} must be a positive number or a pair with low < high, got {value!r}")
-    return low, high
-
-
-_NOT_NEGATIVE = _number(lambda x: x >= 0, "not be negative")
+_NOT_NEGATIVE = number_that(lambda x: x >= 0, "not be negative")
 _RATIOS = {"of": ("sampled",), "needs": "old_logprobs"}
 _RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do"}
 
@@ -243,14 +202,14 @@ class LossOptions:
     )
     clip: tuple[float, float] | None = field(
         default=None,
-        metadata=_option("(epsilon_low, epsilon_high) of PPO's clipped ratio.", **_RATIOS, check=_epsilons),
+        metadata=_option("(epsilon_low, epsilon_high) of PPO's clipped ratio.", **_RATIOS, check=epsilons),
     )
     clip_dual: float | None = field(
         default=None,
         metadata=_option(
             "Token losses of negative advantages are at most -A times this, above 1.",
             **_RATIOS,
-            check=_number(lambda x: x > 1, "be above 1"),
+            check=number_that(lambda x: x > 1, "be above 1"),
         ),
     )
     ratio: Ratio = field(
@@ -264,18 +223,18 @@ class LossOptions:
             of=("sampled",),
             needs="rollout_logprobs",
             because="without them there is no importance weight to cap",
-            check=_number(lambda x: x > 0, "be positive"),
+            check=number_that(lambda x: x > 0, "be positive"),
         ),
     )
     advantage_clip: float | tuple[float, float] | None = field(
-        default=None, metadata=_option("Bound on an advantage's magnitude.", of=("sampled",), check=_bounds)
+        default=None, metadata=_option("Bound on an advantage's magnitude.", of=("sampled",), check=bounds)
     )
     logprob_min: float | None = field(
         default=None,
         metadata=_option(
             "Teacher's and reference's log-probs are at least this.",
             of=("sampled",),
-            check=_number(lambda x: x < 0, "be negative, as log-probs are"),
+            check=number_that(lambda x: x < 0, "be negative, as log-probs are"),
         ),
     )
     baseline: Baseline = field(
@@ -292,7 +251,8 @@ class LossOptions:
         ),
     )
     score_cancelled: bool = field(
-        default=False, metadata=_option("Also score the model that lambda cancels, for its log-probs.", check=_flag)
+        default=False,
+        metadata=_option("Also score the model that lambda cancels, for its log-probs.", check=require_flag),
     )
     vocab_size: int | None = field(
         default=None, metadata=_option("Joint vocabulary; default the smallest of the models.")
@@ -301,7 +261,7 @@ class LossOptions:
         default=None, metadata=_option("Tokens per chunk; default from a memory budget.", check=require_count)
     )
     chunk_dtype: torch.dtype | None = field(
-        default=None, metadata=_option("Dtype of a chunk's logits; default float32.", check=_dtype)
+        default=None, metadata=_option("Dtype of a chunk's logits; default float32.", check=require_dtype)
     )
     grad_filter: float = field(
         default=0.0,
@@ -376,7 +336,7 @@ class LossCall(LossOptions):
     advantage_fn: AdvantageFn | None = field(
         default=None,
         metadata=_batch(
-            "Advantages of one's own, from TokenStats.", Agree.GIVEN, of=("sampled",), check=_function, held=True
+            "Advantages of one's own, from TokenStats.", Agree.GIVEN, of=("sampled",), check=require_function, held=True
         ),
     )
     sft_labels: Tensor | None = field(
