@@ -39,7 +39,6 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "benchmarks/README.md",
-        ROOT / "tests/snapshots.md",
         *ROOT.glob("docs/**/*.md"),
     )
 }

@@ -60,6 +60,9 @@ MAIN = (
     "forward_kl fp32",
     "jsd fp32",
     "jsd bf16, everything",
+    "skew_kl fp32",
+    "alpha fp32",
+    "mixed fp32",
     "sampled fp32",
     "sampled bf16, in place",
     "linear bf16",
@@ -125,6 +128,7 @@ def _row(
     *,
     transform: LogitTransform | None = None,
     divergence: str = "none",
+    parameters: dict[str, Any] | None = None,
     per_token_scale: bool = False,
     out: torch.dtype | None = None,
     in_place: bool = False,
@@ -142,7 +146,7 @@ def _row(
         ref=models[2],
         reward_scale=vector if per_token_scale else 1.25,
         token_ids=torch.empty(C, dtype=torch.int64, device="meta"),
-        divergence=row_divergence(divergence, beta=0.5),
+        divergence=row_divergence(divergence, **{"beta": 0.5, **(parameters or {})}),
     )
     grad = None
     if out is not None:
@@ -197,6 +201,7 @@ def launches(target: Target) -> dict[str, Launch]:
     """The configurations production uses, by name."""
     d = target.device
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    vector = torch.empty(C, device="meta")
     capped = LogitTransform(0.5, 30.0, 0.7, torch.empty(V, dtype=bf16, device="meta"))
     everything: dict[str, Any] = {"divergence": "jsd", "transform": capped, "per_token_scale": True}
     found = {
@@ -225,6 +230,23 @@ def launches(target: Target) -> dict[str, Launch]:
         "jsd fp32, everything, unaligned": _row(d, (f32,) * 3, out=bf16, stride=50257, **everything),
         "jsd bf16, everything, unaligned": _row(d, (bf16,) * 3, out=bf16, in_place=True, stride=50257, **everything),
         "opd (no reference) fp32": _row(d, (f32,) * 2, divergence="reverse_kl", out=bf16),
+        "skew_kl fp32": _row(d, (f32,) * 3, divergence="skew_kl", out=bf16),
+        "skew_kl fp32, unaligned rows": _row(d, (f32,) * 3, divergence="skew_kl", out=bf16, stride=50257),
+        "skew_kl bf16, everything": _row(
+            d, (bf16,) * 3, out=bf16, in_place=True, **{**everything, "divergence": "skew_kl"}
+        ),
+        "skew_reverse_kl fp32, near an end": _row(
+            d, (f32,) * 3, divergence="skew_reverse_kl", parameters={"skew": 0.001}, out=bf16
+        ),
+        "alpha fp32": _row(d, (f32,) * 3, divergence="alpha", out=bf16),
+        "alpha fp32, unaligned rows": _row(d, (f32,) * 3, divergence="alpha", out=bf16, stride=50257),
+        "alpha bf16, everything": _row(
+            d, (bf16,) * 3, out=bf16, in_place=True, **{**everything, "divergence": "alpha"}
+        ),
+        "mixed fp32": _row(d, (f32,) * 3, divergence="mixed", out=bf16),
+        "mixed bf16, in place, weight per token": _row(
+            d, (bf16,) * 3, divergence="mixed", parameters={"forward_weight": vector}, out=bf16, in_place=True
+        ),
         "sampled fp32": _row(d, (f32,), out=bf16, weights="token"),
         "sampled bf16, in place": _row(d, (bf16,), out=bf16, in_place=True, weights="token"),
         "sampled fp16, statistics": _row(d, (f16,)),

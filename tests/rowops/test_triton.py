@@ -91,7 +91,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     models: str = "student teacher ref",
     transform: LogitTransform | None = None,
-    beta: float = 0.3,
+    **parameters: Any,
 ) -> RowProblem:
     """A problem with logits of a language model's spread; one token id per row, one of them the last column."""
     transform = transform or LogitTransform()
@@ -108,7 +108,7 @@ def make(
     ids = torch.randint(V, (rows,), device=DEVICE)
     ids[-1] = V - 1
     return RowProblem(V, student, teacher=model("teacher"), ref=model("ref"), reward_scale=lam, token_ids=ids,
-                      divergence=row_divergence(divergence, beta=beta))  # fmt: skip
+                      divergence=row_divergence(divergence, **parameters))  # fmt: skip
 
 
 def weights_of(rows: int) -> GradientWeights:
@@ -198,6 +198,29 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
+# One of each branch of the kernel that those do not take: 1e-3 is a mixture near an end, alpha has a form for either
+# side of 1/2.
+FAMILY: list[tuple[str, dict[str, Any]]] = [
+    ("skew_kl", {"skew": 0.1}),
+    ("skew_reverse_kl", {"skew": 1e-3}),
+    ("alpha", {"alpha": -0.5}),
+    ("alpha", {"alpha": 0.999}),
+    ("alpha", {"alpha": 2.0}),
+    ("mixed", {"forward_weight": 0.3}),
+    ("mixed", {"forward_weight": torch.tensor([0.0, 1.0, 0.3, 0.5, 0.7])}),
+]
+
+
+def family_problem(divergence: str, parameters: dict[str, Any]) -> RowProblem:
+    """lambda per token, with -inf in every model; the last row is without support."""
+    parameters = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in parameters.items()}
+    lam = torch.tensor([0.0, 1.0, 1.25, 0.3, 1.5], device=DEVICE)
+    problem = make(divergence, rows=5, V=150, lam=lam, **parameters)
+    for i, model in enumerate((problem.student, problem.teacher, problem.ref)):
+        assert model is not None
+        model.raw[:, 3 * i : 150 : 11] = -INF
+        model.raw[4] = -INF
+    return problem
 
 
 # --- statistics and gradient -----------------------------------------------------------------------------------------
@@ -207,6 +230,49 @@ DIVERGENCES = ("none", "reverse_kl", "forward_kl", "jsd")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_agrees_with_float64(ops: TritonRowOps, divergence: str, dtype: torch.dtype) -> None:
     check(ops, make(divergence, dtype=dtype), separately=True)
+
+
+@pytest.mark.parametrize(("divergence", "parameters"), FAMILY)
+def test_the_family_agrees_with_float64(ops: TritonRowOps, divergence: str, parameters: dict[str, Any]) -> None:
+    """Whole rows, and rows of which each rank has some columns."""
+    problem, weights = family_problem(divergence, parameters), weights_of(5)
+    statistics, gradient = check(ops, problem, weights, separately=True)
+    assert gradient.isfinite().all()
+    assert not gradient[4].any()
+    assert not statistics[Stat.CENTRE : Stat.VALUE + 1, 4].any()
+    weights64 = GradientWeights(*(w.double() for w in (weights.divergence, weights.token)))
+    bounds = [(0, 40), (40, 150)]
+    truth = in_parts(TorchRowOps(), in_float64(problem), bounds, weights64)
+    naive = in_parts(TorchRowOps(), problem, bounds, weights)
+    merged, gradient = in_parts(ops, problem, bounds, weights)
+    assert_close(merged[Stat.VALUE], truth[0][Stat.VALUE], naive[0][Stat.VALUE], "value")
+    assert_close(gradient, truth[1], naive[1], "gradient")
+
+
+@pytest.mark.parametrize(("divergence", "parameters"), FAMILY)
+def test_the_family_keeps_nan_to_its_row(ops: TritonRowOps, divergence: str, parameters: dict[str, Any]) -> None:
+    problem = family_problem(divergence, parameters)
+    for row, model, poison in ((1, problem.student, NAN), (2, problem.teacher, INF), (3, problem.ref, NAN)):
+        assert model is not None
+        model.raw[row, 149] = poison
+    weights = GradientWeights(torch.ones(5, device=DEVICE), None)
+    _, gradient = check(ops, problem, weights)
+    assert gradient[1:4].isnan().any(1).all()
+    assert gradient[[0, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [-3.0, -1e-9, 0.5, 0.75, 1.0 + 1e-9, 4.0])
+def test_alpha_is_finite_where_its_products_are_not(ops: TritonRowOps, alpha: float) -> None:
+    """t^alpha p^(1 - alpha) overflows where one of them is about 0; masks of three sizes in either model and both."""
+    problem = make("alpha", rows=3, V=40, models="student teacher", lam=1.0, alpha=alpha)
+    assert problem.teacher is not None
+    for row, mask in enumerate((-1e3, -1e9, torch.finfo(torch.float32).min)):
+        problem.student.raw[row, :30] = mask
+        problem.teacher.raw[row, 20:35] = mask
+    gradient = torch.empty(3, 40, device=DEVICE)
+    statistics = ops.statistics_and_gradient(problem, GradientWeights(torch.ones(3, device=DEVICE), None), gradient)
+    assert statistics[Stat.CENTRE : Stat.VALUE + 1].isfinite().all()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -736,6 +802,8 @@ SAMPLED_OPTIONS = [
 OTHER_OPTIONS = [
     {"estimator": "full", "sft_labels": torch.tensor([1, -100, 3, 4, 0]), "sft_weight": 0.5},
     {"estimator": "full", "divergence": "jsd", **PER_TOKEN},
+    {"estimator": "full", "divergence": "alpha", "alpha": 1.5},
+    {"estimator": "full", "divergence": "mixed", "forward_weight": torch.linspace(0, 1, N)},
     {"estimator": "topk", "k": 7},
     {"estimator": "topk", "k": 7, "support": "student", "tail": "drop", "divergence": "forward_kl"},
     {"estimator": "topk", "k": 7, "tail": "renormalize", "divergence": "jsd", **PER_TOKEN},

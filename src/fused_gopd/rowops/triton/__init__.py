@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import GradientWeights, LogitTransform, MixtureConstants, ModelRows, RowProblem, Stat
+from .. import GradientWeights, LogitTransform, ModelRows, RowDivergence, RowProblem, Stat
 from ..torch import scale_
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,11 +135,12 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     numbers of threads up to 25 %. Elsewhere, not measured, it is 8 columns and one tile ahead, from compile-time
     resources (tests/helpers/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
 
-    Three models with a softcap, and the jsd with lambda per token, keep too much per column: half the columns (one
-    load still, in 16 bits). Left alone, NVIDIA's compiler would even then spill in the jsd, with lambda per token or
-    single loads, for compute capability 8.0 with either alone and for 10.0 with none, to fit one more program on a
-    multiprocessor. Told how many registers it may take it does not: 128 are two programs; with single loads, whose
-    addresses are all live, 255 are one.
+    Three models with a softcap, a second round with lambda per token, and a mixture with kappa near an end, keep too
+    much per column: half the columns (one load still, in 16 bits). Left alone, NVIDIA's compiler would even then spill
+    in a second round, with lambda per token or single loads, for compute capability 8.0 with either alone or a mixture
+    with kappa, for 8.0 and 9.0 in "mixed" in 16 bits, and for 10.0 in all, to fit one more program on a multiprocessor.
+    Told how many registers it may take it does not: 128 are two programs; with single loads, whose addresses are all
+    live, 255 are one.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -147,16 +148,21 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
     vector = 16 // itemsize if aligned else 1
     softcap = any(m.transform.softcap is not None for m in given)
-    jsd = problem.divergence is not None and problem.divergence.second_round
+    divergence = problem.divergence
+    second_round = divergence is not None and divergence.second_round
     per_token = isinstance(problem.reward_scale, Tensor)
-    heavy = len(given) == 3 and (softcap or (jsd and per_token))
+    kind, constants = (None, ()) if divergence is None else (divergence.kind, divergence.constants)
+    skewed = kind == "mixture" and constants[6] != 0  # kappa; constants[3] is near_end
+    heavy = len(given) == 3 and (softcap or (second_round and per_token) or (skewed and constants[3] != 0))
     repeat, stages = max(1, (4 if heavy else 8) // vector), 2
     if aligned and device.capability == 90:
         repeat = 1
         if itemsize == 4 or len(given) > 1:
             stages = 4 if itemsize == 4 else 3
-    spills = (heavy and (jsd or per_token or not aligned)) or (
-        len(given) == 3 and (device.capability == 100 or (device.capability == 80 and (per_token or not aligned)))
+    mixed_16_bits = kind == "mixed" and itemsize == 2
+    spilling = {80: per_token or not aligned or skewed or mixed_16_bits, 90: mixed_16_bits, 100: True}
+    spills = (heavy and (second_round or per_token or not aligned)) or (
+        len(given) == 3 and spilling.get(device.capability, False)
     )
     limited = spills and not device.amd
     max_registers = (128 if aligned else 255) if limited else None
@@ -266,6 +272,38 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+_DIVERGENCE_NUMBERS = ("a", "one_minus_a", "turn", "c_t", "c_p", "kappa", "forward_weight_ptr")
+# The largest exponent of a product in alpha, that of objective.divergences.finite_exp: a sum of them over a vocabulary
+# is a float32.
+_LARGEST_EXPONENT = math.log(torch.finfo(torch.float32).max) - 24.0
+
+
+@functools.lru_cache
+def _alpha_numbers(alpha: float) -> dict[str, Any]:
+    """Below |alpha| = 4e-7 the largest exponent is smaller, since h~ is the product divided by alpha."""
+    largest = min(_LARGEST_EXPONENT, math.log(abs(alpha)) + 80.0)
+    numbers = (alpha, 1.0 - alpha, largest, 1.0 / (alpha * (alpha - 1.0)), -1.0 / alpha, None, None)
+    return dict(zip(_DIVERGENCE_NUMBERS, numbers, strict=True))
+
+
+def _divergence_arguments(divergence: RowDivergence | None) -> tuple[dict[str, Any], bool]:
+    """The row kernel's numbers for a divergence, None where it takes none, and its NEAR_END."""
+    kind = "none" if divergence is None else divergence.kind
+    if divergence is not None and kind == "alpha":
+        (alpha,) = divergence.constants
+        return _alpha_numbers(alpha), alpha > 0.5
+    numbers: dict[str, Any] = dict.fromkeys(_DIVERGENCE_NUMBERS)
+    if divergence is not None and kind == "mixture":
+        b, rest, turn, near_end, c_t, c_p, kappa = divergence.constants
+        numbers |= {"a": b, "turn": turn, "c_t": c_t, "c_p": c_p, "one_minus_a": rest}
+        return numbers | {"kappa": None if kappa == 0 else kappa}, bool(near_end)
+    if kind == "mixed":
+        weight: float | Tensor = divergence.forward_weight  # type: ignore[union-attr]
+        key, value = ("forward_weight_ptr", _vector(weight)) if isinstance(weight, Tensor) else ("a", float(weight))
+        numbers[key] = value
+    return numbers, False
+
+
 def row_launch(
     problem: RowProblem,
     statistics: Tensor,
@@ -275,7 +313,7 @@ def row_launch(
     tile: Tiles,
     flush: bool,
 ) -> Launch:
-    """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes the jsd's parts."""
+    """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes a second round."""
     from . import rows
 
     lam = problem.reward_scale
@@ -291,12 +329,7 @@ def row_launch(
         constants |= model_constants
     models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
     transform = problem.student.transform
-    kind = "none" if problem.divergence is None else problem.divergence.kind
-    mixture = MixtureConstants.of(0.5, 0.5, 0.5, 0.0)
-    if problem.divergence is not None and problem.divergence.second_round:
-        mixture = MixtureConstants(*problem.divergence.constants)  # type: ignore[arg-type]
-        if mixture.kappa != 0:
-            raise NotImplementedError(f"backend='triton' has no kernel for {problem.divergence.name!r} yet")
+    numbers, near_end = _divergence_arguments(problem.divergence)
     near_teacher = not isinstance(lam, Tensor) and lam > 0.5
     arguments |= {
         "share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
@@ -311,14 +344,12 @@ def row_launch(
         "slope": transform.scale / transform.temperature,
         "tanh_of_z": 0.0 if transform.softcap is None else transform.temperature / transform.softcap,
         "V": problem.vocab_size,
-        "beta": mixture.share,
-        "one_minus_beta": mixture.one_minus_share,
-        "turn": mixture.turn,
+        **numbers,
     }
     constants |= {
         "NEAR_TEACHER": near_teacher,
-        "NEAR_END": mixture.near_end,
-        "DIVERGENCE": "jsd" if kind == "mixture" else kind,
+        "NEAR_END": near_end,
+        "DIVERGENCE": "none" if problem.divergence is None else problem.divergence.kind,
         "STATISTICS": write_statistics,
         "ALIASED": out is not None and any(_share_memory(out, raw) for raw in models),
         "REPEAT": tile.repeat,
@@ -456,30 +487,11 @@ def row_ops() -> TritonRowOps:
     return TritonRowOps()
 
 
-def _from_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
-    """CENTRE and VALUE from the two parts that the kernel writes."""
-    if problem.divergence is not None and problem.divergence.second_round:
-        _, _, _, _, c_t, c_p, _ = problem.divergence.constants
-        student, target = statistics[Stat.CENTRE].clone(), statistics[Stat.VALUE].clone()
-        statistics[Stat.CENTRE] = c_p * student
-        statistics[Stat.VALUE] = c_t * target + c_p * student
-    return statistics
-
-
-def _to_kernel(problem: RowProblem, statistics: Tensor) -> Tensor:
-    """The way back, for a gradient, which reads the student's part alone."""
-    if problem.divergence is None or not problem.divergence.second_round:
-        return statistics
-    statistics = statistics.clone()
-    statistics[Stat.CENTRE] /= problem.divergence.constants[5]
-    return statistics
-
-
 class TritonRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas; ``tile`` and ``linear_tile`` override the tables."""
 
     name = "triton"
-    kinds = frozenset({"reverse_kl", "forward_kl", "mixture"})
+    kinds: frozenset[str] | None = frozenset({"reverse_kl", "forward_kl", "mixed", "mixture", "alpha"})
 
     def __init__(self, tile: Tiles | None = None, linear_tile: LinearTiles | None = None) -> None:
         self._tile = tile
@@ -488,10 +500,9 @@ class TritonRowOps:
     def statistics(self, problem: RowProblem) -> Tensor:
         statistics = self._empty(problem.student.raw)
         self._launch(problem, statistics, True, GradientWeights(), None)
-        return _from_kernel(problem, statistics)
+        return statistics
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
-        statistics = _to_kernel(problem, statistics)
         if statistics.stride(1) != 1:
             statistics = statistics.contiguous()
         self._launch(problem, statistics, False, weights, out)
@@ -499,13 +510,9 @@ class TritonRowOps:
     def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
         self._launch(problem, statistics, False, GradientWeights(), None)
-        return _from_kernel(problem, statistics)[Stat.CENTRE : Stat.VALUE + 1]
+        return statistics[Stat.CENTRE : Stat.VALUE + 1]
 
     def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        if problem.divergence is not None and problem.divergence.second_round:
-            statistics = self.statistics(problem)
-            self.gradient(problem, statistics, weights, out)
-            return statistics
         statistics = self._empty(problem.student.raw)
         self._launch(problem, statistics, True, weights, out)
         return statistics

@@ -29,8 +29,8 @@ LOGSUM_REF = tl.constexpr(2)
 LOGSUM_TARGET = tl.constexpr(3)
 MEAN_LOGIT = tl.constexpr(4)
 MEAN_GAP = tl.constexpr(5)
-STUDENT_PART = tl.constexpr(6)
-TARGET_PART = tl.constexpr(7)
+CENTRE = tl.constexpr(6)
+VALUE = tl.constexpr(7)
 LOGIT_STUDENT = tl.constexpr(8)
 LOGIT_TEACHER = tl.constexpr(9)
 LOGIT_REF = tl.constexpr(10)
@@ -43,6 +43,7 @@ FAR = tl.constexpr(64.0)  # fused_gopd.rowops.FAR
 LEAST = tl.constexpr(-3.0e38)  # in place of -inf in a product with 0
 SHARE = tl.constexpr(2.0**-24)  # a sum of numbers near the largest float is taken of this share of them
 MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
+ROOM = tl.constexpr(1.0e35)  # the largest CENTRE and VALUE of alpha: over a thousand vocabulary shards can be added
 
 # Kinds of logit transform: z = x, z = pre x, z = post tanh(pre x), each of x + bias where there is a bias.
 PLAIN = tl.constexpr(0)
@@ -184,6 +185,12 @@ def bounded(x):
 
 
 @triton.jit
+def in_room(x):
+    """Within ROOM of 0, NaN kept."""
+    return tl.where(x > ROOM, ROOM, tl.where(x < -ROOM, -ROOM, x))
+
+
+@triton.jit
 def from_origin(u, origin, BOTH: tl.constexpr, most):
     """u relative to its origin, which is 0 where u is one model's logits; at most ``most``, its log-sum.
 
@@ -264,27 +271,52 @@ def mean_of(weighted, scale, total):
 
 
 @triton.jit
-def mixture_log_ratios(gap, logsum_difference, beta, one_minus_beta, turn, NEAR_END: tl.constexpr, FLUSH: tl.constexpr):
-    """log p - log m and log t - log m, for gap = z' - u and logsum_difference = LOGSUM_TARGET - LOGSUM_STUDENT.
+def mixture_ratios(gap, logsum_difference, b, one_minus_b, turn, NEAR_END: tl.constexpr, FLUSH: tl.constexpr):
+    """log(p / m), log(t / m) and t / m - 1 with m = b t + (1 - b) p.
 
-    With delta = log t - log p: log p - log m = -log((1 - beta) + beta e^delta), rewritten for delta > 0 so that no
-    exponential overflows; no probability is formed, which would be 0 in fp32 below e^-104.
+    gap = z' - u and logsum_difference = LOGSUM_TARGET - LOGSUM_STUDENT give delta = log t - log p. From it follows
+    log(p / m) = -log((1 - b) + b e^delta), rewritten for delta > 0 so that no exponential overflows; no probability is
+    formed, which would be 0 in fp32 below e^-104. t / m - 1 takes the exponential that there is, and one division.
     """
     delta = -gap - logsum_difference
     if NEAR_END:
         # with the turn of the mixture in place of 0, and the logarithm as log1p
         above = delta > turn
         e = exp(tl.where(above, -delta, delta), FLUSH)
-        weight = tl.where(above, one_minus_beta, beta)
-        mixed = tl.fma(weight, e, tl.where(above, beta, one_minus_beta))
+        weight = tl.where(above, one_minus_b, b)
+        mixed = tl.fma(weight, e, tl.where(above, b, one_minus_b))
         mixture = tl.log(mixed) + (weight * (e - 1.0) - (mixed - 1.0))
         student, target = tl.where(above, -delta, 0.0) - mixture, tl.where(above, 0.0, delta) - mixture
     else:
+        one_minus_b = 1.0 - b
+        above = delta > 0.0
         e = exp(-tl.abs(delta), FLUSH)
-        mixture = tl.log(tl.where(delta > 0.0, tl.fma(1.0 - beta, e, beta), tl.fma(beta, e, 1.0 - beta)))
+        mixed = tl.where(above, tl.fma(one_minus_b, e, b), tl.fma(b, e, one_minus_b))
+        mixture = tl.log(mixed)
         # minimum and maximum may drop NaN; the exponential inside the mixture keeps it
         student, target = -tl.maximum(delta, 0.0) - mixture, tl.minimum(delta, 0.0) - mixture
-    return student, target
+    excess = one_minus_b * tl.where(above, 1.0 - e, e - 1.0) / mixed
+    return student, target, excess
+
+
+@triton.jit
+def excess_mass(w, log_p, log_t, x, alpha, one_minus_alpha, most, FLUSH: tl.constexpr):
+    """w expm1(x), with w = p and x = alpha delta or w = t and x = (alpha - 1) delta: w e^x = p^(1 - alpha) t^alpha.
+
+    Below |x| = 0.35 the polynomial of Cephes' expf (e^x - 1 would cancel there). Above x = 1 w e^x is one exponential,
+    at most e^most, because w may be 0 in fp32 where e^x is infinite. log p and log t are clamped at -1e30 so that their
+    multiples are finite. NaN in x fails the comparisons and passes through the exponential.
+    """
+    poly = tl.fma(x, 1.9875691500e-4, 1.3981999507e-3)
+    poly = tl.fma(x, poly, 8.3334519073e-3)
+    poly = tl.fma(x, poly, 4.1665795894e-2)
+    poly = tl.fma(x, poly, 1.6666665459e-1)
+    poly = tl.fma(x, poly, 5.0000001201e-1)
+    small = tl.fma(poly * x, x, x)
+    product = tl.fma(one_minus_alpha, tl.maximum(log_p, -1.0e30), alpha * tl.maximum(log_t, -1.0e30))
+    large = x > 1.0
+    e = exp(tl.where(large, tl.minimum(product, most), x), FLUSH)
+    return tl.where(large, e - w, w * tl.where(tl.abs(x) < 0.35, small, e - 1.0))
 
 
 @triton.jit
@@ -293,7 +325,8 @@ def row_kernel(
     teacher_ptr, teacher_stride, teacher_bias, teacher_pre, teacher_post,
     ref_ptr, ref_stride, ref_bias, ref_pre, ref_post,
     share, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
-    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V, beta, one_minus_beta, turn,
+    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V,
+    a, one_minus_a, turn, c_t, c_p, kappa, forward_weight_ptr,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
     NEAR_TEACHER: tl.constexpr, NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, FLUSH: tl.constexpr,
@@ -306,14 +339,24 @@ def row_kernel(
     reward_scale_ptr                    (C,) fp32 lambda, with which the two are ignored, or None
     token_ptr                           (C,) int64 or None
     stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise;
-                                        with neither the two parts of jsd are made from the others
+                                        with neither CENTRE and VALUE are made from the others
     divergence_weight_ptr, token_weight_ptr   (C,) fp32 or None
     out_ptr                             (C, >= V) any floating dtype, or None: no gradient
-    beta, one_minus_beta, turn          the mixture of jsd (Mixture); the last two with NEAR_END alone
+    DIVERGENCE                          "none", or the kind of a divergence (RowDivergence); what follows is None where
+                                        the kind does not have it
+    a, one_minus_a, turn, c_t, c_p, kappa, forward_weight_ptr, NEAR_END, with delta = log t - log p:
+        mixture   m = a t + one_minus_a p
+                  VALUE = c_t sum t log(t/m) + c_p sum p log(p/m)    h~ = c_p log(p/m) + kappa (t/m - 1)
+                  kappa is None for the JSD, where it is 0; turn and NEAR_END as in MixtureConstants
+        alpha     VALUE = c_t E, CENTRE = c_p E                      h~ = c_p expm1(a delta)
+                  E = sum p expm1(a delta), or, where a > 1/2 (NEAR_END), E = sum t expm1((a - 1) delta): the same
+                  number, but each is small, and keeps its digits, near one of the ends a = 0 and 1, where c_t is large.
+                  No product is larger than e^turn
+        mixed     a KL(t || p) + (1 - a) KL(p || t); in place of a, forward_weight_ptr (C,) fp32 is a weight per token
     slope, tanh_of_z                    dz/dx = slope (1 - (tanh_of_z z)^2), the second factor with a softcap only
 
-    Bytes per row: statistics read each model's V logits once (jsd twice), the gradient reads them once more, from L2
-    where the rows in flight fit into it, and writes V gradients. Nothing else is of the order of V.
+    Bytes per row: statistics read each model's V logits once (mixture and alpha twice), the gradient reads them once
+    more, from L2 where the rows in flight fit into it, and writes V gradients. Nothing else is of the order of V.
     """
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
@@ -415,7 +458,7 @@ def row_kernel(
                         max_u, sum_u, u, e_u, _move, rescale_u = online(
                             shifted(max_u, move_u), sum_u, tl.where(inside, u, float("-inf")), FLUSH
                         )
-                    if DIVERGENCE == "forward_kl":
+                    if DIVERGENCE == "forward_kl" or DIVERGENCE == "mixed":
                         weighted_target = tl.fma(
                             kept(tl.fma(move_z - move_u, old_target_sum, weighted_target), rescale_u),
                             rescale_u,
@@ -432,8 +475,8 @@ def row_kernel(
         logsum_r = 0.0
         logsum_u = 0.0
         mean_gap = 0.0
-        student_part = 0.0
-        target_part = 0.0
+        centre = 0.0
+        value = 0.0
         max_target = 0.0
         origin = 0.0
         if HAS_TARGET:
@@ -457,9 +500,9 @@ def row_kernel(
                 max_target, _move, scale_u, total_u = merged(shifted(max_u, move_u), sum_u, FLUSH)
                 logsum_u = max_target + tl.log(total_u)
                 sum_target = sum_u
-            if DIVERGENCE == "forward_kl":
-                target_part = mean_of(tl.fma(move_z - move_u, sum_target, weighted_target), scale_u, total_u)
-            if not ((tl.abs(max_target) <= FAR) & (tl.abs(mean_gap) < 1e30) & (tl.abs(target_part) < 1e30)):
+            if DIVERGENCE == "forward_kl" or DIVERGENCE == "mixed":
+                value = mean_of(tl.fma(move_z - move_u, sum_target, weighted_target), scale_u, total_u)
+            if not ((tl.abs(max_target) <= FAR) & (tl.abs(mean_gap) < 1e30) & (tl.abs(value) < 1e30)):
                 # Rare: a model alone has masks that put the target far from 0, or near the largest float. Once more
                 # from the maxima of the row, which the gradient forms u with: of other shifts u is another number, by
                 # the rounding of what is far away.
@@ -483,7 +526,7 @@ def row_kernel(
                     max_u, sum_u, u, e_u, move_u, rescale_u = online(
                         max_u, sum_u, tl.where(inside, u, float("-inf")), FLUSH
                     )
-                    if DIVERGENCE == "forward_kl":
+                    if DIVERGENCE == "forward_kl" or DIVERGENCE == "mixed":
                         weighted_target = tl.fma(
                             kept(tl.fma(-move_u * SHARE, old_target_sum, weighted_target), rescale_u),
                             rescale_u,
@@ -494,9 +537,9 @@ def row_kernel(
                 max_target, move_target, scale_u, total_u = merged(max_u, sum_u, FLUSH)
                 origin = tl.where((tl.abs(max_target) > FAR) & (poison == 0.0), max_target, 0.0)
                 logsum_u = (max_target - origin) + tl.log(total_u) + poison
-                if DIVERGENCE == "forward_kl":
-                    target_part = mean_of(tl.fma(-move_target * SHARE, sum_u, weighted_target), scale_u, total_u)
-                    target_part = bounded(target_part / SHARE) + ((max_target - origin) + poison_any)
+                if DIVERGENCE == "forward_kl" or DIVERGENCE == "mixed":
+                    value = mean_of(tl.fma(-move_target * SHARE, sum_u, weighted_target), scale_u, total_u)
+                    value = bounded(value / SHARE) + ((max_target - origin) + poison_any)
             if needs_teacher is not None:
                 logsum_q = tl.where(needs_teacher != 0, logsum_q, 0.0)
                 logsum_r = tl.where(needs_ref != 0, logsum_r, 0.0)
@@ -505,38 +548,11 @@ def row_kernel(
         logsum_u = tl.load(stats_row + LOGSUM_TARGET * stats_stride)
         mean_logit = tl.load(stats_row + MEAN_LOGIT * stats_stride)
         mean_gap = tl.load(stats_row + MEAN_GAP * stats_stride)
-        student_part = tl.load(stats_row + STUDENT_PART * stats_stride)
+        centre = tl.load(stats_row + CENTRE * stats_stride)
         max_student = tl.load(stats_row + MAX_STUDENT * stats_stride)
         max_teacher = tl.load(stats_row + MAX_TEACHER * stats_stride)
         max_ref = tl.load(stats_row + MAX_REF * stats_stride)
         origin = tl.load(stats_row + ORIGIN_TARGET * stats_stride)
-
-    if DIVERGENCE == "jsd" and (STATISTICS or out_ptr is None):
-        # A second round: the mixture needs both normalisers, those of the whole vocabulary where V is a part of it.
-        student_sum = tl.zeros([LANES], tl.float32)
-        target_sum = student_sum
-        for tail in tl.static_range(2):
-            for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
-                z, q, r = problem_logits(
-                    student_row, student_bias, student_pre, student_post, STUDENT_KIND,
-                    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
-                    ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
-                    needs_teacher, needs_ref, start + tile, V, tail == 1,
-                )  # fmt: skip
-                support = z != float("-inf")
-                z = z - max_student
-                u = target(q - max_teacher, r - max_ref, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
-                u = from_origin(u, origin, BOTH, logsum_u)
-                log_pm, log_tm = mixture_log_ratios(
-                    z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
-                )
-                student_sum += lane_sum(tl.where(support, exp(z - logsum_z, FLUSH) * log_pm, 0.0))
-                target_sum += lane_sum(tl.where(support, exp(u - logsum_u, FLUSH) * log_tm, 0.0))
-        student_part = tl.sum(student_sum, axis=0)
-        target_part = tl.sum(target_sum, axis=0)
-        if not STATISTICS:
-            tl.store(stats_row + STUDENT_PART * stats_stride, student_part)
-            tl.store(stats_row + TARGET_PART * stats_stride, target_part)
 
     if STATISTICS:
         if token_ptr is not None:
@@ -560,8 +576,9 @@ def row_kernel(
         tl.store(stats_row + LOGSUM_TARGET * stats_stride, logsum_u)
         tl.store(stats_row + MEAN_LOGIT * stats_stride, mean_logit)
         tl.store(stats_row + MEAN_GAP * stats_stride, mean_gap)
-        tl.store(stats_row + STUDENT_PART * stats_stride, student_part)
-        tl.store(stats_row + TARGET_PART * stats_stride, target_part)
+        if DIVERGENCE != "mixture" and DIVERGENCE != "alpha":
+            tl.store(stats_row + CENTRE * stats_stride, centre)
+            tl.store(stats_row + VALUE * stats_stride, value)
         tl.store(stats_row + LOGIT_STUDENT * stats_stride, logit_z)
         tl.store(stats_row + LOGIT_TEACHER * stats_stride, logit_q)
         tl.store(stats_row + LOGIT_REF * stats_stride, logit_r)
@@ -569,6 +586,54 @@ def row_kernel(
         tl.store(stats_row + MAX_TEACHER * stats_stride, max_teacher)
         tl.store(stats_row + MAX_REF * stats_stride, max_ref)
         tl.store(stats_row + ORIGIN_TARGET * stats_stride, origin)
+
+    if (DIVERGENCE == "mixture" or DIVERGENCE == "alpha") and (STATISTICS or out_ptr is None):
+        # A second round: it needs both normalisers, those of the whole vocabulary where V is a part of it. The
+        # statistics above are stored already: kept in registers through this loop, some would spill.
+        centre_sum = tl.zeros([LANES], tl.float32)
+        value_sum = centre_sum
+        for tail in tl.static_range(2):
+            for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
+                z, q, r = problem_logits(
+                    student_row, student_bias, student_pre, student_post, STUDENT_KIND,
+                    teacher_row, teacher_bias, teacher_pre, teacher_post, TEACHER_KIND,
+                    ref_row, ref_bias, ref_pre, ref_post, REF_KIND,
+                    needs_teacher, needs_ref, start + tile, V, tail == 1,
+                )  # fmt: skip
+                support = z != float("-inf")
+                z = z - max_student
+                u = target(q - max_teacher, r - max_ref, share, near_teacher, HAS_TEACHER, HAS_REF, NEAR_TEACHER)
+                u = from_origin(u, origin, BOTH, logsum_u)
+                if DIVERGENCE == "mixture":
+                    log_pm, log_tm, excess = mixture_ratios(
+                        z - u, logsum_u - logsum_z, a, one_minus_a, turn, NEAR_END, FLUSH
+                    )
+                    p = exp(z - logsum_z, FLUSH)
+                    t = exp(u - logsum_u, FLUSH)
+                    if kappa is None:
+                        centre_sum += lane_sum(tl.where(support, p * log_pm, 0.0))
+                        value_sum += lane_sum(tl.where(support, t * log_tm, 0.0))
+                    else:
+                        part = p * (c_p * log_pm)
+                        centre_sum += lane_sum(tl.where(support, tl.fma(kappa * p, excess, part), 0.0))
+                        value_sum += lane_sum(tl.where(support, tl.fma(c_t * t, log_tm, part), 0.0))
+                else:
+                    x = (-one_minus_a if NEAR_END else a) * ((u - z) + (logsum_z - logsum_u))
+                    w = exp(u - logsum_u if NEAR_END else z - logsum_z, FLUSH)
+                    excess = excess_mass(w, z - logsum_z, u - logsum_u, x, a, one_minus_a, turn, FLUSH)
+                    centre_sum += lane_sum(tl.where(support, excess, 0.0))
+        if DIVERGENCE == "mixture":
+            centre = tl.sum(centre_sum, axis=0)
+            value = tl.sum(value_sum, axis=0)
+            if kappa is None:
+                centre = c_p * centre
+                value = tl.fma(c_t, value, centre)
+        else:
+            excess_total = tl.sum(centre_sum, axis=0)
+            centre = in_room(c_p * excess_total)
+            value = in_room(c_t * excess_total)
+        tl.store(stats_row + CENTRE * stats_stride, centre)
+        tl.store(stats_row + VALUE * stats_stride, value)
 
     if out_ptr is not None:
         out_row = out_ptr + row64 * out_stride
@@ -579,6 +644,8 @@ def row_kernel(
             divergence_weight = tl.load(divergence_weight_ptr + row)
             # keeps the NaN of a teacher or reference, which a clamp drops
             poisoned_weight = divergence_weight + 0.0 * mean_gap
+            if forward_weight_ptr is not None:
+                a = tl.load(forward_weight_ptr + row)
         if token_weight_ptr is not None:
             token_weight = tl.load(token_weight_ptr + row)
             token_column = tl.load(token_ptr + row)
@@ -609,12 +676,24 @@ def row_kernel(
                         term = p * bounded(z - u - mean_gap)
                     elif DIVERGENCE == "forward_kl":
                         term = p - exp(from_origin(u, origin, BOTH, logsum_u) - logsum_u, FLUSH)
+                    elif DIVERGENCE == "mixed":
+                        # a (p - t) + (1 - a) p (gap - mean): the bits of one of the two where a is 1 or 0
+                        factor = tl.fma(bounded(z - u - mean_gap), 1.0 - a, a)
+                        term = tl.fma(p, factor, -a * exp(from_origin(u, origin, BOTH, logsum_u) - logsum_u, FLUSH))
+                    elif DIVERGENCE == "mixture":
+                        u = from_origin(u, origin, BOTH, logsum_u)
+                        log_pm, _, excess = mixture_ratios(
+                            z - u, logsum_u - logsum_z, a, one_minus_a, turn, NEAR_END, FLUSH
+                        )
+                        term = tl.fma(c_p, log_pm, -centre)
+                        if kappa is not None:
+                            term = tl.fma(kappa, excess, term)
+                        term = p * term
                     else:
                         u = from_origin(u, origin, BOTH, logsum_u)
-                        log_pm, log_tm = mixture_log_ratios(
-                            z - u, logsum_u - logsum_z, beta, one_minus_beta, turn, NEAR_END, FLUSH
-                        )
-                        term = p * ((one_minus_beta if NEAR_END else 1.0 - beta) * (log_pm - student_part))
+                        x = a * ((u - z) + (logsum_z - logsum_u))
+                        excess = excess_mass(p, z - logsum_z, u - logsum_u, x, a, one_minus_a, turn, FLUSH)
+                        term = tl.fma(c_p, excess, -(p * centre))
                     grad = poisoned_weight * term
                 if token_weight_ptr is not None:
                     token_term = token_weight * (p - tl.where(columns == token_column, 1.0, 0.0))
