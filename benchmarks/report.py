@@ -1,12 +1,12 @@
 """Tables from the rows of a run: ``python -m benchmarks.report RESULTS.json [PAGE.md ...] [--check]
 [--plot FILE]``.
 
-Without pages it prints. In a page it fills what is between
+Without pages it prints the tables. In a page it replaces the text between
 
     <!-- benchmark RESULTS.json JOB[,JOB...] -->   and   <!-- /benchmark -->
 
-with the tables of these jobs, for every such pair whose file name is that of the results. ``--check`` writes nothing
-and fails where a page is not what it would write. ``--plot`` draws time against memory.
+by the tables of these jobs, for every such pair with the file name of the results. ``--check`` writes nothing, and
+fails if a page would change. ``--plot`` plots time against memory.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _shape(row: Row) -> str:
 
 
 def _fp32_twin(row: Row, rows: list[Row]) -> float | None:
-    """The median of the same provider and job in float32."""
+    """Median time of the same provider and job in float32."""
     job = row["job"].removesuffix("-bf16")
     if job == row["job"]:
         return None
@@ -98,7 +98,7 @@ def _fp32_twin(row: Row, rows: list[Row]) -> float | None:
 
 
 def _other_library(row: Row) -> tuple[str, float] | None:
-    """The best of ``torch.mm``'s chunk sizes, beside a floor that another library won."""
+    """A row of ``torch.mm`` at its best chunk size, if another library is the floor."""
     if "," not in row.get("floor", ""):
         return None
     plain = {name: ms for name, ms in row["candidates_ms"].items() if "," not in name}
@@ -107,7 +107,7 @@ def _other_library(row: Row) -> tuple[str, float] | None:
 
 
 class Table(NamedTuple):
-    """One workload: a title, column heads, and rows of cells in Markdown."""
+    """The table of one workload: title, column headings, and rows of cells in Markdown."""
 
     title: str
     head: list[str]
@@ -115,7 +115,7 @@ class Table(NamedTuple):
 
 
 def groups(result: dict[str, Any], jobs: list[str] | None = None) -> list[list[Row]]:
-    """Rows of one job and shape each, those that were not run at the end."""
+    """Groups of rows of one job and shape; skipped cases are last in their group."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in [*result["rows"], *result.get("skipped", [])]:
         if jobs is None or row["job"] in jobs:
@@ -125,7 +125,7 @@ def groups(result: dict[str, Any], jobs: list[str] | None = None) -> list[list[R
 
 
 def base_of(row: Row, rows: list[Row]) -> float | None:
-    """What a row's time is a ratio to: its floor, or in the log's bfloat16 job the same in float32."""
+    """The reference time of a row: its floor, or for the bfloat16 job of the log the time in float32."""
     if row["job"].endswith("-bf16"):
         return _fp32_twin(row, rows)
     return row.get("gemm_ms_p50" if row["hidden"] is not None else "bytes_ms_p50")
@@ -136,7 +136,7 @@ def _milliseconds(ms: float) -> str:
 
 
 def table(listed: list[Row], rows: list[Row]) -> Table:
-    """The floor, which returns nothing, has no memory and no errors."""
+    """Cells of memory and errors; empty for the floor, which returns nothing."""
     hidden, bf16 = listed[0]["hidden"] is not None, listed[0]["job"].endswith("-bf16")
     errors = ["loss", "dhidden", "dweight"] if hidden else ["loss", "dlogits"]
     head = ["", "ms, median", "p20–p80", "to float32" if bf16 else "to bare GEMMs" if hidden else "to moving bytes"]
@@ -161,7 +161,7 @@ def table(listed: list[Row], rows: list[Row]) -> Table:
 
 
 def tables(result: dict[str, Any], jobs: list[str] | None = None) -> list[Table]:
-    """Of some jobs, all by default."""
+    """Tables of some jobs, by default of all."""
     found = {row["job"] for row in [*result["rows"], *result.get("skipped", [])]}
     missing = sorted(set(jobs or []) - found)
     if missing:
@@ -170,7 +170,7 @@ def tables(result: dict[str, Any], jobs: list[str] | None = None) -> list[Table]
 
 
 def provenance(result: dict[str, Any]) -> str:
-    """What it was measured on."""
+    """Machine, versions, commit and date of a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     kept = "; freed memory kept by the allocator" if result.get("allocator") else ""
     driver = f", driver {result['driver']}" if result.get("driver") else ""
@@ -180,7 +180,7 @@ def provenance(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any], jobs: list[str] | None = None) -> str:
-    """The tables of some jobs, all by default, and what they were measured on."""
+    """Tables of some jobs, by default of all, and their machine, versions, commit and date."""
     parts = []
     for title, head, rows in tables(result, jobs):
         lines = [title, "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -189,7 +189,7 @@ def markdown(result: dict[str, Any], jobs: list[str] | None = None) -> str:
 
 
 def fill(page: str, name: str, result: dict[str, Any]) -> str:
-    """A page with the regions of this results file filled."""
+    """The page with the regions of this results file replaced."""
 
     def region(match: re.Match[str]) -> str:
         opening, source, jobs, _, closing = match.groups()
@@ -212,11 +212,11 @@ def _panel(axis: Any, rows: list[Row]) -> None:
     for row in rows:
         base = base_of(row, [])
         if base is not None:
-            # a resident set may come out a page or two below the inputs': a log axis starts at 1 MiB
+            # the difference of resident sets may be slightly negative: the log axis starts at 1 MiB
             points.append((row["ms_p50"] / base, max(1.0, row["peak_extra_bytes"] / 2**20), row["provider"]))
     for i, (y, x, name) in enumerate(sorted(points)):
         axis.plot(x, y, "o", color=_colour(name))
-        # neighbours in time have their names on different sides
+        # points that are close in time have their labels on different sides
         side = {"xytext": (5, 3), "ha": "left"} if i % 2 == 0 else {"xytext": (-5, 3), "ha": "right"}
         axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **side)
     times, sizes = [y for y, _, _ in points], [x for _, x, _ in points]
@@ -231,7 +231,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time as a ratio to the floor against memory beyond inputs and gradients, a panel for each job and shape."""
+    """Plot time relative to the floor against memory beyond inputs and gradients, a panel per job and shape."""
     from matplotlib.figure import Figure
 
     panels = [[r for r in rows if "ms_p50" in r and r.get("peak_extra_bytes") is not None] for rows in groups(result)]

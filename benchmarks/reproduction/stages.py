@@ -127,7 +127,7 @@ def execute(
     Args:
         executor: where; a pool of processes, since a stage keeps the interpreter busy.
         workers: how many at once. What is handed to a pool early would go before what comes first but was not ready.
-        done: called in this process, also for what was there already.
+        done: called in this process for each stage, cached ones included.
 
     Raises:
         RuntimeError: a stage failed; those that were being computed are waited for and kept.

@@ -1,7 +1,7 @@
 """NeMo-RL: the sampled estimator as one of its loss functions.
 
-``GOPDLossFn(reward_scale=1.25)`` goes where a recipe makes its ``ClippedPGLossFn``; the recipe puts the teacher's
-scores into the training data beside those of the reference::
+``GOPDLossFn(reward_scale=1.25)`` replaces a recipe's ``ClippedPGLossFn``; the recipe adds the teacher's scores to the
+training data, as it does the reference's::
 
     train_data["teacher_logprobs"] = teacher_policy.get_logprobs(logprob_data)["logprobs"]
 
@@ -29,12 +29,12 @@ __all__ = ["GOPDLossFn"]
 
 
 class GOPDLossFn:
-    """NeMo-RL's LossFunction of G-OPD at the sampled tokens, normalised over the global number of tokens.
+    """A LossFunction of NeMo-RL: G-OPD at the sampled tokens, divided by the global number of tokens.
 
     Args:
         reward_scale: lambda; any but 1 needs ``reference_policy_logprobs`` in the data.
         **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min`` as in
-            :func:`fused_gopd.gopd_loss`. ``rollout_is_cap`` switches on the weights of ``generation_logprobs``.
+            :func:`fused_gopd.gopd_loss`. ``rollout_is_cap`` enables weights from ``generation_logprobs``.
     """
 
     loss_type = LossType.TOKEN_LEVEL
@@ -51,10 +51,10 @@ class GOPDLossFn:
     def __call__(
         self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Loss and metrics of a micro-batch, both sums over its tokens over ``global_valid_toks``.
+        """Loss and metrics of a micro-batch: sums over its tokens, divided by ``global_valid_toks``.
 
         Args:
-            next_token_logprobs: (B, S - 1), of the tokens after the first.
+            next_token_logprobs: (B, S - 1) log-probs of all tokens but the first.
             data: NeMo-RL's BatchedDataDict: (B, S) ``token_mask``, ``prev_logprobs``, ``teacher_logprobs``,
                 ``reference_policy_logprobs`` for lambda != 1, ``generation_logprobs`` for ``rollout_is_cap``;
                 ``sample_mask`` (B,).
