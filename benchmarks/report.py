@@ -98,7 +98,7 @@ def _fp32_twin(row: Row, rows: list[Row]) -> float | None:
 
 
 def _other_library(row: Row) -> tuple[str, float] | None:
-    """A row of ``torch.mm`` at its best chunk size, if another library is the floor."""
+    """Chunk size and time of ``torch.mm`` at its fastest, if another library is the floor."""
     if "," not in row.get("floor", ""):
         return None
     plain = {name: ms for name, ms in row["candidates_ms"].items() if "," not in name}
