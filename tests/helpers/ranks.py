@@ -1,4 +1,4 @@
-"""Run a function of a test module on several ranks, processes that torchrun starts on this machine, over gloo.
+"""Run a function of a test module on several ranks, processes on this machine that talk over gloo.
 
     results = run_on_ranks("test_distributed:_losses", 2, 1.25)
 
@@ -13,10 +13,11 @@ import faulthandler
 import importlib
 import importlib.util
 import os
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,8 @@ from typing import Any
 
 import torch
 
-# What the launcher may take to notice that a rank has ended, and to end the others.
-GRACE = 30.0
+# How long the other ranks may go on after one has failed, or after they had to be done: to say what they met.
+GRACE = 10.0
 
 
 class RankError(AssertionError):
@@ -52,36 +53,47 @@ def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> li
         torch.save((function, args, timeout), folder / "call.pt")
         # the loopback device is all there is in a sandbox, and the only one on which no two test runs can meet
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        # an endpoint at port 0 takes a free one; the workers meet at the store of the launcher
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--max-restarts", "0"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_PORT": str(_free_port())}
         with (folder / "log").open("w+") as log:
-            launcher = subprocess.Popen(
-                [*command, __file__, name], stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, __file__, name],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+                for rank in range(n)
+            ]
             try:
-                launcher.wait(timeout + GRACE)
-            except BaseException:
-                _end(launcher)
-                log.seek(0)
-                print(log.read())
-                raise
+                _wait(ranks, timeout)
+            finally:
+                for process in ranks:
+                    process.kill()
+                    process.wait()
         results = [folder / f"{rank}.pt" for rank in range(n)]
         errors = sorted((x for x in folder.glob("*.error") if x.stat().st_size), key=lambda x: x.stat().st_mtime)
-        if errors or launcher.returncode or not all(x.exists() for x in results):
+        if errors or any(process.returncode for process in ranks) or not all(x.exists() for x in results):
             told = [f"rank {x.stem}:\n{x.read_text()}" for x in errors]
             raise RankError("\n".join([f"{function} failed", *(told or [(folder / "log").read_text()])]))
         return [torch.load(x, weights_only=False) for x in results]
 
 
-def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """The launcher ends its workers when it is asked to end; killed, it could not."""
-    launcher.send_signal(signal.SIGTERM)
-    try:
-        launcher.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        launcher.kill()
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    """Until all have ended, or time is up: that of a launch, or what is left to the others where one has failed."""
+    end = time.monotonic() + timeout + GRACE
+    failed = False
+    while any(process.poll() is None for process in ranks) and time.monotonic() < end:
+        if not failed and any(process.returncode for process in ranks):
+            failed, end = True, min(end, time.monotonic() + GRACE)
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    """For libraries that want one; the ranks meet at a file."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def _find(function: str) -> Callable[..., Any]:
@@ -103,11 +115,17 @@ def _worker(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     function, args, timeout = torch.load(folder / "call.pt", weights_only=False)
     with (folder / f"{rank}.error").open("w") as error:
-        # a rank that waits for one that will not come says so, and ends: the launcher then ends the others
+        # a rank that waits for one that will not come says so, and ends
         faulthandler.dump_traceback_later(timeout, exit=True, file=error)
         try:
             torch.set_num_threads(1)
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=datetime.timedelta(seconds=timeout),
+            )
             result = _find(function)(*args)
             torch.save(result, folder / f"{rank}.pt")
             torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 """Vocabularies that several ranks share: the same numbers as one process gets with whole heads.
 
-Every test that needs ranks launches torchrun once and lets its workers (functions with an underscore) check many cases.
+Every test that needs ranks launches them once and lets them (functions with an underscore) check many cases.
 """
 
 from __future__ import annotations
