@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 
-# How long the other ranks may go on after one has failed, or after they had to be done: to say what they met.
+# How long the other ranks may go on after one has failed: to say what they met.
 GRACE = 10.0
+# How long a rank may take to import PyTorch, before its own clock runs.
+START = 60.0
 
 
 class RankError(AssertionError):
@@ -40,7 +42,8 @@ def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> li
         function: ``"module:name"``, a module on this process's ``sys.path``, or ``"path/to/file.py:name"``.
         n: number of processes; one thread each.
         args: what ``torch.save`` can write and ``torch.load`` read.
-        timeout: seconds for the function with its imports. A rank that is not done by then tells where it was.
+        timeout: seconds for the function with its imports but PyTorch's. A rank that is not done by then tells where
+            it was.
 
     Returns:
         One entry per rank, through ``torch.save``.
@@ -81,7 +84,7 @@ def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> li
 
 def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> None:
     """Until all have ended, or time is up: that of a launch, or what is left to the others where one has failed."""
-    end = time.monotonic() + timeout + GRACE
+    end = time.monotonic() + START + timeout + GRACE
     failed = False
     while any(process.poll() is None for process in ranks) and time.monotonic() < end:
         if not failed and any(process.returncode for process in ranks):
