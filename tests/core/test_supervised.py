@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fused_gopd as fg
 from builders import (
     OBJECTIVES,
+    BackendDtype,
     assert_all_close,
     assert_close,
     assert_same_as_oracle,
@@ -44,6 +45,14 @@ def test_it_adds_the_cross_entropy(backend_dtype, kind, objective):
     batch = make_batch(95, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
     options = {"reward_scale": 1.25, "sft_labels": labels_for(batch), "sft_weight": 0.3, **objective}
     assert_same_as_oracle(batch, backend_dtype, **options)
+
+
+@every_objective
+def test_any_token_may_be_the_label(objective):
+    """The first and the last among them, in and outside the support of topk."""
+    batch = make_batch(95, shape=(37,), dtype=torch.float64, masked=False)
+    options = {"reward_scale": 1.25, "sft_labels": torch.arange(37), "sft_weight": 0.3, **objective}
+    assert_same_as_oracle(batch, BackendDtype("torch", torch.float64), **options)
 
 
 @every_objective
