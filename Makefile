@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc benchmarks -type f -not -path 'benchmarks/results/*' -not -name '*.so' -not -path '*/__pycache__/*')
-# Two test processes of one thread each: the tests are many and small.
+# Two test processes of one thread each: the tests are many and small. Each begins with half of the files (worksteal), so
+# that what a file's tests share is made once.
 WORKERS ?= 2
 
 .PHONY: demo quick-demo reproduce test test-core test-faults test-verl test-server lint conformance bench clean
@@ -38,12 +39,12 @@ reproduce: $(VENV)/.demo
 	OMP_WAIT_POLICY=passive $(BIN)/fused-gopd reproduce $(REPRODUCE)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 	$(BIN)/fused-gopd doctor
 
 # The fast lane: mathematics, options, errors; PyTorch and native row operations in this process.
 test-core: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ranks and not interpreter" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not ranks and not interpreter" \
 		--ignore tests/core/test_compile.py tests/core tests/rowops/test_rowops.py tests/rowops/test_native.py
 
 # Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
