@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce test test-core test-faults test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ test-core: $(VENV)/.test
 # Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
 test-faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/test_checkpoints.py
+
+# The Triton kernels compiled for the GPUs that make test leaves out.
+test-kernels: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow tests/rowops/test_triton_compile.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

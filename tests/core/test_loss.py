@@ -15,6 +15,7 @@ from builders import (
     LAMBDAS,
     OBJECTIVES,
     REDUCTIONS,
+    TOLERANCE,
     assert_all_close,
     assert_close,
     assert_same_as_oracle,
@@ -303,6 +304,15 @@ def test_chunk_size_changes_nothing_but_rounding(seed, objective, chunk, kind):
     b, grads_b = run(batch, backend="torch", reward_scale=1.25, chunk_size=chunk, **objective)
     assert_close(b.token_loss, a.token_loss, 1e-13)
     assert_all_close(grads_b, grads_a, 1e-13)
+
+
+@pairwise(backend=["torch", "native"], objective=OBJECTIVES, kind=["linear", "logits"])
+def test_chunks_of_three_tokens_are_one_chunk_on_every_backend(backend, objective, kind):
+    batch = make_batch(34, shape=(11,), kinds=(kind, "linear", "logits"), dtype=torch.float32, masked=False)
+    a, grads_a = run(batch, backend=backend, reward_scale=1.25, **objective)
+    b, grads_b = run(batch, backend=backend, reward_scale=1.25, chunk_size=3, **objective)
+    assert_close(b.token_loss, a.token_loss, TOLERANCE[torch.float32])
+    assert_all_close(grads_b, grads_a, TOLERANCE[torch.float32])
 
 
 @given(seed=st.integers(0, 10_000), objective=st.sampled_from(OBJECTIVES), kind=st.sampled_from(["linear", "logits"]))

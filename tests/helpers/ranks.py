@@ -35,7 +35,7 @@ class RankError(AssertionError):
     """What went wrong, rank by rank."""
 
 
-def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_on_ranks(function: str, n: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """What a function returns on each of n ranks.
 
     Args:

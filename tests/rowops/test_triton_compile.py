@@ -29,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 TABLE = snapshots.load(triton_resources.TABLE)
 SAME_TRITON = TABLE["compiler"] == triton_resources.version()
 PAIRS = [(k, t) for t in TARGETS for k in launches(TARGETS[t])]
+IN_EVERY_RUN = ("sm_90", "gfx942")  # one of each maker; the others with `make test-kernels`
 Compiled = Callable[[str, str], Resources]
 
 
@@ -55,7 +56,13 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Compiled]:
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("pair", range(len(PAIRS)), ids=[f"{k} on {t}" for k, t in PAIRS])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(i, id=f"{kernel} on {target}", marks=() if target in IN_EVERY_RUN else pytest.mark.slow)
+        for i, (kernel, target) in enumerate(PAIRS)
+    ],
+)
 def test_resources(compiled: Compiled, pair: int) -> None:
     """Nothing in memory that belongs in registers, shared memory within the limit; the row kernel as it is meant; and
     nothing worse than in the committed table.
