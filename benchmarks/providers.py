@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from fused_gopd import reference
+from fused_gopd import reference, rowops
 from fused_gopd.loop.chunking import chunk_size_for, logits_buffers
-from fused_gopd.rowops import unavailable_reason
 
 from .workloads import CLIP, JOBS, JSD_BETA, REWARD_SCALE, Inputs, Workload
 
@@ -301,7 +300,7 @@ def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Computati
 # ----------------------------------------------------------------------------------------------------------- registry
 
 FUSED_PREFIX = "fused-"
-BACKENDS = ("triton", "native", "torch")
+BACKENDS = tuple(reversed(rowops.BACKENDS))
 _ALL = tuple(JOBS)
 _HIDDEN = tuple(name for name, job in JOBS.items() if job.level == "hidden")
 _REFERENCE = tuple(name for name, job in JOBS.items() if job.models > 1)
@@ -330,10 +329,10 @@ def _too_dense(tensors: int) -> Callable[[Workload], str | None]:
 
 def _backend_reason(backend: str) -> Callable[[Workload], str | None]:
     def reason(workload: Workload) -> str | None:
-        on_cpu = torch.device(workload.device).type == "cpu"
-        if backend != "torch" and on_cpu != (backend == "native"):
-            return f"for a {'GPU' if on_cpu else 'CPU'}"
-        return unavailable_reason(backend)
+        made_for = rowops.BACKENDS[backend].default_on
+        if made_for not in (None, torch.device(workload.device).type):
+            return f"for a {'CPU' if made_for == 'cpu' else 'GPU'}"
+        return rowops.unavailable_reason(backend)
 
     return reason
 

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
@@ -33,6 +33,7 @@ from .checks import (
 )
 from .heads import Head, Source
 from .objective.divergences import DIVERGENCES, make
+from .rowops import BACKENDS
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
@@ -46,7 +47,19 @@ RATIOS: tuple[str, ...] = get_args(Ratio)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 SUPPORTS: tuple[str, ...] = get_args(Support)
 TAILS: tuple[str, ...] = get_args(Tail)
-BACKENDS: tuple[str, ...] = ("auto", "torch", "native", "triton")
+
+
+class _BackendNames(Collection[str]):
+    """The name auto and those of the table of backends, to which code outside the package can add."""
+
+    def __contains__(self, name: object) -> bool:
+        return name == "auto" or name in BACKENDS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("auto", *BACKENDS))
+
+    def __len__(self) -> int:
+        return 1 + len(BACKENDS)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -271,7 +284,7 @@ class LossOptions:
     )
     backend: str = field(
         default="auto",
-        metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=BACKENDS),
+        metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=_BackendNames()),
     )
 
     @property

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fused_gopd.options import Estimator
     from fused_gopd.output import GOPDOutput
 
-BACKENDS = ("torch", "native", "triton")
 # A backend may exceed the naive float32 path's own error by this much, relative to the largest gradient entry (the
 # loss: to 1 + |loss|). The order of a float32 sum alone moves the result by about 1e-7 of its terms.
 TOLERANCE = 2e-6
@@ -129,14 +128,14 @@ def _find_backends() -> list[Backend]:
 
     from fused_gopd import rowops
 
-    expected = "triton" if torch.cuda.is_available() else "native"
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
-    for name in BACKENDS:
+    for name, backend in rowops.BACKENDS.items():
         try:
             reason = rowops.unavailable_reason(name)
         except Exception as error:  # a broken installation is reported, not raised
             reason = f"{type(error).__name__}: {error}"
-        found.append(Backend(name, reason, name in ("torch", expected)))
+        found.append(Backend(name, reason, backend.default_on in (None, expected)))
     return found
 
 
@@ -144,10 +143,11 @@ def _devices(backend: str) -> list[str]:
     """Devices on which to check a backend."""
     import torch
 
-    gpu = ["cuda"] if torch.cuda.is_available() else []
-    if backend == "triton":
-        return gpu or ["cpu"]  # without a GPU it is only available under Triton's interpreter
-    return ["cpu", *gpu] if backend == "torch" else ["cpu"]
+    from fused_gopd.rowops import BACKENDS
+
+    module = BACKENDS[backend].load()
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [device for device in there if module.wrong_device(torch.device(device)) is None]
 
 
 @dataclass(frozen=True)

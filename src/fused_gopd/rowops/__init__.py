@@ -256,13 +256,13 @@ class Backend:
     name: str
     module: str
     default_on: str | None = None  # the type of device on which backend="auto" takes it
-    dtypes: frozenset[dtype] | None = None  # of logits; None is all
+    dtypes: tuple[dtype, ...] | None = None  # of logits; None is all
 
     def load(self) -> Any:
         return importlib.import_module(self.module)
 
 
-_KERNEL_DTYPES = frozenset({float32, bfloat16, float16})
+_KERNEL_DTYPES = (float32, bfloat16, float16)
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -292,7 +292,7 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if name == "auto":
         fitting = [b for b in BACKENDS.values() if b.default_on == device.type]
         for backend in fitting:
-            if (backend.dtypes is None or dtypes <= backend.dtypes) and unavailable_reason(backend.name) is None:
+            if _takes(backend, dtypes) and unavailable_reason(backend.name) is None:
                 ops: RowOps = backend.load().row_ops()
                 if has_kernel(ops, divergence):
                     return ops
@@ -301,11 +301,11 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
     backend = BACKENDS[name]
-    if backend.dtypes is not None and not dtypes <= backend.dtypes:
-        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes - backend.dtypes))
+    if backend.dtypes is not None and not _takes(backend, dtypes):
+        taken = [str(d).removeprefix("torch.") for d in backend.dtypes]
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes.difference(backend.dtypes)))
         raise ValueError(
-            f"backend={name!r} takes float32, bfloat16 and float16, got {found}; "
-            "backend='torch' takes any floating dtype"
+            f"backend={name!r} takes {_listed(taken)}, got {found}; backend='torch' takes any floating dtype"
         )
     module = backend.load()
     reason = module.wrong_device(device)
@@ -318,6 +318,14 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
             f"backend={name!r} has no kernel for divergence={divergence.name!r}; backend='torch' computes any"
         )
     return ops
+
+
+def _takes(backend: Backend, dtypes: set[dtype]) -> bool:
+    return backend.dtypes is None or dtypes.issubset(backend.dtypes)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def has_kernel(ops: RowOps, divergence: RowDivergence | None) -> bool:
