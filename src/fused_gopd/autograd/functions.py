@@ -16,7 +16,7 @@ from ..loop.run import Entries, MakeEstimator
 from ..objective.statistics import TokenRow
 from ..problem import Problem
 from . import core
-from .saved import for_backward, once_differentiable, save, saved
+from .saved import once_differentiable, save, saved
 
 
 def _is_one(x: Tensor) -> bool:
@@ -42,7 +42,7 @@ class _FusedLoss(torch.autograd.Function):
         known = problem.advantages
         if problem.advantage_fn is not None:  # called once: a second backward uses these
             known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
-        save(ctx, for_backward(problem, known))
+        save(ctx, problem, advantages=known)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return loss, values, statistics
@@ -82,7 +82,7 @@ class _Recomputing(torch.autograd.Function):
         ctx.meta, ctx.make = core.meta_of((rows, weight, bias)), make
         outputs, values, statistics, entries = core.forward(problem, make, ctx.requires)
         # the advantages are in the statistics
-        save(ctx, for_backward(problem), statistics, *(entries or (None, None)))
+        save(ctx, problem, statistics, *(entries or (None, None)))
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         if values is not None:

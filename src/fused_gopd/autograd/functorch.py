@@ -14,7 +14,7 @@ from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
 from ..problem import Problem
 from . import core
-from .saved import RaiseOnDoubleBackward, Spec, flatten, for_backward, unflatten
+from .saved import RaiseOnDoubleBackward, Spec, flatten, unflatten, without_forward
 
 
 def active() -> bool:
@@ -76,7 +76,8 @@ class _TransformedBackward(torch.autograd.Function):
         spec: Spec, requires: RequiresGrad, make: MakeEstimator, outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         upstream, own, (statistics, ids, values) = tensors[:outputs], tensors[outputs:-3], tensors[-3:]
-        problem: Problem = for_backward(unflatten(spec, own))  # the advantages are in the statistics
+        # the advantages are in the statistics
+        problem: Problem = unflatten(without_forward(spec), own)
         entries = Entries(ids, values) if ids.ndim == 2 else None
         gradients = run.backward(problem, make, requires, statistics, entries, *upstream)
         meta = core.meta_of(core.student_tensors(problem.student))

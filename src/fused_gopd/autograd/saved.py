@@ -13,10 +13,20 @@ from torch import Tensor
 from ..agreement import Agreement
 from ..heads import LinearHead, Logits
 from ..objective.divergences import Divergence
+from ..options import LossOptions
 from ..problem import Problem, Route
 from ..tokens import Sequences, TokenRows
 
 _FLATTENED = (Problem, Route, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
+# Types without tensors, the most frequent ones in a Problem: a set is tested faster than isinstance.
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, LossOptions})
+_FORWARD_ONLY: dict[str, Any] = {
+    "agreement": None,
+    "mask": None,
+    "cancelled": (),
+    "advantage_fn": None,
+    "advantages": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +49,35 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
 
     save_for_backward takes tensors only.
     """
+    kind = type(x)
+    if kind in _LEAVES:
+        return x
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorSlot(len(tensors) - 1)
+    if kind is tuple:
+        return tuple(flatten(y, tensors) for y in x)
     if isinstance(x, _FLATTENED):
-        return Spec(type(x), {name: flatten(getattr(x, name), tensors) for name in _field_names(type(x))})  # type: ignore[arg-type]
-    return tuple(flatten(y, tensors) for y in x) if type(x) is tuple else x
+        return Spec(kind, {name: flatten(getattr(x, name), tensors) for name in _field_names(kind)})
+    return x
+
+
+def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Tensor | None = None) -> Spec:
+    """:func:`flatten` of a problem without what only a forward needs. Ranks have agreed on the call.
+
+    Args:
+        advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
+    """
+    fields = {
+        name: _FORWARD_ONLY[name] if name in _FORWARD_ONLY else flatten(getattr(problem, name), tensors)
+        for name in _field_names(Problem)
+    }
+    return Spec(Problem, fields | {"advantages": flatten(advantages, tensors)})
+
+
+def without_forward(spec: Spec) -> Spec:
+    """The spec of a whole problem without what only a forward needs."""
+    return Spec(spec.kind, spec.fields | _FORWARD_ONLY)
 
 
 @functools.cache
@@ -61,26 +94,15 @@ def unflatten(x: Any, tensors: Sequence[Tensor | None]) -> Any:
     return tuple(unflatten(y, tensors) for y in x) if type(x) is tuple else x
 
 
-def for_backward(problem: Problem, advantages: Tensor | None = None) -> Problem:
-    """The problem without what only a forward needs. Ranks that share a vocabulary have agreed on the call.
-
-    Args:
-        advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
-    """
-    return dataclasses.replace(
-        problem, agreement=None, mask=None, cancelled=(), advantage_fn=None, advantages=advantages
-    )
-
-
-def save(ctx: Any, problem: Problem, *more: Tensor | None) -> None:
-    """Keep a problem and other tensors for the backward, if there will be one.
+def save(ctx: Any, problem: Problem, *more: Tensor | None, advantages: Tensor | None = None) -> None:
+    """Keep a problem and other tensors for the backward, if there will be one; see :func:`flatten_for_backward`.
 
     Tensors made in inference mode (a teacher's) cannot be saved and are kept as attributes.
     """
     if not any(ctx.needs_input_grad):
         return
     own: list[Tensor] = []
-    ctx.spec, ctx.more = flatten(problem, own), len(more)
+    ctx.spec, ctx.more = flatten_for_backward(problem, own, advantages), len(more)
     tensors = [*own, *more]
     ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
     ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
