@@ -70,7 +70,7 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Te
     """
     fields = {
         name: _FORWARD_ONLY[name] if name in _FORWARD_ONLY else flatten(getattr(problem, name), tensors)
-        for name in _field_names(Problem)
+        for name in _field_names(Problem)  # type: ignore[arg-type]
     }
     return Spec(Problem, fields | {"advantages": flatten(advantages, tensors)})
 
