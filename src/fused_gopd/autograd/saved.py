@@ -49,7 +49,7 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
 
     save_for_backward takes tensors only.
     """
-    kind = type(x)
+    kind: Any = type(x)
     if kind in _LEAVES:
         return x
     if isinstance(x, Tensor):
@@ -70,7 +70,7 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Te
     """
     fields = {
         name: _FORWARD_ONLY[name] if name in _FORWARD_ONLY else flatten(getattr(problem, name), tensors)
-        for name in _field_names(Problem)  # type: ignore[arg-type]
+        for name in _field_names(Problem)
     }
     return Spec(Problem, fields | {"advantages": flatten(advantages, tensors)})
 
