@@ -46,7 +46,7 @@ from .models import (
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .objective.target import FROZEN
-from .options import OPTIONS, LossCall, LossOptions, checked
+from .options import OPTIONS, PARAMETERS, LossCall, LossOptions, checked
 from .problem import Problem, Route
 from .rowops import RowOps, select_backend
 from .server_scores import check_topk, scores_of
@@ -423,13 +423,8 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     student = cut(student)
     heads = {name: frozen_heads(x, cut) for name, x in needed.items()}
     chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, options.logits_dtype(dtype).itemsize)
-    divergence = make(
-        options.divergence,
-        beta=options.beta,
-        alpha=options.alpha,
-        skew=options.skew,
-        forward_weight=forward_weight,
-    )
+    parameters = {name: getattr(options, name) for name in PARAMETERS if name in OPTIONS}
+    divergence = make(options.divergence, forward_weight=forward_weight, **parameters)
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
     dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
     return Problem(
