@@ -38,6 +38,7 @@ PAGES = {
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "tests/snapshots.md",
         ROOT / "benchmarks/README.md",
         *ROOT.glob("docs/**/*.md"),
     )
