@@ -47,6 +47,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full jsd, none, labels": ({"estimator": "full", "divergence": "jsd", "reduction": "none", "labels": True}, {}),
     "full, lambda per token": ({"estimator": "full", "reward_scale": "tensor"}, {}),
     "full jsd, lambda per token": ({"estimator": "full", "divergence": "jsd", "reward_scale": "tensor"}, {}),
+    "full skew, none": ({"estimator": "full", "divergence": "skew_kl", "skew": 0.3, "reduction": "none"}, {}),
+    "full alpha": ({"estimator": "full", "divergence": "alpha", "alpha": 1.5}, {}),
+    "full mixed": ({"estimator": "full", "divergence": "mixed", "forward_weight": "tensor"}, {}),
     "full, teacher alone": ({"estimator": "full", "reward_scale": 1.0, "score_cancelled": True}, {}),
     "full, reference alone": ({"estimator": "full", "reward_scale": 0.0, "divergence": "forward_kl"}, {}),
     "full, frozen ones whole": ({"estimator": "full"}, {"teacher": "whole", "ref": "whole"}),
@@ -60,6 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "topk": ({"estimator": "topk", "k": 9}, {}),
     "topk of the student": ({"estimator": "topk", "k": 9, "support": "student", "tail": "drop"}, {}),
     "topk jsd": ({"estimator": "topk", "k": 9, "divergence": "jsd", "tail": "renormalize"}, {"ref": "whole"}),
+    "topk skew": ({"estimator": "topk", "k": 9, "divergence": "skew_reverse_kl", "tail": "drop"}, {}),
     "topk forward, labels, none": (
         {"estimator": "topk", "k": 9, "divergence": "forward_kl", "labels": True, "reduction": "none"},
         {"transforms": ({"bias": True}, {"bias": True}, {})},
@@ -92,6 +96,8 @@ def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[st
     if options.setdefault("reward_scale", 1.25) == "tensor":
         choices = torch.tensor([0.0, 1.0, 0.5, 1.25])
         options["reward_scale"] = choices[torch.randint(0, 4, SHAPE, generator=g)]
+    if options.get("forward_weight") == "tensor":
+        options["forward_weight"] = torch.rand(SHAPE, generator=g)
     return batch, {"chunk_size": 16, **options}, cuts
 
 
@@ -319,7 +325,7 @@ def _far_targets() -> None:
         r[:, 5:9] = fill
         whole = [fg.Logits(x) for x in (z, q, r)]
         parts = [model.part(shard) for model in whole]
-        for divergence in ("forward_kl", "jsd"):
+        for divergence in ("forward_kl", "jsd", "skew_kl", "alpha", "mixed"):
             options: dict[str, Any] = {"reward_scale": 1.25, "estimator": "full", "divergence": divergence}
             if fill < -1e4:
                 with pytest.raises(ValueError, match=r"over a shared vocabulary needs a target .* a larger mask"):
