@@ -41,6 +41,7 @@ from fused_gopd.cli.demo import smollm
 from fused_gopd.cli.distill import card, figures, inputs, options, training
 from fused_gopd.cli.distill import models as distill_models
 from fused_gopd.cli.distill.prompts import read
+from fused_gopd.options import PARAMETERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -535,6 +536,7 @@ def _given(files: Files) -> dict[str, Any]:
     said: dict[str, Any] = dict.fromkeys(options.RunOptions.names(), "")
     said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
     said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
+    said |= dict.fromkeys(PARAMETERS)
     said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
     return said | {
         "temperature": 1.0,
