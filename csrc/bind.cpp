@@ -61,6 +61,10 @@ void run_job(const Job& job, int threads) {
 NB_MODULE(_native, m) {
   m.doc() = "C++ row kernels of fused_gopd for CPU; called by fused_gopd.rowops.native alone";
 
+  nb::list names;
+  for (const Kind& kind : kinds) names.append(kind.name);
+  m.attr("KINDS") = nb::tuple(names);
+
   nb::class_<Model>(m, "Model")
       .def(
           "__init__",

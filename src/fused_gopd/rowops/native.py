@@ -7,6 +7,7 @@ row is still in the cache. The kernels exist once per instruction set and the be
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -18,7 +19,6 @@ from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
-_KINDS = {"reverse_kl": 1, "forward_kl": 2, "mixed": 3, "mixture": 4, "alpha": 5}  # enum Divergence; 0 without one
 
 # From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
 # reads it next, and the stores need not fetch what they overwrite. 1.1 times faster at 256 x 151936 on two Sapphire
@@ -51,11 +51,20 @@ def row_ops() -> NativeRowOps:
     return NativeRowOps()
 
 
+@functools.cache
+def _kinds() -> dict[str, int]:
+    """The number of each kind of divergence in the kernels, whose number for none is 0."""
+    return {name: i for i, name in enumerate(_load().KINDS) if i}
+
+
 class NativeRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads."""
 
     name = "native"
-    kinds = frozenset(_KINDS)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(_kinds())
 
     def statistics(self, problem: RowProblem) -> Tensor:
         with _Job(problem) as job:
@@ -106,8 +115,8 @@ class _Job:
             raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
         divergence = problem.divergence
         if divergence is not None:
-            if divergence.kind not in _KINDS:
-                kinds = ", ".join(_KINDS)
+            if divergence.kind not in _kinds():
+                kinds = ", ".join(_kinds())
                 raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
             if problem.teacher is None and problem.ref is None:
                 raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
@@ -143,7 +152,7 @@ class _Job:
             reward_scale=scale,
             reward_scales=self._address(scales),
             token_ids=self._address(ids),
-            divergence=0 if divergence is None else _KINDS[divergence.kind],
+            divergence=0 if divergence is None else _kinds()[divergence.kind],
             constants=() if divergence is None else divergence.constants,
             forward_weight=0.0 if per_row else weight,
             forward_weights=self._address(weights),

@@ -491,11 +491,16 @@ class TritonRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas; ``tile`` and ``linear_tile`` override the tables."""
 
     name = "triton"
-    kinds: frozenset[str] | None = frozenset({"reverse_kl", "forward_kl", "mixed", "mixture", "alpha"})
 
     def __init__(self, tile: Tiles | None = None, linear_tile: LinearTiles | None = None) -> None:
         self._tile = tile
         self._linear_tile = linear_tile
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        from . import rows
+
+        return rows.KINDS
 
     def statistics(self, problem: RowProblem) -> Tensor:
         statistics = self._empty(problem.student.raw)

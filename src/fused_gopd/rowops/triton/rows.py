@@ -45,6 +45,9 @@ SHARE = tl.constexpr(2.0**-24)  # a sum of numbers near the largest float is tak
 MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 ROOM = tl.constexpr(1.0e35)  # the largest CENTRE and VALUE of alpha: over a thousand vocabulary shards can be added
 
+# Kinds of divergence that DIVERGENCE may be, besides "none".
+KINDS = frozenset({"reverse_kl", "forward_kl", "mixed", "mixture", "alpha"})
+
 # Kinds of logit transform: z = x, z = pre x, z = post tanh(pre x), each of x + bias where there is a bias.
 PLAIN = tl.constexpr(0)
 SCALED = tl.constexpr(1)
