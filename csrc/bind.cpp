@@ -62,7 +62,7 @@ NB_MODULE(_native, m) {
   m.doc() = "C++ row kernels of fused_gopd for CPU; called by fused_gopd.rowops.native alone";
 
   nb::list names;
-  for (const Kind& kind : kinds) names.append(kind.name);
+  for (const DivergenceKind& kind : divergence_kinds) names.append(kind.name);
   m.attr("KINDS") = nb::tuple(names);
 
   nb::class_<Model>(m, "Model")

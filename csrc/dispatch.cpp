@@ -23,7 +23,7 @@ const Kernels& find_kernels(const char* isa) {
 }
 
 void set_constants(Job& job, const double* x, size_t count) {
-  const size_t expected = kinds[static_cast<int>(job.divergence)].constants;
+  const size_t expected = divergence_kinds[static_cast<int>(job.divergence)].constants;
   if (count != expected)
     throw std::invalid_argument("the divergence has " + std::to_string(expected) + " constants, got " +
                                 std::to_string(count));

@@ -12,12 +12,12 @@ enum class DType : int { f32, bf16, f16 };
 enum class Divergence : int { none, reverse_kl, forward_kl, mixed, mixture, alpha };
 
 // What Python calls each Divergence, and how many constants it has.
-struct Kind {
+struct DivergenceKind {
   const char* name;
   size_t constants;
 };
-constexpr Kind kinds[] = {{"none", 0},  {"reverse_kl", 0}, {"forward_kl", 0},
-                          {"mixed", 0}, {"mixture", 7},    {"alpha", 1}};
+constexpr DivergenceKind divergence_kinds[] = {{"none", 0},  {"reverse_kl", 0}, {"forward_kl", 0},
+                                               {"mixed", 0}, {"mixture", 7},    {"alpha", 1}};
 
 // Rows of the (stat_count, C) statistics; the order is that of fused_gopd.rowops.Stat.
 enum Stat : int {

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from . import autograd, compiled
 from .checks import require_reverse_mode
 from .heads import Head, Source
-from .options import OPTIONS, PARAMETERS, RULES, LossCall, called_as, checked_options, refuse_unknown
+from .options import OPTIONS, PARAMETERS, RULES, LossCall, checked_options, refuse_unknown
 from .output import GOPDOutput
 from .prepare import prepare
 from .report import report
 from .scoring import prepare_scoring, topk_tokens
+from .signatures import called_as
 
 
 def _gopd_loss(call: LossCall) -> GOPDOutput:

@@ -1,7 +1,7 @@
 """Every argument of :func:`fused_gopd.gopd_loss`, once: name, type, default, rule and one line of help.
 
 :class:`LossOptions` are the Python values that stay the same from batch to batch, :class:`LossCall` is one call: these
-options, the models and the tensors of a batch. :func:`called_as` gives a function the signature of such a class, and
+options, the models and the tensors of a batch. :func:`fused_gopd.signatures.called_as` gives a function its signature, and
 :func:`checked` applies the rules of the fields. What follows from several arguments together (shapes, devices, which
 models are needed) is checked in :mod:`fused_gopd.prepare`.
 """
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -475,33 +473,6 @@ def _normalise_divergence(values: dict[str, Any], given: dict[str, Any]) -> None
     if made.name != name:
         values["divergence"] = made.name
         values |= {option: DEFAULTS[option] for option in PARAMETERS if option in values}
-
-
-# --------------------------------------------------------------------------------------------------------- signatures
-
-P = ParamSpec("P")
-C = TypeVar("C")
-R = TypeVar("R")
-
-
-def called_as(kind: Callable[P, C]) -> Callable[[Callable[[C], R]], Callable[P, R]]:
-    """A function of one object, called with the arguments that make the object.
-
-    ``inspect.signature``, ``help()``, type checkers and compilers see the signature of ``kind``.
-    """
-
-    def decorate(function: Callable[[C], R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(kind(*args, **kwargs))
-
-        own = inspect.signature(function)
-        call.__signature__ = inspect.signature(kind).replace(  # type: ignore[attr-defined]
-            return_annotation=own.return_annotation
-        )
-        return call
-
-    return decorate
 
 
 def refuse_unknown(given: Iterable[str], allowed: Iterable[str], what: str) -> None:

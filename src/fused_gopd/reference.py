@@ -20,12 +20,13 @@ from .objective.divergences import OneRound, Outcomes
 from .objective.policy import advantage, advantages_of, call_hook
 from .objective.supervised import label_report
 from .objective.target import FROZEN, bounded, mix
-from .options import LossCall, TokenStats, called_as
+from .options import LossCall, TokenStats
 from .output import GOPDOutput
 from .prepare import prepare
 from .problem import Problem, Route
 from .report import output_of
 from .rowops.torch import TorchRowOps
+from .signatures import called_as
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:

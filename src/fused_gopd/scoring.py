@@ -24,7 +24,7 @@ from .tokens import Sequences, TokenRows, check_mask, live_rows, live_token_ids
 
 
 def prepare_scoring(
-    head: Head, token_ids: Tensor | None, *, mask: Tensor | None, vocab_size: int | None, **options: Any
+    head: Head, token_ids: Tensor | None, *, mask: Tensor | None = None, vocab_size: int | None = None, **options: Any
 ) -> Problem:
     """The problem of scoring ``token_ids``, or without them of a search; options are ``chunk_size`` and ``backend``."""
     require_kind("head", head)

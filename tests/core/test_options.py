@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import pydoc
 import re
+import typing
 
 import pytest
 
 import fused_gopd as fg
 from builders import make_batch
-from fused_gopd.options import ARGUMENTS, DEFAULTS, ESTIMATORS, RULES, LossCall, LossOptions, called_as, checked
+from fused_gopd.options import ARGUMENTS, DEFAULTS, ESTIMATORS, RULES, LossCall, LossOptions, checked
+from fused_gopd.signatures import called_as
 
 FUNCTIONS = pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
 
@@ -26,6 +28,10 @@ def test_a_function_shows_its_whole_signature(function):
     }
     kinds = {p.kind for p in list(parameters.values())[4:]}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+    hints = typing.get_type_hints(function)
+    assert list(hints) == [*parameters, "return"]
+    assert hints["clip_dual"] == float | None
+    assert hints["return"] is fg.GOPDOutput
     assert "clip_dual: 'float | None' = None" in pydoc.render_doc(function, renderer=pydoc.plaintext)
 
 

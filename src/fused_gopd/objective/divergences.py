@@ -430,7 +430,10 @@ class Alpha(Divergence):
 
     name = kind = "alpha"
     parameter = Parameter(
-        option="alpha", default=0.5, holds=math.isfinite, range="be finite (0 is the reverse KL, 1 the forward KL)"
+        option="alpha",
+        default=0.5,
+        holds=lambda alpha: alpha == 0 or abs(alpha) >= 1e-30,  # alpha delta is a float32
+        range="alpha = 0 or |alpha| >= 1e-30 (0 is the reverse KL, 1 the forward KL)",
     )
 
     alpha: float

@@ -10,6 +10,7 @@ odd ones (strided, unaligned, wider) has to give the bits of the same call on pl
 from __future__ import annotations
 
 import ctypes
+import importlib
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class Shim:
 
     def __init__(self, library: str, isa: str) -> None:
         self.c, self.isa = ctypes.CDLL(library), isa.encode()
+        self.KINDS = importlib.import_module("fused_gopd._native").KINDS
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self.c, name)
             function.restype, function.argtypes = result, arguments
