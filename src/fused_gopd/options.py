@@ -1,8 +1,8 @@
 """Every argument of :func:`fused_gopd.gopd_loss`, once: name, type, default, rule and one line of help.
 
 :class:`LossOptions` are the Python values that stay the same from batch to batch, :class:`LossCall` is one call: these
-options, the models and the tensors of a batch. :func:`checked` applies the rules of the fields. What follows from several
-arguments together (shapes, devices, which models are needed) is checked in :mod:`fused_gopd.prepare`.
+options, the models and the tensors of a batch. :func:`checked` applies the rules of the fields. What follows from
+several arguments together (shapes, devices, which models are needed) is checked in :mod:`fused_gopd.prepare`.
 """
 
 from __future__ import annotations
