@@ -157,6 +157,22 @@ def test_a_sequence_ratio_is_one_number_for_its_live_tokens():
         assert_close(row[live], row[live][:1].expand(int(live.sum())), 1e-12)
 
 
+def test_a_token_of_probability_0_under_the_old_policy_is_no_part_of_its_sequences_ratio():
+    """Its log-ratio counts as 0, and its advantage is 0: the other tokens of the sequence keep theirs."""
+    batch = make_batch(46, shape=(3, 5), masked=False)
+    old = stale(batch, 0.5, torch.float64)
+    old[1, 2] = -math.inf
+    options = {"reward_scale": 1.0, "ratio": "sequence"}
+    out, grads = run(batch, old_logprobs=old, **options)
+    assert out.token_loss[1, 2] == 0
+    assert (out.token_loss[1, [0, 1, 3, 4]] != 0).all()
+    log_ratio = (out.student_logprobs - old)[1].masked_fill(torch.isneginf(old[1]), 0)
+    assert_close(-(out.token_loss / out.advantages)[1, 0], log_ratio.mean().exp(), 1e-12)
+    want, want_grads = run(batch, fg.reference.gopd_loss, old_logprobs=old, **options)
+    assert_close(out.token_loss, want.token_loss, 1e-12)
+    assert_all_close(grads, want_grads, 1e-12)
+
+
 def test_a_masked_tokens_scores_are_not_looked_at(backend):
     batch = make_batch(47, shape=(3, 5), dtype=torch.float32)
     old, rollout = stale(batch, 0.5, torch.float32), stale(batch, 0.5, torch.float32, seed=1)
