@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 
 def covering(axes: Sequence[Sequence[Any]], strength: int = 2) -> list[tuple[Any, ...]]:
@@ -29,12 +30,18 @@ def covering(axes: Sequence[Sequence[Any]], strength: int = 2) -> list[tuple[Any
     return [tuple(axis[i] for axis, i in zip(axes, case, strict=True)) for case in sorted(cases)]
 
 
+def _word(value: Any) -> str:
+    if callable(value):  # whose address differs from process to process
+        return "function"
+    return "tensor" if isinstance(value, Tensor) else str(value)
+
+
 def name(value: Any) -> str | None:
-    """For the id of a test."""
+    """For the id of a test, the same in every process."""
     if isinstance(value, dict):
-        return " ".join(map(str, value.values())) or "default"
+        return " ".join(map(_word, value.values())) or "default"
     if isinstance(value, tuple):
-        return "-".join(map(str, value))
+        return "-".join(map(_word, value))
     return None  # pytest's own
 
 
