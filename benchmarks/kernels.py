@@ -104,7 +104,11 @@ def row_kernel(note: Note) -> None:
             for threads, columns, stages in TILES:
                 if columns < vector:
                     continue
-                ops = TritonRowOps(Tiles(columns // vector, threads, vector, threads // 32, stages))
+                ops = TritonRowOps(
+                    Tiles(
+                        repeat=columns // vector, lanes=threads, vector=vector, num_warps=threads // 32, stages=stages
+                    )
+                )
                 kind = f"row {divergence} {str(dtype)[6:]} models={models}"
                 name = f"{kind} threads={threads} cols={columns} stages={stages}"
                 note(f"{name} statistics", lambda o=ops, p=problem: o.statistics(p))

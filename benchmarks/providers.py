@@ -185,7 +185,11 @@ def _chunks(inputs: Inputs, size: int) -> list[Inputs]:
         student, *others = (h.detach()[s] for h in inputs.rows)
         student.requires_grad_(inputs.rows[0].requires_grad)
         scores = tuple(x[s] for x in inputs.scores)
-        parts.append(Inputs((student, *others), inputs.weights, inputs.token_ids[s], None, scores))
+        parts.append(
+            Inputs(
+                rows=(student, *others), weights=inputs.weights, token_ids=inputs.token_ids[s], mask=None, scores=scores
+            )
+        )
     return parts
 
 

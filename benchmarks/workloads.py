@@ -75,7 +75,13 @@ class Inputs:
 
         weights = None if self.weights is None else cut(self.weights, None)
         mask = None if self.mask is None else self.mask[:tokens]
-        return Inputs(cut(self.rows, tokens), weights, self.token_ids[:tokens], mask, cut(self.scores, tokens))
+        return Inputs(
+            rows=cut(self.rows, tokens),
+            weights=weights,
+            token_ids=self.token_ids[:tokens],
+            mask=mask,
+            scores=cut(self.scores, tokens),
+        )
 
     def live(self) -> Inputs:
         """Select the unmasked tokens, differentiably, as dense code and peers do to save the work on masked ones."""
@@ -83,7 +89,7 @@ class Inputs:
             return self
         index = self.mask.nonzero()[:, 0]
         rows, scores = (tuple(x.index_select(0, index) for x in models) for models in (self.rows, self.scores))
-        return Inputs(rows, self.weights, self.token_ids[index], None, scores)
+        return Inputs(rows=rows, weights=self.weights, token_ids=self.token_ids[index], mask=None, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Workload:
             rows[0].requires_grad_()
             if weights is not None and not self.frozen:
                 weights[0].requires_grad_()
-        return Inputs(rows, weights, ids, mask, scores)
+        return Inputs(rows=rows, weights=weights, token_ids=ids, mask=mask, scores=scores)
 
     def _scores(self, hidden: Tensor, weight: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Log-probs of old policy, teacher and reference; the old ones are so close that few ratios are clipped."""
@@ -238,7 +244,7 @@ def _gpu(device: str) -> bool:
 
 def _head(model: str, tokens: int, dtype: torch.dtype = torch.float32) -> Workload:
     """The head of a published model for each of the job's models."""
-    return Workload("", tokens, (PRESETS[model].hidden,), dtype, PRESETS[model].vocab)
+    return Workload(job="", tokens=tokens, hidden=(PRESETS[model].hidden,), dtype=dtype, vocab=PRESETS[model].vocab)
 
 
 THREE = ("hidden-sampled", "hidden-full")
@@ -248,10 +254,10 @@ MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama-3-8b", "gem
 
 
 def _record(device: str) -> list[Workload]:
-    three = Workload("hidden-full", 512, (1024, 1024, 1024), device=device)
+    three = Workload(job="hidden-full", tokens=512, hidden=(1024, 1024, 1024), device=device)
     return [
-        Workload("logits-full", 256, None, device=device),
-        Workload("logits-sampled", 256, None, device=device),
+        Workload(job="logits-full", tokens=256, hidden=None, device=device),
+        Workload(job="logits-sampled", tokens=256, hidden=None, device=device),
         three,
         replace(three, job="hidden-sampled"),
         replace(three, job="hidden-full-bf16", dtype=torch.bfloat16),
@@ -265,11 +271,11 @@ def _cpu(device: str) -> list[Workload]:
 
 def _target(device: str) -> list[Workload]:
     jobs = [job for job in JOBS if not job.endswith("bf16")]
-    return _on(device, jobs, Workload("", 8192, (2048,), torch.bfloat16))
+    return _on(device, jobs, Workload(job="", tokens=8192, hidden=(2048,), dtype=torch.bfloat16))
 
 
 def _target_sizes(device: str) -> list[Workload]:
-    shapes = [Workload("", 8192, (hidden,), torch.bfloat16) for hidden in (1024, 4096)]
+    shapes = [Workload(job="", tokens=8192, hidden=(hidden,), dtype=torch.bfloat16) for hidden in (1024, 4096)]
     return [w for shape in shapes for w in _on(device, ONE_EACH, shape)]
 
 
@@ -302,13 +308,13 @@ def _frozen(device: str) -> list[Workload]:
 def _unequal(device: str) -> list[Workload]:
     """Strong to weak: the teacher and its base model are twice as wide as the student."""
     tokens, dtype = (8192, torch.bfloat16) if _gpu(device) else (128, torch.float32)
-    return _on(device, ("reverse-kl", *THREE), Workload("", tokens, (2048, 4096, 4096), dtype))
+    return _on(device, ("reverse-kl", *THREE), Workload(job="", tokens=tokens, hidden=(2048, 4096, 4096), dtype=dtype))
 
 
 def _quick(device: str) -> list[Workload]:
     jobs = [job for job in JOBS if not job.endswith("bf16")]
-    masked = Workload("nll", 64, (32,), vocab=512, device=device, masked=0.5, frozen=True)
-    return [*_on(device, jobs, Workload("", 64, (32,), vocab=512)), masked]
+    masked = Workload(job="nll", tokens=64, hidden=(32,), vocab=512, device=device, masked=0.5, frozen=True)
+    return [*_on(device, jobs, Workload(job="", tokens=64, hidden=(32,), vocab=512)), masked]
 
 
 SUITES = {

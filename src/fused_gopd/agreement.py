@@ -125,7 +125,13 @@ def agreement_of(
             exact[name] = value.detach()
         if rule is Agree.ROUNDED and value is not None:
             rounded[name] = value.detach()
-    return Agreement(shards, tuple(options), tuple(cuts), tuple(exact.values()), tuple(rounded.values()))
+    return Agreement(
+        shards=shards,
+        options=tuple(options),
+        cuts=tuple(cuts),
+        exact=tuple(exact.values()),
+        rounded=tuple(rounded.values()),
+    )
 
 
 def _field(model: object, field: str) -> object:

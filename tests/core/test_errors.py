@@ -498,7 +498,7 @@ def test_the_valid_call_that_every_case_breaks_is_valid():
 
 
 @pytest.mark.parametrize("name", ["torch", "native", "triton"])
-def test_a_backend_runs_or_says_why_not(name):
+def test_a_backend_runs_or_is_refused_with_its_reason(name):
     reason = why_not(name)
     if reason is None:
         assert fg.gopd_loss(S, Q, R, IDS, backend=name).loss.isfinite()

@@ -65,7 +65,7 @@ def test_the_error_is_within_the_bound(backend_dtype, objective, reduction, chun
     assert dropped_before > 100  # it does leave something out
 
 
-def test_it_saves_the_work_it_leaves_out(backend):
+def test_columns_below_the_filter_cost_no_work(backend):
     batch = make_batch(112, shape=(N,), vocab=(V,) * 3, hidden=(H,) * 3, dtype=torch.float32, masked=False, scale=12.0)
     counts = []
 
@@ -102,7 +102,7 @@ def test_low_precision_and_padding(backend, dtype):
     assert not grads[1][501:].any()
 
 
-def test_nan_is_not_left_out(backend):
+def test_columns_with_nan_are_kept(backend):
     batch = make_batch(115, dtype=torch.float32, masked=False, **SHAPE)
     with torch.no_grad():
         batch.student.hidden[3] = torch.nan

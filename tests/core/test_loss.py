@@ -63,7 +63,7 @@ def test_kinds_of_models_mix(backend_dtype, objective, kinds):
 
 @pytest.mark.parametrize("student", ["linear", "logits"])
 @pytest.mark.parametrize("others", [("logprobs", "logprobs"), ("logprobs", "linear"), ("logits", "logprobs")])
-def test_logprobs_computed_elsewhere_stand_for_a_model(backend_dtype, student, others):
+def test_logprobs_computed_elsewhere_replace_a_model(backend_dtype, student, others):
     batch = make_batch(4, kinds=(student, *others), dtype=backend_dtype.dtype)
     assert_same_as_oracle(batch, backend_dtype, reward_scale=1.25)
 
@@ -132,7 +132,7 @@ def test_old_logprobs_and_clip_are_their_formula(backend_dtype, kind, clip):
 @product_on_float64(
     objective=OBJECTIVES, lam=[0.0, 0.5, 1.0, 1.25], transform=[{}, {"softcap": 4.0, "temperature": 0.7}]
 )
-def test_a_token_without_probability_in_any_needed_model_leaves_the_support(backend_dtype, objective, lam, transform):
+def test_a_token_of_probability_0_in_a_needed_model_is_outside_the_support(backend_dtype, objective, lam, transform):
     batch = minus_inf_batch(dtype=backend_dtype.dtype, transform=transform)
     assert_same_as_oracle(batch, backend_dtype, reward_scale=lam, **objective)
 
@@ -146,7 +146,7 @@ def test_the_support_follows_a_per_token_reward_scale(backend_dtype, objective):
 
 @pytest.mark.parametrize("dead", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("kind", ["logits", "linear"])
-def test_a_sampled_token_without_probability_counts_but_pulls_nowhere(backend_dtype, dead, kind):
+def test_a_sampled_token_of_probability_0_counts_and_has_no_gradient(backend_dtype, dead, kind):
     batch = make_batch(
         12,
         shape=(5,),

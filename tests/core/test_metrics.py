@@ -100,7 +100,7 @@ def test_a_cancelled_model_has_metrics_when_it_is_scored():
     assert {"reward", "kl_ref_k3"} <= set(scored.metrics())
 
 
-def test_impossible_tokens_are_counted_and_left_out():
+def test_impossible_tokens_are_counted_and_excluded():
     batch = make_batch(65, shape=(4,), kinds=("logits",) * 3, masked=False)
     with torch.no_grad():
         batch.teacher.logits[1, batch.token_ids[1]] = -math.inf
@@ -109,7 +109,7 @@ def test_impossible_tokens_are_counted_and_left_out():
     assert all(math.isfinite(x) for x in metrics.values())
 
 
-def test_a_lambda_per_token_leaves_out_what_full_did_not_score():
+def test_a_lambda_per_token_excludes_models_that_full_did_not_score():
     batch = make_batch(66, shape=(4,), masked=False)
     lam = torch.tensor([0.0, 1.0, 0.5, 1.5], dtype=torch.float64)
     out, _ = run(batch, estimator="full", reward_scale=lam)
@@ -148,7 +148,7 @@ def test_what_a_metric_refuses():
     assert repr(a).startswith("Metrics(tokens, loss")
 
 
-def test_a_token_that_the_student_rules_out_poisons_no_mean():
+def test_a_token_of_probability_0_makes_no_mean_infinite():
     student = torch.randn(3, 5)
     student[0, 0] = -math.inf
     ids = torch.zeros(3, dtype=torch.int64)

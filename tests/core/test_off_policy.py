@@ -173,7 +173,7 @@ def test_a_token_of_probability_0_under_the_old_policy_is_no_part_of_its_sequenc
     assert_all_close(grads, want_grads, 1e-12)
 
 
-def test_a_masked_tokens_scores_are_not_looked_at(backend):
+def test_scores_of_masked_tokens_have_no_effect(backend):
     batch = make_batch(47, shape=(3, 5), dtype=torch.float32)
     old, rollout = stale(batch, 0.5, torch.float32), stale(batch, 0.5, torch.float32, seed=1)
     options = {"reward_scale": 1.25, "backend": backend, "ratio": "sequence", "rollout_is_cap": 2.0}
@@ -210,7 +210,7 @@ def test_no_advantage_is_no_loss_whatever_the_ratio(function, policy):
 
 @BOTH
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_a_token_that_the_student_rules_out_pulls_nowhere(function, ratio):
+def test_a_token_of_probability_0_under_the_student_has_no_gradient(function, ratio):
     student = torch.zeros(1, 2, 5)
     student[0, 0, 0] = -math.inf
     student.requires_grad_()

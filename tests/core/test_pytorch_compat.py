@@ -152,7 +152,7 @@ def test_the_reference_takes_master_weights_and_ignores_autocast():
     assert fg.reference.gopd_loss(mixed(batch.student, BF16), batch.teacher, None, batch.token_ids).loss.isfinite()
 
 
-def test_float32_hidden_states_beside_a_low_precision_weight_say_how_to_round_them():
+def test_float32_hidden_states_with_a_low_precision_weight_are_refused_with_advice():
     with pytest.raises(TypeError, match=r"hidden\.to\(weight\.dtype\) is what autocast would do"):
         fg.LinearHead(torch.zeros(2, 4), torch.zeros(7, 4, dtype=BF16))
 
@@ -528,7 +528,7 @@ def test_scores_from_elsewhere_and_topk_of_emptied_rows(backend):
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
-def test_what_has_to_wait_for_the_device_says_so(options, named):
+def test_an_option_that_needs_a_host_sync_is_refused(options, named):
     batch = make_batch(21, dtype=F32)
     teacher = [batch.teacher] if named == "teacher_index" else batch.teacher
     with pytest.raises(ValueError, match=rf"{named} waits for the device.*CUDA graph"):

@@ -65,7 +65,7 @@ def test_kinds_of_models_mix(kinds):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
 @pytest.mark.parametrize("transform", [{}, {"softcap": 4.0}], ids=["plain", "softcap"])
-def test_a_token_without_probability_leaves_the_support(objective, transform):
+def test_a_token_of_probability_0_is_outside_the_support(objective, transform):
     batch = minus_inf_batch(transform=transform)
     lam = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.25, 0.0], dtype=torch.float64)
     assert_same_as_oracle(batch, reward_scale=lam, **objective)

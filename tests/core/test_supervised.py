@@ -110,7 +110,7 @@ def test_without_labels_nothing_changes(backend):
         assert not got.labelled.any()
 
 
-def test_masked_labels_are_not_looked_at(backend):
+def test_masked_labels_have_no_effect(backend):
     batch = make_batch(99, dtype=torch.float32)
     labels = labels_for(batch)
     wild = torch.where(batch.mask, labels, 10**9)

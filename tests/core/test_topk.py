@@ -212,7 +212,7 @@ def test_a_student_that_is_all_but_certain_has_a_finite_gradient(reduction, dive
         assert_close(got, want, 10 * backend_dtype.tolerance)
 
 
-def test_a_token_that_a_model_rules_out_leaves_the_support(backend_dtype):
+def test_a_token_of_probability_0_is_excluded_from_the_support(backend_dtype):
     batch = make_batch(68, shape=(6,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
     with torch.no_grad():
         largest = batch.teacher.logits.topk(6).indices
@@ -259,7 +259,7 @@ def test_a_position_without_an_outcome_has_no_gradient(ruled_out_by, divergence,
 
 @every_tail
 @pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])
-def test_nan_is_seen_where_nothing_is_looked_at(function, tail):
+def test_nan_reaches_the_loss_where_the_support_is_empty(function, tail):
     """A position without a token, or with none that a model allows: NaN in its logits is still not a silent 0."""
     batch = with_scores(make_batch(83, shape=(4,), kinds=("logits", "linear", "linear"), masked=False), "teacher")
     ids = batch.teacher.token_ids.clone()
@@ -317,7 +317,7 @@ def test_nan_is_seen_and_stays_in_its_row(backend):
     assert torch.equal(out.token_loss[[0, 3]], clean.token_loss[[0, 3]])
 
 
-def test_the_tail_of_a_head_is_summed_and_not_what_is_left_of_one(backend_dtype):
+def test_the_tail_of_a_head_is_summed_and_not_1_minus_the_support(backend_dtype):
     """Where the tail is light, 1 minus the mass on the support would have an error of eps / tail in its logarithm."""
     batch = make_batch(70, shape=(6,), kinds=("logits",) * 3, dtype=backend_dtype.dtype, masked=False)
     raw = batch.teacher.logits.clone()
@@ -604,7 +604,7 @@ def test_what_is_wrong_is_named(case, function):
         function(**({"reward_scale": 1.25} | call | changes))
 
 
-def test_masked_answers_are_not_looked_at(backend):
+def test_masked_answers_have_no_effect(backend):
     mask = torch.ones(SHAPE, dtype=torch.bool)
     mask[1, 2] = False
     wild = ANSWER.token_ids.clone()

@@ -848,7 +848,7 @@ def _one_dies() -> None:
     _values(sharded, options)
 
 
-def test_without_a_process_group_a_shard_says_so():
+def test_a_shard_needs_a_process_group():
     with pytest.raises(RuntimeError, match="init_process_group first"):
         fg.VocabShard(None, 0, 10)
     with pytest.raises(TypeError, match=r"shard must be a fused_gopd.VocabShard or None, got tuple"):

@@ -271,7 +271,7 @@ def test_transforms(transform, dtype):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_minus_infinity_leaves_the_support(divergence):
+def test_minus_infinity_is_outside_the_support(divergence):
     problem = make_problem(rows=8, vocab=2100, divergence=divergence, models="" if divergence == "none" else "qr")
     everyone = models_of(problem)
     everyone[0].raw[0, 5] = -math.inf
@@ -296,7 +296,7 @@ def test_minus_infinity_leaves_the_support(divergence):
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("divergence", JOINT)
-def test_poison_shows(poison, model, divergence):
+def test_nan_and_infinity_reach_the_statistics(poison, model, divergence):
     problem = make_problem(rows=6, vocab=2051, divergence=divergence)
     for row, column in enumerate((0, 999, 1030, 2050), start=1):
         getattr(problem, model).raw[row, column] = poison
@@ -318,7 +318,7 @@ def test_masks_near_the_largest_float_and_weights_above_one_stay_finite(divergen
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_poison_shows_in_a_single_model(poison):
+def test_nan_and_infinity_of_a_single_model_reach_the_statistics(poison):
     problem = make_problem(rows=3, vocab=2051, divergence="none", models="")
     problem.student.raw[1, 1030] = poison
     problem.student.raw[2, 1031:] = -math.inf

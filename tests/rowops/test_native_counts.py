@@ -46,7 +46,7 @@ def test_no_kernel_runs_more_instructions_than_committed(measured: snapshots.Row
         warnings.warn("\n".join(["better than the committed table:", *better]), stacklevel=1)
 
 
-def test_another_compiler_is_not_compared_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_another_compiler_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_counts, "version", lambda: "g++ 1.0")
     with pytest.raises(pytest.skip.Exception, match=r"this is g\+\+ 1\.0, whose counts cannot be compared"):
         require_same_compiler()

@@ -228,7 +228,7 @@ def test_equal_models_are_equal_in_parts_too(backend_dtype, divergence):
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
 @pytest.mark.parametrize("unlikely", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_diverged_part_poisons_all_of_its_row(backend_dtype, divergence, model, unlikely, poison):
+def test_nan_in_a_part_makes_the_whole_row_nan(backend_dtype, divergence, model, unlikely, poison):
     if divergence == "none" and model != "student":
         pytest.skip("a single model")
     problem = problem_for(backend_dtype, divergence)
@@ -270,7 +270,7 @@ def test_a_zero_weight_switches_its_term_off_even_in_a_diverged_row(backend_dtyp
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("model", ["student", "teacher", "ref"])
-def test_a_diverged_row_poisons_itself_and_no_other(backend_dtype, divergence, poison, model):
+def test_nan_stays_in_its_row(backend_dtype, divergence, poison, model):
     if divergence == "none" and model != "student":
         pytest.skip("a single model")
     clean = problem_for(backend_dtype, divergence)
@@ -433,7 +433,7 @@ def test_float64_is_refused_by_name(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["native", "triton"])
-def test_an_unavailable_backend_says_why_and_is_never_replaced(name, monkeypatch):
+def test_an_unavailable_backend_is_refused_with_its_reason_and_never_replaced(name, monkeypatch):
     monkeypatch.setattr(rowops, "unavailable_reason", lambda n: None if n == "torch" else "it was not built")
     with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: it was not built"):
         select_backend(name, CPU, {torch.float32})

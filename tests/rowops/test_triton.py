@@ -401,7 +401,7 @@ def test_equal_models_give_exactly_zero(ops: TritonRowOps, lam: float, dtype: to
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_minus_infinity_leaves_the_support_of_all_models(ops: TritonRowOps, divergence: str) -> None:
+def test_minus_infinity_is_outside_the_support_of_all_models(ops: TritonRowOps, divergence: str) -> None:
     problem = make(divergence, rows=6)
     models = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     for i, model in enumerate(models):
@@ -448,7 +448,7 @@ def test_a_common_offset_costs_no_digits(ops: TritonRowOps, divergence: str) -> 
     ("divergence", "softcap"), [(d, None) for d in DIVERGENCES] + [("reverse_kl", 5.0), ("jsd", 5.0)]
 )
 @pytest.mark.parametrize("poison", [NAN, INF])
-def test_nan_and_infinity_poison_their_row_alone(
+def test_nan_and_infinity_stay_in_their_row(
     ops: TritonRowOps, divergence: str, softcap: float | None, poison: float
 ) -> None:
     problem = make(divergence, transform=LogitTransform(softcap=softcap))
@@ -714,7 +714,7 @@ def test_linear_token_ids_out_of_range(ops: TritonRowOps) -> None:
     assert check_linear(ops, hidden, weight, ids)[Stat.LOGIT_STUDENT, :4].isnan().all()
 
 
-def test_linear_poison_and_empty_rows(ops: TritonRowOps) -> None:
+def test_linear_nan_and_empty_rows(ops: TritonRowOps) -> None:
     hidden, weight, ids = linear_inputs(20, 16, 70)
     hidden[2] = NAN
     hidden[3, 0] = INF

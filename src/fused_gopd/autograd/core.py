@@ -78,4 +78,5 @@ def fused_forward(problem: Problem, requires: RequiresGrad) -> FusedForward:
     else:
         statistics, _ = run.forward(problem, estimator_of)
     values = estimator_of(problem).values(statistics)
-    return FusedForward((values.loss * problem.weights).sum(), values, statistics, gradients, scaling)
+    loss = (values.loss * problem.weights).sum()
+    return FusedForward(loss=loss, values=values, statistics=statistics, gradients=gradients, scaling=scaling)

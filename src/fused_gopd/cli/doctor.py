@@ -173,7 +173,7 @@ class _TestCall:
         ids = torch.randint(vocab, (tokens,), generator=generator)
         mask = torch.rand(tokens, generator=generator) < 0.8
         mask[0] = True
-        return _TestCall(model(64), model(96), model(48), ids, mask)
+        return _TestCall(student=model(64), teacher=model(96), ref=model(48), token_ids=ids, mask=mask)
 
     def solve(self, estimator: Estimator, device: str, dtype: torch.dtype, backend: str | None) -> list[torch.Tensor]:
         """Loss, gradient of hidden and of weight, in float64 on the CPU; ``backend=None`` is the dense reference."""
@@ -221,9 +221,18 @@ def _check(backend: str, device: str) -> list[Check]:
         try:
             errors = _errors(problem.solve(estimator, device, torch.float32, backend), truth)
         except Exception as error:  # the failure of a backend is reported, and the others are still checked
-            checks.append(Check(backend, device, estimator, None, naive, f"{type(error).__name__}: {error}"))
+            checks.append(
+                Check(
+                    backend=backend,
+                    device=device,
+                    estimator=estimator,
+                    errors=None,
+                    naive=naive,
+                    failure=f"{type(error).__name__}: {error}",
+                )
+            )
         else:
-            checks.append(Check(backend, device, estimator, errors, naive))
+            checks.append(Check(backend=backend, device=device, estimator=estimator, errors=errors, naive=naive))
     return checks
 
 

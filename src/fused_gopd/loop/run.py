@@ -165,7 +165,8 @@ def chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
     buffers = Buffers(problem, max(steps, default=1))
     for route, step in zip(routes, steps, strict=True):
         for start in range(route.start, route.stop, step):
-            yield Chunk(route, buffers, statistics, start, min(start + step, route.stop))
+            stop = min(start + step, route.stop)
+            yield Chunk(route=route, buffers=buffers, statistics=statistics, start=start, stop=stop)
 
 
 def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -> tuple[list[T], Tensor | None]:

@@ -90,7 +90,7 @@ def advantages_of(
     return clipped(adv if expected is None else adv + expected), clipped(adv)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicyTerm:
     """The sampled estimator's token loss and its derivative with respect to the student's log-prob; (C,) each."""
 
@@ -147,4 +147,10 @@ def policy_term(
     nothing = adv == 0
     loss = loss.masked_fill(nothing, 0)
     # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
-    return PolicyTerm(loss, loss.masked_fill(clipped | zero_probability, 0), adv, clipped & ~nothing, importance)
+    return PolicyTerm(
+        loss=loss,
+        dlogprob=loss.masked_fill(clipped | zero_probability, 0),
+        advantages=adv,
+        clipped=clipped & ~nothing,
+        importance=importance,
+    )

@@ -92,7 +92,14 @@ def _outcomes(
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
     assert log_p is not None
     log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]])
-    return _Outcomes(inside, bucket, log_p, mix(scale, log_q, log_r), log_rest, has_nan[:, 0])
+    return _Outcomes(
+        inside=inside,
+        bucket=bucket,
+        log_p=log_p,
+        mixed=mix(scale, log_q, log_r),
+        log_rest=log_rest,
+        has_nan=has_nan[:, 0],
+    )
 
 
 def _log_mass(x: Tensor, inside: Tensor) -> Tensor:

@@ -73,7 +73,15 @@ class MixtureConstants(NamedTuple):
         near_end = min(b, rest) < 1 / 128
         # exp(turn) is a float32
         turn = min(max(math.log(rest / b), -80.0), 80.0) if near_end else 0.0
-        return MixtureConstants(b, rest, turn, near_end, target_scale, student_scale, kappa)
+        return MixtureConstants(
+            share=b,
+            one_minus_share=rest,
+            turn=turn,
+            near_end=near_end,
+            target_scale=target_scale,
+            student_scale=student_scale,
+            kappa=kappa,
+        )
 
 
 class RowDivergence(Protocol):

@@ -38,7 +38,7 @@ def row_ops() -> TorchRowOps:
     return TorchRowOps()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
     """Transformed logits relative to their maxima, for a few rows; entries outside the support are -inf."""
 
@@ -204,7 +204,18 @@ def _load(problem: RowProblem, dtype: torch.dtype, statistics: Tensor | None = N
             origin = statistics[Stat.ORIGIN_TARGET]
         else:
             origin = origin_of(u.amax(-1).masked_fill(empty, 0))
-    return _Rows(z, u, origin, teacher, ref, support, use_teacher, use_ref, maxima, dz_dx)
+    return _Rows(
+        z=z,
+        u=u,
+        origin=origin,
+        teacher=teacher,
+        ref=ref,
+        support=support,
+        use_teacher=use_teacher,
+        use_ref=use_ref,
+        maxima=maxima,
+        slope=dz_dx,
+    )
 
 
 def _weighted(weights: Tensor, values: Tensor, support: Tensor) -> Tensor:

@@ -168,7 +168,14 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     stages = stages if _prefetches() else 1
-    return Tiles(repeat, threads, vector, threads // device.warp_size, stages, max_registers)
+    return Tiles(
+        repeat=repeat,
+        lanes=threads,
+        vector=vector,
+        num_warps=threads // device.warp_size,
+        stages=stages,
+        max_registers=max_registers,
+    )
 
 
 def linear_tiles(
@@ -187,23 +194,37 @@ def linear_tiles(
     if input_precision == "ieee" and hidden.dtype == torch.float32:
         # No tensor core: the operands pass through registers. A limit of registers as in `tiles`.
         limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
-        return LinearTiles(64, 64 if plain_epilogue else 32, 16, 16, eight_warps, 2, limit)
+        return LinearTiles(
+            rows=64,
+            vocabulary=64 if plain_epilogue else 32,
+            hidden=16,
+            group=16,
+            num_warps=eight_warps,
+            num_stages=2,
+            max_registers=limit,
+        )
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
     descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, (hidden, weight)))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
-        return LinearTiles(64, 64, 32, 16, eight_warps, 2)
+        return LinearTiles(rows=64, vocabulary=64, hidden=32, group=16, num_warps=eight_warps, num_stages=2)
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
-        return LinearTiles(16, 64, depth, 16, 4, stages, descriptors=descriptors)
+        return LinearTiles(
+            rows=16, vocabulary=64, hidden=depth, group=16, num_warps=4, num_stages=stages, descriptors=descriptors
+        )
     if rows <= 64:
         warps = 4 if plain_epilogue or device.amd else 8
-        return LinearTiles(64, 128, depth, 16, warps, stages, descriptors=descriptors)
+        return LinearTiles(
+            rows=64, vocabulary=128, hidden=depth, group=16, num_warps=warps, num_stages=stages, descriptors=descriptors
+        )
     if device.amd:
-        return LinearTiles(128, 128, depth, 16, 4, stages)
+        return LinearTiles(rows=128, vocabulary=128, hidden=depth, group=16, num_warps=4, num_stages=stages)
     width = 256 if device.capability == 90 and plain_epilogue else 128
-    return LinearTiles(128, width, depth, 24, 8, stages, descriptors=descriptors)
+    return LinearTiles(
+        rows=128, vocabulary=width, hidden=depth, group=24, num_warps=8, num_stages=stages, descriptors=descriptors
+    )
 
 
 @dataclass(frozen=True)
@@ -360,7 +381,7 @@ def row_launch(
     }
     # Without FMA contraction, see rows.py.
     options = _options(tile.num_warps, tile.max_registers) | {"enable_fp_fusion": False}
-    return Launch(rows.row_kernel, problem.rows, arguments, constants, options)
+    return Launch(kernel=rows.row_kernel, grid=problem.rows, arguments=arguments, constants=constants, options=options)
 
 
 def linear_launches(
@@ -387,9 +408,9 @@ def linear_launches(
         blocks = ((tile.rows, tile.hidden), (tile.vocabulary, tile.hidden))
         operands = tuple(descriptor(x, list(block)) for x, block in zip(operands, blocks, strict=True))
     gemm = Launch(
-        linear.linear_kernel,
-        math.ceil(rows / tile.rows) * splits,
-        {
+        kernel=linear.linear_kernel,
+        grid=math.ceil(rows / tile.rows) * splits,
+        arguments={
             "hidden_ptr": operands[0],
             "hidden_stride": hidden.stride(0),
             "hidden_stride_h": hidden.stride(1),
@@ -407,7 +428,7 @@ def linear_launches(
             "splits": splits,
             "group": group_size(rows, tile),
         },
-        {
+        constants={
             "KIND": kind,
             "INPUT_PRECISION": input_precision,
             "WIDEN": widen,
@@ -418,15 +439,15 @@ def linear_launches(
             "BLOCK_H": tile.hidden,
             "FLUSH": flush,
         },
-        _options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
+        options=_options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )
     block = 128  # rows per program of the merge: C * splits * 16 bytes in all, too little to matter
     merge = Launch(
-        linear.merge_kernel,
-        math.ceil(rows / block),
-        {"partial_ptr": partial, "stats_ptr": statistics, "C": rows, "splits": splits},
-        {"STATS": len(Stat), "BLOCK_C": block},
-        {"num_warps": 4},
+        kernel=linear.merge_kernel,
+        grid=math.ceil(rows / block),
+        arguments={"partial_ptr": partial, "stats_ptr": statistics, "C": rows, "splits": splits},
+        constants={"STATS": len(Stat), "BLOCK_C": block},
+        options={"num_warps": 4},
     )
     return gemm, merge
 
@@ -438,11 +459,11 @@ def scale_launch(x: Tensor, factor: Tensor, out: Tensor) -> Launch:
     block, blocks = 4096, 8  # four 16-byte loads of float32 a thread; few programs to start where nothing is to do
     arguments = {"x_ptr": x, "factor_ptr": factor, "out_ptr": out, "size": x.numel()}
     return Launch(
-        scale.scale_kernel,
-        math.ceil(x.numel() / (block * blocks)),
-        arguments,
-        {"IN_PLACE": out is x, "BLOCK": block, "BLOCKS": blocks},
-        {"num_warps": 8, "enable_fp_fusion": False},
+        kernel=scale.scale_kernel,
+        grid=math.ceil(x.numel() / (block * blocks)),
+        arguments=arguments,
+        constants={"IN_PLACE": out is x, "BLOCK": block, "BLOCKS": blocks},
+        options={"num_warps": 8, "enable_fp_fusion": False},
     )
 
 
