@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from fused_gopd import rowops
 from fused_gopd.cli import app, bench
 
 pytest.importorskip("pytest_benchmark")
@@ -173,7 +174,7 @@ def test_a_run_has_every_field_and_every_provider(measured: tuple[dict[str, Any]
     result, _, _ = measured
     assert result.keys() >= {"device", "driver", "versions", "commit", "date", "rows", "skipped"}
     assert result["versions"].keys() >= {"python", "torch", "fused-gopd"}
-    usable = {name for name in ("fused-native", "fused-torch") if not providers.unavailable_reason(name[6:])}
+    usable = {name for name in ("fused-native", "fused-torch") if not rowops.unavailable_reason(name[6:])}
     rows = {row["provider"]: row for row in result["rows"]}
     assert rows.keys() == usable | {"eager-lean", "four bare GEMMs"}
     for name in rows.keys() - {"four bare GEMMs"}:

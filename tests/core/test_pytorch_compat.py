@@ -29,7 +29,7 @@ from builders import (
 )
 from combinations import pairwise
 from costs import Memory
-from fused_gopd import prepare
+from fused_gopd import prepare, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -448,7 +448,8 @@ def test_no_value_is_read_back_and_no_shape_depends_on_one(objective, reduction,
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    monkeypatch.setattr(prepare, "_must_not_wait", lambda device: True)
+    for module in (prepare, tokens):
+        monkeypatch.setattr(module, "host_sync_forbidden", lambda device: True)
 
 
 @pairwise(
@@ -457,8 +458,8 @@ def capturing(monkeypatch):
     kind=["linear", "logits"],
     reduction=["token-mean", "seq-mean-token-mean", "none"],
 )
-def test_masked_rows_are_emptied_where_they_cannot_be_dropped(backend, objective, kind, reduction, monkeypatch):
-    """Same outputs and gradients to rounding, whatever stands in the masked rows."""
+def test_masked_rows_are_zero_filled_where_they_cannot_be_dropped(backend, objective, kind, reduction, monkeypatch):
+    """Same outputs and gradients to rounding, whatever is in the masked rows."""
     batch = make_batch(19, kinds=(kind, "linear", "logits"), dtype=F32)
     labels = torch.where(batch.mask, batch.token_ids, 99)
     ids = torch.where(batch.mask, batch.token_ids, -100)
@@ -480,7 +481,8 @@ def test_masked_rows_are_emptied_where_they_cannot_be_dropped(backend, objective
         return out, torch.autograd.grad(value, leaves)
 
     want, want_grads = call()
-    monkeypatch.setattr(prepare, "_must_not_wait", lambda device: True)
+    for module in (prepare, tokens):
+        monkeypatch.setattr(module, "host_sync_forbidden", lambda device: True)
     got, grads = call()
     assert_all_close(grads, want_grads, 2e-6)
     assert (grads[0][~batch.mask] == 0).all()
@@ -503,7 +505,7 @@ def test_masked_rows_are_emptied_where_they_cannot_be_dropped(backend, objective
 
 
 @pytest.mark.usefixtures("capturing")
-def test_scores_from_elsewhere_and_topk_of_emptied_rows(backend):
+def test_scores_from_elsewhere_and_topk_of_zero_filled_rows(backend):
     batch = make_batch(20, kinds=("linear", "logprobs", "logprobs"), dtype=F32)
     bad = [like(m, logprobs=m.logprobs.masked_fill(~batch.mask, float("nan"))) for m in batch.models[1:]]
     out = fg.gopd_loss(batch.student, *bad, batch.token_ids, mask=batch.mask, reward_scale=1.25, backend=backend)
@@ -746,7 +748,7 @@ def test_anomaly_mode_points_at_a_gradient_that_is_nan():
         batch.student.hidden[0, 0, 0] = float("nan")
     with torch.autograd.set_detect_anomaly(True):
         loss = fg.gopd_loss(batch.student, batch.teacher, None, batch.token_ids).loss
-        with pytest.raises(RuntimeError, match="_WeightedLossBackward' returned nan values"):
+        with pytest.raises(RuntimeError, match="_FusedLossBackward' returned nan values"):
             loss.backward()
 
 
