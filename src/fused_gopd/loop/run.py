@@ -17,7 +17,7 @@ from ..heads import LinearHead
 from ..objective.logit_gradient import LogitGradient
 from ..objective.statistics import STATISTICS, TokenRow
 from ..problem import Problem
-from ..rowops import GradientWeights, Stat
+from ..rowops import Stat
 from . import gemm
 from .accumulator import (
     NO_GRADIENTS,
@@ -107,7 +107,7 @@ def forward_with_gradients(
                 loaded.row_problem, scored.statistics, gradient, token_weights, weight_factor, part.start, part.stop
             )
         out = accumulator.buffer(loaded.row_problem, part.start, part.stop)
-        unit = now if accumulator.unit_scale else _scaled(now, token_weights)
+        unit = now if accumulator.unit_scale else now.scaled(token_weights)
         estimator.store(part, problem.ops.statistics_and_gradient(loaded.row_problem, unit, out))
         slope = estimator.slope(part)
         rows_scale = product(slope, token_weights)
@@ -191,11 +191,6 @@ def _accumulate(problem: Problem, chunk: Chunk, accumulator: Accumulator, make: 
     parts = [part for part in made if part is not None]
     if parts:
         accumulator.add(parts, whole, chunk.start, chunk.stop)
-
-
-def _scaled(weights: GradientWeights, factor: Tensor) -> GradientWeights:
-    """Weights per token multiplied by a factor () or (C,)."""
-    return GradientWeights(*(None if x is None else x * factor for x in (weights.divergence, weights.token)))
 
 
 def _store_gradient(chunk: Chunk, gradient: LogitGradient) -> None:

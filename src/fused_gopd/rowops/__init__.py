@@ -181,6 +181,10 @@ class GradientWeights:
     divergence: Tensor | None = None  # (C,) in the accumulation dtype, weight of the divergence's gradient
     token: Tensor | None = None  # (C,) likewise, weight of p - 1[v = token]
 
+    def scaled(self, factor: Tensor) -> GradientWeights:
+        """Both multiplied by a factor () or (C,)."""
+        return GradientWeights(*(None if x is None else x * factor for x in (self.divergence, self.token)))
+
 
 class RowOps(Protocol):
     """One backend's row operations.
