@@ -34,7 +34,7 @@ from .rowops import BACKENDS
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
-Ratio = Literal["token", "sequence", "detached"]
+Ratio = Literal["token", "sequence"]
 Baseline = Literal["none", "expected"]
 Support = Literal["teacher", "student"]
 Tail = Literal["bucket", "drop", "renormalize"]

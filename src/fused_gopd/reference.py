@@ -305,7 +305,7 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Te
     s = p.options
     behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
     nothing = advantages == 0  # no loss, whatever it is multiplied by
-    if s.ratio != "sequence":
+    if s.ratio == "token":
         # masked before any arithmetic: a NaN behind a where has a NaN gradient
         log_ratio = torch.where(nothing, 0, lp) - torch.where(nothing, 0, behaviour)
     else:
@@ -323,10 +323,7 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Te
         log_ratio = torch.where(nothing, 0, mean.detach() + own - own.detach())
     ratio = log_ratio.exp()
     unclipped = loss = -advantages * ratio
-    if s.ratio == "detached":
-        low, high = s.clip or (math.inf, math.inf)
-        unclipped = loss = -advantages * ratio.detach().clamp(1 - low, 1 + high) * lp
-    elif s.clip is not None:
+    if s.clip is not None:
         low, high = s.clip
         loss = torch.maximum(loss, -advantages * ratio.clamp(1 - low, 1 + high))
     if s.clip_dual is not None:

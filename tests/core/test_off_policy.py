@@ -37,8 +37,6 @@ POLICIES = (
     {"ratio": "sequence"},
     {"ratio": "sequence", "clip": (0.05, 0.05)},
     {"ratio": "sequence", "clip": (0.05, 0.05), "clip_dual": 1.1},
-    {"ratio": "detached"},
-    {"ratio": "detached", "clip": (0.2, 0.28)},
     {"advantage_clip": 0.5},
     {"advantage_clip": (-0.3, 1.0), "clip": (0.2, 0.2)},
     {"logprob_min": -3.0},
@@ -105,8 +103,6 @@ def test_any_correction_any_reduction_any_chunk(seed, policy, lam, reduction, ch
 
 @pytest.mark.parametrize("policy", POLICIES, ids=IDS)
 def test_the_slope_is_the_derivative_of_the_loss(policy):
-    if policy.get("ratio") == "detached":
-        pytest.skip("its ratio is a constant")
     """With every branch of every clip in the data; corners aside, where one-sided derivatives differ."""
     policy = {k: v if k != "advantage_clip" or isinstance(v, tuple) else (-v, v) for k, v in policy.items()}
     student = torch.linspace(-5, -0.1, 113, dtype=torch.float64).requires_grad_()

@@ -198,10 +198,7 @@ def _sampled_token(
     behaviour = log_p.item() if old is None else old
     ratio = (log_p - behaviour).exp() if log_s is None else math.exp(log_s) * (log_p - log_p.item()).exp()
     loss = -adv * ratio
-    if policy.get("ratio") == "detached":
-        low, high = policy.get("clip") or (math.inf, math.inf)
-        loss = -adv * ratio.detach().clamp(1 - low, 1 + high) * log_p
-    elif policy.get("clip") is not None:
+    if policy.get("clip") is not None:
         low, high = policy["clip"]
         loss = torch.maximum(loss, -adv * ratio.clamp(1 - low, 1 + high))
     if policy.get("clip_dual") is not None and adv < 0:

@@ -126,12 +126,7 @@ def policy_term(
     ratio = log_ratio.exp()
     loss = -adv * ratio
     clipped = torch.zeros_like(zero_probability)
-    slope: Tensor | None = None
-    if options.ratio == "detached":
-        # CISPO: -sg(clamp(rho)) A log p
-        slope = -adv * (ratio if options.clip is None else ratio.clamp(1.0 - options.clip[0], 1.0 + options.clip[1]))
-        loss = slope * student
-    elif options.clip is not None:
+    if options.clip is not None:
         low, high = options.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
         # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
@@ -148,14 +143,13 @@ def policy_term(
         if options.rollout_is_cap is not None:
             importance = importance.clamp_max(options.rollout_is_cap)
         loss = loss * importance
-        slope = None if slope is None else slope * importance
     # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
     nothing = adv == 0
     loss = loss.masked_fill(nothing, 0)
     # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
     return PolicyTerm(
         loss=loss,
-        dlogprob=(loss if slope is None else slope.masked_fill(nothing, 0)).masked_fill(clipped | zero_probability, 0),
+        dlogprob=loss.masked_fill(clipped | zero_probability, 0),
         advantages=adv,
         clipped=clipped & ~nothing,
         importance=importance,
