@@ -98,18 +98,6 @@ class Accumulator(Protocol):
     ) -> Part | None:
         """``buffer`` has been filled. None where no product is needed."""
 
-    def write(
-        self,
-        row_problem: RowProblem,
-        statistics: Tensor,  # (len(Stat), c)
-        gradient: LogitGradient,  # of the c tokens
-        rows_factor: Tensor | None,  # () or (c,) further factor of the rows' gradient
-        weight_factor: Tensor | None,  # likewise of the weight's and the bias's
-        start: int,
-        stop: int,
-    ) -> Part | None:
-        """Write the logit gradient of a sub-chunk whose statistics are known."""
-
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         """The products with a chunk's logit gradient; ``whole`` are its logits where it has several sub-chunks."""
 
@@ -137,21 +125,6 @@ class LogitsAccumulator:
         if self._problem.rows.index is not None:
             self._problem.rows.put(self._rows[:, : out.shape[1]], out, start, stop)
         return None
-
-    def write(
-        self,
-        row_problem: RowProblem,
-        statistics: Tensor,
-        gradient: LogitGradient,
-        rows_factor: Tensor | None,
-        weight_factor: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> Part | None:
-        out = self.buffer(row_problem, start, stop)
-        complete = gradient if rows_factor is None else gradient.scaled(rows_factor)
-        write_logit_gradient(self._problem, row_problem, statistics, complete, out)
-        return self.written(out, None, None, start, stop)
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         raise AssertionError("logits have no products")
@@ -187,20 +160,6 @@ class LinearAccumulator:
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
     ) -> Part | None:
         return Part(out, rows_scale, weight_scale)
-
-    def write(
-        self,
-        row_problem: RowProblem,
-        statistics: Tensor,
-        gradient: LogitGradient,
-        rows_factor: Tensor | None,
-        weight_factor: Tensor | None,
-        start: int,
-        stop: int,
-    ) -> Part | None:
-        out = self.buffer(row_problem, start, stop)
-        size = write_logit_gradient(self._problem, row_problem, statistics, gradient, out, unit=True)
-        return Part(out, product(size, rows_factor), product(size, weight_factor))
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         student, problem = self._student, self._problem
@@ -243,6 +202,25 @@ class LinearAccumulator:
         for total in (self._weight, self._bias):
             if total is not None:
                 total.mul_(factor)
+
+
+def write(
+    accumulator: Accumulator,
+    problem: Problem,
+    row_problem: RowProblem,
+    statistics: Tensor,  # (len(Stat), c)
+    gradient: LogitGradient,  # of the c tokens
+    rows_factor: Tensor | None,  # () or (c,) further factor of the rows' gradient
+    weight_factor: Tensor | None,  # likewise of the weight's and the bias's
+    start: int,
+    stop: int,
+) -> Part | None:
+    """Write the logit gradient of a sub-chunk whose statistics are known."""
+    out, unit = accumulator.buffer(row_problem, start, stop), accumulator.unit_scale
+    if rows_factor is not None and not unit:
+        gradient = gradient.scaled(rows_factor)
+    size = write_logit_gradient(problem, row_problem, statistics, gradient, out, unit=unit)
+    return accumulator.written(out, product(size, rows_factor), product(size, weight_factor), start, stop)
 
 
 def _fresh_rows(problem: Problem, zero: bool = False) -> Tensor:

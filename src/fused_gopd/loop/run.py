@@ -29,6 +29,7 @@ from .accumulator import (
     accumulator_for,
     folds_weights_into_hidden,
     product,
+    write,
 )
 from .buffers import Buffers, with_gemm_dtype_weights
 from .chunking import balanced
@@ -103,8 +104,16 @@ def forward_with_gradients(
             else:
                 _store_gradient(part, gradient)
             weight_factor = token_weights if folds else None
-            return accumulator.write(
-                loaded.row_problem, scored.statistics, gradient, token_weights, weight_factor, part.start, part.stop
+            return write(
+                accumulator,
+                problem,
+                loaded.row_problem,
+                scored.statistics,
+                gradient,
+                token_weights,
+                weight_factor,
+                part.start,
+                part.stop,
             )
         out = accumulator.buffer(loaded.row_problem, part.start, part.stop)
         unit = now if accumulator.unit_scale else now.scaled(token_weights)
@@ -141,7 +150,8 @@ def backward(
     def sub_chunk(part: Chunk) -> Part | None:
         row_problem = estimator.recompute(part)
         own = statistics[: len(Stat), part.tokens].contiguous()
-        return accumulator.write(row_problem, own, gradient.rows(part.tokens), None, folded, part.start, part.stop)
+        own_gradient = gradient.rows(part.tokens)
+        return write(accumulator, problem, row_problem, own, own_gradient, None, folded, part.start, part.stop)
 
     for chunk in chunks(problem, statistics):
         _accumulate(problem, chunk, accumulator, sub_chunk)
