@@ -54,6 +54,26 @@ def test_the_gradient_of_hidden_is_the_product_in_wide_precision(dtype, block_el
     assert_close(got, dlogits.double() @ weight.double(), TOLERANCE.get(dtype, 1e-6))
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_hidden_is_written_where_it_is_wanted_and_rounded_once(dtype, out_dtype, block_elements):
+    weight = normal(13, 8, dtype=dtype, seed=1)
+    dlogits = normal(6, 13, dtype=gemm.gradient_dtype(weight), seed=2)
+    rows = torch.full((9, 8), torch.nan, dtype=out_dtype)
+    assert gemm.dhidden(dlogits, weight, rows[2:8]).data_ptr() == rows[2].data_ptr()
+    assert torch.equal(rows[2:8], gemm.dhidden(dlogits, weight).to(out_dtype))
+    assert rows[[0, 1, 8]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_hidden_over_no_columns_is_zero(dtype):
+    """A rank of a shared vocabulary may have none of it."""
+    weight = torch.empty(0, 8, dtype=dtype)
+    dlogits = torch.empty(6, 0, dtype=gemm.gradient_dtype(weight))
+    assert torch.equal(gemm.dhidden(dlogits, weight), torch.zeros(6, 8, dtype=wide_dtype(dtype)))
+    assert torch.equal(gemm.dhidden(dlogits, weight, torch.full((6, 8), torch.nan)), torch.zeros(6, 8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_the_weight_is_added_in_wide_precision(dtype, block_elements):
     hidden = normal(6, 8, dtype=dtype)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
 # Elements of a block of the weight, and of the buffer that a low-precision one is widened into. 2^20 float32 are 4 MiB.
 # On two AVX-512 cores with MKL blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the
 # time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
@@ -49,7 +51,7 @@ def in_own_precision(loop: Loop) -> Loop:
 
 def accumulates_low_precision(x: Tensor) -> bool:
     """Whether the library multiplies this tensor's dtype as it is and returns float32: CUDA does, ROCm does not yet."""
-    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and torch.version.hip is None and x.dtype in _LOW_PRECISION
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -60,7 +62,7 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.dtype in _LOW_PRECISION else x
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def prefers_onednn() -> bool:
 
 def _uses_onednn(rows: int, weight: Tensor) -> bool:
     """Whether the products of so many rows with a weight or its gradient go to oneDNN."""
-    if weight.device.type != "cpu" or weight.dtype == torch.float64 or rows * weight.numel() < _ONEDNN_WORK:
+    if rows * weight.numel() < _ONEDNN_WORK or not weight.is_cpu or weight.dtype == torch.float64:
         return False
     return prefers_onednn() and bool(torch.backends.mkldnn.enabled)
 
@@ -113,10 +115,11 @@ def logits_(
     weight: Tensor,  # (V, H)
 ) -> Tensor:
     """out = hidden @ weight.T"""
-    if accumulates_low_precision(weight) and out.dtype != weight.dtype:
+    same = out.dtype == weight.dtype
+    if not same and accumulates_low_precision(weight):
         return torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=out)  # type: ignore[no-any-return]
     onednn = _uses_onednn(hidden.shape[0], weight)
-    if weight.dtype == out.dtype and not onednn:
+    if same and not onednn:
         return torch.mm(hidden, weight.T, out=out)
     wide_hidden = _wide(hidden)
     for columns, block in _wide_blocks(weight):
@@ -130,19 +133,34 @@ def logits_(
 def dhidden(
     dlogits: Tensor,  # (C, V) of gradient_dtype(weight)
     weight: Tensor,  # (V, H)
-) -> Tensor:  # (C, H) float32, float64 for a float64 weight
-    """dlogits @ weight"""
+    out: Tensor | None = None,  # (C, H) of any dtype; None is new memory, float32 or float64 for a float64 weight
+) -> Tensor:
+    """dlogits @ weight, summed in float32 (float64 for a float64 weight) and rounded to the dtype of ``out``.
+
+    On a GPU a sum for an ``out`` of the weight's dtype is PyTorch's own, which may round parts of it on the way:
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``.
+    """
     if accumulates_low_precision(weight):
-        return torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)  # type: ignore[no-any-return]
-    onednn = _uses_onednn(dlogits.shape[0], weight)
-    if weight.dtype == dlogits.dtype and not onednn:
-        return torch.mm(dlogits, weight)
-    out = torch.zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32, device=dlogits.device)
+        if out is None:
+            return torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)  # type: ignore[no-any-return]
+        if out.dtype == weight.dtype:
+            return torch.mm(dlogits, weight, out=out)
+        return torch.ops.aten.mm.dtype_out(dlogits, weight, torch.float32, out=out)  # type: ignore[no-any-return]
+    wide, onednn = dlogits.dtype, _uses_onednn(dlogits.shape[0], weight)
+    if out is not None and out.dtype != wide:
+        return out.copy_(dhidden(dlogits, weight))
+    if weight.dtype == wide and not onednn:
+        return torch.mm(dlogits, weight, out=out)
+    if out is None:
+        out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
+    if not weight.shape[0]:
+        return out.zero_()
     for columns, block in _wide_blocks(weight):
         if onednn:
-            out += _onednn(dlogits[:, columns], block)
+            product = _onednn(dlogits[:, columns], block)
+            out = out.add_(product) if columns.start else out.copy_(product)
         else:
-            out.addmm_(dlogits[:, columns], block)
+            out.addmm_(dlogits[:, columns], block, beta=1 if columns.start else 0)
     return out
 
 
@@ -154,14 +172,15 @@ def add_dweight_(
     first: bool = False,  # overwrite whatever is in the accumulator: saves a pass of V x H to zero it
 ) -> Tensor:
     """accumulator += dlogits.T @ hidden"""
-    beta = 0 if first else 1
     if accumulates_low_precision(dlogits):
         return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
-            accumulator, dlogits.T, hidden, torch.float32, beta=beta, out=accumulator
+            accumulator, dlogits.T, hidden, torch.float32, beta=0 if first else 1, out=accumulator
         )
     hidden = _wide(hidden)
     if not _uses_onednn(hidden.shape[0], accumulator):
-        return accumulator.addmm_(dlogits.T, hidden, beta=beta)
+        if first:
+            return torch.mm(dlogits.T, hidden, out=accumulator)
+        return accumulator.addmm_(dlogits.T, hidden)
     for rows in _blocks(*accumulator.shape):
         product = _onednn(dlogits[:, rows].T, hidden)
         if first:
