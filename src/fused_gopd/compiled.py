@@ -31,7 +31,8 @@ from .models import dtype_of, support_width
 from .objective.statistics import STATISTICS
 from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
-from .prepare import prepare, recomputes_in_backward, reported_fields
+from .plan import recomputes_in_backward, reported_fields
+from .prepare import prepare
 from .report import report
 from .rowops.torch import accumulation_dtype
 from .scoring import prepare_scoring, topk_tokens

@@ -191,7 +191,7 @@ def zero_masked(model: Any, mask: Tensor) -> Any:
     return TopKLogProbs(model.token_ids.masked_fill(masked[..., None], -1), model.logprobs)
 
 
-def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head]) -> list[Head | None]:
+def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = None) -> list[Head | None]:
     """The models with a vocabulary axis, one a route; detached, since only the student receives gradients."""
     heads: list[Head | None] = []
     for model in models:
@@ -199,7 +199,7 @@ def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head]) -> list[
             if any(x.requires_grad for x in model.tensors.values()):
                 detached: dict[str, Any] = {name: x.detach() for name, x in model.tensors.items()}
                 model = replace(model, **detached)
-            heads.append(cut(model))
+            heads.append(model if cut is None else cut(model))
         else:
             heads.append(None)
     return heads

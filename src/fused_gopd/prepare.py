@@ -7,49 +7,25 @@ dense :mod:`fused_gopd.reference`, so that both accept and refuse the same input
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .agreement import Agreement, agreement_of, shared_by
-from .checks import (
-    IGNORE,
-    refuse,
-    require_device,
-    require_float,
-    require_integer,
-    require_logprobs,
-    require_number,
-    require_shape,
-)
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from .checks import IGNORE, refuse, require_device, require_logprobs, require_number
+from .heads import Head, LinearHead, Source, TokenLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
-from .models import (
-    Models,
-    as_tuple,
-    check_shards,
-    check_sources,
-    dtype_of,
-    frozen_heads,
-    joint_vocab_size,
-    named_models,
-    needed_models,
-    require_models,
-    require_source,
-    support_width,
-    with_logits_dtype,
-    zero_masked,
-)
+from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .objective.target import FROZEN
-from .options import OPTIONS, PARAMETERS, LossCall, LossOptions, checked
+from .options import ARGUMENTS, LossCall, LossOptions
+from .plan import check_routes, number_per_token, plan_of
 from .problem import Problem, Route
 from .rowops import RowOps, select_backend
-from .server_scores import check_topk, scores_of
+from .server_scores import NO_SCORES, scores_of
 from .tokens import (
     Sequences,
     TokenRows,
@@ -60,81 +36,7 @@ from .tokens import (
     live_token_ids,
 )
 
-# ------------------------------------------------------------------------------- what follows from the arguments' kinds
-
-
-def recomputes_in_backward(call: LossCall) -> bool:
-    """Whether gradients are computed in the backward, from recomputed logits, and not with the loss.
-
-    So they are where the weights of the tokens are known only then (reduction "none"), and where the ratios of whole
-    sequences are known only when all chunks are through. A low-precision ``Logits`` student recomputes too: no GEMM is
-    repeated by it, and the gradient, which is the size of all logits, is rounded once with all factors applied. So do
-    float16 hidden states under ratios, importance weights, advantages or supervised weights of the caller's, which may
-    be so large that a gradient without its token weight overflows.
-    """
-    if call.reduction == "none" or call.ratio == "sequence":
-        return True
-    dtype = call.student.rows.dtype
-    if isinstance(call.student, Logits):
-        return dtype in (torch.float16, torch.bfloat16)
-    factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels)
-    return dtype == torch.float16 and any(x is not None for x in factors)
-
-
-def reported_fields(call: LossCall) -> tuple[str, ...]:
-    """The vectors of a call's output that are not None."""
-    needed, sampled = needed_models(call), call.estimator == "sampled"
-    known, scored = True, {}
-    for name, _ in FROZEN:
-        models = as_tuple(getattr(call, name))
-        elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
-        counts = len(needed[name]) > 0
-        known = known and not (elsewhere and counts)
-        scored[name] = not elsewhere and (counts or (len(models) > 0 and call.score_cancelled))
-    ids, labels = call.token_ids is not None, call.sft_labels is not None
-    there = {
-        "token_loss": True,
-        "advantages": ids and (sampled or known),
-        "student_logprobs": ids,
-        "teacher_logprobs": ids and scored["teacher"],
-        "ref_logprobs": ids and scored["ref"],
-        "entropy": True,
-        "kl": not sampled,
-        "clipped": call.clips_ratio,
-        "importance": call.rollout_logprobs is not None,
-        "label_logprobs": labels,
-        "labelled": labels,
-        "reward_scale": isinstance(call.reward_scale, Tensor),
-    }
-    return tuple(name for name, is_there in there.items() if is_there)
-
-
 # ------------------------------------------------------------------------------------------------------------- routes
-
-
-def _check_routes(call: LossCall, sequences: Sequences, device: torch.device) -> tuple[int, Tensor | None]:
-    """How many routes there are, and the route of every token in the token shape; None where all take the first."""
-    index = call.teacher_index
-    lengths = {name: len(x) for name, _ in FROZEN if isinstance(x := getattr(call, name), (list, tuple))}
-    if "ref" in lengths and call.teacher is not None and lengths.get("teacher") != lengths["ref"]:
-        raise ValueError(
-            f"ref must be one model or a list of as many as teacher, got {lengths['ref']} and "
-            f"{lengths.get('teacher', 'one model')}"
-        )
-    count = max(lengths.values(), default=1)
-    if index is None:
-        if count > 1:
-            raise ValueError(f"teacher_index must be given for {count} teachers: which one each token has")
-        return 1, None
-    if not lengths:
-        raise ValueError("teacher_index needs a list of teachers, got one model")
-    require_integer("teacher_index", index)
-    require_device("teacher_index", index, device)
-    if index.shape == sequences.shape:
-        return count, index
-    if sequences.known and index.shape == (sequences.count,):
-        return count, sequences.expand(index)
-    raise ValueError(f"teacher_index must have {_shapes(sequences)}, got shape {tuple(index.shape)}")
 
 
 def _in_route_order(rows: TokenRows, route: Tensor | None, count: int) -> tuple[TokenRows, list[tuple[int, int]]]:
@@ -159,59 +61,6 @@ def _in_route_order(rows: TokenRows, route: Tensor | None, count: int) -> tuple[
 # ------------------------------------------------------------------------------------------------------------ vectors
 
 
-def _shapes(sequences: Sequences) -> str:
-    """The shapes that values per token or per sequence may have, in words."""
-    per_sequence = f" or one value per sequence ({sequences.count},)" if sequences.known else ""
-    return f"the token shape {tuple(sequences.shape)}{per_sequence}"
-
-
-def _number_per_token(name: str, value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
-    """A Python float, or a tensor expanded to the token shape."""
-    if not isinstance(value, Tensor):
-        return require_number(name, value)
-    require_float(name, value)
-    require_device(name, value, device)
-    value, shape = value.detach(), sequences.shape
-    if value.shape == shape or value.ndim == 0:
-        return value.expand(shape)
-    if sequences.known and value.shape == (sequences.count,):
-        return sequences.expand(value)
-    raise ValueError(
-        f"{name} must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
-    )
-
-
-def require_sequences(options: LossOptions, sequences: Sequences) -> None:
-    """Ratios of whole sequences need to know them."""
-    if options.ratio == "sequence" and not sequences.known:
-        raise ValueError(
-            f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
-        )
-
-
-_TOKEN_TENSORS: tuple[tuple[str, Callable[[str, object], None]], ...] = (
-    ("token_ids", require_integer),
-    ("old_logprobs", require_float),
-    ("rollout_logprobs", require_float),
-    ("sft_labels", require_integer),
-)
-
-
-def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, device: torch.device) -> None:
-    """The tensors of the token shape, and the options that need them or sequences."""
-    if options.score_cancelled and call.token_ids is None:
-        raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
-    if options.estimator == "sampled" and call.token_ids is None:
-        raise ValueError("token_ids must be given for estimator='sampled'")
-    require_sequences(options, sequences)
-    for name, require in _TOKEN_TENSORS:
-        value = getattr(call, name)
-        if value is not None:
-            require(name, value)
-            require_shape(name, value, sequences.shape, "student")
-            require_device(name, value, device)
-
-
 def _live_labels(labels: Tensor, vocab_size: int) -> Tensor:
     """(n,) int64 labels, -1 where there is none, from those of the live tokens."""
     live = labels.to(torch.int64).contiguous()
@@ -222,14 +71,15 @@ def _live_labels(labels: Tensor, vocab_size: int) -> Tensor:
 
 def _check_scores(
     models: Models,
-    given: Mapping[str, Mapping[str, Any]],
+    call: LossCall,
     rows: TokenRows,
     slices: list[tuple[int, int]],
     scale: float | Tensor,
 ) -> None:
     """The live log-probs of sampled tokens that teacher and reference bring, where lambda does not cancel them."""
     for name, cancelled_at in FROZEN:
-        names = list(given[name]) * (len(slices) if len(given[name]) == 1 else 1)
+        names = list(named_models(name, getattr(call, name)))
+        names *= len(slices) if len(names) == 1 else 1
         for label, model, (start, stop) in zip(names, models[name], slices, strict=False):
             if isinstance(model, TokenLogProbs):
                 counts = scale[start:stop] != cancelled_at if isinstance(scale, Tensor) else None
@@ -315,47 +165,31 @@ def _check_no_host_sync(masked: bool, routed: bool, options: LossOptions, advant
 
 def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     """The problem of a call, after every check of its input; ``ops`` in place of those that ``backend`` chooses."""
-    options, student = checked(call), call.student
-    require_source("student", student, options.estimator)
-    if options.grad_filter and not isinstance(student, LinearHead):
-        raise ValueError("grad_filter needs a LinearHead as the student: with Logits there is no GEMM to save")
+    plan, student = plan_of(call), call.student
+    options, vocab_size, cancelled, dtype = plan.options, plan.vocab_size, plan.cancelled, plan.dtype
     shape, device = student.token_shape, student.rows.device
-    given = {name: named_models(name, getattr(call, name)) for name, _ in FROZEN}
-    frozen = given["teacher"] | given["ref"]
-    check_sources(frozen, options, shape, device)
     sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
-    scale = _number_per_token("reward_scale", call.reward_scale, sequences, device)
+    scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
     forward_weight = call.forward_weight
     if forward_weight is not None:
-        forward_weight = _number_per_token("forward_weight", forward_weight, sequences, device)
-    count, route = _check_routes(call, sequences, device)
-    require_models(scale, given, call, options)
-    _check_tokens(call, options, sequences, device)
+        forward_weight = number_per_token("forward_weight", forward_weight, sequences, device)
+    route = None if call.teacher_index is None else check_routes(call, sequences, device)[1]
     normalizer, mask = _check_normalizer(call, options, sequences, device), check_mask(call.mask, shape, device)
     if call.sequence_lengths is not None:
         _check_lengths(call.sequence_lengths, sequences, mask)
-    vocab_size = joint_vocab_size({"student": student, **frozen}, options.vocab_size)
-    cancelled = None if isinstance(scale, Tensor) else next((name for name, at in FROZEN if scale == at), None)
-    # a single model is shared by all routes
-    routed: Models = {name: tuple(x.values()) * (count if len(x) == 1 else 1) for name, x in given.items()}
-    if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in routed[cancelled]):
-        raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
-    joint = options.joint
-    if joint or options.estimator == "topk":
-        together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
-        names = (name for name in frozen if name.split("[")[0] != cancelled)
-        check_shards(student, {name: frozen[name] for name in names}, together, vocab_size)
     if host_sync_forbidden(device):
         _check_no_host_sync(mask is not None, route is not None, options, call.advantage_fn)
-    rows, slices = _in_route_order(live_rows(mask, shape), route, count)
+    rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
+    # a single model is shared by all routes
+    routed: Models = {
+        name: models * (plan.routes if len(models) == 1 else 1)
+        for name, models in (("teacher", as_tuple(call.teacher)), ("ref", as_tuple(call.ref)))
+    }
     keep = rows.keep
     if keep is not None:
         student = zero_masked(student, keep)
         routed = {name: tuple(zero_masked(model, keep) for model in models) for name, models in routed.items()}
     needed: Models = {name: () if name == cancelled else models for name, models in routed.items()}
-    if options.estimator == "topk":
-        check_topk(options, needed["teacher"], needed["ref"], vocab_size)
-    dtype = dtype_of(call)
 
     def live(x: Tensor, masked: float = 0) -> Tensor:
         """(n, ...) of the live tokens; ``masked`` in the place of others where rows cannot be dropped."""
@@ -374,7 +208,6 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
         ids = live_token_ids(ids, rows, vocab_size, mask is not None)
     if labels is not None:
         labels = _live_labels(live(labels, IGNORE), vocab_size)
-    options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     weights = token_weights(options.reduction, mask, sequences, normalizer, call.sequence_lengths, dtype, device)
     if keep is not None:
         weights = weights * keep
@@ -387,46 +220,52 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     old = logprobs("old_logprobs", call.old_logprobs, call.advantage_fn is None)
     rollout = logprobs("rollout_logprobs", call.rollout_logprobs, True)
     scored = routed if options.score_cancelled else needed
-    _check_scores(scored, given, rows, slices, scale)
-    server = scores_of(needed["teacher"], needed["ref"], rows, slices, scale, vocab_size)
+    server = NO_SCORES
+    teacher_logprobs = ref_logprobs = None
+    if plan.scores_elsewhere:
+        _check_scores(scored, call, rows, slices, scale)
+        server = scores_of(needed["teacher"], needed["ref"], rows, slices, scale, vocab_size)
+        teacher_logprobs, ref_logprobs = (
+            _sampled_logprobs(needed[name], rows, slices, dtype, device) for name in ("teacher", "ref")
+        )
     agreement: Agreement | None = None
-    models = {"student": (student,) * count, **scored}
-    shards = shared_by(models)
-    if shards:
-        values = {name: getattr(call, name) for name in OPTIONS} | {
-            "student": student,
-            "teacher": call.teacher,
-            "ref": call.ref,
-            "token_ids": ids,
-            "teacher_index": None if route is None else rows.take(route),
-            "mask": torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask,
-            "reward_scale": scale,
-            "forward_weight": forward_weight,
-            "normalizer": normalizer,
-            "sequence_lengths": call.sequence_lengths,
-            "cu_seqlens": call.cu_seqlens,
-            "old_logprobs": old,
-            "rollout_logprobs": rollout,
-            "advantage_fn": call.advantage_fn,
-            "sft_labels": labels,
-        }
-        agreement = agreement_of(shards, values, models, rows, slices)
+    if plan.sharded:
+        models = {"student": (student,) * plan.routes, **scored}
+        shards = shared_by(models)
+        if shards:
+            values = {name: getattr(call, name) for name in ARGUMENTS} | {
+                "student": student,
+                "token_ids": ids,
+                "teacher_index": None if route is None else rows.take(route),
+                "mask": torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask,
+                "reward_scale": scale,
+                "forward_weight": forward_weight,
+                "normalizer": normalizer,
+                "old_logprobs": old,
+                "rollout_logprobs": rollout,
+                "sft_labels": labels,
+            }
+            agreement = agreement_of(shards, values, models, rows, slices)
 
     def cut(head: Head) -> Head:
         """The columns of the joint vocabulary that this rank computes."""
         if head.shard is not None:
             return replace(head, shard=head.shard.within(vocab_size))
-        if call.student.shard is not None and (joint or options.estimator == "topk"):
+        if call.student.shard is not None and (options.joint or options.estimator == "topk"):
             return head.part(call.student.shard.within(vocab_size))
         return head
 
-    student = cut(student)
-    heads = {name: frozen_heads(x, cut) for name, x in needed.items()}
+    if plan.sharded:
+        student = cut(student)
+    heads = {name: frozen_heads(x, cut if plan.sharded else None) for name, x in needed.items()}
     chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, options.logits_dtype(dtype).itemsize)
-    parameters = {name: getattr(options, name) for name in PARAMETERS if name in OPTIONS}
-    divergence = make(options.divergence, forward_weight=forward_weight, **parameters)
+    divergence = make(
+        options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
+    )
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
-    dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
+    if ops is None:
+        dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
+        ops = select_backend(options.backend, device, dtypes, divergence if options.joint else None)
     return Problem(
         options=options,
         divergence=divergence,
@@ -440,20 +279,20 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
         token_ids=ids,
         old_logprobs=old,
         rollout_logprobs=rollout,
-        teacher_logprobs=_sampled_logprobs(needed["teacher"], rows, slices, dtype, device),
-        ref_logprobs=_sampled_logprobs(needed["ref"], rows, slices, dtype, device),
+        teacher_logprobs=teacher_logprobs,
+        ref_logprobs=ref_logprobs,
         support_ids=server.token_ids,
         teacher_topk=server.teacher,
         ref_topk=server.ref,
         labels=labels,
         weights=rows.take(weights).contiguous() if weights.ndim else weights,
         advantage_fn=call.advantage_fn,
-        recomputes=recomputes_in_backward(call),
-        width=support_width(call),
-        reported=reported_fields(call),
+        recomputes=plan.recomputes,
+        width=plan.width,
+        reported=plan.reported,
         cancelled=((cancelled, routed[cancelled]),) if cancelled and options.score_cancelled else (),
         agreement=agreement,
-        ops=select_backend(options.backend, device, dtypes, divergence if joint else None) if ops is None else ops,
+        ops=ops,
         chunk_size=chunk_size,
         frozen_chunk_size=frozen_size,
         dtype=dtype,

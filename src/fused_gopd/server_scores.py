@@ -71,6 +71,9 @@ class Scores(NamedTuple):
     ref: Tensor | None  # of the same ids
 
 
+NO_SCORES = Scores(None, None, None)
+
+
 class _Answer(NamedTuple):
     """What a server sent for the live tokens of a route."""
 

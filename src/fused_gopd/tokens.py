@@ -140,14 +140,17 @@ def live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
 def live_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
     """(n,) int64 ids of the live tokens. Out of range: IndexError on a CPU, a device-side assert on a GPU."""
     live = rows.take(ids.to(torch.int64)).contiguous()
-    wrong = (live < 0) | (live >= vocab_size)
-    if live.device.type == "cpu" and not masked and bool((live == IGNORE).any()):
-        raise ValueError(
-            f"token_ids contains {IGNORE} but no mask is given: pass mask=(token_ids != {IGNORE}), since ids alone "
-            "never mask a token here"
-        )
+    if live.device.type == "cpu" and live.numel():
+        low, high = live.aminmax()
+        if low.item() >= 0 and high.item() < vocab_size:
+            return live
+        if not masked and bool((live == IGNORE).any()):
+            raise ValueError(
+                f"token_ids contains {IGNORE} but no mask is given: pass mask=(token_ids != {IGNORE}), since ids alone "
+                "never mask a token here"
+            )
     message = f"token_ids must be in [0, {vocab_size}) where not masked ({IGNORE} needs a mask)"
-    refuse(wrong, live, IndexError, message)
+    refuse(live != live.clamp(0, vocab_size - 1), live, IndexError, message)
     return live
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     "problem",
     "loop",
     "autograd",
-    "output metrics models prepare scoring report",
+    "output metrics models plan prepare scoring report",
     "loss compiled reference distributed",
     "integrations",
     "cli",

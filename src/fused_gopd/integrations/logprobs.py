@@ -15,7 +15,7 @@ from ..checks import require_device, require_float, require_logprobs, require_nu
 from ..objective.policy import PolicyTerm, advantages_of, policy_term
 from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
-from ..prepare import require_sequences
+from ..plan import require_sequences
 from ..tokens import Sequences, check_cu_seqlens, check_mask
 
 # All but the baseline, which needs the whole vocabulary.

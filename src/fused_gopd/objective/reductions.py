@@ -22,15 +22,21 @@ def token_weights(
 
     A sequence without a live token is left out of sequence means.
     """
-    one = torch.ones((), dtype=dtype, device=device)
     if reduction in ("sum", "none"):
-        return one
-    # Python numbers divide as they are: a tensor made of one would be copied to the device, which waits for it
+        return torch.ones((), dtype=dtype, device=device)
+    if reduction == "token-mean" and mask is None and normalizer is None:
+        normalizer = max(1, sequences.shape.numel())
+    if reduction != "seq-mean-token-mean" and isinstance(normalizer, (int, float)):
+        # filled on the device, which a tensor made of a number would wait for; the quotient is rounded as a division
+        # in dtype rounds it, since float64 has more than twice the digits of float32
+        return torch.full((), 1.0 / normalizer, dtype=dtype, device=device)
+    one = torch.ones((), dtype=dtype, device=device)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device, dtype).reshape(())
     if reduction == "token-mean":
         if normalizer is None:
-            normalizer = max(1, sequences.shape.numel()) if mask is None else mask.sum().clamp_min(1)
+            assert mask is not None
+            normalizer = mask.sum().clamp_min(1)
         return one / normalizer
     live = torch.ones(sequences.shape, dtype=torch.bool, device=device) if mask is None else mask
     lengths = sequences.sum(live)

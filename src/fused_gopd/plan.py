@@ -1,0 +1,296 @@
+"""What the kinds, shapes, dtypes and options of a call decide, whatever numbers its tensors hold.
+
+Checked once and kept: a training step makes the same call as the one before. What depends on the numbers (ids in range,
+masks, log-probs) is checked in :mod:`fused_gopd.prepare`, every time.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import require_device, require_float, require_integer, require_number, require_shape
+from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .models import (
+    as_tuple,
+    check_shards,
+    check_sources,
+    dtype_of,
+    joint_vocab_size,
+    named_models,
+    needed_models,
+    require_models,
+    require_source,
+    support_width,
+    with_logits_dtype,
+)
+from .objective.target import FROZEN
+from .options import LossCall, LossOptions, checked
+from .server_scores import check_topk
+from .tokens import Sequences, check_cu_seqlens
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """The part of a :class:`fused_gopd.problem.Problem` that calls of one signature share."""
+
+    options: LossOptions  # in their normal form
+    routes: int  # how many lists of one model each there are; 1 without a list of teachers
+    vocab_size: int  # joint
+    cancelled: str | None  # "teacher" or "ref", where lambda is a number that cancels it
+    recomputes: bool
+    width: int
+    reported: tuple[str, ...]
+    scores_elsewhere: bool  # whether a model is TokenLogProbs or TopKLogProbs
+    sharded: bool  # whether a model has a part of the vocabulary
+    dtype: torch.dtype
+
+
+def _planned(call: LossCall) -> Plan:
+    options, student = checked(call), call.student
+    require_source("student", student, options.estimator)
+    if options.grad_filter and not isinstance(student, LinearHead):
+        raise ValueError("grad_filter needs a LinearHead as the student: with Logits there is no GEMM to save")
+    shape, device = student.token_shape, student.rows.device
+    given = {name: named_models(name, getattr(call, name)) for name, _ in FROZEN}
+    frozen = given["teacher"] | given["ref"]
+    check_sources(frozen, options, shape, device)
+    sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
+    scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
+    if call.forward_weight is not None:
+        number_per_token("forward_weight", call.forward_weight, sequences, device)
+    count, _ = check_routes(call, sequences, device)
+    require_models(scale, given, call, options)
+    _check_tokens(call, options, sequences, device)
+    vocab_size = joint_vocab_size({"student": student, **frozen}, options.vocab_size)
+    cancelled = None if isinstance(scale, Tensor) else next((name for name, at in FROZEN if scale == at), None)
+    if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
+        raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
+    if options.joint or options.estimator == "topk":
+        together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
+        names = (name for name in frozen if name.split("[")[0] != cancelled)
+        check_shards(student, {name: frozen[name] for name in names}, together, vocab_size)
+    if options.estimator == "topk":
+        # a single model is shared by all routes
+        needed = {name: () if name == cancelled else tuple(x.values()) for name, x in given.items()}
+        needed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
+        check_topk(options, needed["teacher"], needed["ref"], vocab_size)
+    dtype = dtype_of(call)
+    models = (student, *frozen.values())
+    return Plan(
+        options=with_logits_dtype(options, dtype, {"student": student, **frozen}),
+        routes=count,
+        vocab_size=vocab_size,
+        cancelled=cancelled,
+        recomputes=recomputes_in_backward(call),
+        width=support_width(call),
+        reported=reported_fields(call),
+        scores_elsewhere=any(not isinstance(model, (LinearHead, Logits)) for model in models),
+        sharded=any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models),
+        dtype=dtype,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def recomputes_in_backward(call: LossCall) -> bool:
+    """Whether gradients are computed in the backward, from recomputed logits, and not with the loss.
+
+    So they are where the weights of the tokens are known only then (reduction "none"), and where the ratios of whole
+    sequences are known only when all chunks are through. A low-precision ``Logits`` student recomputes too: no GEMM is
+    repeated by it, and the gradient, which is the size of all logits, is rounded once with all factors applied. So do
+    float16 hidden states under ratios, importance weights, advantages or supervised weights of the caller's, which may
+    be so large that a gradient without its token weight overflows.
+    """
+    if call.reduction == "none" or call.ratio == "sequence":
+        return True
+    dtype = call.student.rows.dtype
+    if isinstance(call.student, Logits):
+        return dtype in (torch.float16, torch.bfloat16)
+    factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels)
+    return dtype == torch.float16 and any(x is not None for x in factors)
+
+
+def reported_fields(call: LossCall) -> tuple[str, ...]:
+    """The vectors of a call's output that are not None."""
+    needed, sampled = needed_models(call), call.estimator == "sampled"
+    known, scored = True, {}
+    for name, _ in FROZEN:
+        models = as_tuple(getattr(call, name))
+        elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
+        counts = len(needed[name]) > 0
+        known = known and not (elsewhere and counts)
+        scored[name] = not elsewhere and (counts or (len(models) > 0 and call.score_cancelled))
+    ids, labels = call.token_ids is not None, call.sft_labels is not None
+    there = {
+        "token_loss": True,
+        "advantages": ids and (sampled or known),
+        "student_logprobs": ids,
+        "teacher_logprobs": ids and scored["teacher"],
+        "ref_logprobs": ids and scored["ref"],
+        "entropy": True,
+        "kl": not sampled,
+        "clipped": call.clips_ratio,
+        "importance": call.rollout_logprobs is not None,
+        "label_logprobs": labels,
+        "labelled": labels,
+        "reward_scale": isinstance(call.reward_scale, Tensor),
+    }
+    return tuple(name for name, is_there in there.items() if is_there)
+
+
+def check_routes(call: LossCall, sequences: Sequences, device: torch.device) -> tuple[int, Tensor | None]:
+    """How many routes there are, and the route of every token in the token shape; None where all take the first."""
+    index = call.teacher_index
+    lengths = {name: len(x) for name, _ in FROZEN if isinstance(x := getattr(call, name), (list, tuple))}
+    if "ref" in lengths and call.teacher is not None and lengths.get("teacher") != lengths["ref"]:
+        raise ValueError(
+            f"ref must be one model or a list of as many as teacher, got {lengths['ref']} and "
+            f"{lengths.get('teacher', 'one model')}"
+        )
+    count = max(lengths.values(), default=1)
+    if index is None:
+        if count > 1:
+            raise ValueError(f"teacher_index must be given for {count} teachers: which one each token has")
+        return 1, None
+    if not lengths:
+        raise ValueError("teacher_index needs a list of teachers, got one model")
+    require_integer("teacher_index", index)
+    require_device("teacher_index", index, device)
+    if index.shape == sequences.shape:
+        return count, index
+    if sequences.known and index.shape == (sequences.count,):
+        return count, sequences.expand(index)
+    raise ValueError(f"teacher_index must have {_shapes(sequences)}, got shape {tuple(index.shape)}")
+
+
+def _shapes(sequences: Sequences) -> str:
+    """The shapes that values per token or per sequence may have, in words."""
+    per_sequence = f" or one value per sequence ({sequences.count},)" if sequences.known else ""
+    return f"the token shape {tuple(sequences.shape)}{per_sequence}"
+
+
+def number_per_token(name: str, value: object, sequences: Sequences, device: torch.device) -> float | Tensor:
+    """A Python float, or a tensor expanded to the token shape."""
+    if not isinstance(value, Tensor):
+        return require_number(name, value)
+    require_float(name, value)
+    require_device(name, value, device)
+    value, shape = value.detach(), sequences.shape
+    if value.shape == shape or value.ndim == 0:
+        return value.expand(shape)
+    if sequences.known and value.shape == (sequences.count,):
+        return sequences.expand(value)
+    raise ValueError(
+        f"{name} must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
+    )
+
+
+def require_sequences(options: LossOptions, sequences: Sequences) -> None:
+    """Ratios of whole sequences need to know them."""
+    if options.ratio == "sequence" and not sequences.known:
+        raise ValueError(
+            f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
+        )
+
+
+_TOKEN_TENSORS: tuple[tuple[str, Callable[[str, object], None]], ...] = (
+    ("token_ids", require_integer),
+    ("old_logprobs", require_float),
+    ("rollout_logprobs", require_float),
+    ("sft_labels", require_integer),
+)
+
+
+def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, device: torch.device) -> None:
+    """The tensors of the token shape, and the options that need them or sequences."""
+    if options.score_cancelled and call.token_ids is None:
+        raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
+    if options.estimator == "sampled" and call.token_ids is None:
+        raise ValueError("token_ids must be given for estimator='sampled'")
+    require_sequences(options, sequences)
+    for name, require in _TOKEN_TENSORS:
+        value = getattr(call, name)
+        if value is not None:
+            require(name, value)
+            require_shape(name, value, sequences.shape, "student")
+            require_device(name, value, device)
+
+
+# --------------------------------------------------------------------------------------------------------- signatures
+
+_plans: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
+_KEPT = 256
+
+# Numbers that change from step to step, of which a plan reads no more than whether lambda cancels a model.
+_CHANGING = ("reward_scale", "normalizer")
+_NUMBERS = frozenset({bool, int, float, str, type(None), torch.dtype})
+
+
+def plan_of(call: LossCall) -> Plan:
+    """The plan of a call, made anew only for a signature that has not been seen among the last ones."""
+    key = _signature(call)
+    plan = None if key is None else _plans.get(key)
+    if plan is None:
+        plan = _planned(call)
+        if key is not None:
+            _plans[key] = plan
+            if len(_plans) > _KEPT:
+                _plans.popitem(last=False)
+    return plan
+
+
+def _signature(call: LossCall) -> Hashable | None:
+    """All that :func:`_planned` reads of a call; None where it is of a kind that is not kept (a shared vocabulary)."""
+    key: list[Hashable] = []
+    for name, value in vars(call).items():
+        kind = type(value)
+        if kind is float and name in _CHANGING:
+            key.append(value if name == "reward_scale" and value in (0.0, 1.0) else kind)
+        elif kind in _NUMBERS:
+            key += (kind, value)  # 1, 1.0 and True are one key
+        elif isinstance(value, Tensor):
+            key += _meta(value)
+        elif kind in (list, tuple):
+            for x in value:
+                if not _append(key, x):
+                    return None
+            key.append(len(value))
+        elif not _append(key, value):
+            return None
+    return tuple(key)
+
+
+def _meta(x: Tensor) -> tuple[Hashable, ...]:
+    return x.shape, x.dtype, x.device, x.layout, x.is_nested
+
+
+def _append(key: list[Hashable], value: Any) -> bool:
+    """Add a model, a function or an item of a list to a signature; False for what signatures do not describe."""
+    kind = type(value)
+    if kind in _NUMBERS:
+        key += (kind, value)
+        return True
+    if kind is LinearHead:
+        bias = value.bias
+        key += (kind, *_meta(value.hidden), *_meta(value.weight), None if bias is None else _meta(bias))
+        return value.shard is None
+    if kind is Logits:
+        key += (kind, *_meta(value.logits))
+        return value.shard is None
+    if kind is TokenLogProbs:
+        key += (kind, *_meta(value.logprobs))
+        return True
+    if kind is TopKLogProbs:
+        key += (kind, *_meta(value.token_ids), *_meta(value.logprobs))
+        return True
+    if callable(value):
+        key.append(callable)
+        return True
+    return False
