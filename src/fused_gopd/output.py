@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +15,16 @@ from .metrics import WITH_DEVIATION, Metrics
 from .tokens import widest
 
 
+def _none() -> None:
+    """A default that is no attribute of the class: one of those would be found before ``__getattr__``."""
+
+
 @dataclass(frozen=True, repr=False, kw_only=True)
 class GOPDOutput:
     """What :func:`gopd_loss` returns. ``(...)`` is the token shape; entries of masked tokens are 0.
+
+    The loss is there. A tensor besides it is computed when it is first read, from the statistics of the tokens (about
+    200 bytes each, no model): what is not read costs nothing. During the capture of a CUDA graph all are.
 
     Attributes:
         loss: scalar, or (...) with ``reduction="none"``. The only differentiable field.
@@ -46,13 +56,36 @@ class GOPDOutput:
     ref_logprobs: Tensor | None
     entropy: Tensor
     kl: Tensor | None
-    clipped: Tensor | None = None
-    importance: Tensor | None = None
-    label_logprobs: Tensor | None = None
-    labelled: Tensor | None = None
+    clipped: Tensor | None = field(default_factory=_none)
+    importance: Tensor | None = field(default_factory=_none)
+    label_logprobs: Tensor | None = field(default_factory=_none)
+    labelled: Tensor | None = field(default_factory=_none)
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
     joint: bool = False
+
+    @classmethod
+    def computed_by(cls, compute: Callable[[str], Tensor], names: Collection[str], **known: Any) -> GOPDOutput:
+        """The output whose fields ``names`` are computed when they are read; those neither there nor known are None."""
+        out = object.__new__(cls)
+        values = out.__dict__
+        for name in _OPTIONAL:
+            if name not in names:
+                values[name] = None
+        values.update(known, _compute=compute)
+        return out
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _FIELDS or "_compute" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            value = self.__dict__[name] = self._compute(name)
+            return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: every field, no function."""
+        return {name: getattr(self, name) for name in _FIELDS}
 
     def __repr__(self) -> str:
         """One short line a field: shape, dtype and the mean over the live tokens, which waits for the device."""
@@ -64,6 +97,10 @@ class GOPDOutput:
         Computed when asked for, without waiting for the device.
         """
         return _metrics_of(self)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(GOPDOutput))
+_OPTIONAL = tuple(name for name in _FIELDS if name not in ("loss", "reward_scale", "joint"))
 
 
 def _metrics_of(out: GOPDOutput) -> Metrics:

@@ -248,7 +248,7 @@ def plan_of(call: LossCall) -> Plan:
 
 def _signature(call: LossCall) -> Hashable | None:
     """All that :func:`_planned` reads of a call; None where it is of a kind that is not kept (a shared vocabulary)."""
-    key: list[Hashable] = []
+    key: list[Any] = []
     for name, value in vars(call).items():
         kind = type(value)
         if kind is float and name in _CHANGING:
@@ -267,11 +267,11 @@ def _signature(call: LossCall) -> Hashable | None:
     return tuple(key)
 
 
-def _meta(x: Tensor) -> tuple[Hashable, ...]:
+def _meta(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device, x.layout, x.is_nested
 
 
-def _append(key: list[Hashable], value: Any) -> bool:
+def _append(key: list[Any], value: Any) -> bool:
     """Add a model, a function or an item of a list to a signature; False for what signatures do not describe."""
     kind = type(value)
     if kind in _NUMBERS:

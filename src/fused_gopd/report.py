@@ -2,39 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
+from .objective.divergences import kl_to_target
 from .objective.policy import advantage
 from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
 from .output import GOPDOutput
 from .problem import Problem
 from .scoring import logprobs_under
+from .tokens import TokenRows, host_sync_forbidden
 
 
 def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tensor) -> GOPDOutput:
     """The output of a fused loss, from its token values and the statistics (STATISTICS, n)."""
-    reported = problem.reported
+    scale, rows, mask = problem.reward_scale, problem.rows, problem.mask
+    known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": problem.options.joint}
     with torch.no_grad():
-        vectors: dict[str, Tensor | None] = {"token_loss": values.loss, "entropy": entropy(statistics), "kl": values.kl}
-        if problem.token_ids is not None:
-            student, teacher, ref = model_logprobs(problem, statistics)
-            vectors |= {"student_logprobs": student, "teacher_logprobs": teacher, "ref_logprobs": ref}
-            if values.policy is None and "advantages" in reported:
-                vectors["advantages"], _ = advantage(problem.reward_scale, student, teacher, ref)
-        if values.policy is not None:
-            term = values.policy
-            vectors |= {"advantages": term.advantages, "clipped": term.clipped, "importance": term.importance}
-        if problem.labels is not None:
-            label_logprobs, labelled = label_report(statistics[TokenRow.LOGPROB_LABEL], problem.labels)
-            vectors |= {"label_logprobs": label_logprobs, "labelled": labelled}
+        # copies of what may be the caller's own memory, which may change before a field is read
+        if mask is not None:
+            known["mask"] = mask = mask.clone()
+            rows = rows if rows.keep is None else replace(rows, keep=mask)
+        if isinstance(scale, Tensor):
+            scale = scale.clone()
+            known["reward_scale"] = rows.scatter(scale)
         for name, models in problem.cancelled:
-            vectors[f"{name}_logprobs"] = logprobs_under(models, problem)
-        return output_of(problem, loss, vectors)
+            known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
+    fields = _Fields(
+        statistics=statistics,
+        values=values,
+        rows=rows,
+        reward_scale=scale,
+        has=problem.has,
+        joint=problem.options.joint,
+        estimator=problem.options.estimator,
+        labels=problem.labels,
+    )
+    names = [name for name in problem.reported if name not in known]
+    out = GOPDOutput.computed_by(fields, names, **known)
+    if host_sync_forbidden(problem.device) or functorch.active():
+        # a graph writes its outputs at each replay, and a transform's tensors end with it: nothing can wait
+        for name in names:
+            getattr(out, name)
+    return out
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Fields:
+    """The fields of an output, one at a time. It holds statistics of the tokens, and no model."""
+
+    statistics: Tensor  # (STATISTICS, n)
+    values: TokenValues
+    rows: TokenRows
+    reward_scale: float | Tensor  # tensor: (n,)
+    has: tuple[bool, bool]
+    joint: bool
+    estimator: str
+    labels: Tensor | None  # (n,)
+
+    def __call__(self, name: str) -> Tensor:
+        with torch.no_grad():
+            vector = self._vector(name)
+            assert vector is not None
+            # cloned: scatter may return a view, and no output shares memory with another
+            return self.rows.scatter(vector.detach().clone())
+
+    def _vector(self, name: str) -> Tensor | None:
+        """(n,) of the live tokens."""
+        statistics, policy = self.statistics, self.values.policy
+        if name == "token_loss":
+            return self.values.loss
+        if name == "entropy":
+            return entropy(statistics)
+        if name == "kl":
+            return statistics[TokenRow.TOPK_KL] if self.estimator == "topk" else kl_to_target(statistics)
+        if name in ("label_logprobs", "labelled"):
+            return label_report(statistics[TokenRow.LOGPROB_LABEL], self.labels)[name == "labelled"]
+        if policy is not None and name in ("advantages", "clipped", "importance"):
+            return getattr(policy, name)  # type: ignore[no-any-return]
+        logprobs = model_logprobs(self.has, statistics)
+        if name == "advantages":
+            return advantage(self.reward_scale, *logprobs)[0]
+        return dict(zip(("student_logprobs", "teacher_logprobs", "ref_logprobs"), logprobs, strict=True))[name]
 
 
 def output_of(problem: Problem, loss: Tensor, vectors: dict[str, Tensor | None]) -> GOPDOutput:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -688,6 +691,10 @@ def test_scores_of_another_dtype_than_the_student(kind, name):
 # -------------------------------------------------------------------------------------------------- what is reported
 
 
+def fields_of(out: fg.GOPDOutput) -> dict[str, object]:
+    return {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+
+
 def test_only_the_loss_is_differentiable(backend):
     for reduction in ("token-mean", "none"):
         batch = make_batch(36, dtype=torch.float32)
@@ -701,7 +708,7 @@ def test_only_the_loss_is_differentiable(backend):
             backend=backend,
         )
         assert out.loss.requires_grad
-        rest = {k: v for k, v in vars(out).items() if k != "loss" and isinstance(v, torch.Tensor)}
+        rest = {k: v for k, v in fields_of(out).items() if k != "loss" and isinstance(v, torch.Tensor)}
         assert not any(v.requires_grad for v in rest.values())
         assert all(v.shape == batch.mask.shape and (v[~batch.mask] == 0).all() for v in rest.values())
 
@@ -780,7 +787,42 @@ def test_outputs_share_no_memory_with_inputs(backend):
         *batch.models, batch.token_ids, reward_scale=1.25, old_logprobs=old, reduction="none", backend=backend
     )
     given_ = {x.untyped_storage().data_ptr() for m in batch.models for x in m.tensors.values()} | {old.data_ptr()}
-    assert not given_ & {v.untyped_storage().data_ptr() for v in vars(out).values() if isinstance(v, torch.Tensor)}
+    assert not given_ & {v.untyped_storage().data_ptr() for v in fields_of(out).values() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["sampled", "full"])
+def test_fields_that_are_read_late_are_those_of_the_call(objective):
+    """What the caller does to its tensors after the call, and which field is read first, change nothing."""
+    batch = make_batch(45, kinds=("linear", "logits", "logits"), dtype=torch.float32)
+    lam = torch.tensor([[1.25], [0.5]]).expand(2, 5).clone()
+    arguments = {"reward_scale": lam, "mask": batch.mask, "sft_labels": batch.token_ids.clone(), **objective}
+    if objective["estimator"] == "sampled":
+        old = -torch.rand(2, 5)
+        arguments |= {"old_logprobs": old, "rollout_logprobs": old - 0.1, "clip": (0.1, 0.1)}
+    out = fg.gopd_loss(*batch.models, batch.token_ids, **arguments)
+    expected = fields_of(fg.gopd_loss(*batch.models, batch.token_ids, **arguments))
+    expected = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in expected.items()}
+    out.loss.backward()
+    with torch.no_grad():
+        for x in (*arguments.values(), *(x for m in batch.models for x in m.tensors.values())):
+            if isinstance(x, torch.Tensor):
+                x.zero_()
+    for name in reversed(expected):
+        value = getattr(out, name)
+        assert value is getattr(out, name), f"{name} is computed once"
+        assert torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name], name
+
+
+def test_an_output_is_copied_with_its_fields():
+    batch = make_batch(46, dtype=torch.float32)
+    with torch.no_grad():
+        out = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, estimator="full")
+    for copied in (copy.copy(out), copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        for name, value in fields_of(out).items():
+            other = getattr(copied, name)
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+    with pytest.raises(AttributeError, match="no attribute 'advantage'"):
+        _ = out.advantage
 
 
 # ----------------------------------------------------------------------------------------------------- token_logprobs

@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_gopd as fg
 from builders import expect, generator, in_parts, make_batch, relative_error
 from combinations import pairwise
-from fused_gopd.objective.divergences import divergence_value, make
+from fused_gopd.objective.divergences import divergence_value, kl_to_target, make
 from fused_gopd.objective.statistics import entropy
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowOps, RowProblem, Stat, select_backend
 from fused_gopd.rowops.torch import TorchRowOps
@@ -94,7 +94,7 @@ def check_rows(
         statistics, gradient = in_parts(ops, problem, parts, weights)
     lam = problem.reward_scale
     has = lam != 0 if isinstance(lam, float) else True, lam != 1 if isinstance(lam, float) else True
-    value, kl = divergence_value(problem.divergence, lam, statistics, has)
+    value, kl = divergence_value(problem.divergence, lam, statistics, has), kl_to_target(statistics)
     value, kl, gradient = (x.cpu().double() for x in (value, kl, gradient))
     assert all(x.isfinite().all() for x in (value, kl, gradient, entropy(statistics)))
     if problem.divergence.name != "reverse_kl":  # p and at most one t for every entry

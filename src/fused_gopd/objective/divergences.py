@@ -479,14 +479,17 @@ def scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:
 
 def divergence_value(
     divergence: Divergence, reward_scale: float | Tensor, statistics: Tensor, has: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """Token loss of the ``full`` estimator and KL(p || target), both (C,); 0 for a row without support.
+) -> Tensor:
+    """(C,) token loss of the ``full`` estimator; 0 for a row without support.
 
     ``has`` says whether teacher and reference are in the statistics.
     """
+    value = divergence.value(statistics, reward_scale, has)
+    return value.masked_fill(torch.isneginf(statistics[Stat.LOGSUM_STUDENT]), 0)
+
+
+def kl_to_target(statistics: Tensor) -> Tensor:
+    """(C,) KL(p || target) of whole rows; 0 for a row without support."""
     logsum_p, logsum_u, gap = (statistics[s] for s in (Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET, Stat.MEAN_GAP))
     kl = bounded((gap + statistics[Stat.ORIGIN_TARGET]) + (logsum_u - logsum_p)).clamp_min(0)
-    value = divergence.value(statistics, reward_scale, has)
-    empty = torch.isneginf(logsum_p)
-    zero = torch.zeros_like(value)
-    return torch.where(empty, zero, value), torch.where(empty, zero, kl)
+    return kl.masked_fill(torch.isneginf(logsum_p), 0)

@@ -67,7 +67,6 @@ class TokenValues(NamedTuple):
     """Results per token, (n,) each."""
 
     loss: Tensor
-    kl: Tensor | None = None  # KL(student || target); None in ``sampled``
     policy: PolicyTerm | None = None  # of ``sampled``
 
 
@@ -182,18 +181,17 @@ def reward_scale_of(problem: Problem, tokens: slice) -> float | Tensor:
 
 
 def model_logprobs(
-    problem: Problem, statistics: Tensor, tokens: slice = EVERY
+    has: tuple[bool, bool], statistics: Tensor, tokens: slice = EVERY
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
 
     def of(logit: Stat, logsum: Stat) -> Tensor:
         return token_logprob(statistics[logit, tokens], statistics[logsum, tokens])
 
-    has_teacher, has_ref = problem.has
     return (
         of(Stat.LOGIT_STUDENT, Stat.LOGSUM_STUDENT),
-        of(Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has_teacher else None,
-        of(Stat.LOGIT_REF, Stat.LOGSUM_REF) if has_ref else None,
+        of(Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has[0] else None,
+        of(Stat.LOGIT_REF, Stat.LOGSUM_REF) if has[1] else None,
     )
 
 
@@ -213,7 +211,7 @@ class LogProbs(Estimator):
         return LogitGradient(divergence=of_entropy, weight=of_logprobs, token_ids=self.problem.token_ids[:, None])
 
     def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
-        return (model_logprobs(self.problem, statistics)[0], entropy(statistics)), None
+        return (model_logprobs((False, False), statistics)[0], entropy(statistics)), None
 
 
 def ones(problem: Problem, chunk: Chunk) -> Tensor:

@@ -35,5 +35,4 @@ class Full(Estimator):
 
     def values(self, statistics: Tensor) -> TokenValues:
         problem = self.problem
-        loss, kl = divergence_value(problem.divergence, problem.reward_scale, statistics, problem.has)
-        return TokenValues(loss, kl)
+        return TokenValues(divergence_value(problem.divergence, problem.reward_scale, statistics, problem.has))

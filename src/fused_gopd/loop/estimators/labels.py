@@ -57,7 +57,7 @@ class WithLabels(Estimator):
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
         gradient, logprobs = self._inner.logit_gradient(statistics, tokens), None
         if gradient.token_ids is not None:  # one id, the sampled token
-            logprobs = model_logprobs(self.problem, statistics, tokens)[0][:, None]
+            logprobs = model_logprobs((False, False), statistics, tokens)[0][:, None]
         return self._with_label(gradient, statistics, tokens, logprobs)
 
     def _with_label(

@@ -85,8 +85,8 @@ class Sampled(Estimator):
         scale, options = reward_scale_of(problem, tokens), problem.options
         expected = None
         if options.baseline == "expected":
-            expected, _ = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
-        student, teacher, ref = model_logprobs(problem, statistics, tokens)
+            expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
+        student, teacher, ref = model_logprobs(problem.has, statistics, tokens)
         return policy.advantages_of(
             options,
             reward_scale=scale,
@@ -130,7 +130,7 @@ class Sampled(Estimator):
         """Token losses and their slopes; of all tokens at once where ratios are those of whole sequences."""
         problem = self.problem
         old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
-        student = model_logprobs(problem, statistics, tokens)[0]
+        student = model_logprobs(problem.has, statistics, tokens)[0]
 
         def term(advantages: Tensor) -> PolicyTerm:
             return policy.policy_term(problem.options, advantages, student, old, rollout, self._mean_over_sequences)

@@ -97,7 +97,7 @@ class TopK(Estimator):
         return Scored(scored, gradient, student.logprobs), extra
 
     def values(self, statistics: Tensor) -> TokenValues:
-        return TokenValues(statistics[TokenRow.TOPK_LOSS], statistics[TokenRow.TOPK_KL])
+        return TokenValues(statistics[TokenRow.TOPK_LOSS])
 
 
 def statistics_on_support(
