@@ -1,6 +1,7 @@
 """Fused losses for generalized on-policy distillation: three models, no [tokens, vocabulary] tensor."""
 
 from . import distributed, reference
+from .graphs import graphed
 from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
 from .metrics import Metrics
@@ -21,6 +22,7 @@ __all__ = [
     "VocabShard",
     "distributed",
     "gopd_loss",
+    "graphed",
     "reference",
     "token_logprobs",
     "token_topk",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +114,24 @@ class TokenRows:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
+_fixed_shapes = contextvars.ContextVar("_fixed_shapes", default=False)
+
+
+@contextlib.contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Calls take the path of a CUDA-graph capture, so that what warms up is what is captured."""
+    token = _fixed_shapes.set(True)
+    try:
+        yield
+    finally:
+        _fixed_shapes.reset(token)
+
+
 def host_sync_forbidden(device: torch.device) -> bool:
     """Whether no value may be read from the device: during CUDA-graph capture, and on meta, which has no values."""
-    return device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    if device.type == "meta" or _fixed_shapes.get():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_mask(mask: object, shape: torch.Size, device: torch.device, owner: str = "student") -> Tensor | None:

@@ -6,6 +6,7 @@ low-precision products, real vocabularies, offsets past 2^31, the same bits twic
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from builders import (
     trainable,
     widened,
 )
+from fused_gopd.tokens import fixed_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -163,6 +165,61 @@ def test_compiled_gives_the_same_bits(estimator: str) -> None:
     grads = torch.autograd.grad(got, batch.leaves)
     assert torch.equal(got, want)
     assert all(map(torch.equal, grads, want_grads))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+def test_a_graphed_step_gives_the_same_bits(objective: dict[str, Any], masked: bool) -> None:
+    """Several replays, on new tokens and weights that were written to, with other upstream gradients."""
+    options = {"estimator": "sampled", **objective}
+    batches = [large(200, 64, torch.bfloat16, seed) for seed in range(3)]
+    weights = [m.weight for m in batches[0].models]
+
+    def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *hidden, ids, live, scale = inputs
+        heads = [fg.LinearHead(h, w) for h, w in zip(hidden, weights, strict=True)]
+        out = fg.gopd_loss(*heads, ids, mask=live if masked else None, reward_scale=scale, **options)
+        return out.loss, out.entropy
+
+    def inputs_of(batch: Batch) -> tuple[torch.Tensor, ...]:
+        live = torch.arange(200, device="cuda") % 3 < 2
+        return *(m.hidden for m in batch.models), batch.token_ids, live, torch.full((200,), 1.25, device="cuda")
+
+    graphed = fg.graphed(step, *inputs_of(batches[0]), weights=weights)
+    for i, batch in enumerate(batches):
+        leaves = (batch.student.hidden, weights[0])
+        upstream = torch.tensor(1.0 + i, device="cuda")
+        loss, entropy = graphed(*inputs_of(batch))
+        grads = torch.autograd.grad(loss, leaves, upstream)
+        with fixed_shapes():  # rows that are masked are emptied there, too
+            want, want_entropy = step(*inputs_of(batch))
+            want_grads = torch.autograd.grad(want, leaves, upstream)
+        assert torch.equal(loss, want)
+        assert torch.equal(entropy, want_entropy)
+        assert all(map(torch.equal, grads, want_grads))
+        with torch.no_grad():
+            weights[0].mul_(1.01)
+
+
+def test_a_graphed_step_states_its_memory_and_frees_it() -> None:
+    batch = large(200, 64, torch.bfloat16)
+
+    def step(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        teacher = fg.LinearHead(hidden, batch.teacher.weight)
+        return fg.gopd_loss(fg.LinearHead(hidden, batch.student.weight), teacher, None, ids, estimator="full").loss
+
+    weights = [batch.student.weight, batch.teacher.weight]
+    graphed = fg.graphed(step, batch.student.hidden, batch.token_ids, weights=weights)
+    graphed(batch.student.hidden, batch.token_ids).backward()
+    pool = graphed.memory - sum(x.nbytes for x in graphed.inputs)
+    assert pool >= 200 * QWEN3 * 4 + batch.student.weight.nbytes  # a chunk's logits, and a gradient of the weight
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    del graphed
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.memory_reserved() >= pool
 
 
 def test_peak_memory_does_not_grow_with_tokens() -> None:
