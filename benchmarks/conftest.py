@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,10 @@ from fused_gopd.loop.chunking import CHUNK_BUDGET_BYTES
 from . import accuracy, floors, memory
 from .providers import FUSED_PREFIX, Computation, Result
 from .registry import PROVIDERS, cases, described, providers_of
-from .workloads import SUITES, Inputs, Workload, default_suite, queued, rotation, synchronize
+from .workloads import SUITES, Inputs, Workload, default_suite, entropy, queued, rotation, synchronize
 
+# Seconds in which the candidates of a floor are timed, between 3 and 9 rounds.
+FLOOR_SECONDS = 1.0
 # Prefixes of the lines that a case prints for run.py; DONE is the last one
 MEASURED = "measured-case "
 SKIPPED = "skipped-case "
@@ -74,25 +75,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)
 
 
-def milliseconds(step: Callable[[], object], device: str) -> float:
-    """Wall time of a step."""
-    start, steps = time.perf_counter(), queued(device)
+def milliseconds(step: Callable[[], object], device: str, steps: int | None = None) -> float:
+    """Wall time of a step, of which several are queued on a GPU."""
+    start, steps = time.perf_counter(), steps or queued(device)
     for _ in range(steps):
         step()
     synchronize(device)
     return (time.perf_counter() - start) * 1e3 / steps
-
-
-class Floor(NamedTuple):
-    step: Callable[[], object]
-    name: str
-    chunk_size: int | None
-    candidates_ms: dict[str, float]  # candidate -> the faster of two calls
-
-
-def _in_turn(steps: list[Callable[[], object]]) -> Callable[[], object]:
-    cycle = itertools.cycle(steps)
-    return lambda: next(cycle)()
 
 
 @dataclass
@@ -105,7 +94,9 @@ class Session:
     _inputs: list[Inputs] = field(default_factory=list)
     _truth: Result | None = None
     _peaks: dict[str, memory.Peak | str] = field(default_factory=dict)
-    _floor: Floor | None = None
+    _floor: floors.Floor | None = None
+    _clock: floors.Clock | None = None
+    _entropy: float | None = None
 
     @property
     def out_of_time(self) -> bool:
@@ -115,7 +106,7 @@ class Session:
     def enter(self, workload: Workload) -> None:
         """Make this workload the current one."""
         if self.workload != workload:
-            self._inputs, self._truth, self._peaks, self._floor = [], None, {}, None
+            self._inputs, self._truth, self._peaks, self._floor, self._entropy = [], None, {}, None, None
             gc.collect()
             torch.compiler.reset()
             if torch.device(workload.device).type == "cuda":
@@ -149,6 +140,13 @@ class Session:
             raise RuntimeError(f"the memory run of {provider} failed: {peak}")
         return peak
 
+    @property
+    def entropy(self) -> float:
+        """The student's mean entropy over the first unmasked tokens of the current workload, in nats."""
+        if self._entropy is None:
+            self._entropy = entropy(self.inputs[0].live())
+        return self._entropy
+
     def errors(self, step: Computation) -> accuracy.Errors:
         assert self.workload is not None
         if self._truth is None:
@@ -157,34 +155,24 @@ class Session:
         return accuracy.errors(step, self.inputs[0], self._truth)
 
     @property
-    def floor(self) -> Floor:
-        """The floor of the current workload: the fastest candidate, each timed twice."""
+    def floor(self) -> floors.Floor:
+        """The floor of the current workload."""
         if self._floor is None:
-            self._floor = self._pick_floor()
+            assert self.workload is not None
+            device, option = self.workload.device, self.config.getoption
+            memory = 0 if self.workload.level == "logits" else self._floor_memory()
+            found = floors.candidates(self.workload, self.inputs, memory)
+            quick = option("--seconds") == 0 or SUITES[option("--suite")].seconds == 0
+            seconds = 0.0 if quick else FLOOR_SECONDS
+            self._floor = floors.pick(found, lambda step: milliseconds(step, device), seconds)
         return self._floor
 
-    def _pick_floor(self) -> Floor:
-        assert self.workload is not None
-        workload, device = self.workload, self.workload.device
-        sizes: dict[str, int] = {}
-        candidates: dict[str, Callable[[], object]] = {}
-        if workload.level == "logits":
-            each = [floors.moving_bytes(inputs) for inputs in self.inputs]
-            candidates = {name: _in_turn([steps[name] for steps in each]) for name in each[0]}
-        else:
-            head = self.inputs[0].weights
-            assert head is not None
-            trained = workload.kind.backward and not workload.frozen
-            dweight = torch.zeros(head[0].shape, device=device) if trained else None
-            for c in floors.chunk_sizes(workload, self._floor_memory()):
-                for suffix, own in floors.libraries(workload).items():
-                    steps = [floors.bare_gemms(workload, inputs, c, dweight, own) for inputs in self.inputs]
-                    sizes[f"C={c}{suffix}"], candidates[f"C={c}{suffix}"] = c, _in_turn(steps)
-        times = {}
-        for name, step in candidates.items():
-            times[name] = min(milliseconds(step, device) for _ in range(2))  # the first call is the warm-up
-        best = min(times, key=lambda name: times[name])
-        return Floor(candidates[best], best, sizes.get(best), times)
+    @property
+    def clock(self) -> floors.Clock:
+        if self._clock is None:
+            assert self.workload is not None
+            self._clock = floors.Clock(self.workload.device)
+        return self._clock
 
     def _fused(self) -> str:
         """This package's first available provider; the torch backend without the compiled extension."""

@@ -1,13 +1,16 @@
 """Lower bounds on the time of a step: moving the bytes once, and the bare matrix products.
 
 Both write into existing buffers, so that they pay neither for allocation nor for page faults. The providers do, since
-every step returns new gradients.
+every step returns new gradients. The best chunk length is picked for each kind of product by itself.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ def moving_bytes(inputs: Inputs) -> dict[str, Step]:
 
 
 # Chunk sizes to try if their buffer fits in memory, besides the largest that fits.
-CHUNK_SIZES = {"cpu": (128, 256, 512), "gpu": (1024, 2048, 4096)}
+CHUNK_SIZES = {"cpu": (128, 256, 512), "gpu": (512, 1024, 2048, 4096)}
 
 
 def chunk_sizes(workload: Workload, memory: int) -> list[int]:
@@ -46,13 +49,13 @@ def chunk_sizes(workload: Workload, memory: int) -> list[int]:
 
 
 def libraries(workload: Workload) -> dict[str, bool]:
-    """Suffix of a floor's name -> whether it uses this package's products instead of torch.mm."""
+    """Name of a library ("" for ``torch.mm``) -> whether the products are this package's, ``fused_gopd.loop.gemm``."""
     if torch.device(workload.device).type != "cpu":
         return {"": False}
     if gemm.prefers_onednn():
-        return {"": False, ", oneDNN": True}
+        return {"": False, "oneDNN": True}
     # MKL's bfloat16 products are slower than widening on CPUs without AMX
-    return {"": False} if workload.dtype == torch.float32 else {"": False, ", widened": True}
+    return {"": False} if workload.dtype == torch.float32 else {"": False, "widened": True}
 
 
 def count(workload: Workload) -> int:
@@ -60,48 +63,194 @@ def count(workload: Workload) -> int:
     return workload.kind.models + (0 if not workload.kind.backward else 1 if workload.frozen else 2)
 
 
-def bare_gemms(workload: Workload, inputs: Inputs, chunk_size: int, dweight: Tensor | None, own: bool = False) -> Step:
-    """A function that computes only the products of one step on the unmasked tokens; dW is accumulated in float32.
+class Candidate(NamedTuple):
+    """One way to compute the products of one kind for all unmasked tokens, in chunks of one length."""
 
-    One buffer holds the logits of the models in turn and then serves as their gradient, so that the same memory allows
-    longer chunks than an implementation that needs the logits of all models together.
+    kind: str  # "logits" of the models with this hidden size, "dhidden", "dweight"; "bytes" where logits are given
+    hidden: int | None
+    way: int | str  # tokens per chunk; the name of an operation for "bytes"
+    library: str
+    step: Step
 
-    Args:
-        workload: the shapes.
-        inputs: hidden states and weights.
-        chunk_size: tokens per chunk.
-        dweight: (V, H) buffer that all chunk sizes share, None with a frozen head. The first chunk overwrites it.
-        own: whether to use this package's products (:mod:`fused_gopd.loop.gemm`), whose library may be the faster one
-            on this machine, instead of ``torch.mm``, which writes logits in the dtype of the inputs.
+    @property
+    def group(self) -> tuple[str, int | None]:
+        return self.kind, self.hidden
+
+    @property
+    def name(self) -> str:
+        where = "" if isinstance(self.way, str) else "C="
+        return f"{where}{self.way}" + (f", {self.library}" if self.library else "")
+
+
+class _Products:
+    """The bare products of a step, on one set of inputs, into buffers that all chunk lengths share.
+
+    A buffer holds the logits of one chunk of one model, and stands for their gradient in dX and dW, so that the same
+    memory allows longer chunks than an implementation that needs the logits of all models together. It starts with
+    random numbers: a GPU multiplies zeros at a higher clock. dW is accumulated in float32.
     """
-    assert inputs.weights is not None
-    rows, weights = [x.detach() for x in inputs.live().rows], [x.detach() for x in inputs.weights]
-    tokens, device = rows[0].shape[0], rows[0].device
-    wide = torch.float32 if own else rows[0].dtype
-    buffer = torch.zeros(min(chunk_size, tokens), weights[0].shape[0], dtype=wide, device=device)
-    dhidden = torch.zeros(rows[0].shape, dtype=wide, device=device)
-    # chunks of equal size: not 440 and 72 tokens for 512 at C = 440
-    chunks = -(-tokens // chunk_size)
-    bounds = [tokens * i // chunks for i in range(chunks + 1)]
+
+    def __init__(self, workload: Workload, inputs: Inputs, buffers: dict[tuple[object, ...], Tensor]) -> None:
+        assert inputs.weights is not None
+        self.workload, self.buffers = workload, buffers
+        self.rows = [x.detach() for x in inputs.live().rows]
+        self.weights = [x.detach() for x in inputs.weights]
+        self.tokens = self.rows[0].shape[0]
+
+    def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        key = (name, columns, dtype)
+        if key not in self.buffers or self.buffers[key].shape[0] < rows:
+            self.buffers.pop(key, None)
+            self.buffers[key] = torch.randn(rows, columns, device=self.rows[0].device).to(dtype)
+        return self.buffers[key][:rows]
+
+    def _chunks(self, chunk_size: int) -> list[slice]:
+        """Chunks of equal size: not 440 and 72 tokens for 512 at C = 440."""
+        count = -(-self.tokens // chunk_size)
+        bounds = [self.tokens * i // count for i in range(count + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+    def step(self, kind: str, hidden: int, chunk_size: int, own: bool) -> Step:
+        """All products of one kind. For "logits" those of every model with this hidden size."""
+        w = self.weights[0]
+        wide = torch.float32 if own else w.dtype
+        chunks, logits = self._chunks(chunk_size), self._buffer("logits", chunk_size, w.shape[0], wide)
+        models = [(h, w) for h, w in zip(self.rows, self.weights, strict=True) if h.shape[1] == hidden]
+        out = self._buffer("dhidden", self.tokens, hidden, wide) if kind == "dhidden" else None
+        total = self._buffer("dweight", w.shape[0], hidden, torch.float32) if kind == "dweight" else None
+
+        def forward() -> None:
+            for rows in chunks:
+                z = logits[: rows.stop - rows.start]
+                for h, weight in models:
+                    gemm.logits_(z, h[rows], weight) if own else torch.mm(h[rows], weight.T, out=z)
+
+        def dhidden() -> None:
+            assert out is not None
+            for rows in chunks:
+                z = logits[: rows.stop - rows.start]
+                if own:
+                    out[rows] = gemm.dhidden(z, w)
+                else:
+                    torch.mm(z, w, out=out[rows])
+
+        def dweight() -> None:
+            assert total is not None
+            for rows in chunks:
+                z = logits[: rows.stop - rows.start]
+                _add_dweight(total, z, self.rows[0][rows], first=rows.start == 0, own=own)
+
+        return {"logits": forward, "dhidden": dhidden, "dweight": dweight}[kind]
+
+
+def candidates(workload: Workload, sets: list[Inputs], memory: int) -> list[Candidate]:
+    """Every way of every kind of product whose chunk fits in ``memory``; a step uses the input sets in turn."""
+    if workload.level == "logits":
+        each = [moving_bytes(inputs) for inputs in sets]
+        return [Candidate("bytes", None, name, "", in_turn([steps[name] for steps in each])) for name in each[0]]
+    assert workload.hidden is not None
+    kinds = [("logits", h) for h in dict.fromkeys(workload.hidden)]
+    if workload.kind.backward:
+        kinds += [(kind, workload.hidden[0]) for kind in ("dhidden", "dweight")[: 1 if workload.frozen else 2]]
+    buffers: dict[tuple[object, ...], Tensor] = {}
+    products = [_Products(workload, inputs, buffers) for inputs in sets]
+    sizes = chunk_sizes(workload, memory)
+    return [
+        Candidate(kind, hidden, c, library, in_turn([p.step(kind, hidden, c, own) for p in products]))
+        for kind, hidden in kinds
+        for library, own in libraries(workload).items()
+        for c in reversed(sizes)  # the longest first: the buffers that it needs serve the others
+    ]
+
+
+def in_turn(steps: list[Step]) -> Step:
+    cycle = itertools.cycle(steps)
+    return lambda: next(cycle)()
+
+
+class Floor(NamedTuple):
+    """The fastest way of each kind of product, one after the other."""
+
+    step: Step
+    name: str
+    chunk_size: int | None  # None where kinds differ
+    ms: float  # sum of the medians
+    tried: list[dict[str, Any]]  # every candidate with its spread
+
+
+def pick(found: list[Candidate], timed: Callable[[Step], float], seconds: float) -> Floor:
+    """Time all candidates in turn, in a new random order each round, and take the best of each kind by its median.
+
+    The first round is a warm-up, which says how many fit in ``seconds``; between 3 and 9 rounds count.
+    """
+    order = random.Random(0)
+    warm_up = sum(timed(candidate.step) for candidate in found)
+    rounds = min(9, max(3, round(1e3 * seconds / warm_up)))
+    times: list[list[float]] = [[] for _ in found]
+    for _ in range(rounds):
+        for i in order.sample(range(len(found)), len(found)):
+            times[i].append(timed(found[i].step))
+    best: dict[tuple[str, int | None], int] = {}
+    for i, candidate in enumerate(found):
+        if candidate.group not in best or median(times[i]) < median(times[best[candidate.group]]):
+            best[candidate.group] = i
+    tried = [
+        {
+            "kind": candidate.kind,
+            "hidden": candidate.hidden,
+            "way": candidate.way,
+            "library": candidate.library,
+            "ms_min": min(ms),
+            "ms_p50": median(ms),
+            "ms_p90": quantile(ms, 0.9),
+            "rounds": rounds,
+            "best": best[candidate.group] == i,
+        }
+        for i, (candidate, ms) in enumerate(zip(found, times, strict=True))
+    ]
+    chosen = [found[i] for i in best.values()]
+    names = list(dict.fromkeys(candidate.name for candidate in chosen))
+    name = names[0] if len(names) == 1 else "; ".join(f"{c.kind} {c.name}" for c in chosen)
+    sizes = {candidate.way for candidate in chosen}
+    chunk_size = sizes.pop() if len(sizes) == 1 else None
 
     def step() -> None:
-        for start, stop in itertools.pairwise(bounds):
-            logits = buffer[: stop - start]
-            for h, w in reversed(list(zip(rows, weights, strict=True))):
-                if own:
-                    gemm.logits_(logits, h[start:stop], w)
-                else:
-                    torch.mm(h[start:stop], w.T, out=logits)
-            if not workload.kind.backward:
-                continue
-            if own:
-                dhidden[start:stop] = gemm.dhidden(logits, weights[0])
-            else:
-                torch.mm(logits, weights[0], out=dhidden[start:stop])
-            if dweight is not None:
-                _add_dweight(dweight, logits, rows[0][start:stop], first=start == 0, own=own)
+        for candidate in chosen:
+            candidate.step()
 
-    return step
+    total = sum(median(times[i]) for i in best.values())
+    return Floor(step, name, chunk_size if isinstance(chunk_size, int) else None, total, tried)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Quantile with linear interpolation."""
+    values = sorted(values)
+    position = q * (len(values) - 1)
+    low = int(position)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (position - low)
+
+
+# Side and dtype of the clock's square matrices, and products in a row
+CLOCKS = {"cpu": (1024, torch.float32, 1), "gpu": (4096, torch.bfloat16, 8)}
+
+
+def clock_name(device: str) -> str:
+    size, dtype, repeats = CLOCKS["cpu" if torch.device(device).type == "cpu" else "gpu"]
+    return f"torch.mm, {size} x {size} x {size}, {str(dtype).removeprefix('torch.')}, {repeats} in a row"
+
+
+class Clock:
+    """A product of fixed shape, timed between measurements: how fast the machine was when they were made."""
+
+    def __init__(self, device: str) -> None:
+        size, dtype, self.repeats = CLOCKS["cpu" if torch.device(device).type == "cpu" else "gpu"]
+        self.a, self.b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+
+    def step(self) -> None:
+        for _ in range(self.repeats):
+            torch.mm(self.a, self.b, out=self.out)
 
 
 def _add_dweight(dweight: Tensor, logits: Tensor, hidden: Tensor, *, first: bool, own: bool) -> None:

@@ -7,7 +7,9 @@ the lambda target is measured on the jobs that it supports. Packages that need a
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +72,129 @@ def _liger_cross_entropy(_: Workload) -> Loss:
     return loss
 
 
+# Liger's chunks hold about this many elements for each of the hidden states'; 1 is its default
+_LIGER_LONG = 16
+
+
+def _liger_long_cross_entropy(_: Workload) -> Loss:
+    """liger_kernel.transformers.functional.liger_fused_linear_cross_entropy with 16 times the default memory of a chunk
+
+    By default a chunk's logits take no more memory than the hidden states: 128 tokens of 8192 at H = 2048 and
+    V = 151936. With this it is 2048.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    options = {"accum_dtype": torch.float32, "chunk_mem_const": _LIGER_LONG}
+    return lambda inputs: liger_fused_linear_cross_entropy(*_first(inputs), inputs.token_ids, **options)
+
+
+def _liger_sm90_cross_entropy(_: Workload) -> Loss:
+    """LigerFusedLinearCrossEntropySM90Function of liger_kernel.ops.cutedsl: CuTe DSL, all tokens in one piece
+
+    By its own module, not by LIGER_KERNEL_IMPL=cutedsl, which is the kernel for compute capability 10.0.
+    """
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import LigerFusedLinearCrossEntropySM90Function
+
+    return lambda inputs: LigerFusedLinearCrossEntropySM90Function.apply(
+        *_first(inputs), inputs.token_ids, -100, "mean"
+    )
+
+
+def _liger_scaled_cross_entropy(workload: Workload) -> Loss:
+    """liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction, which takes its CuTe DSL kernels on a Hopper GPU
+
+    Log-probs of the tokens without logits in memory; the job's loss is formed from them. Its gradient of the weight is
+    accumulated in bfloat16. Its check of the targets, which waits for the device, is off.
+    """
+    os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    def loss(inputs: Inputs) -> Tensor:
+        nll = LigerFusedLinearScaledCrossEntropyFunction.apply(*_first(inputs), inputs.token_ids, 1.0, -100, 1, False)
+        return _of_logprobs(workload, -nll, inputs)
+
+    return loss
+
+
+def _quack(_: Workload) -> Loss:
+    """quack.linear_cross_entropy.chunked_linear_cross_entropy, chunks of its default 4096 tokens
+
+    On compute capability 9.0 with bfloat16 it stores exponentials in the product's epilogue (use_scaled_exp=None
+    chooses); elsewhere it is a product, a row kernel and two products.
+    """
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(inputs: Inputs) -> Tensor:
+        return chunked_linear_cross_entropy(*_first(inputs), inputs.token_ids, chunk_size=4096, reduction="mean")
+
+    return loss
+
+
+def _quack_logprobs(_: Workload) -> Loss:
+    """quack.epilogue.library.lse_target_epi without storing the logits, as quack's own evaluation calls it"""
+    from quack.epilogue.library import lse_target_epi
+
+    def loss(inputs: Inputs) -> Tensor:
+        hidden, weight = _first(inputs)
+        found = lse_target_epi(hidden, weight.mT, store_d=False, target=inputs.token_ids, tuned=False)
+        return found["target_logit"] - found["lse"]
+
+    return loss
+
+
+# orda's name of each divergence; its skew_js with kl_beta is this package's jsd with 1 - beta, the same at 0.5
+_ORDA = {"reverse_kl": "reverse", "forward_kl": "forward", "jsd": "skew_js", "kl_ce": "forward"}
+
+
+def _orda(workload: Workload) -> Loss:
+    """orda_kernel.distillation_loss, profile "fast": cross entropy of the student, KL to the teacher, or both
+
+    The teacher's own cross entropy, its third term, is left out: the teacher takes no gradient here. The weight's
+    gradient is summed in float32, and labels are not checked on the host.
+    """
+    from orda_kernel import KernelConfig, SeparateTeacher, TiedTeacher, distillation_loss
+
+    objective = workload.kind.objective
+    config = KernelConfig(grad_weight_accumulation="fp32", assume_valid_labels=True)
+    options: dict[str, Any] = {"teacher_ce_weight": 0.0, "profile": "fast", "config": config}
+    options["student_ce_weight"] = float(objective in ("nll", "kl_ce"))
+    options["kl_weight"] = float(objective != "nll")
+    if objective != "nll":
+        options["kl_divergence"] = _ORDA[objective]
+    if objective == "jsd":
+        options["kl_beta"] = 1.0 - JSD_BETA
+    if torch.device(workload.device).type == "cuda":
+        options["backend"] = "triton"  # or an error: "auto" may take PyTorch's dense code
+
+    def loss(inputs: Inputs) -> Tensor:
+        assert inputs.weights is not None
+        hidden, weight = _first(inputs)
+        one = len(inputs.rows) == 1  # no term looks at the teacher
+        teacher = TiedTeacher(hidden.detach()) if one else SeparateTeacher(inputs.rows[1], inputs.weights[1])
+        return distillation_loss(hidden, weight, inputs.token_ids, teacher, **options).loss
+
+    return loss
+
+
+def _unsloth_jsd(workload: Workload) -> Loss:
+    """unsloth_zoo.rl_replacements.distillation_chunked_jsd, chunks as long as this package's
+
+    Gradients in the forward, compiled; those of the weight are summed in the head's dtype.
+    """
+    import unsloth  # noqa: F401  # has to be imported before unsloth_zoo
+    from unsloth_zoo.rl_replacements import distillation_chunked_jsd
+
+    options = {"beta": _BETAS[workload.kind.objective], "chunk_size": chunk_size(workload)}
+
+    def loss(inputs: Inputs) -> Tensor:
+        assert inputs.weights is not None
+        (h, h_q), (w, w_q) = inputs.rows, inputs.weights
+        mask = torch.ones_like(inputs.token_ids)[None]
+        return distillation_chunked_jsd(h[None], h_q[None], w, w_q, mask, **options)[0]
+
+    return loss
+
+
 def _liger_jsd(workload: Workload) -> Loss:
     """liger_kernel.transformers.LigerFusedLinearJSD, weight gradient accumulated in float32"""
     from liger_kernel.transformers import LigerFusedLinearJSD
@@ -124,6 +249,13 @@ def _liger_grpo(workload: Workload) -> Loss:
     return loss
 
 
+def _of_logprobs(workload: Workload, logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """The loss of a job of one model, from the log-probs of its tokens."""
+    if workload.job == "logprobs":
+        return logprobs
+    return -logprobs.mean() if workload.job == "nll" else policy_loss(logprobs, inputs)
+
+
 # _CHUNKED_LOGPROB_CHUNK_SIZE of trl.trainer.utils, which its trainers use
 _TRL_VOCABULARY_CHUNK = 32768
 
@@ -136,9 +268,7 @@ def _trl_logprobs(workload: Workload) -> Loss:
         hidden, weight = _first(inputs)
         options = (1.0, _TRL_VOCABULARY_CHUNK, None, 1.0, ())
         logprobs = ChunkedLogProbFunction.apply(hidden, weight, None, inputs.token_ids, *options)[0]
-        if workload.job == "logprobs":
-            return logprobs
-        return -logprobs.mean() if workload.job == "nll" else policy_loss(logprobs, inputs)
+        return _of_logprobs(workload, logprobs, inputs)
 
     return loss
 
@@ -160,16 +290,64 @@ def _trl_divergence(workload: Workload) -> Loss:
 # ----------------------------------------------------------------------------------------------------------- registry
 
 
-def _needs(package: str | None, *, gpu: bool = False, half: bool = False) -> Callable[[Workload], str | None]:
-    """Why a peer cannot run a workload here; None if it can."""
+def _needs(
+    package: str,
+    *,
+    gpu: bool = False,
+    half: bool = False,
+    bfloat16: bool = False,
+    hopper: bool = False,
+    also: tuple[str, ...] = (),
+    install: str = '"fused-gopd[bench-peers]"',
+    shape: Callable[[Workload], str | None] = lambda _: None,
+) -> Callable[[Workload], str | None]:
+    """Why a peer cannot run a workload here; None if it can.
+
+    Args:
+        package: the module that it is in.
+        gpu: whether it has kernels for a GPU alone.
+        half: whether it takes float16 and bfloat16 alone.
+        bfloat16: whether it takes bfloat16 alone.
+        hopper: whether it has kernels for compute capability 9.0 alone.
+        also: further modules that its kernels need.
+        install: what ``pip install`` takes for it.
+        shape: what it cannot do of a workload's shape.
+    """
 
     def reason(workload: Workload) -> str | None:
-        if package is not None and importlib.util.find_spec(package) is None:
-            return f'{package} is not installed: pip install "fused-gopd[bench-peers]"'
+        for module in (package, *also):
+            if not _installed(module):
+                return f"{module} is not installed: pip install {install}"
         if gpu and torch.device(workload.device).type == "cpu":
-            return "Triton kernels, for a GPU"
+            return "its kernels are for a GPU"
+        if bfloat16 and workload.dtype != torch.bfloat16:
+            return "it takes bfloat16 alone"
         if half and workload.dtype == torch.float32:
-            return "its backward takes float16 and bfloat16 alone"
+            return "it takes float16 and bfloat16 alone"
+        if hopper and torch.device(workload.device).type != "cpu":
+            major, minor = torch.cuda.get_device_capability(workload.device)
+            if (major, minor) != (9, 0):
+                return f"its kernels are for compute capability 9.0, this GPU has {major}.{minor}"
+        return shape(workload)
+
+    return reason
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def _multiples(tokens: int, vocabulary: int) -> Callable[[Workload], str | None]:
+    """A reason where tokens or vocabulary are not multiples of what a kernel's tiles need."""
+
+    def reason(workload: Workload) -> str | None:
+        for name, size, of in (("tokens", workload.live_tokens, tokens), ("entries", workload.vocab, vocabulary)):
+            if size % of:
+                return f"it takes a multiple of {of} {name}, here are {size}"
         return None
 
     return reason
@@ -190,6 +368,17 @@ def _peer(
     return Provider(jobs, lambda workload: of_live(prepare(workload)), unavailable, compiles)
 
 
+_liger_cute = functools.partial(
+    _needs,
+    "liger_kernel",
+    gpu=True,
+    bfloat16=True,
+    hopper=True,
+    also=("cutlass.cute",),
+    install='"fused-gopd[bench-peers-gpu]"',
+)
+_quack_needs = functools.partial(_needs, "quack", gpu=True, half=True, install='"fused-gopd[bench-peers-gpu]"')
+
 PEERS = {
     "torch-lce": _peer(("nll",), _torch_linear_cross_entropy(_chunks_of_this_package), _torch_reason),
     "torch-lce-auto": _peer(("nll",), _torch_linear_cross_entropy(lambda workload: {}), _torch_reason),
@@ -197,6 +386,19 @@ PEERS = {
     "cce-exact": _peer(("nll",), _cce(filter_eps=None), _needs("cut_cross_entropy", gpu=True, half=True)),
     "cce-compile": _peer(("nll",), _cce(impl="torch_compile"), _needs("cut_cross_entropy"), compiles=True),
     "liger-flce": _peer(("nll",), _liger_cross_entropy, _needs("liger_kernel", gpu=True)),
+    "liger-flce-long": _peer(("nll",), _liger_long_cross_entropy, _needs("liger_kernel", gpu=True)),
+    "liger-flce-sm90": _peer(("nll",), _liger_sm90_cross_entropy, _liger_cute(shape=_multiples(128, 256))),
+    "liger-scaled-ce": _peer(("logprobs", "nll", "policy"), _liger_scaled_cross_entropy, _liger_cute()),
+    "quack": _peer(("nll",), _quack, _quack_needs(shape=_multiples(8, 8))),
+    "quack-lse": _peer(("logprobs",), _quack_logprobs, _quack_needs(shape=_multiples(8, 8))),
+    "orda": _peer(("nll", *_DIVERGENCES, "kl-ce"), _orda, _needs("orda_kernel")),
+    "unsloth-jsd": _peer(
+        _DIVERGENCES,
+        _unsloth_jsd,
+        # its trl is older than the other peers': an environment of its own
+        _needs("unsloth_zoo", also=("unsloth",), install="unsloth unsloth_zoo"),
+        compiles=True,
+    ),
     "liger-grpo": _peer(("policy",), _liger_grpo, _needs("liger_kernel"), compiles=True),
     "liger-jsd": _peer(_DIVERGENCES, _liger_jsd, _needs("liger_kernel", gpu=True)),
     "liger-chunked-jsd": _peer(_DIVERGENCES, _liger_chunked_jsd, _needs("liger_kernel"), compiles=True),

@@ -91,6 +91,11 @@ def _jsd(logits: Sequence[Tensor], _: Inputs) -> Tensor:
     return terms.sum(-1).mean()
 
 
+def _kl_ce(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
+    """mean of sum_v q (log q - log p) - log p[token]"""
+    return _forward_kl(logits, inputs) - logprob(logits[0], inputs.token_ids).mean()
+
+
 def _sampled(logits: Sequence[Tensor], inputs: Inputs) -> Tensor:
     """mean of -A rho, rho = 1"""
     log_p, log_q, log_r = (logprob(x, inputs.token_ids) for x in logits)
@@ -110,6 +115,7 @@ OBJECTIVES: dict[str, Callable[[Sequence[Tensor], Inputs], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
     "jsd": _jsd,
+    "kl_ce": _kl_ce,
     "sampled": _sampled,
     "full": _full,
 }
@@ -246,9 +252,11 @@ def gopd(
         options["estimator"] = "full"
     if len(heads) == 2:
         heads = (*heads, None)  # type: ignore[assignment]
-        options |= {"reward_scale": 1.0, "divergence": objective}
+        options |= {"reward_scale": 1.0, "divergence": "forward_kl" if objective == "kl_ce" else objective}
         if objective == "jsd":
             options["beta"] = JSD_BETA
+        if objective == "kl_ce":
+            options |= {"sft_labels": inputs.token_ids, "sft_weight": 1.0}
     return gopd_loss(*heads, ids, **options).loss
 
 

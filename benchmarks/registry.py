@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .peers import PEERS
 from .providers import FUSED_PREFIX, LOW_CHUNKS, OWN, chunk_size
 from .workloads import SUITES, Workload
@@ -27,6 +29,18 @@ RECORD = {
 }
 
 
+# Providers of the suite "run", where minutes are few: this package, compiled dense code, and kernels made for Hopper.
+RUN = ("fused-triton", "fused-triton-low-chunks", "fused-triton-one-pass", "compile", "quack", "quack-lse")
+RUN += ("liger-flce-sm90", "liger-scaled-ce")
+
+
+def _run(workload: Workload, supporting: list[str]) -> list[str]:
+    """Without torch.compile where that needs minutes or much memory: at one hidden size, and up to 8192 tokens."""
+    compiled = workload.tokens <= 8192 and workload.hidden is not None and workload.hidden[0] == 2048
+    native = [] if torch.device(workload.device).type != "cpu" else ["fused-native", "eager-lean"]
+    return [name for name in supporting if name in (*RUN, *native) and (compiled or name != "compile")]
+
+
 def has_floor(workload: Workload) -> bool:
     """Whether a workload is compared with a floor; the bfloat16 job is compared with the float32 one instead."""
     return workload.job != "hidden-full-bf16"
@@ -37,6 +51,8 @@ def providers_of(suite: str, workload: Workload, selected: Sequence[str] = ()) -
     supporting = [name for name, provider in PROVIDERS.items() if workload.job in provider.jobs]
     if selected:
         return [name for name in supporting if name in selected]
+    if suite == "run":
+        return _run(workload, supporting)
     return RECORD[workload.job] if suite == "record" else [name for name in supporting if name not in ON_DEMAND]
 
 
@@ -71,4 +87,5 @@ def described(workload: Workload, provider: str) -> dict[str, Any]:
         "chunk_size": chunk_size(workload, element_bytes) if provider in chunk_dtypes else None,
         "masked": workload.masked,
         "frozen": workload.frozen,
+        "peaked": workload.peaked,
     }

@@ -29,6 +29,7 @@ TITLES = {
     "reverse-kl": "KL(student ‖ teacher), two models: λ = 1, no reference",
     "forward-kl": "KL(teacher ‖ student), two models: λ = 1, no reference",
     "jsd": "Jensen–Shannon divergence, two models: λ = 1, no reference",
+    "kl-ce": "KL(teacher ‖ student) and cross entropy of the tokens, two models",
     "logits-full": "`full`, three models, logits given",
     "logits-sampled": "`sampled`, three models, logits given",
     "hidden-full": "`full`, three models, from hidden states",
@@ -54,6 +55,13 @@ NAMES = {
     "cce-exact": "cut-cross-entropy, skipping nothing",
     "cce-compile": "cut-cross-entropy, `torch_compile`",
     "liger-flce": "Liger fused linear cross entropy",
+    "liger-flce-long": "Liger fused linear cross entropy, 16 times its default chunk",
+    "liger-flce-sm90": "Liger fused linear cross entropy, CuTe DSL for SM90",
+    "liger-scaled-ce": "Liger fused scaled cross entropy, CuTe DSL for SM90",
+    "quack": "quack `chunked_linear_cross_entropy`",
+    "quack-lse": "quack `lse_target_epi`",
+    "orda": "orda `distillation_loss`",
+    "unsloth-jsd": "unsloth `distillation_chunked_jsd`",
     "liger-grpo": "Liger chunked GRPO",
     "liger-jsd": "Liger fused linear JSD",
     "liger-chunked-jsd": "Liger chunked JSD",
@@ -86,6 +94,8 @@ def _shape(row: Row) -> str:
         parts.append(f"{100 * row['masked']:.0f} % masked")
     if row.get("frozen"):
         parts.append("frozen head")
+    if row.get("peaked"):
+        parts.append("peaked logits")
     return ", ".join(parts)
 
 
@@ -97,13 +107,29 @@ def _fp32_twin(row: Row, rows: list[Row]) -> float | None:
     return next((r["ms_p50"] for r in rows if (r["job"], r["provider"]) == (job, row["provider"])), None)
 
 
+def _best(tried: list[dict[str, Any]], library: str | None = None) -> dict[tuple[str, int | None], dict[str, Any]]:
+    """The fastest candidate of each kind of product, of all libraries or of one."""
+    best: dict[tuple[str, int | None], dict[str, Any]] = {}
+    for one in tried:
+        group = one["kind"], one["hidden"]
+        if library in (None, one["library"]) and (group not in best or one["ms_p50"] < best[group]["ms_p50"]):
+            best[group] = one
+    return best
+
+
 def _other_library(row: Row) -> tuple[str, float] | None:
     """Chunk size and time of ``torch.mm`` at its fastest, if another library is the floor."""
+    if "candidates" in row:  # one time for each kind of product
+        if not any(one["library"] for one in _best(row["candidates"]).values()):
+            return None
+        plain = _best(row["candidates"], "").values()
+        sizes = list(dict.fromkeys(str(one["way"]) for one in plain))
+        return f"C={'/'.join(sizes)}", sum(one["ms_p50"] for one in plain)
     if "," not in row.get("floor", ""):
         return None
-    plain = {name: ms for name, ms in row["candidates_ms"].items() if "," not in name}
-    best = min(plain, key=lambda name: plain[name])
-    return best, plain[best]
+    times = {name: ms for name, ms in row["candidates_ms"].items() if "," not in name}
+    best = min(times, key=lambda name: times[name])
+    return best, times[best]
 
 
 class Table(NamedTuple):
@@ -204,7 +230,7 @@ def _colour(provider: str) -> str:
     for prefix, colour in (("fused", "C3"), ("eager", "0.55"), ("compile", "C7"), ("torch", "C1"), ("cce", "C2")):
         if provider.startswith(prefix):
             return colour
-    return "C4" if provider.startswith("liger") else "C0"
+    return {"liger": "C4", "quack": "C5", "orda": "C6", "unsloth": "C8"}.get(provider.partition("-")[0], "C0")
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

@@ -23,6 +23,7 @@ from fused_gopd.cli import durable
 
 from . import conftest, registry, report
 from .arguments import parse
+from .floors import clock_name, quantile
 from .workloads import JOBS, SUITES, default_suite
 
 _HERE = Path(__file__).resolve().parent
@@ -87,6 +88,7 @@ def origin(device: str) -> dict[str, Any]:
 
 
 _PACKAGES = ("fused-gopd", "pytest-benchmark", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
+_PACKAGES += ("quack-kernels", "nvidia-cutlass-dsl", "orda-kernel", "unsloth-zoo")
 
 
 def package_versions() -> dict[str, str]:
@@ -99,24 +101,18 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def _quantile(values: list[float], q: float) -> float:
-    """Quantile with linear interpolation."""
-    values = sorted(values)
-    position = q * (len(values) - 1)
-    low = int(position)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (values[high] - values[low]) * (position - low)
-
-
 def row_of(info: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
-    """A row of a case's description and its rounds, with the median time of the floor in the same rounds."""
+    """A row of a case's description and its rounds, with the times of floor and clock in the same rounds."""
     row = dict(info)
     times = [1e3 * t / row.get("queued", 1) for t in seconds]
     floor = row.pop("floor_ms", times if "floor" in row else None)
-    row |= {f"ms_p{round(100 * q)}": _quantile(times, q) for q in (0.2, 0.5, 0.8)}
+    clock = row.pop("clock_ms", [])
+    row |= {"ms_min": min(times)} | {f"ms_p{round(100 * q)}": quantile(times, q) for q in (0.2, 0.5, 0.8, 0.9)}
     row["rounds"] = len(times)
-    if floor:
-        row["bytes_ms_p50" if row["hidden"] is None else "gemm_ms_p50"] = median(floor)
+    for name, values in (("bytes" if row["hidden"] is None else "gemm", floor), ("clock", clock)):
+        if values:
+            row |= {f"{name}_ms_min": min(values), f"{name}_ms_p50": median(values)}
+            row[f"{name}_ms_p90"] = quantile(values, 0.9)
     return row
 
 
@@ -201,6 +197,7 @@ def measure(options: Options, done: Callable[[str], None], path: Path | None = N
         "driver": driver_version(options.device),
         "versions": package_versions(),
         "allocator": allocator,
+        "clock": clock_name(options.device),
         "seconds": 0.0,
         "rows": [],
         "skipped": [],

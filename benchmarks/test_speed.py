@@ -1,7 +1,8 @@
 """Time per step, memory and errors of every provider on every workload.
 
 No time is asserted. Quantiles are over the rounds that pytest-benchmark records, without the warm-up and compilation.
-The floor is timed before each round of a provider, so that their ratio compares measurements that are close in time.
+A product of fixed shape (the clock) and the floor are timed before each round of a provider, so that their ratio
+compares measurements that are close in time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _floor(session: Session, workload: Workload, extra: dict[str, Any]) -> Calla
         "provider": "moving the bytes once" if workload.level == "logits" else name,
         "floor": floor.name,
         "chunk_size": floor.chunk_size,
-        "candidates_ms": floor.candidates_ms,
+        "candidates": floor.tried,
     }
     return floor.step
 
@@ -79,10 +80,13 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
     session.enter(workload)
     benchmark.group = workload.name
     benchmark.extra_info |= described(workload, provider)
+    if workload.level == "hidden":
+        benchmark.extra_info["entropy"] = session.entropy
     seconds = option("--seconds")
     if seconds is None:
         seconds = SUITES[option("--suite")].seconds
     floor_times: list[float] = []
+    clock_times: list[float] = []
     try:
         if provider == FLOOR:
             step, compiles = _floor(session, workload, benchmark.extra_info), False
@@ -96,11 +100,12 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
 
         def before_round() -> None:
             gc.collect()
+            clock_times.append(milliseconds(session.clock.step, workload.device, steps=1))
             if floor is not None:
                 floor_times.append(milliseconds(floor.step, workload.device))
 
         timed = functools.partial(milliseconds, step, workload.device)
-        floor_ms = 0.0 if floor is None else floor.candidates_ms[floor.name]
+        floor_ms = 0.0 if floor is None else floor.ms
         rounds = _rounds(timed, floor_ms, workload, seconds, compiles=compiles)
         benchmark.extra_info["queued"] = queued(workload.device)
         benchmark.pedantic(timed, setup=before_round, rounds=rounds)
@@ -109,5 +114,6 @@ def test_step(workload: Workload, provider: str, benchmark: BenchmarkFixture, se
         pytest.skip("out of memory on the GPU")
     finally:
         gc.unfreeze()
+    benchmark.extra_info["clock_ms"] = clock_times
     if floor_times:
         benchmark.extra_info["floor_ms"] = floor_times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ JOBS = {
     "reverse-kl": Job("reverse_kl", 2),
     "forward-kl": Job("forward_kl", 2),
     "jsd": Job("jsd", 2),
+    "kl-ce": Job("kl_ce", 2),
     "hidden-sampled": Job("sampled", 3),
     "hidden-full": Job("full", 3),
     "hidden-full-bf16": Job("full", 3),
@@ -104,6 +105,7 @@ class Workload:
     device: str = "cpu"
     masked: float = 0.0
     frozen: bool = False  # the student's head takes no gradient
+    peaked: bool = False  # logits as peaked as a trained model's, see `inputs`
 
     @property
     def kind(self) -> Job:
@@ -122,6 +124,7 @@ class Workload:
         """Unique within a suite."""
         sizes = [f"N{self.tokens}", *([] if self.hidden is None else [f"H{'x'.join(map(str, self.hidden))}"])]
         options = [f"masked{round(100 * self.masked)}"] * (self.masked > 0) + ["frozen"] * self.frozen
+        options += ["peaked"] * self.peaked
         return "-".join([self.job, *sizes, f"V{self.vocab}", self.dtype_name, *options])
 
     @property
@@ -134,7 +137,15 @@ class Workload:
         return (token + 1) * percent // 100 > token * percent // 100
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """Make inputs. All models are similar, as checkpoints of one model are; their logits have deviation 3."""
+        """Make inputs. All models are similar, as checkpoints of one model are.
+
+        Logits are Gaussian with deviation 3, tokens uniform. With ``peaked`` they are like a trained model's: hidden
+        states and weights are Gaussian, but a token's hidden state is as long as gives its logits a deviation between 2
+        and 14 (mean 8), one of its units is constant, and the head's column of this unit holds -log(rank), Zipf's
+        frequencies in a random order of the vocabulary. Tokens are drawn from the student. Its entropy at V = 151936 is
+        then 2.3 nats on average over tokens, with 0.2, 1.8 and 5.2 at the tenth, fiftieth and ninetieth percent (of the
+        Gaussian logits 7.6 on average); `entropy` measures it, and each row of a hidden-level job has it.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def like(base: Tensor | None, shape: tuple[int, ...], scale: float) -> Tensor:
@@ -157,6 +168,10 @@ class Workload:
             weights = models([(self.vocab, h) for h in self.hidden], [3.0 * h**-0.5 for h in self.hidden])
             rows = models([(self.tokens, h) for h in self.hidden], [1.0] * len(self.hidden))
         ids = torch.randint(self.vocab, (self.tokens,), generator=generator, device=self.device)
+        if self.peaked:
+            assert weights is not None, "peaked logits are made from hidden states"
+            self._peak(rows, weights, generator)
+            ids = torch.cat([z.softmax(-1).multinomial(1, generator=generator)[:, 0] for z in _logits(rows, weights)])
         mask = None
         if self.masked:
             mask = torch.tensor([self._live(i) for i in range(self.tokens)], device=self.device)
@@ -167,13 +182,20 @@ class Workload:
                 weights[0].requires_grad_()
         return Inputs(rows=rows, weights=weights, token_ids=ids, mask=mask, scores=scores)
 
+    def _peak(self, rows: tuple[Tensor, ...], weights: tuple[Tensor, ...], generator: torch.Generator) -> None:
+        """Make the logits of Gaussian hidden states and heads peaked, in place."""
+        order = torch.randperm(self.vocab, generator=generator, device=self.device)
+        frequency = -torch.log1p(order.float())  # of rank 0, 1, ...
+        deviation = torch.linspace(2, 14, self.tokens, device=self.device)
+        deviation = deviation[torch.randperm(self.tokens, generator=generator, device=self.device)]
+        for h, w in zip(rows, weights, strict=True):
+            h.copy_(h.float() * (deviation / 3)[:, None])
+            h[:, 0], w[:, 0] = 4.0, (frequency / 4).to(w.dtype)
+
     def _scores(self, hidden: Tensor, weight: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Log-probs of old policy, teacher and reference; the old ones are so close that few ratios are clipped."""
-        logprobs = []
-        for h, i in zip(hidden.split(64), ids.split(64), strict=True):
-            z = (h @ weight.T).float()
-            logprobs.append(z.gather(-1, i[:, None])[:, 0] - z.logsumexp(-1))
-        base = torch.cat(logprobs)
+        pairs = zip(_logits((hidden,), (weight,)), ids.split(_LOGITS_ROWS), strict=True)
+        base = torch.cat([z.gather(-1, i[:, None])[:, 0] - z.logsumexp(-1) for z, i in pairs])
         noise = (torch.randn(base.shape, generator=generator, device=self.device) for _ in range(3))
         return tuple((base + scale * x).clamp(max=0) for scale, x in zip((0.1, 0.5, 0.5), noise, strict=True))
 
@@ -181,6 +203,25 @@ class Workload:
         """A small workload that loads libraries and starts threads before memory is measured."""
         hidden = None if self.hidden is None else (8,) * len(self.hidden)
         return replace(self, tokens=10, hidden=hidden, vocab=64)
+
+
+_LOGITS_ROWS = 64
+
+
+def _logits(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The student's logits, a few rows at a time."""
+    for h in rows[0].detach().split(_LOGITS_ROWS):
+        yield (h @ weights[0].detach().T).float()
+
+
+def entropy(inputs: Inputs, tokens: int = 256) -> float:
+    """The student's mean entropy over the first tokens, in nats."""
+    if inputs.weights is None:
+        found = [inputs.rows[0].detach()[:tokens].float()]
+    else:
+        found = list(_logits([inputs.rows[0][:tokens]], inputs.weights))
+    log_p = [z.log_softmax(-1) for z in found]
+    return float(torch.cat([-(x.exp() * x).sum(-1) for x in log_p]).mean())
 
 
 def synchronize(device: str) -> None:
@@ -265,7 +306,7 @@ def _record(device: str) -> list[Workload]:
 
 
 def _cpu(device: str) -> list[Workload]:
-    jobs = [job for job in JOBS if job not in ("forward-kl", "logits-sampled", "hidden-full-bf16")]
+    jobs = [job for job in JOBS if job not in ("forward-kl", "kl-ce", "logits-sampled", "hidden-full-bf16")]
     return _on(device, jobs, _head(SMALL, 512))
 
 
@@ -291,8 +332,8 @@ def _default_head(device: str, tokens: int | None = None) -> Workload:
 
 
 def _scaling(device: str) -> list[Workload]:
-    sizes = [1024 << i for i in range(7)]
-    return [w for tokens in sizes for w in _on(device, THREE, _default_head(device, tokens))]
+    sizes = (64, 256, 1024, 4096, 16384, 65536)
+    return [w for tokens in sizes for w in _on(device, ("logprobs", "nll", *THREE), _default_head(device, tokens))]
 
 
 def _masked(device: str) -> list[Workload]:
@@ -303,6 +344,34 @@ def _masked(device: str) -> list[Workload]:
 def _frozen(device: str) -> list[Workload]:
     shape = _default_head(device)
     return [w for frozen in (False, True) for w in _on(device, ("nll", *THREE), replace(shape, frozen=frozen))]
+
+
+def _peaked(device: str) -> list[Workload]:
+    shape = _default_head(device, 8192 if _gpu(device) else 512)
+    return [w for peaked in (False, True) for w in _on(device, ONE_EACH, replace(shape, peaked=peaked))]
+
+
+def _peers(device: str) -> list[Workload]:
+    """Jobs of one and two models at the head that these packages publish times for, and at Qwen3-1.7B's."""
+    if not _gpu(device):
+        return _on(device, ("nll", "reverse-kl", "kl-ce"), _head(SMALL, 512))
+    jobs, llama = ("logprobs", "nll", "kl-ce", "jsd"), _head("llama-3-8b", 4096, torch.bfloat16)
+    return [*_on(device, jobs, _default_head(device)), *_on(device, jobs[:2], llama)]
+
+
+def _run(device: str) -> list[Workload]:
+    """What benchmarks/on_gpu.sh times, in order of value."""
+    main, bf16 = _default_head(device), torch.bfloat16 if _gpu(device) else torch.float32
+    tokens = main.tokens
+    narrow, wide = (Workload(job="", tokens=tokens, hidden=(h,), dtype=bf16) for h in (1024, 4096))
+    steps = ("hidden-full", "hidden-sampled", "logprobs")
+    found = _on(device, (*steps, "nll", "policy"), main)
+    found += [w for shape in (narrow, wide) for w in _on(device, steps, shape)]
+    for parts in (8, 32, 128):
+        found += _on(device, steps, replace(main, tokens=tokens // parts))
+    for changed in ({"frozen": True}, {"peaked": True}, {"masked": 0.9}):
+        found += _on(device, steps[:2], replace(main, **changed))
+    return found + _on(device, steps[:2], replace(main, tokens=8 * tokens))
 
 
 def _unequal(device: str) -> list[Workload]:
@@ -322,9 +391,12 @@ SUITES = {
     "gpu": Suite("every job at Qwen3's vocabulary, 8192 tokens, bfloat16, H = 2048", _target, 0.05),
     "gpu-sizes": Suite("jobs of one, two and three models at H = 1024 and 4096", _target_sizes, 0.05),
     "models": Suite("the heads of seven published models", _models, 0.2),
-    "scaling": Suite("1k to 64k tokens", _scaling, 0.2),
+    "scaling": Suite("64 to 64k tokens", _scaling, 0.2),
     "masked": Suite("nothing, half and nine tenths of the tokens masked", _masked, 0.2),
     "frozen": Suite("a trainable and a frozen head", _frozen, 0.2),
+    "peaked": Suite("Gaussian logits, and such as a trained model has", _peaked, 0.2),
+    "peers": Suite("the jobs of one and two models where other packages have kernels of their own", _peers, 0.1),
+    "run": Suite("the steps that benchmarks/on_gpu.sh times, in order of value", _run, 0.03),
     "unequal": Suite("strong to weak: student 2048, teacher and reference 4096 wide", _unequal, 0.2),
     "record": Suite("the jobs of the performance log: Qwen3's vocabulary on a CPU", _record),
     "quick": Suite("seconds, for the tests: nothing that it times means anything", _quick, 0.0),
