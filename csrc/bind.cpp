@@ -20,6 +20,11 @@ namespace {
 
 std::atomic<int64_t> launch_count{0};
 
+// What run() is asked for: bits of its argument steps.
+namespace steps {
+constexpr int statistics = 1, second_round = 2, gradient = 4;
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -80,51 +85,51 @@ NB_MODULE(_native, m) {
           },
           "raw"_a, "row_stride"_a, "dtype"_a, "bias"_a, "input_scale"_a, "output_scale"_a, "softcap"_a);
 
-  nb::class_<Job>(m, "Job")
-      .def(
-          "__init__",
-          [](Job* self, int64_t rows, int64_t vocab, const Model& student, const Model* teacher, const Model* ref,
-             double reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
-             const std::vector<double>& constants, float forward_weight, uintptr_t forward_weights,
-             uintptr_t statistics) {
-            new (self) Job();
-            self->rows = rows;
-            self->vocab = vocab;
-            self->student = student;
-            if (teacher != nullptr) self->teacher = *teacher;
-            if (ref != nullptr) self->ref = *ref;
-            self->reward_scale = reward_scale;
-            self->reward_scales = pointer<const float>(reward_scales);
-            self->token_ids = pointer<const int64_t>(token_ids);
-            self->divergence = static_cast<Divergence>(divergence);
-            set_constants(*self, constants.data(), constants.size());
-            self->forward_weight = forward_weight;
-            self->forward_weights = pointer<const float>(forward_weights);
-            self->statistics = pointer<float>(statistics);
-          },
-          "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(), "reward_scale"_a, "reward_scales"_a,
-          "token_ids"_a, "divergence"_a, "constants"_a, "forward_weight"_a, "forward_weights"_a, "statistics"_a)
-      .def(
-          "request_statistics", [](Job& job) { job.compute_statistics = true; }, "Have run() write the statistics.")
-      .def(
-          "request_second_round", [](Job& job) { job.compute_second_round = true; },
-          "Have run() replace centre and value by their sums over these columns, from the other statistics.")
-      .def(
-          "request_gradient",
-          [](Job& job, uintptr_t divergence_weights, uintptr_t token_weights, uintptr_t out, int64_t out_stride,
-             int out_dtype, bool stream) {
-            job.compute_gradient = true;
-            job.divergence_weights = pointer<const float>(divergence_weights);
-            job.token_weights = pointer<const float>(token_weights);
-            job.out = pointer<void>(out);
-            job.out_stride = out_stride;
-            job.out_dtype = static_cast<DType>(out_dtype);
-            job.stream_out = stream;
-          },
-          "divergence_weights"_a, "token_weights"_a, "out"_a, "out_stride"_a, "out_dtype"_a, "stream"_a,
-          "Have run() write the gradient, from the statistics.");
-
-  m.def("run", &run_job, "job"_a, "threads"_a, "Compute what the job was asked for, without the GIL.");
+  m.attr("STATISTICS") = steps::statistics;
+  m.attr("SECOND_ROUND") = steps::second_round;
+  m.attr("GRADIENT") = steps::gradient;
+  m.def(
+      "run",
+      [](int steps, int threads, int64_t rows, int64_t vocab, const Model& student, const Model* teacher,
+         const Model* ref, double reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
+         const std::vector<double>& constants, float forward_weight, uintptr_t forward_weights, uintptr_t statistics,
+         int64_t statistics_stride, uintptr_t divergence_weights, int64_t divergence_weight_stride,
+         uintptr_t token_weights, int64_t token_weight_stride, uintptr_t out, int64_t out_stride, int out_dtype,
+         bool stream_out) {
+        Job job;
+        job.compute_statistics = (steps & steps::statistics) != 0;
+        job.compute_second_round = (steps & steps::second_round) != 0;
+        job.compute_gradient = (steps & steps::gradient) != 0;
+        job.rows = rows;
+        job.vocab = vocab;
+        job.student = student;
+        if (teacher != nullptr) job.teacher = *teacher;
+        if (ref != nullptr) job.ref = *ref;
+        job.reward_scale = reward_scale;
+        job.reward_scales = pointer<const float>(reward_scales);
+        job.token_ids = pointer<const int64_t>(token_ids);
+        job.divergence = static_cast<Divergence>(divergence);
+        set_constants(job, constants.data(), constants.size());
+        job.forward_weight = forward_weight;
+        job.forward_weights = pointer<const float>(forward_weights);
+        job.statistics = pointer<float>(statistics);
+        job.statistics_stride = statistics_stride;
+        job.divergence_weights = pointer<const float>(divergence_weights);
+        job.divergence_weight_stride = divergence_weight_stride;
+        job.token_weights = pointer<const float>(token_weights);
+        job.token_weight_stride = token_weight_stride;
+        job.out = pointer<void>(out);
+        job.out_stride = out_stride;
+        job.out_dtype = static_cast<DType>(out_dtype);
+        job.stream_out = stream_out;
+        run_job(job, threads);
+      },
+      nb::kw_only(), "steps"_a, "threads"_a, "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(),
+      "reward_scale"_a, "reward_scales"_a, "token_ids"_a, "divergence"_a, "constants"_a, "forward_weight"_a,
+      "forward_weights"_a, "statistics"_a, "statistics_stride"_a, "divergence_weights"_a = 0,
+      "divergence_weight_stride"_a = 0, "token_weights"_a = 0, "token_weight_stride"_a = 0, "out"_a = 0,
+      "out_stride"_a = 0, "out_dtype"_a = 0, "stream_out"_a = false,
+      "Compute the steps on a problem, without the GIL. Arguments are the fields of Job.");
   m.def(
       "isa", [] { return std::string(chosen_kernels().isa); },
       "The instruction set in use: the best of available_isas(), or FUSED_GOPD_ISA as read at the first use.");

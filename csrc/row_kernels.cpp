@@ -138,7 +138,7 @@ struct Row {
     model[count] = &m;
     kind[count++] = which;
   }
-  float& statistic(int stat) const { return job.statistics[stat * job.rows + index]; }
+  float& statistic(int stat) const { return job.statistics[stat * job.statistics_stride + index]; }
 };
 
 inline vf mix(vf other, vf last, float share) { return last + share * (other - last); }
@@ -843,8 +843,9 @@ template <int Models>
 void gradient(const Row& row, bool clean) {
   const Job& job = row.job;
   Coefficients c(row);
-  c.divergence = job.divergence_weights != nullptr ? job.divergence_weights[row.index] : 0.0f;
-  c.token = job.token_weights != nullptr ? job.token_weights[row.index] : 0.0f;
+  if (job.divergence_weights != nullptr)
+    c.divergence = job.divergence_weights[row.index * job.divergence_weight_stride];
+  if (job.token_weights != nullptr) c.token = job.token_weights[row.index * job.token_weight_stride];
   const bool divergence = c.divergence != 0.0f;
   if (!divergence && c.token == 0.0f) return zero_row(row);
   if (!row.model[0]->softcap) {  // dz/dx is one number

@@ -77,10 +77,12 @@ struct Job {
   bool compute_statistics = false;
   bool compute_second_round = false;  // centre and value, from the other statistics
   bool compute_gradient = false;
-  float* statistics = nullptr;  // (stat_count, C): written by the one, read by the other
+  float* statistics = nullptr;    // (stat_count, C): written by the one, read by the other
+  int64_t statistics_stride = 0;  // from one statistic to the next, in elements
 
-  const float* divergence_weights = nullptr;  // (C,) or nullptr
-  const float* token_weights = nullptr;       // (C,) or nullptr
+  const float* divergence_weights = nullptr;                      // (C,) or nullptr
+  const float* token_weights = nullptr;                           // (C,) or nullptr
+  int64_t divergence_weight_stride = 1, token_weight_stride = 1;  // in elements; 0 is one number for all rows
   void* out = nullptr;  // (C, >= V) of out_dtype; may start where student.raw does, row by row, if it is not wider
   int64_t out_stride = 0;
   DType out_dtype = DType::f32;

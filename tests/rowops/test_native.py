@@ -548,12 +548,65 @@ def test_refuses_wrong_statistics():
             NATIVE.second_round(dataclasses.replace(problem, divergence=divergence), statistics)
 
 
-def test_memory_that_was_freed_is_refused():
+def test_refuses_statistics_that_cannot_be_written_where_they_lie():
+    problem = make_problem()
+    memory = torch.empty(len(Stat) * 20 + 1)
+    for wrong, match in (
+        (memory[: len(Stat) * 10].view(len(Stat), 10)[:, ::2], "unit stride"),
+        (torch.as_strided(memory, (len(Stat), 5), (4, 1)), "overlap"),
+        (torch.empty(1, 5).expand(len(Stat), 5), "overlap"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            NATIVE.statistics(problem, wrong)
+    expected = NATIVE.statistics(problem)
+    strided = memory[: len(Stat) * 10].view(len(Stat), 10)[:, ::2].copy_(expected)
+    a, b = torch.empty(2, 5, 211)
+    NATIVE.gradient(problem, expected, make_weights(5), a)
+    NATIVE.gradient(problem, strided, make_weights(5), b)  # read they may be as they like
+    assert bits(a) == bits(b)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_memory_that_was_freed_is_refused(used_before):
     """As FSDP frees a gathered parameter, whose shape stays."""
     problem = make_problem()
+    if used_before:
+        NATIVE.statistics(problem)
     problem.teacher.raw.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="teacher must have its memory"):
         NATIVE.statistics(problem)
+
+
+def test_the_same_models_are_checked_again_for_other_rows_or_columns():
+    problem = make_problem()
+    NATIVE.statistics(problem)
+    with pytest.raises(ValueError, match="student must be"):
+        NATIVE.statistics(dataclasses.replace(problem, vocab_size=300))
+    with pytest.raises(ValueError, match="teacher must be"):
+        NATIVE.statistics(dataclasses.replace(problem, student=make_rows(6, 211, 0)))
+    narrower = NATIVE.statistics(dataclasses.replace(problem, vocab_size=100))
+    anew = map_models(problem, lambda m: ModelRows(m.raw, m.transform))
+    assert bits(narrower) == bits(NATIVE.statistics(dataclasses.replace(anew, vocab_size=100)))
+
+
+def test_lazily_negated_logits_are_refused():
+    problem = make_problem()
+    raw = torch._neg_view(problem.student.raw)
+    with pytest.raises(ValueError, match="student must be dense, got a lazily negated view"):
+        NATIVE.statistics(dataclasses.replace(problem, student=ModelRows(raw, PLAIN)))
+
+
+@pytest.mark.parametrize("write", ["statistics", "statistics_and_gradient"])
+def test_autograd_sees_statistics_that_are_written_in_place(write):
+    problem, out = make_problem(), torch.empty(len(Stat), 9)[:, 2:7]
+    version = out._version
+    if write == "statistics":
+        NATIVE.statistics(problem, out)
+    else:
+        NATIVE.statistics_and_gradient(problem, make_weights(5), torch.empty(5, 211), out)
+    assert out._version == version + 1
+    NATIVE.gradient(problem, out, make_weights(5), torch.empty(5, 211))
+    assert out._version == version + 1
 
 
 # ------------------------------------------------------------------------------------------------------ random search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -372,6 +373,52 @@ def test_rows_of_stride_zero_and_wide_stride_are_rows(backend_dtype):
     repeated = ModelRows(problem.student.raw[:1].repeat(C, 1), LogitTransform())
     a, b = (ops.statistics(RowProblem(V, m, token_ids=problem.token_ids)) for m in (single, repeated))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "jsd"])
+def test_statistics_are_written_and_read_as_columns_of_a_larger_tensor(backend_dtype, divergence):
+    ops, dtype = ops_for(backend_dtype), backend_dtype.dtype
+    problem = problem_for(backend_dtype, divergence, gone=True)
+    weights = GradientWeights(*torch.ones(2, C, dtype=dtype))
+    want, gradients = ops.statistics(problem), torch.zeros(3, C, V, dtype=dtype)
+    ops.gradient(problem, want, weights, gradients[0])
+    whole = torch.full((len(Stat) + 2, C + 5), 7.0, dtype=dtype)
+    part = whole[: len(Stat), 2 : 2 + C]
+    for call in (
+        lambda: ops.statistics(problem, out=part),
+        lambda: ops.statistics_and_gradient(problem, weights, gradients[1], part),
+    ):
+        whole.fill_(7.0)
+        assert call() is part
+        assert torch.equal(part, want)
+        part.fill_(7.0)
+        assert (whole == 7.0).all(), "wrote beside the columns"
+    ops.gradient(problem, part.copy_(want), weights, gradients[2])
+    assert torch.equal(gradients[1], gradients[0])
+    assert torch.equal(gradients[2], gradients[0])
+    if problem.divergence is not None and problem.divergence.second_round:
+        assert torch.equal(ops.second_round(problem, part), ops.second_round(problem, want))
+
+
+def test_weights_may_have_any_stride(backend_dtype):
+    ops, dtype = ops_for(backend_dtype), backend_dtype.dtype
+    problem = problem_for(backend_dtype, "reverse_kl")
+    columns = torch.linspace(-1, 2, 3 * C, dtype=dtype).reshape(C, 3)
+    for w_d, w_y in ((columns[:, 0], columns[:, 2]), (columns[0, :1].expand(C), columns[1, 1:2].expand(C))):
+        a, b = torch.zeros(2, C, V, dtype=dtype)
+        ops.statistics_and_gradient(problem, GradientWeights(w_d, w_y), a)
+        ops.statistics_and_gradient(problem, GradientWeights(w_d.contiguous(), w_y.contiguous()), b)
+        assert torch.equal(a, b)
+
+
+def test_what_is_kept_with_a_models_rows_goes_with_them(backend_dtype):
+    ops = ops_for(backend_dtype)
+    problem = problem_for(backend_dtype, "reverse_kl", bias=torch.zeros(V))
+    ops.statistics(problem)
+    ops.statistics(problem)
+    found = [weakref.ref(x) for m in (problem.student, problem.teacher, problem.ref) for x in (m, m.raw)]
+    del problem
+    assert not any(x() for x in found)
 
 
 def test_a_token_id_outside_the_vocabulary_is_nan_and_reads_nothing(backend_dtype):

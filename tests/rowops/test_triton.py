@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -530,6 +531,59 @@ def test_statistics_may_be_a_slice(ops: TritonRowOps) -> None:
     ops.gradient(problem, statistics, weights, expected)
     ops.gradient(problem, wide[:, 3:7], weights, out)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("divergence", ["none", "reverse_kl", "jsd"])
+def test_statistics_are_written_where_the_caller_says(ops: TritonRowOps, divergence: str) -> None:
+    problem, weights = make(divergence, V=150), weights_of(4)
+    gradient, expected = (torch.empty(4, 150, device=DEVICE) for _ in range(2))
+    want = ops.statistics_and_gradient(problem, weights, expected)
+    whole = torch.full((len(Stat) + 1, 9), 7.0, device=DEVICE)
+    part = whole[:-1, 3:7]
+    for call in (
+        lambda: ops.statistics(problem, out=part),
+        lambda: ops.statistics_and_gradient(problem, weights, gradient, part),
+    ):
+        whole.fill_(7.0)
+        assert call() is part
+        assert torch.equal(part, want)
+        part.fill_(7.0)
+        assert (whole == 7.0).all(), "wrote beside the columns"
+    assert torch.equal(gradient, expected)
+    for wrong in (whole[:, 3:7], whole[:-1, 3:8], part.double(), whole.T.contiguous().T[:-1, 3:7]):
+        with pytest.raises(ValueError, match="statistics must be"):
+            ops.statistics(problem, out=wrong)
+
+
+def test_linear_statistics_are_written_where_the_caller_says(ops: TritonRowOps) -> None:
+    hidden, weight, ids = linear_inputs(20, 16, 70)
+    want = ops.linear_statistics(hidden, weight, LogitTransform(), 70, ids)
+    whole = torch.full((len(Stat) + 1, 25), 7.0, device=DEVICE)
+    part = whole[:-1, 3:23]
+    assert ops.linear_statistics(hidden, weight, LogitTransform(), 70, ids, part) is part
+    assert want is not None
+    assert torch.equal(part, want)
+    part.fill_(7.0)
+    assert (whole == 7.0).all()
+
+
+def test_weights_may_have_any_stride(ops: TritonRowOps) -> None:
+    problem = make("reverse_kl", V=150)
+    columns = torch.rand(4, 3, device=DEVICE) + 0.5
+    for w_d, w_y in ((columns[:, 0], columns[:, 2]), (columns[0, :1].expand(4), columns[1, 1:2].expand(4))):
+        a, b = (torch.empty(4, 150, device=DEVICE) for _ in range(2))
+        ops.statistics_and_gradient(problem, GradientWeights(w_d, w_y), a)
+        ops.statistics_and_gradient(problem, GradientWeights(w_d.contiguous(), w_y.contiguous()), b)
+        assert torch.equal(a, b)
+
+
+def test_what_is_kept_with_a_models_rows_goes_with_them(ops: TritonRowOps) -> None:
+    problem = make("jsd", V=150, transform=LogitTransform(bias=torch.zeros(150, device=DEVICE)))
+    ops.statistics(problem)
+    found = [weakref.ref(x) for m in (problem.student, problem.teacher, problem.ref) if m for x in (m, m.raw)]
+    assert len(found) == 6
+    del problem
+    assert not any(x() for x in found)
 
 
 def test_token_ids_out_of_range(ops: TritonRowOps) -> None:

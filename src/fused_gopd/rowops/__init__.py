@@ -24,7 +24,7 @@ import enum
 import functools
 import importlib
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
@@ -47,6 +47,9 @@ class ModelRows:
 
     raw: Tensor  # (C, >= V), floating; unit stride along the vocabulary, any stride (0 too) along the rows
     transform: LogitTransform
+    # What a backend makes of the two at the first use (checked addresses, a kernel's arguments): as long as this object
+    # lives. Row operations are handed the same object for as long as the memory of its tensors stays where it is.
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class MixtureConstants(NamedTuple):
@@ -178,8 +181,8 @@ class Stat(enum.IntEnum):
 class GradientWeights:
     """The coefficients per token of the gradient with respect to z (see :meth:`RowOps.gradient`); None is 0."""
 
-    divergence: Tensor | None = None  # (C,) in the accumulation dtype, weight of the divergence's gradient
-    token: Tensor | None = None  # (C,) likewise, weight of p - 1[v = token]
+    divergence: Tensor | None = None  # (C,) in the accumulation dtype, any stride: of the divergence's gradient
+    token: Tensor | None = None  # (C,) likewise, of p - 1[v = token]
 
     def scaled(self, factor: Tensor) -> GradientWeights:
         """Both multiplied by a factor () or (C,)."""
@@ -192,6 +195,10 @@ class RowOps(Protocol):
     Statistics and arithmetic are float32, or float64 where a model's raw logits are float64. No operation reads or
     writes outside the first ``vocab_size`` columns of its buffers, none synchronises with the device, and two calls
     give the same bits.
+
+    Statistics are (len(Stat), C) in the accumulation dtype, with unit stride along the tokens and any stride along the
+    rows: a view of some columns of a larger tensor is read, and written, where it lies. A call that makes statistics
+    writes them into the tensor that it is given and returns that one, or makes a new one.
     """
 
     name: str
@@ -200,7 +207,7 @@ class RowOps(Protocol):
     def kinds(self) -> frozenset[str] | None:
         """Of divergences; None is all that there are, those from outside the package too."""
 
-    def statistics(self, problem: RowProblem) -> Tensor:
+    def statistics(self, problem: RowProblem, out: Tensor | None = None) -> Tensor:
         """All of :class:`Stat` for every row: ``(len(Stat), C)``. Reads each model's logits, writes none."""
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
@@ -232,8 +239,13 @@ class RowOps(Protocol):
         normalisers of all of them.
         """
 
-    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        """Both, for weights that do not depend on the statistics; the same bits as the two calls in turn."""
+    def statistics_and_gradient(
+        self, problem: RowProblem, weights: GradientWeights, out: Tensor, statistics: Tensor | None = None
+    ) -> Tensor:
+        """Both, for weights that do not depend on the statistics; the same bits as the two calls in turn.
+
+        Returns the statistics, which are written into ``statistics`` where it is given.
+        """
 
     def linear_statistics(
         self,
@@ -242,6 +254,7 @@ class RowOps(Protocol):
         transform: LogitTransform,
         vocab_size: int,
         token_ids: Tensor,  # (C,) int64
+        out: Tensor | None = None,  # (len(Stat), C)
     ) -> Tensor | None:
         """``statistics`` of a single model (without a divergence) straight from hidden states.
 

@@ -26,6 +26,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType 
 _STREAM_BYTES = 1 << 24
 
 
+@functools.cache
 def _load() -> Any:
     return importlib.import_module("fused_gopd._native")
 
@@ -58,7 +59,12 @@ def _kinds() -> dict[str, int]:
 
 
 class NativeRowOps:
-    """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads."""
+    """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads.
+
+    What the kernels are given are plain addresses, which they trust. A buffer of logits and its bias are checked when
+    their ``ModelRows`` is used first, and again when their address has changed or another problem has other rows or
+    columns. Everything else is checked in every call.
+    """
 
     name = "native"
 
@@ -66,31 +72,39 @@ class NativeRowOps:
     def kinds(self) -> frozenset[str]:
         return frozenset(_kinds())
 
-    def statistics(self, problem: RowProblem) -> Tensor:
-        with _Job(problem) as job:
-            job.handle.request_statistics()
-        return job.statistics
+    def statistics(self, problem: RowProblem, out: Tensor | None = None) -> Tensor:
+        statistics = _new_statistics(problem) if out is None else out
+        _run(problem, _load().STATISTICS, statistics)
+        return statistics
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
-        with _Job(problem, statistics) as job:
-            job.request_gradient(weights, out)
+        _run(problem, _load().GRADIENT, statistics, weights, out)
 
     def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
         if problem.divergence is None or not problem.divergence.second_round:
             name = None if problem.divergence is None else problem.divergence.name
             raise ValueError(f"second_round needs a divergence that has one, got {name!r}")
-        with _Job(problem, statistics, writes=True) as job:
-            job.handle.request_second_round()
-        return job.statistics[Stat.CENTRE : Stat.VALUE + 1]
+        statistics = _checked_statistics(statistics, problem.rows, writes=False)
+        statistics = statistics.detach().clone(memory_format=torch.contiguous_format)
+        _run(problem, _load().SECOND_ROUND, statistics)
+        return statistics[Stat.CENTRE : Stat.VALUE + 1]
 
-    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        with _Job(problem) as job:
-            job.handle.request_statistics()
-            job.request_gradient(weights, out)
-        return job.statistics
+    def statistics_and_gradient(
+        self, problem: RowProblem, weights: GradientWeights, out: Tensor, statistics: Tensor | None = None
+    ) -> Tensor:
+        native = _load()
+        statistics = _new_statistics(problem) if statistics is None else statistics
+        _run(problem, native.STATISTICS | native.GRADIENT, statistics, weights, out)
+        return statistics
 
     def linear_statistics(
-        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         return None
 
@@ -98,165 +112,191 @@ class NativeRowOps:
         return scale_(gradient, factor)
 
 
-class _Job:
-    """A validated problem as addresses, and the tensors that keep the addresses alive. Runs on leaving the context.
-
-    The one place where buffers are checked: what the kernels are given is a plain address, which they trust.
-    """
-
-    def __init__(self, problem: RowProblem, statistics: Tensor | None = None, *, writes: bool = False) -> None:
-        """``statistics`` that were computed before, of which a copy is used if the kernels write to them."""
-        self._native = _load()
-        self._problem = problem
-        self._alive: list[Tensor] = []
-        student = self._model("student", problem.student)
-        rows = (problem.rows,)
-        if problem.vocab_size < 0:
-            raise ValueError(f"vocab_size must not be negative, got {problem.vocab_size}")
-        divergence = problem.divergence
-        if divergence is not None:
-            if divergence.kind not in _kinds():
-                kinds = ", ".join(_kinds())
-                raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
-            if problem.teacher is None and problem.ref is None:
-                raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
-        weight: Any = getattr(divergence, "forward_weight", 0.0)
-        per_row = isinstance(weight, Tensor)
-        weights = _vector("forward_weight", weight, rows) if per_row else None
-        scale, scales = 1.0, None
-        if isinstance(problem.reward_scale, Tensor):
-            scales = _vector("reward_scale", problem.reward_scale, rows)
-            if problem.teacher is None or problem.ref is None:
-                raise ValueError("a reward_scale tensor needs both teacher and ref")
-        else:
-            scale = float(problem.reward_scale)
-            if float(np.float32(scale)) in (0.0, 1.0):  # as the kernels see it: 1 + 1e-9 cancels the reference
-                scale = float(np.float32(scale))
-            only_teacher = problem.teacher is not None and problem.ref is None
-            only_ref = problem.ref is not None and problem.teacher is None
-            if (only_teacher and scale == 0) or (only_ref and scale == 1):
-                raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
-        ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
-        shape = (len(Stat), problem.rows)
-        if statistics is None:
-            self.statistics = torch.empty(shape, dtype=torch.float32, device="cpu")
-        else:
-            self.statistics = _vector("statistics", statistics, shape)
-            self.statistics = self.statistics.clone() if writes else self.statistics
-        self.handle = self._native.Job(
-            rows=problem.rows,
-            vocab=problem.vocab_size,
-            student=student,
-            teacher=self._model("teacher", problem.teacher),
-            ref=self._model("ref", problem.ref),
-            reward_scale=scale,
-            reward_scales=self._address(scales),
-            token_ids=self._address(ids),
-            divergence=0 if divergence is None else _kinds()[divergence.kind],
-            constants=() if divergence is None else divergence.constants,
-            forward_weight=0.0 if per_row else weight,
-            forward_weights=self._address(weights),
-            statistics=self._address(self.statistics),
-        )
-
-    def request_gradient(self, weights: GradientWeights, out: Tensor) -> None:
-        problem = self._problem
-        _check_rows("out", out, problem)
-        if out.stride(0) < problem.vocab_size and problem.rows > 1:
-            raise ValueError(f"the rows of out overlap: row stride {out.stride(0)}, vocabulary {problem.vocab_size}")
-        if weights.token is not None and problem.token_ids is None:
-            raise ValueError("token weights need token_ids")
-        vectors = (("weights.divergence", weights.divergence), ("weights.token", weights.token))
-        divergence, token = (None if w is None else _vector(name, w, (problem.rows,)) for name, w in vectors)
-        in_place = out.data_ptr() == problem.student.raw.data_ptr()
-        size = problem.rows * problem.vocab_size * out.element_size()
-        self._alive.append(out)
-        self.handle.request_gradient(
-            divergence_weights=self._address(divergence),
-            token_weights=self._address(token),
-            out=out.data_ptr(),
-            out_stride=out.stride(0),
-            out_dtype=_DTYPES[out.dtype],
-            stream=size >= _STREAM_BYTES and not in_place,
-        )
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # autograd cannot see the kernel's stores
-
-    def _model(self, name: str, model: ModelRows | None) -> Any:
-        if model is None:
-            return None
-        raw, transform = model.raw, model.transform
-        _check_rows(name, raw, self._problem)
-        bias = transform.bias
-        if bias is not None:
-            V = self._problem.vocab_size
-            if bias.dim() != 1 or bias.shape[0] < V:
-                raise ValueError(f"the bias of {name} must be (>= {V},), got {tuple(bias.shape)}")
-            if not bias.is_floating_point():
-                raise TypeError(f"the bias of {name} must be floating, got {bias.dtype}")
-            _check_memory(f"the bias of {name}", bias)
-            bias = _aligned(bias.detach()[:V].to(torch.float32))
-        softcap = transform.softcap
-        return self._native.Model(
-            # an empty tensor has no address, and none is the mark of a model that is not there
-            raw=self._address(raw) or 1,
-            row_stride=raw.stride(0),
-            dtype=_DTYPES[raw.dtype],
-            bias=self._address(bias),
-            input_scale=transform.scale / (transform.temperature if softcap is None else softcap),
-            output_scale=1.0 if softcap is None else softcap / transform.temperature,
-            softcap=softcap is not None,
-        )
-
-    def _address(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        self._alive.append(tensor)
-        return tensor.data_ptr()
-
-    def __enter__(self) -> _Job:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self._native.run(self.handle, threads=torch.get_num_threads())
+def _new_statistics(problem: RowProblem) -> Tensor:
+    raw = problem.student.raw
+    return torch.empty((len(Stat), raw.shape[0] if raw.dim() else 0), dtype=torch.float32)
 
 
-def _check_memory(name: str, x: Tensor) -> None:
-    """The tensor has CPU memory of the size that its shape and strides need."""
-    if x.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU for backend='native', got {x.device}")
-    if x.layout != torch.strided or x.is_neg():
-        raise ValueError(f"{name} must be dense, got {'a lazily negated view' if x.is_neg() else x.layout}")
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed = (x.storage_offset() + last + 1) * x.element_size() if x.numel() else 0
-    if needed > x.untyped_storage().nbytes():
-        raise ValueError(
-            f"{name} must have its memory: it needs {needed} bytes of a storage that has "
-            f"{x.untyped_storage().nbytes()}, as one that was freed"
-        )
+def _run(
+    problem: RowProblem,
+    steps: int,
+    statistics: Tensor,
+    weights: GradientWeights | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """The one place where a problem becomes addresses."""
+    native, V, student, raw = _load(), problem.vocab_size, problem.student, problem.student.raw
+    rows = raw.shape[0] if raw.dim() else 0
+    if V < 0:
+        raise ValueError(f"vocab_size must not be negative, got {V}")
+    model = _model("student", student, rows, V)
+    teacher = None if problem.teacher is None else _model("teacher", problem.teacher, rows, V)
+    ref = None if problem.ref is None else _model("ref", problem.ref, rows, V)
+    divergence = problem.divergence
+    forward_weight, forward_weights = 0.0, None
+    if divergence is not None:
+        if divergence.kind not in _kinds():
+            kinds = ", ".join(_kinds())
+            raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
+        if teacher is None and ref is None:
+            raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
+        if divergence.kind == "mixed":
+            weight: Any = divergence.forward_weight  # type: ignore[attr-defined]
+            if isinstance(weight, Tensor):
+                forward_weights = _vector("forward_weight", weight, rows)
+            else:
+                forward_weight = weight
+    scale, scales = 1.0, None
+    if isinstance(problem.reward_scale, Tensor):
+        scales = _vector("reward_scale", problem.reward_scale, rows)
+        if teacher is None or ref is None:
+            raise ValueError("a reward_scale tensor needs both teacher and ref")
+    else:
+        scale = _as_the_kernels_see_it(problem.reward_scale)
+        if (scale == 0 and teacher is not None and ref is None) or (scale == 1 and ref is not None and teacher is None):
+            raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
+    ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
+    written, statistics = statistics, _checked_statistics(statistics, rows, writes=steps != native.GRADIENT)
+    w_d = w_y = None
+    out_address = out_stride = d_stride = y_stride = 0
+    out_dtype = torch.float32
+    if out is not None and weights is not None:
+        if out is not raw:  # which is checked
+            _check_rows("out", out, rows, V)
+        out_address, out_stride, out_dtype = out.data_ptr(), out.stride()[0], out.dtype
+        if out_stride < V and rows > 1:
+            raise ValueError(f"the rows of out overlap: row stride {out_stride}, vocabulary {V}")
+        if weights.divergence is not None:
+            w_d = _vector("weights.divergence", weights.divergence, rows, strided=True)
+            d_stride = w_d.stride()[0]
+        if weights.token is not None:
+            if ids is None:
+                raise ValueError("token weights need token_ids")
+            w_y = _vector("weights.token", weights.token, rows, strided=True)
+            y_stride = w_y.stride()[0]
+    native.run(
+        steps=steps,
+        threads=torch.get_num_threads(),
+        rows=rows,
+        vocab=V,
+        student=model,
+        teacher=teacher,
+        ref=ref,
+        reward_scale=scale,
+        reward_scales=0 if scales is None else scales.data_ptr(),
+        token_ids=0 if ids is None else ids.data_ptr(),
+        divergence=0 if divergence is None else _kinds()[divergence.kind],
+        constants=() if divergence is None else divergence.constants,
+        forward_weight=forward_weight,
+        forward_weights=0 if forward_weights is None else forward_weights.data_ptr(),
+        statistics=statistics.data_ptr(),
+        statistics_stride=statistics.stride()[0],
+        divergence_weights=0 if w_d is None else w_d.data_ptr(),
+        divergence_weight_stride=d_stride,
+        token_weights=0 if w_y is None else w_y.data_ptr(),
+        token_weight_stride=y_stride,
+        out=out_address,
+        out_stride=out_stride,
+        out_dtype=_DTYPES[out_dtype],
+        stream_out=rows * V * out_dtype.itemsize >= _STREAM_BYTES and out_address != raw.data_ptr(),
+    )
+    # autograd cannot see the kernel's stores
+    if steps != native.GRADIENT and not written.is_inference():
+        torch._C._increment_version((written,))
+    if out is not None and not out.is_inference():
+        torch._C._increment_version((out,))
 
 
-def _check_rows(name: str, x: Tensor, problem: RowProblem) -> None:
+@functools.lru_cache
+def _as_the_kernels_see_it(reward_scale: float) -> float:
+    """1 + 1e-9 cancels the reference."""
+    rounded = float(np.float32(reward_scale))
+    return rounded if rounded in (0.0, 1.0) else float(reward_scale)
+
+
+def _model(name: str, model: ModelRows, rows: int, V: int) -> Any:
+    """The kernels' ``Model``, from the checks of an earlier call where these were of the same memory."""
+    raw, kept = model.raw, model.kept.get("native")
+    key = (rows, V, raw.data_ptr())
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    _check_rows(name, raw, rows, V)
+    transform, bias = model.transform, model.transform.bias
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] < V:
+            raise ValueError(f"the bias of {name} must be (>= {V},), got {tuple(bias.shape)}")
+        if not bias.is_floating_point():
+            raise TypeError(f"the bias of {name} must be floating, got {bias.dtype}")
+        _check_memory(f"the bias of {name}", bias, (bias.shape[0] - 1) * bias.stride(0) + 1)
+        bias = _aligned(bias.detach()[:V].to(torch.float32))
+        model.kept["native bias"] = bias  # its address is in the kernels' Model
+    softcap = transform.softcap
+    handle = _load().Model(
+        # an empty tensor has no address, and none is the mark of a model that is not there
+        raw=raw.data_ptr() or 1,
+        row_stride=raw.stride(0),
+        dtype=_DTYPES[raw.dtype],
+        bias=0 if bias is None else bias.data_ptr(),
+        input_scale=transform.scale / (transform.temperature if softcap is None else softcap),
+        output_scale=1.0 if softcap is None else softcap / transform.temperature,
+        softcap=softcap is not None,
+    )
+    model.kept["native"] = key, handle
+    return handle
+
+
+def _check_rows(name: str, x: Tensor, rows: int, V: int) -> None:
     """(C, >= V) of a dtype that the kernels have, with unit stride along the vocabulary."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16 for backend='native', got {x.dtype}")
-    if x.dim() != 2 or x.shape[0] != problem.rows or x.shape[1] < problem.vocab_size:
-        rows = problem.rows if problem.student.raw.dim() else "rows"
-        raise ValueError(f"{name} must be ({rows}, >= {problem.vocab_size}), got {tuple(x.shape)}")
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(f"{name} must have unit stride along the vocabulary, got {x.stride(1)}")
-    _check_memory(name, x)
+    shape = x.shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] < V:
+        raise ValueError(f"{name} must be ({rows}, >= {V}), got {tuple(shape)}")
+    row_stride, stride = x.stride()
+    if shape[1] > 1 and stride != 1:
+        raise ValueError(f"{name} must have unit stride along the vocabulary, got {stride}")
+    _check_memory(name, x, (rows - 1) * row_stride + shape[1])
 
 
-def _vector(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``x`` as contiguous memory; the caller's own where it is that already."""
-    if x.dtype != dtype:
+def _checked_statistics(x: Tensor, rows: int, *, writes: bool) -> Tensor:
+    """(len(Stat), C) of unit stride along the tokens; those that are only read may be of any, and are then copied."""
+    if x.dtype is not torch.float32:
+        raise TypeError(f"statistics must be torch.float32 for backend='native', got {x.dtype}")
+    if x.shape != (len(Stat), rows):
+        raise ValueError(f"statistics must be {(len(Stat), rows)}, got {tuple(x.shape)}")
+    row_stride, stride = x.stride()
+    _check_memory("statistics", x, (len(Stat) - 1) * row_stride + (rows - 1) * stride + 1)
+    if writes and row_stride < rows:
+        raise ValueError(f"the rows of statistics overlap: row stride {row_stride}, {rows} tokens")
+    if x.data_ptr() % 4 == 0 and (stride == 1 or rows <= 1):
+        return x
+    if writes:
+        raise ValueError("statistics must have unit stride along the tokens, and the alignment of their dtype")
+    return _aligned(x)
+
+
+def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype = torch.float32, *, strided: bool = False) -> Tensor:
+    """(C,) numbers, contiguous unless ``strided``; the caller's own memory where it can be read as it is."""
+    if x.dtype is not dtype:
         raise TypeError(f"{name} must be {dtype} for backend='native', got {x.dtype}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
-    _check_memory(name, x)
-    return _aligned(x.detach())
+    if x.shape != (rows,):
+        raise ValueError(f"{name} must be {(rows,)}, got {tuple(x.shape)}")
+    stride = x.stride()[0]
+    _check_memory(name, x, (rows - 1) * stride + 1)
+    return x if (strided or stride == 1) and x.data_ptr() % dtype.itemsize == 0 else _aligned(x)
+
+
+def _check_memory(name: str, x: Tensor, span: int) -> None:
+    """The tensor has CPU memory of the size that its shape and strides need: ``span`` elements, first to last."""
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU for backend='native', got {x.device}")
+    if x.layout is not torch.strided or x.is_neg():
+        raise ValueError(f"{name} must be dense, got {'a lazily negated view' if x.is_neg() else x.layout}")
+    needed, there = (x.storage_offset() + span) * x.dtype.itemsize, x.untyped_storage().nbytes()
+    if needed > there and x.numel():
+        raise ValueError(
+            f"{name} must have its memory: it needs {needed} bytes of a storage that has {there}, as one that was freed"
+        )
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -264,5 +304,5 @@ def _aligned(x: Tensor) -> Tensor:
 
     Logits may begin anywhere: they are read by vectors, whole rows at a time.
     """
-    x = x.contiguous()
+    x = x.detach().contiguous()
     return x.clone() if x.data_ptr() % x.element_size() else x

@@ -60,9 +60,11 @@ class TorchRowOps:
     name = "torch"
     kinds: frozenset[str] | None = None
 
-    def statistics(self, problem: RowProblem) -> Tensor:
+    def statistics(self, problem: RowProblem, out: Tensor | None = None) -> Tensor:
         dtype = _dtype(problem)
-        out = torch.zeros(len(Stat), problem.rows, dtype=dtype, device=problem.student.raw.device)
+        if out is None:
+            out = torch.empty(len(Stat), problem.rows, dtype=dtype, device=problem.student.raw.device)
+        out.zero_()
         for rows, part in _blocks(problem):
             _statistics(part, _load(part, dtype), out[:, rows])
         return out
@@ -83,13 +85,21 @@ class TorchRowOps:
             out[:, rows] = torch.stack(_second_round(part, _load(part, dtype, own), *logsums))
         return out
 
-    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        statistics = self.statistics(problem)
+    def statistics_and_gradient(
+        self, problem: RowProblem, weights: GradientWeights, out: Tensor, statistics: Tensor | None = None
+    ) -> Tensor:
+        statistics = self.statistics(problem, statistics)
         self.gradient(problem, statistics, weights, out)
         return statistics
 
     def linear_statistics(
-        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         return None
 

@@ -84,6 +84,7 @@ void count(const Kernels& kernels, const Case& c) {
   job.mixture = c.mixture;
   job.compute_statistics = true;
   job.statistics = statistics;
+  job.statistics_stride = 1;
   job.divergence_weights = c.divergence == Divergence::none ? nullptr : &divergence_weight;
   job.token_weights = &token_weight;
   job.out = out.bytes;

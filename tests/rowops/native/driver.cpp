@@ -62,6 +62,7 @@ Result compute(const Kernels& kernels, Job job, size_t out_bytes, bool fused) {
   std::unique_ptr<char[]> out(new char[out_bytes]);
   memset(out.get(), 0, out_bytes);
   job.statistics = statistics.get();
+  job.statistics_stride = job.rows;
   job.out = out.get();
   job.compute_statistics = true;
   job.compute_gradient = fused;
@@ -189,6 +190,7 @@ int main() {
           Job aliased = job;
           std::unique_ptr<float[]> statistics(new float[stat_count * rows]);
           aliased.statistics = statistics.get();
+          aliased.statistics_stride = rows;
           aliased.student.raw = aliased.out = copy.bytes.get();
           aliased.out_stride = stride * size_of(job.student.dtype) / size_of(job.out_dtype);
           aliased.compute_statistics = aliased.compute_gradient = true;

@@ -27,55 +27,36 @@ from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowPro
 # ------------------------------------------------------------------------------------- the extension's place, by ctypes
 
 P, INT64, INT, F, BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_bool
-NUMBERS = ctypes.POINTER(ctypes.c_double)
-SIGNATURES = {
-    "new_model": (P, [P, INT64, INT, P, F, F, BOOL]),
-    "new_job": (P, [INT64, INT64, P, P, P, F, P, P, INT, NUMBERS, ctypes.c_size_t, F, P, P]),
-    "request_statistics": (None, [P]),
-    "request_second_round": (None, [P]),
-    "request_gradient": (None, [P, P, P, P, INT64, INT, BOOL]),
-    "run_job": (None, [P, ctypes.c_char_p]),
-}
+D, NUMBERS = ctypes.c_double, ctypes.POINTER(ctypes.c_double)
+RUN = {
+    "steps": INT, "rows": INT64, "vocab": INT64, "student": P, "teacher": P, "ref": P, "reward_scale": D,
+    "reward_scales": P, "token_ids": P, "divergence": INT, "constants": NUMBERS, "constant_count": ctypes.c_size_t,
+    "forward_weight": F, "forward_weights": P, "statistics": P, "statistics_stride": INT64,
+    "divergence_weights": P, "divergence_weight_stride": INT64, "token_weights": P, "token_weight_stride": INT64,
+    "out": P, "out_stride": INT64, "out_dtype": INT, "stream_out": BOOL,
+}  # fmt: skip
 
 
 class Shim:
     """What the extension has, as far as native.py uses it."""
 
+    STATISTICS, SECOND_ROUND, GRADIENT = 1, 2, 4
+
     def __init__(self, library: str, isa: str) -> None:
         self.c, self.isa = ctypes.CDLL(library), isa.encode()
         self.KINDS = importlib.import_module("fused_gopd._native").KINDS
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(self.c, name)
-            function.restype, function.argtypes = result, arguments
+        self.c.new_model.restype, self.c.new_model.argtypes = P, [P, INT64, INT, P, F, F, BOOL]
+        self.c.run.restype, self.c.run.argtypes = None, [ctypes.c_char_p, *RUN.values()]
 
     def Model(self, *, raw, row_stride, dtype, bias, input_scale, output_scale, softcap):
-        return Held(self.c.new_model(raw, row_stride, dtype, bias, input_scale, output_scale, softcap), self.c)
+        return self.c.new_model(raw, row_stride, dtype, bias, input_scale, output_scale, softcap)
 
-    def Job(self, *, rows, vocab, student, teacher, ref, reward_scale, reward_scales, token_ids, divergence, constants,
-            forward_weight, forward_weights, statistics):  # fmt: skip
-        models = [None if model is None else model.address for model in (student, teacher, ref)]
-        numbers = (ctypes.c_double * len(constants))(*constants)
-        mine = (*models, reward_scale, reward_scales, token_ids, divergence, numbers, len(constants), forward_weight,
-                forward_weights, statistics)  # fmt: skip
-        return Held(self.c.new_job(rows, vocab, *mine), self.c)
-
-    def run(self, job, *, threads):
+    def run(self, *, threads, constants, **arguments):
         assert threads >= 1
-        self.c.run_job(job.address, self.isa)
-
-
-class Held:
-    def __init__(self, address: int, c: Any) -> None:
-        self.address, self.c = address, c
-
-    def request_statistics(self):
-        self.c.request_statistics(self.address)
-
-    def request_second_round(self):
-        self.c.request_second_round(self.address)
-
-    def request_gradient(self, *, divergence_weights, token_weights, out, out_stride, out_dtype, stream):
-        self.c.request_gradient(self.address, divergence_weights, token_weights, out, out_stride, out_dtype, stream)
+        assert set(arguments) <= set(RUN)
+        numbers = (ctypes.c_double * len(constants))(*constants)
+        given = {**arguments, "constants": numbers, "constant_count": len(constants)}
+        self.c.run(self.isa, *(given.get(name, 0 if kind is not NUMBERS else None) for name, kind in RUN.items()))
 
 
 # --------------------------------------------------------------------------------------------------------- odd buffers

@@ -6,13 +6,12 @@ this file decides what they are launched with. Importing it needs neither Triton
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -145,7 +144,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
     itemsize = max(raw.element_size() for raw in raws)
-    aligned = all(raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0 for raw in raws)
+    aligned = all(map(_aligned, raws))
     vector = 16 // itemsize if aligned else 1
     softcap = any(m.transform.softcap is not None for m in given)
     divergence = problem.divergence
@@ -240,9 +239,14 @@ class Launch:
     def run(self, device: torch.device) -> None:
         global _launches
         _launches += 1
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device:  # Triton launches on the current device
-            self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            self._start()
+        else:
+            with torch.cuda.device(device):  # Triton launches on the current device
+                self._start()
+
+    def _start(self) -> None:
+        self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
 
 def _transform_arguments(transform: LogitTransform) -> tuple[int, float, float]:
@@ -260,37 +264,59 @@ def _bias(transform: LogitTransform) -> Tensor | None:
     return None if transform.bias is None else transform.bias.detach().contiguous()
 
 
-def _model_arguments(name: str, model: ModelRows | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and constants of one model; None and neutral numbers where it is absent."""
+class _ModelArguments(NamedTuple):
+    """What the row kernel takes of one model, made once per ``ModelRows``."""
+
+    arguments: dict[str, Any]
+    kind: int
+    facts: tuple[int, bool, bool] | None  # all that `tiles` looks at
+
+
+@functools.cache
+def _absent(name: str) -> _ModelArguments:
+    """None and neutral numbers."""
+    absent: dict[str, Any] = {f"{name}_ptr": None, f"{name}_stride": 0, f"{name}_bias": None}
+    return _ModelArguments(absent | {f"{name}_pre": 1.0, f"{name}_post": 1.0}, 0, None)
+
+
+def _model_arguments(name: str, model: ModelRows | None) -> _ModelArguments:
     if model is None:
-        absent = {f"{name}_ptr": None, f"{name}_stride": 0, f"{name}_bias": None, f"{name}_pre": 1.0}
-        return absent | {f"{name}_post": 1.0}, {f"{name.upper()}_KIND": 0}
-    if model.raw.dtype not in _FLOATING:
-        raise ValueError(f"backend='triton' takes float32, bfloat16 and float16 logits, got {model.raw.dtype}")
-    if model.raw.shape[1] > 1 and model.raw.stride(1) != 1:
-        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {model.raw.stride()}")
-    kind, pre, post = _transform_arguments(model.transform)
+        return _absent(name)
+    kept = model.kept.get(name)
+    if kept is not None:
+        return cast("_ModelArguments", kept)
+    raw, transform = model.raw, model.transform
+    if raw.dtype not in _FLOATING:
+        raise ValueError(f"backend='triton' takes float32, bfloat16 and float16 logits, got {raw.dtype}")
+    if raw.shape[1] > 1 and raw.stride(1) != 1:
+        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {raw.stride()}")
+    kind, pre, post = _transform_arguments(transform)
     arguments = {
-        f"{name}_ptr": model.raw.detach(),
-        f"{name}_stride": model.raw.stride(0),
-        f"{name}_bias": _bias(model.transform),
+        f"{name}_ptr": raw.detach(),
+        f"{name}_stride": raw.stride(0),
+        f"{name}_bias": _bias(transform),
         f"{name}_pre": pre,
         f"{name}_post": post,
     }
-    return arguments, {f"{name.upper()}_KIND": kind}
+    made = _ModelArguments(arguments, kind, (raw.element_size(), _aligned(raw), transform.softcap is not None))
+    model.kept[name] = made
+    return made
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().to(torch.float32).contiguous()
+def _aligned(raw: Tensor) -> bool:
+    """Whether every row starts on a multiple of 16 elements."""
+    return raw.stride(0) % 16 == 0 and raw.data_ptr() % 16 == 0
+
+
+def _vector(x: Tensor) -> Tensor:
+    """(C,) float32 of any stride."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.dtype is torch.float32 else x.to(torch.float32)
 
 
 def _options(num_warps: int, max_registers: int | None) -> dict[str, Any]:
     limit = {} if max_registers is None else {"maxnreg": max_registers}  # AMD's compiler does not know the option
     return {"num_warps": num_warps} | limit
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 _DIVERGENCE_NUMBERS = ("a", "one_minus_a", "turn", "c_t", "c_p", "kappa", "forward_weight_ptr")
@@ -300,29 +326,34 @@ _LARGEST_EXPONENT = math.log(torch.finfo(torch.float32).max) - 24.0
 
 
 @functools.lru_cache
-def _alpha_numbers(alpha: float) -> dict[str, Any]:
-    """Below |alpha| = 4e-7 the largest exponent is smaller, since h~ is the product divided by alpha."""
-    largest = min(_LARGEST_EXPONENT, math.log(abs(alpha)) + 80.0)
-    numbers = (alpha, 1.0 - alpha, largest, 1.0 / (alpha * (alpha - 1.0)), -1.0 / alpha, None, None)
-    return dict(zip(_DIVERGENCE_NUMBERS, numbers, strict=True))
-
-
-def _divergence_arguments(divergence: RowDivergence | None) -> tuple[dict[str, Any], bool]:
+def _divergence_numbers(kind: str, constants: tuple[float, ...], weight: float | None) -> tuple[dict[str, Any], bool]:
     """The row kernel's numbers for a divergence, None where it takes none, and its NEAR_END."""
-    kind = "none" if divergence is None else divergence.kind
-    if divergence is not None and kind == "alpha":
-        (alpha,) = divergence.constants
-        return _alpha_numbers(alpha), alpha > 0.5
     numbers: dict[str, Any] = dict.fromkeys(_DIVERGENCE_NUMBERS)
-    if divergence is not None and kind == "mixture":
-        b, rest, turn, near_end, c_t, c_p, kappa = divergence.constants
+    if kind == "alpha":
+        (alpha,) = constants
+        # below |alpha| = 4e-7 the largest exponent is smaller, since h~ is the product divided by alpha
+        largest = min(_LARGEST_EXPONENT, math.log(abs(alpha)) + 80.0)
+        found = (alpha, 1.0 - alpha, largest, 1.0 / (alpha * (alpha - 1.0)), -1.0 / alpha, None, None)
+        return dict(zip(_DIVERGENCE_NUMBERS, found, strict=True)), alpha > 0.5
+    if kind == "mixture":
+        b, rest, turn, near_end, c_t, c_p, kappa = constants
         numbers |= {"a": b, "turn": turn, "c_t": c_t, "c_p": c_p, "one_minus_a": rest}
         return numbers | {"kappa": None if kappa == 0 else kappa}, bool(near_end)
-    if kind == "mixed":
-        weight: float | Tensor = divergence.forward_weight  # type: ignore[union-attr]
-        key, value = ("forward_weight_ptr", _vector(weight)) if isinstance(weight, Tensor) else ("a", float(weight))
-        numbers[key] = value
-    return numbers, False
+    return numbers | {"a": weight}, False
+
+
+def _divergence_arguments(divergence: RowDivergence | None) -> tuple[str, dict[str, Any], bool]:
+    """DIVERGENCE, with what :func:`_divergence_numbers` gives."""
+    if divergence is None:
+        return "none", *_divergence_numbers("none", (), None)
+    kind = divergence.kind
+    if kind != "mixed":
+        return kind, *_divergence_numbers(kind, divergence.constants, None)
+    weight: float | Tensor = divergence.forward_weight  # type: ignore[attr-defined]
+    if not isinstance(weight, Tensor):
+        return kind, *_divergence_numbers(kind, (), float(weight))
+    numbers, near_end = _divergence_numbers(kind, (), None)
+    return kind, numbers | {"forward_weight_ptr": _vector(weight).contiguous()}, near_end
 
 
 def row_launch(
@@ -342,37 +373,49 @@ def row_launch(
     if not isinstance(lam, Tensor) and teacher is not None and ref is not None:
         # cancelled models are not read, as with a tensor
         teacher, ref = (None if lam == 0 else teacher), (None if lam == 1 else ref)
-    arguments: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    for name, model in (("student", problem.student), ("teacher", teacher), ("ref", ref)):
-        model_arguments, model_constants = _model_arguments(name, model)
-        arguments |= model_arguments
-        constants |= model_constants
-    models = [m.raw for m in (problem.student, teacher, ref) if m is not None]
+    models = (
+        _model_arguments("student", problem.student),
+        _model_arguments("teacher", teacher),
+        _model_arguments("ref", ref),
+    )
     transform = problem.student.transform
-    numbers, near_end = _divergence_arguments(problem.divergence)
+    kind, numbers, near_end = _divergence_arguments(problem.divergence)
     near_teacher = not isinstance(lam, Tensor) and lam > 0.5
-    arguments |= {
+    w_d, w_y = (None if out is None or w is None else _vector(w) for w in (weights.divergence, weights.token))
+    aliased = False
+    if out is not None:
+        memory = out.untyped_storage().data_ptr()
+        given = (problem.student, teacher, ref)
+        aliased = any(m is not None and m.raw.untyped_storage().data_ptr() == memory for m in given)
+    arguments: dict[str, Any] = {
+        **models[0].arguments,
+        **models[1].arguments,
+        **models[2].arguments,
+        **numbers,
         "share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
-        "reward_scale_ptr": _vector(lam) if isinstance(lam, Tensor) else None,
+        "reward_scale_ptr": _vector(lam).contiguous() if isinstance(lam, Tensor) else None,
         "token_ptr": None if problem.token_ids is None else problem.token_ids.contiguous(),
         "stats_ptr": statistics,
         "stats_stride": statistics.stride(0),
-        "divergence_weight_ptr": None if out is None else _vector(weights.divergence),
-        "token_weight_ptr": None if out is None else _vector(weights.token),
+        "divergence_weight_ptr": w_d,
+        "divergence_weight_stride": 0 if w_d is None else w_d.stride(0),
+        "token_weight_ptr": w_y,
+        "token_weight_stride": 0 if w_y is None else w_y.stride(0),
         "out_ptr": out,
         "out_stride": 0 if out is None else out.stride(0),
         "slope": transform.scale / transform.temperature,
         "tanh_of_z": 0.0 if transform.softcap is None else transform.temperature / transform.softcap,
         "V": problem.vocab_size,
-        **numbers,
     }
-    constants |= {
+    constants = {
+        "STUDENT_KIND": models[0].kind,
+        "TEACHER_KIND": models[1].kind,
+        "REF_KIND": models[2].kind,
         "NEAR_TEACHER": near_teacher,
         "NEAR_END": near_end,
-        "DIVERGENCE": "none" if problem.divergence is None else problem.divergence.kind,
+        "DIVERGENCE": kind,
         "STATISTICS": write_statistics,
-        "ALIASED": out is not None and any(_share_memory(out, raw) for raw in models),
+        "ALIASED": aliased,
         "REPEAT": tile.repeat,
         "LANES": tile.lanes,
         "VECTOR": tile.vector,
@@ -380,7 +423,7 @@ def row_launch(
         "FLUSH": flush,
     }
     # Without FMA contraction, see rows.py.
-    options = _options(tile.num_warps, tile.max_registers) | {"enable_fp_fusion": False}
+    options = {**_options(tile.num_warps, tile.max_registers), "enable_fp_fusion": False}
     return Launch(kernel=rows.row_kernel, grid=problem.rows, arguments=arguments, constants=constants, options=options)
 
 
@@ -445,7 +488,13 @@ def linear_launches(
     merge = Launch(
         kernel=linear.merge_kernel,
         grid=math.ceil(rows / block),
-        arguments={"partial_ptr": partial, "stats_ptr": statistics, "C": rows, "splits": splits},
+        arguments={
+            "partial_ptr": partial,
+            "stats_ptr": statistics,
+            "stats_stride": statistics.stride(0),
+            "C": rows,
+            "splits": splits,
+        },
         constants={"STATS": len(Stat), "BLOCK_C": block},
         options={"num_warps": 4},
     )
@@ -523,9 +572,9 @@ class TritonRowOps:
 
         return rows.KINDS
 
-    def statistics(self, problem: RowProblem) -> Tensor:
-        statistics = self._empty(problem.student.raw)
-        self._launch(problem, statistics, True, GradientWeights(), None)
+    def statistics(self, problem: RowProblem, out: Tensor | None = None) -> Tensor:
+        statistics = self._statistics(problem.student.raw, out)
+        self._launch(problem, statistics, True, _NO_WEIGHTS, None)
         return statistics
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
@@ -535,16 +584,24 @@ class TritonRowOps:
 
     def second_round(self, problem: RowProblem, statistics: Tensor) -> Tensor:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
-        self._launch(problem, statistics, False, GradientWeights(), None)
+        self._launch(problem, statistics, False, _NO_WEIGHTS, None)
         return statistics[Stat.CENTRE : Stat.VALUE + 1]
 
-    def statistics_and_gradient(self, problem: RowProblem, weights: GradientWeights, out: Tensor) -> Tensor:
-        statistics = self._empty(problem.student.raw)
+    def statistics_and_gradient(
+        self, problem: RowProblem, weights: GradientWeights, out: Tensor, statistics: Tensor | None = None
+    ) -> Tensor:
+        statistics = self._statistics(problem.student.raw, statistics)
         self._launch(problem, statistics, True, weights, out)
         return statistics
 
     def linear_statistics(
-        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, vocab_size: int, token_ids: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """None where the dtypes differ or are not float32, bfloat16 or float16, and below compute capability 8.0."""
         if hidden.dtype != weight.dtype or hidden.dtype not in _FLOATING:
@@ -552,7 +609,7 @@ class TritonRowOps:
         device = Device.of(hidden.device)
         if not device.amd and device.capability < 80:  # no bfloat16, and not a target the tiles were compiled for
             return None
-        statistics = self._empty(hidden)
+        statistics = self._statistics(hidden, out)
         if hidden.shape[0] == 0:
             return statistics
         precision = _input_precision(hidden.dtype, device)
@@ -570,14 +627,48 @@ class TritonRowOps:
         return scaled(gradient, factor, dtype) if factor.dtype == torch.float32 else scale_(gradient, factor)
 
     @staticmethod
-    def _empty(like: Tensor) -> Tensor:
-        return torch.empty(len(Stat), like.shape[0], dtype=torch.float32, device=like.device)
+    def _statistics(like: Tensor, out: Tensor | None) -> Tensor:
+        """Memory of the statistics of C rows: the caller's, or new."""
+        shape = (len(Stat), like.shape[0])
+        if out is None:
+            return torch.empty(shape, dtype=torch.float32, device=like.device)
+        if out.shape != shape or out.dtype is not torch.float32 or out.device != like.device:
+            raise ValueError(
+                f"statistics must be float32 {shape} on {like.device}, "
+                f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+            )
+        row_stride, stride = out.stride()
+        if shape[1] > 1 and (stride != 1 or row_stride < shape[1]):
+            raise ValueError(f"statistics must be rows of unit stride, got strides {(row_stride, stride)}")
+        return out
 
     def _launch(
         self, problem: RowProblem, statistics: Tensor, write: bool, weights: GradientWeights, out: Tensor | None
     ) -> None:
         if problem.rows == 0:
             return
-        device = Device.of(problem.student.raw.device)
-        tile = self._tile or tiles(problem, device)
-        row_launch(problem, statistics, write, weights, out, tile, device.flush).run(problem.student.raw.device)
+        raw = problem.student.raw
+        device = Device.of(raw.device)
+        tile = self._tile or _tile_of(problem, device)
+        row_launch(problem, statistics, write, weights, out, tile, device.flush).run(raw.device)
+
+
+_NO_WEIGHTS = GradientWeights()
+_tiles: dict[Any, Tiles] = {}
+
+
+def _tile_of(problem: RowProblem, device: Device) -> Tiles:
+    """`tiles`, which are worked out once for what they depend on."""
+    divergence = problem.divergence
+    key = (
+        _model_arguments("student", problem.student).facts,
+        _model_arguments("teacher", problem.teacher).facts,
+        _model_arguments("ref", problem.ref).facts,
+        None if divergence is None else (divergence.kind, divergence.second_round, divergence.constants),
+        isinstance(problem.reward_scale, Tensor),
+        device,
+    )
+    tile = _tiles.get(key)
+    if tile is None:
+        tile = _tiles[key] = tiles(problem, device)
+    return tile

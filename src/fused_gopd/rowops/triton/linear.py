@@ -108,11 +108,11 @@ def linear_kernel(
 
 
 @triton.jit
-def merge_kernel(partial_ptr, stats_ptr, C, splits, STATS: tl.constexpr, BLOCK_C: tl.constexpr):
+def merge_kernel(partial_ptr, stats_ptr, stats_stride, C, splits, STATS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Statistics (``Stat``) of one model from the partial ones of linear_kernel. The grid is (ceil(C / BLOCK_C),).
 
     partial_ptr   (splits, 4, C) fp32, read once
-    stats_ptr     (STATS, C) fp32, written once; what a single model does not have is 0
+    stats_ptr     (STATS, C) fp32 of any row stride, written once; what a single model does not have is 0
     """
     rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = rows < C
@@ -149,4 +149,4 @@ def merge_kernel(partial_ptr, stats_ptr, C, splits, STATS: tl.constexpr, BLOCK_C
             value = token_logit - base
         elif stat == MAX_STUDENT:
             value = base
-        tl.store(stats_ptr + stat * C + rows, value, mask=live)
+        tl.store(stats_ptr + stat * stats_stride + rows, value, mask=live)

@@ -328,7 +328,8 @@ def row_kernel(
     teacher_ptr, teacher_stride, teacher_bias, teacher_pre, teacher_post,
     ref_ptr, ref_stride, ref_bias, ref_pre, ref_post,
     share, reward_scale_ptr, token_ptr, stats_ptr, stats_stride,
-    divergence_weight_ptr, token_weight_ptr, out_ptr, out_stride, slope, tanh_of_z, V,
+    divergence_weight_ptr, divergence_weight_stride, token_weight_ptr, token_weight_stride,
+    out_ptr, out_stride, slope, tanh_of_z, V,
     a, one_minus_a, turn, c_t, c_p, kappa, forward_weight_ptr,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
     NEAR_TEACHER: tl.constexpr, NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
@@ -343,7 +344,7 @@ def row_kernel(
     token_ptr                           (C,) int64 or None
     stats_ptr                           (len(Stat), C) fp32: written where STATISTICS, read by the gradient otherwise;
                                         with neither CENTRE and VALUE are made from the others
-    divergence_weight_ptr, token_weight_ptr   (C,) fp32 or None
+    *_weight_ptr                        (C,) fp32 of any stride, 0 too, or None
     out_ptr                             (C, >= V) any floating dtype, or None: no gradient
     DIVERGENCE                          "none", or the kind of a divergence (RowDivergence); what follows is None where
                                         the kind does not have it
@@ -644,13 +645,13 @@ def row_kernel(
         token_weight = 0.0
         token_column = -1
         if divergence_weight_ptr is not None:
-            divergence_weight = tl.load(divergence_weight_ptr + row)
+            divergence_weight = tl.load(divergence_weight_ptr + row64 * divergence_weight_stride)
             # keeps the NaN of a teacher or reference, which a clamp drops
             poisoned_weight = divergence_weight + 0.0 * mean_gap
             if forward_weight_ptr is not None:
                 a = tl.load(forward_weight_ptr + row)
         if token_weight_ptr is not None:
-            token_weight = tl.load(token_weight_ptr + row)
+            token_weight = tl.load(token_weight_ptr + row64 * token_weight_stride)
             token_column = tl.load(token_ptr + row)
         live = tl.where((divergence_weight != 0.0) | (token_weight != 0.0), 1, 0)
         for tail in tl.static_range(2):
