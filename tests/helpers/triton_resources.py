@@ -1,10 +1,12 @@
 """Compile the Triton kernels for GPUs that are not there and read what they cost.
 
-    python tests/helpers/triton_resources.py [--target sm_90 ...] [--kernel linear ...] [--write]
+    python tests/helpers/triton_resources.py [--target sm_90 ...] [--kernel linear ...] [--triton FOLDER ...] [--write]
 
 prints a table of registers, spills and shared memory per kernel and target. The launches are the ones production makes
 (``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here.
-``--write`` makes the table that the tests compare with, and its page in the docs. TRITON_INTERPRET must be unset.
+``--triton`` compiles with the Triton in each FOLDER (``pip install --no-deps --target FOLDER triton==3.8.0``) in place
+of the installed one. ``--write`` makes the tables that the tests compare with, one for each version, and their pages
+in the docs. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +34,9 @@ from fused_gopd.rowops.triton import Device, Launch
 # V of the Qwen family and a chunk of 1024 tokens, the shapes the tiles are meant for.
 V, C, H = 151936, 1024, 4096
 
-TABLE = "triton_resources.json"
+TABLE = "triton_resources-{}.json"  # one for each version of Triton
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+SHOWN = re.findall(r"^triton==(.*)$", CONSTRAINTS.read_text(), re.MULTILINE)[0]  # the version whose rows the docs show
 # Units that multiply matrices, the strongest last; AMD has the last one alone.
 MATRIX = ("none", "mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
 COPIES = ("none", "cp.async")  # into shared memory while the program computes: NVIDIA's prefetch
@@ -51,6 +56,7 @@ RULES = {
     "copies": snapshots.earlier_in(COPIES),  # without them there is less shared memory, which would pass for better
 }
 ACCEPT = "If that is meant, accept it with `python tests/helpers/triton_resources.py --write` (see tests/snapshots.md)."
+COMPILERS_PAGE = snapshots.PAGE.with_name("gpu-kernels.md")
 # The rows that the docs show.
 MAIN = (
     "full fp32, bf16 gradient on the logits",
@@ -369,11 +375,34 @@ def resources(pairs: list[tuple[str, str]], processes: int | None = None) -> Ite
         yield from pool.map(compile_launch, *zip(*pairs, strict=True))
 
 
+_CONVERSION = re.compile(r"ttg\.convert_layout .* : tensor<.*(#\w+)> -> tensor<.*(#\w+)>")
+
+
+def moving_conversions(ttgir: str) -> list[str]:
+    """Changes of layout that move values between threads; not those between two names of one layout.
+
+    Triton 3.8 gives what it loads an order of dimensions of its own. Where a thread, a warp and a program have more
+    than one value along one dimension alone, the order of the dimensions says nothing.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*), order = .*\}>$", ttgir, re.MULTILINE))
+
+    def one_dimension(layout: str) -> bool:
+        sizes = [[int(n) for n in numbers.split(",")] for numbers in re.findall(r"\[([\d, ]+)\]", layout)]
+        return sum(any(n > 1 for n in along) for along in zip(*sizes, strict=True)) <= 1
+
+    def same(old: str, new: str) -> bool:
+        return old in layouts and layouts[old] == layouts.get(new) and one_dimension(layouts[old])
+
+    lines = [line for line in ttgir.splitlines() if "ttg.convert_layout" in line]
+    found = [(line, _CONVERSION.search(line)) for line in lines]
+    return [line for line, match in found if match is None or not same(match[1], match[2])]
+
+
 def version() -> str:
     """What has to be the same for two tables to be comparable: Triton brings its compilers and assemblers along."""
     import triton
 
-    return f"Triton {triton.__version__}"
+    return str(triton.__version__)
 
 
 def page(table: dict[str, Any]) -> str:
@@ -387,15 +416,48 @@ def page(table: dict[str, Any]) -> str:
     return snapshots.markdown(["", *TARGETS], rows, numbers=False) + f"\n{table['compiler']}.\n"
 
 
+def compilers(committed: list[dict[str, Any]]) -> str:
+    """What each version of Triton was compiled for, as Markdown."""
+
+    def cell(table: dict[str, Any], target: str) -> str:
+        rows = [row[target] for row in table["rows"].values() if target in row]
+        spilling = sum(row["spills"] > 0 for row in rows)
+        return f"{len(rows)}, {spilling or 'none'} of them, {max(row['registers'] for row in rows)}"
+
+    rows = [[table["compiler"], *(cell(table, target) for target in TARGETS)] for table in committed]
+    return snapshots.markdown(["launches, that spill, most registers", *TARGETS], rows, numbers=False)
+
+
+def tables() -> dict[str, dict[str, Any]]:
+    """The committed tables, by version of Triton."""
+    paths = sorted(snapshots.DATA.glob(TABLE.format("*")))
+    return {path.stem.split("-")[1]: snapshots.load(path.name) for path in paths}
+
+
+def pages() -> dict[Path, str]:
+    """The pages of the docs that show the committed tables, as they should be."""
+    committed = tables()
+    regions = {snapshots.PAGE: page(committed[SHOWN]), COMPILERS_PAGE: compilers(list(committed.values()))}
+    return {path: snapshots.fill(path.read_text(), "triton_resources", body) for path, body in regions.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--kernel", action="append", help="part of a kernel's name")
     parser.add_argument("--dump", type=Path, help="folder for assembly and TTGIR")
-    parser.add_argument("--write", action="store_true", help="make the committed table and its page in the docs")
+    parser.add_argument("--triton", action="append", help="folder of another Triton", metavar="FOLDER")
+    parser.add_argument("--processes", type=int, help="how many compile at a time; default as many as there are cores")
+    parser.add_argument("--write", action="store_true", help="make the committed tables and their pages in the docs")
     options = parser.parse_args()
     if options.write and (options.target or options.kernel):
         parser.error("--write is for all kernels and targets")
+    for folder in options.triton or ():
+        rest = [x for i, x in enumerate(sys.argv) if "--triton" not in sys.argv[max(0, i - 1) : i + 1]]
+        path = os.pathsep.join([folder, *(p for p in sys.path if p)])
+        subprocess.run([sys.executable, *rest], env=os.environ | {"PYTHONPATH": path}, check=True)
+    if options.triton:
+        return
     pairs = [
         (kernel, target)
         for target in options.target or TARGETS
@@ -408,7 +470,7 @@ def main() -> None:
         flush=True,
     )
     rows: dict[str, dict[str, snapshots.Row]] = {}
-    for r in resources(pairs):
+    for r in resources(pairs, options.processes):
         rows.setdefault(r.kernel, {})[r.target] = r.row()
         print(
             f"{r.kernel:54}{r.target:8}{r.warps:6}{r.registers:10}{r.spills:8}{r.scalar_spills:8}{r.shared:9}"
@@ -421,8 +483,9 @@ def main() -> None:
             (options.dump / f"{stem}.asm").write_text(r.assembly)
             (options.dump / f"{stem}.ttgir").write_text(r.ttgir)
     if options.write:
-        snapshots.save(TABLE, version(), rows)
-        snapshots.PAGE.write_text(snapshots.fill(snapshots.PAGE.read_text(), TABLE, page(snapshots.load(TABLE))))
+        snapshots.save(TABLE.format(version()), f"Triton {version()}", rows)
+        for path, text in pages().items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -135,11 +135,13 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     resources (tests/helpers/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
 
     Three models with a softcap, a second round with lambda per token, and a mixture with kappa near an end, keep too
-    much per column: half the columns (one load still, in 16 bits). Left alone, NVIDIA's compiler would even then spill
-    in a second round, with lambda per token or single loads, for compute capability 8.0 with either alone or a mixture
-    with kappa, for 8.0 and 9.0 in "mixed" in 16 bits, and for 10.0 in all, to fit one more program on a multiprocessor.
-    Told how many registers it may take it does not: 128 are two programs; with single loads, whose addresses are all
-    live, 255 are one.
+    much per column: half the columns; in 16 bits, where that is one load still, one tile ahead.
+
+    Left alone, NVIDIA's compilers spill some of these kernels to fit one more program on a multiprocessor, each version
+    others (Triton 3.6 to 3.9, tables in tests/data). Told how many registers it may take none of them does: 128 are two
+    programs; with single loads, whose addresses are all live, 255 are one. So several models are told; on Hopper, whose
+    tiles were measured left alone, only the demanding ones, since what is allowed is taken: `full` in float32 would
+    have 74 registers for 40, three programs for six.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
@@ -156,14 +158,13 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     repeat, stages = max(1, (4 if heavy else 8) // vector), 2
     if aligned and device.capability == 90:
         repeat = 1
-        if itemsize == 4 or len(given) > 1:
-            stages = 4 if itemsize == 4 else 3
-    mixed_16_bits = kind == "mixed" and itemsize == 2
-    spilling = {80: per_token or not aligned or skewed or mixed_16_bits, 90: mixed_16_bits, 100: True}
-    spills = (heavy and (second_round or per_token or not aligned)) or (
-        len(given) == 3 and spilling.get(device.capability, False)
-    )
-    limited = spills and not device.amd
+        if itemsize == 4:
+            stages = 4
+        elif len(given) > 1 and not heavy:
+            stages = 3
+    demanding = (heavy and (second_round or per_token or not aligned)) or kind == "alpha" or skewed
+    demanding = demanding or (kind == "mixed" and itemsize == 2)
+    limited = len(given) > 1 and not device.amd and (demanding or device.capability != 90)
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
     stages = stages if _prefetches() else 1
