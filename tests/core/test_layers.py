@@ -20,7 +20,7 @@ LAYERS = (
     "loop",
     "autograd",
     "output metrics models plan prepare scoring report",
-    "loss compiled reference distributed",
+    "loss compiled graphs reference distributed",
     "integrations",
     "cli",
 )
