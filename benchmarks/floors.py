@@ -138,7 +138,7 @@ class _Products:
             assert total is not None
             for rows in chunks:
                 z = logits[: rows.stop - rows.start]
-                _add_dweight(total, z, self.rows[0][rows], first=rows.start == 0, own=own)
+                add_dweight(total, z, self.rows[0][rows], first=rows.start == 0, own=own)
 
         return {"logits": forward, "dhidden": dhidden, "dweight": dweight}[kind]
 
@@ -253,7 +253,8 @@ class Clock:
             torch.mm(self.a, self.b, out=self.out)
 
 
-def _add_dweight(dweight: Tensor, logits: Tensor, hidden: Tensor, *, first: bool, own: bool) -> None:
+def add_dweight(dweight: Tensor, logits: Tensor, hidden: Tensor, *, first: bool, own: bool = False) -> None:
+    """Add logits.T @ hidden to a float32 matrix, or write it there."""
     if own or gemm.accumulates_low_precision(logits):
         gemm.add_dweight_(dweight, logits, hidden, first=first)
     elif logits.dtype != dweight.dtype:  # a CPU cannot accumulate bfloat16 products in float32

@@ -4,7 +4,9 @@
     python -m benchmarks.kernels --report RESULTS.json [PAGE.md ...]    from the file alone
 
 The tile and chunk sizes in ``rowops/triton`` and ``loop/chunking.py`` are chosen from these; ``docs/performance.md``
-explains the choices. A run is a flat table of medians in milliseconds between device events, written as it is measured.
+explains the choices. A run is a flat table of medians in milliseconds between device events, with minimum and ninetieth
+percent (``spread``), and the clock of each round: calls of a group are timed in turn, in random order. With ``--device
+cpu`` it runs tiny shapes in Triton's interpreter (TRITON_INTERPRET=1), to see that it runs.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import argparse
 import functools
 import json
 import math
+import random
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +30,34 @@ import fused_gopd as fg
 from fused_gopd.loop import gemm
 from fused_gopd.objective.divergences import make
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem
-from fused_gopd.rowops.triton import Device, LinearTiles, Tiles, TritonRowOps, linear_launches, splits
+from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
 
 from . import run
 from .arguments import publish
-from .workloads import VOCAB_SIZE as V
+from .floors import Clock, add_dweight, clock_name, quantile
+from .workloads import VOCAB_SIZE, synchronize
 
 HIDDEN = (1024, 2048, 4096)
 TOKENS = 8192
 ROWS = 1024
-# threads, columns of a thread, stages
+
+
+class Shapes(NamedTuple):
+    """The sizes that are timed."""
+
+    hidden: tuple[int, ...] = HIDDEN
+    vocab: int = VOCAB_SIZE
+    tokens: tuple[int, ...] = (TOKENS, 2736, ROWS, 256)  # of the linear kernel; whole steps take the first
+    rows: int = ROWS  # of the row kernel
+    chunks: tuple[int, ...] = (512, 1024, 2048, 4096)
+    rounds: int = 9
+    device: str = "cuda"
+
+
+# Seconds on a CPU, with Triton's interpreter: its times mean nothing
+TINY = Shapes(hidden=(64,), vocab=320, tokens=(96, 20), rows=4, chunks=(32, 48), rounds=1, device="cpu")
+
+# With --tiles: threads, columns of a thread, stages
 TILES = ((256, 4, 4), (128, 4, 4), (128, 4, 3), (256, 8, 3), (512, 4, 4), (512, 8, 3))
 # rows, vocabulary, hidden, group, warps, stages; descriptors
 LINEAR_TILES = (
@@ -45,6 +68,15 @@ LINEAR_TILES = (
     ((256, 128, 64, 16, 8, 3), True),
     ((128, 256, 32, 16, 8, 4), True),
 )
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "reverse_kl": {},
+    "forward_kl": {},
+    "jsd": {},
+    "skew_kl": {"skew": 0.1},
+    "skew_reverse_kl": {"skew": 0.1},
+    "alpha": {"alpha": 0.5},
+    "mixed": {"forward_weight": 0.5},
+}
 STEPS: dict[str, dict[str, Any]] = {
     "full": {"estimator": "full"},
     "full, bfloat16 chunks": {"estimator": "full", "chunk_dtype": torch.bfloat16},
@@ -53,122 +85,179 @@ STEPS: dict[str, dict[str, Any]] = {
     "sampled, bfloat16 chunks": {"chunk_dtype": torch.bfloat16},
 }
 
-Note = Callable[[str, Callable[[], object]], None]
+Call = Callable[[], object]
+Group = dict[str, Call]  # calls that are timed in turn, with their tensors
 
 
-def _normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda").mul_(scale).to(dtype)
+def _normal(device: str, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=device).mul_(scale).to(dtype)
 
 
-def _milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
-    """Median device time of a call, after two warm-up calls.
+def timed(calls: list[Call], clock: Call, device: str, rounds: int) -> Iterator[tuple[list[float], float]]:
+    """Milliseconds of each call and of the clock, round by round, in a new random order each time.
 
-    All calls are queued before the synchronisation: the host runs ahead of the device, as in training.
+    Two calls of each are a warm-up. On a GPU a round is queued before it is waited for, behind the clock's products:
+    the host runs ahead of the device, as in training.
     """
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2 + rounds)]
-    for start, stop in events:
-        start.record()
+    order, gpu = random.Random(0), torch.device(device).type == "cuda"
+    for call in [*calls, *calls]:
         call()
-        stop.record()
-    torch.cuda.synchronize()
-    return round(median(start.elapsed_time(stop) for start, stop in events[2:]), 4)
+    synchronize(device)
+    for _ in range(rounds):
+        sequence = [len(calls), *order.sample(range(len(calls)), len(calls))]
+        found = [0.0] * (1 + len(calls))
+        marks: dict[int, tuple[Any, Any]] = {}
+        for i in sequence:
+            call = clock if i == len(calls) else calls[i]
+            if gpu:
+                marks[i] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                marks[i][0].record()
+                call()
+                marks[i][1].record()
+            else:
+                start = time.perf_counter()
+                call()
+                found[i] = 1e3 * (time.perf_counter() - start)
+        synchronize(device)
+        for i, (start, stop) in marks.items():
+            found[i] = start.elapsed_time(stop)
+        yield found[:-1], found[-1]
 
 
-def products(note: Note) -> None:
+def _with_library(name: str, call: Call) -> Call:
+    """The call with cuBLASLt's products, where PyTorch takes cuBLAS's."""
+
+    def run() -> object:
+        before = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library(name)
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.preferred_blas_library(before)
+
+    return run
+
+
+def products(shapes: Shapes, _: bool) -> Iterator[Group]:
     """The GEMMs of a chunk, with logits in float32, as by default, and in bfloat16."""
-    for H in HIDDEN:
-        weight, total = _normal(V, H, scale=H**-0.5), torch.zeros(V, H, device="cuda")
-        for C in (ROWS, 2 * ROWS):
-            hidden, dlogits = _normal(C, H), _normal(C, V, scale=0.01)
-            narrow, wide = torch.empty_like(dlogits), torch.empty(C, V, device="cuda")
-            note(f"gemm H={H} C={C} logits bf16", lambda w=weight, h=hidden, z=narrow: torch.mm(h, w.T, out=z))
-            note(f"gemm H={H} C={C} logits fp32", lambda w=weight, h=hidden, z=wide: gemm.logits_(z, h, w))
-            note(f"gemm H={H} C={C} dhidden", lambda w=weight, g=dlogits: gemm.dhidden(g, w))
-            note(f"gemm H={H} C={C} dweight add", lambda t=total, h=hidden, g=dlogits: gemm.add_dweight_(t, g, h))
+    V, device = shapes.vocab, shapes.device
+    for H in shapes.hidden:
+        group: Group = {}
+        weight, total = _normal(device, V, H, scale=H**-0.5), torch.zeros(V, H, device=device)
+        longest = max(shapes.chunks)
+        narrow, wide = _normal(device, longest, V, scale=0.01), torch.empty(longest, V, device=device)
+        for C in shapes.chunks:
+            hidden, z, g = _normal(device, C, H), wide[:C], narrow[:C]
+            out = torch.empty(C, V, dtype=torch.bfloat16, device=device)
+            name = f"gemm H={H} C={C}"
+            group[f"{name} logits bf16"] = functools.partial(torch.mm, hidden, weight.T, out=out)
+            group[f"{name} logits fp32"] = functools.partial(gemm.logits_, z, hidden, weight)
+            dhidden = functools.partial(torch.mm, g, weight)
+            first, add = (functools.partial(add_dweight, total, g, hidden, first=x) for x in (True, False))
+            group |= {f"{name} dhidden": dhidden, f"{name} dweight add": add, f"{name} dweight first": first}
+            if torch.device(device).type == "cuda":
+                for what, call in (("dhidden", dhidden), ("dweight add", add)):
+                    group[f"{name} {what} cublaslt"] = _with_library("cublaslt", call)
+        yield group
 
 
-def row_kernel(note: Note) -> None:
-    """Statistics alone, and with the bfloat16 gradient written over the logits, for one and three models."""
-    one = torch.ones(ROWS, device="cuda")
-    for models, divergence in ((3, "reverse_kl"), (3, "jsd"), (1, "none")):
+def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
+    """Statistics alone, and with the bfloat16 gradient, for one and three models.
+
+    The gradient's rows are as far apart as the logits', over which the loss writes them; here they have memory of their
+    own, or the next call would find gradients in place of logits. (Until run 6 they had not.)
+
+    By default with the tile that the package chooses; with ``tiles`` some others too, which take long to compile.
+    """
+    V, R, device = shapes.vocab, shapes.rows, shapes.device
+    one = torch.ones(R, device=device)
+    for models, divergence in [(3, name) for name in DIVERGENCES] + [(1, "none")]:
         for dtype in (torch.float32, torch.bfloat16):
+            group: Group = {}
             vector = 16 // dtype.itemsize
-            raws = [_normal(ROWS, V, scale=3, dtype=dtype) for _ in range(models)]
+            raws = [_normal(device, R, V, scale=3, dtype=dtype) for _ in range(models)]
             student, *others = [ModelRows(x, LogitTransform()) for x in raws] + [None] * (3 - models)
             assert student is not None
-            ids = torch.randint(V, (ROWS,), device="cuda")
-            problem = RowProblem(V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids,
-                                 divergence=None if divergence == "none" else make(divergence))  # fmt: skip
+            ids = torch.randint(V, (R,), device=device)
+            kind = None if divergence == "none" else make(divergence, **DIVERGENCES[divergence])
+            problem = RowProblem(
+                V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids, divergence=kind
+            )
             weights = GradientWeights(token=one) if models == 1 else GradientWeights(divergence=one)
-            out = raws[0].view(torch.bfloat16)[:, :V]
-            for threads, columns, stages in TILES:
-                if columns < vector:
-                    continue
-                ops = TritonRowOps(
-                    Tiles(
+            out = torch.empty_like(raws[0]).view(torch.bfloat16)[:, :V]
+            found: dict[str, TritonRowOps] = {"default": TritonRowOps()}
+            for threads, columns, stages in TILES if tiles else ():
+                if columns >= vector:
+                    tile = Tiles(
                         repeat=columns // vector, lanes=threads, vector=vector, num_warps=threads // 32, stages=stages
                     )
-                )
-                kind = f"row {divergence} {str(dtype)[6:]} models={models}"
-                name = f"{kind} threads={threads} cols={columns} stages={stages}"
-                note(f"{name} statistics", lambda o=ops, p=problem: o.statistics(p))
-                note(f"{name} both", lambda o=ops, p=problem, w=weights, x=out: o.statistics_and_gradient(p, w, x))
+                    found[f"threads={threads} cols={columns} stages={stages}"] = TritonRowOps(tile)
+            for name, ops in found.items():
+                name = f"row {divergence} {str(dtype)[6:]} models={models} {name}"
+                group[f"{name} statistics"] = lambda o=ops, p=problem: o.statistics(p)
+                group[f"{name} both"] = lambda o=ops, p=problem, w=weights, x=out: o.statistics_and_gradient(p, w, x)
+            yield group
 
 
-def linear_kernel(note: Note) -> None:
-    """Log-probs from hidden states without logits in memory, and the bare product."""
-    for H in HIDDEN:
-        weight = _normal(V, H, scale=3 * H**-0.5)
-        logits = torch.empty(TOKENS, V, device="cuda", dtype=torch.bfloat16)
-        for N in (TOKENS, 2736, ROWS):
-            hidden, ids = _normal(N, H), torch.randint(V, (N,), device="cuda")
-            note(f"linear N={N} H={H} bare", lambda h=hidden, w=weight, z=logits[:N]: torch.mm(h, w.T, out=z))
-            for shape, descriptors in LINEAR_TILES:
-                tile = LinearTiles(*shape, descriptors=descriptors)
-                device = Device.of(hidden.device)
-                parts = splits(N, V, tile, device)
-                partial, found = (torch.empty(*s, N, device="cuda") for s in ((parts, 4), (14,)))
-                launches = linear_launches(
-                    hidden, weight, LogitTransform(), V, ids, partial, found, tile, "ieee", False, device.flush
-                )
-                name = f"linear N={N} H={H} {'x'.join(map(str, shape))} tma={descriptors}"
-                note(name, lambda ls=launches, d=hidden.device: [launch.run(d) for launch in ls])
+def linear_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
+    """Log-probs from hidden states without logits in memory, with exponentials stored on the way; the bare product."""
+    V, device = shapes.vocab, shapes.device
+    for H in shapes.hidden:
+        group: Group = {}
+        weight = _normal(device, V, H, scale=3 * H**-0.5)
+        # 16-byte rows, as the loop's own buffers have them
+        logits = torch.empty(shapes.tokens[0], -(-V // 16) * 16, device=device, dtype=torch.bfloat16)[:, :V]
+        for N in shapes.tokens:
+            hidden, ids = _normal(device, N, H), torch.randint(V, (N,), device=device)
+            operands = (hidden, weight, LogitTransform(), V, ids)
+            group[f"linear N={N} H={H} bare"] = lambda h=hidden, w=weight, z=logits[:N]: torch.mm(h, w.T, out=z)
+            found = {"default": TritonRowOps()}
+            if torch.device(device).type == "cuda":
+                for shape, descriptors in LINEAR_TILES if tiles or N > ROWS else LINEAR_TILES[:1] + LINEAR_TILES[-2:]:
+                    tile = LinearTiles(*shape, descriptors=descriptors)
+                    found[f"{'x'.join(map(str, shape))} tma={descriptors}"] = TritonRowOps(linear_tile=tile)
+            for name, ops in found.items():
+                group[f"linear N={N} H={H} {name}"] = lambda o=ops, x=operands: o.linear_statistics(*x)
+            store = getattr(TritonRowOps(), "linear_exponentials", None)
+            if store is not None:
+                group[f"linear N={N} H={H} exponentials"] = lambda s=store, x=operands, z=logits[:N]: s(*x, z)
+        yield group
 
 
-def steps(note: Note) -> None:
-    """Loss and gradients of hidden states and weight, with the bare products before and after."""
-    for H in HIDDEN:
-        _steps_of(note, H)
+def steps(shapes: Shapes, _: bool) -> Iterator[Group]:
+    """Loss and gradients of hidden states and weight, with the bare products beside them."""
+    V, N, device = shapes.vocab, shapes.tokens[0], shapes.device
+    C = min(2048, N)
+    for H in shapes.hidden:
+        heads = [fg.LinearHead(_normal(device, N, H), _normal(device, V, H, scale=3 * H**-0.5)) for _ in range(3)]
+        frozen = [(m.hidden.detach(), m.weight.detach()) for m in heads]
+        leaves = [x.requires_grad_() for x in (heads[0].hidden, heads[0].weight)]
+        ids = torch.randint(V, (N,), device=device)
+        total, logits = torch.zeros(V, H, device=device), _normal(device, C, V)
+
+        def floor(frozen: Any = frozen, total: Tensor = total, logits: Tensor = logits) -> None:
+            for start in range(0, N, C):
+                rows = slice(start, start + C)
+                for h, w in reversed(frozen):
+                    torch.mm(h[rows], w.T, out=logits[: h[rows].shape[0]])
+                z = logits[: h[rows].shape[0]]
+                torch.mm(z, frozen[0][1])
+                add_dweight(total, z, frozen[0][0][rows], first=start == 0)
+
+        def step(options: dict[str, Any], heads: Any = heads, leaves: Any = leaves, ids: Tensor = ids) -> None:
+            loss = fg.gopd_loss(*heads, ids, reward_scale=1.25, **options).loss
+            torch.autograd.grad(loss, leaves)
+
+        group: Group = {f"five gemms H={H}": floor}
+        for name, options in STEPS.items():
+            if torch.device(device).type == "cuda" or "chunk_dtype" not in options:
+                group[f"step {name} H={H}"] = functools.partial(step, options)
+        alone = fg.LinearHead(*frozen[0])
+        group[f"logprobs H={H}"] = lambda m=alone, i=ids: fg.token_logprobs(m, i)
+        yield group
 
 
-def _steps_of(note: Note, H: int) -> None:
-    heads = [fg.LinearHead(_normal(TOKENS, H), _normal(V, H, scale=3 * H**-0.5)) for _ in range(3)]
-    frozen = [(m.hidden.detach(), m.weight.detach()) for m in heads]
-    leaves = [x.requires_grad_() for x in (heads[0].hidden, heads[0].weight)]
-    ids = torch.randint(V, (TOKENS,), device="cuda")
-    total, logits = torch.zeros(V, H, device="cuda"), _normal(2048, V)
-
-    def floor() -> None:
-        for start in range(0, TOKENS, 2048):
-            rows = slice(start, start + 2048)
-            for h, w in reversed(frozen):
-                torch.mm(h[rows], w.T, out=logits)
-            torch.mm(logits, frozen[0][1])
-            gemm.add_dweight_(total, logits, frozen[0][0][rows], first=start == 0)
-
-    def step(options: dict[str, Any]) -> None:
-        loss = fg.gopd_loss(*heads, ids, reward_scale=1.25, **options).loss
-        torch.autograd.grad(loss, leaves)
-
-    note(f"five gemms H={H}", floor)
-    for name, options in STEPS.items():
-        note(f"step {name} H={H}", functools.partial(step, options))
-    alone = fg.LinearHead(*frozen[0])
-    note(f"logprobs H={H}", lambda: fg.token_logprobs(alone, ids))
-    note(f"five gemms again H={H}", floor)
-
-
-PARTS = {"steps": steps, "linear": linear_kernel, "rows": row_kernel, "products": products}
+PARTS = {"products": products, "linear": linear_kernel, "steps": steps, "rows": row_kernel}
 
 
 def _has_runs(path: Path) -> bool:
@@ -178,24 +267,50 @@ def _has_runs(path: Path) -> bool:
         return False
 
 
-def measure(path: Path, parts: list[str]) -> dict[str, Any]:
+def measure(path: Path, parts: list[str], shapes: Shapes, tiles: bool, limit: float | None) -> dict[str, Any]:
+    """Add a run to the file, which is written after each group. No group is started after ``limit`` seconds."""
     file = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    device, started = shapes.device, time.monotonic()
     ms: dict[str, float] = {}
-    file["runs"].append(
-        {**run.origin("cuda"), "driver": run.driver_version("cuda"), "versions": run.package_versions(), "ms": ms}
-    )
+    spread: dict[str, list[float]] = {}
+    clock_ms: list[list[float]] = []
+    failed: dict[str, str] = {}
+    one = {**run.origin(device), "driver": run.driver_version(device), "versions": run.package_versions(), "ms": ms}
+    one |= {"spread": spread, "clock": clock_name(device), "clock_ms": clock_ms, "failed": failed}
+    file["runs"].append(one)
+    clock = Clock(device)
 
-    def note(name: str, call: Callable[[], object]) -> None:
-        ms[name] = _milliseconds(call)
-        print(f"{ms[name]:9.3f}  {name}", flush=True)
+    def note(group: Group) -> None:
+        calls = {}
+        for name, call in group.items():
+            try:  # a tile that does not compile here leaves the others
+                call()
+                calls[name] = call
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        times = []
+        for found, reference in timed(list(calls.values()), clock.step, device, shapes.rounds):
+            times.append(found)
+            clock_ms.append([round(time.monotonic() - started, 2), round(reference, 4)])
+        for name, values in zip(calls, map(list, zip(*times, strict=True)), strict=True):
+            ms[name] = round(median(values), 4)
+            spread[name] = [round(min(values), 4), round(quantile(values, 0.9), 4)]
+            print(f"{ms[name]:9.3f}  {name}", flush=True)
         run.write(file, path)
 
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    x = torch.empty(1 << (30 if torch.device(device).type == "cuda" else 20), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    note("copy 1GiB", lambda: y.copy_(x))
+    note({"copy 1GiB": lambda: y.copy_(x)})
     for part in parts:
-        PARTS[part](note)
-        torch.cuda.empty_cache()
+        for group in PARTS[part](shapes, tiles):
+            if limit is not None and time.monotonic() - started > limit:
+                failed[part] = f"the limit of {limit:.0f} s was over"
+                run.write(file, path)
+                break
+            note(group)
+            group.clear()
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
     return file  # type: ignore[no-any-return]
 
 
@@ -234,8 +349,32 @@ def _steps(ms: dict[str, float]) -> Iterator[str]:
     yield _line(["`token_logprobs`, to one bare GEMM", *map(_times, alone, bare)])
 
 
+def _chunk_lengths(ms: dict[str, float]) -> Iterator[str]:
+    """Milliseconds per 2048 tokens in chunks of each length."""
+    names = [name.split(" ", 3) for name in ms if name.startswith("gemm ")]
+    sizes = sorted({int(c[2:]) for _, _, c, _ in names})
+    yield from _columns(f"products, ms for 2048 tokens in chunks of {' / '.join(map(str, sizes))}", _heads(ms, "gemm "))
+    for what in dict.fromkeys(what for *_, what in names):
+        cells = []
+        for H in _hidden(ms, "gemm "):
+            found = [ms.get(f"gemm H={H} C={c} {what}", math.nan) * 2048 / c for c in sizes]
+            cells.append(" / ".join("–" if math.isnan(x) else f"{x:.2f}" for x in found))
+        yield _line([what, *cells])
+
+
+def _hidden(ms: dict[str, float], start: str) -> list[int]:
+    return sorted({int(m[1]) for name in ms if name.startswith(start) and (m := re.search(r"H=(\d+)", name))})
+
+
+def _heads(ms: dict[str, float], start: str) -> list[str]:
+    return [f"H={H}" for H in _hidden(ms, start)]
+
+
 def _products(ms: dict[str, float]) -> Iterator[str]:
     if not any(name.startswith("gemm ") for name in ms):
+        return
+    if any("dweight first" in name for name in ms):
+        yield from _chunk_lengths(ms)
         return
     yield from _columns("one product, 2048 tokens (1024 twice)", [f"H={H}" for H in HIDDEN])
     for what in ("logits bf16", "logits fp32", "dhidden", "dweight add"):
@@ -250,7 +389,8 @@ def _linear(ms: dict[str, float]) -> Iterator[str]:
     names = dict.fromkeys(" ".join(n.split()[3:]) for n in ms if n.startswith("linear ") and not n.endswith("bare"))
     if not names:
         return
-    sizes = [(N, H) for H in HIDDEN for N in (TOKENS, 2736) if f"linear N={N} H={H} bare" in ms]
+    lengths = (TOKENS, 2736) if not any(" default" in name for name in ms) else Shapes().tokens
+    sizes = [(N, H) for H in HIDDEN for N in lengths if f"linear N={N} H={H} bare" in ms]
     if not sizes:
         sizes = [(N, H) for H in HIDDEN for N in (TOKENS, 2736)]
     yield from _columns("linear kernel", [f"N={N}, H={H}" for N, H in sizes])
@@ -262,10 +402,9 @@ def _linear(ms: dict[str, float]) -> Iterator[str]:
 
 
 def _rows(ms: dict[str, float]) -> Iterator[str]:
-    kinds = dict.fromkeys(n.partition(" threads=")[0] for n in ms if n.startswith("row "))
-    tiles = dict.fromkeys(
-        "threads=" + n.partition(" threads=")[2].rpartition(" ")[0] for n in ms if n.startswith("row ")
-    )
+    names = [n.removeprefix("row ").split(" ", 3) for n in ms if n.startswith("row ") and "models=" in n]
+    kinds = dict.fromkeys("row " + " ".join(name[:3]) for name in names)
+    tiles = dict.fromkeys(name[3].rpartition(" ")[0] for name in names)
     if not kinds:
         return
     yield from _columns("row kernel, 1024 rows: statistics, and both", [k.removeprefix("row ") for k in kinds])
@@ -294,7 +433,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to add this run")
     parser.add_argument("--report", type=Path, help="measure nothing: the runs of this file")
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, default all")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, default all, in this order")
+    parser.add_argument("--tiles", action="store_true", help="other tiles of the row kernel too")
+    parser.add_argument("--limit", type=float, help="seconds after which no further group is started")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny shapes, interpreted")
     parser.add_argument("pages", type=Path, nargs="*")
     args = parser.parse_args()
     if (args.json is None) == (args.report is None):
@@ -303,10 +445,11 @@ def main() -> None:
         file = json.loads(args.report.read_text())
     elif args.json.exists() and not _has_runs(args.json):
         parser.error(f"--json {args.json} is not a file of this script: choose another name")
-    elif not torch.cuda.is_available():
+    elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here")
     else:
-        file = measure(args.json, args.parts.split(","))
+        shapes = Shapes() if args.device == "cuda" else TINY
+        file = measure(args.json, args.parts.split(","), shapes, args.tiles, args.limit)
     publish("gpu-kernels", markdown(file), args.pages)
     for one in file["runs"]:
         if any(name.startswith("five gemms") for name in one["ms"]):
