@@ -3,8 +3,8 @@
     python -m benchmarks.host --json RESULTS.json                 on a GPU, real shapes
     python -m benchmarks.host --json RESULTS.json --device cpu    tiny shapes, where a call is nothing but its host work
 
-For each estimator and number of tokens, forward and backward (log-probs: forward alone), minimum (and median, ``_p50``) of
-calls that each find the device idle:
+For each estimator and number of tokens, forward and backward (log-probs: forward alone), minimum (and median, ``_p50``)
+of calls that each find the device idle:
 
 - ``cpu_us``: CPU time of the process, all its threads, from the call to its return
 - ``chunk_us``: the same of each further chunk, from calls in one, two and four chunks

@@ -352,6 +352,8 @@ def _steps(ms: dict[str, float]) -> Iterator[str]:
 def _chunk_lengths(ms: dict[str, float]) -> Iterator[str]:
     """Milliseconds per 2048 tokens in chunks of each length."""
     names = [name.split(" ", 3) for name in ms if name.startswith("gemm ")]
+    if not names:
+        return
     sizes = sorted({int(c[2:]) for _, _, c, _ in names})
     yield from _columns(f"products, ms for 2048 tokens in chunks of {' / '.join(map(str, sizes))}", _heads(ms, "gemm "))
     for what in dict.fromkeys(what for *_, what in names):
@@ -372,9 +374,6 @@ def _heads(ms: dict[str, float], start: str) -> list[str]:
 
 def _products(ms: dict[str, float]) -> Iterator[str]:
     if not any(name.startswith("gemm ") for name in ms):
-        return
-    if any("dweight first" in name for name in ms):
-        yield from _chunk_lengths(ms)
         return
     yield from _columns("one product, 2048 tokens (1024 twice)", [f"H={H}" for H in HIDDEN])
     for what in ("logits bf16", "logits fp32", "dhidden", "dweight add"):
@@ -424,7 +423,7 @@ def markdown(file: dict[str, Any]) -> str:
         commit = (one["commit"] or "unknown")[:12]
         note = f" {one['note']}" if "note" in one else ""
         lines += ["", f"Run {i + 1}: {one['device']}, {one['date'][:10]}, commit {commit}.{copy}{note}"]
-        for part in (_steps, _products, _linear, _rows):
+        for part in (_steps, _chunk_lengths if "spread" in one else _products, _linear, _rows):
             lines += part(one["ms"])
     return "\n".join(lines).strip()
 

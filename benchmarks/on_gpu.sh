@@ -1,29 +1,77 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, from a source tree: correctness, then the GPU suite.
+# On a machine with a GPU, from a source tree: everything worth having of eight minutes, the most valuable first.
 #
 #     benchmarks/on_gpu.sh FOLDER
+#     DEVICE=cpu benchmarks/on_gpu.sh FOLDER     # a rehearsal: tiny shapes, Triton's interpreter, its times mean nothing
 #
-# writes FOLDER/tests.log, conformance.log, compiled.log, gpu.json and gpu.png. PYTHON names the interpreter, which needs PyTorch,
-# Triton, numpy, typer, rich, pytest, pytest-xdist, pytest-benchmark, hypothesis, and the peers that are to stand in the
-# table. Where CONFORMANCE names the contract's checks they run too. Where something is wrong nothing is timed. LIMIT is
-# how many seconds the timing may take (default 420): its file has each row as soon as it is measured.
-set -euo pipefail
+# PYTHON names the interpreter, which needs PyTorch, Triton, numpy, typer, rich, pytest, pytest-xdist, pytest-benchmark,
+# hypothesis, and the peers that are to stand in the tables: pip install "fused-gopd[test,triton,bench-peers-gpu]". Where
+# CONFORMANCE names the contract's checks they run too, last. A phase that fails or runs out of its time leaves the others:
+# each writes its file as it goes, FOLDER/phases.txt says how each ended.
+#
+# The budget, in seconds, 470 in all, of which 60 are starts of processes (8 at about 7 s, imports and first context):
+#    85  whole calls, and the kernels that no GPU has run: tests by -n 8, the slowest of them 20 s with its compilation;
+#        beside them torch.compile makes what the steps need, which is kept on the disk
+#    30  host: 12 rows of 130 calls of 2 to 5 ms, a fourth of that at 8192 tokens
+#    45  products: 3 hidden sizes x 28 products x 11 rounds of 0.4 to 8 ms, 10 s, and their buffers
+#    60  linear kernel: 3 x 21 calls x 11 rounds of 0.2 to 20 ms, 8 s; compiling 8 variants, 5 s each
+#    50  jobs of one and two models beside quack, Liger, orda: 38 rows of 1.1 s; their own compilation is the unknown
+#   150  steps: 84 rows of 1.1 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
+#    40  pieces of steps, row kernels: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; 32 row kernels, compiled by the tests
+# and what is left of 470 for the remaining tests. LIMIT changes the 470.
+set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} device=${DEVICE:-cuda} limit=${LIMIT:-470}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 [ -z "$(ls -A "$out")" ] || { echo "$out is not empty: choose a new or an empty folder" >&2; exit 2; }
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"'
-# what torch.compile makes for the peers is kept on the disk: made beside the tests, it takes the suite no time
-compiled=(--providers compile,compile-chunked,cce-compile --seconds 0 --no-memory --no-accuracy)
-"$python" -m benchmarks --device cuda --suite gpu "${compiled[@]}" > "$out/compiled.log" 2>&1 &
-"$python" -m pytest -q -n 8 -p no:cacheprovider -k "not interpreted" \
-    tests/rowops/test_triton.py tests/core/test_gpu.py tests/core/test_pytorch_compat.py 2>&1 | tee "$out/tests.log"
-if [ -n "${CONFORMANCE:-}" ]; then
-    CONFORMANCE_DEVICE=cuda CONFORMANCE_BACKENDS=triton,torch \
-        "$python" -m pytest -q -n 8 -p no:cacheprovider "$CONFORMANCE" 2>&1 | tee "$out/conformance.log"
+if [ "$device" = cpu ]; then
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+    workers=0 run_suite=quick peers_suite=quick steps=(--jobs nll,hidden-full)
+else
+    "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
+    workers=8 run_suite=run peers_suite=peers steps=()
 fi
+
+# phase NAME SECONDS COMMAND...: run a command for at most so long, and not past the limit of all
+phase() {
+    local name=$1 seconds=$2 start=$SECONDS code=0
+    shift 2
+    seconds=$((seconds < limit - SECONDS ? seconds : limit - SECONDS))
+    [ "$seconds" -gt 5 ] || { echo "$name: no time left" | tee -a "$out/phases.txt"; return; }
+    timeout --kill-after=5 "$seconds" "$@" > "$out/$name.log" 2>&1 || code=$?
+    echo "$name: ended with $code after $((SECONDS - start)) of $seconds s" | tee -a "$out/phases.txt"
+}
+tests() {
+    echo "$python" -m pytest -q -n "$workers" -p no:cacheprovider
+}
+bench() {
+    echo "$python" -m benchmarks --device "$device"
+}
+
+# shellcheck disable=SC2046  # the functions print words
+if [ "$device" = cuda ]; then
+    # what torch.compile makes is kept on the disk: made beside the tests, it takes the steps no time
+    compiled=(--providers compile --seconds 0 --no-memory --no-accuracy)
+    timeout 80 $(bench) --suite run "${compiled[@]}" > "$out/compiled.log" 2>&1 &
+fi
+phase tests 85 $(tests) tests/core/test_gpu.py
 wait
-"$python" -m benchmarks --device cuda --suite gpu --limit "${LIMIT:-420}" --json "$out/gpu.json"
-"$python" -m benchmarks.report "$out/gpu.json" --plot "$out/gpu.png" > "$out/gpu.md"
+phase host 30 "$python" -m benchmarks.host --device "$device" --json "$out/host.json" --limit 22
+phase products 45 "$python" -m benchmarks.kernels --device "$device" --json "$out/products.json" --parts products --limit 35
+phase linear 60 "$python" -m benchmarks.kernels --device "$device" --json "$out/linear.json" --parts linear --limit 50
+ours=floor,fused-triton,fused-triton-low-chunks,fused-triton-one-pass,fused-native
+theirs=quack,quack-lse,liger-flce-sm90,liger-scaled-ce,liger-flce-long,orda,unsloth-jsd
+phase peers 50 $(bench) --suite "$peers_suite" "${steps[@]}" --providers "$ours,$theirs" --seconds 0.03 --limit 40 \
+    --json "$out/peers.json"
+phase steps 150 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit 138 --json "$out/steps.json"
+phase pieces 40 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" --parts steps,rows --limit 30
+phase kernels "$limit" $(tests) -k "not interpreted" tests/rowops/test_triton.py tests/core/test_pytorch_compat.py
+if [ -n "${CONFORMANCE:-}" ]; then
+    export CONFORMANCE_DEVICE=$device CONFORMANCE_BACKENDS=triton,torch
+    phase conformance "$limit" $(tests) "$CONFORMANCE"
+fi
+for name in peers steps; do
+    [ ! -f "$out/$name.json" ] || "$python" -m benchmarks.report "$out/$name.json" > "$out/$name.md"
+done

@@ -355,8 +355,9 @@ def _peers(device: str) -> list[Workload]:
     """Jobs of one and two models at the head that these packages publish times for, and at Qwen3-1.7B's."""
     if not _gpu(device):
         return _on(device, ("nll", "reverse-kl", "kl-ce"), _head(SMALL, 512))
-    jobs, llama = ("logprobs", "nll", "kl-ce", "jsd"), _head("llama-3-8b", 4096, torch.bfloat16)
-    return [*_on(device, jobs, _default_head(device)), *_on(device, jobs[:2], llama)]
+    qwen, llama = _default_head(device), _head("llama-3-8b", 4096, torch.bfloat16)
+    one = [w for head in (qwen, llama) for w in _on(device, ("nll", "logprobs"), head)]
+    return one + _on(device, ("kl-ce", "jsd"), qwen)
 
 
 def _run(device: str) -> list[Workload]:
@@ -371,7 +372,7 @@ def _run(device: str) -> list[Workload]:
         found += _on(device, steps, replace(main, tokens=tokens // parts))
     for changed in ({"frozen": True}, {"peaked": True}, {"masked": 0.9}):
         found += _on(device, steps[:2], replace(main, **changed))
-    return found + _on(device, steps[:2], replace(main, tokens=8 * tokens))
+    return found + _on(device, steps[:1], replace(main, tokens=8 * tokens))
 
 
 def _unequal(device: str) -> list[Workload]:

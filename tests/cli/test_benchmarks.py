@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,66 @@ def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
     last = [one for one in file["runs"] if any(name.startswith("five gemms") for name in one["ms"])][-1]
     steps = "\n".join(kernels._steps(last["ms"])).strip()
     assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance.md"))
+
+
+def test_calls_of_a_group_are_timed_in_turn() -> None:
+    kernels = bench.benchmarks_module("kernels")
+    calls: list[str] = []
+    group = [lambda name=name: calls.append(name) for name in "abc"]
+    rounds = list(kernels.timed(group, lambda: calls.append("clock"), "cpu", 4))
+    assert len(rounds) == 4
+    assert all(len(ms) == 3 and min(ms) >= 0 for ms, _ in rounds)
+    assert calls[:6] == list("abcabc")
+    orders = [tuple(calls[i : i + 4]) for i in range(6, len(calls), 4)]
+    assert all(order[0] == "clock" and sorted(order[1:]) == list("abc") for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_products_of_all_chunk_lengths_and_whole_steps_run_on_a_cpu() -> None:
+    """The parts without Triton; the rehearsal of on_gpu.sh has the others, interpreted."""
+    kernels = bench.benchmarks_module("kernels")
+    shapes = kernels.TINY
+    ms = {}
+    for part in (kernels.products, kernels.steps):
+        for group in part(shapes, False):
+            for name, call in group.items():
+                call()
+                ms[name] = 1.0
+    table = list(kernels._chunk_lengths(ms))
+    assert [line.split("|")[1].strip() for line in table[3:]] == [
+        "logits bf16", "logits fp32", "dhidden", "dweight add", "dweight first"
+    ]  # fmt: skip
+    assert "64.00 / 42.67" in table[3]
+    assert "five gemms H=64" in ms
+
+
+def test_host_time_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = bench.benchmarks_module("host")
+    monkeypatch.setattr(host, "CALLS", 4)
+    found = host.row(host.Case("full", "torch", 4, 8, 64, "cpu"), "cpu", profile=True)
+    assert found["cpu_us"] <= found["cpu_us_p50"]
+    assert found["first_us"] > 0
+    assert found["python_calls"] > 100
+    assert len(found["profile"]) > 10
+    with pytest.raises(RuntimeError, match="no product"):
+        host.microseconds_to_first(lambda: torch.ones(3) + 1)
+
+
+def test_the_gpu_session_is_within_eight_minutes_and_calls_what_exists() -> None:
+    root = Path(__file__).parents[2]
+    script = (root / "benchmarks" / "on_gpu.sh").read_text()
+    seconds = [int(x) for x in re.findall(r"^phase \w+ (\d+) ", script, re.MULTILINE)]
+    (limit,) = map(int, re.findall(r"LIMIT:-(\d+)", script))
+    assert sum(seconds) <= limit <= 480
+    assert len(seconds) == 7
+    stated = [int(x) for x in re.findall(r"^# +(\d+)  \w", script, re.MULTILINE)]
+    assert stated == seconds
+    for path in re.findall(r"tests/\S+\.py", script):
+        assert (root / path).is_file()
+    for module in re.findall(r"-m benchmarks\.(\w+)", script):
+        bench.benchmarks_module(module)
+    names = re.findall(r"^(?:ours|theirs)=(\S+)$", script, re.MULTILINE)
+    assert set(",".join(names).split(",")) <= {*registry.PROVIDERS, registry.FLOOR}
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,50 @@ def test_a_real_vocabulary_in_several_chunks(objective: dict[str, Any]) -> None:
         assert relative_error(g, w) <= bound(torch.bfloat16)
 
 
+# Kernels that had run on no GPU when this was written (2026-11-29), only compiled and interpreted.
+UNTRIED: list[dict[str, Any]] = [
+    {"divergence": "alpha", "alpha": 0.5},
+    {"divergence": "alpha", "alpha": -0.3},
+    {"divergence": "skew_kl", "skew": 0.1},
+    {"divergence": "skew_reverse_kl", "skew": 0.1},
+    {"divergence": "mixed", "forward_weight": 0.3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", UNTRIED, ids=lambda o: " ".join(map(str, o.values())))
+def test_divergences_that_no_gpu_has_run(objective: dict[str, Any], dtype: torch.dtype) -> None:
+    batch = large(300, 64, dtype)
+    options = {"estimator": "full", "reward_scale": 1.25, **objective}
+    out, got = run(batch, backend="triton", chunk_size=128, **options)
+    want_out, want = run(wide(batch), fg.reference.gopd_loss, **options)
+    assert_close(out.token_loss, want_out.token_loss, TOLERANCE[torch.float32])
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) <= bound(dtype)
+
+
+def test_policy_losses_with_every_clip() -> None:
+    batch = large(300, 64, torch.bfloat16)
+    with torch.no_grad():
+        now = fg.token_logprobs(batch.student, batch.token_ids)
+    g = torch.Generator("cuda").manual_seed(2)
+    old, rollout = (now + 0.3 * torch.randn(now.shape, generator=g, device="cuda") for _ in range(2))
+    options: dict[str, Any] = {"old_logprobs": old.clamp(max=0), "rollout_logprobs": rollout.clamp(max=0)}
+    options |= {
+        "clip": (0.2, 0.3),
+        "clip_dual": 3.0,
+        "rollout_is_cap": 1.5,
+        "advantage_clip": 2.0,
+        "logprob_min": -20.0,
+    }
+    out, got = run(batch, backend="triton", chunk_size=128, reward_scale=1.25, **options)
+    want_out, want = run(wide(batch), fg.reference.gopd_loss, reward_scale=1.25, **options)
+    assert_close(out.token_loss, want_out.token_loss, TOLERANCE[torch.float32])
+    assert_close(out.advantages, want_out.advantages, TOLERANCE[torch.float32])
+    for g_, w in zip(got, want, strict=True):
+        assert relative_error(g_, w) <= bound(torch.bfloat16)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
 def test_chunks_in_bfloat16_are_as_accurate_as_dense_code(objective: dict[str, Any]) -> None:
     """SPEC's rule: the error against float64 is at most that of the dense path in the same dtype."""
