@@ -27,6 +27,7 @@ import torch
 
 import snapshots
 from builders import row_divergence
+from fused_gopd.loop.chunking import row_stride
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.triton import Device, Launch
@@ -203,6 +204,38 @@ def _linear(
     )
 
 
+def _exponentials(
+    device: Device,
+    *,
+    transform: LogitTransform | None = None,
+    rows: int = C,
+    hidden: int = H,
+    vocabulary: int = V,
+    stride: int | None = None,
+) -> tuple[Launch, Launch, Launch, Launch]:
+    transform = transform or LogitTransform()
+    x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(rows, stride or row_stride(vocabulary), dtype=torch.bfloat16, device="meta")
+    tile = backend.linear_tiles(x, weight, transform, "ieee", device, out)
+    parts = backend.splits(rows, vocabulary, tile, device)
+    return backend.exponential_launches(
+        x,
+        weight,
+        transform,
+        vocabulary,
+        torch.empty(rows, dtype=torch.int64, device="meta"),
+        torch.empty(3, rows, device="meta"),
+        torch.empty(2, parts, 4, rows, device="meta"),
+        out,
+        torch.empty(len(Stat), rows, device="meta"),
+        tile,
+        "ieee",
+        False,
+        device.flush,
+    )
+
+
 def launches(target: Target) -> dict[str, Launch]:
     """The configurations production uses, by name."""
     d = target.device
@@ -266,11 +299,29 @@ def launches(target: Target) -> dict[str, Launch]:
     found["linear bf16, transposed weight"] = _linear(d, bf16, transposed=True)[0]
     found["linear fp32, softcap and bias"] = _linear(d, f32, transform=capped)[0]
     found["linear fp32, softcap, bias, H = 1000"] = _linear(d, f32, transform=capped, hidden=1000)[0]
+    found["linear bf16, 2048 rows"] = _linear(d, bf16, rows=2048)[0]
     found["linear bf16, softcap, bias, H = 1000"] = _linear(d, bf16, transform=capped, hidden=1000)[0]
     found["linear bf16, softcap, bias, 64 rows"] = _linear(d, bf16, transform=capped, rows=64)[0]
     found["linear bf16, softcap, bias, 1 row"] = _linear(d, bf16, transform=capped, rows=1)[0]
     found["linear bf16, 64 rows"] = _linear(d, bf16, rows=64)[0]
     found["linear bf16, 1 row"] = _linear(d, bf16, rows=1)[0]
+    names = ("token logit", "exponentials", "exponentials, second round", "exponentials merge")
+    found |= {f"linear {name}": launch for name, launch in zip(names, _exponentials(d, rows=2048), strict=True)}
+    found["linear exponentials, 1024 rows"] = _exponentials(d)[1]
+    biased = LogitTransform(temperature=0.7, bias=capped.bias)
+    found["linear exponentials, scaled"] = _exponentials(d, transform=LogitTransform(temperature=0.7))[1]
+    found["linear exponentials, bias"] = _exponentials(d, transform=biased)[1]
+    found["linear exponentials, bias, second round"] = _exponentials(d, transform=biased)[2]
+    found["linear exponentials, H = 1000"] = _exponentials(d, hidden=1000)[1]
+    found["linear exponentials, bias, H = 1004"] = _exponentials(d, transform=biased, hidden=1004)[1]
+    found["linear exponentials, V = 50257"] = _exponentials(d, vocabulary=50257)[1]
+    found["linear exponentials, bias, V = 50257"] = _exponentials(d, transform=biased, vocabulary=50257)[1]
+    found["linear exponentials, unaligned rows"] = _exponentials(d, vocabulary=50257, stride=50257)[1]
+    found["linear exponentials, bias, unaligned rows"] = _exponentials(
+        d, transform=biased, vocabulary=50257, stride=50257
+    )[1]
+    found["linear exponentials, 64 rows"] = _exponentials(d, rows=64)[1]
+    found["linear exponentials, 1 row"] = _exponentials(d, rows=1)[1]
     gradient = torch.empty(V, H, device="meta")
     factor, low = torch.empty((), device="meta"), gradient.to(bf16)
     found["scaled gradient"] = backend.scale_launch(gradient, factor, low)

@@ -24,7 +24,8 @@ from torch import Tensor
 import fused_gopd as fg
 from builders import in_parts, row_divergence
 from combinations import pairwise
-from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.loop.chunking import row_stride
+from fused_gopd.rowops import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.torch import TorchRowOps
 from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
@@ -144,7 +145,7 @@ def in_float32(problem: RowProblem) -> RowProblem:
     return dataclasses.replace(problem, student=student, teacher=model(problem64.teacher), ref=model(problem64.ref))
 
 
-def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str) -> None:
+def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str, more: float = 0.0) -> None:
     """No further from the float64 truth than four times the plain float32 path, plus 16 units of float32 rounding.
 
     Both add about log2(V) roundings of the largest magnitude in a row, in different orders: the worst entries of two
@@ -158,18 +159,18 @@ def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str) -> Non
         return
     error = (actual - truth)[finite].abs().max().item()
     allowed = 4 * (naive - truth)[finite].abs().max().item()
-    allowed += 16 * torch.finfo(torch.float32).eps * max(truth[finite].abs().max().item(), 1e-2)
+    allowed += 16 * torch.finfo(torch.float32).eps * max(truth[finite].abs().max().item(), 1e-2) + more
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_statistics_close(actual: Tensor, truth: Tensor, naive: Tensor) -> None:
+def assert_statistics_close(actual: Tensor, truth: Tensor, naive: Tensor, more: float = 0.0) -> None:
     """Of a model whose row is poisoned only LOGSUM is defined (NaN): its maximum and token logit are left out."""
     for stat in Stat:
         model = stat.name.partition("_")[2]
         defined = torch.ones_like(naive[stat], dtype=torch.bool)
         if stat.name.startswith(("LOGIT", "MAX")):
             defined = ~naive[Stat[f"LOGSUM_{model}"]].isnan()
-        assert_close(actual[stat][defined], truth[stat][defined], naive[stat][defined], stat.name)
+        assert_close(actual[stat][defined], truth[stat][defined], naive[stat][defined], stat.name, more)
 
 
 def check(
@@ -806,6 +807,220 @@ def test_linear_statistics_decline_what_they_cannot_take() -> None:
     assert none.shape == (len(Stat), 0)
 
 
+# --- exponentials from hidden states ---------------------------------------------------------------------------------
+
+HALF_A_UNIT = 2.0**-8  # largest relative error of rounding to bfloat16
+
+
+def check_exponentials(
+    ops: TritonRowOps,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    transform: LogitTransform | None = None,
+    V: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[LinearExponentials, Tensor]:
+    """The statistics are those of the logits, and factor times exponentials is the gradient of -log p[token].
+
+    What a logit relative to the token's own costs: exp(z - o) has the rounding of z - o, half a unit of its magnitude
+    d, from the subtraction and from each multiplication by log2 e. Sums of all have it in common with the gradient's
+    factor, the log-sum and the mean, which are moved back by d, do not.
+    """
+    transform, V = transform or LogitTransform(), V or weight.shape[0]
+    C = hidden.shape[0]
+    out = torch.full((C, weight.shape[0] + 3), 7.0, dtype=torch.bfloat16, device=DEVICE) if out is None else out
+    found = ops.linear_exponentials(hidden, weight, transform, V, ids, out)
+    assert found is not None
+    logits64, logits32 = hidden.double() @ weight.double().T, hidden.float() @ weight.float().T
+    slow, token_weight = TorchRowOps(), GradientWeights(token=torch.ones(C, device=DEVICE))
+    gradients = [torch.empty(C, V, dtype=x.dtype, device=DEVICE) for x in (logits64, logits32)]
+    truth, naive = (
+        slow.statistics_and_gradient(
+            RowProblem(V, ModelRows(x, transform), token_ids=ids),
+            GradientWeights(token=token_weight.token.to(x.dtype)),
+            g,
+        )
+        for x, g in zip((logits64, logits32), gradients, strict=True)
+    )
+    distance = -truth[Stat.LOGIT_STUDENT].nan_to_num(0.0, 0.0, 0.0)
+    distance = torch.where(distance < 64, distance, 0.0).max().item()
+    assert_statistics_close(found.statistics, truth, naive, 4 * torch.finfo(torch.float32).eps * distance)
+    actual = found.factor[:, None].double() * out[:, :V].double()
+    expected = gradients[0]
+    poisoned = gradients[1].isnan().any(1)
+    assert torch.equal(actual.isnan(), poisoned[:, None].expand_as(actual)), "a row is NaN as a whole, or not at all"
+    usable = ~poisoned
+    smallest = 2.0**-100 * expected.abs().nan_to_num(0.0).amax(1, keepdim=True)  # exponentials below 2^-126 are 0
+    error, bound = (actual - expected).abs(), 1.01 * HALF_A_UNIT * expected.abs() + smallest
+    assert (error <= bound)[usable].all(), (error - bound)[usable].max()
+    valid = ((ids >= 0) & (ids < V) & usable).nonzero()[:, 0]
+    at_token = (found.factor.double() * (out.double()[:, :V].gather(1, ids.clamp(0, V - 1)[:, None])[:, 0]
+                + found.residual.double()))[valid]  # fmt: skip
+    assert_close(at_token, gradients[0][valid, ids[valid]], gradients[1][valid, ids[valid]], "entry at the token")
+    assert (out[:, V:] == 7.0).all(), "columns past the vocabulary were written"
+    return found, out
+
+
+def bfloat16_inputs(rows: int, H: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_inputs(rows, H, V, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "H", "V"), [(1, 16, 32), (37, 48, 211), (50, 33, 100), (3, 7, 1), (16, 16, 33)])
+def test_linear_exponentials_agree_with_float64(ops: TritonRowOps, rows: int, H: int, V: int) -> None:
+    check_exponentials(ops, *bfloat16_inputs(rows, H, V))
+
+
+@pytest.mark.parametrize("name", [name for name in transforms() if transforms()[name].softcap is None])
+def test_linear_exponentials_transforms_and_masks(ops: TritonRowOps, name: str) -> None:
+    """Masks in the bias, of -inf and finite: exactly 0 there."""
+    transform = transforms()[name]
+    bias = torch.zeros(99, device=DEVICE) if transform.bias is None else transform.bias.to(DEVICE).float()
+    bias[5], bias[6], bias[98] = -INF, -1e9, -1e4
+    hidden, weight, ids = bfloat16_inputs(18, 32, 99)
+    ids.clamp_(max=97)
+    ids[(ids == 5) | (ids == 6)] = 7
+    _, out = check_exponentials(ops, hidden, weight, ids, dataclasses.replace(transform, bias=bias))
+    assert not out[:, [5, 6, 98]].any()
+
+
+def test_linear_exponentials_decline_what_they_cannot_take() -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    hidden, weight, ids = bfloat16_inputs(3, 16, 20)
+    out = torch.empty(3, 20, dtype=torch.bfloat16, device=DEVICE)
+    decline = TritonRowOps().linear_exponentials
+    plain = LogitTransform()
+    assert decline(hidden, weight, LogitTransform(softcap=30.0), 20, ids, out) is None
+    assert decline(hidden.float(), weight.float(), plain, 20, ids, out) is None
+    assert decline(hidden.half(), weight.half(), plain, 20, ids, out) is None
+    assert decline(hidden, weight, plain, 20, ids, out.half()) is None
+    none = decline(hidden[:0], weight, plain, 20, ids[:0], out[:0])
+    assert none is not None
+    assert [x.shape for x in none] == [(len(Stat), 0), (0,), (0,)]
+
+
+def test_linear_exponentials_strides_and_padding_rows(ops: TritonRowOps) -> None:
+    hidden, weight, ids = bfloat16_inputs(20, 32, 120)
+    wide_hidden = torch.full((40, 50), NAN, dtype=torch.bfloat16, device=DEVICE)
+    wide_weight = torch.full((120, 41), NAN, dtype=torch.bfloat16, device=DEVICE)
+    wide_hidden[::2, 3:35], wide_weight[:, 2:34] = hidden, weight
+    weight = wide_weight[:, 2:34]
+    weight[100:] = NAN  # rows past the joint vocabulary
+    ids = ids.clamp(max=99)
+    found, out = check_exponentials(ops, wide_hidden[::2, 3:35], weight, ids, V=100)
+    wide = torch.full((40, 131), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    again, _ = check_exponentials(ops, hidden, wide_weight[:, 2:34].t().contiguous().t(), ids, V=100, out=wide[1::2])
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert torch.equal(out[:, :100], wide[1::2, :100])
+    assert (wide[::2] == 7.0).all()
+    statistics = torch.full((len(Stat), 23), 7.0, device=DEVICE)
+    into = ops.linear_exponentials(hidden, weight, LogitTransform(), 100, ids, out, statistics[:, 1:21])
+    assert into is not None
+    assert into.statistics.data_ptr() == statistics[:, 1:].data_ptr()
+    assert torch.equal(statistics[:, 1:21], found.statistics)
+    assert (statistics[:, [0, 21, 22]] == 7.0).all()
+
+
+def test_linear_exponentials_of_a_peaked_row_keep_their_digits(ops: TritonRowOps) -> None:
+    """p of the token is 1 - 1e-5 and nearer to 1: p - 1 is minus the sum of the others, not a difference."""
+    hidden, weight, ids = bfloat16_inputs(20, 32, 70)
+    bias = torch.zeros(70, device=DEVICE)
+    ids[:] = 11
+    bias[11] = 30.0
+    found, out = check_exponentials(ops, hidden, weight * 0.5, ids, LogitTransform(bias=bias))
+    others = torch.cat((out[:, :11], out[:, 12:70]), 1).double().sum(1)
+    assert (others < 1e-5).any()
+    entries = out[:, 11].double() + found.residual.double()
+    torch.testing.assert_close(entries, -others, rtol=2 * HALF_A_UNIT, atol=0.0)
+    assert (found.statistics[Stat.LOGIT_STUDENT] <= found.statistics[Stat.LOGSUM_STUDENT]).all()
+
+
+def test_linear_exponentials_of_an_improbable_token_are_relative_to_the_maximum(ops: TritonRowOps) -> None:
+    """Beside rows of the same tile that are not redone, which keep their bits."""
+    hidden, weight, ids = bfloat16_inputs(20, 32, 70)
+    bias = torch.zeros(70, device=DEVICE)
+    bias[[3, 4, 5, 6]] = torch.tensor([-28.0, -70.0, -1e9, -INF], device=DEVICE)
+    transform = LogitTransform(bias=bias)
+    ids[ids < 7] = 7
+    alone, before = check_exponentials(ops, hidden, weight, ids, transform)
+    redone = torch.tensor([2, 3, 5, 7, 19], device=DEVICE)
+    ids[redone] = torch.tensor([4, 5, 6, 6, 4], device=DEVICE)
+    ids[4] = 3
+    found, out = check_exponentials(ops, hidden, weight, ids, transform)
+    rest = torch.tensor([i for i in range(20) if i not in (2, 3, 4, 5, 7, 19)], device=DEVICE)
+    assert torch.equal(out[rest], before[rest])
+    assert torch.equal(found.factor[rest], alone.factor[rest])
+    assert torch.equal(found.statistics[:, rest], alone.statistics[:, rest])
+    assert ((found.factor[redone] <= 1) & (found.factor[redone] >= 1 / 70)).all()
+    assert found.factor[4] < 1e-7
+    assert (found.statistics[Stat.LOGIT_STUDENT, [5, 7]] == -INF).all()
+
+
+def test_linear_exponentials_token_ids_out_of_range(ops: TritonRowOps) -> None:
+    hidden, weight, ids = bfloat16_inputs(20, 16, 70)
+    ids[:4] = torch.tensor([-1, 70, 2**40 + 3, -100], device=DEVICE)
+    found, out = check_exponentials(ops, hidden, weight, ids)
+    assert found.statistics[Stat.LOGIT_STUDENT, :4].isnan().all()
+    assert (out[:4, :70] >= 0).all()
+    assert not found.residual[:4].any()
+
+
+def test_linear_exponentials_nan_and_empty_rows(ops: TritonRowOps) -> None:
+    hidden, weight, ids = bfloat16_inputs(20, 16, 70)
+    healthy, clean = check_exponentials(ops, hidden, weight, ids)
+    hidden[2] = NAN
+    hidden[3, 0] = INF
+    found, out = check_exponentials(ops, hidden, weight, ids)
+    assert found.statistics[Stat.LOGSUM_STUDENT, 2:4].isnan().all()
+    assert found.factor[2:4].isnan().all()
+    assert torch.equal(out[4:, :70], clean[4:, :70])
+    assert torch.equal(found.factor[4:], healthy.factor[4:])
+    infinite = weight.clone()
+    infinite[9] = 0.0
+    infinite[9, 0] = INF  # logits of +inf and -inf
+    check_exponentials(ops, hidden, infinite, ids)
+    hidden[2:4] = 0.0
+    nothing = LogitTransform(bias=torch.full((70,), -INF, device=DEVICE))
+    empty, out = check_exponentials(ops, hidden, weight, ids, nothing)
+    assert (empty.statistics[Stat.LOGSUM_STUDENT] == -INF).all()
+    assert not out[:, :70].any()
+    assert (empty.factor == 1.0).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3, 7])
+def test_linear_exponentials_splits_and_tiles(ops: TritonRowOps, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, ids = bfloat16_inputs(33, 32, 300)
+    bias = torch.zeros(300, device=DEVICE)
+    bias[4] = -70.0
+    ids[[3, 32]] = 4
+    monkeypatch.setattr(backend, "splits", lambda *_: splits)
+    tiles = (LinearTiles(32, 32, 32, 1, 4, 2), LinearTiles(16, 128, 16, 4, 4, 2), SMALL_LINEAR)
+    transform = LogitTransform(bias=bias)
+    results = [check_exponentials(TritonRowOps(linear_tile=tile), hidden, weight, ids, transform) for tile in tiles]
+    for found, out in results[1:]:
+        torch.testing.assert_close(found.statistics, results[0][0].statistics, rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(out[:, :300].float(), results[0][1][:, :300].float(), rtol=2.1 * HALF_A_UNIT, atol=0)
+    again = check_exponentials(TritonRowOps(linear_tile=tiles[0]), hidden, weight, ids, transform)
+    assert torch.equal(again[1], results[0][1])
+    check_exponentials(ops, hidden, weight, ids, transform)
+
+
+@pytest.mark.skipif(INTERPRETED and not backend._has_descriptors(), reason="this Triton has no descriptors")
+def test_linear_exponentials_by_the_copy_engine(ops: TritonRowOps) -> None:
+    """Its tiles store two halves; rows and columns past the end stay as they are."""
+    if not INTERPRETED:
+        pytest.skip("a GPU takes such tiles by itself")
+    hidden, weight, ids = bfloat16_inputs(20, 32, 77)
+    wide = torch.full((23, 80), 7.0, dtype=torch.bfloat16)
+    tile = dataclasses.replace(SMALL_LINEAR, descriptors=True)
+    found, _ = check_exponentials(TritonRowOps(linear_tile=tile), hidden, weight, ids, out=wide[:20])
+    assert (wide[20:] == 7.0).all()
+    again, out = check_exponentials(ops, hidden, weight, ids)
+    assert torch.equal(wide[:20, :77], out[:, :77])
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 # --- only where there is a GPU ---------------------------------------------------------------------------------------
 
 
@@ -837,6 +1052,21 @@ def test_more_than_two_to_the_31_logits(ops: TritonRowOps) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_full_size(ops: TritonRowOps, dtype: torch.dtype) -> None:
     check_linear(ops, *linear_inputs(300, 2048, 32003, dtype))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("rows", "H", "V"), [(300, 2048, 32003), (1100, 1024, 151936), (64, 1000, 50257), (5, 64, 999)]
+)
+def test_linear_exponentials_full_size(ops: TritonRowOps, rows: int, H: int, V: int) -> None:
+    hidden, weight, ids = linear_inputs(rows, H, V, torch.bfloat16)
+    bias = torch.zeros(V, device=DEVICE)
+    bias[3] = -70.0
+    ids[rows // 2] = 3
+    out = torch.empty(rows, row_stride(V), dtype=torch.bfloat16, device=DEVICE)
+    out[:, V:] = 7.0
+    for transform in (LogitTransform(), LogitTransform(bias=bias), LogitTransform(temperature=0.7)):
+        check_exponentials(ops, hidden, weight, ids, transform, out=out)
 
 
 # --- the whole loss on these kernels ----------------------------------------------------------------------------------

@@ -189,6 +189,18 @@ class GradientWeights:
         return GradientWeights(*(None if x is None else x * factor for x in (self.divergence, self.token)))
 
 
+class LinearExponentials(NamedTuple):
+    """What :meth:`RowOps.linear_exponentials` returns beside the exponentials E, with y = token.
+
+    The gradient of -log p[y] with respect to the raw logits, slope (p - 1[v = y]) with z = slope x, is factor E and,
+    at y, factor (E + residual).
+    """
+
+    statistics: Tensor  # (len(Stat), C) of a single model
+    factor: Tensor  # (C,) slope / sum_v exp(z - o)
+    residual: Tensor  # (C,) what rounding took from the entry at y
+
+
 class RowOps(Protocol):
     """One backend's row operations.
 
@@ -260,6 +272,27 @@ class RowOps(Protocol):
 
         The logits stay on chip. Returns None where the backend has no such kernel for this input; the caller then
         computes the logits of the chunk and calls ``statistics``.
+        """
+
+    def linear_exponentials(
+        self,
+        hidden: Tensor,  # (C, H)
+        weight: Tensor,  # (>= V, H), same dtype
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,  # (C,) int64
+        exponentials: Tensor,  # (C, >= V) bfloat16, written
+        out: Tensor | None = None,  # as in linear_statistics
+    ) -> LinearExponentials | None:
+        """``linear_statistics``, and exp(z - o) on the way, from which a logit gradient follows by factors per row.
+
+        The offset o of a row is z[token]: the sum over the row is 1 / p[token], and bfloat16 has float32's range. Where
+        that sum is above 2^64, or the token has no finite logit (probability 0, an id outside [0, V)), o is the maximum
+        of the row, found on the device in a second round. ``exponentials`` are exp(z - o) except at the token, where
+        they are exp(z - o) - sum_v exp(z - o), rounded once. A row without support is 0. A row with NaN or +inf has a
+        factor of NaN.
+
+        Returns None where the backend has no such kernel for this input; the caller then takes the logits.
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: dtype) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import GradientWeights, LogitTransform, ModelRows, RowDivergence, RowProblem, Stat
+from .. import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowDivergence, RowProblem, Stat
 from ..torch import scale_
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,14 +179,21 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
 
 
 def linear_tiles(
-    hidden: Tensor, weight: Tensor, transform: LogitTransform, input_precision: str, device: Device
+    hidden: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    input_precision: str,
+    device: Device,
+    out: Tensor | None = None,
 ) -> LinearTiles:
     """The linear kernel's tile, the largest that compiles without spills for what the epilogue and operands need.
 
+    ``out`` is where it stores exponentials; None is statistics alone.
+
     Hopper's tensor cores want 256 columns (with 128, the operands' traffic through shared memory exceeds its
     bandwidth): 128 x 256 accumulators over 8 warps leave registers for an epilogue without softcap and bias. Elsewhere
-    such an epilogue gets fewer accumulators per thread. From compile-time resources (triton_resources.py), not
-    yet measured on a GPU.
+    such an epilogue gets fewer accumulators per thread. That, group and stages were measured on an H200; what other
+    devices get, and the tiles of ``out``, is from compile-time resources (triton_resources.py), not measured yet.
     """
     rows, H = hidden.shape
     eight_warps = 256 // device.warp_size  # the threads of 8 NVIDIA warps
@@ -203,8 +210,9 @@ def linear_tiles(
             num_stages=2,
             max_registers=limit,
         )
-    aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, (hidden, weight)))
+    matrices = [hidden, weight] if out is None else [hidden, weight, out]
+    aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in matrices)
+    descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, matrices))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
         return LinearTiles(rows=64, vocabulary=64, hidden=32, group=16, num_warps=eight_warps, num_stages=2)
@@ -222,8 +230,22 @@ def linear_tiles(
     if device.amd:
         return LinearTiles(rows=128, vocabulary=128, hidden=depth, group=16, num_warps=4, num_stages=stages)
     width = 256 if device.capability == 90 and plain_epilogue else 128
+    if width == 256 and descriptors and rows <= 1024 and H >= 2048 and hidden.element_size() == 2:
+        # Measured for 1024 rows: 0.78 to 1.01 times the time of the tile below at H = 2048, 0.92 to 1.06 at H = 4096,
+        # 1.02 to 1.04 at H = 1024.
+        depth, stages = depth // 2, 4
+    # With the stored tile in shared memory one program fits on a multiprocessor of Blackwell; left alone NVIDIA's
+    # compiler would spill to fit two, as in `tiles`.
+    max_registers = 255 if out is not None and device.capability >= 100 else None
     return LinearTiles(
-        rows=128, vocabulary=width, hidden=depth, group=24, num_warps=8, num_stages=stages, descriptors=descriptors
+        rows=128,
+        vocabulary=width,
+        hidden=depth,
+        group=24,
+        num_warps=8,
+        num_stages=stages,
+        max_registers=max_registers,
+        descriptors=descriptors,
     )
 
 
@@ -428,30 +450,34 @@ def row_launch(
     return Launch(kernel=rows.row_kernel, grid=problem.rows, arguments=arguments, constants=constants, options=options)
 
 
-def linear_launches(
+def _gemm_launch(
     hidden: Tensor,
     weight: Tensor,
     transform: LogitTransform,
     vocab_size: int,
     token_ids: Tensor,
     partial: Tensor,
-    statistics: Tensor,
     tile: LinearTiles,
     input_precision: str,
     widen: bool,
     flush: bool,
-) -> tuple[Launch, Launch]:
-    """The linear kernel with the kernel that merges its splits; ``partial`` is (splits, 4, C)."""
+    offset: Tensor | None = None,
+    first: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Launch:
+    """The linear kernel; ``partial`` is (splits, 4, C). ``offset``, ``first`` and ``out`` as its pointers."""
     from . import linear
 
     kind, pre, post = _transform_arguments(transform)
     rows, splits = hidden.shape[0], partial.shape[0]
-    operands: tuple[Any, Any] = (hidden.detach(), weight.detach())
+    operands: list[Any] = [hidden.detach(), weight.detach(), out]
     if tile.descriptors:
         descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
-        blocks = ((tile.rows, tile.hidden), (tile.vocabulary, tile.hidden))
-        operands = tuple(descriptor(x, list(block)) for x, block in zip(operands, blocks, strict=True))
-    gemm = Launch(
+        operands[0] = descriptor(operands[0], [tile.rows, tile.hidden])
+        operands[1] = descriptor(operands[1], [tile.vocabulary, tile.hidden])
+        if out is not None:
+            operands[2] = descriptor(out[:, :vocab_size], [tile.rows, tile.vocabulary // 2])
+    return Launch(
         kernel=linear.linear_kernel,
         grid=math.ceil(rows / tile.rows) * splits,
         arguments={
@@ -466,6 +492,10 @@ def linear_launches(
             "post": post,
             "token_ptr": token_ids.contiguous(),
             "partial_ptr": partial,
+            "offset_ptr": offset,
+            "first_ptr": first,
+            "out_ptr": operands[2],
+            "out_stride": 0 if out is None else out.stride(0),
             "C": rows,
             "V": vocab_size,
             "H": hidden.shape[1],
@@ -485,21 +515,119 @@ def linear_launches(
         },
         options=_options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
     )
-    block = 128  # rows per program of the merge: C * splits * 16 bytes in all, too little to matter
+
+
+_MERGE_ROWS = 128  # rows per program of a merge: C * splits * 16 bytes in all, too little to matter
+
+
+def linear_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    vocab_size: int,
+    token_ids: Tensor,
+    partial: Tensor,
+    statistics: Tensor,
+    tile: LinearTiles,
+    input_precision: str,
+    widen: bool,
+    flush: bool,
+) -> tuple[Launch, Launch]:
+    """The linear kernel with the kernel that merges its splits; ``partial`` is (splits, 4, C)."""
+    from . import linear
+
+    gemm = _gemm_launch(
+        hidden, weight, transform, vocab_size, token_ids, partial, tile, input_precision, widen, flush
+    )  # fmt: skip
     merge = Launch(
         kernel=linear.merge_kernel,
-        grid=math.ceil(rows / block),
+        grid=math.ceil(hidden.shape[0] / _MERGE_ROWS),
         arguments={
             "partial_ptr": partial,
             "stats_ptr": statistics,
             "stats_stride": statistics.stride(0),
-            "C": rows,
-            "splits": splits,
+            "C": hidden.shape[0],
+            "splits": partial.shape[0],
         },
-        constants={"STATS": len(Stat), "BLOCK_C": block},
+        constants={"STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
         options={"num_warps": 4},
     )
     return gemm, merge
+
+
+def exponential_launches(
+    hidden: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    vocab_size: int,
+    token_ids: Tensor,
+    vectors: Tensor,
+    partial: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    tile: LinearTiles,
+    input_precision: str,
+    widen: bool,
+    flush: bool,
+) -> tuple[Launch, Launch, Launch, Launch]:
+    """``linear_exponentials``; ``partial`` is (2, splits, 4, C), ``vectors`` (3, C): z[token], factor, residual."""
+    from . import linear
+
+    kind, pre, post = _transform_arguments(transform)
+    rows = hidden.shape[0]
+    token_ids, (logit, factor, residual) = token_ids.contiguous(), vectors
+    block = 8
+    token_logit = Launch(
+        kernel=linear.token_logit_kernel,
+        grid=math.ceil(rows / block),
+        arguments={
+            "hidden_ptr": hidden.detach(),
+            "hidden_stride": hidden.stride(0),
+            "hidden_stride_h": hidden.stride(1),
+            "weight_ptr": weight.detach(),
+            "weight_stride": weight.stride(0),
+            "weight_stride_h": weight.stride(1),
+            "bias_ptr": _bias(transform),
+            "pre": pre,
+            "post": post,
+            "token_ptr": token_ids,
+            "logit_ptr": logit,
+            "C": rows,
+            "V": vocab_size,
+            "H": hidden.shape[1],
+        },
+        constants={"KIND": kind, "BLOCK_C": block, "BLOCK_H": 256},
+        options={"num_warps": 4},
+    )
+    rounds = [
+        _gemm_launch(
+            hidden, weight, transform, vocab_size, token_ids, written, tile, input_precision, widen, flush,
+            logit, first, out,
+        )
+        for written, first in ((partial[0], None), (partial[1], partial[0]))
+    ]  # fmt: skip
+    merge = Launch(
+        kernel=linear.merge_exponentials_kernel,
+        grid=math.ceil(rows / _MERGE_ROWS),
+        arguments={
+            "partial_ptr": partial,
+            "offset_ptr": logit,
+            "token_ptr": token_ids,
+            "stats_ptr": statistics,
+            "stats_stride": statistics.stride(0),
+            "factor_ptr": factor,
+            "residual_ptr": residual,
+            "out_ptr": out,
+            "out_stride": out.stride(0),
+            "slope": transform.scale / transform.temperature,
+            "C": rows,
+            "V": vocab_size,
+            "splits": partial.shape[1],
+        },
+        constants={"WIDEN": widen, "STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
+        options={"num_warps": 4},
+    )
+    return token_logit, rounds[0], rounds[1], merge
 
 
 def scale_launch(x: Tensor, factor: Tensor, out: Tensor) -> Launch:
@@ -623,6 +751,36 @@ class TritonRowOps:
         ):
             launch.run(hidden.device)
         return statistics
+
+    def linear_exponentials(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        exponentials: Tensor,
+        out: Tensor | None = None,
+    ) -> LinearExponentials | None:
+        """None with a softcap, for other operands than bfloat16, and where ``linear_statistics`` is None."""
+        if transform.softcap is not None or {hidden.dtype, weight.dtype, exponentials.dtype} != {torch.bfloat16}:
+            return None
+        device = Device.of(hidden.device)
+        if not device.amd and device.capability < 80:
+            return None
+        rows = hidden.shape[0]
+        statistics = self._statistics(hidden, out)
+        vectors = torch.empty(3, rows, dtype=torch.float32, device=hidden.device)
+        if rows > 0:
+            tile = self._linear_tile or linear_tiles(hidden, weight, transform, "ieee", device, exponentials)
+            parts = splits(rows, vocab_size, tile, device)
+            partial = torch.empty(2, parts, 4, rows, dtype=torch.float32, device=hidden.device)
+            for launch in exponential_launches(
+                hidden, weight, transform, vocab_size, token_ids, vectors, partial, exponentials, statistics, tile,
+                "ieee", interpreted(), device.flush,
+            ):  # fmt: skip
+                launch.run(hidden.device)
+        return LinearExponentials(statistics, vectors[1], vectors[2])
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scaled(gradient, factor, dtype) if factor.dtype == torch.float32 else scale_(gradient, factor)
