@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowProblem, Stat
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
@@ -106,6 +106,18 @@ class NativeRowOps:
         token_ids: Tensor,
         out: Tensor | None = None,
     ) -> Tensor | None:
+        return None
+
+    def linear_exponentials(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        exponentials: Tensor,
+        out: Tensor | None = None,
+    ) -> LinearExponentials | None:
         return None
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..objective.divergences import Divergence, OneRound, Outcomes
 from ..objective.target import bounded, mix, origin_of
-from . import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowProblem, Stat
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
 # below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
@@ -101,6 +101,18 @@ class TorchRowOps:
         token_ids: Tensor,
         out: Tensor | None = None,
     ) -> Tensor | None:
+        return None
+
+    def linear_exponentials(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        vocab_size: int,
+        token_ids: Tensor,
+        exponentials: Tensor,
+        out: Tensor | None = None,
+    ) -> LinearExponentials | None:
         return None
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
