@@ -223,9 +223,17 @@ def linear_tiles(
             rows=16, vocabulary=64, hidden=depth, group=16, num_warps=4, num_stages=stages, descriptors=descriptors
         )
     if rows <= 64:
-        warps = 4 if plain_epilogue or device.amd else 8
+        # 4 warps have too few registers for softcap or bias, and on Ampere for any epilogue beside addresses.
+        ampere = not device.amd and device.capability < 90
         return LinearTiles(
-            rows=64, vocabulary=128, hidden=depth, group=16, num_warps=warps, num_stages=stages, descriptors=descriptors
+            rows=64,
+            vocabulary=128,
+            hidden=depth,
+            group=16,
+            num_warps=8 if ampere or not (plain_epilogue or device.amd) else 4,
+            num_stages=stages,
+            max_registers=255 if ampere else None,
+            descriptors=descriptors,
         )
     if device.amd:
         return LinearTiles(rows=128, vocabulary=128, hidden=depth, group=16, num_warps=4, num_stages=stages)

@@ -1,0 +1,153 @@
+"""What a gradient of stored exponentials is off by, beside the gradients that are written from chunks of logits.
+
+``python -m benchmarks.exponentials [--json FILE] [PAGE.md ...]`` prints the table and fills it in between
+``<!-- exponentials -->`` and ``<!-- /exponentials -->``. No GPU: the roundings of each path are made in PyTorch on
+bfloat16 operands (products of bfloat16 summed in float32, results of row kernels rounded once), the truth in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import parse, publish
+from .run import write
+from .workloads import VOCAB_SIZE as V
+
+TOKENS, HIDDEN = 256, 256
+SIGMAS = (3.0, 8.0)  # standard deviation of the logits
+BLOCK = 1 << 14  # vocabulary entries of the weight's gradient at a time
+
+
+class Way(NamedTuple):
+    """A way to the gradient: dhidden = rows * (dlogits @ weight) + entry * weight[token], dweight likewise."""
+
+    logprobs: Tensor  # (N,)
+    dlogits: Tensor  # (N, V) as it is stored
+    rows: Tensor | None  # (N,) float32 factor of dhidden's rows; None is 1
+    hidden: Tensor  # (N, H) bfloat16, the other operand of dweight
+    entry: Tensor | None = None  # (N,) float32, what is put back at the token of dhidden
+    weight_entry: Tensor | None = None  # (N,) likewise of dweight
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16()
+
+
+def from_logits(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, unit: bool) -> Way:
+    """p - 1[v = y] written from a chunk of logits, times the token weights or, at ``unit`` scale, without them."""
+    g = z - z.amax(1, keepdim=True)
+    logsum = g.exp().sum(1).log()
+    logprobs = g.gather(1, y[:, None])[:, 0] - logsum
+    g = (g - logsum[:, None]).exp_()
+    g[torch.arange(len(y)), y] -= 1
+    if unit:
+        return Way(logprobs, rounded(g), c, rounded(hidden.float() * c[:, None]))
+    return Way(logprobs, rounded(g * c[:, None]), None, hidden)
+
+
+def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, in_weight: bool) -> Way:
+    """``RowOps.linear_exponentials`` with the factors of the products."""
+    e = (z - z.gather(1, y[:, None])).exp_()
+    here = torch.arange(len(y)), y
+    e[here] = 0
+    others = e.sum(1)
+    factor = c / (1 + others)
+    stored = rounded(e)
+    stored[here] = rounded(-others)
+    residual = (-others - stored[here].float()) * factor
+    scaled = rounded(hidden.float() * factor[:, None])
+    return Way(-(1 + others).log(), stored, factor, scaled, residual, residual if in_weight else None)
+
+
+def measured(path: Way, hidden: Tensor, weight: Tensor, y: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> Any:
+    logprobs, exact, c = truth  # (N,), (N, V) float64 dlogits
+    dhidden = torch.zeros(hidden.shape)
+    for columns in _blocks():
+        dhidden += path.dlogits[:, columns].float() @ weight[columns].float()
+    if path.rows is not None:
+        dhidden *= path.rows[:, None]
+    if path.entry is not None:
+        dhidden += path.entry[:, None] * weight[y].float()
+    dhidden64, error, size = torch.zeros(hidden.shape, dtype=torch.float64), 0.0, 0.0
+    back = torch.zeros(V, hidden.shape[1]) if path.weight_entry is not None else None
+    if back is not None and path.weight_entry is not None:
+        back.index_add_(0, y, path.weight_entry[:, None] * hidden.float())
+    for columns in _blocks():
+        dhidden64 += exact[:, columns] @ weight[columns].double()
+        dweight = path.dlogits[:, columns].float().T @ path.hidden.float()
+        if back is not None:
+            dweight += back[columns]
+        dweight64 = exact[:, columns].T @ hidden.double()
+        error += (dweight - dweight64).square().sum().item()
+        size += dweight64.square().sum().item()
+    return {
+        "logprob": (path.logprobs - logprobs).abs().max().item(),
+        "dhidden": ((dhidden - dhidden64).norm() / dhidden64.norm()).item(),
+        "dweight": (error / size) ** 0.5,
+    }
+
+
+def _blocks() -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, V)) for start in range(0, V, BLOCK))
+
+
+PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Way]] = {
+    "float32 chunks": lambda z, *rest: from_logits(z, *rest, unit=False),
+    "float32 chunks, unit scale": lambda z, *rest: from_logits(z, *rest, unit=True),
+    "bfloat16 chunks": lambda z, *rest: from_logits(rounded(z).float(), *rest, unit=False),
+    "exponentials": lambda z, *rest: exponentials(z, *rest, in_weight=False),
+    "exponentials, residual in dweight too": lambda z, *rest: exponentials(z, *rest, in_weight=True),
+}
+
+
+def measure() -> list[dict[str, Any]]:
+    rows = []
+    for sigma in SIGMAS:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
+        weight = (torch.randn(V, HIDDEN, generator=generator) * (sigma * HIDDEN**-0.5)).bfloat16()
+        z = hidden.float() @ weight.float().T
+        exact = torch.log_softmax(hidden.double() @ weight.double().T, 1)
+        y = exact.exp().multinomial(1, generator=generator)[:, 0]
+        logprobs = exact.gather(1, y[:, None])[:, 0]
+        exact.exp_()
+        exact[torch.arange(TOKENS), y] -= 1
+        advantages = torch.randn(TOKENS, generator=generator)
+        for loss, c in (("policy", advantages), ("nll", torch.ones(TOKENS))):
+            dlogits = exact * c[:, None].double()
+            for name, path in PATHS.items():
+                found = measured(path(z, y, c, hidden), hidden, weight, y, (logprobs, dlogits, c))
+                rows.append({"sigma": sigma, "loss": loss, "path": name, **found})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| σ | weights | path | log-prob | dhidden | dweight |", "|---|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {r['sigma']:g} | {r['loss']} | {r['path']} | {r['logprob']:.1e} | {r['dhidden']:.1e} | {r['dweight']:.1e} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="*")
+    parser.add_argument("--json", type=Path)
+    args = parse(parser, "json")
+    rows = measure()
+    if args.json:
+        result = {"vocab": V, "tokens": TOKENS, "hidden": HIDDEN, "torch": torch.__version__, "rows": rows}
+        write(result, args.json)
+    publish("exponentials", table(rows), args.pages)
+
+
+if __name__ == "__main__":
+    main()
