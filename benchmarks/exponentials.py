@@ -25,14 +25,15 @@ BLOCK = 1 << 14  # vocabulary entries of the weight's gradient at a time
 
 
 class Way(NamedTuple):
-    """A way to the gradient: dhidden = rows * (dlogits @ weight) + entry * weight[token], dweight likewise."""
+    """A way to the gradient: dhidden = rows * (dlogits @ weight) + entry * weight[token],
+    dweight = dlogits^T @ hidden, and back added to its rows at the tokens."""
 
     logprobs: Tensor  # (N,)
     dlogits: Tensor  # (N, V) as it is stored
     rows: Tensor | None  # (N,) float32 factor of dhidden's rows; None is 1
     hidden: Tensor  # (N, H) bfloat16, the other operand of dweight
-    entry: Tensor | None = None  # (N,) float32, what is put back at the token of dhidden
-    weight_entry: Tensor | None = None  # (N,) likewise of dweight
+    entry: Tensor | None = None  # (N,) float32
+    back: Tensor | None = None  # (N, H) float32
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -51,8 +52,12 @@ def from_logits(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, unit: bool) -> 
     return Way(logprobs, rounded(g * c[:, None]), None, hidden)
 
 
-def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, in_weight: bool) -> Way:
-    """``RowOps.linear_exponentials`` with the factors of the products."""
+def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, back: str) -> Way:
+    """``RowOps.linear_exponentials`` with the factors of the products.
+
+    ``back`` is what goes back into the weight's gradient in float32: "nothing", the "residual" of rounding the entry at
+    the token, or all that the "product" of that entry and the hidden states is off by.
+    """
     e = (z - z.gather(1, y[:, None])).exp_()
     here = torch.arange(len(y)), y
     e[here] = 0
@@ -62,11 +67,17 @@ def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, in_weight: boo
     stored[here] = rounded(-others)
     residual = (-others - stored[here].float()) * factor
     scaled = rounded(hidden.float() * factor[:, None])
-    return Way(-(1 + others).log(), stored, factor, scaled, residual, residual if in_weight else None)
+    exact = hidden.float() * (-others * factor)[:, None]
+    rows = {
+        "nothing": None,
+        "residual": hidden.float() * residual[:, None],
+        "product": exact - stored[here].float()[:, None] * scaled.float(),
+    }
+    return Way(-(1 + others).log(), stored, factor, scaled, residual, rows[back])
 
 
-def measured(path: Way, hidden: Tensor, weight: Tensor, y: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> Any:
-    logprobs, exact, c = truth  # (N,), (N, V) float64 dlogits
+def measured(path: Way, hidden: Tensor, weight: Tensor, y: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str, float]:
+    logprobs, exact = truth  # (N,), (N, V) float64 dlogits
     dhidden = torch.zeros(hidden.shape)
     for columns in _blocks():
         dhidden += path.dlogits[:, columns].float() @ weight[columns].float()
@@ -75,9 +86,7 @@ def measured(path: Way, hidden: Tensor, weight: Tensor, y: Tensor, truth: tuple[
     if path.entry is not None:
         dhidden += path.entry[:, None] * weight[y].float()
     dhidden64, error, size = torch.zeros(hidden.shape, dtype=torch.float64), 0.0, 0.0
-    back = torch.zeros(V, hidden.shape[1]) if path.weight_entry is not None else None
-    if back is not None and path.weight_entry is not None:
-        back.index_add_(0, y, path.weight_entry[:, None] * hidden.float())
+    back = None if path.back is None else torch.zeros(V, hidden.shape[1]).index_add_(0, y, path.back)
     for columns in _blocks():
         dhidden64 += exact[:, columns] @ weight[columns].double()
         dweight = path.dlogits[:, columns].float().T @ path.hidden.float()
@@ -101,8 +110,9 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Way]] = {
     "float32 chunks": lambda z, *rest: from_logits(z, *rest, unit=False),
     "float32 chunks, unit scale": lambda z, *rest: from_logits(z, *rest, unit=True),
     "bfloat16 chunks": lambda z, *rest: from_logits(rounded(z).float(), *rest, unit=False),
-    "exponentials": lambda z, *rest: exponentials(z, *rest, in_weight=False),
-    "exponentials, residual in dweight too": lambda z, *rest: exponentials(z, *rest, in_weight=True),
+    "exponentials": lambda z, *rest: exponentials(z, *rest, back="nothing"),
+    "exponentials, residual in dweight too": lambda z, *rest: exponentials(z, *rest, back="residual"),
+    "exponentials, product at the token in float32": lambda z, *rest: exponentials(z, *rest, back="product"),
 }
 
 
@@ -122,7 +132,7 @@ def measure() -> list[dict[str, Any]]:
         for loss, c in (("policy", advantages), ("nll", torch.ones(TOKENS))):
             dlogits = exact * c[:, None].double()
             for name, path in PATHS.items():
-                found = measured(path(z, y, c, hidden), hidden, weight, y, (logprobs, dlogits, c))
+                found = measured(path(z, y, c, hidden), hidden, weight, y, (logprobs, dlogits))
                 rows.append({"sigma": sigma, "loss": loss, "path": name, **found})
                 print(rows[-1], flush=True)
     return rows

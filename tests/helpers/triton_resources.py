@@ -311,15 +311,10 @@ def launches(target: Target) -> dict[str, Launch]:
     biased = LogitTransform(temperature=0.7, bias=capped.bias)
     found["linear exponentials, scaled"] = _exponentials(d, transform=LogitTransform(temperature=0.7))[1]
     found["linear exponentials, bias"] = _exponentials(d, transform=biased)[1]
-    found["linear exponentials, bias, second round"] = _exponentials(d, transform=biased)[2]
-    found["linear exponentials, H = 1000"] = _exponentials(d, hidden=1000)[1]
     found["linear exponentials, bias, H = 1004"] = _exponentials(d, transform=biased, hidden=1004)[1]
     found["linear exponentials, V = 50257"] = _exponentials(d, vocabulary=50257)[1]
     found["linear exponentials, bias, V = 50257"] = _exponentials(d, transform=biased, vocabulary=50257)[1]
     found["linear exponentials, unaligned rows"] = _exponentials(d, vocabulary=50257, stride=50257)[1]
-    found["linear exponentials, bias, unaligned rows"] = _exponentials(
-        d, transform=biased, vocabulary=50257, stride=50257
-    )[1]
     found["linear exponentials, 64 rows"] = _exponentials(d, rows=64)[1]
     found["linear exponentials, 1 row"] = _exponentials(d, rows=1)[1]
     gradient = torch.empty(V, H, device="meta")
