@@ -3,10 +3,10 @@
     python -m benchmarks.kernels --json RESULTS.json [PAGE.md ...]      measure, add the run to the file, fill the pages
     python -m benchmarks.kernels --report RESULTS.json [PAGE.md ...]    from the file alone
 
-The tile and chunk sizes in ``rowops/triton`` and ``loop/chunking.py`` are chosen from these; ``docs/performance.md``
-explains the choices. A run is a flat table of medians in milliseconds between device events, with minimum and ninetieth
-percent (``spread``), and the clock of each round: calls of a group are timed in turn, in random order. With ``--device
-cpu`` it runs tiny shapes in Triton's interpreter (TRITON_INTERPRET=1), to see that it runs.
+The tile and chunk sizes in ``rowops/triton`` and ``loop/chunking.py`` are chosen from these, as ``docs/performance-
+log.md`` explains. A run is a flat table of medians in milliseconds between device events, with minimum and ninetieth
+percent (``spread``), and the clock of each round: calls of a group are timed in turn, in random order. With
+``--device cpu`` it runs tiny shapes in Triton's interpreter (TRITON_INTERPRET=1), to see that it runs.
 """
 
 from __future__ import annotations

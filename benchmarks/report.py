@@ -5,8 +5,12 @@ Without pages it prints the tables. In a page it replaces the text between
 
     <!-- benchmark RESULTS.json JOB[,JOB...] -->   and   <!-- /benchmark -->
 
-by the tables of these jobs, for every such pair with the file name of the results. ``--check`` writes nothing, and
-fails if a page would change. ``--plot`` plots time against memory.
+by the tables of these jobs, for every such pair with the file name of the results, and the text between
+
+    <!-- compact RESULTS.json,OTHER.json JOB[,JOB...] -->   and   <!-- /compact -->
+
+by one table of milliseconds and ratios, a column for each hidden size, of files in one folder. ``--check`` writes
+nothing, and fails if a page would change. ``--plot`` plots time against memory.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +161,7 @@ def base_of(row: Row, rows: list[Row]) -> float | None:
 
 
 def _milliseconds(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 20 else f"{ms:.3g}"
+    return f"{ms:.0f}" if ms >= 99.95 else f"{ms:#.3g}"
 
 
 def table(listed: list[Row], rows: list[Row]) -> Table:
@@ -226,6 +229,57 @@ def fill(page: str, name: str, result: dict[str, Any]) -> str:
     return _REGION.sub(region, page)
 
 
+# Not in compact tables: slower than compiled dense code in every job
+_LEFT_OUT = ("eager", "eager-lean", "compile-chunked")
+_SHORT = {
+    "logprobs": "`token_logprobs`",
+    "nll": "negative log-likelihood",
+    "policy": "clipped policy gradient",
+    "hidden-sampled": "`sampled`",
+    "hidden-full": "`full`",
+}
+
+
+def compact(results: list[dict[str, Any]], jobs: list[str]) -> str:
+    """Median milliseconds and ratios to the floor of the same rounds, a column for each hidden size."""
+    rows = [row for result in results for row in result["rows"] if row["job"] in jobs]
+    plain = [r for r in rows if not (r["masked"] or r["frozen"] or r.get("peaked")) and r["hidden"]]
+    sizes = sorted({row["hidden"][0] for row in plain})
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for job in jobs:
+        for row in plain:
+            if row["job"] == job and row["provider"] not in _LEFT_OUT:
+                name = f"floor: {row['provider']}" if "floor" in row else NAMES.get(row["provider"], row["provider"])
+                ratio = "" if "floor" in row else f", {_ratio(row['ms_p50'], base_of(row, rows))}"
+                found.setdefault((job, name), {})[row["hidden"][0]] = f"{_milliseconds(row['ms_p50'])}{ratio}"
+    shape = _shape(plain[0])
+    same = ", ".join(part for part in shape.split(", ") if not part.startswith("H="))
+    lines = [f"{same}; ms and ratio to the floor", "", "| job | | " + " | ".join(f"H={h}" for h in sizes) + " |"]
+    lines.append("|---|---|" + "---:|" * len(sizes))
+    for (job, name), cells in found.items():
+        lines.append(f"| {_SHORT.get(job, job)} | {name} | " + " | ".join(cells.get(h, "–") for h in sizes) + " |")
+    commits = dict.fromkeys((result["commit"] or "unknown")[:12] for result in results)
+    dates = dict.fromkeys(result["date"][:10] for result in results)
+    return "\n".join([*lines, "", f"{results[0]['device']}, commit {', '.join(commits)}, {', '.join(dates)}.", ""])
+
+
+_COMPACT = re.compile(r"(<!-- compact (\S+) (\S+) -->\n)(.*?)(<!-- /compact -->)", re.DOTALL)
+
+
+def fill_compact(page: str, results: Path) -> str:
+    """The page with the compact tables replaced that this file is part of; the others are in its folder."""
+
+    def region(match: re.Match[str]) -> str:
+        opening, sources, jobs, _, closing = match.groups()
+        names = sources.split(",")
+        if results.name not in names:
+            return match.group()
+        files = [json.loads((results.parent / name).read_text()) for name in names]
+        return f"{opening}\n{compact(files, jobs.split(','))}\n{closing}"
+
+    return _COMPACT.sub(region, page)
+
+
 def _colour(provider: str) -> str:
     for prefix, colour in (("fused", "C3"), ("eager", "0.55"), ("compile", "C7"), ("torch", "C1"), ("cce", "C2")):
         if provider.startswith(prefix):
@@ -287,11 +341,15 @@ def main() -> int:
         plot(result, args.plot)
     elif not args.pages:
         print(markdown(result))
+
+    def change(page: str) -> str:
+        return fill_compact(fill(page, args.results.name, result), args.results)
+
     if not args.check:
         for path in args.pages:
-            edit(path, partial(fill, name=args.results.name, result=result))
+            edit(path, change)
         return 0
-    stale = [path for path in args.pages if fill(path.read_text(), args.results.name, result) != path.read_text()]
+    stale = [path for path in args.pages if change(path.read_text()) != path.read_text()]
     for path in stale:
         print(f"{path} is not what {args.results.name} says: run python -m benchmarks.report on it")
     return int(bool(stale))

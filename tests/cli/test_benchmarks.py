@@ -360,7 +360,24 @@ def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
     assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
     last = [one for one in file["runs"] if any(name.startswith("five gemms") for name in one["ms"])][-1]
     steps = "\n".join(kernels._steps(last["ms"])).strip()
-    assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance.md"))
+    assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance-log.md"))
+
+
+def test_every_generated_table_of_a_page_is_what_its_file_says() -> None:
+    root = Path(__file__).parents[2]
+    found = 0
+    for page in (root / "README.md", *(root / "docs").glob("**/*.md")):
+        text = page.read_text()
+        for name in sorted(set(re.findall(r"<!-- (?:benchmark|compact) (\S+) ", text))):
+            for part in name.split(","):
+                file, found = root / "benchmarks" / "results" / part, found + 1
+                filled = report.fill(text, part, json.loads(file.read_text()))
+                assert report.fill_compact(filled, file) == text, f"{page}: python -m benchmarks.report {file} {page}"
+    assert found > 10
+
+
+def test_the_page_of_today_is_short() -> None:
+    assert len((Path(__file__).parents[2] / "docs" / "performance.md").read_text().splitlines()) <= 200
 
 
 def test_calls_of_a_group_are_timed_in_turn() -> None:
