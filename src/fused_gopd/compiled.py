@@ -233,7 +233,7 @@ def _loss_op(*packed: Any) -> list[Tensor]:
     """
     call, requires = _loss_call(packed)
     with torch.no_grad():
-        problem = prepare(call)
+        problem = prepare(call, weight_gradient=requires.weight)
         rows, dtype = problem.rows, problem.dtype
         fused, entries = None, None
         if any(requires) and not problem.recomputes:
@@ -287,7 +287,7 @@ def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) ->
     """The student's gradients from the statistics and entries of :func:`_loss_op`, its logits recomputed."""
     call, requires = _loss_call(packed)
     with torch.no_grad():
-        problem = prepare(call)
+        problem = prepare(call, weight_gradient=requires.weight)
         n = problem.rows.count
         statistics = made[0][:, :n].to(problem.dtype).contiguous()
         entries = None

@@ -147,9 +147,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers, independent of the number of tokens: chunk_size x V of the
-    student, in ``full`` as much for each other model (on a GPU a fourth of it), and one float32 V x H accumulator where
-    a low-precision weight is trainable. ``topk`` keeps 12 bytes for each of the K tokens of a position where a backward
-    recomputes.
+    student, in ``full`` as much for each other model (on a GPU a fourth of it where the weight is trainable), and one
+    float32 V x H accumulator where a low-precision weight is trainable. ``topk`` keeps 12 bytes for each of the K
+    tokens of a position where a backward recomputes.
 
     Work: 3 student GEMMs and one for each other model that is needed; 2 fewer GEMMs without gradients, one fewer for
     a frozen weight or frozen hidden states.

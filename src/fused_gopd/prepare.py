@@ -163,8 +163,11 @@ def _check_no_host_sync(masked: bool, routed: bool, options: LossOptions, advant
 # ------------------------------------------------------------------------------------------------------------ problem
 
 
-def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
-    """The problem of a call, after every check of its input; ``ops`` in place of those that ``backend`` chooses."""
+def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | None = None) -> Problem:
+    """The problem of a call, after every check of its input; ``ops`` in place of those that ``backend`` chooses.
+
+    ``weight_gradient`` is whether the student's weight has one, where its tensor does not say so: inside an op.
+    """
     plan, student = plan_of(call), call.student
     options, vocab_size, cancelled, dtype = plan.options, plan.vocab_size, plan.cancelled, plan.dtype
     shape, device = student.token_shape, student.rows.device
@@ -258,7 +261,8 @@ def prepare(call: LossCall, ops: RowOps | None = None) -> Problem:
     if plan.sharded:
         student = cut(student)
     heads = {name: frozen_heads(x, cut if plan.sharded else None) for name, x in needed.items()}
-    chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, options.logits_dtype(dtype).itemsize)
+    element_bytes = options.logits_dtype(dtype).itemsize
+    chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, element_bytes, weight_gradient)
     divergence = make(
         options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
     )
@@ -306,15 +310,18 @@ def _chunk_sizes(
     options: LossOptions,
     vocab_size: int,
     element_bytes: int,
+    weight_gradient: bool | None,
 ) -> tuple[int, int | None]:
-    """Tokens per chunk, and those of the frozen models at a time where all models are taken together."""
+    """Tokens per chunk, and those of the frozen models at a time where they are taken in sub-chunks."""
     heads = [[student], *([head for head in x if head is not None] for x in frozen.values())]
     linear = sum(any(isinstance(head, LinearHead) for head in x) for x in heads)
-    joint, linear_student = options.joint, isinstance(student, LinearHead)
+    joint = options.joint
+    if weight_gradient is None:
+        weight_gradient = isinstance(student, LinearHead) and student.weight.requires_grad
     device_type, size = student.rows.device.type, options.chunk_size
     if size is None:
-        buffers = logits_buffers(joint, linear, options.support == "student", linear_student, device_type)
+        buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
         # of the rank that has the most: all of them go through the same chunks
         widest = max(vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads))
         size = chunk_size_for(widest, buffers, device_type, element_bytes)
-    return size, frozen_chunk_size(size, device_type) if joint and linear_student and linear > 1 else None
+    return size, frozen_chunk_size(size, device_type) if joint and weight_gradient and linear > 1 else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,9 +13,18 @@ import fused_gopd as fg
 from builders import OBJECTIVES, TOLERANCE, Batch, assert_all_close, assert_close, generator, make_batch, widened
 from fused_gopd.loop import chunking, memory
 from fused_gopd.loop.logit_gradient import power_of_two
+from fused_gopd.options import LossCall
+from fused_gopd.prepare import prepare
+from fused_gopd.rowops.torch import TorchRowOps
 from fused_gopd.tokens import TokenRows
 
 SIZES = st.integers(1, 300_000)
+
+
+def most_bytes(kind, vocab, buffers):
+    """The budget, or what so many tokens as are enough take: at most twice as much."""
+    budget, enough = chunking.CHUNK_BUDGET_BYTES[kind], chunking.ENOUGH_TOKENS[kind]
+    return max(budget, min(2 * budget, enough * buffers * vocab * 4))
 
 
 @given(vocab=SIZES, buffers=st.integers(1, 3), device=st.sampled_from(["cpu", "cuda"]))
@@ -22,7 +33,22 @@ def test_chunk_buffers_fit_the_budget_unless_the_floor_forbids(vocab, buffers, d
     chunk = chunking.chunk_size_for(vocab, buffers, device)
     floor = chunking.CHUNK_FLOOR[kind]
     assert floor <= chunk <= chunking.CHUNK_CEILING
-    assert chunk == floor or chunk * buffers * vocab * 4 <= chunking.CHUNK_BUDGET_BYTES[kind]
+    assert chunk == floor or chunk * buffers * vocab * 4 <= most_bytes(kind, vocab, buffers)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "buffers", "tokens", "mebibytes"),
+    [
+        (151_936, 1, 432, 250),  # more than enough in the budget
+        (151_936, 2, 256, 297),  # enough, in more than the budget
+        (151_936, 3, 256, 445),
+        (262_144, 3, 160, 480),  # as many as fit in twice the budget
+        (32_768, 3, 672, 252),
+    ],
+)
+def test_a_cpu_has_enough_tokens_in_a_chunk_within_twice_the_budget(vocab, buffers, tokens, mebibytes):
+    assert chunking.chunk_size_for(vocab, buffers, "cpu") == tokens
+    assert round(tokens * buffers * vocab * 4 / 2**20) == mebibytes
 
 
 def test_wider_elements_make_smaller_chunks():
@@ -45,14 +71,15 @@ def test_a_joint_chunk_with_its_parts_of_the_others_fits_the_budget(vocab, model
     assert 0 < others <= chunk
     # a part is rounded up to a whole tile
     rounding = (models - 1) * chunking._CHUNK_MULTIPLE[kind] * vocab * 4
-    fits = (chunk + (models - 1) * others) * vocab * 4 <= chunking.CHUNK_BUDGET_BYTES[kind] + rounding
+    most = most_bytes(kind, vocab, chunking.logits_buffers(True, models, device_type=device))
+    fits = (chunk + (models - 1) * others) * vocab * 4 <= most + rounding
     assert fits or chunk == chunking.CHUNK_FLOOR[kind]
 
 
 def test_the_full_estimator_holds_all_models_and_the_sampled_one_at_a_time():
     assert chunking.logits_buffers(True, 3) == 3
     assert chunking.logits_buffers(True, 3, device_type="cuda") == 1.5
-    assert chunking.logits_buffers(True, 2, linear_student=False, device_type="cuda") == 2
+    assert chunking.logits_buffers(True, 2, weight_gradient=False, device_type="cuda") == 2
     assert chunking.logits_buffers(False, 3) == 1
     assert chunking.logits_buffers(False, 0) == 0
 
@@ -113,6 +140,40 @@ def test_only_the_student_has_the_logits_of_a_whole_chunk(monkeypatch):
     batch = make_batch(13, shape=(56,), vocab=(208,) * 3, hidden=(16, 24, 8), dtype=torch.float32, masked=False)
     fg.gopd_loss(*batch.models, batch.token_ids, estimator="full", reward_scale=1.25, chunk_size=28)
     assert sorted(rows for rows, width in taken if width == 208) == [7, 7, 28]
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_head_has_no_parts(frozen, compiled, monkeypatch):
+    """Parts are there to read and write the weight's gradient less often: where there is none, chunks are whole."""
+    lengths = []
+    statistics_and_gradient = TorchRowOps.statistics_and_gradient
+
+    def counted(self, problem, *more, **options):
+        lengths.append(problem.rows)
+        return statistics_and_gradient(self, problem, *more, **options)
+
+    monkeypatch.setattr(TorchRowOps, "statistics_and_gradient", counted)
+    batch = make_batch(13, shape=(56,), vocab=(208,) * 3, hidden=(16, 24, 8), dtype=torch.float32, masked=False)
+    weight = batch.student.weight.detach() if frozen else batch.student.weight
+    student = fg.LinearHead(batch.student.hidden, weight)
+
+    def loss(hidden):
+        options = {"estimator": "full", "reward_scale": 1.25, "chunk_size": 28, "backend": "torch"}
+        return fg.gopd_loss(replace(student, hidden=hidden), batch.teacher, batch.ref, batch.token_ids, **options).loss
+
+    (torch.compile(loss, backend="aot_eager") if compiled else loss)(student.hidden)
+    assert lengths == ([28, 28] if frozen else [7] * 8)
+
+
+@pytest.mark.parametrize(("frozen", "sizes"), [(False, (2048, 512)), (True, (1024, None))])
+def test_the_default_sizes_on_a_gpu_with_a_frozen_head(frozen, sizes):
+    heads = [fg.LinearHead(*(torch.empty(n, 8, device="meta") for n in (4096, 151_936))) for _ in range(3)]
+    heads[0].weight.requires_grad_(not frozen)
+    call = LossCall(*heads, estimator="full", reward_scale=1.25, backend="torch")
+    problem = prepare(call)
+    assert (problem.chunk_size, problem.frozen_chunk_size) == sizes
 
 
 def test_all_live_rows_of_a_contiguous_tensor_are_a_view():

@@ -34,6 +34,7 @@ def library(request, monkeypatch):
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
+    monkeypatch.setattr(gemm, "_ONEDNN_DWEIGHT_ROWS", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,3 +123,30 @@ def test_switching_onednn_off_is_respected(monkeypatch):
     monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not gemm._uses_onednn(1 << 20, torch.zeros(13, 8))
+
+
+@pytest.mark.parametrize(
+    ("reported", "onednn"),
+    [
+        ({"cpu_name": "AMD EPYC 9754", "avx2": True, "avx512_f": True}, True),
+        ({"cpu_name": "AMD Ryzen 9 5950X", "avx2": True, "avx512_f": False}, True),
+        ({"cpu_name": "AMD FX-8350", "avx2": False}, False),
+        ({"cpu_name": "Intel Xeon Platinum 8481C", "avx2": True, "avx512_f": True}, False),
+        ({"cpu_name": "Unknown", "avx2": True}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_the_library_is_chosen_by_what_the_cpu_reports(reported, onednn):
+    assert gemm._onednn_is_faster(reported) is onednn
+
+
+def test_blocks_of_many_tokens_are_not_larger_than_those_of_a_wide_weight(monkeypatch):
+    """What a block takes beside the weight has tokens x its entries."""
+    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 40)
+    taken = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **more: taken.append(shape) or empty(*shape, **more))
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    gemm.add_dweight_(torch.zeros(13, 2), torch.zeros(20, 13), torch.zeros(20, 2))
+    assert taken == [(2, 40)]

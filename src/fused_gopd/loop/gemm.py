@@ -4,14 +4,14 @@ Three products: logits of a chunk, gradient of its hidden states, and the chunk'
 on a GEMM of PyTorch's. Where that cannot take low-precision operands and give float32 (a CPU), the weight is widened
 block by block into a small buffer, never whole: exact, and faster than MKL's bfloat16 GEMM on CPUs without AMX.
 
-On a CPU PyTorch multiplies float32 matrices with MKL, which on AMD's processors runs at a third of what they can do.
-There the products go to oneDNN, the other library in PyTorch, block by block too.
+On a CPU PyTorch multiplies float32 matrices with MKL, which on AMD's processors runs kernels of 256 bits that leave out
+part of what they can do. There the products go to oneDNN, the other library in PyTorch, block by block too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -25,9 +25,16 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
 BLOCK_ELEMENTS = 1 << 20
 
+# oneDNN adds nothing to what is there: its product over a block of the vocabulary is added in a pass of its own. Blocks
+# of the gradient of the hidden states are therefore longer where no buffer is widened, up to 10 % faster on Zen 4.
+_LONG_BLOCKS = 4
+
 # Multiply-adds from which on a product goes to oneDNN, where it does: it generates code for every new shape, which
 # takes milliseconds.
 _ONEDNN_WORK = 1 << 24
+# Rows from which on the weight's gradient goes to oneDNN. With fewer its time is that of reading and writing V x H, for
+# which MKL needs one pass.
+_ONEDNN_DWEIGHT_ROWS = 64
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -67,15 +74,23 @@ def _wide(x: Tensor) -> Tensor:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether float32 matrices on this CPU are better multiplied by oneDNN: depends on the model of the device alone.
+    """Whether float32 matrices on this CPU are better multiplied by oneDNN: depends on what the CPU reports alone.
 
-    Measured on two Zen 5 cores: 430 to 480 GFLOP/s where torch.mm does 160 to 225, of 560 at most.
+    MKL chooses its code by the vendor and takes the one for AVX2 on every AMD processor; oneDNN chooses by the
+    instruction set. With 512-bit multipliers (Zen 5) oneDNN is twice as fast. Without them (Zen 3, and Zen 4, which
+    does 512 bits in two halves) their best is the same: oneDNN is ahead in logits and in the gradient of the hidden
+    states, and level in that of the weight. docs/performance.md has the measurements.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.cpu, "get_capabilities") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False  # neither is part of PyTorch's stable interface
-    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+    return _onednn_is_faster(torch.cpu.get_capabilities())
+
+
+def _onednn_is_faster(capabilities: Mapping[str, Any]) -> bool:
+    """By what PyTorch says of a CPU. Without AVX2 oneDNN has no fast kernels either."""
+    return "AMD" in str(capabilities.get("cpu_name")) and bool(capabilities.get("avx2"))
 
 
 def _uses_onednn(rows: int, weight: Tensor) -> bool:
@@ -90,17 +105,17 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _blocks(V: int, width: int) -> Iterator[slice]:
-    """Slices of the vocabulary that make blocks of ``width`` elements an entry."""
-    step = max(1, BLOCK_ELEMENTS // max(1, width))
+def _blocks(V: int, width: int, elements: int) -> Iterator[slice]:
+    """Slices of the vocabulary that make blocks of so many elements, ``width`` of them an entry."""
+    step = max(1, elements // max(1, width))
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 
 
-def _wide_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _wide_blocks(weight: Tensor, width: int, elements: int) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary and the weight's rows there in float32; the buffer of a low-precision one is reused."""
     buffer: Tensor | None = None
-    for rows in _blocks(*weight.shape):
+    for rows in _blocks(weight.shape[0], width, elements):
         if weight.dtype == torch.float32:
             yield rows, weight[rows]
             continue
@@ -122,7 +137,7 @@ def logits_(
     if same and not onednn:
         return torch.mm(hidden, weight.T, out=out)
     wide_hidden = _wide(hidden)
-    for columns, block in _wide_blocks(weight):
+    for columns, block in _wide_blocks(weight, max(hidden.shape), BLOCK_ELEMENTS):
         if onednn:
             out[:, columns] = _onednn(wide_hidden, block.T)
         else:
@@ -155,7 +170,8 @@ def dhidden(
         out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
     if not weight.shape[0]:
         return out.zero_()
-    for columns, block in _wide_blocks(weight):
+    elements = BLOCK_ELEMENTS * (_LONG_BLOCKS if weight.dtype == wide else 1)
+    for columns, block in _wide_blocks(weight, weight.shape[1], elements):
         if onednn:
             product = _onednn(dlogits[:, columns], block)
             out = out.add_(product) if columns.start else out.copy_(product)
@@ -176,13 +192,19 @@ def add_dweight_(
         return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
             accumulator, dlogits.T, hidden, torch.float32, beta=0 if first else 1, out=accumulator
         )
-    hidden = _wide(hidden)
-    if not _uses_onednn(hidden.shape[0], accumulator):
+    hidden, C = _wide(hidden), hidden.shape[0]
+    if C < _ONEDNN_DWEIGHT_ROWS or not _uses_onednn(C, accumulator):
         if first:
             return torch.mm(dlogits.T, hidden, out=accumulator)
         return accumulator.addmm_(dlogits.T, hidden)
-    for rows in _blocks(*accumulator.shape):
-        product = _onednn(dlogits[:, rows].T, hidden)
+    buffer: Tensor | None = None
+    for rows in _blocks(accumulator.shape[0], max(hidden.shape), BLOCK_ELEMENTS):
+        width = rows.stop - rows.start
+        if buffer is None:
+            buffer = torch.empty(2, C * width, dtype=torch.float32)
+        # PyTorch transposes a contiguous matrix several times as fast as a slice of columns
+        columns = buffer[0, : C * width].view(C, width).copy_(dlogits[:, rows])
+        product = _onednn(buffer[1, : C * width].view(width, C).copy_(columns.T), hidden)
         if first:
             accumulator[rows] = product
         else:
@@ -242,6 +264,6 @@ def add_dbias_(
     rows = scale.to(accumulator.dtype).expand(C)
     if dlogits.dtype == accumulator.dtype:
         return accumulator.add_(rows @ dlogits)
-    for columns in _blocks(V, C):
+    for columns in _blocks(V, C, BLOCK_ELEMENTS):
         accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
     return accumulator
