@@ -218,9 +218,8 @@ def linear_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
                     found[f"{'x'.join(map(str, shape))} tma={descriptors}"] = TritonRowOps(linear_tile=tile)
             for name, ops in found.items():
                 group[f"linear N={N} H={H} {name}"] = lambda o=ops, x=operands: o.linear_statistics(*x)
-            store = getattr(TritonRowOps(), "linear_exponentials", None)
-            if store is not None:
-                group[f"linear N={N} H={H} exponentials"] = lambda s=store, x=operands, z=logits[:N]: s(*x, z)
+            store = functools.partial(TritonRowOps().linear_exponentials, *operands, logits[:N])
+            group[f"linear N={N} H={H} exponentials"] = store
         yield group
 
 

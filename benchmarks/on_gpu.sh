@@ -56,7 +56,8 @@ if [ "$device" = cuda ]; then
     compiled=(--providers compile --seconds 0 --no-memory --no-accuracy)
     timeout 80 $(bench) --suite run "${compiled[@]}" > "$out/compiled.log" 2>&1 &
 fi
-phase tests 85 $(tests) tests/core/test_gpu.py
+phase tests 85 $(tests) tests/core/test_gpu.py tests/rowops/test_triton.py \
+    -k "test_gpu or ((exponentials or policy or alpha or skew or mixed) and not interpreted)"
 wait
 phase host 30 "$python" -m benchmarks.host --device "$device" --json "$out/host.json" --limit 22
 phase products 45 "$python" -m benchmarks.kernels --device "$device" --json "$out/products.json" --parts products --limit 35

@@ -26,6 +26,8 @@ from builders import (
     trainable,
     widened,
 )
+from fused_gopd.rowops import LogitTransform, Stat
+from fused_gopd.rowops.triton import TritonRowOps
 from fused_gopd.tokens import fixed_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -166,6 +168,25 @@ def test_log_probs_of_hidden_states(dtype: torch.dtype, hidden: int) -> None:
         logp = (h @ w.T).log_softmax(-1)
     assert_close(got, logp.gather(-1, batch.token_ids[:, None])[:, 0], TOLERANCE[torch.float32])
     assert_close(entropy, -(logp.exp() * logp).sum(-1), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(40, 1024), (700, 1024), (700, 2048), (2100, 1000)])
+def test_stored_exponentials_over_a_real_vocabulary(tokens: int, hidden: int) -> None:
+    """linear_exponentials, which had run on no GPU when this was written: a gradient, rounded once per entry."""
+    batch = large(tokens, hidden, torch.bfloat16)
+    h, w, ids = batch.student.hidden.detach(), batch.student.weight.detach(), batch.token_ids
+    stored = torch.empty(tokens, QWEN3, dtype=torch.bfloat16, device="cuda")
+    found = TritonRowOps().linear_exponentials(h, w, LogitTransform(), QWEN3, ids, stored)
+    assert found is not None
+    rows = slice(tokens - 32, tokens)
+    with torch.no_grad():
+        logp = (h[rows].double() @ w.double().T).log_softmax(-1)
+    statistics = found.statistics[:, rows]
+    got = statistics[Stat.LOGIT_STUDENT] - statistics[Stat.LOGSUM_STUDENT]
+    assert_close(got, logp.gather(-1, ids[rows, None])[:, 0], TOLERANCE[torch.float32])
+    want = logp.exp().scatter_add(-1, ids[rows, None], -torch.ones(32, 1, dtype=torch.float64, device="cuda"))
+    entries = stored[rows].double().scatter_add(-1, ids[rows, None], found.residual[rows, None].double())
+    assert relative_error(entries * found.factor[rows, None].double(), want) <= bound(torch.bfloat16)
 
 
 def test_logits_past_two_to_the_31_elements() -> None:
