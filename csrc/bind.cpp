@@ -85,6 +85,45 @@ NB_MODULE(_native, m) {
           },
           "raw"_a, "row_stride"_a, "dtype"_a, "bias"_a, "input_scale"_a, "output_scale"_a, "softcap"_a);
 
+  nb::class_<PolicyRule>(m, "PolicyRule")
+      .def(
+          "__init__",
+          [](PolicyRule* self, float logprob_min, float advantage_low, float advantage_high, float ratio_low,
+             float ratio_high, float clip_dual, float importance_cap) {
+            new (self) PolicyRule{logprob_min, advantage_low, advantage_high, ratio_low,
+                                  ratio_high,  clip_dual,     importance_cap};
+          },
+          nb::kw_only(), "logprob_min"_a, "advantage_low"_a, "advantage_high"_a, "ratio_low"_a, "ratio_high"_a,
+          "clip_dual"_a, "importance_cap"_a);
+
+  nb::class_<Policy>(m, "Policy")
+      .def(
+          "__init__",
+          [](Policy* self, const PolicyRule& rule, double reward_scale, uintptr_t reward_scales, uintptr_t teacher,
+             int64_t teacher_stride, uintptr_t ref, int64_t ref_stride, uintptr_t old_logprobs,
+             uintptr_t rollout_logprobs) {
+            new (self) Policy{rule,
+                              reward_scale,
+                              pointer<const float>(reward_scales),
+                              {pointer<const float>(teacher), teacher_stride},
+                              {pointer<const float>(ref), ref_stride},
+                              pointer<const float>(old_logprobs),
+                              pointer<const float>(rollout_logprobs)};
+          },
+          nb::kw_only(), "rule"_a, "reward_scale"_a, "reward_scales"_a, "teacher"_a, "teacher_stride"_a, "ref"_a,
+          "ref_stride"_a, "old_logprobs"_a, "rollout_logprobs"_a);
+
+  m.def(
+      "policy",
+      [](const Policy& policy, int64_t rows, uintptr_t statistics, int64_t statistics_stride, uintptr_t out,
+         int64_t out_stride) {
+        const TokenScores student{pointer<const float>(statistics), statistics_stride};
+        chosen_kernels().policy(policy, student, rows, pointer<float>(out), out_stride);
+        ++launch_count;
+      },
+      nb::kw_only(), "policy"_a, "rows"_a, "statistics"_a, "statistics_stride"_a, "out"_a, "out_stride"_a,
+      "Write the five rows of PolicyStat of C tokens.");
+
   m.attr("STATISTICS") = steps::statistics;
   m.attr("SECOND_ROUND") = steps::second_round;
   m.attr("GRADIENT") = steps::gradient;
@@ -95,7 +134,7 @@ NB_MODULE(_native, m) {
          const std::vector<double>& constants, float forward_weight, uintptr_t forward_weights, uintptr_t statistics,
          int64_t statistics_stride, uintptr_t divergence_weights, int64_t divergence_weight_stride,
          uintptr_t token_weights, int64_t token_weight_stride, uintptr_t out, int64_t out_stride, int out_dtype,
-         bool stream_out) {
+         bool stream_out, const Policy* policy) {
         Job job;
         job.compute_statistics = (steps & steps::statistics) != 0;
         job.compute_second_round = (steps & steps::second_round) != 0;
@@ -122,13 +161,14 @@ NB_MODULE(_native, m) {
         job.out_stride = out_stride;
         job.out_dtype = static_cast<DType>(out_dtype);
         job.stream_out = stream_out;
+        job.policy = policy;
         run_job(job, threads);
       },
       nb::kw_only(), "steps"_a, "threads"_a, "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(),
       "reward_scale"_a, "reward_scales"_a, "token_ids"_a, "divergence"_a, "constants"_a, "forward_weight"_a,
       "forward_weights"_a, "statistics"_a, "statistics_stride"_a, "divergence_weights"_a = 0,
       "divergence_weight_stride"_a = 0, "token_weights"_a = 0, "token_weight_stride"_a = 0, "out"_a = 0,
-      "out_stride"_a = 0, "out_dtype"_a = 0, "stream_out"_a = false,
+      "out_stride"_a = 0, "out_dtype"_a = 0, "stream_out"_a = false, "policy"_a = nb::none(),
       "Compute the steps on a problem, without the GIL. Arguments are the fields of Job.");
   m.def(
       "isa", [] { return std::string(chosen_kernels().isa); },

@@ -20,6 +20,7 @@
 // A row is walked in blocks that fit the first-level cache. A block is brought to float32 z, z_q, z_r first (or read in
 // place where it already is that), padded to whole vectors with -inf, which is outside S by itself.
 
+#include "policy.h"
 #include "rowops.h"
 #include "vec.h"
 
@@ -846,6 +847,10 @@ void gradient(const Row& row, bool clean) {
   if (job.divergence_weights != nullptr)
     c.divergence = job.divergence_weights[row.index * job.divergence_weight_stride];
   if (job.token_weights != nullptr) c.token = job.token_weights[row.index * job.token_weight_stride];
+  if (job.policy != nullptr) {
+    const float slope = -policy_term(*job.policy, {job.statistics, job.statistics_stride}, row.index).dlogprob;
+    c.token = job.token_weights != nullptr ? c.token * slope : slope;
+  }
   const bool divergence = c.divergence != 0.0f;
   if (!divergence && c.token == 0.0f) return zero_row(row);
   if (!row.model[0]->softcap) {  // dz/dx is one number
@@ -886,6 +891,14 @@ void compute_row(const Job& job, int64_t index) {
   compute<3>(row);
 }
 
+void policy(const Policy& policy, const TokenScores& student, int64_t rows, float* out, int64_t out_stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const PolicyTerm term = policy_term(policy, student, row);
+    const float values[] = {term.loss, term.dlogprob, term.advantage, term.clipped, term.importance};
+    for (int i = 0; i < 5; ++i) out[i * out_stride + row] = values[i];
+  }
+}
+
 void map(const char* function, float* values, int64_t n) {
   for (int64_t k = 0; k + W <= n; k += W) {
     const vf x = load(values + k);
@@ -900,6 +913,6 @@ void map(const char* function, float* values, int64_t n) {
 #define GOPD_KERNELS(isa) GOPD_CONCATENATE(kernels_, isa)
 #define GOPD_STRING_OF(x) #x
 #define GOPD_STRING(x) GOPD_STRING_OF(x)
-const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::map};
+const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::policy, GOPD_ISA::map};
 
 }  // namespace fused_gopd

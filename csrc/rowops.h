@@ -61,6 +61,31 @@ struct Mixture {
   float c_t = 0.5f, c_p = 0.5f, kappa = 0.0f;
 };
 
+// The numbers of a policy loss, fused_gopd.rowops.PolicyRule. A step that is left out has numbers that change nothing.
+struct PolicyRule {
+  float logprob_min = -__builtin_huge_valf();
+  float advantage_low = -__builtin_huge_valf(), advantage_high = __builtin_huge_valf();
+  float ratio_low = -__builtin_huge_valf(), ratio_high = __builtin_huge_valf();  // 1 - low and 1 + high of clip
+  float clip_dual = __builtin_huge_valf();
+  float importance_cap = __builtin_huge_valf();
+};
+
+// The sampled tokens of one model that was scored alone: logit_student and logsum_student of these are read.
+struct TokenScores {
+  const float* statistics = nullptr;  // (stat_count, C)
+  int64_t stride = 0;                 // from one statistic to the next, in elements
+};
+
+// fused_gopd.rowops.Policy
+struct Policy {
+  PolicyRule rule;
+  double reward_scale = 1.0;             // lambda of every token, unless
+  const float* reward_scales = nullptr;  // (C,) gives one per token
+  TokenScores teacher, ref;              // one of them at least
+  const float* old_logprobs = nullptr;   // (C,) or nullptr, like the next
+  const float* rollout_logprobs = nullptr;
+};
+
 struct Job {
   int64_t rows = 0;   // C
   int64_t vocab = 0;  // V
@@ -83,6 +108,7 @@ struct Job {
   const float* divergence_weights = nullptr;                      // (C,) or nullptr
   const float* token_weights = nullptr;                           // (C,) or nullptr
   int64_t divergence_weight_stride = 1, token_weight_stride = 1;  // in elements; 0 is one number for all rows
+  const Policy* policy = nullptr;  // the token weights are times minus its derivative, and 1 where there are none
   void* out = nullptr;  // (C, >= V) of out_dtype; may start where student.raw does, row by row, if it is not wider
   int64_t out_stride = 0;
   DType out_dtype = DType::f32;
@@ -96,7 +122,9 @@ void set_constants(Job& job, const double* constants, size_t count);
 // One instruction set's kernels.
 struct Kernels {
   const char* isa;
-  void (*row)(const Job& job, int64_t row);                     // statistics, gradient or both of one row
+  void (*row)(const Job& job, int64_t row);  // statistics, gradient or both of one row
+  // rows of PolicyStat (5, rows) from the student's statistics
+  void (*policy)(const Policy& policy, const TokenScores& student, int64_t rows, float* out, int64_t out_stride);
   void (*map)(const char* function, float* values, int64_t n);  // exp, log or tanh in place, n a multiple of 16
 };
 

@@ -17,7 +17,7 @@ from .heads import Head, LinearHead, TokenLogProbs
 from .loop.gemm import without_autocast
 from .models import named_models
 from .objective.divergences import OneRound, Outcomes
-from .objective.policy import advantage, advantages_of, call_hook
+from .objective.policy import advantage, advantages_of, call_hook, rule_of
 from .objective.supervised import label_report
 from .objective.target import FROZEN, bounded, mix
 from .options import LossCall, TokenStats
@@ -289,7 +289,7 @@ def _advantages(
         return call_hook(p.advantage_fn, stats)
 
     return advantages_of(
-        p.options,
+        rule_of(p.options),
         reward_scale=p.reward_scale,
         student=lp,
         teacher=lq,

@@ -13,8 +13,8 @@ from fused_gopd.objective.policy import advantage, advantages_of, policy_term
 from fused_gopd.objective.reductions import token_weights
 from fused_gopd.objective.statistics import entropy, token_logprob
 from fused_gopd.objective.target import mix
-from fused_gopd.options import REDUCTIONS, LossOptions
-from fused_gopd.rowops import Stat
+from fused_gopd.options import REDUCTIONS
+from fused_gopd.rowops import PolicyRule, Stat
 from fused_gopd.tokens import Sequences
 
 INF, NAN = math.inf, math.nan
@@ -74,9 +74,9 @@ def test_advantage_of_a_diverged_model_is_nan():
 
 
 def term_of(clip, reward_scale, student, teacher, ref, old, rollout=None):
-    options = LossOptions(clip=clip)
-    used, _ = advantages_of(options, reward_scale=reward_scale, student=student, teacher=teacher, ref=ref, old=old)
-    return policy_term(options, used, student, old, rollout, lambda x: x)
+    rule = PolicyRule(clip=clip)
+    used, _ = advantages_of(rule, reward_scale=reward_scale, student=student, teacher=teacher, ref=ref, old=old)
+    return policy_term(rule, used, student, old, rollout)
 
 
 def policy(student, old, clip, teacher=vector(-1.0), ref=vector(-1.5)):  # noqa: B008 never written to

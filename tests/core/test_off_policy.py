@@ -24,7 +24,7 @@ from builders import (
     widened,
 )
 from combinations import product_on_float64
-from fused_gopd.objective.policy import advantages_of, policy_term
+from fused_gopd.objective.policy import advantages_of, policy_term, rule_of, sequence_log_ratio
 from fused_gopd.options import LossOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,10 +110,11 @@ def test_the_slope_is_the_derivative_of_the_loss(policy):
     old = torch.full_like(teacher, -1.7)
     rollout = torch.full_like(teacher, -2.0) if "rollout_is_cap" in policy else None
     # a sequence is one token here: its mean is differentiable as the token's own ratio
-    options = LossOptions(**policy)
+    rule = rule_of(LossOptions(**policy))
     known = {"student": student.detach(), "teacher": teacher, "ref": ref, "old": old}
-    used, _ = advantages_of(options, reward_scale=1.25, **known)
-    term = policy_term(options, used, student, old, rollout, lambda x: x)
+    used, _ = advantages_of(rule, reward_scale=1.25, **known)
+    log_ratio = sequence_log_ratio(student, old, lambda x: x) if policy.get("ratio") == "sequence" else None
+    term = policy_term(rule, used, student, old, rollout, log_ratio)
     (slope,) = torch.autograd.grad(term.loss.sum(), student)
     assert_close(term.dlogprob, slope, 1e-12)
 

@@ -28,7 +28,16 @@ import torch
 import snapshots
 from builders import row_divergence
 from fused_gopd.loop.chunking import row_stride
-from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import (
+    GradientWeights,
+    LogitTransform,
+    ModelRows,
+    Policy,
+    PolicyRule,
+    PolicyStat,
+    RowProblem,
+    Stat,
+)
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.triton import Device, Launch
 
@@ -142,6 +151,7 @@ def _row(
     weights: str = "divergence token",
     write: bool = True,
     stride: int = V,
+    policy: Policy | None = None,
 ) -> Launch:
     transform = transform or LogitTransform()
     models = [ModelRows(_logits(d, stride), transform) for d in dtypes] + [None, None]
@@ -162,7 +172,7 @@ def _row(
         problem,
         torch.empty(len(Stat), C, device="meta"),
         write,
-        GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None),
+        GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None, policy),
         grad,
         backend.tiles(problem, device),
         device.flush,
@@ -170,6 +180,12 @@ def _row(
     if out is not None:
         launch.constants["ALIASED"] = True  # production's case: the gradient lies on the logits
     return launch
+
+
+def _policy(per_token: bool) -> Policy:
+    """All that a policy can have."""
+    scores, vector = torch.empty(len(Stat), C, device="meta"), torch.empty(C, device="meta")
+    return Policy(PolicyRule(), vector if per_token else 1.25, scores, scores, vector, vector)
 
 
 def _linear(
@@ -289,6 +305,15 @@ def launches(target: Target) -> dict[str, Launch]:
         "sampled fp32": _row(d, (f32,), out=bf16, weights="token"),
         "sampled bf16, in place": _row(d, (bf16,), out=bf16, in_place=True, weights="token"),
         "sampled fp16, statistics": _row(d, (f16,)),
+        "sampled fp32, policy": _row(d, (f32,), out=bf16, weights="token", policy=_policy(per_token=False)),
+        "sampled bf16, in place, policy, lambda per token": _row(
+            d, (bf16,), out=bf16, in_place=True, weights="token", policy=_policy(per_token=True)
+        ),
+        "policy": backend.policy_launch(
+            _policy(per_token=True),
+            torch.empty(len(Stat), C, device="meta"),
+            torch.empty(len(PolicyStat), C, device="meta"),
+        ),
     }
     for name, dtype in (("bf16", bf16), ("fp16", f16), ("fp32", f32)):
         found[f"linear {name}"], found["linear merge"] = _linear(d, dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
-from ..objective.policy import PolicyTerm, advantages_of, policy_term
+from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
 from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
 from ..plan import require_sequences
@@ -58,7 +58,8 @@ def token_losses(
     def mean(x: Tensor) -> Tensor:
         return sequences.expand(sequences.sum(x.masked_fill(~live, 0)) / counts).to(x.dtype)
 
-    term = policy_term(options, advantages, known, old, rollout, mean)
+    log_ratio = sequence_log_ratio(known, old, mean) if options.ratio == "sequence" else None
+    term = policy_term(rule_of(options), advantages, known, old, rollout, log_ratio)
     # value term.loss and derivative term.dlogprob; where log p is -inf the difference would be NaN
     step = torch.where(torch.isneginf(known), 0, student - known)
     return (term.loss + term.dlogprob * step).masked_fill(~live, 0), term
@@ -135,7 +136,7 @@ def sampled_loss(
     entropy = nothing if entropy is None else vector("entropy", entropy)
     assert entropy is not None
     advantages, _ = advantages_of(
-        chosen,
+        rule_of(chosen),
         reward_scale=reward_scale,
         student=known,
         teacher=teacher if reward_scale != 0 else None,

@@ -1,4 +1,8 @@
-"""The sampled estimator: advantages, ratios, clipping and the policy gradient term per token."""
+"""The sampled estimator: advantages, ratios, clipping and the policy gradient term per token.
+
+:func:`evaluate` is what kernels compute (:meth:`fused_gopd.rowops.RowOps.policy`), on tensors. An ``advantage_fn``, a
+baseline and ratios of whole sequences are made of its pieces, in PyTorch alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,37 @@ import torch
 from torch import Tensor
 
 from ..options import AdvantageFn, LossOptions, TokenStats
+from ..rowops import Policy, PolicyRule, Stat
+from .statistics import token_logprob
 from .target import bounded, mix, outside_support
+
+
+def rule_of(options: LossOptions) -> PolicyRule:
+    """The numbers that a call's options give."""
+    return PolicyRule(
+        logprob_min=options.logprob_min,
+        advantage_clip=cast("tuple[float, float] | None", options.advantage_clip),
+        clip=options.clip,
+        clip_dual=options.clip_dual,
+        rollout_is_cap=options.rollout_is_cap,
+    )
+
+
+def evaluate(policy: Policy, student: Tensor) -> PolicyTerm:
+    """A policy at the student's log-probs (C,)."""
+    teacher, ref = (
+        None if x is None else token_logprob(x[Stat.LOGIT_STUDENT], x[Stat.LOGSUM_STUDENT])
+        for x in (policy.teacher, policy.ref)
+    )
+    used, _ = advantages_of(
+        policy.rule,
+        reward_scale=policy.reward_scale,
+        student=student,
+        teacher=teacher,
+        ref=ref,
+        old=policy.old_logprobs,
+    )
+    return policy_term(policy.rule, used, student, policy.old_logprobs, policy.rollout_logprobs)
 
 
 def advantage(
@@ -53,7 +87,7 @@ Hook = Callable[[Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 def advantages_of(
-    options: LossOptions,
+    rule: PolicyRule,
     *,
     reward_scale: float | Tensor,
     student: Tensor,  # (C,) log p of the sampled token, like the next three
@@ -70,8 +104,8 @@ def advantages_of(
     ``expected`` is the value l of the ``full`` reverse KL per token: E_p[A] = -l, so that A + l has mean 0 (vOPD,
     2605.07865). The hook's advantage has another mean, but any number per position leaves the gradient unbiased.
     """
-    if options.logprob_min is not None:
-        teacher, ref = (None if x is None else x.clamp_min(options.logprob_min) for x in (teacher, ref))
+    if rule.logprob_min is not None:
+        teacher, ref = (None if x is None else x.clamp_min(rule.logprob_min) for x in (teacher, ref))
     behaviour = student if old is None else old
     adv: Tensor | None = None
     finite = ~torch.isneginf(behaviour)
@@ -82,9 +116,8 @@ def advantages_of(
     assert adv is not None
 
     def clipped(x: Tensor) -> Tensor:
-        if options.advantage_clip is not None:
-            low, high = cast("tuple[float, float]", options.advantage_clip)
-            x = x.clamp(low, high)
+        if rule.advantage_clip is not None:
+            x = x.clamp(*rule.advantage_clip)
         return x.masked_fill(~finite, 0)
 
     return clipped(adv if expected is None else adv + expected), clipped(adv)
@@ -101,15 +134,27 @@ class PolicyTerm:
     importance: Tensor | None  # the detached importance weight of the rollout, where there is one
 
 
+def sequence_log_ratio(
+    student: Tensor,  # (C,) log p of the sampled token
+    old: Tensor | None,
+    mean: Callable[[Tensor], Tensor],  # (C,) -> (C,): each number replaced by the mean over its sequence
+) -> Tensor:
+    """The mean of log p - log p_old over the sequence of each token, (C,), for ``ratio="sequence"``."""
+    if old is None:
+        return torch.zeros_like(student)
+    # a token of probability 0 under a policy would make its whole sequence's ratio 0, inf or NaN
+    return mean((student - old).masked_fill(torch.isneginf(student) | torch.isneginf(old), 0))
+
+
 def policy_term(
-    options: LossOptions,
+    rule: PolicyRule,
     adv: Tensor,  # (C,) advantages
     student: Tensor,  # (C,) log p of the sampled token
     old: Tensor | None,
     rollout: Tensor | None,
-    sequence_mean: Callable[[Tensor], Tensor],  # (C,) -> (C,), for ratio="sequence"
+    log_ratio: Tensor | None = None,  # (C,) sequence_log_ratio, in place of the token's own
 ) -> PolicyTerm:
-    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the options say.
+    """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the rule says.
 
     clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
     clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
@@ -118,30 +163,28 @@ def policy_term(
     w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
     """
     behaviour = student if old is None else old
-    log_ratio = torch.zeros_like(student) if old is None else student - old
+    if log_ratio is None:
+        log_ratio = torch.zeros_like(student) if old is None else student - old
     zero_probability = torch.isneginf(student)
-    if options.ratio == "sequence":
-        # a token of probability 0 under a policy would make its whole sequence's ratio 0, inf or NaN
-        log_ratio = sequence_mean(log_ratio.masked_fill(zero_probability | torch.isneginf(behaviour), 0))
     ratio = log_ratio.exp()
     loss = -adv * ratio
     clipped = torch.zeros_like(zero_probability)
-    if options.clip is not None:
-        low, high = options.clip
+    if rule.clip is not None:
+        low, high = rule.clip
         bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
         # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
         clipped = bounded > loss
         loss = torch.maximum(loss, bounded)
-    if options.clip_dual is not None:
-        bound = -adv * options.clip_dual
+    if rule.clip_dual is not None:
+        bound = -adv * rule.clip_dual
         over = (adv < 0) & (loss > bound)
         clipped = clipped | over
         loss = torch.where(over, bound, loss)
     importance = None
     if rollout is not None:
         importance = (behaviour - rollout).masked_fill(torch.isneginf(behaviour), 0).exp()
-        if options.rollout_is_cap is not None:
-            importance = importance.clamp_max(options.rollout_is_cap)
+        if rule.rollout_is_cap is not None:
+            importance = importance.clamp_max(rule.rollout_is_cap)
         loss = loss * importance
     # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
     nothing = adv == 0

@@ -177,16 +177,57 @@ class Stat(enum.IntEnum):
     ORIGIN_TARGET = 14  # 0, or where that is above FAR or below -FAR a number near max_S u (max_S u, of one part)
 
 
+class PolicyRule(NamedTuple):
+    """The numbers of a policy loss; None leaves a step out. Formulas: :mod:`fused_gopd.objective.policy`."""
+
+    logprob_min: float | None = None
+    advantage_clip: tuple[float, float] | None = None
+    clip: tuple[float, float] | None = None
+    clip_dual: float | None = None
+    rollout_is_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy loss takes of C sampled tokens besides the student's log-probs. One of the two models is given."""
+
+    rule: PolicyRule
+    reward_scale: float | Tensor  # lambda; a tensor is (C,)
+    # (len(Stat), C) statistics of one model alone, any row stride: its LOGIT_STUDENT and LOGSUM_STUDENT are read
+    teacher: Tensor | None = None
+    ref: Tensor | None = None
+    old_logprobs: Tensor | None = None  # (C,)
+    rollout_logprobs: Tensor | None = None  # (C,)
+
+
+class PolicyStat(enum.IntEnum):
+    """Rows of the (len(PolicyStat), C) tensor that :meth:`RowOps.policy` returns."""
+
+    LOSS = 0
+    DLOGPROB = 1  # the derivative of the loss with respect to the student's log-prob
+    ADVANTAGE = 2
+    CLIPPED = 3  # 1 where the derivative is 0 because a clip is in force, else 0
+    IMPORTANCE = 4  # the weight of the rollout, 1 without one
+
+
 @dataclass(frozen=True)
 class GradientWeights:
     """The coefficients per token of the gradient with respect to z (see :meth:`RowOps.gradient`); None is 0."""
 
     divergence: Tensor | None = None  # (C,) in the accumulation dtype, any stride: of the divergence's gradient
     token: Tensor | None = None  # (C,) likewise, of p - 1[v = token]
+    # With a policy the weight of p - 1[v = token] is ``token``, 1 where that is None, times -DLOGPROB of the student's
+    # log-prob in the statistics.
+    policy: Policy | None = None
 
     def scaled(self, factor: Tensor) -> GradientWeights:
-        """Both multiplied by a factor () or (C,)."""
-        return GradientWeights(*(None if x is None else x * factor for x in (self.divergence, self.token)))
+        """All multiplied by a factor () or (C,)."""
+        divergence, token = (None if x is None else x * factor for x in (self.divergence, self.token))
+        if self.policy is not None and token is None:
+            scored = self.policy.teacher if self.policy.ref is None else self.policy.ref
+            assert scored is not None
+            token = factor.expand(scored.shape[1])
+        return GradientWeights(divergence, token, self.policy)
 
 
 class LinearExponentials(NamedTuple):
@@ -225,7 +266,7 @@ class RowOps(Protocol):
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
         """Write the gradient with respect to the student's raw logits into ``out`` (C, >= V), any floating dtype.
 
-        With w_d and w_y the two weights, for v in S:
+        With w_d and w_y the weights of the two terms, for v in S:
 
             g_v = w_d p_v (d_v - D) + w_y (p_v - 1[v = token])          dx_v = g_v dz_v/dx_v
 
@@ -257,6 +298,12 @@ class RowOps(Protocol):
         """Both, for weights that do not depend on the statistics; the same bits as the two calls in turn.
 
         Returns the statistics, which are written into ``statistics`` where it is given.
+        """
+
+    def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
+        """All of :class:`PolicyStat` for every row, (len(PolicyStat), C), in one launch.
+
+        ``statistics`` (len(Stat), C) are those of the student, of which LOGIT_STUDENT and LOGSUM_STUDENT are read.
         """
 
     def linear_statistics(

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowProblem, Stat
+from . import (
+    GradientWeights,
+    LinearExponentials,
+    LogitTransform,
+    ModelRows,
+    Policy,
+    PolicyRule,
+    PolicyStat,
+    RowProblem,
+    Stat,
+)
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
@@ -84,7 +95,7 @@ class NativeRowOps:
         if problem.divergence is None or not problem.divergence.second_round:
             name = None if problem.divergence is None else problem.divergence.name
             raise ValueError(f"second_round needs a divergence that has one, got {name!r}")
-        statistics = _checked_statistics(statistics, problem.rows, writes=False)
+        statistics = _checked_statistics("statistics", statistics, _rows(problem), writes=False)
         statistics = statistics.detach().clone(memory_format=torch.contiguous_format)
         _run(problem, _load().SECOND_ROUND, statistics)
         return statistics[Stat.CENTRE : Stat.VALUE + 1]
@@ -96,6 +107,21 @@ class NativeRowOps:
         statistics = _new_statistics(problem) if statistics is None else statistics
         _run(problem, native.STATISTICS | native.GRADIENT, statistics, weights, out)
         return statistics
+
+    def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
+        rows = statistics.shape[-1] if statistics.dim() else 0
+        statistics = _checked_statistics("statistics", statistics, rows, writes=False)
+        out = torch.empty((len(PolicyStat), rows), dtype=torch.float32)
+        handle, _alive = _policy(policy, rows)
+        _load().policy(
+            policy=handle,
+            rows=rows,
+            statistics=statistics.data_ptr(),
+            statistics_stride=statistics.stride()[0],
+            out=out.data_ptr(),
+            out_stride=rows,
+        )
+        return out
 
     def linear_statistics(
         self,
@@ -124,9 +150,14 @@ class NativeRowOps:
         return scale_(gradient, factor)
 
 
-def _new_statistics(problem: RowProblem) -> Tensor:
+def _rows(problem: RowProblem) -> int:
+    """C, of a student that is not checked yet."""
     raw = problem.student.raw
-    return torch.empty((len(Stat), raw.shape[0] if raw.dim() else 0), dtype=torch.float32)
+    return raw.shape[0] if raw.dim() else 0
+
+
+def _new_statistics(problem: RowProblem) -> Tensor:
+    return torch.empty((len(Stat), _rows(problem)), dtype=torch.float32)
 
 
 def _run(
@@ -138,7 +169,7 @@ def _run(
 ) -> None:
     """The one place where a problem becomes addresses."""
     native, V, student, raw = _load(), problem.vocab_size, problem.student, problem.student.raw
-    rows = raw.shape[0] if raw.dim() else 0
+    rows = _rows(problem)
     if V < 0:
         raise ValueError(f"vocab_size must not be negative, got {V}")
     model = _model("student", student, rows, V)
@@ -168,8 +199,9 @@ def _run(
         if (scale == 0 and teacher is not None and ref is None) or (scale == 1 and ref is not None and teacher is None):
             raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
     ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
-    written, statistics = statistics, _checked_statistics(statistics, rows, writes=steps != native.GRADIENT)
-    w_d = w_y = None
+    writes = steps != native.GRADIENT
+    written, statistics = statistics, _checked_statistics("statistics", statistics, rows, writes=writes)
+    w_d = w_y = policy = None
     out_address = out_stride = d_stride = y_stride = 0
     out_dtype = torch.float32
     if out is not None and weights is not None:
@@ -186,6 +218,10 @@ def _run(
                 raise ValueError("token weights need token_ids")
             w_y = _vector("weights.token", weights.token, rows, strided=True)
             y_stride = w_y.stride()[0]
+        if weights.policy is not None:
+            if ids is None:
+                raise ValueError("a policy needs token_ids")
+            policy, _alive = _policy(weights.policy, rows)
     native.run(
         steps=steps,
         threads=torch.get_num_threads(),
@@ -211,9 +247,10 @@ def _run(
         out_stride=out_stride,
         out_dtype=_DTYPES[out_dtype],
         stream_out=rows * V * out_dtype.itemsize >= _STREAM_BYTES and out_address != raw.data_ptr(),
+        policy=policy,
     )
     # autograd cannot see the kernel's stores
-    if steps != native.GRADIENT and not written.is_inference():
+    if writes and not written.is_inference():
         torch._C._increment_version((written,))
     if out is not None and not out.is_inference():
         torch._C._increment_version((out,))
@@ -270,20 +307,67 @@ def _check_rows(name: str, x: Tensor, rows: int, V: int) -> None:
     _check_memory(name, x, (rows - 1) * row_stride + shape[1])
 
 
-def _checked_statistics(x: Tensor, rows: int, *, writes: bool) -> Tensor:
+@functools.lru_cache
+def _rule(rule: PolicyRule) -> Any:
+    """The kernels' ``PolicyRule``: infinities leave a step out."""
+    advantage_low, advantage_high = rule.advantage_clip or (-math.inf, math.inf)
+    low, high = rule.clip or (math.inf, math.inf)
+    return _load().PolicyRule(
+        logprob_min=-math.inf if rule.logprob_min is None else rule.logprob_min,
+        advantage_low=advantage_low,
+        advantage_high=advantage_high,
+        ratio_low=1.0 - low,
+        ratio_high=1.0 + high,
+        clip_dual=math.inf if rule.clip_dual is None else rule.clip_dual,
+        importance_cap=math.inf if rule.rollout_is_cap is None else rule.rollout_is_cap,
+    )
+
+
+def _policy(policy: Policy, rows: int) -> tuple[Any, list[Tensor | None]]:
+    """The kernels' ``Policy``, and the tensors whose addresses it has."""
+    if policy.teacher is None and policy.ref is None:
+        raise ValueError("a policy needs a teacher or a reference")
+    teacher, ref = (
+        None if x is None else _checked_statistics(f"the policy's {name} statistics", x, rows, writes=False)
+        for name, x in (("teacher", policy.teacher), ("ref", policy.ref))
+    )
+    old, rollout = (
+        None if x is None else _vector(name, x, rows)
+        for name, x in (("old_logprobs", policy.old_logprobs), ("rollout_logprobs", policy.rollout_logprobs))
+    )
+    scale, scales = 1.0, None
+    if isinstance(policy.reward_scale, Tensor):
+        scales = _vector("the policy's reward_scale", policy.reward_scale, rows)
+    else:
+        scale = policy.reward_scale
+    handle = _load().Policy(
+        rule=_rule(policy.rule),
+        reward_scale=scale,
+        reward_scales=0 if scales is None else scales.data_ptr(),
+        teacher=0 if teacher is None else teacher.data_ptr(),
+        teacher_stride=0 if teacher is None else teacher.stride()[0],
+        ref=0 if ref is None else ref.data_ptr(),
+        ref_stride=0 if ref is None else ref.stride()[0],
+        old_logprobs=0 if old is None else old.data_ptr(),
+        rollout_logprobs=0 if rollout is None else rollout.data_ptr(),
+    )
+    return handle, [teacher, ref, old, rollout, scales]
+
+
+def _checked_statistics(name: str, x: Tensor, rows: int, *, writes: bool) -> Tensor:
     """(len(Stat), C) of unit stride along the tokens; those that are only read may be of any, and are then copied."""
     if x.dtype is not torch.float32:
-        raise TypeError(f"statistics must be torch.float32 for backend='native', got {x.dtype}")
+        raise TypeError(f"{name} must be torch.float32 for backend='native', got {x.dtype}")
     if x.shape != (len(Stat), rows):
-        raise ValueError(f"statistics must be {(len(Stat), rows)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {(len(Stat), rows)}, got {tuple(x.shape)}")
     row_stride, stride = x.stride()
-    _check_memory("statistics", x, (len(Stat) - 1) * row_stride + (rows - 1) * stride + 1)
+    _check_memory(name, x, (len(Stat) - 1) * row_stride + (rows - 1) * stride + 1)
     if writes and row_stride < rows:
-        raise ValueError(f"the rows of statistics overlap: row stride {row_stride}, {rows} tokens")
+        raise ValueError(f"the rows of {name} overlap: row stride {row_stride}, {rows} tokens")
     if x.data_ptr() % 4 == 0 and (stride == 1 or rows <= 1):
         return x
     if writes:
-        raise ValueError("statistics must have unit stride along the tokens, and the alignment of their dtype")
+        raise ValueError(f"{name} must have unit stride along the tokens, and the alignment of their dtype")
     return _aligned(x)
 
 

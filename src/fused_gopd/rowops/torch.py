@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..objective.divergences import Divergence, OneRound, Outcomes
+from ..objective.policy import PolicyTerm, evaluate
+from ..objective.statistics import token_logprob
 from ..objective.target import bounded, mix, origin_of
-from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowProblem, Stat
+from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, Policy, RowProblem, Stat
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
 # below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
@@ -71,6 +73,9 @@ class TorchRowOps:
 
     def gradient(self, problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor) -> None:
         dtype = _dtype(problem)
+        if weights.policy is not None:
+            slope = -_policy(weights.policy, statistics).dlogprob
+            weights = GradientWeights(weights.divergence, slope if weights.token is None else weights.token * slope)
         for rows, part in _blocks(problem):
             part_weights = GradientWeights(rows_of(weights.divergence, rows), rows_of(weights.token, rows))
             own = statistics[:, rows]
@@ -91,6 +96,12 @@ class TorchRowOps:
         statistics = self.statistics(problem, statistics)
         self.gradient(problem, statistics, weights, out)
         return statistics
+
+    def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
+        term = _policy(policy, statistics)
+        importance = torch.ones_like(term.loss) if term.importance is None else term.importance
+        # in the order of PolicyStat
+        return torch.stack((term.loss, term.dlogprob, term.advantages, term.clipped.to(term.loss.dtype), importance))
 
     def linear_statistics(
         self,
@@ -117,6 +128,10 @@ class TorchRowOps:
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scale_(gradient, factor)
+
+
+def _policy(policy: Policy, statistics: Tensor) -> PolicyTerm:
+    return evaluate(policy, token_logprob(statistics[Stat.LOGIT_STUDENT], statistics[Stat.LOGSUM_STUDENT]))
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from fused_gopd.objective.divergences import Mixed
 from fused_gopd.objective.divergences import make as make_divergence
-from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, native
+from fused_gopd.rowops import (
+    GradientWeights,
+    LogitTransform,
+    ModelRows,
+    Policy,
+    PolicyRule,
+    RowProblem,
+    Stat,
+    native,
+)
 
 # ------------------------------------------------------------------------------------- the extension's place, by ctypes
 
@@ -34,6 +43,7 @@ RUN = {
     "forward_weight": F, "forward_weights": P, "statistics": P, "statistics_stride": INT64,
     "divergence_weights": P, "divergence_weight_stride": INT64, "token_weights": P, "token_weight_stride": INT64,
     "out": P, "out_stride": INT64, "out_dtype": INT, "stream_out": BOOL,
+    "policy": P,
 }  # fmt: skip
 
 
@@ -46,17 +56,29 @@ class Shim:
         self.c, self.isa = ctypes.CDLL(library), isa.encode()
         self.KINDS = importlib.import_module("fused_gopd._native").KINDS
         self.c.new_model.restype, self.c.new_model.argtypes = P, [P, INT64, INT, P, F, F, BOOL]
+        self.c.new_rule.restype, self.c.new_rule.argtypes = P, [F] * 7
+        self.c.new_policy.restype, self.c.new_policy.argtypes = P, [P, D, P, P, INT64, P, INT64, P, P]
+        self.c.policy.restype, self.c.policy.argtypes = None, [ctypes.c_char_p, P, INT64, P, INT64, P, INT64]
         self.c.run.restype, self.c.run.argtypes = None, [ctypes.c_char_p, *RUN.values()]
 
     def Model(self, *, raw, row_stride, dtype, bias, input_scale, output_scale, softcap):
         return self.c.new_model(raw, row_stride, dtype, bias, input_scale, output_scale, softcap)
+
+    def PolicyRule(self, **numbers):  # in the order of the C++ one, as native.py has them
+        return self.c.new_rule(*numbers.values())
+
+    def Policy(self, **arguments):
+        return self.c.new_policy(*arguments.values())
+
+    def policy(self, **arguments):
+        self.c.policy(self.isa, *arguments.values())
 
     def run(self, *, threads, constants, **arguments):
         assert threads >= 1
         assert set(arguments) <= set(RUN)
         numbers = (ctypes.c_double * len(constants))(*constants)
         given = {**arguments, "constants": numbers, "constant_count": len(constants)}
-        self.c.run(self.isa, *(given.get(name, 0 if kind is not NUMBERS else None) for name, kind in RUN.items()))
+        self.c.run(self.isa, *(given.get(name) or (None if kind in (P, NUMBERS) else 0) for name, kind in RUN.items()))
 
 
 # --------------------------------------------------------------------------------------------------------- odd buffers
@@ -125,12 +147,16 @@ class Call:
             options["reward_scale"] = b["reward_scale"]
         problem = RowProblem(self.vocab, **models, token_ids=b["token_ids"], **options)
         weights, ops, out = (
-            GradientWeights(b["weights.divergence"], b["weights.token"]),
+            GradientWeights(b["weights.divergence"], b["weights.token"], self.policy()),
             native.NativeRowOps(),
             b["out"],
         )
         if op == "statistics":
             return [ops.statistics(problem)]
+        if op == "policy":
+            policy = self.policy()
+            assert policy is not None
+            return [ops.policy(policy, b["statistics"])]
         if op == "second_round":
             return [ops.second_round(problem, b["statistics"])]
         results = [ops.statistics_and_gradient(problem, weights, out)] if op == "statistics_and_gradient" else []
@@ -138,7 +164,22 @@ class Call:
             ops.gradient(problem, b["statistics"], weights, out)
         return [*results, out[:, : self.vocab].clone()]
 
+    def policy(self) -> Policy | None:
+        b = self.buffers
+        if b["the policy's teacher"] is None:
+            return None
+        scale = b["the policy's reward_scale"]
+        return Policy(
+            RULES[0] if b["old_logprobs"] is None else RULES[1],
+            1.25 if scale is None else scale,
+            b["the policy's teacher"],
+            b["the policy's ref"],
+            b["old_logprobs"],
+            b["rollout_logprobs"],
+        )
 
+
+RULES = (PolicyRule(), PolicyRule(-20.0, (-2.0, 2.0), (0.2, 0.2), 3.0, 5.0))
 DIVERGENCES = (
     None,
     *(make_divergence(name) for name in ("reverse_kl", "forward_kl", "mixed")),
@@ -146,11 +187,15 @@ DIVERGENCES = (
     *(make_divergence(name, skew=skew) for name in ("skew_kl", "skew_reverse_kl") for skew in (0.1, 0.9999)),
     *(make_divergence("alpha", alpha=alpha) for alpha in (-0.5, 1e-6, 0.3, 2.0)),
 )
+POLICY = {
+    "the policy's teacher", "the policy's ref", "the policy's reward_scale", "old_logprobs", "rollout_logprobs"
+}  # fmt: skip
 READ = {
     "statistics": set(),
     "second_round": {"statistics"},
-    "gradient": {"statistics", "weights.divergence", "weights.token", "out"},
-    "statistics_and_gradient": {"weights.divergence", "weights.token", "out"},
+    "policy": {"statistics", *POLICY},
+    "gradient": {"statistics", "weights.divergence", "weights.token", "out", *POLICY},
+    "statistics_and_gradient": {"weights.divergence", "weights.token", "out", *POLICY},
 }
 
 
@@ -178,6 +223,14 @@ def make(draw: random.Random) -> tuple[str, Call]:
     buffers["weights.divergence"] = torch.randn(rows) if draw.random() < 0.8 else None
     buffers["weights.token"] = torch.randn(rows) if draw.random() < 0.8 else None
     buffers["out"] = torch.zeros(rows, vocab, dtype=draw.choice(dtypes))
+    buffers |= dict.fromkeys(POLICY)
+    if op == "policy" or ("weights.token" in READ[op] and draw.random() < 0.5):
+        both = draw.random() < 0.5
+        buffers["the policy's teacher"] = -torch.rand(len(Stat), rows)
+        buffers["the policy's ref"] = -torch.rand(len(Stat), rows) if both else None
+        buffers["the policy's reward_scale"] = torch.rand(rows) if both and draw.random() < 0.5 else None
+        for name in ("old_logprobs", "rollout_logprobs"):
+            buffers[name] = -torch.rand(rows) if draw.random() < 0.5 else None
     plain = Call(buffers, vocab, options, transforms)
     buffers["statistics"] = plain.run("statistics")[0] if "statistics" in READ[op] else None
     return op, plain
@@ -197,14 +250,17 @@ def main(library: str, calls: int, isa: str) -> None:
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"{op} gives other bits for odd buffers: {plain}"
         given = [name for name, x in plain.buffers.items() if x is not None]
-        name = draw.choice([name for name in given if name in READ[op] or not any(name in x for x in READ.values())])
+        of_all = op != "policy"  # what no operation names is read by all, but by this one
+        unnamed = {name for name in given if of_all and not any(name in x for x in READ.values())}
+        name = draw.choice([name for name in given if name in READ[op] or name in unnamed])
         change = draw.choice(WRONG[:-1] if name.startswith("the bias") else WRONG)
         x = change(plain.buffers[name])
         try:
             replace(plain, buffers=odd | {name: x}).run(op)
         except (TypeError, ValueError) as error:
-            # a student of other rows makes all others wrong
-            assert name in str(error) or name == "student", f"the error does not name {name}: {error}"  # noqa: PT017
+            # a student of other rows makes all others wrong, and of a policy the statistics
+            first = "student" if of_all else "statistics"
+            assert name in str(error) or name == first, f"the error does not name {name}: {error}"  # noqa: PT017
         else:
             right = plain.buffers[name]
             raise AssertionError(f"{op} took {name} {x.dtype} {tuple(x.shape)} for {right.dtype} {tuple(right.shape)}")

@@ -88,7 +88,7 @@ class Sampled(Estimator):
             expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
         student, teacher, ref = model_logprobs(problem.has, statistics, tokens)
         return policy.advantages_of(
-            options,
+            policy.rule_of(options),
             reward_scale=scale,
             student=student,
             teacher=teacher,
@@ -131,9 +131,12 @@ class Sampled(Estimator):
         problem = self.problem
         old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
         student = model_logprobs(problem.has, statistics, tokens)[0]
+        rule, log_ratio = policy.rule_of(problem.options), None
+        if problem.options.ratio == "sequence":
+            log_ratio = policy.sequence_log_ratio(student, old, self._mean_over_sequences)
 
         def term(advantages: Tensor) -> PolicyTerm:
-            return policy.policy_term(problem.options, advantages, student, old, rollout, self._mean_over_sequences)
+            return policy.policy_term(rule, advantages, student, old, rollout, log_ratio)
 
         used = term(statistics[TokenRow.ADVANTAGE, tokens])
         if problem.options.baseline == "none":

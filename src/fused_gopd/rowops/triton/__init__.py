@@ -16,7 +16,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import GradientWeights, LinearExponentials, LogitTransform, ModelRows, RowDivergence, RowProblem, Stat
+from .. import (
+    GradientWeights,
+    LinearExponentials,
+    LogitTransform,
+    ModelRows,
+    Policy,
+    PolicyRule,
+    PolicyStat,
+    RowDivergence,
+    RowProblem,
+    Stat,
+)
 from ..torch import scale_
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -387,6 +398,77 @@ def _divergence_arguments(divergence: RowDivergence | None) -> tuple[str, dict[s
     return kind, numbers | {"forward_weight_ptr": _vector(weight).contiguous()}, near_end
 
 
+_POLICY_NUMBERS = (
+    "logprob_min",
+    "advantage_low",
+    "advantage_high",
+    "ratio_low",
+    "ratio_high",
+    "clip_dual",
+    "importance_cap",
+)
+_POLICY_TENSORS = ("policy_teacher_ptr", "policy_ref_ptr", "policy_scale_ptr", "old_ptr", "rollout_ptr")
+_NO_POLICY: dict[str, Any] = {
+    **dict.fromkeys((*_POLICY_TENSORS, "policy_share", *_POLICY_NUMBERS)),
+    "policy_teacher_stride": 0,
+    "policy_ref_stride": 0,
+}
+
+
+@functools.lru_cache
+def _rule_numbers(rule: PolicyRule) -> dict[str, float]:
+    """What a step takes that is left out changes nothing."""
+    advantage_low, advantage_high = rule.advantage_clip or (-math.inf, math.inf)
+    low, high = rule.clip or (math.inf, math.inf)
+    dual, cap = (math.inf if x is None else x for x in (rule.clip_dual, rule.rollout_is_cap))
+    least = -math.inf if rule.logprob_min is None else rule.logprob_min
+    numbers = (least, advantage_low, advantage_high, 1.0 - low, 1.0 + high, dual, cap)
+    return dict(zip(_POLICY_NUMBERS, map(float, numbers), strict=True))
+
+
+def _unit_stride(statistics: Tensor | None) -> Tensor | None:
+    return statistics if statistics is None or statistics.stride(1) == 1 else statistics.contiguous()
+
+
+def _policy_arguments(policy: Policy | None) -> tuple[dict[str, Any], bool]:
+    """Arguments of ``policy_term``, and its NEAR_TEACHER."""
+    if policy is None:
+        return _NO_POLICY, False
+    lam, teacher, ref = policy.reward_scale, _unit_stride(policy.teacher), _unit_stride(policy.ref)
+    if teacher is None and ref is None:
+        raise ValueError("a policy needs a teacher or a reference")
+    near_teacher = not isinstance(lam, Tensor) and lam > 0.5
+    given = (lam if isinstance(lam, Tensor) else None, policy.old_logprobs, policy.rollout_logprobs)
+    scale, old, rollout = (None if x is None else _vector(x).contiguous() for x in given)
+    return {
+        "policy_teacher_ptr": teacher,
+        "policy_teacher_stride": 0 if teacher is None else teacher.stride(0),
+        "policy_ref_ptr": ref,
+        "policy_ref_stride": 0 if ref is None else ref.stride(0),
+        "policy_share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
+        "policy_scale_ptr": scale,
+        "old_ptr": old,
+        "rollout_ptr": rollout,
+        **_rule_numbers(policy.rule),
+    }, near_teacher
+
+
+def policy_launch(policy: Policy, statistics: Tensor, out: Tensor) -> Launch:
+    """The rows of PolicyStat into ``out`` (len(PolicyStat), C)."""
+    from . import policy as kernels
+
+    arguments, near_teacher = _policy_arguments(policy)
+    rows, block = out.shape[1], 128
+    student = {"student_ptr": statistics, "student_stride": statistics.stride(0)}
+    return Launch(
+        kernel=kernels.policy_kernel,
+        grid=math.ceil(rows / block),
+        arguments={**student, "out_ptr": out, "out_stride": out.stride(0), "C": rows, **arguments},
+        constants={"POLICY_NEAR_TEACHER": near_teacher, "BLOCK_C": block},
+        options={"num_warps": 4, "enable_fp_fusion": False},
+    )
+
+
 def row_launch(
     problem: RowProblem,
     statistics: Tensor,
@@ -412,6 +494,8 @@ def row_launch(
     transform = problem.student.transform
     kind, numbers, near_end = _divergence_arguments(problem.divergence)
     near_teacher = not isinstance(lam, Tensor) and lam > 0.5
+    policy = None if out is None else weights.policy
+    policy_arguments, policy_near_teacher = _policy_arguments(policy)
     w_d, w_y = (None if out is None or w is None else _vector(w) for w in (weights.divergence, weights.token))
     aliased = False
     if out is not None:
@@ -423,6 +507,7 @@ def row_launch(
         **models[1].arguments,
         **models[2].arguments,
         **numbers,
+        **policy_arguments,
         "share": 0.0 if isinstance(lam, Tensor) else float(lam - near_teacher),
         "reward_scale_ptr": _vector(lam).contiguous() if isinstance(lam, Tensor) else None,
         "token_ptr": None if problem.token_ids is None else problem.token_ids.contiguous(),
@@ -439,6 +524,8 @@ def row_launch(
         "V": problem.vocab_size,
     }
     constants = {
+        "POLICY": policy is not None,
+        "POLICY_NEAR_TEACHER": policy_near_teacher,
         "STUDENT_KIND": models[0].kind,
         "TEACHER_KIND": models[1].kind,
         "REF_KIND": models[2].kind,
@@ -730,6 +817,14 @@ class TritonRowOps:
         statistics = self._statistics(problem.student.raw, statistics)
         self._launch(problem, statistics, True, weights, out)
         return statistics
+
+    def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
+        if statistics.stride(1) != 1:
+            statistics = statistics.contiguous()
+        out = torch.empty((len(PolicyStat), statistics.shape[1]), dtype=torch.float32, device=statistics.device)
+        if statistics.shape[1]:
+            policy_launch(policy, statistics, out).run(statistics.device)
+        return out
 
     def linear_statistics(
         self,

@@ -22,6 +22,8 @@ lanes is the same step once more, to the maxima of the row.
 import triton
 import triton.language as tl
 
+from .policy import policy_term, token_logprob
+
 # Values of Stat (fused_gopd.rowops.Stat), which a kernel cannot read from an enum.
 LOGSUM_STUDENT = tl.constexpr(0)
 LOGSUM_TEACHER = tl.constexpr(1)
@@ -331,6 +333,10 @@ def row_kernel(
     divergence_weight_ptr, divergence_weight_stride, token_weight_ptr, token_weight_stride,
     out_ptr, out_stride, slope, tanh_of_z, V,
     a, one_minus_a, turn, c_t, c_p, kappa, forward_weight_ptr,
+    policy_teacher_ptr, policy_teacher_stride, policy_ref_ptr, policy_ref_stride, policy_share, policy_scale_ptr,
+    old_ptr, rollout_ptr,
+    logprob_min, advantage_low, advantage_high, ratio_low, ratio_high, clip_dual, importance_cap,
+    POLICY: tl.constexpr, POLICY_NEAR_TEACHER: tl.constexpr,
     STUDENT_KIND: tl.constexpr, TEACHER_KIND: tl.constexpr, REF_KIND: tl.constexpr, DIVERGENCE: tl.constexpr,
     NEAR_TEACHER: tl.constexpr, NEAR_END: tl.constexpr, STATISTICS: tl.constexpr, ALIASED: tl.constexpr,
     REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, FLUSH: tl.constexpr,
@@ -357,6 +363,8 @@ def row_kernel(
                   number, but each is small, and keeps its digits, near one of the ends a = 0 and 1, where c_t is large.
                   No product is larger than e^turn
         mixed     a KL(t || p) + (1 - a) KL(p || t); in place of a, forward_weight_ptr (C,) fp32 is a weight per token
+    POLICY                              whether the token weights, 1 where they are None, are times -dlogprob of
+                                        ``policy_term``, whose arguments policy_teacher_ptr .. importance_cap are
     slope, tanh_of_z                    dz/dx = slope (1 - (tanh_of_z z)^2), the second factor with a softcap only
 
     Bytes per row: statistics read each model's V logits once (mixture and alpha twice), the gradient reads them once
@@ -385,6 +393,7 @@ def row_kernel(
     HAS_REF: tl.constexpr = ref_ptr is not None
     HAS_TARGET: tl.constexpr = HAS_TEACHER or HAS_REF
     BOTH: tl.constexpr = HAS_TEACHER and HAS_REF
+    HAS_TOKEN: tl.constexpr = token_weight_ptr is not None or POLICY
     BLOCK_V: tl.constexpr = REPEAT * LANES * VECTOR
     repeat = tl.arange(0, REPEAT)[:, None, None] * (LANES * VECTOR)
     lane = tl.arange(0, LANES)[None, :, None] * VECTOR
@@ -650,9 +659,21 @@ def row_kernel(
             poisoned_weight = divergence_weight + 0.0 * mean_gap
             if forward_weight_ptr is not None:
                 a = tl.load(forward_weight_ptr + row)
-        if token_weight_ptr is not None:
-            token_weight = tl.load(token_weight_ptr + row64 * token_weight_stride)
+        if HAS_TOKEN:
+            token_weight = 1.0
+            if token_weight_ptr is not None:
+                token_weight = tl.load(token_weight_ptr + row64 * token_weight_stride)
             token_column = tl.load(token_ptr + row)
+        if POLICY:
+            if not STATISTICS:
+                logit_z = tl.load(stats_row + LOGIT_STUDENT * stats_stride)
+            _loss, dlogprob, _advantage, _clipped, _importance = policy_term(
+                token_logprob(logit_z, logsum_z), row, None,
+                policy_teacher_ptr, policy_teacher_stride, policy_ref_ptr, policy_ref_stride, policy_share,
+                policy_scale_ptr, old_ptr, rollout_ptr, logprob_min, advantage_low, advantage_high, ratio_low,
+                ratio_high, clip_dual, importance_cap, POLICY_NEAR_TEACHER,
+            )  # fmt: skip
+            token_weight = token_weight * -dlogprob
         live = tl.where((divergence_weight != 0.0) | (token_weight != 0.0), 1, 0)
         for tail in tl.static_range(2):
             for start in tl.range(tail * full, full + tail * (V - full), BLOCK_V, num_stages=STAGES):
@@ -699,7 +720,7 @@ def row_kernel(
                         excess = excess_mass(p, z - logsum_z, u - logsum_u, x, a, one_minus_a, turn, FLUSH)
                         term = tl.fma(c_p, excess, -(p * centre))
                     grad = poisoned_weight * term
-                if token_weight_ptr is not None:
+                if HAS_TOKEN:
                     token_term = token_weight * (p - tl.where(columns == token_column, 1.0, 0.0))
                     if divergence_weight_ptr is not None:
                         grad = tl.where(divergence_weight == 0.0, 0.0, grad)
