@@ -114,6 +114,13 @@ def test_the_pages_show_the_committed_tables() -> None:
         assert path.read_text() == text, ACCEPT
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_launch_says_whether_multiplies_and_adds_are_fused(target: str) -> None:
+    """Triton's own default changes from yes to no in 3.10, and with it the bits."""
+    for kernel, launch in launches(TARGETS[target]).items():
+        assert "enable_fp_fusion" in launch.options, kernel
+
+
 def test_conversions_between_names_of_one_layout_move_nothing() -> None:
     def ttgir(old: str, new: str) -> str:
         layouts = f"#blocked = #ttg.blocked<{{{old}}}>\n#blocked1 = #ttg.blocked<{{{new}}}>\n"

@@ -253,9 +253,9 @@ def linear_tiles(
         # Measured for 1024 rows: 0.78 to 1.01 times the time of the tile below at H = 2048, 0.92 to 1.06 at H = 4096,
         # 1.02 to 1.04 at H = 1024.
         depth, stages = depth // 2, 4
-    # With the stored tile in shared memory one program fits on a multiprocessor of Blackwell; left alone NVIDIA's
-    # compiler would spill to fit two, as in `tiles`.
-    max_registers = 255 if out is not None and device.capability >= 100 else None
+    # Left alone, NVIDIA's compilers spill on Blackwell to fit two programs on a multiprocessor, as in `tiles`, those
+    # of Triton 3.8 and 3.9 also if told 128 registers: one program.
+    max_registers = 255 if device.capability >= 100 else None
     return LinearTiles(
         rows=128,
         vocabulary=width,
@@ -545,6 +545,10 @@ def row_launch(
     return Launch(kernel=rows.row_kernel, grid=problem.rows, arguments=arguments, constants=constants, options=options)
 
 
+# Triton's default until 3.9, and the other from 3.10 on.
+_FUSED = {"enable_fp_fusion": True}
+
+
 def _gemm_launch(
     hidden: Tensor,
     weight: Tensor,
@@ -608,7 +612,7 @@ def _gemm_launch(
             "BLOCK_H": tile.hidden,
             "FLUSH": flush,
         },
-        options=_options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages},
+        options=_options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages} | _FUSED,
     )
 
 
@@ -645,7 +649,7 @@ def linear_launches(
             "splits": partial.shape[0],
         },
         constants={"STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
-        options={"num_warps": 4},
+        options={"num_warps": 4} | _FUSED,
     )
     return gemm, merge
 
@@ -692,7 +696,7 @@ def exponential_launches(
             "H": hidden.shape[1],
         },
         constants={"KIND": kind, "BLOCK_C": block, "BLOCK_H": 256},
-        options={"num_warps": 4},
+        options={"num_warps": 4} | _FUSED,
     )
     rounds = [
         _gemm_launch(
@@ -720,7 +724,7 @@ def exponential_launches(
             "splits": partial.shape[1],
         },
         constants={"WIDEN": widen, "STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
-        options={"num_warps": 4},
+        options={"num_warps": 4} | _FUSED,
     )
     return token_logit, rounds[0], rounds[1], merge
 
