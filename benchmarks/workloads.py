@@ -216,12 +216,10 @@ def _logits(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[Tenso
 
 def entropy(inputs: Inputs, tokens: int = 256) -> float:
     """The student's mean entropy over the first tokens, in nats."""
-    if inputs.weights is None:
-        found = [inputs.rows[0].detach()[:tokens].float()]
-    else:
-        found = list(_logits([inputs.rows[0][:tokens]], inputs.weights))
-    log_p = [z.log_softmax(-1) for z in found]
-    return float(torch.cat([-(x.exp() * x).sum(-1) for x in log_p]).mean())
+    rows = inputs.rows[0].detach()[:tokens]
+    blocks = rows.float().split(_LOGITS_ROWS) if inputs.weights is None else _logits([rows], inputs.weights)
+    total = sum(float(-(x.exp() * x).sum()) for x in (z.log_softmax(-1) for z in blocks))
+    return total / rows.shape[0]
 
 
 def synchronize(device: str) -> None:
