@@ -15,7 +15,7 @@ import torch
 from fused_gopd.loop.chunking import CHUNK_BUDGET_BYTES
 
 from . import accuracy, floors, memory
-from .providers import FUSED_PREFIX, Computation, Result
+from .providers import FUSED_PREFIX, Computation, Result, buffers, chunk_size
 from .registry import PROVIDERS, cases, described, providers_of
 from .workloads import SUITES, Inputs, Workload, default_suite, entropy, queued, rotation, synchronize
 
@@ -185,12 +185,13 @@ class Session:
     def _floor_memory(self) -> int:
         """Memory for the floor's chunk: what this package uses beyond inputs and gradients.
 
-        At least this package's budget for a chunk: it may hold no logits at all, and the floor needs some.
+        At least what this package's chunk of logits may take: it may hold no logits at all, and the floor needs some.
         """
         assert self.workload is not None
         budget = CHUNK_BUDGET_BYTES["cpu" if torch.device(self.workload.device).type == "cpu" else "gpu"]
+        chunk = int(4 * self.workload.vocab * chunk_size(self.workload) * buffers(self.workload))
         if self.config.getoption("--no-memory"):
-            return budget
+            return max(budget, chunk)
         return max(budget, self.peak(self._fused()).extra)
 
 

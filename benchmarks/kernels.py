@@ -29,7 +29,7 @@ from torch import Tensor
 import fused_gopd as fg
 from fused_gopd.loop import gemm
 from fused_gopd.objective.divergences import make
-from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, Policy, PolicyRule, RowProblem, Stat
 from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
 
 from . import run
@@ -77,6 +77,7 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "alpha": {"alpha": 0.5},
     "mixed": {"forward_weight": 0.5},
 }
+CLIPPED = PolicyRule(clip=(0.2, 0.2))
 STEPS: dict[str, dict[str, Any]] = {
     "full": {"estimator": "full"},
     "full, bfloat16 chunks": {"estimator": "full", "chunk_dtype": torch.bfloat16},
@@ -171,7 +172,7 @@ def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
     """
     V, R, device = shapes.vocab, shapes.rows, shapes.device
     one = torch.ones(R, device=device)
-    for models, divergence in [(3, name) for name in DIVERGENCES] + [(1, "none")]:
+    for models, divergence in [(3, name) for name in DIVERGENCES] + [(1, "none"), (1, "policy")]:
         for dtype in (torch.float32, torch.bfloat16):
             group: Group = {}
             vector = 16 // dtype.itemsize
@@ -179,11 +180,14 @@ def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
             student, *others = [ModelRows(x, LogitTransform()) for x in raws] + [None] * (3 - models)
             assert student is not None
             ids = torch.randint(V, (R,), device=device)
-            kind = None if divergence == "none" else make(divergence, **DIVERGENCES[divergence])
+            kind = make(divergence, **DIVERGENCES[divergence]) if models == 3 else None
             problem = RowProblem(
                 V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids, divergence=kind
             )
             weights = GradientWeights(token=one) if models == 1 else GradientWeights(divergence=one)
+            if divergence == "policy":
+                scored = torch.randn(2, len(Stat), R, device=device) - 12.0
+                weights = GradientWeights(token=one, policy=Policy(CLIPPED, 1.25, *scored, one - 13.0))
             out = torch.empty_like(raws[0]).view(torch.bfloat16)[:, :V]
             found: dict[str, TritonRowOps] = {"default": TritonRowOps()}
             for threads, columns, stages in TILES if tiles else ():

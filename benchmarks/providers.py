@@ -171,7 +171,8 @@ LOW_CHUNKS = "-low-chunks"
 def buffers(workload: Workload) -> float:
     """Number of [C, V] logits buffers alive at once in a chunk."""
     joint = workload.kind.objective not in ("logprobs", "nll", "policy", "sampled")
-    return logits_buffers(joint, workload.kind.models, device_type=torch.device(workload.device).type)
+    device_type, trained = torch.device(workload.device).type, not workload.frozen
+    return logits_buffers(joint, workload.kind.models, weight_gradient=trained, device_type=device_type)
 
 
 def chunk_size(workload: Workload, element_bytes: int = 4) -> int:
