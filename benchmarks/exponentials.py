@@ -52,28 +52,23 @@ def from_logits(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, unit: bool) -> 
     return Way(logprobs, rounded(g * c[:, None]), None, hidden)
 
 
-def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, back: str) -> Way:
-    """``RowOps.linear_exponentials`` with the factors of the products.
+def exponentials(z: Tensor, y: Tensor, c: Tensor, hidden: Tensor, all_stored: bool) -> Way:
+    """``RowOps.linear_exponentials`` and its products.
 
-    ``back`` is what goes back into the weight's gradient in float32: "nothing", the "residual" of rounding the entry at
-    the token, or all that the "product" of that entry and the hidden states is off by.
+    ``all_stored`` is another design: the entry at the token is among the stored numbers, and what rounding takes from
+    it goes back into dhidden alone.
     """
     e = (z - z.gather(1, y[:, None])).exp_()
     here = torch.arange(len(y)), y
     e[here] = 0
     others = e.sum(1)
     factor = c / (1 + others)
-    stored = rounded(e)
-    stored[here] = rounded(-others)
-    residual = (-others - stored[here].float()) * factor
-    scaled = rounded(hidden.float() * factor[:, None])
-    exact = hidden.float() * (-others * factor)[:, None]
-    rows = {
-        "nothing": None,
-        "residual": hidden.float() * residual[:, None],
-        "product": exact - stored[here].float()[:, None] * scaled.float(),
-    }
-    return Way(-(1 + others).log(), stored, factor, scaled, residual, rows[back])
+    logprobs, stored, scaled = -(1 + others).log(), rounded(e), rounded(hidden.float() * factor[:, None])
+    if all_stored:
+        stored[here] = rounded(-others)
+        return Way(logprobs, stored, factor, scaled, (-others - stored[here].float()) * factor)
+    entry = -others * factor
+    return Way(logprobs, stored, factor, scaled, entry, entry[:, None] * hidden.float())
 
 
 def measured(path: Way, hidden: Tensor, weight: Tensor, y: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -110,9 +105,8 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Way]] = {
     "float32 chunks": lambda z, *rest: from_logits(z, *rest, unit=False),
     "float32 chunks, unit scale": lambda z, *rest: from_logits(z, *rest, unit=True),
     "bfloat16 chunks": lambda z, *rest: from_logits(rounded(z).float(), *rest, unit=False),
-    "exponentials": lambda z, *rest: exponentials(z, *rest, back="nothing"),
-    "exponentials, residual in dweight too": lambda z, *rest: exponentials(z, *rest, back="residual"),
-    "exponentials, product at the token in float32": lambda z, *rest: exponentials(z, *rest, back="product"),
+    "exponentials": lambda z, *rest: exponentials(z, *rest, all_stored=False),
+    "exponentials, at the token too": lambda z, *rest: exponentials(z, *rest, all_stored=True),
 }
 
 

@@ -846,7 +846,11 @@ def check_exponentials(
     distance = -truth[Stat.LOGIT_STUDENT].nan_to_num(0.0, 0.0, 0.0)
     distance = torch.where(distance < 64, distance, 0.0).max().item()
     assert_statistics_close(found.statistics, truth, naive, 4 * torch.finfo(torch.float32).eps * distance)
+    valid = (ids >= 0) & (ids < V)
+    at_token = valid.nonzero()[:, 0], ids[valid]
+    assert not out[at_token].nan_to_num().any(), "not 0 at the token"
     actual = found.factor[:, None].double() * out[:, :V].double()
+    actual[at_token] = (found.factor.double() * found.entry.double())[valid]
     expected = gradients[0]
     poisoned = gradients[1].isnan().any(1)
     assert torch.equal(actual.isnan(), poisoned[:, None].expand_as(actual)), "a row is NaN as a whole, or not at all"
@@ -854,10 +858,9 @@ def check_exponentials(
     smallest = 2.0**-100 * expected.abs().nan_to_num(0.0).amax(1, keepdim=True)  # exponentials below 2^-126 are 0
     error, bound = (actual - expected).abs(), 1.01 * HALF_A_UNIT * expected.abs() + smallest
     assert (error <= bound)[usable].all(), (error - bound)[usable].max()
-    valid = ((ids >= 0) & (ids < V) & usable).nonzero()[:, 0]
-    at_token = (found.factor.double() * (out.double()[:, :V].gather(1, ids.clamp(0, V - 1)[:, None])[:, 0]
-                + found.residual.double()))[valid]  # fmt: skip
-    assert_close(at_token, gradients[0][valid, ids[valid]], gradients[1][valid, ids[valid]], "entry at the token")
+    valid &= usable
+    at_token = valid.nonzero()[:, 0], ids[valid]
+    assert_close(actual[at_token], gradients[0][at_token], gradients[1][at_token], "entry at the token")
     assert (out[:, V:] == 7.0).all(), "columns past the vocabulary were written"
     return found, out
 
@@ -931,8 +934,7 @@ def test_linear_exponentials_of_a_peaked_row_keep_their_digits(ops: TritonRowOps
     found, out = check_exponentials(ops, hidden, weight * 0.5, ids, LogitTransform(bias=bias))
     others = torch.cat((out[:, :11], out[:, 12:70]), 1).double().sum(1)
     assert (others < 1e-5).any()
-    entries = out[:, 11].double() + found.residual.double()
-    torch.testing.assert_close(entries, -others, rtol=2 * HALF_A_UNIT, atol=0.0)
+    torch.testing.assert_close(found.entry.double(), -others, rtol=2 * HALF_A_UNIT, atol=0.0)
     assert (found.statistics[Stat.LOGIT_STUDENT] <= found.statistics[Stat.LOGSUM_STUDENT]).all()
 
 
@@ -963,7 +965,7 @@ def test_linear_exponentials_token_ids_out_of_range(ops: TritonRowOps) -> None:
     found, out = check_exponentials(ops, hidden, weight, ids)
     assert found.statistics[Stat.LOGIT_STUDENT, :4].isnan().all()
     assert (out[:4, :70] >= 0).all()
-    assert not found.residual[:4].any()
+    assert not found.entry[:4].any()
 
 
 def test_linear_exponentials_nan_and_empty_rows(ops: TritonRowOps) -> None:

@@ -234,12 +234,12 @@ class LinearExponentials(NamedTuple):
     """What :meth:`RowOps.linear_exponentials` returns beside the exponentials E, with y = token.
 
     The gradient of -log p[y] with respect to the raw logits, slope (p - 1[v = y]) with z = slope x, is factor E and,
-    at y, factor (E + residual).
+    at y, factor entry: the largest number of a row, which 16 bits would round the most.
     """
 
     statistics: Tensor  # (len(Stat), C) of a single model
     factor: Tensor  # (C,) slope / sum_v exp(z - o)
-    residual: Tensor  # (C,) what rounding took from the entry at y
+    entry: Tensor  # (C,) float32, minus the sum of the others; 0 where y has no logit or one of -inf
 
 
 class RowOps(Protocol):
@@ -335,9 +335,8 @@ class RowOps(Protocol):
 
         The offset o of a row is z[token]: the sum over the row is 1 / p[token], and bfloat16 has float32's range. Where
         that sum is above 2^64, or the token has no finite logit (probability 0, an id outside [0, V)), o is the maximum
-        of the row, found on the device in a second round. ``exponentials`` are exp(z - o) except at the token, where
-        they are exp(z - o) - sum_v exp(z - o), rounded once. A row without support is 0. A row with NaN or +inf has a
-        factor of NaN.
+        of the row, found on the device in a second round. ``exponentials`` are exp(z - o), rounded once, and 0 at the
+        token. A row without support is 0. A row with NaN or +inf has a factor of NaN.
 
         Returns None where the backend has no such kernel for this input; the caller then takes the logits.
         """

@@ -669,12 +669,12 @@ def exponential_launches(
     widen: bool,
     flush: bool,
 ) -> tuple[Launch, Launch, Launch, Launch]:
-    """``linear_exponentials``; ``partial`` is (2, splits, 4, C), ``vectors`` (3, C): z[token], factor, residual."""
+    """``linear_exponentials``; ``partial`` is (2, splits, 4, C), ``vectors`` (3, C): z[token], factor, entry."""
     from . import linear
 
     kind, pre, post = _transform_arguments(transform)
     rows = hidden.shape[0]
-    token_ids, (logit, factor, residual) = token_ids.contiguous(), vectors
+    token_ids, (logit, factor, entry) = token_ids.contiguous(), vectors
     block = 8
     token_logit = Launch(
         kernel=linear.token_logit_kernel,
@@ -715,15 +715,13 @@ def exponential_launches(
             "stats_ptr": statistics,
             "stats_stride": statistics.stride(0),
             "factor_ptr": factor,
-            "residual_ptr": residual,
-            "out_ptr": out,
-            "out_stride": out.stride(0),
+            "entry_ptr": entry,
             "slope": transform.scale / transform.temperature,
             "C": rows,
             "V": vocab_size,
             "splits": partial.shape[1],
         },
-        constants={"WIDEN": widen, "STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
+        constants={"STATS": len(Stat), "BLOCK_C": _MERGE_ROWS},
         options={"num_warps": 4} | _FUSED,
     )
     return token_logit, rounds[0], rounds[1], merge

@@ -5,7 +5,7 @@ The vocabulary is split over programs; each keeps a running (maximum, sum, weigh
 it once, a second small kernel merges the splits in their order. No locks, no atomics: the same bits on every run.
 
 The same kernel can store exp(z - z[token]) in 16 bits on its way, which is the logit gradient p - 1[v = token] up to
-one factor per row and its entry at the token. See :meth:`fused_gopd.rowops.RowOps.linear_exponentials`.
+one factor per row, except at the token. See :meth:`fused_gopd.rowops.RowOps.linear_exponentials`.
 """
 
 import triton
@@ -262,19 +262,18 @@ def merge_kernel(partial_ptr, stats_ptr, stats_stride, C, splits, STATS: tl.cons
 
 @triton.jit
 def merge_exponentials_kernel(
-    partial_ptr, offset_ptr, token_ptr, stats_ptr, stats_stride, factor_ptr, residual_ptr, out_ptr, out_stride, slope,
-    C, V, splits, WIDEN: tl.constexpr, STATS: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, offset_ptr, token_ptr, stats_ptr, stats_stride, factor_ptr, entry_ptr, slope, C, V, splits,
+    STATS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, factor and residual per row of stored exponentials, and their entries at the tokens.
+    """Statistics, factor and entry at the token of every row of stored exponentials.
 
     partial_ptr    (2, splits, 4, C) fp32 of linear_kernel's two rounds; the second is read in rows that were redone
     offset_ptr     (C,) fp32 of token_logit_kernel
     token_ptr      (C,) int64
     stats_ptr      (STATS, C) fp32 of any row stride, written: what a single model does not have is 0
     factor_ptr     (C,) fp32, written: slope / sum exp(z - o); slope in a row without support
-    residual_ptr   (C,) fp32, written: what rounding took from the entry at the token
-    out_ptr        (C, >= V) bf16, written at the tokens alone: minus the sum of the others, which is exp(z[token] - o)
-                   minus the sum of all, without the cancellation
+    entry_ptr      (C,) fp32, written: minus the sum of the exponentials, which is exp(z[token] - o) minus the sum of
+                   all without the cancellation; 0 where the token has no logit or one of -inf
     slope          dz/dx
 
     The grid is (ceil(C / BLOCK_C),).
@@ -316,8 +315,5 @@ def merge_exponentials_kernel(
         tl.store(stats_ptr + stat * stats_stride + rows, value, mask=live)
 
     tl.store(factor_ptr + rows, slope / tl.where(nothing, 1.0, total), mask=live)
-    present = valid & (logit != float("-inf"))  # else the gradient there is 0, which stands there already
-    entry = -others
-    rounded = bfloat16(entry, WIDEN)
-    tl.store(residual_ptr + rows, tl.where(present, entry - rounded.to(tl.float32), 0.0), mask=live)
-    tl.store(out_ptr + rows.to(tl.int64) * out_stride + tl.where(valid, token, 0), rounded, mask=live & present)
+    present = valid & (logit != float("-inf"))
+    tl.store(entry_ptr + rows, tl.where(present, -others, 0.0), mask=live)
