@@ -185,7 +185,7 @@ def test_stored_exponentials_over_a_real_vocabulary(tokens: int, hidden: int) ->
     got = statistics[Stat.LOGIT_STUDENT] - statistics[Stat.LOGSUM_STUDENT]
     assert_close(got, logp.gather(-1, ids[rows, None])[:, 0], TOLERANCE[torch.float32])
     want = logp.exp().scatter_add(-1, ids[rows, None], -torch.ones(32, 1, dtype=torch.float64, device="cuda"))
-    entries = stored[rows].double().scatter_add(-1, ids[rows, None], found.residual[rows, None].double())
+    entries = stored[rows].double().scatter(-1, ids[rows, None], found.entry[rows, None].double())
     assert relative_error(entries * found.factor[rows, None].double(), want) <= bound(torch.bfloat16)
 
 
