@@ -141,7 +141,7 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     shared memory.
 
     On Hopper a thread has one such load per model and tile, and up to three tiles are ahead: measured on an H200 and an
-    H100 (1024 rows of 151936, see docs/performance.md), a second load takes 3 to 40 % longer in float32 and other
+    H100 (1024 rows of 151936, see docs/performance-log.md), a second load takes 3 to 40 % longer in float32 and other
     numbers of threads up to 25 %. Elsewhere, not measured, it is 8 columns and one tile ahead, from compile-time
     resources (tests/helpers/triton_resources.py): with Hopper's tiles the jsd would spill on other GPUs.
 
