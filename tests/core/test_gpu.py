@@ -284,7 +284,8 @@ def test_a_graphed_step_states_its_memory_and_frees_it() -> None:
     del graphed
     gc.collect()
     torch.cuda.empty_cache()
-    assert before - torch.cuda.memory_reserved() >= pool
+    # cuBLAS keeps its workspaces, 32 MiB each at most, also those that it took during the capture
+    assert before - torch.cuda.memory_reserved() >= pool - (64 << 20)
 
 
 def test_peak_memory_does_not_grow_with_tokens() -> None:
