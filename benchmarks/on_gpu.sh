@@ -52,9 +52,9 @@ bench() {
 
 # shellcheck disable=SC2046  # the functions print words
 if [ "$device" = cuda ]; then
-    # what torch.compile makes is kept on the disk: made beside the tests, it takes the steps no time
-    compiled=(--providers compile --seconds 0 --no-memory --no-accuracy)
-    timeout 85 $(bench) --suite run "${compiled[@]}" > "$out/compiled.log" 2>&1 &
+    # what the compilers make is kept on the disk: made beside the tests, it takes the steps no time
+    timeout 85 "$python" -m benchmarks.warm --device cuda --suites run,peers --providers compile,quack,quack-lse,orda \
+        > "$out/compiled.log" 2>&1 &
 fi
 new="no_gpu_has_run or graphed or stored_exponentials or policy_losses or (triton and test_policy)"
 new+=" or ((exponentials or alpha or skew or mixed) and not interpreted)"

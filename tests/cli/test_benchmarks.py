@@ -423,6 +423,13 @@ def test_host_time_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         host.microseconds_to_first(lambda: torch.ones(3) + 1)
 
 
+def test_what_compiles_can_run_before_the_timed_run() -> None:
+    warm = bench.benchmarks_module("warm")
+    done = warm.warm(("quick",), "cpu", ("fused-torch", "liger-flce-sm90", "no such provider"))
+    jobs = {w.name for w in workloads.SUITES["quick"].workloads("cpu")}
+    assert sorted(done) == sorted(f"{name}-fused-torch" for name in jobs)
+
+
 def test_the_gpu_session_is_within_eight_minutes_and_calls_what_exists() -> None:
     root = Path(__file__).parents[2]
     script = (root / "benchmarks" / "on_gpu.sh").read_text()
