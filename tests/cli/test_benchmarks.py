@@ -393,6 +393,40 @@ def test_calls_of_a_group_are_timed_in_turn() -> None:
     assert len(set(orders)) > 1
 
 
+def test_on_a_gpu_a_round_is_queued_behind_the_clock_and_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, events = bench.benchmarks_module("kernels"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append(self)
+
+        def elapsed_time(self, stop: Any) -> float:
+            return float(events.index(stop) - events.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(kernels, "synchronize", lambda device: events.append("wait"))
+    rounds = list(kernels.timed([lambda: None, lambda: None], lambda: None, "cuda", 2))
+    assert rounds == [([1.0, 1.0], 1.0)] * 2
+    assert [e == "wait" for e in events] == ([True] + [False] * 6) * 2 + [True]
+
+
+def test_a_product_with_the_other_library_puts_the_first_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, chosen = bench.benchmarks_module("kernels"), ["cublas"]
+
+    def preferred(name: str | None = None) -> str:
+        chosen.extend([name] if name else [])
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    assert kernels._with_library("cublaslt", lambda: chosen[-1])() == "cublaslt"
+    with pytest.raises(ZeroDivisionError):
+        kernels._with_library("cublaslt", lambda: 1 / 0)()
+    assert chosen == ["cublas", "cublaslt", "cublas", "cublaslt", "cublas"]
+
+
 def test_products_of_all_chunk_lengths_and_whole_steps_run_on_a_cpu() -> None:
     """The parts without Triton; the rehearsal of on_gpu.sh has the others, interpreted."""
     kernels = bench.benchmarks_module("kernels")
