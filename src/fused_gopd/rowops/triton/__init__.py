@@ -211,7 +211,8 @@ def linear_tiles(
     plain_epilogue = transform.softcap is None and transform.bias is None
     if input_precision == "ieee" and hidden.dtype == torch.float32:
         # No tensor core: the operands pass through registers. A limit of registers as in `tiles`.
-        limit = None if plain_epilogue or device.amd else 128 if H % 16 == 0 else 255
+        narrow = H % 16 == 0 and device.capability < 100
+        limit = None if plain_epilogue or device.amd else 128 if narrow else 255
         return LinearTiles(
             rows=64,
             vocabulary=64 if plain_epilogue else 32,
@@ -221,12 +222,23 @@ def linear_tiles(
             num_stages=2,
             max_registers=limit,
         )
+    # Left alone, NVIDIA's compilers spill on Blackwell to fit two programs on a multiprocessor, as in `tiles`, those
+    # of Triton 3.8 and 3.9 also if told 128 registers: one program.
+    blackwell = 255 if device.capability >= 100 else None
     matrices = [hidden, weight] if out is None else [hidden, weight, out]
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in matrices)
     descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, matrices))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
-        return LinearTiles(rows=64, vocabulary=64, hidden=32, group=16, num_warps=eight_warps, num_stages=2)
+        return LinearTiles(
+            rows=64,
+            vocabulary=64,
+            hidden=32,
+            group=16,
+            num_warps=eight_warps,
+            num_stages=2,
+            max_registers=blackwell,
+        )
     depth = 128 // hidden.element_size()  # 128 bytes of a row: the widest swizzle of shared memory
     stages = 2 if device.amd else 3
     if rows <= 16:
@@ -253,9 +265,6 @@ def linear_tiles(
         # Measured for 1024 rows: 0.78 to 1.01 times the time of the tile below at H = 2048, 0.92 to 1.06 at H = 4096,
         # 1.02 to 1.04 at H = 1024.
         depth, stages = depth // 2, 4
-    # Left alone, NVIDIA's compilers spill on Blackwell to fit two programs on a multiprocessor, as in `tiles`, those
-    # of Triton 3.8 and 3.9 also if told 128 registers: one program.
-    max_registers = 255 if device.capability >= 100 else None
     return LinearTiles(
         rows=128,
         vocabulary=width,
@@ -263,7 +272,7 @@ def linear_tiles(
         group=24,
         num_warps=8,
         num_stages=stages,
-        max_registers=max_registers,
+        max_registers=blackwell,
         descriptors=descriptors,
     )
 
