@@ -43,6 +43,61 @@ const Kernels& chosen_kernels() {
   return kernels;
 }
 
+// A tensor as PyTorch's attributes describe it. Reading them takes Python a microsecond a tensor, and a call has five.
+class PlainTensor {
+ public:
+  uintptr_t address = 0;  // 0: not what is asked for; rowops/native.py then finds out why
+  int64_t size[2] = {}, stride[2] = {};
+
+  // Of n dimensions and a dtype (DType, or 3 for int64), dense, on the CPU, all of it within its storage, at a multiple
+  // of aligned_to bytes.
+  PlainTensor(nb::handle x, int dtype, int n, uintptr_t aligned_to) {
+    static PyObject* const torch = PyImport_ImportModule("torch");  // these live as long as the process
+    static PyObject* const dtypes[] = {
+        PyObject_GetAttrString(torch, "float32"), PyObject_GetAttrString(torch, "bfloat16"),
+        PyObject_GetAttrString(torch, "float16"), PyObject_GetAttrString(torch, "int64")};
+    static PyObject* const strided = PyObject_GetAttrString(torch, "strided");
+    static constexpr int64_t itemsizes[] = {4, 2, 2, 8};
+    static PyObject* const names[] = {interned("dtype"), interned("layout"), interned("is_cpu"), interned("shape")};
+    static PyObject* const methods[] = {interned("is_neg"),          interned("stride"), interned("storage_offset"),
+                                        interned("untyped_storage"), interned("nbytes"), interned("data_ptr")};
+    if (!is(attribute(x, names[0]), dtypes[dtype]) || !is(attribute(x, names[1]), strided)) return;
+    if (!is(attribute(x, names[2]), Py_True) || !is(call(x, methods[0]), Py_False)) return;
+    if (!numbers(attribute(x, names[3]), n, size) || !numbers(call(x, methods[1]), n, stride)) return;
+    int64_t offset, bytes, found, last = 0;
+    if (!number(call(x, methods[2]), &offset) || !number(call(call(x, methods[3]), methods[4]), &bytes)) return;
+    for (int i = 0; i < n; ++i) last += (size[i] - 1) * stride[i];
+    if (size[0] == 0 || (n == 2 && size[1] == 0)) return;
+    if ((offset + last + 1) * itemsizes[dtype] > bytes || !number(call(x, methods[5]), &found)) return;
+    if (uintptr_t(found) % aligned_to == 0) address = uintptr_t(found);
+  }
+
+ private:
+  static PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+  // A null object where PyTorch raises: whatever is null is not what is asked for.
+  static nb::object known(PyObject* x) {
+    if (x == nullptr) PyErr_Clear();
+    return nb::steal(x);
+  }
+  static nb::object attribute(nb::handle x, PyObject* name) { return known(PyObject_GetAttr(x.ptr(), name)); }
+  static nb::object call(nb::handle x, PyObject* name) {
+    return x.is_valid() ? known(PyObject_CallMethodNoArgs(x.ptr(), name)) : nb::object();
+  }
+  static bool is(const nb::object& x, PyObject* other) { return x.ptr() == other; }
+  static bool number(const nb::object& x, int64_t* out) {
+    if (!x.is_valid() || !PyLong_Check(x.ptr())) return false;
+    *out = PyLong_AsLongLong(x.ptr());
+    return true;
+  }
+  static bool numbers(const nb::object& x, int n, int64_t* out) {
+    if (!x.is_valid() || !PyTuple_Check(x.ptr()) || PyTuple_GET_SIZE(x.ptr()) != n) return false;
+    for (int i = 0; i < n; ++i) {
+      if (!number(nb::borrow(PyTuple_GET_ITEM(x.ptr(), i)), out + i)) return false;
+    }
+    return true;
+  }
+};
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const char* name : {"baseline", "avx2", "avx512"}) {
@@ -123,6 +178,26 @@ NB_MODULE(_native, m) {
       },
       nb::kw_only(), "policy"_a, "rows"_a, "statistics"_a, "statistics_stride"_a, "out"_a, "out_stride"_a,
       "Write the five rows of PolicyStat of C tokens.");
+
+  m.def(
+      "vector_address",
+      [](nb::handle x, int dtype, int64_t rows, bool any_stride) {
+        const PlainTensor found(x, dtype, 1, dtype == 3 ? 8 : 4);
+        return found.size[0] == rows && (any_stride || found.stride[0] == 1) ? found.address : 0;
+      },
+      "x"_a, "dtype"_a, "rows"_a, "any_stride"_a = false,
+      "The address of a (rows,) float32 (dtype 0) or int64 (3) tensor that needs no copy; 0 for any other.");
+  m.def(
+      "matrix_address",
+      [](nb::handle x, int dtype, int64_t rows, int64_t columns, bool more_columns) {
+        const PlainTensor found(x, dtype, 2, more_columns ? 1 : 4);
+        const bool wide = more_columns ? found.size[1] >= columns : found.size[1] == columns;
+        const bool apart = found.stride[0] >= columns || rows == 1;
+        return found.size[0] == rows && wide && apart && found.stride[1] == 1 ? found.address : 0;
+      },
+      "x"_a, "dtype"_a, "rows"_a, "columns"_a, "more_columns"_a,
+      "The address of a (rows, columns) tensor of unit stride whose rows do not overlap: statistics, or with more "
+      "columns, at any address, logits; 0 for any other.");
 
   m.attr("STATISTICS") = steps::statistics;
   m.attr("SECOND_ROUND") = steps::second_round;

@@ -72,10 +72,9 @@ __attribute__((noinline)) inline PolicyTerm policy_term(const Policy& policy, co
     importance = at_most(__builtin_expf(log_weight), rule.importance_cap);
     loss *= importance;
   }
-  const bool nothing = advantage == 0.0f;
-  if (nothing) loss = 0.0f;
+  if (advantage == 0.0f) loss = 0.0f;  // whatever it is multiplied by
   const bool clipped = flat || over;
-  return {loss, clipped || student == -kInf ? 0.0f : loss, advantage, clipped && !nothing ? 1.0f : 0.0f, importance};
+  return {loss, clipped || student == -kInf ? 0.0f : loss, advantage, clipped ? 1.0f : 0.0f, importance};
 }
 
 }  // namespace GOPD_ISA

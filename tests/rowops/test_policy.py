@@ -102,7 +102,7 @@ def statistics_of(logprobs: list[float], seed: int = 0) -> Tensor:
     whole = torch.full((len(Stat) + 1, len(logprobs) + 3), NAN)
     found = whole[:-1, 2 : 2 + len(logprobs)]
     logsum = torch.rand(len(logprobs), generator=generator) * 12
-    logit = torch.tensor(logprobs) + logsum
+    logit = torch.tensor(logprobs, dtype=torch.float32) + logsum
     for i, x in enumerate(logprobs):
         if x == -INF and i % 2:
             logsum[i] = logit[i] = -INF
@@ -240,7 +240,7 @@ def test_any_policy_is_its_formulas(ops: Any, case: tuple[Policy, Tensor]) -> No
 
 
 def vector(*values: float) -> Tensor:
-    return torch.tensor(values, device=DEVICE)
+    return torch.tensor(values, dtype=torch.float32, device=DEVICE)
 
 
 def test_a_token_that_a_model_rules_out_has_no_advantage_unless_clamped(ops: Any) -> None:
@@ -274,6 +274,26 @@ def test_no_advantage_is_no_loss_whatever_the_ratio(ops: Any) -> None:
     got = check(ops, Policy(PolicyRule(clip=(0.2, 0.2)), 1.0, teacher, None, old), student)
     assert got[PolicyStat.LOSS].isfinite().all()
     assert got[PolicyStat.CLIPPED].tolist() == [0, 0, 1, got[PolicyStat.CLIPPED, 3]]
+
+
+def test_an_impossible_token_has_no_derivative_where_its_loss_is_none(ops: Any) -> None:
+    """A ratio of 0 times a weight that overflows."""
+    student, teacher = statistics_of([-INF, -1.0]), statistics_of([-2.0, -2.0])
+    policy = Policy(PolicyRule(), 1.0, teacher, None, vector(-1.0, -1.0), vector(-2000.0, -1.0))
+    got = check(ops, policy, student)
+    assert got[PolicyStat.LOSS].isnan().tolist() == [True, False]
+    assert got[PolicyStat.DLOGPROB, 0] == 0
+
+
+def test_what_is_no_log_prob_is_seen(ops: Any) -> None:
+    """+inf is NaN in its token."""
+    for name in ("student", "teacher", "ref", "old"):
+        values = {x: [-i, INF if x == name else -i] for i, x in enumerate(("student", "teacher", "ref", "old"), 1)}
+        student, teacher, ref = (statistics_of(values[x]) for x in ("student", "teacher", "ref"))
+        for lam in (1.25, vector(0.3, 0.7)):
+            got = check(ops, Policy(PolicyRule(), lam, teacher, ref, vector(*values["old"])), student)
+            column = got[PolicyStat.LOSS if name == "student" else PolicyStat.ADVANTAGE]
+            assert column.isfinite().tolist() == [True, False]
 
 
 def test_equal_models_have_exactly_no_advantage(ops: Any) -> None:

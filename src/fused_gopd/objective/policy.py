@@ -187,13 +187,12 @@ def policy_term(
             importance = importance.clamp_max(rule.rollout_is_cap)
         loss = loss * importance
     # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
-    nothing = adv == 0
-    loss = loss.masked_fill(nothing, 0)
+    loss = loss.masked_fill(adv == 0, 0)
     # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
     return PolicyTerm(
         loss=loss,
         dlogprob=loss.masked_fill(clipped | zero_probability, 0),
         advantages=adv,
-        clipped=clipped & ~nothing,
+        clipped=clipped,
         importance=importance,
     )

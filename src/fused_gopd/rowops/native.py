@@ -30,6 +30,7 @@ from . import (
 from .torch import scale_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
+_INT64 = 3  # after these, in csrc/bind.cpp
 
 # From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
 # reads it next, and the stores need not fetch what they overwrite. 1.1 times faster at 256 x 151936 on two Sapphire
@@ -95,7 +96,7 @@ class NativeRowOps:
         if problem.divergence is None or not problem.divergence.second_round:
             name = None if problem.divergence is None else problem.divergence.name
             raise ValueError(f"second_round needs a divergence that has one, got {name!r}")
-        statistics = _checked_statistics("statistics", statistics, _rows(problem), writes=False)
+        _check_statistics("statistics", statistics, _rows(problem))
         statistics = statistics.detach().clone(memory_format=torch.contiguous_format)
         _run(problem, _load().SECOND_ROUND, statistics)
         return statistics[Stat.CENTRE : Stat.VALUE + 1]
@@ -110,14 +111,14 @@ class NativeRowOps:
 
     def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
         rows = statistics.shape[-1] if statistics.dim() else 0
-        statistics = _checked_statistics("statistics", statistics, rows, writes=False)
+        alive: list[Tensor] = []
+        address, stride = _statistics("statistics", statistics, rows, alive)
         out = torch.empty((len(PolicyStat), rows), dtype=torch.float32)
-        handle, _alive = _policy(policy, rows)
         _load().policy(
-            policy=handle,
+            policy=_policy(policy, rows, alive),
             rows=rows,
-            statistics=statistics.data_ptr(),
-            statistics_stride=statistics.stride()[0],
+            statistics=address,
+            statistics_stride=stride,
             out=out.data_ptr(),
             out_stride=rows,
         )
@@ -168,6 +169,7 @@ def _run(
     out: Tensor | None = None,
 ) -> None:
     """The one place where a problem becomes addresses."""
+    alive: list[Tensor] = []  # copies that the kernels read
     native, V, student, raw = _load(), problem.vocab_size, problem.student, problem.student.raw
     rows = _rows(problem)
     if V < 0:
@@ -176,7 +178,7 @@ def _run(
     teacher = None if problem.teacher is None else _model("teacher", problem.teacher, rows, V)
     ref = None if problem.ref is None else _model("ref", problem.ref, rows, V)
     divergence = problem.divergence
-    forward_weight, forward_weights = 0.0, None
+    forward_weight, forward_weights = 0.0, 0
     if divergence is not None:
         if divergence.kind not in _kinds():
             kinds = ", ".join(_kinds())
@@ -186,42 +188,37 @@ def _run(
         if divergence.kind == "mixed":
             weight: Any = divergence.forward_weight  # type: ignore[attr-defined]
             if isinstance(weight, Tensor):
-                forward_weights = _vector("forward_weight", weight, rows)
+                forward_weights = _vector("forward_weight", weight, rows, alive)
             else:
                 forward_weight = weight
-    scale, scales = 1.0, None
+    scale, scales = 1.0, 0
     if isinstance(problem.reward_scale, Tensor):
-        scales = _vector("reward_scale", problem.reward_scale, rows)
+        scales = _vector("reward_scale", problem.reward_scale, rows, alive)
         if teacher is None or ref is None:
             raise ValueError("a reward_scale tensor needs both teacher and ref")
     else:
         scale = _as_the_kernels_see_it(problem.reward_scale)
         if (scale == 0 and teacher is not None and ref is None) or (scale == 1 and ref is not None and teacher is None):
             raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
-    ids = None if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, torch.int64)
+    ids = 0 if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, alive, _INT64)
     writes = steps != native.GRADIENT
-    written, statistics = statistics, _checked_statistics("statistics", statistics, rows, writes=writes)
-    w_d = w_y = policy = None
-    out_address = out_stride = d_stride = y_stride = 0
-    out_dtype = torch.float32
+    statistics_address, statistics_stride = _statistics("statistics", statistics, rows, alive, writes=writes)
+    policy = None
+    out_address = out_stride = out_dtype = w_d = d_stride = w_y = y_stride = 0
+    stream = False
     if out is not None and weights is not None:
-        if out is not raw:  # which is checked
-            _check_rows("out", out, rows, V)
-        out_address, out_stride, out_dtype = out.data_ptr(), out.stride()[0], out.dtype
-        if out_stride < V and rows > 1:
-            raise ValueError(f"the rows of out overlap: row stride {out_stride}, vocabulary {V}")
+        out_dtype = _DTYPES.get(out.dtype, 0)
+        out_address = native.matrix_address(out, out_dtype, rows, V, True) or _checked_out(out, rows, V)
+        out_stride = out.stride()[0]
+        stream = rows * V * out.dtype.itemsize >= _STREAM_BYTES and out_address != raw.data_ptr()
+        if problem.token_ids is None and (weights.token is not None or weights.policy is not None):
+            raise ValueError(f"{'token weights need' if weights.policy is None else 'a policy needs'} token_ids")
         if weights.divergence is not None:
-            w_d = _vector("weights.divergence", weights.divergence, rows, strided=True)
-            d_stride = w_d.stride()[0]
+            w_d, d_stride = _weight("weights.divergence", weights.divergence, rows, alive)
         if weights.token is not None:
-            if ids is None:
-                raise ValueError("token weights need token_ids")
-            w_y = _vector("weights.token", weights.token, rows, strided=True)
-            y_stride = w_y.stride()[0]
+            w_y, y_stride = _weight("weights.token", weights.token, rows, alive)
         if weights.policy is not None:
-            if ids is None:
-                raise ValueError("a policy needs token_ids")
-            policy, _alive = _policy(weights.policy, rows)
+            policy = _policy(weights.policy, rows, alive)
     native.run(
         steps=steps,
         threads=torch.get_num_threads(),
@@ -231,27 +228,27 @@ def _run(
         teacher=teacher,
         ref=ref,
         reward_scale=scale,
-        reward_scales=0 if scales is None else scales.data_ptr(),
-        token_ids=0 if ids is None else ids.data_ptr(),
+        reward_scales=scales,
+        token_ids=ids,
         divergence=0 if divergence is None else _kinds()[divergence.kind],
         constants=() if divergence is None else divergence.constants,
         forward_weight=forward_weight,
-        forward_weights=0 if forward_weights is None else forward_weights.data_ptr(),
-        statistics=statistics.data_ptr(),
-        statistics_stride=statistics.stride()[0],
-        divergence_weights=0 if w_d is None else w_d.data_ptr(),
+        forward_weights=forward_weights,
+        statistics=statistics_address,
+        statistics_stride=statistics_stride,
+        divergence_weights=w_d,
         divergence_weight_stride=d_stride,
-        token_weights=0 if w_y is None else w_y.data_ptr(),
+        token_weights=w_y,
         token_weight_stride=y_stride,
         out=out_address,
         out_stride=out_stride,
-        out_dtype=_DTYPES[out_dtype],
-        stream_out=rows * V * out_dtype.itemsize >= _STREAM_BYTES and out_address != raw.data_ptr(),
+        out_dtype=out_dtype,
+        stream_out=stream,
         policy=policy,
     )
     # autograd cannot see the kernel's stores
-    if writes and not written.is_inference():
-        torch._C._increment_version((written,))
+    if writes and not statistics.is_inference():
+        torch._C._increment_version((statistics,))
     if out is not None and not out.is_inference():
         torch._C._increment_version((out,))
 
@@ -323,63 +320,97 @@ def _rule(rule: PolicyRule) -> Any:
     )
 
 
-def _policy(policy: Policy, rows: int) -> tuple[Any, list[Tensor | None]]:
-    """The kernels' ``Policy``, and the tensors whose addresses it has."""
+def _policy(policy: Policy, rows: int, alive: list[Tensor]) -> Any:
+    """The kernels' ``Policy``."""
     if policy.teacher is None and policy.ref is None:
         raise ValueError("a policy needs a teacher or a reference")
-    teacher, ref = (
-        None if x is None else _checked_statistics(f"the policy's {name} statistics", x, rows, writes=False)
-        for name, x in (("teacher", policy.teacher), ("ref", policy.ref))
-    )
-    old, rollout = (
-        None if x is None else _vector(name, x, rows)
-        for name, x in (("old_logprobs", policy.old_logprobs), ("rollout_logprobs", policy.rollout_logprobs))
-    )
-    scale, scales = 1.0, None
+    teacher = teacher_stride = ref = ref_stride = scales = old = rollout = 0
+    if policy.teacher is not None:
+        teacher, teacher_stride = _statistics("the policy's teacher statistics", policy.teacher, rows, alive)
+    if policy.ref is not None:
+        ref, ref_stride = _statistics("the policy's ref statistics", policy.ref, rows, alive)
+    scale = 1.0
     if isinstance(policy.reward_scale, Tensor):
-        scales = _vector("the policy's reward_scale", policy.reward_scale, rows)
+        scales = _vector("the policy's reward_scale", policy.reward_scale, rows, alive)
     else:
         scale = policy.reward_scale
-    handle = _load().Policy(
+    if policy.old_logprobs is not None:
+        old = _vector("old_logprobs", policy.old_logprobs, rows, alive)
+    if policy.rollout_logprobs is not None:
+        rollout = _vector("rollout_logprobs", policy.rollout_logprobs, rows, alive)
+    return _load().Policy(
         rule=_rule(policy.rule),
         reward_scale=scale,
-        reward_scales=0 if scales is None else scales.data_ptr(),
-        teacher=0 if teacher is None else teacher.data_ptr(),
-        teacher_stride=0 if teacher is None else teacher.stride()[0],
-        ref=0 if ref is None else ref.data_ptr(),
-        ref_stride=0 if ref is None else ref.stride()[0],
-        old_logprobs=0 if old is None else old.data_ptr(),
-        rollout_logprobs=0 if rollout is None else rollout.data_ptr(),
+        reward_scales=scales,
+        teacher=teacher,
+        teacher_stride=teacher_stride,
+        ref=ref,
+        ref_stride=ref_stride,
+        old_logprobs=old,
+        rollout_logprobs=rollout,
     )
-    return handle, [teacher, ref, old, rollout, scales]
 
 
-def _checked_statistics(name: str, x: Tensor, rows: int, *, writes: bool) -> Tensor:
-    """(len(Stat), C) of unit stride along the tokens; those that are only read may be of any, and are then copied."""
+def _checked_out(out: Tensor, rows: int, V: int) -> int:
+    """The address of an ``out`` that may be written, although it is not as most are."""
+    _check_rows("out", out, rows, V)
+    if out.stride(0) < V and rows > 1:
+        raise ValueError(f"the rows of out overlap: row stride {out.stride(0)}, vocabulary {V}")
+    return out.data_ptr()
+
+
+def _statistics(name: str, x: Tensor, rows: int, alive: list[Tensor], *, writes: bool = False) -> tuple[int, int]:
+    """Address and row stride of (len(Stat), C) numbers of unit stride along the tokens.
+
+    Those that are only read may be of any stride; a copy is made then, and put into ``alive``.
+    """
+    address = _load().matrix_address(x, 0, len(Stat), rows, False)
+    if address:
+        return address, x.stride()[0]
+    _check_statistics(name, x, rows)
+    row_stride, stride = x.stride()
+    if writes and row_stride < rows:
+        raise ValueError(f"the rows of {name} overlap: row stride {row_stride}, {rows} tokens")
+    if x.data_ptr() % 4 or (stride != 1 and rows > 1):
+        if writes:
+            raise ValueError(f"{name} must have unit stride along the tokens, and the alignment of their dtype")
+        x = _aligned(x)
+        alive.append(x)
+    return x.data_ptr(), x.stride()[0]
+
+
+def _check_statistics(name: str, x: Tensor, rows: int) -> None:
     if x.dtype is not torch.float32:
         raise TypeError(f"{name} must be torch.float32 for backend='native', got {x.dtype}")
     if x.shape != (len(Stat), rows):
         raise ValueError(f"{name} must be {(len(Stat), rows)}, got {tuple(x.shape)}")
     row_stride, stride = x.stride()
     _check_memory(name, x, (len(Stat) - 1) * row_stride + (rows - 1) * stride + 1)
-    if writes and row_stride < rows:
-        raise ValueError(f"the rows of {name} overlap: row stride {row_stride}, {rows} tokens")
-    if x.data_ptr() % 4 == 0 and (stride == 1 or rows <= 1):
-        return x
-    if writes:
-        raise ValueError(f"{name} must have unit stride along the tokens, and the alignment of their dtype")
-    return _aligned(x)
 
 
-def _vector(name: str, x: Tensor, rows: int, dtype: torch.dtype = torch.float32, *, strided: bool = False) -> Tensor:
-    """(C,) numbers, contiguous unless ``strided``; the caller's own memory where it can be read as it is."""
-    if x.dtype is not dtype:
-        raise TypeError(f"{name} must be {dtype} for backend='native', got {x.dtype}")
+def _weight(name: str, x: Tensor, rows: int, alive: list[Tensor]) -> tuple[int, int]:
+    """Address and stride of (C,) float32 numbers of any stride."""
+    address = _load().vector_address(x, 0, rows, True)
+    return (address, x.stride()[0]) if address else (_vector(name, x, rows, alive), 1)
+
+
+def _vector(name: str, x: Tensor, rows: int, alive: list[Tensor], dtype: int = 0) -> int:
+    """The address of contiguous (C,) float32 numbers, or ``_INT64`` ones.
+
+    A copy of what cannot be read where it lies is put into ``alive``.
+    """
+    address: int = _load().vector_address(x, dtype, rows, False)
+    if address:
+        return address
+    wanted = torch.int64 if dtype == _INT64 else torch.float32
+    if x.dtype is not wanted:
+        raise TypeError(f"{name} must be {wanted} for backend='native', got {x.dtype}")
     if x.shape != (rows,):
         raise ValueError(f"{name} must be {(rows,)}, got {tuple(x.shape)}")
-    stride = x.stride()[0]
-    _check_memory(name, x, (rows - 1) * stride + 1)
-    return x if (strided or stride == 1) and x.data_ptr() % dtype.itemsize == 0 else _aligned(x)
+    _check_memory(name, x, (rows - 1) * x.stride(0) + 1)
+    x = _aligned(x)
+    alive.append(x)
+    return x.data_ptr()
 
 
 def _check_memory(name: str, x: Tensor, span: int) -> None:

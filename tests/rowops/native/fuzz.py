@@ -54,7 +54,9 @@ class Shim:
 
     def __init__(self, library: str, isa: str) -> None:
         self.c, self.isa = ctypes.CDLL(library), isa.encode()
-        self.KINDS = importlib.import_module("fused_gopd._native").KINDS
+        extension = importlib.import_module("fused_gopd._native")
+        self.KINDS = extension.KINDS
+        self.vector_address, self.matrix_address = extension.vector_address, extension.matrix_address
         self.c.new_model.restype, self.c.new_model.argtypes = P, [P, INT64, INT, P, F, F, BOOL]
         self.c.new_rule.restype, self.c.new_rule.argtypes = P, [F] * 7
         self.c.new_policy.restype, self.c.new_policy.argtypes = P, [P, D, P, P, INT64, P, INT64, P, P]

@@ -106,7 +106,7 @@ def policy_term(
     # A = 0 is no loss, whatever it is multiplied by
     loss = tl.where(advantage == 0.0, 0.0, loss)
     dlogprob = tl.where(clipped | (student == float("-inf")), 0.0, loss)
-    return loss, dlogprob, advantage, clipped & (advantage != 0.0), importance
+    return loss, dlogprob, advantage, clipped, importance
 
 
 @triton.jit
