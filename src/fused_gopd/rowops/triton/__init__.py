@@ -931,7 +931,7 @@ _tiles: dict[Any, Tiles] = {}
 
 
 def _tile_of(problem: RowProblem, device: Device) -> Tiles:
-    """`tiles`, which are worked out once for what they depend on."""
+    """`tiles`, worked out once for what they depend on: ``key`` has all that `tiles` reads of a problem."""
     divergence = problem.divergence
     key = (
         _model_arguments("student", problem.student).facts,
