@@ -47,8 +47,8 @@ class ModelRows:
 
     raw: Tensor  # (C, >= V), floating; unit stride along the vocabulary, any stride (0 too) along the rows
     transform: LogitTransform
-    # What a backend makes of the two at the first use (checked addresses, a kernel's arguments, a copy of the bias), kept
-    # as long as this object lives: while it is in use its tensors stay where they are, and the bias is not written to.
+    # What a backend makes of the two at the first use (checked addresses, a kernel's arguments, a copy of the bias). It
+    # lives as long as this object; for as long the tensors stay where they are, and the bias is not written to.
     kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
