@@ -1,6 +1,6 @@
 """Products of a head on a CPU by library, and ``full`` from hidden states by chunk size to its five bare products.
 
-    python -m benchmarks.gemm --json RESULTS.json [PAGE.md ...]      measure, fill the pages' ``<!-- gemm -->``
+    python -m benchmarks.gemm --json RESULTS.json [PAGE.md ...]      measure what is not in the file, fill the pages
     python -m benchmarks.gemm --report RESULTS.json [PAGE.md ...]    from the file alone
 
 The choice of a library in ``loop/gemm.py`` and the CPU's budget in ``loop/chunking.py`` rest on it. One thread and CPU
@@ -61,7 +61,7 @@ def _with_library(onednn: bool, product: Step) -> Step:
     def call() -> None:
         # below 64 rows the weight's gradient would go to MKL whatever is asked
         with (
-            unittest.mock.patch.object(gemm, "prefers_onednn", return_value=onednn),
+            unittest.mock.patch.object(gemm, "_libraries", return_value=gemm.Libraries(onednn, onednn)),
             unittest.mock.patch.object(gemm, "_ONEDNN_DWEIGHT_ROWS", 0),
         ):
             product()
@@ -142,17 +142,18 @@ def _launch(what: str, rounds: int, target: Path, variables: dict[str, str]) -> 
     return json.loads(target.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def measure(rounds: int, path: Path, kept: dict[str, Any]) -> dict[str, Any]:
+def measure(rounds: int, path: Path) -> dict[str, Any]:
+    """What the file does not have yet, with where it comes from."""
     torch.set_num_threads(1)
-    result = {**run.origin("cpu"), "versions": run.package_versions(), **kept}
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     part = path.with_suffix(".part")
-    for name, variables in INSTRUCTION_SETS.items():
-        if (key := f"products, {name}") not in result:
-            result[key] = _launch("products", rounds, part, variables)
+    jobs = {f"products, {name}": ("products", variables) for name, variables in INSTRUCTION_SETS.items()}
+    for name, (what, variables) in {**jobs, "steps": ("steps", run.ALLOCATOR)}.items():
+        if name not in result:
+            found = _launch(what, rounds, part, variables)
+            result[name] = {**run.origin("cpu"), "versions": run.package_versions(), "rows": found}
             run.write(result, path)
-    result["steps"] = _launch("steps", rounds, part, run.ALLOCATOR)
-    run.write(result, path)
-    part.unlink()
+            part.unlink()
     return result
 
 
@@ -164,7 +165,8 @@ def _rate(rows: list[dict[str, Any]], dtype: str, H: int, C: int, product: str) 
 def text(result: dict[str, Any]) -> str:
     lines = []
     for name in INSTRUCTION_SETS:
-        rows = result[f"products, {name}"]
+        part = result[f"products, {name}"]
+        rows = part["rows"]
         limit = "" if name == "all" else f", oneDNN limited to {name}"
         lines += [f"GFLOP/s on one core, oneDNN / MKL{limit}:", ""]
         lines += ["|  | " + " | ".join(f"C={C}" for C in ROWS) + " |", "|---|" + "---:|" * len(ROWS)]
@@ -173,20 +175,20 @@ def text(result: dict[str, Any]) -> str:
         for dtype, product, H in kinds:
             shown = f"`{product}`, H={H}" + (", bfloat16 weight" if dtype == "bfloat16" else "")
             lines.append(f"| {shown} | " + " | ".join(_rate(rows, dtype, H, C, product) for C in ROWS) + " |")
-        lines.append("")
-    floor = result["steps"][0]["seconds"]
+        lines += ["", provenance(part), ""]
+    floor = result["steps"]["rows"][0]["seconds"]
     lines += [
         f"N={TOKENS}, H={STEP_HIDDEN}, V={VOCAB_SIZE}, float32, one core, freed memory kept by the allocator:",
         "",
         "|  | s, fastest | s, median | ratio of the fastest | median ratio of a round |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in result["steps"]:
+    for row in result["steps"]["rows"]:
         seconds = row["seconds"]
         ratio = median(x / y for x, y in zip(seconds, floor, strict=True))
         figures = f"{min(seconds):.2f} | {median(seconds):.2f} | {min(seconds) / min(floor):.3f} | {ratio:.3f}"
         lines.append(f"| {row['step']} | {figures} |")
-    return "\n".join([*lines, "", provenance(result)])
+    return "\n".join([*lines, "", provenance(result["steps"])])
 
 
 def main() -> None:
@@ -200,9 +202,7 @@ def main() -> None:
     if args.worker:
         _worker(args.worker, args.rounds, args.json)
         return
-    path = args.report or args.json
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    result = kept if args.report else measure(args.rounds, path, kept)
+    result = json.loads(args.report.read_text(encoding="utf-8")) if args.report else measure(args.rounds, args.json)
     publish("gemm", text(result), args.pages)
 
 

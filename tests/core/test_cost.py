@@ -85,8 +85,9 @@ def test_three_models_cost_five_gemms(backend, objective):
 def test_the_other_library_costs_five_gemms_too(monkeypatch):
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
+    monkeypatch.setattr(gemm, "_ONEDNN_DWEIGHT_ROWS", 0)
     batch = make_batch(1, masked=False, **SHAPE)
     assert gemm_flops(loss_of(batch, "torch", reward_scale=1.25, estimator="full")) == 5 * GEMM
 

@@ -32,7 +32,7 @@ def library(request, monkeypatch):
     """Both libraries, whichever this machine would take."""
     if request.param and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(request.param, request.param))
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 0)
     monkeypatch.setattr(gemm, "_ONEDNN_DWEIGHT_ROWS", 0)
 
@@ -110,7 +110,7 @@ def test_strided_operands_are_multiplied_as_they_lie():
 
 
 def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypatch):
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
     monkeypatch.setattr(gemm, "_ONEDNN_WORK", 6 * 13 * 8)
     weight = torch.zeros(13, 8)
     assert gemm._uses_onednn(6, weight)
@@ -120,7 +120,7 @@ def test_the_choice_of_a_library_depends_on_shapes_and_the_device_model(monkeypa
 
 
 def test_switching_onednn_off_is_respected(monkeypatch):
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
     with torch.backends.mkldnn.flags(enabled=False):
         assert not gemm._uses_onednn(1 << 20, torch.zeros(13, 8))
 
@@ -128,17 +128,28 @@ def test_switching_onednn_off_is_respected(monkeypatch):
 @pytest.mark.parametrize(
     ("reported", "onednn"),
     [
-        ({"cpu_name": "AMD EPYC 9754", "avx2": True, "avx512_f": True}, True),
-        ({"cpu_name": "AMD Ryzen 9 5950X", "avx2": True, "avx512_f": False}, True),
-        ({"cpu_name": "AMD FX-8350", "avx2": False}, False),
-        ({"cpu_name": "Intel Xeon Platinum 8481C", "avx2": True, "avx512_f": True}, False),
-        ({"cpu_name": "Unknown", "avx2": True}, False),
-        ({}, False),
+        ({"cpu_name": "AMD EPYC 9754", "avx2": True, "avx512_f": True}, (True, True)),
+        ({"cpu_name": "AMD Ryzen 9 5950X", "avx2": True, "avx512_f": False}, (True, False)),
+        ({"cpu_name": "AMD FX-8350", "avx2": False}, (False, False)),
+        ({"cpu_name": "Intel Xeon Platinum 8481C", "avx2": True, "avx512_f": True}, (False, False)),
+        ({"cpu_name": "Unknown", "avx2": True}, (False, False)),
+        ({}, (False, False)),
     ],
     ids=str,
 )
 def test_the_library_is_chosen_by_what_the_cpu_reports(reported, onednn):
-    assert gemm._onednn_is_faster(reported) is onednn
+    assert gemm.libraries_for(reported) == onednn
+
+
+def test_the_gradient_of_the_weight_has_a_choice_of_its_own(monkeypatch):
+    weight = torch.zeros(13, 8)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, False))
+    assert gemm._uses_onednn(6, weight)
+    assert not gemm._uses_onednn(6, weight, dweight=True)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
+    assert gemm._uses_onednn(6, weight, dweight=True)
+    monkeypatch.setattr(gemm, "_ONEDNN_DWEIGHT_ROWS", 7)
+    assert not gemm._uses_onednn(6, weight, dweight=True)
 
 
 def test_blocks_of_many_tokens_are_not_larger_than_those_of_a_wide_weight(monkeypatch):
@@ -147,6 +158,6 @@ def test_blocks_of_many_tokens_are_not_larger_than_those_of_a_wide_weight(monkey
     taken = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **more: taken.append(shape) or empty(*shape, **more))
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
     gemm.add_dweight_(torch.zeros(13, 2), torch.zeros(20, 13), torch.zeros(20, 2))
     assert taken == [(2, 40)]

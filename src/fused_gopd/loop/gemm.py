@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,15 +25,16 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 # time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
 BLOCK_ELEMENTS = 1 << 20
 
-# oneDNN adds nothing to what is there: its product over a block of the vocabulary is added in a pass of its own. Blocks
-# of the gradient of the hidden states are therefore longer where no buffer is widened, up to 10 % faster on Zen 4.
-_LONG_BLOCKS = 4
+# oneDNN adds nothing to what is there: its product over a block of the vocabulary is added in a pass of its own. A
+# block for the gradient of the hidden states therefore has this many entries, where no buffer is widened: on Zen 4 up
+# to 10 % faster than 2^20 elements at H = 4096, and at H = 256 a third faster than 16384 entries.
+_DHIDDEN_ENTRIES = 4096
 
 # Multiply-adds from which on a product goes to oneDNN, where it does: it generates code for every new shape, which
 # takes milliseconds.
 _ONEDNN_WORK = 1 << 24
-# Rows from which on the weight's gradient goes to oneDNN. With fewer its time is that of reading and writing V x H, for
-# which MKL needs one pass.
+# Rows from which on the weight's gradient goes to oneDNN, where it does. With fewer its time is that of reading and
+# writing V x H, for which MKL needs one pass.
 _ONEDNN_DWEIGHT_ROWS = 64
 
 
@@ -72,32 +73,45 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _LOW_PRECISION else x
 
 
+class Libraries(NamedTuple):
+    """Whether float32 matrices on a CPU are better multiplied by oneDNN than by MKL."""
+
+    products: bool = False  # logits and the gradient of the hidden states
+    dweight: bool = False  # the gradient of the weight
+
+
 @functools.cache
-def prefers_onednn() -> bool:
-    """Whether float32 matrices on this CPU are better multiplied by oneDNN: depends on what the CPU reports alone.
-
-    MKL chooses its code by the vendor and takes the one for AVX2 on every AMD processor; oneDNN chooses by the
-    instruction set. With 512-bit multipliers (Zen 5) oneDNN is twice as fast. Without them (Zen 3, and Zen 4, which
-    does 512 bits in two halves) their best is the same: oneDNN is ahead in logits and in the gradient of the hidden
-    states, and level in that of the weight. docs/performance.md has the measurements.
-    """
+def _libraries() -> Libraries:
+    """By what the CPU reports alone: two runs give the same bits."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
-        return False
+        return Libraries()
     if not hasattr(torch.cpu, "get_capabilities") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False  # neither is part of PyTorch's stable interface
-    return _onednn_is_faster(torch.cpu.get_capabilities())
+        return Libraries()  # neither is part of PyTorch's stable interface
+    return libraries_for(torch.cpu.get_capabilities())
 
 
-def _onednn_is_faster(capabilities: Mapping[str, Any]) -> bool:
-    """By what PyTorch says of a CPU. Without AVX2 oneDNN has no fast kernels either."""
-    return "AMD" in str(capabilities.get("cpu_name")) and bool(capabilities.get("avx2"))
+def libraries_for(capabilities: Mapping[str, Any]) -> Libraries:
+    """The choice for a CPU, by what PyTorch says of it.
+
+    MKL chooses its code by the vendor and takes the one for AVX2 on every AMD processor. oneDNN chooses by the
+    instruction set: with 512-bit multipliers (Zen 5) it is twice as fast in everything. With 512 bits in two halves
+    (Zen 4) their best is the same: oneDNN is ahead but in the weight's gradient, where it is level from 256 rows on.
+    With AVX2 alone (Zen 3) MKL is ahead there, since it adds in place. docs/performance-log.md has the measurements.
+    """
+    amd = "AMD" in str(capabilities.get("cpu_name"))
+    return Libraries(amd and bool(capabilities.get("avx2")), amd and bool(capabilities.get("avx512_f")))
 
 
-def _uses_onednn(rows: int, weight: Tensor) -> bool:
-    """Whether the products of so many rows with a weight or its gradient go to oneDNN."""
+def prefers_onednn() -> bool:
+    return _libraries().products
+
+
+def _uses_onednn(rows: int, weight: Tensor, dweight: bool = False) -> bool:
+    """Whether the products of so many rows with a weight, or that which is its gradient, go to oneDNN."""
     if rows * weight.numel() < _ONEDNN_WORK or not weight.is_cpu or weight.dtype == torch.float64:
         return False
-    return prefers_onednn() and bool(torch.backends.mkldnn.enabled)
+    chosen = _libraries().dweight and rows >= _ONEDNN_DWEIGHT_ROWS if dweight else _libraries().products
+    return chosen and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -105,17 +119,17 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _blocks(V: int, width: int, elements: int) -> Iterator[slice]:
-    """Slices of the vocabulary that make blocks of so many elements, ``width`` of them an entry."""
-    step = max(1, elements // max(1, width))
+def _blocks(V: int, width: int) -> Iterator[slice]:
+    """Slices of the vocabulary that make blocks of ``width`` elements an entry."""
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 
 
-def _wide_blocks(weight: Tensor, width: int, elements: int) -> Iterator[tuple[slice, Tensor]]:
+def _wide_blocks(weight: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the vocabulary and the weight's rows there in float32; the buffer of a low-precision one is reused."""
     buffer: Tensor | None = None
-    for rows in _blocks(weight.shape[0], width, elements):
+    for rows in _blocks(weight.shape[0], width):
         if weight.dtype == torch.float32:
             yield rows, weight[rows]
             continue
@@ -137,7 +151,7 @@ def logits_(
     if same and not onednn:
         return torch.mm(hidden, weight.T, out=out)
     wide_hidden = _wide(hidden)
-    for columns, block in _wide_blocks(weight, max(hidden.shape), BLOCK_ELEMENTS):
+    for columns, block in _wide_blocks(weight, max(hidden.shape)):
         if onednn:
             out[:, columns] = _onednn(wide_hidden, block.T)
         else:
@@ -170,8 +184,10 @@ def dhidden(
         out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
     if not weight.shape[0]:
         return out.zero_()
-    elements = BLOCK_ELEMENTS * (_LONG_BLOCKS if weight.dtype == wide else 1)
-    for columns, block in _wide_blocks(weight, weight.shape[1], elements):
+    width = weight.shape[1]
+    if weight.dtype == wide:  # oneDNN copies C x the entries of a block
+        width = max(BLOCK_ELEMENTS // _DHIDDEN_ENTRIES, dlogits.shape[0] // 4)
+    for columns, block in _wide_blocks(weight, width):
         if onednn:
             product = _onednn(dlogits[:, columns], block)
             out = out.add_(product) if columns.start else out.copy_(product)
@@ -193,12 +209,12 @@ def add_dweight_(
             accumulator, dlogits.T, hidden, torch.float32, beta=0 if first else 1, out=accumulator
         )
     hidden, C = _wide(hidden), hidden.shape[0]
-    if C < _ONEDNN_DWEIGHT_ROWS or not _uses_onednn(C, accumulator):
+    if not _uses_onednn(C, accumulator, dweight=True):
         if first:
             return torch.mm(dlogits.T, hidden, out=accumulator)
         return accumulator.addmm_(dlogits.T, hidden)
     buffer: Tensor | None = None
-    for rows in _blocks(accumulator.shape[0], max(hidden.shape), BLOCK_ELEMENTS):
+    for rows in _blocks(accumulator.shape[0], max(hidden.shape)):
         width = rows.stop - rows.start
         if buffer is None:
             buffer = torch.empty(2, C * width, dtype=torch.float32)
@@ -264,6 +280,6 @@ def add_dbias_(
     rows = scale.to(accumulator.dtype).expand(C)
     if dlogits.dtype == accumulator.dtype:
         return accumulator.add_(rows @ dlogits)
-    for columns in _blocks(V, C, BLOCK_ELEMENTS):
+    for columns in _blocks(V, C):
         accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
     return accumulator
