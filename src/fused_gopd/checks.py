@@ -27,6 +27,8 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
 
 
 def require_number(name: str, value: object) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value):
@@ -175,6 +177,8 @@ def require_reverse_mode(name: str, student: object) -> None:
                     f"{name} runs under torch.func.grad, vjp and functional_call, not under {transform}: it has no "
                     "forward-mode derivative; fused_gopd.reference.gopd_loss is plain PyTorch and has"
                 )
+        return
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no tensor has a tangent outside of dual_level
         return
     tensors = getattr(student, "tensors", {}).values()
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]

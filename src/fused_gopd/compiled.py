@@ -25,10 +25,10 @@ from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, requir
 from .loop import run
 from .loop.accumulator import Gradients, RequiresGrad
 from .loop.estimators import estimator_of
-from .loop.estimators.base import LogProbs
+from .loop.estimators.base import LogProbsAndEntropy
 from .loop.run import Entries
 from .models import dtype_of, support_width
-from .objective.statistics import STATISTICS
+from .objective.statistics import STATISTICS, statistics_rows
 from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
 from .plan import recomputes_in_backward, reported_fields
@@ -258,7 +258,7 @@ def _loss_op(*packed: Any) -> list[Tensor]:
             result += [loss.new_ones((), dtype=dtype) if x is None else x.to(dtype, copy=True) for x in factors]
         elif any(requires):
             tokens = rows.shape.numel()
-            result.append(_padded(statistics.to(dtype), (STATISTICS, tokens)))
+            result.append(_padded(statistics.to(dtype), (statistics.shape[0], tokens)))
             if entries is not None:
                 shape = (tokens, problem.width)
                 result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(dtype), shape)]
@@ -276,7 +276,7 @@ def _(*packed: Any) -> list[Tensor]:
         result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
     elif any(requires):
         tokens = math.prod(shape)
-        result.append(rows.new_empty(STATISTICS, tokens, dtype=dtype))
+        result.append(rows.new_empty(statistics_rows(call.estimator, call.joint), tokens, dtype=dtype))
         if call.estimator == "topk":
             result += [rows.new_empty(tokens, support_width(call), dtype=x) for x in (torch.int64, dtype)]
     return result
@@ -346,7 +346,7 @@ def _logprobs_op(*packed: Any) -> list[Tensor]:
     arguments, requires = _call(packed)
     with torch.no_grad():
         problem = prepare_scoring(**arguments)
-        values, _, statistics, _ = core.forward(problem, LogProbs, requires)
+        values, _, statistics, _ = core.forward(problem, LogProbsAndEntropy, requires)
         rows = problem.rows
         kept = [_padded(statistics, (STATISTICS, rows.shape.numel()))] if any(requires) else []
         return [*(rows.scatter(x).clone() for x in values), *kept]
@@ -369,7 +369,7 @@ def _logprobs_backward_op(
         problem = prepare_scoring(**arguments)
         statistics = statistics[:, : problem.rows.count].contiguous()
         each = (None if x is None else problem.rows.take(x) for x in (upstream, upstream_entropy))
-        return _dense(run.backward(problem, LogProbs, requires, statistics, None, *each), statistics)
+        return _dense(run.backward(problem, LogProbsAndEntropy, requires, statistics, None, *each), statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]

@@ -25,6 +25,7 @@ def _gopd_loss(call: LossCall) -> GOPDOutput:
     if call.reduction == "none":
         token_loss, values, statistics = autograd.token_losses(problem)
         loss = problem.rows.scatter(token_loss)
+        values = values._replace(loss=values.loss.clone())  # the caller owns the loss, and may write to it
     else:
         loss, values, statistics = autograd.weighted_loss(problem)
     return report(problem, loss, values, statistics)
@@ -199,9 +200,8 @@ def token_logprobs(
         logprobs, entropy = compiled.token_logprobs(head, token_ids, options)
         return (logprobs, entropy) if return_entropy else logprobs
     problem = prepare_scoring(head, token_ids, **options)
-    logprobs, entropy = autograd.token_logprobs(problem)
-    result = problem.rows.scatter(logprobs)
-    return (result, problem.rows.scatter(entropy)) if return_entropy else result
+    results = tuple([problem.rows.scatter(x) for x in autograd.token_logprobs(problem, return_entropy)])
+    return (results[0], results[1]) if return_entropy else results[0]
 
 
 def token_topk(

@@ -196,9 +196,9 @@ def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = 
     heads: list[Head | None] = []
     for model in models:
         if isinstance(model, (LinearHead, Logits)):
-            if any(x.requires_grad for x in model.tensors.values()):
-                detached: dict[str, Any] = {name: x.detach() for name, x in model.tensors.items()}
-                model = replace(model, **detached)
+            tensors: dict[str, Any] = model.tensors
+            if any(x.requires_grad for x in tensors.values()):
+                model = replace(model, **{name: x.detach() for name, x in tensors.items()})
             heads.append(model if cut is None else cut(model))
         else:
             heads.append(None)

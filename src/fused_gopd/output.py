@@ -68,11 +68,7 @@ class GOPDOutput:
     def computed_by(cls, compute: Callable[[str], Tensor], names: Collection[str], **known: Any) -> GOPDOutput:
         """The output whose fields ``names`` are computed when they are read; those neither there nor known are None."""
         out = object.__new__(cls)
-        values = out.__dict__
-        for name in _OPTIONAL:
-            if name not in names:
-                values[name] = None
-        values.update(known, _compute=compute)
+        out.__dict__.update(dict.fromkeys(_OPTIONAL.difference(names)), **known, _compute=compute)
         return out
 
     if not TYPE_CHECKING:
@@ -100,7 +96,7 @@ class GOPDOutput:
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(GOPDOutput))
-_OPTIONAL = tuple(name for name in _FIELDS if name not in ("loss", "reward_scale", "joint"))
+_OPTIONAL = frozenset(_FIELDS) - {"loss", "reward_scale", "joint"}
 
 
 def _metrics_of(out: GOPDOutput) -> Metrics:

@@ -7,7 +7,8 @@ masks, log-probs) is checked in :mod:`fused_gopd.prepare`, every time.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_device, require_float, require_integer, require_number, require_shape
-from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .models import (
     as_tuple,
     check_shards,
@@ -30,7 +32,7 @@ from .models import (
     with_logits_dtype,
 )
 from .objective.target import FROZEN
-from .options import LossCall, LossOptions, checked
+from .options import DEFAULTS, LossCall, LossOptions, checked
 from .server_scores import check_topk
 from .tokens import Sequences, check_cu_seqlens
 
@@ -48,6 +50,7 @@ class Plan:
     reported: tuple[str, ...]
     scores_elsewhere: bool  # whether a model is TokenLogProbs or TopKLogProbs
     sharded: bool  # whether a model has a part of the vocabulary
+    chunk_sizes: tuple[int, int | None] | None  # see :func:`chunk_sizes`; None where a rank's columns decide
     dtype: torch.dtype
 
 
@@ -81,9 +84,15 @@ def _planned(call: LossCall) -> Plan:
         needed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
         check_topk(options, needed["teacher"], needed["ref"], vocab_size)
     dtype = dtype_of(call)
+    options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
+    sharded = any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models)
+    heads = {
+        name: [x if isinstance(x, (LinearHead, Logits)) else None for x in given[name].values() if name != cancelled]
+        for name, _ in FROZEN
+    }
     return Plan(
-        options=with_logits_dtype(options, dtype, {"student": student, **frozen}),
+        options=options,
         routes=count,
         vocab_size=vocab_size,
         cancelled=cancelled,
@@ -91,7 +100,8 @@ def _planned(call: LossCall) -> Plan:
         width=support_width(call),
         reported=reported_fields(call),
         scores_elsewhere=any(not isinstance(model, (LinearHead, Logits)) for model in models),
-        sharded=any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models),
+        sharded=sharded,
+        chunk_sizes=None if sharded else chunk_sizes(student, heads, options, vocab_size, dtype),
         dtype=dtype,
     )
 
@@ -223,6 +233,32 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
             require_device(name, value, device)
 
 
+# -------------------------------------------------------------------------------------------------------- chunk sizes
+
+
+def chunk_sizes(
+    student: Head,
+    frozen: Mapping[str, Sequence[Head | None]],
+    options: LossOptions,
+    vocab_size: int,
+    dtype: torch.dtype,  # of accumulation
+    weight_gradient: bool | None = None,  # None: as the weight says
+) -> tuple[int, int | None]:
+    """Tokens per chunk, and those of the frozen models at a time where they are taken in sub-chunks."""
+    heads = [[student], *([head for head in x if head is not None] for x in frozen.values())]
+    linear = sum(any(isinstance(head, LinearHead) for head in x) for x in heads)
+    joint = options.joint
+    if weight_gradient is None:
+        weight_gradient = isinstance(student, LinearHead) and student.weight.requires_grad
+    device_type, size = student.rows.device.type, options.chunk_size
+    if size is None:
+        buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
+        # of the rank that has the most: all of them go through the same chunks
+        widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
+        size = chunk_size_for(widest, buffers, device_type, options.logits_dtype(dtype).itemsize)
+    return size, frozen_chunk_size(size, device_type) if joint and weight_gradient and linear > 1 else None
+
+
 # --------------------------------------------------------------------------------------------------------- signatures
 
 _plans: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
@@ -230,6 +266,7 @@ _KEPT = 256
 
 # Numbers that change from step to step, of which a plan reads no more than whether lambda cancels a model.
 _CHANGING = ("reward_scale", "normalizer")
+_UNKNOWN = object()
 _NUMBERS = frozenset({bool, int, float, str, type(None), torch.dtype})
 
 
@@ -250,6 +287,9 @@ def _signature(call: LossCall) -> Hashable | None:
     """All that :func:`_planned` reads of a call; None where it is of a kind that is not kept (a shared vocabulary)."""
     key: list[Any] = []
     for name, value in vars(call).items():
+        if value is DEFAULTS.get(name, _UNKNOWN):
+            continue
+        key.append(name)
         kind = type(value)
         if kind is float and name in _CHANGING:
             key.append(value if name == "reward_scale" and value in (0.0, 1.0) else kind)
@@ -279,7 +319,8 @@ def _append(key: list[Any], value: Any) -> bool:
         return True
     if kind is LinearHead:
         bias = value.bias
-        key += (kind, *_meta(value.hidden), *_meta(value.weight), None if bias is None else _meta(bias))
+        weight = value.weight
+        key += (kind, *_meta(value.hidden), *_meta(weight), weight.requires_grad, None if bias is None else _meta(bias))
         return value.shard is None
     if kind is Logits:
         key += (kind, *_meta(value.logits))

@@ -7,7 +7,7 @@ dense :mod:`fused_gopd.reference`, so that both accept and refuse the same input
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from .agreement import Agreement, agreement_of, shared_by
 from .checks import IGNORE, refuse, require_device, require_logprobs, require_number
-from .heads import Head, LinearHead, Source, TokenLogProbs
-from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
+from .heads import Head, Source, TokenLogProbs
 from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .objective.target import FROZEN
 from .options import ARGUMENTS, LossCall, LossOptions
-from .plan import check_routes, number_per_token, plan_of
+from .plan import check_routes, chunk_sizes, number_per_token, plan_of
 from .problem import Problem, Route
 from .rowops import RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
@@ -261,8 +260,13 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if plan.sharded:
         student = cut(student)
     heads = {name: frozen_heads(x, cut if plan.sharded else None) for name, x in needed.items()}
-    element_bytes = options.logits_dtype(dtype).itemsize
-    chunk_size, frozen_size = _chunk_sizes(student, heads, options, vocab_size, element_bytes, weight_gradient)
+    sizes = plan.chunk_sizes
+    if sizes is None or weight_gradient is not None:
+        sizes = chunk_sizes(student, heads, options, vocab_size, dtype, weight_gradient)
+    has = (
+        teacher_logprobs is not None or any(head is not None for head in heads["teacher"]),
+        ref_logprobs is not None or any(head is not None for head in heads["ref"]),
+    )
     divergence = make(
         options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
     )
@@ -280,6 +284,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         mask=mask,
         vocab_size=vocab_size,
         reward_scale=scale,
+        has=has,
         token_ids=ids,
         old_logprobs=old,
         rollout_logprobs=rollout,
@@ -291,37 +296,15 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         labels=labels,
         weights=rows.take(weights).contiguous() if weights.ndim else weights,
         advantage_fn=call.advantage_fn,
+        slope_follows=options.estimator == "sampled" and (options.joint or call.advantage_fn is not None),
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,
         cancelled=((cancelled, routed[cancelled]),) if cancelled and options.score_cancelled else (),
         agreement=agreement,
         ops=ops,
-        chunk_size=chunk_size,
-        frozen_chunk_size=frozen_size,
+        chunk_size=sizes[0],
+        frozen_chunk_size=sizes[1],
         dtype=dtype,
         device=device,
     )
-
-
-def _chunk_sizes(
-    student: Head,
-    frozen: Mapping[str, Sequence[Head | None]],
-    options: LossOptions,
-    vocab_size: int,
-    element_bytes: int,
-    weight_gradient: bool | None,
-) -> tuple[int, int | None]:
-    """Tokens per chunk, and those of the frozen models at a time where they are taken in sub-chunks."""
-    heads = [[student], *([head for head in x if head is not None] for x in frozen.values())]
-    linear = sum(any(isinstance(head, LinearHead) for head in x) for x in heads)
-    joint = options.joint
-    if weight_gradient is None:
-        weight_gradient = isinstance(student, LinearHead) and student.weight.requires_grad
-    device_type, size = student.rows.device.type, options.chunk_size
-    if size is None:
-        buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
-        # of the rank that has the most: all of them go through the same chunks
-        widest = max(vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads))
-        size = chunk_size_for(widest, buffers, device_type, element_bytes)
-    return size, frozen_chunk_size(size, device_type) if joint and weight_gradient and linear > 1 else None

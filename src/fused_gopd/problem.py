@@ -46,6 +46,7 @@ class Problem:
     mask: Tensor | None = None  # token shape, bool; None is all live
     vocab_size: int  # joint
     reward_scale: float | Tensor = 1.0  # tensor: (n,), in ``dtype``
+    has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)
     rollout_logprobs: Tensor | None = None  # (n,)
@@ -58,6 +59,7 @@ class Problem:
     weights: Tensor  # () or (n,), loss = sum of weights times token losses
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
+    slope_follows: bool = False  # whether PyTorch makes the advantages, so that kernels do not know the policy's slope
     recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
     reported: tuple[str, ...] = ()  # the vectors of the output that are not None
@@ -73,11 +75,3 @@ class Problem:
     def joint(self) -> bool:
         """Whether the row operation takes all models of a token together, normalised over their joint support."""
         return self.options.joint
-
-    @property
-    def has(self) -> tuple[bool, bool]:
-        """Whether there are a teacher and a reference, as heads or as log-probs of the sampled tokens."""
-        return (
-            self.teacher_logprobs is not None or any(route.teacher is not None for route in self.routes),
-            self.ref_logprobs is not None or any(route.ref is not None for route in self.routes),
-        )

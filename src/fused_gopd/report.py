@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .objective.statistics import TokenRow, entropy
 from .objective.supervised import label_report
 from .output import GOPDOutput
 from .problem import Problem
+from .rowops import PolicyStat
 from .scoring import logprobs_under
 from .tokens import TokenRows, host_sync_forbidden
 
@@ -45,7 +46,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         labels=problem.labels,
     )
     names = [name for name in problem.reported if name not in known]
-    out = GOPDOutput.computed_by(fields, names, **known)
+    out = GOPDOutput.computed_by(fields.field, names, **known)
     if host_sync_forbidden(problem.device) or functorch.active():
         # a graph writes its outputs at each replay, and a transform's tensors end with it: nothing can wait
         for name in names:
@@ -53,8 +54,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
     return out
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Fields:
+class _Fields(NamedTuple):
     """The fields of an output, one at a time. It holds statistics of the tokens, and no model."""
 
     statistics: Tensor  # (STATISTICS, n)
@@ -66,7 +66,7 @@ class _Fields:
     estimator: str
     labels: Tensor | None  # (n,)
 
-    def __call__(self, name: str) -> Tensor:
+    def field(self, name: str) -> Tensor:
         with torch.no_grad():
             vector = self._vector(name)
             assert vector is not None
@@ -84,12 +84,20 @@ class _Fields:
             return statistics[TokenRow.TOPK_KL] if self.estimator == "topk" else kl_to_target(statistics)
         if name in ("label_logprobs", "labelled"):
             return label_report(statistics[TokenRow.LOGPROB_LABEL], self.labels)[name == "labelled"]
-        if policy is not None and name in ("advantages", "clipped", "importance"):
-            return getattr(policy, name)  # type: ignore[no-any-return]
+        if policy is not None and name in _OF_POLICY:
+            row = policy[_OF_POLICY[name]]
+            return row != 0 if name == "clipped" else row
         logprobs = model_logprobs(self.has, statistics)
         if name == "advantages":
             return advantage(self.reward_scale, *logprobs)[0]
         return dict(zip(("student_logprobs", "teacher_logprobs", "ref_logprobs"), logprobs, strict=True))[name]
+
+
+_OF_POLICY = {
+    "advantages": PolicyStat.ADVANTAGE,
+    "clipped": PolicyStat.CLIPPED,
+    "importance": PolicyStat.IMPORTANCE,
+}
 
 
 def output_of(problem: Problem, loss: Tensor, vectors: dict[str, Tensor | None]) -> GOPDOutput:

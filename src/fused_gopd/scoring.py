@@ -30,7 +30,7 @@ def prepare_scoring(
     require_kind("head", head)
     function = "token_topk" if token_ids is None else "token_logprobs"
     require_reverse_mode(function, head)
-    chosen = checked(LossOptions(**options))
+    chosen = _options(**options)
     shape, device = head.token_shape, head.rows.device
     if token_ids is not None:
         require_integer("token_ids", token_ids)
@@ -81,6 +81,10 @@ def _problem(
 
 
 _DEFAULT = LossOptions()
+
+
+def _options(**options: Any) -> LossOptions:
+    return _DEFAULT if all(DEFAULTS[name] is x for name, x in options.items()) else checked(LossOptions(**options))
 
 
 def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:

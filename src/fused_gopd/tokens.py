@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,32 +69,37 @@ class TokenRows:
     def count(self) -> int:
         return self.shape.numel() if self.index is None else self.index.shape[0]
 
-    def take(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of the live tokens of ``x`` (token shape + trailing dims), as (n, ...).
+    def reader(self, x: Tensor) -> Callable[[int, int], Tensor]:
+        """A function of (start, stop) that gives rows [start, stop) of ``x`` as :meth:`take` does, for many of them."""
+        flat: Tensor | None = x
+        if len(self.shape) != 1:
+            try:
+                flat = x.view(self.shape.numel(), *x.shape[len(self.shape) :])
+            except RuntimeError:
+                flat = None
+        if self.index is None and flat is not None:
+            count, every = self.count, flat
+            return lambda start, stop: every if stop - start == count else every[start:stop]
+        return lambda start, stop: self._gathered(x, flat, start, stop)
 
-        A view where every token is live and the layout allows it. Otherwise only these rows are copied: flattening a
-        sliced tensor such as ``hidden[:, :-1]`` first would copy all of it.
-        """
-        stop = self.count if stop is None else stop
-        trailing = x.shape[len(self.shape) :]
-        try:
-            flat = x.view(self.shape.numel(), *trailing)
-        except RuntimeError:
-            flat = None
-        if self.index is None:
-            if flat is not None:
-                return flat[start:stop]
-            index = torch.arange(start, stop, device=x.device)
-        else:
-            index = self.index[start:stop]
-            if flat is not None:
-                return flat.index_select(0, index)
+    def _gathered(self, x: Tensor, flat: Tensor | None, start: int, stop: int) -> Tensor:
+        index = torch.arange(start, stop, device=x.device) if self.index is None else self.index[start:stop]
+        if flat is not None:
+            return flat.index_select(0, index)
         # by hand: torch.unravel_index copies the shape to the device, which waits for it
         coordinates: list[Tensor] = []
         for size in reversed(self.shape):
             coordinates.insert(0, index % size)
             index = index // size
         return x[tuple(coordinates)]
+
+    def take(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the live tokens of ``x`` (token shape + trailing dims), as (n, ...).
+
+        A view where every token is live and the layout allows it. Otherwise only these rows are copied: flattening a
+        sliced tensor such as ``hidden[:, :-1]`` first would copy all of it.
+        """
+        return self.reader(x)(start, self.count if stop is None else stop)
 
     def put(self, out: Tensor, values: Tensor, start: int, stop: int) -> None:
         """Write rows [start, stop) into ``out`` (tokens, ...), which is flat and contiguous."""

@@ -29,14 +29,17 @@ def test_a_hooks_value_is_the_advantage(backend_dtype):
         assert_all_close(grads, want, backend_dtype.tolerance)
 
 
-def test_a_hook_that_gives_a_back_changes_no_bit(backend):
+def test_a_hook_that_gives_a_back_changes_nothing(backend):
+    """No bit of the values. The gradient is written at unit scale, since the slope follows: factors round elsewhere."""
     batch = make_batch(72, shape=(4, 6), dtype=torch.float32)
     options = {"backend": backend, "reward_scale": 1.25, "chunk_size": 5}
     want, want_grads = run(batch, **options)
     got, grads = run(batch, advantage_fn=lambda stats: stats.advantages, **options)
     assert torch.equal(got.loss, want.loss)
     assert torch.equal(got.advantages, want.advantages)
-    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+    # a factor applied before a sum of V = 11 or of 24 products, or after it: one rounding of each product
+    for a, b in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=torch.finfo(a.dtype).eps * 4 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("student", ["linear", "logits"])

@@ -267,7 +267,7 @@ def test_a_backward_needs_no_second_copy_of_the_gradients(backend):
 @sampled_and_full
 def test_a_shifted_view_of_the_hidden_states_is_not_copied_whole(backend, objective):
     """hidden[:, :-1] is not contiguous: only a chunk of it may be copied."""
-    hidden, tokens = 1024, 256
+    hidden, tokens = 2048, 256
     heads = [linear_head(i, (4, tokens + 1), 64, hidden, F32) for i in range(3)]
     heads = [like(h, hidden=h.hidden[:, :-1]) for h in heads]
     ids = torch.zeros(4, tokens, dtype=torch.long)
@@ -288,6 +288,7 @@ def test_live_rows_of_a_contiguous_tensor_are_views():
 
 def test_the_automatic_chunk_keeps_to_the_budget(backend, monkeypatch):
     monkeypatch.setitem(chunking.CHUNK_BUDGET_BYTES, "cpu", 3 * 64 * VOCAB * 4)
+    monkeypatch.setitem(chunking.ENOUGH_TOKENS, "cpu", 64)
     batch = big_batch()
     call = lambda: fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, estimator="full", backend=backend)  # noqa: E731
     call()

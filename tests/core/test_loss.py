@@ -813,6 +813,16 @@ def test_fields_that_are_read_late_are_those_of_the_call(objective):
         assert torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name], name
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["sampled", "full"])
+def test_writing_to_the_loss_changes_no_field(objective):
+    batch = make_batch(47, dtype=torch.float32)
+    with torch.no_grad():
+        out = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, reduction="none", **objective)
+        expected = out.loss.clone()
+        out.loss.zero_()
+    assert torch.equal(out.token_loss, expected)
+
+
 def test_an_output_is_copied_with_its_fields():
     batch = make_batch(46, dtype=torch.float32)
     with torch.no_grad():

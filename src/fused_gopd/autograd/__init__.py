@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..loop.estimators import estimator_of
-from ..loop.estimators.base import LogProbs, TokenValues
+from ..loop.estimators.base import LogProbs, LogProbsAndEntropy, TokenValues
 from ..loop.run import MakeEstimator
 from ..loop.topk_tokens import topk_tokens
 from ..problem import Problem
@@ -32,10 +32,9 @@ def token_losses(problem: Problem) -> tuple[Tensor, TokenValues, Tensor]:
     return token_loss, values, statistics
 
 
-def token_logprobs(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Differentiable log-probs (n,) of ``problem.token_ids`` under the student, and its entropies (n,)."""
-    (logprobs, entropies), _, _ = _outputs(problem, LogProbs)
-    return logprobs, entropies
+def token_logprobs(problem: Problem, with_entropy: bool = False) -> tuple[Tensor, ...]:
+    """Differentiable log-probs (n,) of ``problem.token_ids`` under the student, and with it its entropies (n,)."""
+    return _outputs(problem, LogProbsAndEntropy if with_entropy else LogProbs)[0]
 
 
 def token_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,9 @@ def in_shape_of(gradients: Sequence[Tensor | None], sources: Sequence[Meta | Non
     for gradient, source in zip(gradients, sources, strict=True):
         if gradient is not None:
             assert source is not None
-            gradient = gradient.reshape(source[0]).to(source[1])
+            shape, dtype = source
+            gradient = gradient if gradient.shape == shape else gradient.reshape(shape)
+            gradient = gradient if gradient.dtype == dtype else gradient.to(dtype)
         out.append(gradient)
     return tuple(out)
 
@@ -72,7 +74,7 @@ class FusedForward(NamedTuple):
 
 def fused_forward(problem: Problem, requires: RequiresGrad) -> FusedForward:
     """sum_i weights_i loss_i and its gradients, each GEMM once."""
-    scaling, gradients = Scaling.of(problem.student, problem.weights), None
+    scaling, gradients = Scaling.of(problem), None
     if any(requires):
         statistics, gradients = run.forward_with_gradients(problem, estimator_of, requires, scaling.in_loop)
     else:

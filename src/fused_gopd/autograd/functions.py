@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..loop import run
-from ..loop.accumulator import RequiresGrad
+from ..loop.accumulator import NO_GRADIENTS, RequiresGrad
 from ..loop.estimators import estimator_of
 from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
@@ -34,7 +34,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, problem: Problem
-    ) -> tuple[Tensor, TokenValues, Tensor]:
+    ) -> tuple[Tensor, tuple[TokenValues, Tensor]]:
         requires = RequiresGrad(*(ctx.needs_input_grad[:3]))
         loss, values, statistics, gradients, scaling = core.fused_forward(problem, requires)
         ctx.scaling, ctx.requires, ctx.gradients = scaling, requires, gradients
@@ -43,9 +43,8 @@ class _FusedLoss(torch.autograd.Function):
         if problem.advantage_fn is not None:  # called once: a second backward uses these
             known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
         save(ctx, problem, advantages=known)
-        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return loss, values, statistics
+        return loss, (values, statistics)  # autograd takes no part in what a tuple holds
 
     @staticmethod
     @once_differentiable
@@ -83,16 +82,15 @@ class _Recomputing(torch.autograd.Function):
         outputs, values, statistics, entries = core.forward(problem, make, ctx.requires)
         # the advantages are in the statistics
         save(ctx, problem, statistics, *(entries or (None, None)))
-        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         if values is not None:
             values = values._replace(loss=values.loss.detach())  # autograd gives the output itself a graph
-        return (values, statistics, *outputs)
+        return ((values, statistics), *outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_outputs = upstream[2:]
+        of_outputs = upstream[1:]
         if all(x is None for x in of_outputs):
             return (None,) * 5
         problem, (statistics, ids, values) = saved(ctx)
@@ -102,23 +100,29 @@ class _Recomputing(torch.autograd.Function):
         return (*core.in_shape_of(gradients, ctx.meta), None, None)
 
 
-def _student_arguments(problem: Problem) -> tuple[Tensor | None, ...]:
+def _no_gradients(problem: Problem) -> bool:
+    """Whether nothing is to be differentiated: a Function would take its time in vain."""
     tensors = core.student_tensors(problem.student)
-    if torch.is_grad_enabled():
-        return tensors
-    # a Function under no_grad still sees that its inputs require gradients, and would compute them in vain
-    return tuple(None if t is None else t.detach() for t in tensors)
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
 def fused_loss(problem: Problem) -> tuple[Tensor, TokenValues, Tensor]:
     """The loss (), values and statistics."""
+    if _no_gradients(problem):
+        with torch.no_grad():
+            made = core.fused_forward(problem, NO_GRADIENTS)
+            return made.loss, made.values, made.statistics
     apply: Any = _FusedLoss.apply
-    loss, values, statistics = apply(*_student_arguments(problem), problem)
+    loss, (values, statistics) = apply(*core.student_tensors(problem.student), problem)
     return loss, values, statistics
 
 
 def recomputing(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ...], TokenValues | None, Tensor]:
     """Differentiable outputs (n,) of an estimator, values and statistics."""
+    if _no_gradients(problem):
+        with torch.no_grad():
+            outputs, values, statistics, _ = core.forward(problem, make, NO_GRADIENTS)
+            return outputs, values, statistics
     apply: Any = _Recomputing.apply
-    values, statistics, *outputs = apply(*_student_arguments(problem), problem, make)
+    (values, statistics), *outputs = apply(*core.student_tensors(problem.student), problem, make)
     return tuple(outputs), values, statistics

@@ -33,21 +33,22 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: Spec, requires: RequiresGrad, make: MakeEstimator, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs, _, statistics, entries = core.forward(unflatten(spec, tensors), make, requires)
+        outputs, values, statistics, entries = core.forward(unflatten(spec, tensors), make, requires)
         empty = statistics.new_empty(0)
-        return (statistics, *(entries or (empty, empty)), *outputs)
+        policy = empty if values is None or values.policy is None else values.policy
+        return (policy, statistics, *(entries or (empty, empty)), *outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.requires, ctx.make, *tensors = inputs
-        ctx.mark_non_differentiable(*output[:3])
+        ctx.mark_non_differentiable(*output[:4])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[:3])
+        ctx.save_for_backward(*tensors, *output[1:4])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        tensors, of_outputs = ctx.saved_tensors, upstream[3:]
-        out: list[Tensor | None] = [None] * len(tensors)  # 3 arguments before the tensors, 3 outputs after them
+        tensors, of_outputs = ctx.saved_tensors, upstream[4:]
+        out: list[Tensor | None] = [None] * len(tensors)  # 3 arguments come before the tensors
         if all(x is None for x in of_outputs):
             return tuple(out)
         for x in of_outputs:
@@ -93,7 +94,6 @@ def transformed(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ..
     spec = flatten(dataclasses.replace(problem, mask=None, cancelled=()), tensors)
     requires = RequiresGrad(*(t is not None and t.requires_grad for t in core.student_tensors(problem.student)))
     apply: Any = _Transformed.apply
-    statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
-    with torch.no_grad():
-        _, values = make(problem).outputs(statistics)
+    policy, statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
+    values = TokenValues(outputs[0].detach(), policy if policy.ndim == 2 else None)
     return tuple(outputs), values, statistics

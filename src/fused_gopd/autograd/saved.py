@@ -13,35 +13,39 @@ from torch import Tensor
 from ..agreement import Agreement
 from ..heads import LinearHead, Logits
 from ..objective.divergences import Divergence
-from ..options import LossOptions
 from ..problem import Problem, Route
 from ..tokens import Sequences, TokenRows
 
 _FLATTENED = (Problem, Route, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
-# Types without tensors, the most frequent ones in a Problem: a set is tested faster than isinstance.
-_LEAVES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, LossOptions})
 _FORWARD_ONLY: dict[str, Any] = {
     "agreement": None,
     "mask": None,
     "cancelled": (),
     "advantage_fn": None,
     "advantages": None,
+    "reported": (),
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class TensorSlot:
     """The place of a tensor in the list of flattened tensors."""
 
     number: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Spec:
     """A flattened object: its type, and its fields with slots in place of tensors."""
 
     kind: Any
     fields: dict[str, Any]
+
+
+@functools.cache
+def _holds_tensors(kind: Any) -> bool:
+    """Whether an object of this type is a tensor, or may have tensors in it."""
+    return issubclass(kind, (Tensor, tuple, *_FLATTENED)) and not issubclass(kind, torch.Size)
 
 
 def flatten(x: Any, tensors: list[Tensor]) -> Any:
@@ -50,16 +54,21 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
     save_for_backward takes tensors only.
     """
     kind: Any = type(x)
-    if kind in _LEAVES:
-        return x
+    names = _field_names(kind)
+    if names:
+        return _flattened(x, kind, {name: getattr(x, name) for name in names}, tensors)
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorSlot(len(tensors) - 1)
-    if kind is tuple:
-        return tuple(flatten(y, tensors) for y in x)
-    if isinstance(x, _FLATTENED):
-        return Spec(kind, {name: flatten(getattr(x, name), tensors) for name in _field_names(kind)})
-    return x
+    return tuple([flatten(y, tensors) for y in x]) if kind is tuple else x
+
+
+def _flattened(x: Any, kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """The spec of these fields; x itself where none of them has tensors."""
+    inside = [name for name, y in fields.items() if _holds_tensors(type(y))]  # type: ignore[arg-type]
+    for name in inside:
+        fields[name] = flatten(fields[name], tensors)
+    return Spec(kind, fields) if inside else x
 
 
 def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Tensor | None = None) -> Spec:
@@ -68,11 +77,9 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Te
     Args:
         advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
     """
-    fields = {
-        name: _FORWARD_ONLY[name] if name in _FORWARD_ONLY else flatten(getattr(problem, name), tensors)
-        for name in _field_names(Problem)
-    }
-    return Spec(Problem, fields | {"advantages": flatten(advantages, tensors)})
+    fields = {**vars(problem), **_FORWARD_ONLY, "advantages": advantages}
+    spec: Spec = _flattened(problem, Problem, fields, tensors)
+    return spec
 
 
 def without_forward(spec: Spec) -> Spec:
@@ -82,6 +89,9 @@ def without_forward(spec: Spec) -> Spec:
 
 @functools.cache
 def _field_names(kind: Any) -> tuple[str, ...]:
+    """Of a type that is flattened; none of other tuples."""
+    if not issubclass(kind, _FLATTENED):
+        return ()
     return Agreement._fields if kind is Agreement else tuple(f.name for f in dataclasses.fields(kind))
 
 
@@ -104,8 +114,8 @@ def save(ctx: Any, problem: Problem, *more: Tensor | None, advantages: Tensor | 
     own: list[Tensor] = []
     ctx.spec, ctx.more = flatten_for_backward(problem, own, advantages), len(more)
     tensors = [*own, *more]
-    ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
     ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
+    ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(tensors, ctx.untracked, strict=True)))
 
 
 def _unpacked(ctx: Any) -> tuple[Any, ...]:
@@ -155,10 +165,10 @@ def once_differentiable(backward: Backward) -> Backward:
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.unpacked = None
         try:
+            if not torch.is_grad_enabled():  # as it is but for create_graph=True
+                return backward(ctx, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)
-            if not torch.is_grad_enabled():  # as it is but for create_graph=True
-                return gradients
             sources = [t for t in (*upstream, *_unpacked(ctx)) if t is not None and t.requires_grad]
         finally:
             ctx.unpacked = None

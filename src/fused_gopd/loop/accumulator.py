@@ -7,13 +7,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..heads import LinearHead, Logits
+from ..heads import LinearHead
 from ..objective.logit_gradient import LogitGradient
 from ..problem import Problem
 from ..rowops import RowProblem
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
-from .buffers import columns
+from .buffers import Buffers, columns
 from .logit_gradient import gradient_buffer, power_of_two, write_logit_gradient
 
 
@@ -36,13 +36,25 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # (V,), likewise
 
 
+def at_unit_scale(problem: Problem) -> bool:
+    """Whether logit gradients are written without their factors, which then go into the products.
+
+    float16 holds nothing below 6e-8, and a token weight of 1e-5 would push gradients of the size of p under it. The
+    bound of ``grad_filter`` is one at unit scale. A slope that PyTorch makes is known after the gradient is written.
+    """
+    student = problem.student
+    if not isinstance(student, LinearHead):
+        return False
+    return student.hidden.dtype == torch.float16 or problem.options.grad_filter > 0 or problem.slope_follows
+
+
 class Scaling(NamedTuple):
     """How token weights are split between the loop and the backward, so that nothing underflows or rounds twice.
 
-    float16 holds nothing below 6e-8, and a token weight of 1e-5 would push gradients of the size of p under it. A
-    float16 gradient is therefore stored relative to a power of two, by which the backward multiplies exactly. Every
-    other dtype has float32's range and is stored with its weights applied. The weight's gradient is a float32 sum over
-    tokens: a factor that all tokens share is applied at its end, unless folding it into float32 operands is free.
+    A logit gradient that is written with its factors has all of them. Of one :func:`at_unit_scale` the weight's
+    gradient is a float32 sum over tokens: a factor that all tokens share is applied at its end, unless folding it into
+    float32 operands is free. A float16 gradient of the rows is stored relative to a power of two, by which the backward
+    multiplies exactly; other dtypes have float32's range and are stored with their weights applied.
     """
 
     in_loop: Tensor  # () or (n,) token weights that the loop applies
@@ -50,9 +62,11 @@ class Scaling(NamedTuple):
     deferred_weight: Tensor | None  # () likewise of the weight's and the bias's gradient
 
     @classmethod
-    def of(cls, student: LinearHead | Logits, weights: Tensor) -> Scaling:
-        if isinstance(student, Logits):
+    def of(cls, problem: Problem) -> Scaling:
+        student, weights = problem.student, problem.weights
+        if not at_unit_scale(problem):
             return cls(weights, None, None)
+        assert isinstance(student, LinearHead)
         scale = power_of_two(weights) if student.hidden.dtype == torch.float16 else None
         in_loop = weights if scale is None else weights / scale
         return cls(in_loop, scale, scale if folds_weights_into_hidden(student, weights) else weights)
@@ -65,7 +79,7 @@ def folds_weights_into_hidden(student: LinearHead, weights: Tensor) -> bool:
 
 
 class Part(NamedTuple):
-    """The logit gradient of a sub-chunk at unit scale, and the factors of the products with it."""
+    """The logit gradient of a sub-chunk, and the factors of the products with it: None where it has them itself."""
 
     dlogits: Tensor  # (c, V)
     rows_scale: Tensor | None  # () or (c,) factor of the rows' gradient, applied in float32 before it is rounded
@@ -109,7 +123,7 @@ class LogitsAccumulator:
 
     unit_scale = False
 
-    def __init__(self, problem: Problem, requires: RequiresGrad) -> None:
+    def __init__(self, problem: Problem, requires: RequiresGrad, buffers: Buffers) -> None:
         self._problem = problem
         logits = problem.student.rows
         self._rows = _fresh_rows(problem, zero=logits.shape[-1] != columns(problem, problem.student))
@@ -136,20 +150,25 @@ class LogitsAccumulator:
 class LinearAccumulator:
     """A student that is a ``LinearHead``: dhidden = dlogits @ weight per chunk, dweight += dlogits.T @ hidden."""
 
-    unit_scale = True
-
-    def __init__(self, problem: Problem, requires: RequiresGrad) -> None:
+    def __init__(self, problem: Problem, requires: RequiresGrad, buffers: Buffers) -> None:
         student = problem.student
         assert isinstance(student, LinearHead)
-        self._problem, self._student = problem, student
+        self.unit_scale = at_unit_scale(problem)
+        self._problem, self._student, self._buffers = problem, student, buffers
         self._rows = self._weight = self._bias = None
         if requires.rows:
             self._rows = _fresh_rows(problem)
         smallest, width = problem.options.grad_filter, columns(problem, student)
+        self._columns = student.weight if width == student.weight.shape[0] else student.weight[:width]  # (width, H)
+        # the rows' gradient is where its product can write: sums of float32, not rounded twice
+        wide = accumulation_dtype(student.hidden) == student.hidden.dtype
+        self._in_place = wide and problem.rows.index is None
         if requires.weight:
             # the first chunk overwrites the joint vocabulary's rows; the padding rows past it are only zeroed
             self._weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), problem.device)
-            self._weight[width if problem.rows.count and not smallest else 0 :].zero_()
+            first_zero = width if problem.rows.count and not smallest else 0
+            if first_zero < student.weight.shape[0]:
+                self._weight[first_zero:].zero_()
         if requires.bias:
             self._bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
 
@@ -162,37 +181,40 @@ class LinearAccumulator:
         return Part(out, rows_scale, weight_scale)
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
-        student, problem = self._student, self._problem
+        student, problem, weight = self._student, self._problem, self._columns
         dlogits = parts[0].dlogits if whole is None else gradient_buffer(student, whole)  # (C, V)
-        hidden = problem.rows.take(student.hidden, start, stop)  # (C, H)
         rows_scale = _concatenated([part.rows_scale for part in parts])
         weight_scale = _concatenated([part.weight_scale for part in parts])
-        if weight_scale is not None and self._weight is not None:
-            # on the hidden states, not on the logit gradient, which has to stay at unit scale
-            scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
-            hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
-        smallest, width = problem.options.grad_filter, columns(problem, student)
-        weight, total = student.weight[:width], None if self._weight is None else self._weight[:width]
+        smallest, total, hidden = problem.options.grad_filter, None, None
+        if self._weight is not None:
+            total = self._weight if len(weight) == len(self._weight) else self._weight[: len(weight)]
+            hidden = self._buffers.hidden(student, start, stop)  # (C, H)
+            if weight_scale is not None:
+                # on the hidden states, not on the logit gradient, which has to stay at unit scale
+                scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
+                hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
         selected = gemm.selected(dlogits, smallest) if smallest else None
         rows: Tensor | None = None
         if selected is not None:
             rows = gemm.selected_products(dlogits, weight, selected, hidden, total, self._rows is not None)
         elif self._rows is not None:
-            rows = gemm.dhidden(dlogits, weight)
+            rows = gemm.dhidden(dlogits, weight, self._rows[start:stop] if self._in_place else None)
         reduced = None
         if rows is not None and student.shard is not None and student.shard.reduce_hidden:
             reduced = student.shard.sum_(rows)  # all-reduce over the ranks, concurrent with the next product
         if selected is None and total is not None:
+            assert hidden is not None
             gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
         if reduced is not None:
             reduced.wait()
         if self._rows is not None and rows is not None:
             if rows_scale is not None:
                 rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
-            problem.rows.put(self._rows, rows, start, stop)
+            if selected is not None or not self._in_place:
+                problem.rows.put(self._rows, rows, start, stop)
         if self._bias is not None:
             scale = self._bias.new_ones(()) if weight_scale is None else weight_scale
-            gemm.add_dbias_(self._bias[:width], dlogits, scale)
+            gemm.add_dbias_(self._bias[: len(weight)], dlogits, scale)
 
     def result(self) -> Gradients:
         return Gradients(self._rows, self._weight, self._bias)
@@ -216,10 +238,12 @@ def write(
     stop: int,
 ) -> Part | None:
     """Write the logit gradient of a sub-chunk whose statistics are known."""
-    out, unit = accumulator.buffer(row_problem, start, stop), accumulator.unit_scale
-    if rows_factor is not None and not unit:
-        gradient = gradient.scaled(rows_factor)
-    size = write_logit_gradient(problem, row_problem, statistics, gradient, out, unit=unit)
+    out = accumulator.buffer(row_problem, start, stop)
+    if not accumulator.unit_scale:
+        gradient = gradient if rows_factor is None else gradient.scaled(rows_factor)
+        write_logit_gradient(problem, row_problem, statistics, gradient, out)
+        return accumulator.written(out, None, None, start, stop)
+    size = write_logit_gradient(problem, row_problem, statistics, gradient, out, unit=True)
     return accumulator.written(out, product(size, rows_factor), product(size, weight_factor), start, stop)
 
 
@@ -230,6 +254,6 @@ def _fresh_rows(problem: Problem, zero: bool = False) -> Tensor:
     return out.zero_() if zero or problem.rows.index is not None else out
 
 
-def accumulator_for(problem: Problem, requires: RequiresGrad) -> Accumulator:
+def accumulator_for(problem: Problem, requires: RequiresGrad, buffers: Buffers) -> Accumulator:
     kind = LinearAccumulator if isinstance(problem.student, LinearHead) else LogitsAccumulator
-    return kind(problem, requires)
+    return kind(problem, requires, buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -47,14 +48,22 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
 
 
 class Buffers:
-    """Logits buffers by slot ("student", "teacher", "ref", "other") and dtype, allocated on first use."""
+    """Logits buffers by slot ("student", "teacher", "ref", "other") and dtype, allocated on first use.
+
+    The :class:`ModelRows` of a buffer is one object for all chunks of one length: a backend checks it once.
+    """
 
     def __init__(self, problem: Problem, chunk_size: int) -> None:
         self._problem, self._chunk_size = problem, chunk_size
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        # a buffer and the weight (width, H) that its logits are made of, by slot, head and number of tokens
+        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, Tensor]] = {}
+        self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
+        self._readers: dict[int, Callable[[int, int], Tensor]] = {}  # by head
+        self._hidden: tuple[int, int, Tensor] | None = None  # the student's hidden states that were read last
         heads = [head for route in problem.routes for head in (route.teacher, route.ref) if head is not None]
-        self._stride = row_stride(max(columns(problem, head) for head in (problem.student, *heads)))
+        self._stride = row_stride(max([columns(problem, head) for head in (problem.student, *heads)]))
 
     def load_whole_chunk(self, start: int, stop: int) -> Tensor:
         """Compute the student's logits of tokens [start, stop) once; ``load`` then returns views of them.
@@ -68,30 +77,63 @@ class Buffers:
     def release_whole_chunk(self) -> None:
         self._whole_chunk = None
 
+    def hidden(self, head: LinearHead, start: int, stop: int) -> Tensor:
+        """(C, H) of tokens [start, stop).
+
+        The student's are kept until others are read: the products that make logits and their gradients read the same.
+        """
+        if head is not self._problem.student:
+            return self._reader(head, head.hidden)(start, stop)
+        if self._hidden is None or self._hidden[0] != start or self._hidden[1] != stop:
+            self._hidden = start, stop, self._reader(head, head.hidden)(start, stop)
+        return self._hidden[2]
+
     def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
         """The raw logits of tokens [start, stop) of a model, computed into the buffer of a slot.
 
         ``Logits`` are returned as a view of the caller's tensor, or as a copy where they are to be ``writable``.
         """
-        problem = self._problem
         if self._whole_chunk is not None and slot == "student":
-            first, rows = self._whole_chunk
-            return replace(rows, raw=rows.raw[start - first : stop - first])
-        width = columns(problem, head)
+            return self._part(start, stop)
+        tokens = stop - start
         if isinstance(head, Logits):
-            raw = problem.rows.take(head.logits, start, stop)
+            raw, width = self._reader(head, head.logits)(start, stop), columns(self._problem, head)
             if writable:
-                raw = self._buffer(slot, raw.dtype, stop - start, width).copy_(raw[:, :width])
+                raw = self._buffer(slot, raw.dtype, tokens, width).copy_(raw[:, :width])
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), transform_of(head))
-        dtype = problem.options.chunk_dtype or accumulation_dtype(head.weight)
-        out = self._buffer(slot, dtype, stop - start, width)
-        if width:
-            gemm.logits_(out, problem.rows.take(head.hidden, start, stop), head.weight[:width])
-        return ModelRows(out, transform_of(head))
+        key = (slot, id(head), tokens)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            width, dtype = columns(self._problem, head), self._problem.options.chunk_dtype
+            out = self._buffer(slot, dtype or accumulation_dtype(head.weight), tokens, width)
+            weight = head.weight if width == head.weight.shape[0] else head.weight[:width]
+            loaded = self._loaded[key] = ModelRows(out, transform_of(head)), weight
+        rows, weight = loaded
+        if weight.shape[0]:
+            gemm.logits_(rows.raw, self.hidden(head, start, stop), weight)
+        return rows
+
+    def _reader(self, head: Head, x: Tensor) -> Callable[[int, int], Tensor]:
+        """How rows of a head's hidden states or logits are read."""
+        reader = self._readers.get(id(head))
+        if reader is None:
+            reader = self._readers[id(head)] = self._problem.rows.reader(x)
+        return reader
+
+    def _part(self, start: int, stop: int) -> ModelRows:
+        """Some tokens of the whole chunk."""
+        assert self._whole_chunk is not None
+        first, whole = self._whole_chunk
+        key = (whole.raw.shape[0], start - first, stop - first)
+        if key not in self._parts:
+            self._parts[key] = replace(whole, raw=whole.raw[start - first : stop - first])
+        return self._parts[key]
 
     def _buffer(self, slot: str, dtype: torch.dtype, tokens: int, width: int) -> Tensor:
-        if (slot, dtype) not in self._buffers:
+        buffer = self._buffers.get((slot, dtype))
+        if buffer is None:
             frozen = self._problem.frozen_chunk_size
             size = self._chunk_size if frozen is None or slot == "student" else min(frozen, self._chunk_size)
-            self._buffers[slot, dtype] = memory.empty((size, self._stride), dtype, self._problem.device)
-        return self._buffers[slot, dtype][:tokens, :width]
+            buffer = memory.empty((size, self._stride), dtype, self._problem.device)
+            self._buffers[slot, dtype] = buffer
+        return buffer if buffer.shape == (tokens, width) else buffer[:tokens, :width]

@@ -40,7 +40,11 @@ _ONEDNN_DWEIGHT_ROWS = 64
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """What every product runs in: its operands' dtype decides, and float32 does not become bfloat16 on the way."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])

@@ -28,14 +28,15 @@ def write_logit_gradient(
     gradient: LogitGradient,  # of the C tokens
     out: Tensor,  # (C, V)
     unit: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """Write a chunk's logit gradient into ``out``. With ``unit`` each row is divided by its size, which is returned.
 
     One token id per row is a term of the row operation itself. For more ids it writes the dense part, and the entries
     at the ids are overwritten.
     """
-    size = gradient.size
+    size = None
     if unit:
+        size = gradient.size
         if gradient.weight is not None and gradient.max_abs_elsewhere is not None:
             # a student whose p at these ids is nearly 1: values underflow, weight / size is inf, times p = 0 is NaN
             size = size.masked_fill(size < 4 * torch.finfo(size.dtype).tiny * gradient.weight.abs(), 0)

@@ -35,7 +35,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     It is advice: where the kernel does not take it, nothing changes.
     """
     out = torch.empty(shape, dtype=dtype, device=device)
-    madvise = _madvise() if out.device.type == "cpu" and out.nbytes >= 2 * _HUGE_PAGE else None
+    if out.nbytes < 2 * _HUGE_PAGE or not out.is_cpu:
+        return out
+    madvise = _madvise()
     if madvise is not None:
         start = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         stop = (out.data_ptr() + out.nbytes) // _HUGE_PAGE * _HUGE_PAGE

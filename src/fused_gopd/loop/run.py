@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..heads import LinearHead
 from ..objective.logit_gradient import LogitGradient
-from ..objective.statistics import STATISTICS, TokenRow
-from ..problem import Problem
+from ..objective.statistics import TokenRow
+from ..problem import Problem, Route
 from ..rowops import Stat
 from . import gemm
 from .accumulator import (
@@ -52,16 +52,16 @@ class Entries(NamedTuple):
 def forward(
     problem: Problem, make: MakeEstimator, requires: RequiresGrad = NO_GRADIENTS
 ) -> tuple[Tensor, Entries | None]:
-    """Statistics (STATISTICS, n), and where a backward will recompute the logits the entries that it needs."""
+    """Statistics of all tokens, and where a backward will recompute the logits the entries that it needs."""
     require_agreement(problem, requires)
     problem = with_gemm_dtype_weights(problem)
     estimator = make(problem)
-    statistics, entries = no_statistics(problem), None
+    statistics, entries = no_statistics(estimator), None
     if estimator.gradient_with_statistics and any(requires):
         shape = (problem.rows.count, problem.width)
         ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
         entries = Entries(ids, torch.zeros(shape, dtype=problem.dtype, device=problem.device))
-    for chunk in chunks(problem, statistics):
+    for chunk in chunks(problem, statistics, buffers_for(problem)):
         estimator.score_frozen(chunk)
         (gradient, *_), _ = _in_sub_chunks(problem, chunk, estimator.score)
         if gradient is not None:
@@ -82,19 +82,23 @@ def forward_with_gradients(
     requires: RequiresGrad,
     weights: Tensor,  # () or (n,) token weights
 ) -> tuple[Tensor, Gradients]:
-    """Statistics (STATISTICS, n) and the gradients of sum_i weights_i loss_i, each GEMM once.
+    """Statistics and the gradients of sum_i weights_i loss_i, each GEMM once.
 
     A weight that all tokens share is not in the weight's gradient where :class:`Scaling` defers it.
     """
     require_agreement(problem, requires, fused=True)
     problem = with_gemm_dtype_weights(problem)
-    estimator, accumulator = make(problem), accumulator_for(problem, requires)
-    student, statistics = problem.student, no_statistics(problem)
-    folds = isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
+    buffers, estimator = buffers_for(problem), make(problem)
+    accumulator = accumulator_for(problem, requires, buffers)
+    student, statistics, unit = problem.student, no_statistics(estimator), accumulator.unit_scale
+    folds = unit and isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
+    each = weights.expand(problem.rows.count)
 
     def sub_chunk(part: Chunk) -> Part | None:
-        token_weights = weights if weights.ndim == 0 else weights[part.tokens]
-        now = None if student.shard is not None else estimator.weights_now(part)
+        token_weights = weights if unit and weights.ndim == 0 else each[part.tokens]
+        now = None
+        if student.shard is None:
+            now = estimator.weights_now(part, None if unit else token_weights)
         loaded = estimator.load(part)
         if now is None:  # the gradient waits for the statistics
             scored, _ = estimator.statistics(part, loaded)
@@ -103,7 +107,6 @@ def forward_with_gradients(
                 gradient = estimator.logit_gradient(statistics, part.tokens)
             else:
                 _store_gradient(part, gradient)
-            weight_factor = token_weights if folds else None
             return write(
                 accumulator,
                 problem,
@@ -111,18 +114,20 @@ def forward_with_gradients(
                 scored.statistics,
                 gradient,
                 token_weights,
-                weight_factor,
+                token_weights if folds else None,
                 part.start,
                 part.stop,
             )
         out = accumulator.buffer(loaded.row_problem, part.start, part.stop)
-        unit = now if accumulator.unit_scale else now.scaled(token_weights)
-        estimator.store(part, problem.ops.statistics_and_gradient(loaded.row_problem, unit, out))
+        problem.ops.statistics_and_gradient(loaded.row_problem, now, out, part.own)
+        estimator.scored(part)
+        if not unit:
+            return accumulator.written(out, None, None, part.start, part.stop)
         slope = estimator.slope(part)
         rows_scale = product(slope, token_weights)
         return accumulator.written(out, rows_scale, rows_scale if folds else slope, part.start, part.stop)
 
-    for chunk in chunks(problem, statistics):
+    for chunk in chunks(problem, statistics, buffers):
         estimator.score_frozen(chunk)
         _accumulate(problem, chunk, accumulator, sub_chunk)
     return statistics, accumulator.result()
@@ -133,13 +138,14 @@ def backward(
     problem: Problem,
     make: MakeEstimator,
     requires: RequiresGrad,
-    statistics: Tensor,  # (STATISTICS, n) of the forward
+    statistics: Tensor,  # of the forward
     entries: Entries | None,  # of the forward
     *upstream: Tensor | None,  # (n,) gradients of the estimator's outputs
 ) -> Gradients:
     """The gradients of sum_i upstream_i output_i, the student's logits recomputed."""
     problem = with_gemm_dtype_weights(problem)
-    estimator, accumulator = make(problem), accumulator_for(problem, requires)
+    buffers, estimator = buffers_for(problem), make(problem)
+    accumulator = accumulator_for(problem, requires, buffers)
     gradient = estimator.weighted(statistics, _restored(statistics, entries), *upstream)
     shared = None
     if isinstance(accumulator, LinearAccumulator) and problem.student.rows.dtype == torch.float16:
@@ -149,11 +155,10 @@ def backward(
 
     def sub_chunk(part: Chunk) -> Part | None:
         row_problem = estimator.recompute(part)
-        own = statistics[: len(Stat), part.tokens].contiguous()
         own_gradient = gradient.rows(part.tokens)
-        return write(accumulator, problem, row_problem, own, own_gradient, None, folded, part.start, part.stop)
+        return write(accumulator, problem, row_problem, part.own, own_gradient, None, folded, part.start, part.stop)
 
-    for chunk in chunks(problem, statistics):
+    for chunk in chunks(problem, statistics, buffers):
         _accumulate(problem, chunk, accumulator, sub_chunk)
     if isinstance(accumulator, LinearAccumulator) and shared is not None:
         accumulator.multiply_(shared)
@@ -163,20 +168,27 @@ def backward(
 # ------------------------------------------------------------------------------------------------------------- chunks
 
 
-def no_statistics(problem: Problem) -> Tensor:
-    return torch.zeros(STATISTICS, problem.rows.count, dtype=problem.dtype, device=problem.device)
+def no_statistics(estimator: Estimator) -> Tensor:
+    problem = estimator.problem
+    return torch.zeros(estimator.statistics_rows, problem.rows.count, dtype=problem.dtype, device=problem.device)
 
 
-def chunks(problem: Problem, statistics: Tensor) -> Iterator[Chunk]:
-    """All live tokens, route by route."""
-    device_type = problem.device.type
+def _steps(problem: Problem) -> list[tuple[Route, int]]:
+    """The routes that have tokens, and how many each takes at a time."""
     routes = [route for route in problem.routes if route.stop > route.start]
-    steps = [balanced(route.stop - route.start, problem.chunk_size, device_type) for route in routes]
-    buffers = Buffers(problem, max(steps, default=1))
-    for route, step in zip(routes, steps, strict=True):
+    return [(route, balanced(route.stop - route.start, problem.chunk_size, problem.device.type)) for route in routes]
+
+
+def buffers_for(problem: Problem) -> Buffers:
+    return Buffers(problem, max((step for _, step in _steps(problem)), default=1))
+
+
+def chunks(problem: Problem, statistics: Tensor, buffers: Buffers) -> Iterator[Chunk]:
+    """All live tokens, route by route."""
+    shared = (buffers, statistics, statistics[: len(Stat)])
+    for route, step in _steps(problem):
         for start in range(route.start, route.stop, step):
-            stop = min(start + step, route.stop)
-            yield Chunk(route=route, buffers=buffers, statistics=statistics, start=start, stop=stop)
+            yield Chunk(route, shared, start, min(start + step, route.stop))
 
 
 def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -> tuple[list[T], Tensor | None]:
@@ -190,7 +202,7 @@ def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -
         return [make(chunk)], None
     whole = chunk.buffers.load_whole_chunk(chunk.start, chunk.stop)
     starts = range(chunk.start, chunk.stop, step)
-    made = [make(chunk._replace(start=start, stop=min(start + step, chunk.stop))) for start in starts]
+    made = [make(chunk.part(start, min(start + step, chunk.stop))) for start in starts]
     chunk.buffers.release_whole_chunk()
     return made, whole
 

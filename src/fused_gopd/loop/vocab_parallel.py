@@ -29,10 +29,10 @@ def local_ids(shard: VocabShard | None, token_ids: Tensor) -> Tensor:
     return token_ids if shard is None else shard.local(token_ids)
 
 
-def own_statistics(ops: RowOps, row_problem: RowProblem) -> Tensor:
+def own_statistics(ops: RowOps, row_problem: RowProblem, out: Tensor | None = None) -> Tensor:
     """(len(Stat), C) of the columns that this rank computes, of which there may be none."""
     if row_problem.vocab_size:
-        return ops.statistics(row_problem)
+        return ops.statistics(row_problem, out)
     models = [m.raw for m in (row_problem.student, row_problem.teacher, row_problem.ref) if m is not None]
     own = torch.zeros(len(Stat), row_problem.rows, dtype=accumulation_dtype(*models), device=models[0].device)
     own[_LOGSUMS] = -math.inf
@@ -76,12 +76,12 @@ def _refuse_far_target(origin: Tensor, divergence: Divergence) -> None:
 
 
 def statistics_of(
-    ops: RowOps, shard: VocabShard | None, row_problem: RowProblem, *extra_rows: Tensor
+    ops: RowOps, shard: VocabShard | None, row_problem: RowProblem, *extra_rows: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Statistics (len(Stat), C) over the whole vocabulary, and the extra rows as in :func:`merge_over_ranks`."""
-    own = own_statistics(ops, row_problem)
     if shard is None:
-        return own, list(extra_rows)
+        return own_statistics(ops, row_problem, out), list(extra_rows)
+    own = own_statistics(ops, row_problem)
     has = row_problem.teacher is not None, row_problem.ref is not None
     divergence = row_problem.divergence
     assert divergence is None or isinstance(divergence, Divergence)
@@ -100,7 +100,7 @@ def statistics_of(
         # it needs the normalisers of the whole vocabulary: a second collective
         parts = ops.second_round(row_problem, merged) if row_problem.vocab_size else own.new_zeros(2, row_problem.rows)
         merged[Stat.CENTRE : Stat.VALUE + 1] = shard.gather(parts).sum(0)
-    return merged, extra
+    return merged if out is None else out.copy_(merged), extra
 
 
 def topk_ids(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:

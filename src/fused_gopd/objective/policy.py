@@ -133,6 +133,12 @@ class PolicyTerm:
     clipped: Tensor  # bool: where the derivative is 0 because a clip is in force
     importance: Tensor | None  # the detached importance weight of the rollout, where there is one
 
+    def stacked(self) -> Tensor:
+        """(len(PolicyStat), C), as a row operation gives them."""
+        importance = torch.ones_like(self.loss) if self.importance is None else self.importance
+        # in the order of PolicyStat
+        return torch.stack((self.loss, self.dlogprob, self.advantages, self.clipped.to(self.loss.dtype), importance))
+
 
 def sequence_log_ratio(
     student: Tensor,  # (C,) log p of the sampled token

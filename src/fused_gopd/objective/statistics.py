@@ -19,16 +19,27 @@ class TokenRow(enum.IntEnum):
 
     ADVANTAGE = len(Stat)  # sampled: as the gradient uses it
     REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
-    ENTROPY_TEACHER = len(Stat) + 2  # for an advantage_fn
-    ENTROPY_REF = len(Stat) + 3
-    TOPK_LOSS = len(Stat) + 4
-    TOPK_KL = len(Stat) + 5
-    GRADIENT_WEIGHT = len(Stat) + 6  # topk: of the logit gradient outside its token ids, see LogitGradient
-    GRADIENT_ELSEWHERE = len(Stat) + 7
-    LOGPROB_LABEL = len(Stat) + 8  # of the supervised term
+    TOPK_LOSS = len(Stat) + 2
+    TOPK_KL = len(Stat) + 3
+    GRADIENT_WEIGHT = len(Stat) + 4  # topk: of the logit gradient outside its token ids, see LogitGradient
+    GRADIENT_ELSEWHERE = len(Stat) + 5
+    LOGPROB_LABEL = len(Stat) + 6  # of the supervised term
 
 
 STATISTICS = len(Stat) + len(TokenRow)
+
+
+def statistics_rows(estimator: str, joint: bool) -> int:
+    """Rows of the statistics of all tokens: where models are scored one by one, each frozen one has some of its own."""
+    return STATISTICS + 2 * len(Stat) if estimator == "sampled" and not joint else STATISTICS
+
+
+def frozen_alone(statistics: Tensor, tokens: slice = slice(None)) -> tuple[Tensor, Tensor] | None:
+    """(len(Stat), C) statistics of the teacher and of the reference, each scored alone; None without such rows."""
+    if statistics.shape[0] == STATISTICS:
+        return None
+    middle = STATISTICS + len(Stat)
+    return statistics[STATISTICS:middle, tokens], statistics[middle:, tokens]
 
 
 def token_logprob(logit: Tensor, logsum: Tensor) -> Tensor:

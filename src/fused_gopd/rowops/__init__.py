@@ -24,6 +24,7 @@ import enum
 import functools
 import importlib
 import math
+import sys
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -363,7 +364,7 @@ class Backend:
     dtypes: tuple[dtype, ...] | None = None  # of logits; None is all
 
     def load(self) -> Any:
-        return importlib.import_module(self.module)
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
 
 
 _KERNEL_DTYPES = (float32, bfloat16, float16)

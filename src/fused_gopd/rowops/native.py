@@ -113,7 +113,7 @@ class NativeRowOps:
         rows = statistics.shape[-1] if statistics.dim() else 0
         alive: list[Tensor] = []
         address, stride = _statistics("statistics", statistics, rows, alive)
-        out = torch.empty((len(PolicyStat), rows), dtype=torch.float32)
+        out = torch.empty((len(PolicyStat), rows), dtype=torch.float32, device="cpu")
         _load().policy(
             policy=_policy(policy, rows, alive),
             rows=rows,
@@ -158,7 +158,7 @@ def _rows(problem: RowProblem) -> int:
 
 
 def _new_statistics(problem: RowProblem) -> Tensor:
-    return torch.empty((len(Stat), _rows(problem)), dtype=torch.float32)
+    return torch.empty((len(Stat), _rows(problem)), dtype=torch.float32, device="cpu")
 
 
 def _run(

@@ -98,10 +98,7 @@ class TorchRowOps:
         return statistics
 
     def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
-        term = _policy(policy, statistics)
-        importance = torch.ones_like(term.loss) if term.importance is None else term.importance
-        # in the order of PolicyStat
-        return torch.stack((term.loss, term.dlogprob, term.advantages, term.clipped.to(term.loss.dtype), importance))
+        return _policy(policy, statistics).stacked()
 
     def linear_statistics(
         self,

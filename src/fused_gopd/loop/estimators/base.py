@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...heads import Head, LinearHead
 from ...objective.logit_gradient import LogitGradient
-from ...objective.policy import PolicyTerm
-from ...objective.statistics import entropy, token_logprob
+from ...objective.statistics import STATISTICS, entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport
 from ...problem import Problem, Route
 from ...rowops import GradientWeights, RowProblem, Stat
@@ -22,22 +21,25 @@ from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
 
 EVERY = slice(None)
-# What the row operation on the student alone fills; the other rows hold teacher and reference, scored before.
-_STUDENT_STATS = (Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat.MAX_STUDENT)
 
 
-class Chunk(NamedTuple):
-    """Tokens [start, stop), all of one route."""
+class Chunk:
+    """Tokens [start, stop), all of one route.
 
-    route: Route
-    buffers: Buffers
-    statistics: Tensor  # (STATISTICS, n) of all tokens, filled chunk by chunk
-    start: int
-    stop: int
+    Attributes:
+        statistics: those of all tokens, filled chunk by chunk.
+        own: (len(Stat), C) the chunk's columns of the first rows of it, a view.
+    """
 
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.stop)
+    __slots__ = ("_shared", "buffers", "own", "route", "start", "statistics", "stop", "tokens")
+
+    def __init__(self, route: Route, shared: tuple[Buffers, Tensor, Tensor], start: int, stop: int) -> None:
+        self.buffers, self.statistics, first_rows = self._shared = shared
+        self.route, self.start, self.stop, self.tokens = route, start, stop, slice(start, stop)
+        self.own = first_rows if stop - start == first_rows.shape[1] else first_rows.narrow(1, start, stop - start)
+
+    def part(self, start: int, stop: int) -> Chunk:
+        return Chunk(self.route, self._shared, start, stop)
 
 
 class Support(NamedTuple):
@@ -67,7 +69,7 @@ class TokenValues(NamedTuple):
     """Results per token, (n,) each."""
 
     loss: Tensor
-    policy: PolicyTerm | None = None  # of ``sampled``
+    policy: Tensor | None = None  # (len(PolicyStat), n) of ``sampled``
 
 
 class Estimator:
@@ -75,6 +77,11 @@ class Estimator:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+
+    @property
+    def statistics_rows(self) -> int:
+        """Rows of the statistics of all tokens."""
+        return STATISTICS
 
     @property
     def gradient_with_statistics(self) -> bool:
@@ -93,9 +100,9 @@ class Estimator:
     def statistics(self, chunk: Chunk, loaded: Loaded, *extra_rows: Tensor) -> tuple[Scored, list[Tensor]]:
         """Fill in the chunk's statistics. Of each extra row (k, C) the largest value of any rank is returned."""
         problem = self.problem
-        scored, extra = statistics_of(problem.ops, problem.student.shard, loaded.row_problem, *extra_rows)
-        self.store(chunk, scored)
-        return Scored(scored), extra
+        _, extra = statistics_of(problem.ops, problem.student.shard, loaded.row_problem, *extra_rows, out=chunk.own)
+        self.scored(chunk)
+        return Scored(chunk.own), extra
 
     def recompute(self, chunk: Chunk) -> RowProblem:
         """Compute the logits that a gradient needs whose statistics are known."""
@@ -105,15 +112,16 @@ class Estimator:
         """Fill in the chunk's statistics where nothing else is needed of it."""
         return self.statistics(chunk, self.load(chunk))[0].gradient
 
-    def store(self, chunk: Chunk, scored: Tensor) -> None:
-        """Put a chunk's statistics (len(Stat), C) where they belong."""
-        for stat in _STUDENT_STATS:
-            chunk.statistics[stat, chunk.tokens] = scored[stat]
+    def scored(self, chunk: Chunk) -> None:
+        """The student's statistics are filled in: fill in what follows from them."""
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
-    def weights_now(self, chunk: Chunk) -> GradientWeights | None:
-        """Weights at unit scale that do not depend on the statistics; None where the gradient waits for them."""
+    def weights_now(self, chunk: Chunk, token_weights: Tensor | None) -> GradientWeights | None:
+        """Weights of the chunk's logit gradient that a kernel can apply; None where it waits for the statistics.
+
+        With ``token_weights`` (C,) all of them, without them those at unit scale, which :meth:`slope` completes.
+        """
         return None
 
     def slope(self, chunk: Chunk) -> Tensor | None:
@@ -146,7 +154,8 @@ class Estimator:
 
     def _row_problem(self, chunk: Chunk, joint: bool, writable: bool = False) -> RowProblem:
         """A chunk's logits: of the student alone, or of all models where the row operation needs them together."""
-        problem, (route, buffers, _, start, stop) = self.problem, chunk
+        problem, route, buffers = self.problem, chunk.route, chunk.buffers
+        start, stop = chunk.start, chunk.stop
         ids, student = problem.token_ids, problem.student
         teacher, ref = (route.teacher, route.ref) if joint else (None, None)
         return RowProblem(
@@ -159,20 +168,22 @@ class Estimator:
             divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
 
-    def _score_alone(self, chunk: Chunk, head: Head) -> Tensor:
+    def _score_alone(self, chunk: Chunk, head: Head, out: Tensor) -> None:
         """Statistics (len(Stat), C) of one model, forward only; from hidden states where the backend can."""
-        problem, (_, buffers, _, start, stop) = self.problem, chunk
-        assert problem.token_ids is not None
-        ids, width = local_ids(head.shard, problem.token_ids[start:stop]), columns(problem, head)
-        own: Tensor | None = None
+        ops, start, stop, shard = self.problem.ops, chunk.start, chunk.stop, head.shard
+        assert self.problem.token_ids is not None
+        ids, width = local_ids(shard, self.problem.token_ids[start:stop]), columns(self.problem, head)
+        to, own = out if shard is None else None, None
         if isinstance(head, LinearHead) and width:
-            hidden = problem.rows.take(head.hidden, start, stop)
-            own = problem.ops.linear_statistics(hidden, head.weight, transform_of(head), width, ids)
+            hidden = chunk.buffers.hidden(head, start, stop)
+            own = ops.linear_statistics(hidden, head.weight, transform_of(head), width, ids, to)
         if own is None:
             # models that are scored one by one share the student's buffer
-            alone = RowProblem(width, buffers.load(head, "student", start, stop), token_ids=ids)
-            own = own_statistics(problem.ops, alone)
-        return own if head.shard is None else merge_over_ranks(head.shard, own, ids)[0]
+            own = own_statistics(
+                ops, RowProblem(width, chunk.buffers.load(head, "student", start, stop), token_ids=ids), to
+            )
+        if shard is not None:
+            out.copy_(merge_over_ranks(shard, own, ids)[0])
 
 
 def reward_scale_of(problem: Problem, tokens: slice) -> float | Tensor:
@@ -185,25 +196,30 @@ def model_logprobs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
 
-    def of(logit: Stat, logsum: Stat) -> Tensor:
-        return token_logprob(statistics[logit, tokens], statistics[logsum, tokens])
+    def of(rows: Tensor, logit: int = Stat.LOGIT_STUDENT, logsum: int = Stat.LOGSUM_STUDENT) -> Tensor:
+        return token_logprob(rows[logit, tokens], rows[logsum, tokens])
 
+    student, alone = of(statistics), frozen_alone(statistics)
+    if alone is not None:
+        return student, of(alone[0]) if has[0] else None, of(alone[1]) if has[1] else None
     return (
-        of(Stat.LOGIT_STUDENT, Stat.LOGSUM_STUDENT),
-        of(Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has[0] else None,
-        of(Stat.LOGIT_REF, Stat.LOGSUM_REF) if has[1] else None,
+        student,
+        of(statistics, Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has[0] else None,
+        of(statistics, Stat.LOGIT_REF, Stat.LOGSUM_REF) if has[1] else None,
     )
 
 
 class LogProbs(Estimator):
-    """log p of given tokens and the entropy, of the student alone."""
+    """log p of given tokens, of the student alone."""
 
     def score(self, chunk: Chunk) -> LogitGradient | None:
-        self.store(chunk, self._score_alone(chunk, self.problem.student))
+        self._score_alone(chunk, self.problem.student, chunk.own)
         return None
 
     def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
-        of_logprobs, of_entropy = (None if x is None else -x.to(self.problem.dtype).contiguous() for x in upstream)
+        of_logprobs, of_entropy = (
+            None if x is None else -x.to(self.problem.dtype).contiguous() for x in (*upstream, None)[:2]
+        )
         # dH/dz = -p (log p + H) = -p (z - sum p z): the gradient of the row operation of one model
         if of_logprobs is None:
             return LogitGradient(divergence=of_entropy)
@@ -211,9 +227,17 @@ class LogProbs(Estimator):
         return LogitGradient(divergence=of_entropy, weight=of_logprobs, token_ids=self.problem.token_ids[:, None])
 
     def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
-        return (model_logprobs((False, False), statistics)[0], entropy(statistics)), None
+        return (model_logprobs((False, False), statistics)[0],), None
+
+
+class LogProbsAndEntropy(LogProbs):
+    """log p of given tokens and the entropy, of the student alone."""
+
+    def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
+        (logprobs,), _ = super().outputs(statistics)
+        return (logprobs, entropy(statistics)), None
 
 
 def ones(problem: Problem, chunk: Chunk) -> Tensor:
     """(C,) weights of 1."""
-    return torch.ones(chunk.stop - chunk.start, dtype=problem.dtype, device=problem.device)
+    return torch.ones((), dtype=problem.dtype, device=problem.device).expand(chunk.stop - chunk.start)

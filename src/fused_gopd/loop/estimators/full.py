@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...objective.divergences import divergence_value
 from ...objective.logit_gradient import LogitGradient
-from ...rowops import GradientWeights, Stat
+from ...rowops import GradientWeights
 from .base import (
     EVERY,
     Chunk,
@@ -24,11 +24,8 @@ class Full(Estimator):
     def load(self, chunk: Chunk) -> Loaded:
         return Loaded(self._row_problem(chunk, joint=True))
 
-    def store(self, chunk: Chunk, scored: Tensor) -> None:
-        chunk.statistics[: len(Stat), chunk.tokens] = scored
-
-    def weights_now(self, chunk: Chunk) -> GradientWeights | None:
-        return GradientWeights(divergence=ones(self.problem, chunk))
+    def weights_now(self, chunk: Chunk, token_weights: Tensor | None) -> GradientWeights | None:
+        return GradientWeights(divergence=ones(self.problem, chunk) if token_weights is None else token_weights)
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
         return LogitGradient(divergence=torch.ones_like(statistics[0, tokens]))

@@ -29,6 +29,10 @@ class WithLabels(Estimator):
         self._inner = inner
 
     @property
+    def statistics_rows(self) -> int:
+        return self._inner.statistics_rows
+
+    @property
     def gradient_with_statistics(self) -> bool:
         return self._inner.gradient_with_statistics
 

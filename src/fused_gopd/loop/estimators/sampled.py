@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...heads import LinearHead
 from ...objective import policy
 from ...objective.divergences import ReverseKL, divergence_value
 from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
-from ...objective.statistics import TokenRow, entropy
+from ...objective.statistics import TokenRow, entropy, frozen_alone, statistics_rows
 from ...options import AdvantageFn, TokenStats
-from ...rowops import GradientWeights, Stat
+from ...problem import Problem
+from ...rowops import GradientWeights, Policy, PolicyStat, Stat
 from ...rowops.torch import rows_of
 from .base import (
     EVERY,
@@ -33,30 +33,31 @@ class Sampled(Estimator):
 
     With ``baseline="expected"`` the statistics are those of the reverse KL over the joint support, whose value is the
     baseline. Otherwise models are scored one by one.
+
+    A row operation makes the policy loss and its slope where it can. An ``advantage_fn``, a baseline and ratios of
+    whole sequences are made here, from advantages that are kept among the statistics.
     """
 
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._rule = policy.rule_of(problem.options)
+        self._by_rows = not problem.slope_follows and problem.options.ratio == "token"
+
+    @property
+    def statistics_rows(self) -> int:
+        return statistics_rows("sampled", self.problem.joint)
+
     def score_frozen(self, chunk: Chunk) -> None:
-        problem, (route, _, statistics, start, stop) = self.problem, chunk
-        if problem.joint:
+        problem, route = self.problem, chunk.route
+        alone = frozen_alone(chunk.statistics, chunk.tokens)
+        if alone is None:
             return
-        for head, given, logsum, logit, entropy_row in (
-            (
-                route.teacher,
-                problem.teacher_logprobs,
-                Stat.LOGSUM_TEACHER,
-                Stat.LOGIT_TEACHER,
-                TokenRow.ENTROPY_TEACHER,
-            ),
-            (route.ref, problem.ref_logprobs, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.ENTROPY_REF),
-        ):
+        models = ((route.teacher, problem.teacher_logprobs), (route.ref, problem.ref_logprobs))
+        for (head, given), out in zip(models, alone, strict=True):
             if head is not None:
-                scored = self._score_alone(chunk, head)
-                statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
-                statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
-                if problem.advantage_fn is not None:
-                    statistics[entropy_row, start:stop] = entropy(scored)
+                self._score_alone(chunk, head, out)
             elif given is not None:
-                statistics[logit, start:stop] = given[start:stop]  # with a normaliser of 0
+                out[Stat.LOGIT_STUDENT] = given[chunk.tokens]  # with a normaliser of 0
 
     def load(self, chunk: Chunk) -> Loaded:
         return Loaded(self._row_problem(chunk, self.problem.joint))
@@ -64,14 +65,13 @@ class Sampled(Estimator):
     def score(self, chunk: Chunk) -> LogitGradient | None:
         if self.problem.joint:
             return super().score(chunk)
-        self.store(chunk, self._score_alone(chunk, self.problem.student))
+        self._score_alone(chunk, self.problem.student, chunk.own)
+        self.scored(chunk)
         return None
 
-    def store(self, chunk: Chunk, scored: Tensor) -> None:
-        if self.problem.joint:
-            chunk.statistics[: len(Stat), chunk.tokens] = scored
-        else:
-            super().store(chunk, scored)
+    def scored(self, chunk: Chunk) -> None:
+        if self._by_rows:
+            return
         used, reported = self._advantages(chunk)
         chunk.statistics[TokenRow.ADVANTAGE, chunk.tokens] = used
         chunk.statistics[TokenRow.REPORTED_ADVANTAGE, chunk.tokens] = reported
@@ -82,13 +82,12 @@ class Sampled(Estimator):
         if problem.advantages is not None:
             used, reported = problem.advantages[:, tokens]
             return used, reported
-        scale, options = reward_scale_of(problem, tokens), problem.options
-        expected = None
-        if options.baseline == "expected":
+        scale, expected = reward_scale_of(problem, tokens), None
+        if problem.options.baseline == "expected":
             expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
         student, teacher, ref = model_logprobs(problem.has, statistics, tokens)
         return policy.advantages_of(
-            policy.rule_of(options),
+            self._rule,
             reward_scale=scale,
             student=student,
             teacher=teacher,
@@ -105,11 +104,12 @@ class Sampled(Estimator):
         index = torch.arange(chunk.start, chunk.stop, device=problem.device) if index is None else index[tokens]
         scale, old = reward_scale_of(problem, tokens), rows_of(problem.old_logprobs, tokens)
 
-        def entropy_of(row: TokenRow, there: bool, given: Tensor | None) -> Tensor | None:
-            return statistics[row, tokens] if there and given is None and not problem.joint else None
+        alone = frozen_alone(statistics, tokens)
+
+        def entropy_of(i: int, given: Tensor | None) -> Tensor | None:
+            return entropy(alone[i]) if alone is not None and problem.has[i] and given is None else None
 
         def hook(advantages: Tensor | None, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
-            has_teacher, has_ref = problem.has
             stats = TokenStats(
                 index=index,
                 advantages=advantages,
@@ -118,30 +118,38 @@ class Sampled(Estimator):
                 ref_logprobs=ref,
                 old_logprobs=None if old is None else old.clone(),  # not the caller's own memory
                 student_entropy=entropy(statistics[:, tokens]),
-                teacher_entropy=entropy_of(TokenRow.ENTROPY_TEACHER, has_teacher, problem.teacher_logprobs),
-                ref_entropy=entropy_of(TokenRow.ENTROPY_REF, has_ref, problem.ref_logprobs),
+                teacher_entropy=entropy_of(0, problem.teacher_logprobs),
+                ref_entropy=entropy_of(1, problem.ref_logprobs),
                 reward_scale=scale.clone() if isinstance(scale, Tensor) else scale,
             )
             return policy.call_hook(function, stats)
 
         return hook
 
-    def policy_term(self, statistics: Tensor, tokens: slice = EVERY) -> PolicyTerm:
-        """Token losses and their slopes; of all tokens at once where ratios are those of whole sequences."""
-        problem = self.problem
+    def _policy(self, statistics: Tensor, tokens: slice) -> Policy:
+        problem, alone = self.problem, frozen_alone(statistics, tokens)
+        assert alone is not None
+        teacher, ref = (x if there else None for x, there in zip(alone, problem.has, strict=True))
         old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
-        student = model_logprobs(problem.has, statistics, tokens)[0]
-        rule, log_ratio = policy.rule_of(problem.options), None
+        return Policy(self._rule, reward_scale_of(problem, tokens), teacher, ref, old, rollout)
+
+    def _terms(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor:
+        """(len(PolicyStat), C) losses and slopes; of all tokens at once where ratios are those of whole sequences."""
+        problem = self.problem
+        if self._by_rows:
+            return problem.ops.policy(self._policy(statistics, tokens), statistics[: len(Stat), tokens])
+        old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
+        student, log_ratio = model_logprobs(problem.has, statistics, tokens)[0], None
         if problem.options.ratio == "sequence":
             log_ratio = policy.sequence_log_ratio(student, old, self._mean_over_sequences)
 
-        def term(advantages: Tensor) -> PolicyTerm:
-            return policy.policy_term(rule, advantages, student, old, rollout, log_ratio)
+        def term(row: TokenRow) -> PolicyTerm:
+            return policy.policy_term(self._rule, statistics[row, tokens], student, old, rollout, log_ratio)
 
-        used = term(statistics[TokenRow.ADVANTAGE, tokens])
-        if problem.options.baseline == "none":
-            return used
-        return replace(used, loss=term(statistics[TokenRow.REPORTED_ADVANTAGE, tokens]).loss)
+        used = term(TokenRow.ADVANTAGE)
+        if problem.options.baseline != "none":
+            used = replace(used, loss=term(TokenRow.REPORTED_ADVANTAGE).loss)
+        return used.stacked()
 
     def _mean_over_sequences(self, values: Tensor) -> Tensor:
         """(n,) values of all live tokens, each replaced by the mean over the live tokens of its sequence."""
@@ -149,19 +157,21 @@ class Sampled(Estimator):
         total, count = (sequences.sum(rows.scatter(x)) for x in (values, torch.ones_like(values)))
         return rows.take(sequences.expand(total / count.clamp_min(1))).to(values.dtype)
 
-    def weights_now(self, chunk: Chunk) -> GradientWeights | None:
-        if not isinstance(self.problem.student, LinearHead):
+    def weights_now(self, chunk: Chunk, token_weights: Tensor | None) -> GradientWeights | None:
+        if token_weights is None:
+            return GradientWeights(token=ones(self.problem, chunk))
+        if not self._by_rows:
             return None  # the slope would have to be applied to logits that are written already
-        return GradientWeights(token=ones(self.problem, chunk))
+        return GradientWeights(token=token_weights, policy=self._policy(chunk.statistics, chunk.tokens))
 
     def slope(self, chunk: Chunk) -> Tensor | None:
-        return -self.policy_term(chunk.statistics, chunk.tokens).dlogprob
+        return -self._terms(chunk.statistics, chunk.tokens)[PolicyStat.DLOGPROB]
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
         assert self.problem.token_ids is not None
-        weight = -self.policy_term(statistics, tokens).dlogprob
+        weight = -self._terms(statistics, tokens)[PolicyStat.DLOGPROB]
         return LogitGradient(weight=weight, token_ids=self.problem.token_ids[tokens, None])
 
     def values(self, statistics: Tensor) -> TokenValues:
-        term = self.policy_term(statistics)
-        return TokenValues(term.loss, policy=term)
+        terms = self._terms(statistics)
+        return TokenValues(terms[PolicyStat.LOSS], policy=terms)

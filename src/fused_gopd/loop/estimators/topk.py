@@ -24,6 +24,8 @@ from .base import (
     reward_scale_of,
 )
 
+_STUDENT_STATS = (Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat.MAX_STUDENT)
+
 
 class TopK(Estimator):
     """A divergence over K tokens of each position and the rest of the vocabulary."""
@@ -37,7 +39,8 @@ class TopK(Estimator):
 
         Frozen models are scored first where possible, so that their buffer is reused for the student.
         """
-        problem, (route, buffers, statistics, start, stop) = self.problem, chunk
+        problem, route, buffers, statistics = self.problem, chunk.route, chunk.buffers, chunk.statistics
+        start, stop = chunk.start, chunk.stop
         row_problem, ids, slot, k = None, None, "student", problem.options.k
         if problem.options.support == "student":
             row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
@@ -82,7 +85,8 @@ class TopK(Estimator):
         scored, student, extra = statistics_on_support(
             problem.ops, row_problem, support.token_ids, sampled, problem.student.shard, *extra_rows
         )
-        self.store(chunk, scored)
+        for stat in _STUDENT_STATS:  # those of teacher and reference are there already
+            chunk.own[stat] = scored[stat]
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
