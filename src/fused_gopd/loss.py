@@ -145,6 +145,11 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             of the weight's rows that are left out, and each of these rows of dweight by at most
             grad_filter sum_t |w_t| ||hidden_t||. A bias keeps its exact gradient. Deterministic, but which entries are
             left out depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
+        store_exponentials: of ``sampled`` on ``triton``, for a ``LinearHead`` in bfloat16 without softcap or shard. The
+            product that makes the student's logits stores exp(z - z[y]) in bfloat16 in their place: the logit gradient
+            up to factors per token, so that no logit is written and no row read. The entry at y is put back in float32.
+            Log-probs are those of float32 logits, gradients nearer to exact ones (docs/objectives.md). Not yet run on a
+            GPU. Not with ``baseline``, ``grad_filter``, labels, ``reduction="none"`` or ``ratio="sequence"``.
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers, independent of the number of tokens: chunk_size x V of the

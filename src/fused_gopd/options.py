@@ -279,6 +279,14 @@ class LossOptions:
             "Vocabulary entries with smaller logit gradients are left out of the products.", check=_NOT_NEGATIVE
         ),
     )
+    store_exponentials: bool = field(
+        default=False,
+        metadata=_option(
+            "The student's product writes the logit gradient itself; Triton, not yet run on a GPU.",
+            of=("sampled",),
+            check=require_flag,
+        ),
+    )
     backend: str = field(
         default="auto",
         metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=_BackendNames()),

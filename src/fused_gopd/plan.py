@@ -59,6 +59,8 @@ def _planned(call: LossCall) -> Plan:
     require_source("student", student, options.estimator)
     if options.grad_filter and not isinstance(student, LinearHead):
         raise ValueError("grad_filter needs a LinearHead as the student: with Logits there is no GEMM to save")
+    if options.store_exponentials:
+        _check_exponentials(call)
     shape, device = student.token_shape, student.rows.device
     given = {name: named_models(name, getattr(call, name)) for name, _ in FROZEN}
     frozen = given["teacher"] | given["ref"]
@@ -107,6 +109,28 @@ def _planned(call: LossCall) -> Plan:
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_exponentials(call: LossCall) -> None:
+    """Raise where the gradient of ``store_exponentials`` is not the one that is asked for."""
+    student = call.student
+    if not isinstance(student, LinearHead) or student.hidden.dtype != torch.bfloat16:
+        found = type(student).__name__ if isinstance(student, Logits) else f"hidden states of {student.rows.dtype}"
+        raise ValueError(
+            f"store_exponentials needs a LinearHead with bfloat16 hidden states as the student, got {found}"
+        )
+    refused = {
+        "a softcap": student.softcap is not None,
+        "a shard of the vocabulary": student.shard is not None,
+        "baseline='expected'": call.baseline == "expected",
+        "grad_filter": bool(call.grad_filter),
+        "sft_labels": call.sft_labels is not None,
+        "reduction='none'": call.reduction == "none",
+        "ratio='sequence'": call.ratio == "sequence",
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"store_exponentials has no gradient for {name}: leave one of them out")
 
 
 def recomputes_in_backward(call: LossCall) -> bool:

@@ -274,6 +274,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if ops is None:
         dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
         ops = select_backend(options.backend, device, dtypes, divergence if options.joint else None)
+    if options.store_exponentials and ops.name != "triton":
+        raise ValueError(f"store_exponentials needs backend='triton', got {ops.name!r}")
     return Problem(
         options=options,
         divergence=divergence,

@@ -189,6 +189,18 @@ def test_stored_exponentials_over_a_real_vocabulary(tokens: int, hidden: int) ->
     assert relative_error(entries * found.factor[rows, None].double(), want) <= bound(torch.bfloat16)
 
 
+def test_a_step_with_stored_exponentials_is_as_accurate_as_the_default() -> None:
+    batch = large(1100, 64, torch.bfloat16)
+    want_out, want = run(wide(batch), fg.reference.gopd_loss, reward_scale=1.25)
+    errors = {}
+    for stored in (True, False):
+        out, got = run(batch, backend="triton", reward_scale=1.25, chunk_size=512, store_exponentials=stored)
+        assert_close(out.token_loss, want_out.token_loss, TOLERANCE[torch.float32])
+        errors[stored] = [relative_error(g, w) for g, w in zip(got, want, strict=True)]
+    for mine, default in zip(errors[True], errors[False], strict=True):
+        assert mine <= min(1.05 * default, bound(torch.bfloat16))
+
+
 def test_logits_past_two_to_the_31_elements() -> None:
     """Rows at the end of the tensors have the results that they have alone."""
     n = 2**31 // QWEN3 + 70

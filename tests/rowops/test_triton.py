@@ -1129,6 +1129,109 @@ def test_every_option_is_what_plain_pytorch_makes_of_it(kind: str, routed: bool,
     assert backend.launches() > before
 
 
+EXPONENTIALS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped ratios": {"old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2), "clip_dual": 3.0},
+    "importance": {"old_logprobs": torch.full((N,), -3.0), "rollout_logprobs": torch.full((N,), -2.5)},
+    "a hook": SAMPLED_OPTIONS[4],
+    "bounds": {"advantage_clip": 0.5, "logprob_min": -4.0},
+    "lambda per token": PER_TOKEN,
+    "mask": {"mask": torch.tensor([1, 0, 1, 1, 1])},
+    "weights per token": {"cu_seqlens": torch.tensor([0, 2, 5]), "reduction": "seq-mean-token-mean"},
+    "vocabulary": {"vocab_size": 145},
+}
+
+
+@pytest.mark.parametrize("trained", ["hidden weight bias", "hidden", "weight"])
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_store_exponentials_is_what_float64_makes_of_it(name: str, trained: str) -> None:
+    """Rounded once where it is stored and once in the result, by half a unit of bfloat16 each; tokens repeat.
+
+    The first product of a chunk overwrites, so there are two chunks, and a second backward gives the same bits.
+    """
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    if trained != "hidden weight bias" and name not in ("plain", "mask"):
+        pytest.skip("one option is enough")
+    generator = torch.Generator().manual_seed(1)
+    hidden = [torch.randn(N, 24, generator=generator).bfloat16().to(DEVICE) for _ in range(3)]
+    weights = [(torch.randn(150, 24, generator=generator) / 3).bfloat16().to(DEVICE) for _ in range(3)]
+    bias = torch.randn(150, generator=generator).bfloat16().to(DEVICE)
+    bias[7] = -INF
+    ids = torch.tensor([3, 140, 3, 140, 77], device=DEVICE)
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in EXPONENTIALS[name].items()}
+    options = {"reward_scale": 1.25, "chunk_size": 3, **options}
+    results = {}
+    for kind in ("stored", "float64"):
+        dtype = torch.float64 if kind == "float64" else torch.bfloat16
+        tensors = {"hidden": hidden[0], "weight": weights[0], "bias": bias}
+        tensors = {k: v.to(dtype).clone().requires_grad_(k in trained) for k, v in tensors.items()}
+        others = [fg.LinearHead(h.to(dtype), w.to(dtype)) for h, w in zip(hidden[1:], weights[1:], strict=True)]
+        student = fg.LinearHead(**tensors, temperature=0.7)
+        how: dict[str, Any] = {"backend": "torch"} if kind == "float64" else {"backend": "triton"}
+        before = backend.launches()
+        out = fg.gopd_loss(student, *others, ids, **options, **how, store_exponentials=kind == "stored")
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        grads = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+        if kind == "stored":
+            assert backend.launches() >= before + 2 * (2 * 2 + 4)
+            again = torch.autograd.grad(out.loss, leaves)
+            assert all(same_bits(a, b) for a, b in zip(grads, again, strict=True))
+        results[kind] = out, grads
+    (out, grads), (truth, exact) = results["stored"], results["float64"]
+    for field in ("token_loss", "entropy", "student_logprobs", "advantages"):
+        torch.testing.assert_close(getattr(out, field).double(), getattr(truth, field), rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, exact, strict=True):
+        assert (a - b).norm() <= HALF_A_UNIT * b.norm()
+
+
+def test_store_exponentials_of_a_token_without_probability() -> None:
+    """One whose row is relative to its maximum, and one at -inf, which has no gradient."""
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    hidden, weight, ids = bfloat16_inputs(4, 24, 70)
+    bias = torch.zeros(70, dtype=torch.bfloat16, device=DEVICE)
+    ids[:] = torch.tensor([1, 2, 3, 4], device=DEVICE)
+    bias[2], bias[3] = -60.0, -INF
+    results = []
+    for kwargs in ({"store_exponentials": True, "backend": "triton"}, {"backend": "torch"}):
+        dtype = torch.float64 if kwargs["backend"] == "torch" else torch.bfloat16
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (hidden, weight)]
+        head = fg.LinearHead(*leaves, bias.to(dtype))
+        teacher = fg.TokenLogProbs(torch.tensor([-1.0, -2.0, -3.0, -4.0], device=DEVICE, dtype=torch.float64).to(
+            torch.float64 if dtype == torch.float64 else torch.float32))  # fmt: skip
+        out = fg.gopd_loss(head, teacher, token_ids=ids, reduction="sum", **kwargs)
+        results.append((out.student_logprobs, *torch.autograd.grad(out.loss, leaves)))
+    torch.testing.assert_close(results[0][0].double(), results[1][0], rtol=1e-5, atol=1e-5)
+    assert not results[0][1][2].any()
+    for a, b in zip(results[0][1:], results[1][1:], strict=True):
+        assert (a - b).norm() <= HALF_A_UNIT * b.norm()
+
+
+def test_store_exponentials_refuses_what_it_has_no_gradient_for() -> None:
+    hidden, weight, ids = bfloat16_inputs(4, 24, 70)
+    head, teacher = fg.LinearHead(hidden.requires_grad_(), weight), fg.LinearHead(hidden.detach(), weight)
+
+    def refused(match: str, student: Any = head, error: type[Exception] = ValueError, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            fg.gopd_loss(student, teacher, token_ids=ids, store_exponentials=True, **options)
+
+    refused("store_exponentials needs backend='triton', got 'torch'", backend="torch")
+    refused("estimator='sampled', got estimator='full'", estimator="full")
+    refused("estimator='sampled', got estimator='topk'", estimator="topk", k=3)
+    refused("LinearHead with bfloat16 hidden states as the student, got Logits", fg.Logits(hidden @ weight.T))
+    refused("got hidden states of torch.float32", fg.LinearHead(hidden.float(), weight.float()))
+    refused("softcap", fg.LinearHead(hidden, weight, softcap=30.0))
+    refused("baseline='expected'", baseline="expected")
+    refused("grad_filter", grad_filter=1e-4)
+    refused("sft_labels", sft_labels=ids)
+    refused("reduction='none'", reduction="none")
+    old = torch.full((4,), -3.0, device=DEVICE)
+    refused("ratio='sequence'", ratio="sequence", old_logprobs=old, cu_seqlens=torch.tensor([0, 4], device=DEVICE))
+    with pytest.raises(TypeError, match="store_exponentials"):
+        fg.gopd_loss(head, teacher, token_ids=ids, store_exponentials=1)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_rows_with_large_finite_masks_are_as_good_as_the_naive_path(ops: TritonRowOps, divergence: str) -> None:
     """Some of a lane's first tile have nothing else, or are wider than a tile."""

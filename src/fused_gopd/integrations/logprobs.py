@@ -19,7 +19,7 @@ from ..plan import require_sequences
 from ..tokens import Sequences, check_cu_seqlens, check_mask
 
 # All but the baseline, which needs the whole vocabulary.
-OPTIONS = tuple(name for name in options_of("sampled") if name != "baseline")
+OPTIONS = tuple(name for name in options_of("sampled") if name not in ("baseline", "store_exponentials"))
 
 
 def check_options(**options: Any) -> LossOptions:

@@ -40,12 +40,15 @@ def at_unit_scale(problem: Problem) -> bool:
     """Whether logit gradients are written without their factors, which then go into the products.
 
     float16 holds nothing below 6e-8, and a token weight of 1e-5 would push gradients of the size of p under it. The
-    bound of ``grad_filter`` is one at unit scale. A slope that PyTorch makes is known after the gradient is written.
+    bound of ``grad_filter`` is one at unit scale. A slope that PyTorch makes, and one of stored exponentials, is known
+    after the gradient is written.
     """
     student = problem.student
     if not isinstance(student, LinearHead):
         return False
-    return student.hidden.dtype == torch.float16 or problem.options.grad_filter > 0 or problem.slope_follows
+    options = problem.options
+    filters = options.grad_filter > 0
+    return student.hidden.dtype == torch.float16 or filters or options.store_exponentials or problem.slope_follows
 
 
 class Scaling(NamedTuple):
@@ -78,12 +81,20 @@ def folds_weights_into_hidden(student: LinearHead, weights: Tensor) -> bool:
     return weights.ndim > 0 or gemm.gradient_dtype(student.hidden) in (torch.float32, torch.float64)
 
 
+class AtToken(NamedTuple):
+    """One entry of a token's logit gradient that ``Part.dlogits`` leaves out, where it is 0; of the same scale."""
+
+    token_ids: Tensor  # (c,) int64
+    entry: Tensor  # (c,) float32, 0 where there is none
+
+
 class Part(NamedTuple):
     """The logit gradient of a sub-chunk, and the factors of the products with it: None where it has them itself."""
 
     dlogits: Tensor  # (c, V)
     rows_scale: Tensor | None  # () or (c,) factor of the rows' gradient, applied in float32 before it is rounded
     weight_scale: Tensor | None  # () or (c,) factor inside the sums that are the weight's and the bias's gradient
+    at_token: AtToken | None = None  # of a chunk that is not in sub-chunks
 
 
 def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -185,7 +196,7 @@ class LinearAccumulator:
         dlogits = parts[0].dlogits if whole is None else gradient_buffer(student, whole)  # (C, V)
         rows_scale = _concatenated([part.rows_scale for part in parts])
         weight_scale = _concatenated([part.weight_scale for part in parts])
-        smallest, total, hidden = problem.options.grad_filter, None, None
+        at_token, smallest, total, hidden = parts[0].at_token, problem.options.grad_filter, None, None
         if self._weight is not None:
             total = self._weight if len(weight) == len(self._weight) else self._weight[: len(weight)]
             hidden = self._buffers.hidden(student, start, stop)  # (C, H)
@@ -205,16 +216,25 @@ class LinearAccumulator:
         if selected is None and total is not None:
             assert hidden is not None
             gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
+            if at_token is not None:
+                entry = at_token.entry if weight_scale is None else at_token.entry * weight_scale
+                rows_at = entry[:, None] * self._buffers.hidden(student, start, stop)
+                gemm.add_at_(total, at_token.token_ids, rows_at)
         if reduced is not None:
             reduced.wait()
         if self._rows is not None and rows is not None:
             if rows_scale is not None:
                 rows.mul_(rows_scale if rows_scale.ndim == 0 else rows_scale[:, None])
+            if at_token is not None:
+                entry = at_token.entry if rows_scale is None else at_token.entry * rows_scale
+                rows += entry[:, None] * weight[at_token.token_ids]
             if selected is not None or not self._in_place:
                 problem.rows.put(self._rows, rows, start, stop)
         if self._bias is not None:
             scale = self._bias.new_ones(()) if weight_scale is None else weight_scale
             gemm.add_dbias_(self._bias[: len(weight)], dlogits, scale)
+            if at_token is not None:
+                gemm.add_at_(self._bias, at_token.token_ids, at_token.entry * scale)
 
     def result(self) -> Gradients:
         return Gradients(self._rows, self._weight, self._bias)

@@ -113,6 +113,11 @@ class Buffers:
             gemm.logits_(rows.raw, self.hidden(head, start, stop), weight)
         return rows
 
+    def exponentials(self, start: int, stop: int) -> Tensor:
+        """(C, V) bfloat16 for the student's exponentials, in the place of its logits."""
+        width = columns(self._problem, self._problem.student)
+        return self._buffer("student", torch.bfloat16, stop - start, width)
+
     def _reader(self, head: Head, x: Tensor) -> Callable[[int, int], Tensor]:
         """How rows of a head's hidden states or logits are read."""
         reader = self._readers.get(id(head))

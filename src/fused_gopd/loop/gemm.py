@@ -287,3 +287,9 @@ def add_dbias_(
     for columns in _blocks(V, C):
         accumulator[columns] += rows @ dlogits[:, columns].to(accumulator.dtype)
     return accumulator
+
+
+def add_at_(accumulator: Tensor, index: Tensor, values: Tensor) -> Tensor:  # (V, ...), (C,) int64, (C, ...)
+    """accumulator[index[i]] += values[i] for every i."""
+    # not index_add_: its sums have no fixed order on a GPU, where this sorts
+    return accumulator.index_put_((index,), values, accumulate=True)

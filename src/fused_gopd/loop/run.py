@@ -22,6 +22,7 @@ from . import gemm
 from .accumulator import (
     NO_GRADIENTS,
     Accumulator,
+    AtToken,
     Gradients,
     LinearAccumulator,
     Part,
@@ -31,7 +32,7 @@ from .accumulator import (
     product,
     write,
 )
-from .buffers import Buffers, with_gemm_dtype_weights
+from .buffers import Buffers, transform_of, with_gemm_dtype_weights
 from .chunking import balanced
 from .estimators.base import Chunk, Estimator
 from .logit_gradient import power_of_two
@@ -94,8 +95,19 @@ def forward_with_gradients(
     folds = unit and isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
     each = weights.expand(problem.rows.count)
 
+    def scales(part: Chunk, token_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The factors of a gradient at unit scale, once its statistics are known: of the rows, of the weight."""
+        slope = estimator.slope(part)
+        rows_scale = product(slope, token_weights)
+        return rows_scale, rows_scale if folds else slope
+
     def sub_chunk(part: Chunk) -> Part | None:
         token_weights = weights if unit and weights.ndim == 0 else each[part.tokens]
+        if problem.options.store_exponentials:
+            stored, factor = _stored(problem, part)
+            estimator.scored(part)
+            rows_scale, weight_scale = (product(x, factor) for x in scales(part, token_weights))
+            return stored._replace(rows_scale=rows_scale, weight_scale=weight_scale)
         now = None
         if student.shard is None:
             now = estimator.weights_now(part, None if unit else token_weights)
@@ -123,14 +135,27 @@ def forward_with_gradients(
         estimator.scored(part)
         if not unit:
             return accumulator.written(out, None, None, part.start, part.stop)
-        slope = estimator.slope(part)
-        rows_scale = product(slope, token_weights)
-        return accumulator.written(out, rows_scale, rows_scale if folds else slope, part.start, part.stop)
+        return accumulator.written(out, *scales(part, token_weights), part.start, part.stop)
 
     for chunk in chunks(problem, statistics, buffers):
         estimator.score_frozen(chunk)
         _accumulate(problem, chunk, accumulator, sub_chunk)
     return statistics, accumulator.result()
+
+
+def _stored(problem: Problem, chunk: Chunk) -> tuple[Part, Tensor]:
+    """The gradient of -log p of a chunk's tokens from the product that would make its logits; and its factor (C,)."""
+    student, ids = problem.student, problem.token_ids
+    assert isinstance(student, LinearHead)
+    assert ids is not None
+    hidden = chunk.buffers.hidden(student, chunk.start, chunk.stop)
+    out, transform = chunk.buffers.exponentials(chunk.start, chunk.stop), transform_of(student)
+    ids = ids[chunk.tokens]
+    found = problem.ops.linear_exponentials(hidden, student.weight, transform, problem.vocab_size, ids, out, chunk.own)
+    if found is None:
+        raise RuntimeError("store_exponentials needs a GPU of compute capability 8.0 or newer")
+    at_token = AtToken(ids.clamp(0, problem.vocab_size - 1), found.entry)
+    return Part(out.to(gemm.gradient_dtype(student.weight)), None, None, at_token), found.factor
 
 
 @gemm.in_own_precision
