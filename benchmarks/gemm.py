@@ -3,6 +3,8 @@
     python -m benchmarks.gemm --json RESULTS.json [PAGE.md ...]      measure what is not in the file, fill the pages
     python -m benchmarks.gemm --report RESULTS.json [PAGE.md ...]    from the file alone
 
+The pages' regions are ``<!-- products -->`` and ``<!-- chunks -->``.
+
 The choice of a library in ``loop/gemm.py`` and the CPU's budget in ``loop/chunking.py`` rest on it. One thread and CPU
 time: what else runs on the machine takes no time from a measurement, but shares caches and memory with it. What is
 compared runs in turn in one process; each instruction set has a process of its own. A figure is of the fastest round.
@@ -162,33 +164,37 @@ def _rate(rows: list[dict[str, Any]], dtype: str, H: int, C: int, product: str) 
     return f"{row['onednn_gflops'][0]:.0f} / {row['mkl_gflops'][0]:.0f}"
 
 
-def text(result: dict[str, Any]) -> str:
+def products_text(result: dict[str, Any]) -> str:
     lines = []
     for name in INSTRUCTION_SETS:
         part = result[f"products, {name}"]
-        rows = part["rows"]
         limit = "" if name == "all" else f", oneDNN limited to {name}"
         lines += [f"GFLOP/s on one core, oneDNN / MKL{limit}:", ""]
         lines += ["|  | " + " | ".join(f"C={C}" for C in ROWS) + " |", "|---|" + "---:|" * len(ROWS)]
-        kinds = [(d, p, H) for d, p, H in itertools.product(("float32", "bfloat16"), ("logits", "dhidden"), HIDDEN)]
-        kinds = [*kinds[: 2 * len(HIDDEN)], *(("float32", "dweight", H) for H in HIDDEN), *kinds[2 * len(HIDDEN) :]]
-        for dtype, product, H in kinds:
+        wanted = [("float32", "logits"), ("float32", "dhidden"), ("float32", "dweight")]
+        wanted += [("bfloat16", "logits"), ("bfloat16", "dhidden")]
+        for (dtype, product), H in itertools.product(wanted, HIDDEN):
             shown = f"`{product}`, H={H}" + (", bfloat16 weight" if dtype == "bfloat16" else "")
-            lines.append(f"| {shown} | " + " | ".join(_rate(rows, dtype, H, C, product) for C in ROWS) + " |")
+            lines.append(f"| {shown} | " + " | ".join(_rate(part["rows"], dtype, H, C, product) for C in ROWS) + " |")
         lines += ["", provenance(part), ""]
-    floor = result["steps"]["rows"][0]["seconds"]
-    lines += [
+    return "\n".join(lines)
+
+
+def steps_text(result: dict[str, Any]) -> str:
+    part = result["steps"]
+    floor = part["rows"][0]["seconds"]
+    lines = [
         f"N={TOKENS}, H={STEP_HIDDEN}, V={VOCAB_SIZE}, float32, one core, freed memory kept by the allocator:",
         "",
-        "|  | s, fastest | s, median | ratio of the fastest | median ratio of a round |",
+        "|  | s of CPU time, fastest | median | ratio of the fastest | median ratio of a round |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in result["steps"]["rows"]:
+    for row in part["rows"]:
         seconds = row["seconds"]
         ratio = median(x / y for x, y in zip(seconds, floor, strict=True))
         figures = f"{min(seconds):.2f} | {median(seconds):.2f} | {min(seconds) / min(floor):.3f} | {ratio:.3f}"
         lines.append(f"| {row['step']} | {figures} |")
-    return "\n".join([*lines, "", provenance(result["steps"])])
+    return "\n".join([*lines, "", provenance(part), ""])
 
 
 def main() -> None:
@@ -203,7 +209,8 @@ def main() -> None:
         _worker(args.worker, args.rounds, args.json)
         return
     result = json.loads(args.report.read_text(encoding="utf-8")) if args.report else measure(args.rounds, args.json)
-    publish("gemm", text(result), args.pages)
+    publish("products", products_text(result), args.pages)
+    publish("chunks", steps_text(result), args.pages)
 
 
 if __name__ == "__main__":
