@@ -84,6 +84,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "full, jsd": {"estimator": "full", "divergence": "jsd"},
     "sampled": {},
     "sampled, bfloat16 chunks": {"chunk_dtype": torch.bfloat16},
+    "sampled, stored exponentials": {"store_exponentials": True},
 }
 
 Call = Callable[[], object]
@@ -253,7 +254,7 @@ def steps(shapes: Shapes, _: bool) -> Iterator[Group]:
 
         group: Group = {f"five gemms H={H}": floor}
         for name, options in STEPS.items():
-            if torch.device(device).type == "cuda" or "chunk_dtype" not in options:
+            if torch.device(device).type == "cuda" or not {"chunk_dtype", "store_exponentials"} & options.keys():
                 group[f"step {name} H={H}"] = functools.partial(step, options)
         alone = fg.LinearHead(*frozen[0])
         group[f"logprobs H={H}"] = lambda m=alone, i=ids: fg.token_logprobs(m, i)

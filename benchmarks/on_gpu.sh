@@ -15,8 +15,8 @@
 #    30  host: 12 rows of 130 calls of 2 to 5 ms, a fourth of that at 8192 tokens
 #    45  products: 3 hidden sizes x 28 products x 11 rounds of 0.3 to 8 ms, 4 s, and their buffers
 #    60  linear kernel: 3 x 30 calls x 11 rounds of 0.2 to 20 ms, 5 s; compiling 9 variants, 5 s each
-#    50  jobs of one and two models beside quack, Liger, orda: 38 rows of 1.1 s; their own compilation is the unknown
-#   150  steps: 84 rows of 1.1 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
+#    50  jobs of one and two models beside quack, Liger, orda: 41 rows of 1.1 s; their own compilation is the unknown
+#   150  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
 #    40  pieces of steps, row kernels: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; 36 row kernels, half of them compiled by the tests
 # and what is left of 470 for the remaining tests. LIMIT changes the 470.
 set -uo pipefail
@@ -64,7 +64,7 @@ wait
 phase host 30 "$python" -m benchmarks.host --device "$device" --json "$out/host.json" --limit 22
 phase products 45 "$python" -m benchmarks.kernels --device "$device" --json "$out/products.json" --parts products --limit 35
 phase linear 60 "$python" -m benchmarks.kernels --device "$device" --json "$out/linear.json" --parts linear --limit 50
-ours=floor,fused-triton,fused-triton-low-chunks,fused-triton-one-pass,fused-native
+ours=floor,fused-triton,fused-triton-low-chunks,fused-triton-one-pass,fused-triton-one-pass-stored,fused-native
 theirs=quack,quack-lse,liger-flce-sm90,liger-scaled-ce,liger-flce-long,orda,unsloth-jsd
 phase peers 50 $(bench) --suite "$peers_suite" "${steps[@]}" --providers "$ours,$theirs" --seconds 0.03 --limit 40 \
     --json "$out/peers.json"

@@ -286,11 +286,20 @@ def _low_chunks(backend: str) -> Callable[[Workload], Computation]:
     return prepare
 
 
+def _stored(backend: str) -> Callable[[Workload], Computation]:
+    """This package with exponentials stored by the product of the student's logits."""
+
+    def prepare(workload: Workload) -> Computation:
+        return differentiated(lambda i: gopd(fg.gopd_loss, workload, i, backend, store_exponentials=True))
+
+    return prepare
+
+
 def live_count(inputs: Inputs) -> int | Tensor:
     return inputs.token_ids.shape[0] if inputs.mask is None else inputs.mask.sum()
 
 
-def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Computation]:
+def _one_pass(backend: str, low: bool = False, stored: bool = False) -> Callable[[Workload], Computation]:
     """NLL by gopd_loss at a constant advantage of 1: its gradient is that of the NLL, computed in the forward."""
 
     def prepare(workload: Workload) -> Computation:
@@ -300,6 +309,8 @@ def _one_pass(backend: str, low: bool = False) -> Callable[[Workload], Computati
             options: dict[str, Any] = {"advantage_fn": lambda stats: torch.ones_like(stats.student_logprobs)}
             if low:
                 options["chunk_dtype"] = workload.dtype
+            if stored:
+                options["store_exponentials"] = True
             out = fg.gopd_loss(student, nothing, None, inputs.token_ids, mask=inputs.mask, backend=backend, **options)
             gradients = torch.autograd.grad(out.loss, inputs.leaves)
             assert out.student_logprobs is not None
@@ -359,6 +370,12 @@ def _low_reason(backend: str) -> Callable[[Workload], str | None]:
     return reason
 
 
+def _stored_reason(workload: Workload) -> str | None:
+    if torch.device(workload.device).type == "cpu":
+        return "for a GPU"
+    return _backend_reason("triton")(workload) if workload.dtype == torch.bfloat16 else "the heads are not bfloat16"
+
+
 def _one_chunk(workload: Workload) -> str | None:
     return (
         "all tokens fit one chunk: the same as without chunks" if chunk_size(workload) == workload.live_tokens else None
@@ -372,7 +389,10 @@ def _fused() -> dict[str, Provider]:
         found[f"{FUSED_PREFIX}{backend}-one-pass"] = Provider(("nll",), _one_pass(backend), _backend_reason(backend))
     low_chunks = {"": Provider(_LOSS, _low_chunks("triton"), _low_reason("triton"))}
     low_chunks["-one-pass"] = Provider(("nll",), _one_pass("triton", low=True), _low_reason("triton"))
-    return found | {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low_chunks.items()}
+    found |= {f"{FUSED_PREFIX}triton{name}{LOW_CHUNKS}": provider for name, provider in low_chunks.items()}
+    found[FUSED_PREFIX + "triton-stored"] = Provider(("policy", "hidden-sampled"), _stored("triton"), _stored_reason)
+    one_pass = _one_pass("triton", stored=True)
+    return found | {FUSED_PREFIX + "triton-one-pass-stored": Provider(("nll",), one_pass, _stored_reason)}
 
 
 # float32 tensors of [tokens, vocabulary] alive at once; fused_gopd.cli.plan.cost.dense_peak says where

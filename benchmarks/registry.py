@@ -31,7 +31,7 @@ RECORD = {
 
 # Providers of the suite "run", where minutes are few: this package, compiled dense code, and kernels made for Hopper.
 RUN = ("fused-triton", "fused-triton-low-chunks", "fused-triton-one-pass", "compile", "quack", "quack-lse")
-RUN += ("liger-scaled-ce",)
+RUN += ("fused-triton-stored", "fused-triton-one-pass-stored", "liger-scaled-ce")
 
 
 def _run(workload: Workload, supporting: list[str]) -> list[str]:

@@ -52,6 +52,8 @@ NAMES = {
     "fused-torch-one-pass": "this package, `torch`, `gopd_loss` with advantage 1",
     "fused-triton-one-pass": "**this package**, `triton`, `gopd_loss` with advantage 1",
     "fused-triton-one-pass-low-chunks": "**this package**, `triton`, `gopd_loss` with advantage 1, `chunk_dtype`",
+    "fused-triton-stored": "**this package**, `triton`, `store_exponentials`",
+    "fused-triton-one-pass-stored": "**this package**, `triton`, `gopd_loss` with advantage 1, `store_exponentials`",
     "torch-lce": "PyTorch `F.linear_cross_entropy`, chunks as long as this package's",
     "torch-lce-auto": "PyTorch `F.linear_cross_entropy`, chunks of its own choice",
     "cce": "cut-cross-entropy, skipping small gradients",
