@@ -18,6 +18,7 @@ from torch import Tensor
 from .checks import require_device, require_float, require_integer, require_number, require_shape
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
+from .loop.gemm import accumulates_low_precision
 from .models import (
     as_tuple,
     check_shards,
@@ -124,6 +125,7 @@ def _check_exponentials(call: LossCall) -> None:
         "a shard of the vocabulary": student.shard is not None,
         "baseline='expected'": call.baseline == "expected",
         "grad_filter": bool(call.grad_filter),
+        "chunk_dtype": call.chunk_dtype is not None,
         "sft_labels": call.sft_labels is not None,
         "reduction='none'": call.reduction == "none",
         "ratio='sequence'": call.ratio == "sequence",
@@ -279,7 +281,11 @@ def chunk_sizes(
         buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
         # of the rank that has the most: all of them go through the same chunks
         widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
-        size = chunk_size_for(widest, buffers, device_type, options.logits_dtype(dtype).itemsize)
+        stored = options.store_exponentials and accumulates_low_precision(
+            student.rows
+        )  # else widened, for its products
+        element_bytes = 2 if stored else options.logits_dtype(dtype).itemsize
+        size = chunk_size_for(widest, buffers, device_type, element_bytes)
     return size, frozen_chunk_size(size, device_type) if joint and weight_gradient and linear > 1 else None
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import fused_gopd as fg
 from builders import OBJECTIVES, TOLERANCE, Batch, assert_all_close, assert_close, generator, make_batch, widened
+from fused_gopd import plan
 from fused_gopd.loop import chunking, memory
 from fused_gopd.loop.logit_gradient import power_of_two
-from fused_gopd.options import LossCall
+from fused_gopd.options import LossCall, LossOptions
 from fused_gopd.prepare import prepare
 from fused_gopd.rowops.torch import TorchRowOps
 from fused_gopd.tokens import TokenRows
@@ -235,3 +236,17 @@ def test_a_power_of_two_divides_exactly():
     scale = power_of_two(values)
     assert torch.equal(values / scale * scale, values)
     assert_close((values / scale).amax(), torch.tensor(0.75), 0.34)  # between 1/2 and 1
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_stored_exponentials_have_two_bytes_where_the_library_multiplies_them(library, monkeypatch):
+    monkeypatch.setattr(plan, "accumulates_low_precision", lambda _: library)
+    head = fg.LinearHead(
+        torch.empty(8192, 8, dtype=torch.bfloat16, device="meta"),
+        torch.empty(151936, 8, dtype=torch.bfloat16, device="meta"),
+    )
+    sizes = [
+        plan.chunk_sizes(head, {}, LossOptions(store_exponentials=stored), 151936, torch.float32, True)[0]
+        for stored in (True, False)
+    ]
+    assert sizes == ([4864, 3072] if library else [3072, 3072])

@@ -1225,6 +1225,7 @@ def test_store_exponentials_refuses_what_it_has_no_gradient_for() -> None:
     refused("softcap", fg.LinearHead(hidden, weight, softcap=30.0))
     refused("baseline='expected'", baseline="expected")
     refused("grad_filter", grad_filter=1e-4)
+    refused("chunk_dtype", chunk_dtype=torch.bfloat16)
     refused("sft_labels", sft_labels=ids)
     refused("reduction='none'", reduction="none")
     old = torch.full((4,), -3.0, device=DEVICE)
