@@ -180,6 +180,27 @@ NB_MODULE(_native, m) {
       "Write the five rows of PolicyStat of C tokens.");
 
   m.def(
+      "losses",
+      [](int divergence, double reward_scale, uintptr_t reward_scales, bool has_teacher, bool has_ref,
+         float forward_weight, uintptr_t forward_weights, int64_t rows, uintptr_t statistics, int64_t statistics_stride,
+         uintptr_t out) {
+        const Losses losses{static_cast<Divergence>(divergence),
+                            reward_scale,
+                            pointer<const float>(reward_scales),
+                            has_teacher,
+                            has_ref,
+                            forward_weight,
+                            pointer<const float>(forward_weights),
+                            pointer<const float>(statistics),
+                            statistics_stride};
+        chosen_kernels().losses(losses, rows, pointer<float>(out));
+        ++launch_count;
+      },
+      nb::kw_only(), "divergence"_a, "reward_scale"_a, "reward_scales"_a, "has_teacher"_a, "has_ref"_a,
+      "forward_weight"_a, "forward_weights"_a, "rows"_a, "statistics"_a, "statistics_stride"_a, "out"_a,
+      "Write the token losses of C tokens. Arguments are the fields of Losses.");
+
+  m.def(
       "vector_address",
       [](nb::handle x, int dtype, int64_t rows, bool any_stride) {
         const PlainTensor found(x, dtype, 1, dtype == 3 ? 8 : 4);

@@ -20,6 +20,7 @@
 // A row is walked in blocks that fit the first-level cache. A block is brought to float32 z, z_q, z_r first (or read in
 // place where it already is that), padded to whole vectors with -inf, which is outside S by itself.
 
+#include "losses.h"
 #include "policy.h"
 #include "rowops.h"
 #include "vec.h"
@@ -899,6 +900,10 @@ void policy(const Policy& policy, const TokenScores& student, int64_t rows, floa
   }
 }
 
+void losses(const Losses& losses, int64_t rows, float* out) {
+  for (int64_t row = 0; row < rows; ++row) out[row] = token_loss(losses, row);
+}
+
 void map(const char* function, float* values, int64_t n) {
   for (int64_t k = 0; k + W <= n; k += W) {
     const vf x = load(values + k);
@@ -913,6 +918,7 @@ void map(const char* function, float* values, int64_t n) {
 #define GOPD_KERNELS(isa) GOPD_CONCATENATE(kernels_, isa)
 #define GOPD_STRING_OF(x) #x
 #define GOPD_STRING(x) GOPD_STRING_OF(x)
-const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::policy, GOPD_ISA::map};
+const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::policy,
+                                        GOPD_ISA::losses, GOPD_ISA::map};
 
 }  // namespace fused_gopd

@@ -29,6 +29,7 @@ enum Stat : int {
   mean_gap,
   centre,
   divergence_value,
+  mean_target_gap = divergence_value,
   logit_student,
   logit_teacher,
   logit_ref,
@@ -86,6 +87,18 @@ struct Policy {
   const float* rollout_logprobs = nullptr;
 };
 
+// What the token losses of a divergence are made from.
+struct Losses {
+  Divergence divergence = Divergence::none;  // one of the others
+  double reward_scale = 1.0;                 // lambda of every token, unless
+  const float* reward_scales = nullptr;      // (C,) gives one per token
+  bool has_teacher = false, has_ref = false;
+  float forward_weight = 0.5f;             // of Divergence::mixed: w of every token, unless
+  const float* forward_weights = nullptr;  // (C,) gives one per token
+  const float* statistics = nullptr;       // (stat_count, C)
+  int64_t statistics_stride = 0;           // from one statistic to the next, in elements
+};
+
 struct Job {
   int64_t rows = 0;   // C
   int64_t vocab = 0;  // V
@@ -125,7 +138,8 @@ struct Kernels {
   void (*row)(const Job& job, int64_t row);  // statistics, gradient or both of one row
   // rows of PolicyStat (5, rows) from the student's statistics
   void (*policy)(const Policy& policy, const TokenScores& student, int64_t rows, float* out, int64_t out_stride);
-  void (*map)(const char* function, float* values, int64_t n);  // exp, log or tanh in place, n a multiple of 16
+  void (*losses)(const Losses& losses, int64_t rows, float* out);  // out is (rows,)
+  void (*map)(const char* function, float* values, int64_t n);     // exp, log or tanh in place, n a multiple of 16
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

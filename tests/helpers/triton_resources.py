@@ -28,6 +28,7 @@ import torch
 import snapshots
 from builders import row_divergence
 from fused_gopd.loop.chunking import row_stride
+from fused_gopd.objective.divergences import make
 from fused_gopd.rowops import (
     GradientWeights,
     LogitTransform,
@@ -313,6 +314,13 @@ def launches(target: Target) -> dict[str, Launch]:
             _policy(per_token=True),
             torch.empty(len(Stat), C, device="meta"),
             torch.empty(len(PolicyStat), C, device="meta"),
+        ),
+        "losses": backend.losses_launch(
+            make("mixed", forward_weight=vector),
+            vector,
+            (True, True),
+            torch.empty(len(Stat), C, device="meta"),
+            vector,
         ),
     }
     for name, dtype in (("bf16", bf16), ("fp16", f16), ("fp32", f32)):

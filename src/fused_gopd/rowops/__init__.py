@@ -307,6 +307,20 @@ class RowOps(Protocol):
         ``statistics`` (len(Stat), C) are those of the student, of which LOGIT_STUDENT and LOGSUM_STUDENT are read.
         """
 
+    def losses(
+        self, divergence: RowDivergence, reward_scale: float | Tensor, has: tuple[bool, bool], statistics: Tensor
+    ) -> Tensor:
+        """(C,) token losses of a divergence, in one launch: 0 for a row without support.
+
+            reverse_kl:         MEAN_GAP + (log-sums of teacher and ref, mixed by lambda - LOGSUM_STUDENT)
+            forward_kl:         max(MEAN_TARGET_GAP + (LOGSUM_STUDENT - LOGSUM_TARGET), 0)
+            mixed:              w forward_kl + (1 - w) reverse_kl
+            of a second round:  max(VALUE, 0)
+
+        ``statistics`` (len(Stat), C) are those of whole rows, ``reward_scale`` and ``has`` what they were made with:
+        lambda, a tensor is (C,), and whether there is a teacher and a ref.
+        """
+
     def linear_statistics(
         self,
         hidden: Tensor,  # (C, H)

@@ -24,6 +24,7 @@ from . import (
     Policy,
     PolicyRule,
     PolicyStat,
+    RowDivergence,
     RowProblem,
     Stat,
 )
@@ -124,6 +125,36 @@ class NativeRowOps:
         )
         return out
 
+    def losses(
+        self, divergence: RowDivergence, reward_scale: float | Tensor, has: tuple[bool, bool], statistics: Tensor
+    ) -> Tensor:
+        rows = statistics.shape[-1] if statistics.dim() else 0
+        alive: list[Tensor] = []
+        address, stride = _statistics("statistics", statistics, rows, alive)
+        kind, forward_weight, forward_weights = _kind(divergence, rows, alive)
+        if not any(has):
+            raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
+        scale, scales = 1.0, 0
+        if isinstance(reward_scale, Tensor):
+            scales = _vector("reward_scale", reward_scale, rows, alive)
+        else:
+            scale = reward_scale
+        out = torch.empty(rows, dtype=torch.float32)
+        _load().losses(
+            divergence=kind,
+            reward_scale=scale,
+            reward_scales=scales,
+            has_teacher=has[0],
+            has_ref=has[1],
+            forward_weight=forward_weight,
+            forward_weights=forward_weights,
+            rows=rows,
+            statistics=address,
+            statistics_stride=stride,
+            out=out.data_ptr(),
+        )
+        return out
+
     def linear_statistics(
         self,
         hidden: Tensor,
@@ -178,19 +209,9 @@ def _run(
     teacher = None if problem.teacher is None else _model("teacher", problem.teacher, rows, V)
     ref = None if problem.ref is None else _model("ref", problem.ref, rows, V)
     divergence = problem.divergence
-    forward_weight, forward_weights = 0.0, 0
-    if divergence is not None:
-        if divergence.kind not in _kinds():
-            kinds = ", ".join(_kinds())
-            raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
-        if teacher is None and ref is None:
-            raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
-        if divergence.kind == "mixed":
-            weight: Any = divergence.forward_weight  # type: ignore[attr-defined]
-            if isinstance(weight, Tensor):
-                forward_weights = _vector("forward_weight", weight, rows, alive)
-            else:
-                forward_weight = weight
+    kind, forward_weight, forward_weights = (0, 0.0, 0) if divergence is None else _kind(divergence, rows, alive)
+    if divergence is not None and teacher is None and ref is None:
+        raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
     scale, scales = 1.0, 0
     if isinstance(problem.reward_scale, Tensor):
         scales = _vector("reward_scale", problem.reward_scale, rows, alive)
@@ -230,7 +251,7 @@ def _run(
         reward_scale=scale,
         reward_scales=scales,
         token_ids=ids,
-        divergence=0 if divergence is None else _kinds()[divergence.kind],
+        divergence=kind,
         constants=() if divergence is None else divergence.constants,
         forward_weight=forward_weight,
         forward_weights=forward_weights,
@@ -251,6 +272,20 @@ def _run(
         torch._C._increment_version((statistics,))
     if out is not None and not out.is_inference():
         torch._C._increment_version((out,))
+
+
+def _kind(divergence: RowDivergence, rows: int, alive: list[Tensor]) -> tuple[int, float, int]:
+    """The number of its kind, and of ``mixed`` the weight of the forward KL or the address of one per token."""
+    kind = _kinds().get(divergence.kind)
+    if kind is None:
+        kinds = ", ".join(_kinds())
+        raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
+    if divergence.kind != "mixed":
+        return kind, 0.0, 0
+    weight: float | Tensor = divergence.forward_weight  # type: ignore[attr-defined]
+    if isinstance(weight, Tensor):
+        return kind, 0.0, _vector("forward_weight", weight, rows, alive)
+    return kind, weight, 0
 
 
 @functools.lru_cache

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..objective.divergences import Divergence, OneRound, Outcomes
+from ..objective.divergences import Divergence, OneRound, Outcomes, divergence_value
 from ..objective.policy import PolicyTerm, evaluate
 from ..objective.statistics import token_logprob
 from ..objective.target import bounded, mix, origin_of
-from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, Policy, RowProblem, Stat
+from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, Policy, RowDivergence, RowProblem, Stat
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
 # below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
@@ -99,6 +99,12 @@ class TorchRowOps:
 
     def policy(self, policy: Policy, statistics: Tensor) -> Tensor:
         return _policy(policy, statistics).stacked()
+
+    def losses(
+        self, divergence: RowDivergence, reward_scale: float | Tensor, has: tuple[bool, bool], statistics: Tensor
+    ) -> Tensor:
+        assert isinstance(divergence, Divergence)
+        return divergence_value(divergence, reward_scale, statistics, has)
 
     def linear_statistics(
         self,

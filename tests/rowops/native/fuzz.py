@@ -61,6 +61,8 @@ class Shim:
         self.c.new_rule.restype, self.c.new_rule.argtypes = P, [F] * 7
         self.c.new_policy.restype, self.c.new_policy.argtypes = P, [P, D, P, P, INT64, P, INT64, P, P]
         self.c.policy.restype, self.c.policy.argtypes = None, [ctypes.c_char_p, P, INT64, P, INT64, P, INT64]
+        self.c.losses.restype = None
+        self.c.losses.argtypes = [ctypes.c_char_p, INT, D, P, BOOL, BOOL, F, P, INT64, P, INT64, P]
         self.c.run.restype, self.c.run.argtypes = None, [ctypes.c_char_p, *RUN.values()]
 
     def Model(self, *, raw, row_stride, dtype, bias, input_scale, output_scale, softcap):
@@ -74,6 +76,9 @@ class Shim:
 
     def policy(self, **arguments):
         self.c.policy(self.isa, *arguments.values())
+
+    def losses(self, **arguments):  # in the order of the C++ ones, as native.py has them
+        self.c.losses(self.isa, *arguments.values())
 
     def run(self, *, threads, constants, **arguments):
         assert threads >= 1
@@ -159,6 +164,9 @@ class Call:
             policy = self.policy()
             assert policy is not None
             return [ops.policy(policy, b["statistics"])]
+        if op == "losses":
+            has = b["teacher"] is not None, b["ref"] is not None
+            return [ops.losses(options["divergence"], options["reward_scale"], has, b["statistics"])]
         if op == "second_round":
             return [ops.second_round(problem, b["statistics"])]
         results = [ops.statistics_and_gradient(problem, weights, out)] if op == "statistics_and_gradient" else []
@@ -192,19 +200,23 @@ DIVERGENCES = (
 POLICY = {
     "the policy's teacher", "the policy's ref", "the policy's reward_scale", "old_logprobs", "rollout_logprobs"
 }  # fmt: skip
+DIVERGENCE = {"reward_scale", "forward_weight"}
 READ = {
-    "statistics": set(),
-    "second_round": {"statistics"},
+    "statistics": DIVERGENCE,
+    "second_round": {"statistics", *DIVERGENCE},
     "policy": {"statistics", *POLICY},
-    "gradient": {"statistics", "weights.divergence", "weights.token", "out", *POLICY},
-    "statistics_and_gradient": {"weights.divergence", "weights.token", "out", *POLICY},
+    "losses": {"statistics", *DIVERGENCE},
+    "gradient": {"statistics", "weights.divergence", "weights.token", "out", *DIVERGENCE, *POLICY},
+    "statistics_and_gradient": {"weights.divergence", "weights.token", "out", *DIVERGENCE, *POLICY},
 }
+PER_TOKEN = ("policy", "losses")  # what no operation names, models and token ids, is read by all but by these
 
 
 def make(draw: random.Random) -> tuple[str, Call]:
     op = draw.choice(list(READ))
     rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030))
-    divergence = draw.choice([x for x in DIVERGENCES if op != "second_round" or (x is not None and x.second_round)])
+    fitting = [x for x in DIVERGENCES if op != "second_round" or (x is not None and x.second_round)]
+    divergence = draw.choice([x for x in fitting if op != "losses" or x is not None])
     joint = divergence is not None
     there = {"student": True, "teacher": joint, "ref": joint}
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,7 +230,7 @@ def make(draw: random.Random) -> tuple[str, Call]:
         transforms[name] = LogitTransform(softcap=draw.choice((None, 8.0)), temperature=draw.choice((1.0, 0.7)))
     per_token = isinstance(divergence, Mixed) and draw.random() < 0.5
     buffers["forward_weight"] = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.75])[:rows].clone() if per_token else None
-    scales = joint and draw.random() < 0.4
+    scales = joint and (op == "losses" or draw.random() < 0.4)  # which also says how many tokens there are
     buffers["reward_scale"] = torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])[:rows].clone() if scales else None
     options["reward_scale"] = draw.choice((1.25, 0.5))
     buffers["token_ids"] = torch.tensor([0, -1, vocab - 1, vocab, 2**62])[:rows].clone()
@@ -252,7 +264,7 @@ def main(library: str, calls: int, isa: str) -> None:
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"{op} gives other bits for odd buffers: {plain}"
         given = [name for name, x in plain.buffers.items() if x is not None]
-        of_all = op != "policy"  # what no operation names is read by all, but by this one
+        of_all = op not in PER_TOKEN
         unnamed = {name for name in given if of_all and not any(name in x for x in READ.values())}
         name = draw.choice([name for name in given if name in READ[op] or name in unnamed])
         change = draw.choice(WRONG[:-1] if name.startswith("the bias") else WRONG)
@@ -260,7 +272,7 @@ def main(library: str, calls: int, isa: str) -> None:
         try:
             replace(plain, buffers=odd | {name: x}).run(op)
         except (TypeError, ValueError) as error:
-            # a student of other rows makes all others wrong, and of a policy the statistics
+            # a student of other rows makes all others wrong, and so do statistics where there is none
             first = "student" if of_all else "statistics"
             assert name in str(error) or name == first, f"the error does not name {name}: {error}"  # noqa: PT017
         else:

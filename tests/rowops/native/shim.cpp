@@ -31,6 +31,21 @@ void policy(const char* isa, const Policy* policy, int64_t rows, const float* st
   find_kernels(isa).policy(*policy, {statistics, statistics_stride}, rows, out, out_stride);
 }
 
+void losses(const char* isa, int divergence, double reward_scale, const float* reward_scales, bool has_teacher,
+            bool has_ref, float forward_weight, const float* forward_weights, int64_t rows, const float* statistics,
+            int64_t statistics_stride, float* out) {
+  const Losses losses{static_cast<Divergence>(divergence),
+                      reward_scale,
+                      reward_scales,
+                      has_teacher,
+                      has_ref,
+                      forward_weight,
+                      forward_weights,
+                      statistics,
+                      statistics_stride};
+  find_kernels(isa).losses(losses, rows, out);
+}
+
 // steps: 1 statistics, 2 second round, 4 gradient, as in bind.cpp.
 void run(const char* isa, int steps, int64_t rows, int64_t vocab, const Model* student, const Model* teacher,
          const Model* ref, double reward_scale, const float* reward_scales, const int64_t* token_ids, int divergence,

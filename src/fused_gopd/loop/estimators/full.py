@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...objective.divergences import divergence_value
 from ...objective.logit_gradient import LogitGradient
-from ...rowops import GradientWeights
+from ...rowops import GradientWeights, Stat
 from .base import (
     EVERY,
     Chunk,
@@ -32,4 +31,5 @@ class Full(Estimator):
 
     def values(self, statistics: Tensor) -> TokenValues:
         problem = self.problem
-        return TokenValues(divergence_value(problem.divergence, problem.reward_scale, statistics, problem.has))
+        own = statistics[: len(Stat)]
+        return TokenValues(problem.ops.losses(problem.divergence, problem.reward_scale, problem.has, own))

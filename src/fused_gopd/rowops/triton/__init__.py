@@ -478,6 +478,42 @@ def policy_launch(policy: Policy, statistics: Tensor, out: Tensor) -> Launch:
     )
 
 
+def losses_launch(
+    divergence: RowDivergence, reward_scale: float | Tensor, has: tuple[bool, bool], statistics: Tensor, out: Tensor
+) -> Launch:
+    """The token losses into ``out`` (C,)."""
+    from . import losses as kernels
+
+    if not any(has):
+        raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
+    kind = "second round" if divergence.second_round else divergence.kind
+    weight: float | Tensor | None = divergence.forward_weight if kind == "mixed" else None  # type: ignore[attr-defined]
+    near_teacher = not isinstance(reward_scale, Tensor) and reward_scale > 0.5
+    rows, block = out.shape[0], 128
+    return Launch(
+        kernel=kernels.losses_kernel,
+        grid=math.ceil(rows / block),
+        arguments={
+            "stats_ptr": statistics,
+            "stats_stride": statistics.stride(0),
+            "out_ptr": out,
+            "C": rows,
+            "share": 0.0 if isinstance(reward_scale, Tensor) else float(reward_scale - near_teacher),
+            "reward_scale_ptr": _vector(reward_scale).contiguous() if isinstance(reward_scale, Tensor) else None,
+            "weight": None if weight is None or isinstance(weight, Tensor) else float(weight),
+            "weight_ptr": _vector(weight).contiguous() if isinstance(weight, Tensor) else None,
+        },
+        constants={
+            "DIVERGENCE": kind,
+            "HAS_TEACHER": has[0],
+            "HAS_REF": has[1],
+            "NEAR_TEACHER": near_teacher,
+            "BLOCK_C": block,
+        },
+        options={"num_warps": 4, "enable_fp_fusion": False},
+    )
+
+
 def row_launch(
     problem: RowProblem,
     statistics: Tensor,
@@ -835,6 +871,18 @@ class TritonRowOps:
         out = torch.empty((len(PolicyStat), statistics.shape[1]), dtype=torch.float32, device=statistics.device)
         if statistics.shape[1]:
             policy_launch(policy, statistics, out).run(statistics.device)
+        return out
+
+    def losses(
+        self, divergence: RowDivergence, reward_scale: float | Tensor, has: tuple[bool, bool], statistics: Tensor
+    ) -> Tensor:
+        if divergence.kind not in self.kinds:
+            raise ValueError(f"backend='triton' has no kernel for divergence={divergence.name!r}")
+        if statistics.stride(1) != 1:
+            statistics = statistics.contiguous()
+        out = torch.empty(statistics.shape[1], dtype=torch.float32, device=statistics.device)
+        if statistics.shape[1]:
+            losses_launch(divergence, reward_scale, has, statistics, out).run(statistics.device)
         return out
 
     def linear_statistics(

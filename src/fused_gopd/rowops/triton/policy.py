@@ -37,6 +37,18 @@ def scored_logprob(statistics_ptr, stride, rows, live):
 
 
 @triton.jit
+def mixed_logprob(q, r, lam, share, NEAR_TEACHER: tl.constexpr):
+    """lambda q + (1 - lambda) r; ``lam`` is lambda per token, or None: then share and NEAR_TEACHER say it."""
+    near = q if NEAR_TEACHER else r
+    if lam is not None:
+        near = tl.where(lam > 0.5, q, r)
+        share = tl.where(lam > 0.5, lam - 1.0, lam)
+    gap = q - r
+    target = within(near + share * gap, -MOST, MOST) + 0.0 * gap
+    return tl.where(share == 0.0, near, target)
+
+
+@triton.jit
 def policy_term(
     student, rows, live, teacher_ptr, teacher_stride, ref_ptr, ref_stride, share, scale_ptr, old_ptr, rollout_ptr,
     logprob_min, advantage_low, advantage_high, ratio_low, ratio_high, clip_dual, importance_cap,
@@ -55,6 +67,7 @@ def policy_term(
     behaviour = student
     if old_ptr is not None:
         behaviour = tl.load(old_ptr + rows, mask=live)
+    lam = None
     if scale_ptr is not None:
         lam = tl.load(scale_ptr + rows, mask=live)
     # where a model gives the token probability 0 there is no finite advantage
@@ -76,13 +89,7 @@ def policy_term(
         outside = outside | impossible
         target = r
     if teacher_ptr is not None and ref_ptr is not None:
-        near = q if NEAR_TEACHER else r
-        if scale_ptr is not None:
-            near = tl.where(lam > 0.5, q, r)
-            share = tl.where(lam > 0.5, lam - 1.0, lam)
-        gap = q - r
-        target = within(near + share * gap, -MOST, MOST) + 0.0 * gap
-        target = tl.where(share == 0.0, near, target)
+        target = mixed_logprob(q, r, lam, share, NEAR_TEACHER)
     advantage = within(target - behaviour, -MOST, MOST) + 0.0 * behaviour
     advantage = tl.where(outside, 0.0, within(advantage, advantage_low, advantage_high))
 
