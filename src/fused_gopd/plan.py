@@ -281,9 +281,8 @@ def chunk_sizes(
         buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
         # of the rank that has the most: all of them go through the same chunks
         widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
-        stored = options.store_exponentials and accumulates_low_precision(
-            student.rows
-        )  # else widened, for its products
+        # stored exponentials are widened where products with them want float32
+        stored = options.store_exponentials and accumulates_low_precision(student.rows)
         element_bytes = 2 if stored else options.logits_dtype(dtype).itemsize
         size = chunk_size_for(widest, buffers, device_type, element_bytes)
     return size, frozen_chunk_size(size, device_type) if joint and weight_gradient and linear > 1 else None
