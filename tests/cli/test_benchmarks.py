@@ -527,3 +527,13 @@ def test_a_peer_that_raises_fails_the_run_and_is_listed(tmp_path: Path, monkeypa
     assert not result["rows"]
     assert [row["failed"] for row in result["skipped"]] == [True, True]
     assert result["skipped"][0]["reason"] == "failed: RuntimeError: out of order"
+
+
+def test_the_pages_have_the_tables_of_the_products_on_a_cpu() -> None:
+    gemm, root = bench.benchmarks_module("gemm"), Path(__file__).parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "cpu-gemm.json").read_text(encoding="utf-8"))
+    for name, text, page in (
+        ("products", gemm.products_text(result), "performance-log.md"),
+        ("chunks", gemm.steps_text(result), "performance.md"),
+    ):
+        assert f"<!-- {name} -->\n\n{text}\n<!-- /{name} -->" in (root / "docs" / page).read_text(encoding="utf-8")

@@ -99,8 +99,9 @@ def libraries_for(capabilities: Mapping[str, Any]) -> Libraries:
 
     MKL chooses its code by the vendor and takes the one for AVX2 on every AMD processor. oneDNN chooses by the
     instruction set: with 512-bit multipliers (Zen 5) it is twice as fast in everything. With 512 bits in two halves
-    (Zen 4) their best is the same: oneDNN is ahead but in the weight's gradient, where it is level from 256 rows on.
-    With AVX2 alone (Zen 3) MKL is ahead there, since it adds in place. docs/performance-log.md has the measurements.
+    (Zen 4) their best is the same: oneDNN is ahead but in the weight's gradient, where it is a tenth behind at 256 rows
+    and level at 512. With AVX2 alone (Zen 3) MKL is ahead there, since it adds in place. The measurements:
+    docs/performance-log.md.
     """
     amd = "AMD" in str(capabilities.get("cpu_name"))
     return Libraries(amd and bool(capabilities.get("avx2")), amd and bool(capabilities.get("avx512_f")))
