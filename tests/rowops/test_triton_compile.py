@@ -99,6 +99,11 @@ def test_this_triton_has_a_committed_table() -> None:
         )
 
 
+def test_the_pinned_and_the_newest_triton_have_tables() -> None:
+    assert triton_resources.SHOWN in TABLES
+    assert {version.rpartition(".")[0] for version in TABLES} >= {"3.7", "3.9"}
+
+
 @pytest.mark.parametrize("version", TABLES)
 def test_a_committed_table_lists_what_is_launched_and_nothing_spills(version: str) -> None:
     rows = TABLES[version]["rows"]

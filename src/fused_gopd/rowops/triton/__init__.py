@@ -149,10 +149,10 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     much per column: half the columns; in 16 bits, where that is one load still, one tile ahead.
 
     Left alone, NVIDIA's compilers spill some of these kernels to fit one more program on a multiprocessor, each version
-    others (Triton 3.6 to 3.9, tables in tests/data). Told how many registers it may take none of them does: 128 are two
-    programs; with single loads, whose addresses are all live, 255 are one. So several models are told; on Hopper, whose
-    tiles were measured left alone, only the demanding ones, since what is allowed is taken: `full` in float32 would
-    have 74 registers for 40, three programs for six.
+    others (seen in 3.6 to 3.9; tables in tests/data). Told how many registers it may take none of them does: 128 are
+    two programs; with single loads, whose addresses are all live, 255 are one. So several models are told; on Hopper,
+    whose tiles were measured left alone, only the demanding ones, since what is allowed is taken: `full` in float32
+    would have 74 registers for 40, three programs for six.
     """
     given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
     raws = [m.raw for m in given]
