@@ -164,7 +164,7 @@ class LinearAccumulator:
     def __init__(self, problem: Problem, requires: RequiresGrad, buffers: Buffers) -> None:
         student = problem.student
         assert isinstance(student, LinearHead)
-        self.unit_scale = at_unit_scale(problem)
+        self.unit_scale, self._dtype = at_unit_scale(problem), gemm.gradient_dtype(student.weight)
         self._problem, self._student, self._buffers = problem, student, buffers
         self._rows = self._weight = self._bias = None
         if requires.rows:
@@ -184,7 +184,8 @@ class LinearAccumulator:
             self._bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
 
     def buffer(self, row_problem: RowProblem, start: int, stop: int) -> Tensor:
-        return gradient_buffer(self._student, row_problem.student.raw)
+        raw = row_problem.student.raw
+        return raw if raw.dtype == self._dtype else gradient_buffer(self._student, raw)
 
     def written(
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
@@ -194,8 +195,10 @@ class LinearAccumulator:
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         student, problem, weight = self._student, self._problem, self._columns
         dlogits = parts[0].dlogits if whole is None else gradient_buffer(student, whole)  # (C, V)
-        rows_scale = _concatenated([part.rows_scale for part in parts])
-        weight_scale = _concatenated([part.weight_scale for part in parts])
+        rows_scale, weight_scale = parts[0].rows_scale, parts[0].weight_scale
+        if len(parts) > 1:
+            rows_scale = _concatenated([part.rows_scale for part in parts])
+            weight_scale = _concatenated([part.weight_scale for part in parts])
         at_token, smallest, total, hidden = parts[0].at_token, problem.options.grad_filter, None, None
         if self._weight is not None:
             total = self._weight if len(weight) == len(self._weight) else self._weight[: len(weight)]

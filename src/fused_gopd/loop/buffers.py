@@ -47,6 +47,9 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
     return replace(problem, student=student, routes=routes)
 
 
+Reader = Callable[[int, int], Tensor]  # (start, stop) -> the rows of these tokens
+
+
 class Buffers:
     """Logits buffers by slot ("student", "teacher", "ref", "other") and dtype, allocated on first use.
 
@@ -56,11 +59,11 @@ class Buffers:
     def __init__(self, problem: Problem, chunk_size: int) -> None:
         self._problem, self._chunk_size = problem, chunk_size
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        # a buffer and the weight (width, H) that its logits are made of, by slot, head and number of tokens
-        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, Tensor]] = {}
+        # by slot, head and number of tokens: a buffer, the weight (width, H) of its logits, how hidden states are read
+        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, Tensor, Reader]] = {}
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
-        self._readers: dict[int, Callable[[int, int], Tensor]] = {}  # by head
+        self._readers: dict[int, Reader] = {}  # by head
         self._hidden: tuple[int, int, Tensor] | None = None  # the student's hidden states that were read last
         heads = [head for route in problem.routes for head in (route.teacher, route.ref) if head is not None]
         self._stride = row_stride(max([columns(problem, head) for head in (problem.student, *heads)]))
@@ -107,10 +110,11 @@ class Buffers:
             width, dtype = columns(self._problem, head), self._problem.options.chunk_dtype
             out = self._buffer(slot, dtype or accumulation_dtype(head.weight), tokens, width)
             weight = head.weight if width == head.weight.shape[0] else head.weight[:width]
-            loaded = self._loaded[key] = ModelRows(out, transform_of(head)), weight
-        rows, weight = loaded
-        if weight.shape[0]:
-            gemm.logits_(rows.raw, self.hidden(head, start, stop), weight)
+            loaded = self._loaded[key] = ModelRows(out, transform_of(head)), weight, self._reader(head, head.hidden)
+        rows, weight, read = loaded
+        if len(weight):
+            student = head is self._problem.student
+            gemm.logits_(rows.raw, self.hidden(head, start, stop) if student else read(start, stop), weight)
         return rows
 
     def exponentials(self, start: int, stop: int) -> Tensor:
@@ -118,7 +122,7 @@ class Buffers:
         width = columns(self._problem, self._problem.student)
         return self._buffer("student", torch.bfloat16, stop - start, width)
 
-    def _reader(self, head: Head, x: Tensor) -> Callable[[int, int], Tensor]:
+    def _reader(self, head: Head, x: Tensor) -> Reader:
         """How rows of a head's hidden states or logits are read."""
         reader = self._readers.get(id(head))
         if reader is None:

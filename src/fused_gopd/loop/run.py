@@ -222,9 +222,9 @@ def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -
     Returns the results, and where there are several the memory of the chunk's student logits (C, V), now gradients.
     """
     tokens, size = chunk.stop - chunk.start, problem.frozen_chunk_size
-    step = tokens if size is None else balanced(tokens, size, problem.device.type)
-    if step >= tokens:
+    if size is None or size >= tokens:
         return [make(chunk)], None
+    step = balanced(tokens, size, problem.device.type)
     whole = chunk.buffers.load_whole_chunk(chunk.start, chunk.stop)
     starts = range(chunk.start, chunk.stop, step)
     made = [make(chunk.part(start, min(start + step, chunk.stop))) for start in starts]

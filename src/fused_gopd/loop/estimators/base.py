@@ -36,7 +36,7 @@ class Chunk:
     def __init__(self, route: Route, shared: tuple[Buffers, Tensor, Tensor], start: int, stop: int) -> None:
         self.buffers, self.statistics, first_rows = self._shared = shared
         self.route, self.start, self.stop, self.tokens = route, start, stop, slice(start, stop)
-        self.own = first_rows if stop - start == first_rows.shape[1] else first_rows.narrow(1, start, stop - start)
+        self.own = first_rows if stop - start == first_rows.shape[1] else first_rows[:, start:stop]
 
     def part(self, start: int, stop: int) -> Chunk:
         return Chunk(self.route, self._shared, start, stop)
@@ -77,6 +77,7 @@ class Estimator:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._columns = columns(problem, problem.student)
 
     @property
     def statistics_rows(self) -> int:
@@ -159,7 +160,7 @@ class Estimator:
         ids, student = problem.token_ids, problem.student
         teacher, ref = (route.teacher, route.ref) if joint else (None, None)
         return RowProblem(
-            columns(problem, student),
+            self._columns,
             buffers.load(student, "student", start, stop, writable),
             teacher=None if teacher is None else buffers.load(teacher, "teacher", start, stop),
             ref=None if ref is None else buffers.load(ref, "ref", start, stop),
