@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .agreement import agreement_of, shared_by
+from .agreement import Agreement, agreement_of, shared_by
 from .checks import require_count, require_device, require_integer, require_reverse_mode, require_shape
 from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
 from .loop.chunking import chunk_size_for
@@ -53,25 +54,31 @@ def prepare_scoring(
         agreement = agreement_of(shards, values, models, rows, [(0, rows.count)], function)
     if head.shard is not None:
         head = replace(head, shard=head.shard.within(vocab_size))
-    problem = _problem(head, rows, ids, vocab_size, chosen.chunk_size, chosen.backend)
-    return replace(problem, agreement=agreement)
+    return _problem(head, rows, ids, vocab_size, chosen.chunk_size, chosen.backend, agreement)
 
 
 def _problem(
-    head: Head, rows: TokenRows, token_ids: Tensor | None, vocab_size: int, chunk_size: int | None, backend: str
+    head: Head,
+    rows: TokenRows,
+    token_ids: Tensor | None,
+    vocab_size: int,
+    chunk_size: int | None,
+    backend: str,
+    agreement: Agreement | None = None,
 ) -> Problem:
     device, dtype = head.rows.device, accumulation_dtype(head.rows)
     columns = vocab_size if head.shard is None else head.shard.largest
     return Problem(
         options=_DEFAULT,
-        divergence=ReverseKL(),
+        divergence=_NO_DIVERGENCE,
         student=head,
         routes=(Route(start=0, stop=rows.count),),
         rows=rows,
         sequences=Sequences(rows.shape),
         vocab_size=vocab_size,
         token_ids=token_ids,
-        weights=torch.ones((), dtype=dtype, device=device),
+        weights=torch.empty((), dtype=dtype, device=device),  # never read
+        agreement=agreement,
         recomputes=True,
         ops=select_backend(backend, device, {head.rows.dtype}),
         chunk_size=chunk_size or chunk_size_for(columns, isinstance(head, LinearHead), device.type, dtype.itemsize),
@@ -80,11 +87,20 @@ def _problem(
     )
 
 
-_DEFAULT = LossOptions()
+_DEFAULT, _NO_DIVERGENCE = LossOptions(), ReverseKL()
 
 
-def _options(**options: Any) -> LossOptions:
-    return _DEFAULT if all(DEFAULTS[name] is x for name, x in options.items()) else checked(LossOptions(**options))
+def _options(chunk_size: Any = None, backend: Any = "auto") -> LossOptions:
+    """The options in their normal form, checked once for each pair of values."""
+    try:
+        return _checked(chunk_size, backend)
+    except TypeError:  # not hashable, or wrong: the check says which
+        return checked(LossOptions(chunk_size=chunk_size, backend=backend))
+
+
+@functools.lru_cache(typed=True)
+def _checked(chunk_size: Any, backend: Any) -> LossOptions:
+    return checked(LossOptions(chunk_size=chunk_size, backend=backend))
 
 
 def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,9 @@ def transform_of(head: Head) -> LogitTransform:
 
 def with_gemm_dtype_weights(problem: Problem) -> Problem:
     """The problem with float32 master weights rounded to the dtype of their hidden states, once for all chunks."""
+    heads = [problem.student, *(head for route in problem.routes for head in (route.teacher, route.ref))]
+    if not any(isinstance(head, LinearHead) and head.weight.dtype != head.hidden.dtype for head in heads):
+        return problem
     rounded: dict[tuple[object, ...], Tensor] = {}  # models and routes may share a weight
 
     def of(head: Head | None) -> Head | None:
@@ -41,8 +44,6 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
 
     student = of(problem.student)
     routes = tuple(replace(route, teacher=of(route.teacher), ref=of(route.ref)) for route in problem.routes)
-    if not rounded:
-        return problem
     assert student is not None
     return replace(problem, student=student, routes=routes)
 
