@@ -93,7 +93,7 @@ def forward_with_gradients(
     accumulator = accumulator_for(problem, requires, buffers)
     student, statistics, unit = problem.student, no_statistics(estimator), accumulator.unit_scale
     folds = unit and isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
-    each = weights.expand(problem.rows.count)
+    spread: dict[int, Tensor] = {}  # a weight that all tokens share, (C,) by C
 
     def scales(part: Chunk, token_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The factors of a gradient at unit scale, once its statistics are known: of the rows, of the weight."""
@@ -102,7 +102,12 @@ def forward_with_gradients(
         return rows_scale, rows_scale if folds else slope
 
     def sub_chunk(part: Chunk) -> Part | None:
-        token_weights = weights if unit and weights.ndim == 0 else each[part.tokens]
+        token_weights = weights if weights.ndim == 0 else weights[part.tokens]
+        if weights.ndim == 0 and not unit:
+            C = part.stop - part.start
+            if C not in spread:
+                spread[C] = weights.expand(C)
+            token_weights = spread[C]
         if problem.options.store_exponentials:
             stored, factor = _stored(problem, part)
             estimator.scored(part)
