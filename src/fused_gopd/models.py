@@ -197,8 +197,10 @@ def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = 
     for model in models:
         if isinstance(model, (LinearHead, Logits)):
             tensors: dict[str, Any] = model.tensors
-            if any(x.requires_grad for x in tensors.values()):
-                model = replace(model, **{name: x.detach() for name, x in tensors.items()})
+            for x in tensors.values():
+                if x.requires_grad:
+                    model = replace(model, **{name: x.detach() for name, x in tensors.items()})
+                    break
             heads.append(model if cut is None else cut(model))
         else:
             heads.append(None)

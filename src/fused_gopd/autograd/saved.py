@@ -65,9 +65,13 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
 
 def _flattened(x: Any, kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Any:
     """The spec of these fields; x itself where none of them has tensors."""
-    inside = [name for name, y in fields.items() if _holds_tensors(type(y))]  # type: ignore[arg-type]
-    for name in inside:
-        fields[name] = flatten(fields[name], tensors)
+    inside = False
+    for name, y in fields.items():
+        if isinstance(y, Tensor):
+            tensors.append(y)
+            fields[name], inside = TensorSlot(len(tensors) - 1), True
+        elif _holds_tensors(type(y)):  # type: ignore[arg-type]
+            fields[name], inside = flatten(y, tensors), True
     return Spec(kind, fields) if inside else x
 
 

@@ -28,9 +28,6 @@ def transform_of(head: Head) -> LogitTransform:
 
 def with_gemm_dtype_weights(problem: Problem) -> Problem:
     """The problem with float32 master weights rounded to the dtype of their hidden states, once for all chunks."""
-    heads = [problem.student, *(head for route in problem.routes for head in (route.teacher, route.ref))]
-    if not any(isinstance(head, LinearHead) and head.weight.dtype != head.hidden.dtype for head in heads):
-        return problem
     rounded: dict[tuple[object, ...], Tensor] = {}  # models and routes may share a weight
 
     def of(head: Head | None) -> Head | None:
@@ -43,7 +40,10 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
         return replace(head, weight=rounded[key])
 
     student = of(problem.student)
-    routes = tuple(replace(route, teacher=of(route.teacher), ref=of(route.ref)) for route in problem.routes)
+    frozen = [(of(route.teacher), of(route.ref)) for route in problem.routes]
+    if not rounded:
+        return problem
+    routes = tuple(replace(r, teacher=q, ref=ref) for r, (q, ref) in zip(problem.routes, frozen, strict=True))
     assert student is not None
     return replace(problem, student=student, routes=routes)
 

@@ -25,7 +25,10 @@ _BLOCK_ELEMENTS = 1 << 20
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def unavailable_reason() -> str | None:
