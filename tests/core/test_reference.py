@@ -113,3 +113,11 @@ def test_score_cancelled_scores_it(cancelled, lam):
     fused, _ = run(batch, reward_scale=lam, score_cancelled=True, backend="torch")
     name = f"{cancelled}_logprobs"
     assert_close(getattr(dense, name), getattr(fused, name), TOLERANCE)
+
+
+@pytest.mark.parametrize("loss", [fg.gopd_loss, fg.reference.gopd_loss])
+def test_score_cancelled_has_nothing_to_score_where_the_model_is_not_given(loss):
+    batch = make_batch(8)
+    out = loss(batch.student, batch.teacher, None, batch.token_ids, score_cancelled=True)
+    assert out.ref_logprobs is None
+    assert out.teacher_logprobs is not None
