@@ -350,6 +350,7 @@ def _append(key: list[Any], value: Any) -> bool:
         bias = value.bias
         weight = value.weight
         key += (kind, *_meta(value.hidden), *_meta(weight), weight.requires_grad, None if bias is None else _meta(bias))
+        key.append(value.softcap is None)  # store_exponentials has none
         return value.shard is None
     if kind is Logits:
         key += (kind, *_meta(value.logits))

@@ -1223,6 +1223,8 @@ def test_store_exponentials_refuses_what_it_has_no_gradient_for() -> None:
     refused("LinearHead with bfloat16 hidden states as the student, got Logits", fg.Logits(hidden @ weight.T))
     refused("got hidden states of torch.float32", fg.LinearHead(hidden.float(), weight.float()))
     refused("softcap", fg.LinearHead(hidden, weight, softcap=30.0))
+    # the first call above was the same but for the softcap, and what it may have is kept
+    refused("softcap", fg.LinearHead(hidden, weight, softcap=30.0), backend="torch")
     refused("baseline='expected'", baseline="expected")
     refused("grad_filter", grad_filter=1e-4)
     refused("chunk_dtype", chunk_dtype=torch.bfloat16)
