@@ -222,7 +222,7 @@ def add_dweight_(
     for rows in _blocks(accumulator.shape[0], max(hidden.shape)):
         width = rows.stop - rows.start
         if buffer is None:
-            buffer = torch.empty(2, C * width, dtype=torch.float32)
+            buffer = torch.empty(2, C * width, dtype=torch.float32, device=dlogits.device)
         # PyTorch transposes a contiguous matrix several times as fast as a slice of columns
         columns = buffer[0, : C * width].view(C, width).copy_(dlogits[:, rows])
         product = _onednn(buffer[1, : C * width].view(width, C).copy_(columns.T), hidden)

@@ -139,7 +139,7 @@ class NativeRowOps:
             scales = _vector("reward_scale", reward_scale, rows, alive)
         else:
             scale = reward_scale
-        out = torch.empty(rows, dtype=torch.float32)
+        out = torch.empty(rows, dtype=torch.float32, device="cpu")
         _load().losses(
             divergence=kind,
             reward_scale=scale,
