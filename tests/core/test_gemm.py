@@ -164,7 +164,8 @@ def test_blocks_of_many_tokens_are_not_larger_than_those_of_a_wide_weight(monkey
 
 
 def test_a_default_device_is_not_that_of_the_operands():
-    dlogits, hidden, total = normal(6, 13), normal(6, 8, seed=1), torch.empty(13, 8)
+    f32 = torch.float32
+    dlogits, hidden, total = normal(6, 13, dtype=f32), normal(6, 8, dtype=f32, seed=1), torch.empty(13, 8)
     with torch.device("meta"):
         gemm.add_dweight_(total, dlogits, hidden, first=True)
     assert_close(total, dlogits.T @ hidden, 1e-6)
