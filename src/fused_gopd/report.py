@@ -67,7 +67,8 @@ class _Fields(NamedTuple):
     labels: Tensor | None  # (n,)
 
     def field(self, name: str) -> Tensor:
-        with torch.no_grad():
+        # read in inference mode, a field would be an inference tensor ever after
+        with torch.inference_mode(False), torch.no_grad():
             vector = self._vector(name)
             assert vector is not None
             # cloned: scatter may return a view, and no output shares memory with another

@@ -622,6 +622,15 @@ def test_outputs_of_inference_mode_are_read_outside(backend):
     assert out.metrics().to_dict() == want.metrics().to_dict()
 
 
+def test_a_field_that_is_first_read_in_inference_mode_can_be_trained_with(backend):
+    batch, factor = make_batch(23, dtype=F32), torch.ones(2, 3, requires_grad=True)
+    out = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, backend=backend)
+    with torch.inference_mode():
+        out.advantages.sum()
+    (out.advantages * factor.sum()).sum().backward()
+    assert_close(factor.grad, out.advantages.sum().expand(2, 3), 1e-6)
+
+
 # ------------------------------------------------------------------------------------------- strides and requires_grad
 
 
