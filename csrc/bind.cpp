@@ -43,13 +43,15 @@ const Kernels& chosen_kernels() {
   return kernels;
 }
 
+constexpr int int64_dtype = 3;  // after those of DType
+
 // A tensor as PyTorch's attributes describe it. Reading them takes Python a microsecond a tensor, and a call has five.
 class PlainTensor {
  public:
   uintptr_t address = 0;  // 0: not what is asked for; rowops/native.py then finds out why
   int64_t size[2] = {}, stride[2] = {};
 
-  // Of n dimensions and a dtype (DType, or 3 for int64), dense, on the CPU, all of it within its storage, at a multiple
+  // Of n dimensions and a dtype (DType, or int64_dtype), dense, on the CPU, all of it within its storage, at a multiple
   // of aligned_to bytes.
   PlainTensor(nb::handle x, int dtype, int n, uintptr_t aligned_to) {
     static PyObject* const torch = PyImport_ImportModule("torch");  // these live as long as the process
@@ -98,6 +100,23 @@ class PlainTensor {
   }
 };
 
+// Of (rows,) that needs no copy.
+PlainTensor plain_vector(nb::handle x, int dtype, int64_t rows, bool any_stride) {
+  PlainTensor found(x, dtype, 1, dtype == int64_dtype ? 8 : 4);
+  if (found.size[0] != rows || !(any_stride || found.stride[0] == 1)) found.address = 0;
+  return found;
+}
+
+// Of (rows, columns) of unit stride whose rows do not overlap: statistics, or with more columns logits, which may begin
+// at any address.
+PlainTensor plain_matrix(nb::handle x, int dtype, int64_t rows, int64_t columns, bool more_columns) {
+  PlainTensor found(x, dtype, 2, more_columns ? 1 : 4);
+  const bool wide = more_columns ? found.size[1] >= columns : found.size[1] == columns;
+  const bool apart = found.stride[0] >= columns || rows == 1;
+  if (found.size[0] != rows || !wide || !apart || found.stride[1] != 1) found.address = 0;
+  return found;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const char* name : {"baseline", "avx2", "avx512"}) {
@@ -109,11 +128,47 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void run_job(const Job& job, int threads) {
+void run_job(Job& job, int steps, int threads) {
+  job.compute_statistics = (steps & steps::statistics) != 0;
+  job.compute_second_round = (steps & steps::second_round) != 0;
+  job.compute_gradient = (steps & steps::gradient) != 0;
+  job.stream_out = job.stream_out && job.out != job.student.raw;
   const Kernels& kernels = chosen_kernels();
   nb::gil_scoped_release release;
   run(kernels, job, threads);
   ++launch_count;
+}
+
+// What differs between the chunks of a walk: tensors, or None. False where one is not plain, with nothing done.
+bool run_plain(Job job, int steps, int threads, nb::handle reward_scales, nb::handle forward_weights,
+               nb::handle token_ids, nb::handle statistics, nb::handle divergence_weights, nb::handle token_weights,
+               nb::handle out, int out_dtype, const Policy* policy) {
+  bool plain = true;
+  const auto vector = [&](nb::handle x, int dtype, int64_t* stride) -> uintptr_t {
+    if (!plain || x.is_none()) return 0;
+    const PlainTensor found = plain_vector(x, dtype, job.rows, stride != nullptr);
+    if (stride != nullptr) *stride = found.stride[0];
+    plain = found.address != 0;
+    return found.address;
+  };
+  const auto matrix = [&](nb::handle x, int dtype, int64_t rows, int64_t columns, bool more, int64_t* stride) {
+    if (!plain || x.is_none()) return uintptr_t(0);
+    const PlainTensor found = plain_matrix(x, dtype, rows, columns, more);
+    *stride = found.stride[0];
+    plain = found.address != 0;
+    return found.address;
+  };
+  job.statistics = pointer<float>(matrix(statistics, 0, stat_count, job.rows, false, &job.statistics_stride));
+  job.token_ids = pointer<const int64_t>(vector(token_ids, int64_dtype, nullptr));
+  job.reward_scales = pointer<const float>(vector(reward_scales, 0, nullptr));
+  job.forward_weights = pointer<const float>(vector(forward_weights, 0, nullptr));
+  job.divergence_weights = pointer<const float>(vector(divergence_weights, 0, &job.divergence_weight_stride));
+  job.token_weights = pointer<const float>(vector(token_weights, 0, &job.token_weight_stride));
+  job.out = pointer<void>(matrix(out, out_dtype, job.rows, job.vocab, true, &job.out_stride));
+  job.out_dtype = static_cast<DType>(out_dtype);
+  job.policy = policy;
+  if (plain) run_job(job, steps, threads);
+  return plain;
 }
 
 }  // namespace
@@ -203,18 +258,14 @@ NB_MODULE(_native, m) {
   m.def(
       "vector_address",
       [](nb::handle x, int dtype, int64_t rows, bool any_stride) {
-        const PlainTensor found(x, dtype, 1, dtype == 3 ? 8 : 4);
-        return found.size[0] == rows && (any_stride || found.stride[0] == 1) ? found.address : 0;
+        return plain_vector(x, dtype, rows, any_stride).address;
       },
       "x"_a, "dtype"_a, "rows"_a, "any_stride"_a = false,
       "The address of a (rows,) float32 (dtype 0) or int64 (3) tensor that needs no copy; 0 for any other.");
   m.def(
       "matrix_address",
       [](nb::handle x, int dtype, int64_t rows, int64_t columns, bool more_columns) {
-        const PlainTensor found(x, dtype, 2, more_columns ? 1 : 4);
-        const bool wide = more_columns ? found.size[1] >= columns : found.size[1] == columns;
-        const bool apart = found.stride[0] >= columns || rows == 1;
-        return found.size[0] == rows && wide && apart && found.stride[1] == 1 ? found.address : 0;
+        return plain_matrix(x, dtype, rows, columns, more_columns).address;
       },
       "x"_a, "dtype"_a, "rows"_a, "columns"_a, "more_columns"_a,
       "The address of a (rows, columns) tensor of unit stride whose rows do not overlap: statistics, or with more "
@@ -223,30 +274,39 @@ NB_MODULE(_native, m) {
   m.attr("STATISTICS") = steps::statistics;
   m.attr("SECOND_ROUND") = steps::second_round;
   m.attr("GRADIENT") = steps::gradient;
-  m.def(
-      "run",
-      [](int steps, int threads, int64_t rows, int64_t vocab, const Model& student, const Model* teacher,
-         const Model* ref, double reward_scale, uintptr_t reward_scales, uintptr_t token_ids, int divergence,
-         const std::vector<double>& constants, float forward_weight, uintptr_t forward_weights, uintptr_t statistics,
-         int64_t statistics_stride, uintptr_t divergence_weights, int64_t divergence_weight_stride,
-         uintptr_t token_weights, int64_t token_weight_stride, uintptr_t out, int64_t out_stride, int out_dtype,
-         bool stream_out, const Policy* policy) {
+  nb::class_<Job>(m, "Job").def(
+      "__init__",
+      [](Job* self, int64_t rows, int64_t vocab, const Model& student, const Model* teacher, const Model* ref,
+         double reward_scale, int divergence, const std::vector<double>& constants, float forward_weight,
+         bool stream_out) {
         Job job;
-        job.compute_statistics = (steps & steps::statistics) != 0;
-        job.compute_second_round = (steps & steps::second_round) != 0;
-        job.compute_gradient = (steps & steps::gradient) != 0;
         job.rows = rows;
         job.vocab = vocab;
         job.student = student;
         if (teacher != nullptr) job.teacher = *teacher;
         if (ref != nullptr) job.ref = *ref;
         job.reward_scale = reward_scale;
-        job.reward_scales = pointer<const float>(reward_scales);
-        job.token_ids = pointer<const int64_t>(token_ids);
         job.divergence = static_cast<Divergence>(divergence);
         set_constants(job, constants.data(), constants.size());
         job.forward_weight = forward_weight;
+        job.stream_out = stream_out;
+        new (self) Job(job);
+      },
+      nb::kw_only(), "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(), "reward_scale"_a,
+      "divergence"_a, "constants"_a, "forward_weight"_a, "stream_out"_a, "What the chunks of a walk have in common.");
+  m.def("run_plain", &run_plain, "job"_a, "steps"_a, "threads"_a, "reward_scales"_a.none(), "forward_weights"_a.none(),
+        "token_ids"_a.none(), "statistics"_a, "divergence_weights"_a.none(), "token_weights"_a.none(), "out"_a.none(),
+        "out_dtype"_a, "policy"_a.none(),
+        "The same as run on tensors; False, with nothing done, where one of them is not plain.");
+  m.def(
+      "run",
+      [](Job job, int steps, int threads, uintptr_t reward_scales, uintptr_t forward_weights, uintptr_t token_ids,
+         uintptr_t statistics, int64_t statistics_stride, uintptr_t divergence_weights,
+         int64_t divergence_weight_stride, uintptr_t token_weights, int64_t token_weight_stride, uintptr_t out,
+         int64_t out_stride, int out_dtype, const Policy* policy) {
+        job.reward_scales = pointer<const float>(reward_scales);
         job.forward_weights = pointer<const float>(forward_weights);
+        job.token_ids = pointer<const int64_t>(token_ids);
         job.statistics = pointer<float>(statistics);
         job.statistics_stride = statistics_stride;
         job.divergence_weights = pointer<const float>(divergence_weights);
@@ -256,16 +316,13 @@ NB_MODULE(_native, m) {
         job.out = pointer<void>(out);
         job.out_stride = out_stride;
         job.out_dtype = static_cast<DType>(out_dtype);
-        job.stream_out = stream_out;
         job.policy = policy;
-        run_job(job, threads);
+        run_job(job, steps, threads);
       },
-      nb::kw_only(), "steps"_a, "threads"_a, "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(),
-      "reward_scale"_a, "reward_scales"_a, "token_ids"_a, "divergence"_a, "constants"_a, "forward_weight"_a,
-      "forward_weights"_a, "statistics"_a, "statistics_stride"_a, "divergence_weights"_a = 0,
-      "divergence_weight_stride"_a = 0, "token_weights"_a = 0, "token_weight_stride"_a = 0, "out"_a = 0,
-      "out_stride"_a = 0, "out_dtype"_a = 0, "stream_out"_a = false, "policy"_a = nb::none(),
-      "Compute the steps on a problem, without the GIL. Arguments are the fields of Job.");
+      nb::kw_only(), "job"_a, "steps"_a, "threads"_a, "reward_scales"_a, "forward_weights"_a, "token_ids"_a,
+      "statistics"_a, "statistics_stride"_a, "divergence_weights"_a = 0, "divergence_weight_stride"_a = 0,
+      "token_weights"_a = 0, "token_weight_stride"_a = 0, "out"_a = 0, "out_stride"_a = 0, "out_dtype"_a = 0,
+      "policy"_a = nb::none(), "Compute the steps on a job, without the GIL. Arguments are the fields of Job.");
   m.def(
       "isa", [] { return std::string(chosen_kernels().isa); },
       "The instruction set in use: the best of available_isas(), or FUSED_GOPD_ISA as read at the first use.");

@@ -108,6 +108,11 @@ def map_models(problem: RowProblem, function) -> RowProblem:
     return dataclasses.replace(problem, student=student, teacher=teacher, ref=ref)
 
 
+def unused(problem: RowProblem) -> RowProblem:
+    """The same with models that no call has seen."""
+    return map_models(problem, lambda m: ModelRows(m.raw, m.transform))
+
+
 def in_double(problem: RowProblem) -> RowProblem:
     wide = map_models(problem, lambda m: ModelRows(m.raw.double(), m.transform))
     lam = problem.reward_scale
@@ -450,7 +455,7 @@ def test_large_outputs_are_streamed_to_the_same_bits(monkeypatch):
         outs = [torch.full((5, 4099 + 8), 55.0)[:, offset : offset + 4099] for _ in range(2)]
         for out, threshold in zip(outs, (1 << 60, 0), strict=True):
             monkeypatch.setattr(native_backend, "_STREAM_BYTES", threshold)
-            NATIVE.statistics_and_gradient(problem, weights, out)
+            NATIVE.statistics_and_gradient(unused(problem), weights, out)
         assert bits(outs[0]) == bits(outs[1])
         assert (torch.as_strided(outs[1], (5, 4099 + 8), (4107, 1), 0)[:, offset + 4099 :] == 55.0).all()
 
@@ -587,6 +592,67 @@ def test_the_same_models_are_checked_again_for_other_rows_or_columns():
     narrower = NATIVE.statistics(dataclasses.replace(problem, vocab_size=100))
     anew = map_models(problem, lambda m: ModelRows(m.raw, m.transform))
     assert bits(narrower) == bits(NATIVE.statistics(dataclasses.replace(anew, vocab_size=100)))
+
+
+def test_what_changes_between_two_calls_on_the_same_models_is_noticed():
+    problem, weights = make_problem(divergence="jsd"), make_weights(5)
+    others = [
+        {"divergence": make_divergence("jsd", beta=0.7)},
+        {"divergence": make_divergence("reverse_kl")},
+        {"divergence": make_divergence("mixed", forward_weight=torch.linspace(0, 1, 5))},
+        {"reward_scale": 0.5},
+        {"reward_scale": torch.linspace(0, 1.5, 5)},
+        {"vocab_size": 100},
+        {"teacher": make_rows(5, 211, 9)},
+        {"ref": make_rows(5, 211, 9)},
+        {"ref": None},
+        {"teacher": None},
+        {"token_ids": problem.token_ids.flip(0)},
+        {"token_ids": problem.token_ids.repeat_interleave(2)[::2]},
+        {"teacher": None, "ref": None, "divergence": None},
+    ]
+    for change in others:
+        other = dataclasses.replace(problem, **change)
+        for each in (problem, other, other, problem):
+            for dtype in FLOATS:
+                outs = [torch.full((5, 214), 55.0, dtype=dtype)[:, :211] for _ in range(2)]
+                statistics = [
+                    NATIVE.statistics_and_gradient(x, weights, out)
+                    for x, out in zip((each, unused(each)), outs, strict=True)
+                ]
+                assert bits(statistics[0]) == bits(statistics[1]), change
+                assert bits(outs[0]) == bits(outs[1]), change
+
+    def error_of(problem, out):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            NATIVE.statistics_and_gradient(problem, weights, out)
+        return str(caught.value)
+
+    out = torch.empty(5, 211)
+    wrong = [
+        ({"vocab_size": -1}, out),
+        ({"vocab_size": 300}, out),
+        ({"reward_scale": 1.0, "teacher": None}, out),
+        ({"teacher": None, "ref": None}, out),
+        ({"divergence": SimpleNamespace(name="x", kind="x")}, out),
+        ({"teacher": make_rows(6, 211, 1)}, out),
+        ({"token_ids": torch.zeros(4, dtype=torch.int64)}, out),
+        ({"token_ids": None}, out),
+        ({}, out[:4]),
+        ({}, out[:, :210]),
+        ({}, out.double()),
+        ({}, out[:1].expand(5, 211)),
+    ]
+    for change, written in wrong:
+        NATIVE.statistics_and_gradient(problem, weights, out)
+        other = dataclasses.replace(problem, **change)
+        assert error_of(other, written) == error_of(unused(other), written)
+
+    # the same objects with their numbers elsewhere
+    for name in ("student", "teacher", "ref"):
+        raw = getattr(problem, name).raw
+        raw.set_(make_rows(5, 211, 17).raw)
+        assert bits(NATIVE.statistics(problem)) == bits(NATIVE.statistics(unused(problem))), name
 
 
 def test_lazily_negated_logits_are_refused():

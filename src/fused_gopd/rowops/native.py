@@ -33,6 +33,7 @@ from .torch import scale_
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/rowops.h
 _INT64 = 3  # after these, in csrc/bind.cpp
 
+
 # From this size on a float32 ``out`` is stored past the caches: nothing of it would still be there for the GEMM that
 # reads it next, and the stores need not fetch what they overwrite. 1.1 times faster at 256 x 151936 on two Sapphire
 # Rapids cores; the threshold is a common share of a last-level cache, not tuned.
@@ -76,7 +77,8 @@ class NativeRowOps:
 
     What the kernels are given are plain addresses, which they trust. A buffer of logits and its bias are checked when
     their ``ModelRows`` is used first, and again when their address has changed or another problem has other rows or
-    columns. Everything else is checked in every call.
+    columns. What the chunks of a walk have in common is held by the student's ``ModelRows``. All other tensors are
+    checked in every call.
     """
 
     name = "native"
@@ -131,7 +133,10 @@ class NativeRowOps:
         rows = statistics.shape[-1] if statistics.dim() else 0
         alive: list[Tensor] = []
         address, stride = _statistics("statistics", statistics, rows, alive)
-        kind, forward_weight, forward_weights = _kind(divergence, rows, alive)
+        kind, weight = _kind(divergence)
+        forward_weight, forward_weights = weight, 0
+        if isinstance(weight, Tensor):
+            forward_weight, forward_weights = 0.0, _vector("forward_weight", weight, rows, alive)
         if not any(has):
             raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
         scale, scales = 1.0, 0
@@ -199,74 +204,48 @@ def _run(
     weights: GradientWeights | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """The one place where a problem becomes addresses."""
+    """The one place where a problem's tensors become addresses: in C++, or here if one needs a copy or is wrong."""
+    native, token_ids = _load(), problem.token_ids
     alive: list[Tensor] = []  # copies that the kernels read
-    native, V, student, raw = _load(), problem.vocab_size, problem.student, problem.student.raw
-    rows = _rows(problem)
-    if V < 0:
-        raise ValueError(f"vocab_size must not be negative, got {V}")
-    model = _model("student", student, rows, V)
-    teacher = None if problem.teacher is None else _model("teacher", problem.teacher, rows, V)
-    ref = None if problem.ref is None else _model("ref", problem.ref, rows, V)
-    divergence = problem.divergence
-    kind, forward_weight, forward_weights = (0, 0.0, 0) if divergence is None else _kind(divergence, rows, alive)
-    if divergence is not None and teacher is None and ref is None:
-        raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
-    scale, scales = 1.0, 0
-    if isinstance(problem.reward_scale, Tensor):
-        scales = _vector("reward_scale", problem.reward_scale, rows, alive)
-        if teacher is None or ref is None:
-            raise ValueError("a reward_scale tensor needs both teacher and ref")
-    else:
-        scale = _as_the_kernels_see_it(problem.reward_scale)
-        if (scale == 0 and teacher is not None and ref is None) or (scale == 1 and ref is not None and teacher is None):
-            raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
-    ids = 0 if problem.token_ids is None else _vector("token_ids", problem.token_ids, rows, alive, _INT64)
-    writes = steps != native.GRADIENT
-    statistics_address, statistics_stride = _statistics("statistics", statistics, rows, alive, writes=writes)
-    policy = None
-    out_address = out_stride = out_dtype = w_d = d_stride = w_y = y_stride = 0
-    stream = False
-    if out is not None and weights is not None:
-        out_dtype = _DTYPES.get(out.dtype, 0)
-        out_address = native.matrix_address(out, out_dtype, rows, V, True) or _checked_out(out, rows, V)
-        out_stride = out.stride()[0]
-        stream = rows * V * out.dtype.itemsize >= _STREAM_BYTES and out_address != raw.data_ptr()
-        if problem.token_ids is None and (weights.token is not None or weights.policy is not None):
+    job, rows, forward_weights = _job(problem)
+    scales = problem.reward_scale if isinstance(problem.reward_scale, Tensor) else None
+    w_d = w_y = policy = None
+    dtype = 0
+    if weights is not None and out is not None:
+        w_d, w_y, dtype = weights.divergence, weights.token, _DTYPES.get(out.dtype, 0)
+        if token_ids is None and (w_y is not None or weights.policy is not None):
             raise ValueError(f"{'token weights need' if weights.policy is None else 'a policy needs'} token_ids")
-        if weights.divergence is not None:
-            w_d, d_stride = _weight("weights.divergence", weights.divergence, rows, alive)
-        if weights.token is not None:
-            w_y, y_stride = _weight("weights.token", weights.token, rows, alive)
         if weights.policy is not None:
             policy = _policy(weights.policy, rows, alive)
-    native.run(
-        steps=steps,
-        threads=torch.get_num_threads(),
-        rows=rows,
-        vocab=V,
-        student=model,
-        teacher=teacher,
-        ref=ref,
-        reward_scale=scale,
-        reward_scales=scales,
-        token_ids=ids,
-        divergence=kind,
-        constants=() if divergence is None else divergence.constants,
-        forward_weight=forward_weight,
-        forward_weights=forward_weights,
-        statistics=statistics_address,
-        statistics_stride=statistics_stride,
-        divergence_weights=w_d,
-        divergence_weight_stride=d_stride,
-        token_weights=w_y,
-        token_weight_stride=y_stride,
-        out=out_address,
-        out_stride=out_stride,
-        out_dtype=out_dtype,
-        stream_out=stream,
-        policy=policy,
-    )
+    threads, writes = torch.get_num_threads(), steps != native.GRADIENT
+    if not native.run_plain(
+        job, steps, threads, scales, forward_weights, token_ids, statistics, w_d, w_y, out, dtype, policy
+    ):
+        forward_address = 0 if forward_weights is None else _vector("forward_weight", forward_weights, rows, alive)
+        scales_address = 0 if scales is None else _vector("reward_scale", scales, rows, alive)
+        ids_address = 0 if token_ids is None else _vector("token_ids", token_ids, rows, alive, _INT64)
+        statistics_address, statistics_stride = _statistics("statistics", statistics, rows, alive, writes=writes)
+        out_address, out_stride = (0, 0) if out is None else _out(out, rows, problem.vocab_size)
+        d_address, d_stride = (0, 0) if w_d is None else _weight("weights.divergence", w_d, rows, alive)
+        y_address, y_stride = (0, 0) if w_y is None else _weight("weights.token", w_y, rows, alive)
+        native.run(
+            job=job,
+            steps=steps,
+            threads=threads,
+            reward_scales=scales_address,
+            forward_weights=forward_address,
+            token_ids=ids_address,
+            statistics=statistics_address,
+            statistics_stride=statistics_stride,
+            divergence_weights=d_address,
+            divergence_weight_stride=d_stride,
+            token_weights=y_address,
+            token_weight_stride=y_stride,
+            out=out_address,
+            out_stride=out_stride,
+            out_dtype=dtype,
+            policy=policy,
+        )
     # autograd cannot see the kernel's stores
     if writes and not statistics.is_inference():
         torch._C._increment_version((statistics,))
@@ -274,18 +253,76 @@ def _run(
         torch._C._increment_version((out,))
 
 
-def _kind(divergence: RowDivergence, rows: int, alive: list[Tensor]) -> tuple[int, float, int]:
-    """The number of its kind, and of ``mixed`` the weight of the forward KL or the address of one per token."""
+def _job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:
+    """What the chunks of a walk have in common: the kernels' ``Job``, its rows, and of ``mixed`` weights (C,).
+
+    From an earlier call where that was for the same student and for all that is compared here.
+    """
+    student, teacher, ref, divergence = problem.student, problem.teacher, problem.ref, problem.divergence
+    scale = None if isinstance(problem.reward_scale, Tensor) else problem.reward_scale
+    addresses = (
+        problem.vocab_size,
+        student.raw.data_ptr(),
+        None if teacher is None else teacher.raw.data_ptr(),
+        None if ref is None else ref.raw.data_ptr(),
+    )
+    held = student.kept.get("native job")
+    if held is not None:
+        made, old_teacher, old_ref, old_divergence, old_scale, old_addresses = held
+        if (
+            old_teacher is teacher
+            and old_ref is ref
+            and old_divergence is divergence
+            and old_scale is scale
+            and old_addresses == addresses
+        ):
+            return made  # type: ignore[no-any-return]
+    made = _new_job(problem)
+    student.kept["native job"] = made, teacher, ref, divergence, scale, addresses
+    return made
+
+
+def _new_job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:
+    V, rows, scale, divergence = problem.vocab_size, _rows(problem), problem.reward_scale, problem.divergence
+    if V < 0:
+        raise ValueError(f"vocab_size must not be negative, got {V}")
+    model = _model("student", problem.student, rows, V)
+    teacher = None if problem.teacher is None else _model("teacher", problem.teacher, rows, V)
+    ref = None if problem.ref is None else _model("ref", problem.ref, rows, V)
+    kind, forward_weight = (0, 0.0) if divergence is None else _kind(divergence)
+    if divergence is not None and teacher is None and ref is None:
+        raise ValueError(f"divergence={divergence.name!r} needs a teacher or a reference")
+    if isinstance(scale, Tensor):
+        scale = 1.0
+        if teacher is None or ref is None:
+            raise ValueError("a reward_scale tensor needs both teacher and ref")
+    else:
+        scale = _as_the_kernels_see_it(scale)
+        if (scale == 0 and teacher is not None and ref is None) or (scale == 1 and ref is not None and teacher is None):
+            raise ValueError(f"reward_scale={scale} cancels the only model besides the student")
+    forward_weights = forward_weight if isinstance(forward_weight, Tensor) else None
+    job = _load().Job(
+        rows=rows,
+        vocab=V,
+        student=model,
+        teacher=teacher,
+        ref=ref,
+        reward_scale=scale,
+        divergence=kind,
+        constants=() if divergence is None else divergence.constants,
+        forward_weight=0.0 if isinstance(forward_weight, Tensor) else forward_weight,
+        stream_out=rows * V * 4 >= _STREAM_BYTES,
+    )
+    return job, rows, forward_weights
+
+
+def _kind(divergence: RowDivergence) -> tuple[int, float | Tensor]:
+    """The number of its kind, and of ``mixed`` the weight of the forward KL, which may be (C,)."""
     kind = _kinds().get(divergence.kind)
     if kind is None:
         kinds = ", ".join(_kinds())
         raise ValueError(f"the kind of a divergence must be one of {kinds}, got {divergence.kind!r}")
-    if divergence.kind != "mixed":
-        return kind, 0.0, 0
-    weight: float | Tensor = divergence.forward_weight  # type: ignore[attr-defined]
-    if isinstance(weight, Tensor):
-        return kind, 0.0, _vector("forward_weight", weight, rows, alive)
-    return kind, weight, 0
+    return kind, divergence.forward_weight if divergence.kind == "mixed" else 0.0  # type: ignore[attr-defined]
 
 
 @functools.lru_cache
@@ -386,12 +423,12 @@ def _policy(policy: Policy, rows: int, alive: list[Tensor]) -> Any:
     )
 
 
-def _checked_out(out: Tensor, rows: int, V: int) -> int:
-    """The address of an ``out`` that may be written, although it is not as most are."""
+def _out(out: Tensor, rows: int, V: int) -> tuple[int, int]:
+    """Address and row stride of (C, >= V) numbers that may be written."""
     _check_rows("out", out, rows, V)
     if out.stride(0) < V and rows > 1:
         raise ValueError(f"the rows of out overlap: row stride {out.stride(0)}, vocabulary {V}")
-    return out.data_ptr()
+    return out.data_ptr(), out.stride(0)
 
 
 def _statistics(name: str, x: Tensor, rows: int, alive: list[Tensor], *, writes: bool = False) -> tuple[int, int]:

@@ -80,11 +80,38 @@ class Shim:
     def losses(self, **arguments):  # in the order of the C++ ones, as native.py has them
         self.c.losses(self.isa, *arguments.values())
 
-    def run(self, *, threads, constants, **arguments):
+    def Job(self, *, constants, **arguments):
+        numbers = (ctypes.c_double * len(constants))(*constants)
+        return {**arguments, "constants": numbers, "constant_count": len(constants)}
+
+    def run_plain(self, job, steps, threads, scales, forward_weights, ids, statistics, w_d, w_y, out, dtype, policy):
+        rows, arguments = job["rows"], {"out_dtype": dtype, "policy": policy}
+        tensors = {
+            "reward_scales": (scales, lambda x: self.vector_address(x, 0, rows), None),
+            "forward_weights": (forward_weights, lambda x: self.vector_address(x, 0, rows), None),
+            "token_ids": (ids, lambda x: self.vector_address(x, 3, rows), None),
+            "statistics": (
+                statistics,
+                lambda x: self.matrix_address(x, 0, len(Stat), rows, False),
+                "statistics_stride",
+            ),
+            "divergence_weights": (w_d, lambda x: self.vector_address(x, 0, rows, True), "divergence_weight_stride"),
+            "token_weights": (w_y, lambda x: self.vector_address(x, 0, rows, True), "token_weight_stride"),
+            "out": (out, lambda x: self.matrix_address(x, dtype, rows, job["vocab"], True), "out_stride"),
+        }
+        for name, (x, address, stride) in tensors.items():
+            arguments[name] = 0 if x is None else address(x)
+            if x is not None and not arguments[name]:
+                return False
+            if stride is not None:
+                arguments[stride] = 0 if x is None else x.stride(0)
+        self.run(job=job, steps=steps, threads=threads, **arguments)
+        return True
+
+    def run(self, *, job, threads, **arguments):
         assert threads >= 1
         assert set(arguments) <= set(RUN)
-        numbers = (ctypes.c_double * len(constants))(*constants)
-        given = {**arguments, "constants": numbers, "constant_count": len(constants)}
+        given = {**job, **arguments}
         self.c.run(self.isa, *(given.get(name) or (None if kind in (P, NUMBERS) else 0) for name, kind in RUN.items()))
 
 
