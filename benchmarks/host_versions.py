@@ -1,7 +1,7 @@
 """Host time of a call and of each further chunk, of two versions of the package in one run, timed in turn.
 
     pip install --no-deps --target OLD git+...@COMMIT
-    python -m benchmarks.host_versions OLD src --json RESULTS.json
+    python -m benchmarks.host_versions OLD src --json RESULTS.json docs/performance-log.md
 
 Forward and backward (log-probs: forward alone) of 8 tokens, H = 8 and V = 64 on the ``native`` backend, one thread:
 nothing but what the host does. Each version has a process of its own. They are asked for one case after the other, in
@@ -116,10 +116,13 @@ class Version:
 
 
 def main() -> None:
+    from .arguments import parse, publish
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs=2, metavar="FOLDER", help="where fused_gopd is: the old one, the new one")
+    parser.add_argument("pages", nargs="*", type=Path, help="pages whose region <!-- host --> takes the table")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parse(parser, "json")
     old, new = versions = [Version(folder) for folder in args.versions]
     for _ in range(ROUNDS):
         for case in CASES:
@@ -129,9 +132,9 @@ def main() -> None:
         name: {"old_us": before, "new_us": after, "ratio": round(after / before, 3)}
         for (name, before), after in zip(old.row().items(), new.row().values(), strict=True)
     }
-    print(f"{'us':34}{'old':>9}{'new':>9}{'ratio':>8}")
-    for name, row in rows.items():
-        print(f"{name:34}{row['old_us']:9.1f}{row['new_us']:9.1f}{row['ratio']:8.2f}")
+    lines = ["| us | before | now | ratio |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {r['old_us']:.0f} | {r['new_us']:.0f} | {r['ratio']:.2f} |" for name, r in rows.items()]
+    publish("host", "\n".join(["", *lines, ""]), args.pages)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
