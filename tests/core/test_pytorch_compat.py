@@ -712,6 +712,21 @@ def test_hooks_see_each_gradient_once_and_may_change_it(backend, reduction):
         assert torch.equal(leaf.grad, -g - g)  # what a hook wrote to is not handed out again
 
 
+@every_objective
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=str)
+def test_losses_of_tokens_may_be_written_to(backend, objective, shape):
+    """As by a trainer that weighs them in place."""
+    batch = make_batch(31, shape=shape, dtype=F32)
+    options = {"reward_scale": 1.25, "backend": backend, "reduction": "none", **objective}
+    weights = torch.arange(6.0).reshape(shape)
+    want = fg.gopd_loss(*batch.models, batch.token_ids, **options)
+    out = fg.gopd_loss(*batch.models, batch.token_ids, **options)
+    wanted = torch.autograd.grad((want.loss * weights).sum(), batch.leaves)
+    out.loss.mul_(weights)
+    assert all(map(torch.equal, torch.autograd.grad(out.loss.sum(), batch.leaves), wanted))
+    assert torch.equal(out.token_loss, want.token_loss)
+
+
 @pytest.fixture(params=["deterministic", "anomaly", "float64 default", "meta default", "grad disabled"])
 def mode(request):
     """A global mode, switched on for the length of a test."""

@@ -149,7 +149,9 @@ class Estimator:
     def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
         """The differentiable vectors (n,), and the values that they are part of."""
         values = self.values(statistics)
-        return (values.loss,), values
+        # autograd lets nobody write to an output that is a view, as one row of the statistics is
+        loss = values.loss.clone() if values.loss._is_view() else values.loss
+        return (loss,), values
 
     # -------------------------------------------------------------------------------------------------------- helpers
 
