@@ -594,6 +594,18 @@ def test_the_same_models_are_checked_again_for_other_rows_or_columns():
     assert bits(narrower) == bits(NATIVE.statistics(dataclasses.replace(anew, vocab_size=100)))
 
 
+def test_a_bias_that_was_copied_lives_as_long_as_what_was_made_of_it():
+    problem = make_problem()
+    teacher = ModelRows(problem.teacher.raw, LogitTransform(bias=torch.linspace(-3, 3, 211).bfloat16()))
+    problem = dataclasses.replace(problem, teacher=teacher)
+    want = NATIVE.statistics(problem)
+    # the same teacher beside another student, and narrower: its bias is copied once more
+    NATIVE.statistics(dataclasses.replace(problem, student=make_rows(5, 211, 9), vocab_size=100))
+    taken = [torch.full((211,), 1e3) for _ in range(64)]  # what was freed is given to others
+    assert bits(NATIVE.statistics(problem)) == bits(want)
+    assert len(taken) == 64
+
+
 def test_what_changes_between_two_calls_on_the_same_models_is_noticed():
     problem, weights = make_problem(divergence="jsd"), make_weights(5)
     others = [

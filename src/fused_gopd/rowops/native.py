@@ -347,7 +347,8 @@ def _model(name: str, model: ModelRows, rows: int, V: int) -> Any:
             raise TypeError(f"the bias of {name} must be floating, got {bias.dtype}")
         _check_memory(f"the bias of {name}", bias, (bias.shape[0] - 1) * bias.stride(0) + 1)
         bias = _aligned(bias.detach()[:V].to(torch.float32))
-        model.kept["native bias"] = bias  # its address is in the kernels' Model
+        # its address is in the kernels' Model, which a held Job may have copied: one for each V, as long as the rows
+        model.kept[f"native bias {V}"] = bias
     softcap = transform.softcap
     handle = _load().Model(
         # an empty tensor has no address, and none is the mark of a model that is not there
