@@ -611,8 +611,8 @@ def _disagreements() -> None:
     """All ranks raise the same message, which names the argument and both values, where one calls otherwise."""
     batch, shard, last = _batch(), _shard(), dist.get_rank() == dist.get_world_size() - 1
     sharded = _sharded(batch, dict.fromkeys(("student", "teacher", "ref"), "alike"), {"alike": shard})
-    refused = {"store_exponentials"}  # by any rank that shares a vocabulary: there is nothing to agree in
-    covered = {*DIFFERENT, *refused, "student", "teacher", "ref", "token_ids", "mask", "teacher_index", "cu_seqlens"}
+    unshared = {"store_exponentials"}  # refused by any rank that shares a vocabulary: there is nothing to agree in
+    covered = {*DIFFERENT, *unshared, "student", "teacher", "ref", "token_ids", "mask", "teacher_index", "cu_seqlens"}
     assert covered == {x for x, how in agreement.ARGUMENTS.items() if how is not agreement.Agree.OWN}
 
     def refused(name: str, shown: str, mine: Batch, options: dict[str, Any]) -> None:
