@@ -12,7 +12,6 @@ than one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -117,6 +116,7 @@ class Version:
 
 def main() -> None:
     from .arguments import parse, publish
+    from .run import write
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs=2, metavar="FOLDER", help="where fused_gopd is: the old one, the new one")
@@ -136,7 +136,7 @@ def main() -> None:
     lines += [f"| {name} | {r['old_us']:.0f} | {r['new_us']:.0f} | {r['ratio']:.2f} |" for name, r in rows.items()]
     publish("host", "\n".join(["", *lines, ""]), args.pages)
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(rows, args.json)
 
 
 if __name__ == "__main__":

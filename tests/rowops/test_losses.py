@@ -8,12 +8,7 @@ rounding of w included, on numbers of at most S. It is off by 12 eps S.
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,14 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from builders import row_divergence, why_not
+from builders import row_divergence
 from fused_gopd.objective.divergences import Divergence, Mixed
-from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
+from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat
 from fused_gopd.rowops.torch import TorchRowOps
+from interpreter import DEVICE, passed_when_interpreted
 
 INF, NAN = math.inf, math.nan
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRUTH = TorchRowOps()
 EPS = 2.0**-24
 READ = (Stat.LOGSUM_STUDENT, Stat.LOGSUM_TEACHER, Stat.LOGSUM_REF, Stat.LOGSUM_TARGET, Stat.MEAN_GAP, Stat.VALUE)
@@ -39,38 +33,10 @@ BOTH = (True, True)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and NaN in the interpreter
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
-def ops(request: pytest.FixtureRequest) -> Any:
-    name = request.param
-    if INTERPRETED and name != "triton":
-        pytest.skip("tested in the other process")
-    if name == "triton":
-        if not (INTERPRETED or DEVICE == "cuda"):
-            pytest.skip("no GPU and TRITON_INTERPRET is not set")
-        from fused_gopd.rowops.triton import Tiles, TritonRowOps
-
-        return (
-            TritonRowOps(Tiles(repeat=2, lanes=16, vector=4, num_warps=1, stages=1)) if INTERPRETED else TritonRowOps()
-        )
-    if (reason := why_not(name)) is not None:
-        pytest.skip(reason)
-    return select_backend(name, torch.device("cpu"), {torch.float32})
-
-
 @pytest.mark.interpreter
 def test_interpreted_suite_passes() -> None:
     """This file in Triton's interpreter, which is chosen when the kernels are first imported."""
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout[-2000:]
-    assert int(passed[1]) >= 15, run.stdout[-2000:]
+    assert passed_when_interpreted(__file__) >= 15
 
 
 def test_kernels_number_the_rows_as_the_interface_does() -> None:

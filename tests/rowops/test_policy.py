@@ -14,11 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,48 +35,19 @@ from fused_gopd.rowops import (
     select_backend,
 )
 from fused_gopd.rowops.torch import TorchRowOps
+from interpreter import DEVICE, INTERPRETED, passed_when_interpreted
 
 INF, NAN = math.inf, math.nan
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRUTH = TorchRowOps()
 EPS = 2.0**-24
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and NaN in the interpreter
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
-def ops(request: pytest.FixtureRequest) -> Any:
-    name = request.param
-    if INTERPRETED and name != "triton":
-        pytest.skip("tested in the other process")
-    if name == "triton":
-        if not (INTERPRETED or DEVICE == "cuda"):
-            pytest.skip("no GPU and TRITON_INTERPRET is not set")
-        from fused_gopd.rowops.triton import Tiles, TritonRowOps
-
-        return (
-            TritonRowOps(Tiles(repeat=2, lanes=16, vector=4, num_warps=1, stages=1)) if INTERPRETED else TritonRowOps()
-        )
-    if (reason := why_not(name)) is not None:
-        pytest.skip(reason)
-    return select_backend(name, torch.device("cpu"), {torch.float32})
-
-
 @pytest.mark.interpreter
 def test_interpreted_suite_passes() -> None:
     """This file in Triton's interpreter, which is chosen when the kernels are first imported."""
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout[-2000:]
-    assert int(passed[1]) >= 15, run.stdout[-2000:]
+    assert passed_when_interpreted(__file__) >= 15
 
 
 def test_kernels_number_the_rows_as_the_interface_does() -> None:
@@ -400,7 +366,9 @@ def test_the_gradient_with_a_policy_is_that_with_its_weights(ops: Any, divergenc
     assert torch.equal(twice, want)
     assert torch.equal(once, want)
     assert want[0].any()
-    ops.statistics_and_gradient(problem, weights.scaled(torch.tensor(2.0, dtype=wide, device=DEVICE)), once)
+    two = torch.tensor(2.0, dtype=wide, device=DEVICE)
+    doubled = GradientWeights(None if w_d is None else two * w_d, two.expand(6) if w_y is None else two * w_y, policy)
+    ops.statistics_and_gradient(problem, doubled, once)
     assert torch.equal(once, 2 * want)
 
 

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,17 +24,13 @@ from fused_gopd.rowops import GradientWeights, LinearExponentials, LogitTransfor
 from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.torch import TorchRowOps
 from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
+from interpreter import DEVICE, INTERPRETED, RUNNABLE, SMALL, passed_when_interpreted
 from test_masks import check_rows, problem_of
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-RUNNABLE = INTERPRETED or DEVICE == "cuda"
 INF, NAN = math.inf, math.nan
 
-# 128 columns: a V of 211 is one full tile and a tail. The interpreter's time goes by tiles, not by columns.
-SMALL = Tiles(repeat=2, lanes=16, vector=4, num_warps=1, stages=1)
 SMALL_LINEAR = LinearTiles(rows=16, vocabulary=32, hidden=16, group=2, num_warps=4, num_stages=2)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and NaN in the interpreter
@@ -64,16 +55,7 @@ def _seed() -> None:
 @pytest.mark.interpreter
 def test_interpreted_suite_passes(part: str) -> None:
     """This file, interpreted, in its own process; in two parts that may run side by side."""
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}  # tensors are small; no workers of its own
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", part, str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed, run.stdout[-2000:]
-    assert int(passed[1]) > 40, run.stdout[-2000:]
+    assert passed_when_interpreted(__file__, "-k", part) > 40
 
 
 def test_kernels_number_the_statistics_as_the_interface_does() -> None:

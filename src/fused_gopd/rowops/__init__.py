@@ -187,6 +187,21 @@ class PolicyRule(NamedTuple):
     clip_dual: float | None = None
     rollout_is_cap: float | None = None
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What kernels take: a step that is left out has infinities, which change nothing."""
+        advantage_low, advantage_high = self.advantage_clip or (-math.inf, math.inf)
+        low, high = self.clip or (math.inf, math.inf)
+        return {
+            "logprob_min": -math.inf if self.logprob_min is None else float(self.logprob_min),
+            "advantage_low": float(advantage_low),
+            "advantage_high": float(advantage_high),
+            "ratio_low": 1.0 - low,
+            "ratio_high": 1.0 + high,
+            "clip_dual": math.inf if self.clip_dual is None else float(self.clip_dual),
+            "importance_cap": math.inf if self.rollout_is_cap is None else float(self.rollout_is_cap),
+        }
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -220,15 +235,6 @@ class GradientWeights:
     # With a policy the weight of p - 1[v = token] is ``token``, 1 where that is None, times -DLOGPROB of the student's
     # log-prob in the statistics.
     policy: Policy | None = None
-
-    def scaled(self, factor: Tensor) -> GradientWeights:
-        """All multiplied by a factor () or (C,)."""
-        divergence, token = (None if x is None else x * factor for x in (self.divergence, self.token))
-        if self.policy is not None and token is None:
-            scored = self.policy.teacher if self.policy.ref is None else self.policy.ref
-            assert scored is not None
-            token = factor.expand(scored.shape[1])
-        return GradientWeights(divergence, token, self.policy)
 
 
 class LinearExponentials(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from typing import Any
 
 import numpy as np
@@ -379,18 +378,8 @@ def _check_rows(name: str, x: Tensor, rows: int, V: int) -> None:
 
 @functools.lru_cache
 def _rule(rule: PolicyRule) -> Any:
-    """The kernels' ``PolicyRule``: infinities leave a step out."""
-    advantage_low, advantage_high = rule.advantage_clip or (-math.inf, math.inf)
-    low, high = rule.clip or (math.inf, math.inf)
-    return _load().PolicyRule(
-        logprob_min=-math.inf if rule.logprob_min is None else rule.logprob_min,
-        advantage_low=advantage_low,
-        advantage_high=advantage_high,
-        ratio_low=1.0 - low,
-        ratio_high=1.0 + high,
-        clip_dual=math.inf if rule.clip_dual is None else rule.clip_dual,
-        importance_cap=math.inf if rule.rollout_is_cap is None else rule.rollout_is_cap,
-    )
+    """The kernels' ``PolicyRule``."""
+    return _load().PolicyRule(**rule.numbers)
 
 
 def _policy(policy: Policy, rows: int, alive: list[Tensor]) -> Any:

@@ -407,18 +407,9 @@ def _divergence_arguments(divergence: RowDivergence | None) -> tuple[str, dict[s
     return kind, numbers | {"forward_weight_ptr": _vector(weight).contiguous()}, near_end
 
 
-_POLICY_NUMBERS = (
-    "logprob_min",
-    "advantage_low",
-    "advantage_high",
-    "ratio_low",
-    "ratio_high",
-    "clip_dual",
-    "importance_cap",
-)
 _POLICY_TENSORS = ("policy_teacher_ptr", "policy_ref_ptr", "policy_scale_ptr", "old_ptr", "rollout_ptr")
 _NO_POLICY: dict[str, Any] = {
-    **dict.fromkeys((*_POLICY_TENSORS, "policy_share", *_POLICY_NUMBERS)),
+    **dict.fromkeys((*_POLICY_TENSORS, "policy_share", *PolicyRule().numbers)),
     "policy_teacher_stride": 0,
     "policy_ref_stride": 0,
 }
@@ -426,13 +417,7 @@ _NO_POLICY: dict[str, Any] = {
 
 @functools.lru_cache
 def _rule_numbers(rule: PolicyRule) -> dict[str, float]:
-    """What a step takes that is left out changes nothing."""
-    advantage_low, advantage_high = rule.advantage_clip or (-math.inf, math.inf)
-    low, high = rule.clip or (math.inf, math.inf)
-    dual, cap = (math.inf if x is None else x for x in (rule.clip_dual, rule.rollout_is_cap))
-    least = -math.inf if rule.logprob_min is None else rule.logprob_min
-    numbers = (least, advantage_low, advantage_high, 1.0 - low, 1.0 + high, dual, cap)
-    return dict(zip(_POLICY_NUMBERS, map(float, numbers), strict=True))
+    return rule.numbers
 
 
 def _unit_stride(statistics: Tensor | None) -> Tensor | None:
