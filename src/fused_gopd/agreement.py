@@ -254,7 +254,7 @@ def _disagreement(shard: VocabShard, name: str, mine: object) -> str:
     return (
         f"all ranks that share a vocabulary must call the loss with the same {name}, got "
         f"{' and '.join(f'{value} on rank {rank}' for rank, value in enumerate(values))} of its group. Ranks with "
-        "tokens of their own (data or context parallel, FSDP) need the whole weight: docs/scaling.md"
+        "tokens of their own (data or context parallel, FSDP) need the whole weight: docs/parallelism.md"
     )
 
 

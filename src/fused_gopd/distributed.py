@@ -8,7 +8,7 @@ DDP, FSDP2 and ZeRO-3 gather parameters and reduce gradients in hooks around a m
 * :func:`gathered` gathers one weight for as long as a block lasts and reduces its gradient once, at the end.
 * :func:`normalization` counts tokens and sequences over ranks and micro-batches.
 
-``docs/scaling.md`` has the patterns. Nothing here has a vocabulary axis but the weights that are passed through.
+``docs/parallelism.md`` has the patterns. Nothing here has a vocabulary axis but the weights that are passed through.
 """
 
 from __future__ import annotations

@@ -198,7 +198,8 @@ def _of_dtensor(weight: Any) -> VocabShard | None:
         raise ValueError(
             f"a DTensor weight must have placement Shard(0) over one dimension of its mesh and Replicate over the "
             f"others, got {tuple(placements)}. Rows sharded over the tensor-parallel dimension alone do: gather what "
-            "FSDP shards first (docs/scaling.md), redistribute what is sharded otherwise, or pass weight.full_tensor()"
+            "FSDP shards first (docs/parallelism.md), redistribute what is sharded otherwise, or pass "
+            "weight.full_tensor()"
         )
     return VocabShard.even(weight.shape[0], mesh.get_group(cut[0]))
 

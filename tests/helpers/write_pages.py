@@ -1,6 +1,6 @@
 """Writes the generated parts of the documentation anew: read what changed, and the sentences around it.
 
-python tests/helpers/write_pages.py [--only scaling]
+python tests/helpers/write_pages.py [--only parallelism]
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 WRITERS = {
-    "scaling": "test_scaling",
-    "at-scale": "test_scale_configs",
-    "method": "test_method_page",
+    "parallelism": "test_parallelism",
+    "paper-settings": "test_scale_configs",
+    "guide": "test_guide",
     "models": "model_families",
 }
 

@@ -1,6 +1,6 @@
 """The paper's settings in ``benchmarks/reproduction/scale`` and their page, as far as they go without weights and GPUs.
 
-``python tests/helpers/write_pages.py`` writes the planner's figures into ``docs/at-scale.md``.
+``python tests/helpers/write_pages.py`` writes the planner's figures into ``docs/paper-settings.md``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import fused_gopd as fg
 import snapshots
 from fused_gopd.cli.distill import options as distill
 from fused_gopd.cli.plan.presets import PRESETS
-from test_scaling import _FENCE, gib, planned, with_outputs
+from test_parallelism import _FENCE, gib, planned, with_outputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = ROOT / "benchmarks" / "reproduction" / "scale"
-PAGE = ROOT / "docs" / "at-scale.md"
+PAGE = ROOT / "docs" / "paper-settings.md"
 
 
 def imported(name: str) -> Any:

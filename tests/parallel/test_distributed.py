@@ -130,7 +130,7 @@ def check(name: str, model: nn.Module, losses: list[Tensor], want: tuple[Tensor,
 
 
 def forward(wrapper: nn.Module, model: Any, step: Step, **options: Any) -> fg.GOPDOutput:
-    """The pattern of docs/scaling.md."""
+    """The pattern of docs/parallelism.md."""
 
     def loss() -> fg.GOPDOutput:
         hidden = model.body(step.ids)
@@ -229,7 +229,7 @@ def _recomputed() -> None:
 
 
 def _as_docs_say() -> None:
-    """What PyTorch does, on which the advice of docs/scaling.md rests."""
+    """What PyTorch does, on which the advice of docs/parallelism.md rests."""
     mine = PARTS[dist.get_rank()][1]
     # past the wrapper DDP reduces nothing, and says nothing
     for inside in (False, True):
@@ -640,7 +640,7 @@ def test_what_gathered_refuses():
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
 
 
 def recipes() -> Any:

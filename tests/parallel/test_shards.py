@@ -808,8 +808,8 @@ def _under_a_compiler() -> None:
 
 
 def _as_documented() -> None:
-    """The first lines of docs/scaling.md, as they stand there."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
+    """The first lines of docs/parallelism.md, as they stand there."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "parallelism.md").read_text()
     (source,) = re.findall(r"```python\n(shard = .*?)```", page, re.DOTALL)
     batch, bounds = _batch(), UNEVEN[dist.get_world_size()][dist.get_rank()]
     names: dict[str, Any] = {"fg": fg, "group": None, "start": bounds[0], "stop": bounds[1]}

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file trl/accelerate.yaml train_trl.py --config trl/same-size.yaml
 
-Options on the command line take precedence over those of the file. ``docs/at-scale.md`` says what has been run.
+Options on the command line take precedence over those of the file. ``docs/paper-settings.md`` says what has been run.
 """
 
 from __future__ import annotations

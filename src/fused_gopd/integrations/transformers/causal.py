@@ -63,7 +63,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
         if isinstance_if_imported(model, library, name):
             raise TypeError(
                 f"model must be the model inside the wrapper, got {name}: pass model.module, inside of "
-                "fused_gopd.distributed.in_forward(wrapper, ...), so that the wrapper's hooks run (docs/scaling.md)"
+                "fused_gopd.distributed.in_forward(wrapper, ...), so that the wrapper's hooks run (docs/parallelism.md)"
             )
     base = model
     if isinstance_if_imported(model, "peft", "PeftModel"):

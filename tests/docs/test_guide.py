@@ -1,4 +1,4 @@
-"""docs/method.md and its Chinese twin say the same, and their figures are the measured ones.
+"""docs/guide.md and its Chinese twin say the same, and their figures are the measured ones.
 
 ``python tests/helpers/write_pages.py`` writes the tables into both: the variances, and the curves of the reproduction.
 """
@@ -18,7 +18,7 @@ from fused_gopd.cli import bench
 verdicts = bench.benchmarks_module("reproduction.verdicts", needs=())
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {language: ROOT / "docs" / f"method{suffix}.md" for language, suffix in (("en", ""), ("zh", ".zh"))}
+PAGES = {language: ROOT / "docs" / f"guide{suffix}.md" for language, suffix in (("en", ""), ("zh", ".zh"))}
 HEADS = {"en": ("models", "baseline", "near", "far", "none"), "zh": ("模型", "基线", "相近", "较远", "无")}
 CURVES = {
     "en": ("students of", "teacher", "one teacher: addition", "two teachers: addition", "two teachers: strings"),
@@ -112,7 +112,7 @@ def test_full_takes_as_much_longer_than_sampled_as_the_pages_say() -> None:
 
 @pytest.mark.parametrize("what", [r"`[^`\n]+`", r"\d+(?:\.\d+)?", r"\]\(([^)#]+)", r"^(?:#+|- |\|)"])
 def test_both_languages_have_the_same_code_numbers_links_and_parts(what: str) -> None:
-    pages = (re.sub(r"^\[.*?\]\(method.*\n", "", page.read_text(), flags=re.MULTILINE) for page in PAGES.values())
+    pages = (re.sub(r"^\[.*?\]\(guide.*\n", "", page.read_text(), flags=re.MULTILINE) for page in PAGES.values())
     english, chinese = (sorted(re.findall(what, page, flags=re.MULTILINE)) for page in pages)
     assert english == chinese
 
