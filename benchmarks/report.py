@@ -18,8 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fused_gopd.cli import pictures
 
 from .arguments import edit, parse
 
@@ -282,53 +285,89 @@ def fill_compact(page: str, results: Path) -> str:
     return _COMPACT.sub(region, page)
 
 
-def _colour(provider: str) -> str:
-    for prefix, colour in (("fused", "C3"), ("eager", "0.55"), ("compile", "C7"), ("torch", "C1"), ("cce", "C2")):
-        if provider.startswith(prefix):
-            return colour
-    return {"liger": "C4", "quack": "C5", "orda": "C6", "unsloth": "C8"}.get(provider.partition("-")[0], "C0")
+_PICTURE_TITLES = {
+    "hidden-full": "G-OPD over the whole vocabulary: three models",
+    "hidden-sampled": "G-OPD at the sampled tokens: three models",
+    "logits-full": "G-OPD over the whole vocabulary: three models, logits given",
+    "logits-sampled": "G-OPD at the sampled tokens: three models, logits given",
+}
+# Names that people know, of each provider's plain form and of its variants.
+_PICTURE_NAMES = {
+    "eager": "PyTorch eager, all outputs",
+    "eager-lean": "PyTorch eager",
+    "compile": "torch.compile",
+    "compile-chunked": "torch.compile, chunks",
+    "torch-lce": "PyTorch linear CE",
+    "torch-lce-auto": "PyTorch linear CE, auto",
+    "cce": "cut-cross-entropy",
+    "cce-exact": "cut-cross-entropy, exact",
+    "cce-compile": "cut-cross-entropy, compiled",
+    "liger-flce-long": "Liger, long chunks",
+    "liger-jsd": "Liger fused linear JSD",
+    "liger-flce-sm90": "Liger, SM90",
+    "liger-scaled-ce": "Liger scaled CE, SM90",
+    "quack-lse": "quack, lse",
+}
 
 
-def _panel(axis: Any, rows: list[Row]) -> None:
-    points = []
-    for row in rows:
-        base = base_of(row, [])
-        if base is not None:
-            # the difference of resident sets may be slightly negative: the log axis starts at 1 MiB
-            points.append((row["ms_p50"] / base, max(1.0, row["peak_extra_bytes"] / 2**20), row["provider"]))
-    for i, (y, x, name) in enumerate(sorted(points)):
-        axis.plot(x, y, "o", color=_colour(name))
-        # points that are close in time have their labels on different sides
-        side = {"xytext": (5, 3), "ha": "left"} if i % 2 == 0 else {"xytext": (-5, 3), "ha": "right"}
-        axis.annotate(name, (x, y), textcoords="offset points", fontsize=7, **side)
-    times, sizes = [y for y, _, _ in points], [x for _, x, _ in points]
-    axis.axhline(1, color="0.8", linewidth=1)
-    axis.set_xscale("log", base=4 if max(sizes) < 256 * min(sizes) else 16)  # room for the labels
-    axis.set_yscale("log", base=2)
-    axis.set(xlim=(min(sizes) / 4, max(sizes) * 4), ylim=(min(1, *times) / 1.3, max(1, *times) * 1.5))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g} MiB" if x < 1024 else f"{x / 1024:g} GiB")
-    axis.yaxis.set_major_formatter("{x:g}×")
-    axis.set(xlabel="beyond inputs and gradients", ylabel="time to the floor")
-    axis.set_title(f"{rows[0]['job']}\n{_shape(rows[0])}", fontsize=9)
+def picture_name(provider: str) -> str:
+    if provider.startswith("fused-"):
+        variants = {"low-chunks": "bf16 chunks", "stored": "stored exp", "one-pass": "one pass", "torch": "torch"}
+        return ", ".join(["this package", *(said for part, said in variants.items() if part in provider)])
+    packages = {"liger": "Liger", "trl": "TRL"}
+    package = provider.partition("-")[0]
+    return _PICTURE_NAMES.get(provider, packages.get(package, package))
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Plot time relative to the floor against memory beyond inputs and gradients, a panel per job and shape."""
-    from matplotlib.figure import Figure
+def plot(result: dict[str, Any], path: Path, jobs: list[str] | None = None, providers: list[str] | None = None) -> None:
+    """Draw bars of memory beyond inputs and gradients and of time, a group of bars per job and shape."""
 
-    panels = [[r for r in rows if "ms_p50" in r and r.get("peak_extra_bytes") is not None] for rows in groups(result)]
-    panels = [rows for rows in panels if any(r.get("gemm_ms_p50") or r.get("bytes_ms_p50") for r in rows)]
+    def wanted(row: Row) -> bool:
+        both = "ms_p50" in row and row.get("peak_extra_bytes") is not None
+        return both and (providers is None or row["provider"] in providers)
+
+    found = [[row for row in rows if wanted(row)] for rows in groups(result, jobs)]
+    panels = [sorted(rows, key=lambda row: -row["peak_extra_bytes"]) for rows in found if rows]
     if not panels:
         raise ValueError("no row has both a time and a memory figure: nothing to plot")
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines + 0.4), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
+    shapes = list(dict.fromkeys(_shape(rows[0]) for rows in panels))
+    notes = textwrap.wrap(
+        "Memory: peak beyond inputs and gradients. Time: median of loss and gradients. "
+        f"{shapes[0] + '; ' if len(shapes) == 1 else ''}{result['device']}, "
+        f"commit {(result['commit'] or 'unknown')[:7]}, {result['date'][:10]}.",
+        72,
+    )
+    line, columns, length = 22, (180, 340), 78  # pixels: of a bar with its name, where bars start, the longest bar
+    height = line * sum(len(rows) + 2.4 for rows in panels) + 16 * len(notes) + 14
+    with pictures.picture(path, 484, height) as figure:
+        figure.set_layout_engine("none")
+        axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 484), ylim=(height, 0))
         axis.axis("off")
-    for rows, axis in zip(panels, axes, strict=False):
-        _panel(axis, rows)
-    figure.savefig(path, dpi=150)
+        y = line * 0.8
+        for rows in panels:
+            title = _PICTURE_TITLES.get(rows[0]["job"], TITLES.get(rows[0]["job"], rows[0]["job"]).partition(": ")[0])
+            axis.text(8, y, title + (f" ({_shape(rows[0])})" if len(shapes) > 1 else ""), weight="bold", va="center")
+            y += line
+            for x, heading in zip(columns, ("extra memory", "time"), strict=True):
+                axis.text(x, y, heading, color=pictures.MUTED, va="center")
+            for row in rows:
+                y += line
+                ours = row["provider"].startswith("fused-")
+                look = {"weight": "bold" if ours else "normal", "va": "center"}
+                axis.text(8, y, picture_name(row["provider"]), **look)
+                for x, key, said in zip(
+                    columns,
+                    ("peak_extra_bytes", "ms_p50"),
+                    (_bytes(row["peak_extra_bytes"]), f"{_milliseconds(row['ms_p50'])} ms"),
+                    strict=True,
+                ):
+                    share = max(0, row[key]) / max(1e-9, *(r[key] for r in rows))
+                    axis.barh(y, length * share, 14, left=x, color=pictures.BLUE if ours else pictures.GREY)
+                    axis.text(x + length * share + 5, y, said, **look)
+            y += line * 1.4
+        for note in notes:
+            axis.text(8, y, note, color=pictures.MUTED, fontsize=8, va="center")
+            y += 16
 
 
 def main() -> int:

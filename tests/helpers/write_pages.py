@@ -15,6 +15,7 @@ WRITERS = {
     "paper-settings": "test_scale_configs",
     "guide": "test_guide",
     "models": "model_families",
+    "pictures": "test_pictures",
 }
 
 
@@ -22,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=WRITERS)
     only = parser.parse_args().only
-    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1].iterdir() if folder.is_dir()]
+    root = Path(__file__).parents[2]
+    sys.path[:0] = [str(folder) for folder in [root, *(root / "tests").iterdir()] if folder.is_dir()]
     for name in [only] if only else WRITERS:
         importlib.import_module(WRITERS[name]).write()
 
