@@ -12,7 +12,7 @@ INK, MUTED, PAGE, FAINT = "#1f2328", "#59636e", "#ffffff", "#d1d9e0"
 _DARK = {INK: "#e6edf3", MUTED: "#9198a1", PAGE: "#0d1117", FAINT: "#3d444d"}
 # Colours of data are seen on both pages, and told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#848d97"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fused-gopd",
     "font.size": 10,
