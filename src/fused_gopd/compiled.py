@@ -69,11 +69,6 @@ class _Packed(NamedTuple):
 _SCHEMA = "Tensor rows, Tensor? weight, Tensor? bias, Tensor[] tensors, SymInt[] ints, float[] floats, str static"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _dumps(static: dict[str, Any]) -> str:
-    return json.dumps(static)
-
-
 @functools.lru_cache(maxsize=256)
 def _loads(static: str) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(static))
@@ -132,7 +127,9 @@ def _packed(name: str, student: Head, arguments: dict[str, Any]) -> _Packed:
     others = [x.detach() for x in parts.tensors[3:]]
     # PyTorch keeps compiled code on disk by the ops and their arguments, not by the shapes that ops return: with the
     # number of statistics among the arguments, code that was compiled for another version of this package is not taken
-    text = _dumps({"needs": needs, "arguments": static, "statistics": STATISTICS})
+    from .dynamo import dumps
+
+    text = dumps({"needs": needs, "arguments": static, "statistics": STATISTICS})
     return _Packed(rows, weight, bias, others, parts.ints, parts.floats, text)
 
 

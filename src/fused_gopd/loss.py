@@ -31,13 +31,6 @@ def _gopd_loss(call: LossCall) -> GOPDOutput:
     return report(problem, loss, values, statistics)
 
 
-_outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _gopd_loss,
-    reason="advantage_fn is a Python function, which a compiled graph cannot hold: leave out fullgraph=True, or the "
-    "loss of what is compiled",
-)
-
-
 @called_as(LossCall)
 def gopd_loss(call: LossCall) -> GOPDOutput:
     """The G-OPD loss of three models, without a [tokens, vocabulary] tensor ever existing.
@@ -168,7 +161,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         return _gopd_loss(call)
     if call.advantage_fn is None:
         return compiled.gopd_loss(call)
-    output: GOPDOutput = _outside_of_graphs(call)
+    from .dynamo import outside_of_graphs
+
+    output: GOPDOutput = outside_of_graphs(_gopd_loss, call)
     return output
 
 
