@@ -101,7 +101,7 @@ def test_this_triton_has_a_committed_table() -> None:
 
 def test_the_pinned_and_the_newest_triton_have_tables() -> None:
     assert triton_resources.SHOWN in TABLES
-    assert {version.rpartition(".")[0] for version in TABLES} >= {"3.7", "3.8", "3.9"}
+    assert {version.rpartition(".")[0] for version in TABLES} >= {"3.6", "3.7", "3.8", "3.9"}
 
 
 @pytest.mark.parametrize("version", TABLES)
