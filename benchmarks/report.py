@@ -296,7 +296,7 @@ _PICTURE_NAMES = {
     "eager": "PyTorch eager, all outputs",
     "eager-lean": "PyTorch eager",
     "compile": "torch.compile",
-    "compile-chunked": "torch.compile, chunks",
+    "compile-chunked": "torch.compile, chunked",
     "torch-lce": "PyTorch linear CE",
     "torch-lce-auto": "PyTorch linear CE, auto",
     "cce": "cut-cross-entropy",
@@ -304,6 +304,7 @@ _PICTURE_NAMES = {
     "cce-compile": "cut-cross-entropy, compiled",
     "liger-flce-long": "Liger, long chunks",
     "liger-jsd": "Liger fused linear JSD",
+    "liger-chunked-jsd": "Liger chunked JSD",
     "liger-flce-sm90": "Liger, SM90",
     "liger-scaled-ce": "Liger scaled CE, SM90",
     "quack-lse": "quack, lse",
@@ -312,7 +313,7 @@ _PICTURE_NAMES = {
 
 def picture_name(provider: str) -> str:
     if provider.startswith("fused-"):
-        variants = {"low-chunks": "bf16 chunks", "stored": "stored exp", "one-pass": "one pass", "torch": "torch"}
+        variants = {"low-chunks": "bf16", "stored": "stored", "one-pass": "one pass", "torch": "torch"}
         return ", ".join(["this package", *(said for part, said in variants.items() if part in provider)])
     packages = {"liger": "Liger", "trl": "TRL"}
     package = provider.partition("-")[0]
@@ -330,23 +331,31 @@ def plot(result: dict[str, Any], path: Path, jobs: list[str] | None = None, prov
     panels = [sorted(rows, key=lambda row: -row["peak_extra_bytes"]) for rows in found if rows]
     if not panels:
         raise ValueError("no row has both a time and a memory figure: nothing to plot")
-    shapes = list(dict.fromkeys(_shape(rows[0]) for rows in panels))
+    shapes = [_shape(rows[0]) for rows in panels]
+    shape = max(shapes, key=len)
+    same = all(set(other.split(", ")) <= set(shape.split(", ")) for other in shapes)  # logits have no H
     notes = textwrap.wrap(
         "Memory: peak beyond inputs and gradients. Time: median of loss and gradients. "
-        f"{shapes[0] + '; ' if len(shapes) == 1 else ''}{result['device']}, "
+        f"{shape + '; ' if same else ''}{result['device']}, "
         f"commit {(result['commit'] or 'unknown')[:7]}, {result['date'][:10]}.",
         72,
     )
-    line, columns, length = 22, (180, 340), 78  # pixels: of a bar with its name, where bars start, the longest bar
-    height = line * sum(len(rows) + 2.4 for rows in panels) + 16 * len(notes) + 14
-    with pictures.picture(path, 484, height) as figure:
+    longest = max(len(picture_name(row["provider"])) for rows in panels for row in rows)
+    line, length = 22, 78  # pixels: the height of a row, the longest bar
+    first = max(180, 8 * longest + 16)  # pixels from the left where bars of memory start
+    columns, width = (first, first + 160), first + 304
+    height = line * sum(len(rows) + 2.4 + (not same) for rows in panels) + 16 * len(notes) + 14
+    with pictures.picture(path, width, height) as figure:
         figure.set_layout_engine("none")
-        axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 484), ylim=(height, 0))
+        axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
         axis.axis("off")
         y = line * 0.8
         for rows in panels:
             title = _PICTURE_TITLES.get(rows[0]["job"], TITLES.get(rows[0]["job"], rows[0]["job"]).partition(": ")[0])
-            axis.text(8, y, title + (f" ({_shape(rows[0])})" if len(shapes) > 1 else ""), weight="bold", va="center")
+            axis.text(8, y, title, weight="bold", va="center")
+            if not same:
+                y += line
+                axis.text(8, y, _shape(rows[0]), color=pictures.MUTED, va="center")
             y += line
             for x, heading in zip(columns, ("extra memory", "time"), strict=True):
                 axis.text(x, y, heading, color=pictures.MUTED, va="center")

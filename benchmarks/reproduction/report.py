@@ -173,7 +173,7 @@ def page(found: Found, images: str = "images") -> str:
         lines += [f"## {section.title}", "", f"Paper: {section.paper}", "", f"Here: {section.here}", ""]
         judged = [[v.claim, v.here, WORDS[v.holds]] for v in VERDICTS[claim](r)]
         lines += [*_markdown([["claim", "here", "holds"], *judged], "---"), ""] if judged else []
-        lines += [f"![{section.title}]({images}/reproduction-{claim}.png)", ""]
+        lines += [f"![{section.title}]({images}/reproduction-{claim}.svg)", ""]
         lines += _markdown(_rows_of_claim(r, claim))
         lines += _variance(r) if claim == "estimators" else []
         lines += [""]
@@ -181,12 +181,12 @@ def page(found: Found, images: str = "images") -> str:
 
 
 def _picture(images: Path, claim: str) -> Path:
-    return images / f"reproduction-{claim}.png"
+    return images / f"reproduction-{claim}.svg"
 
 
 def write(found: Found, markdown: Path, images: Path) -> None:
     """Write the page, and its plots into a folder next to it."""
-    from matplotlib.figure import Figure
+    from fused_gopd.cli.pictures import picture
 
     from .pictures import PICTURES
 
@@ -194,9 +194,8 @@ def write(found: Found, markdown: Path, images: Path) -> None:
     runs = Runs(found)
     for claim in found["claims"]:
         draw, size = PICTURES[claim]
-        figure = Figure(figsize=size, layout="constrained")
-        draw(runs, figure)
-        figure.savefig(_picture(images, claim), dpi=110)
+        with picture(_picture(images, claim), *size) as figure:
+            draw(runs, figure)
     markdown.write_text(page(found, images.name), encoding="utf-8")
 
 

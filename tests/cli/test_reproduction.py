@@ -354,7 +354,7 @@ def test_the_command_in_miniature_from_the_stages_to_the_page(tmp_path: Path, mo
     page = (tmp_path / "reproduction.md").read_text()
     for claim in claims.CLAIMS:
         assert report.SECTIONS[claim].title in page
-        assert (tmp_path / "images" / f"reproduction-{claim}.png").is_file()
+        assert (tmp_path / "images" / f"reproduction-{claim}.svg").is_file()
 
 
 def test_an_interrupted_command_leaves_a_page_of_what_is_finished(
