@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce docs test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,15 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/rowops/native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
+
+# The package is installed: its extra alone is.
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) "fused-gopd[docs]"
+	touch $@
+
+# The documentation site, in build/docs. A warning is an error, and so is a link to a page or a heading that is not there.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning -d build/doctrees docs build/docs
 
 # The contract's own checks, where they are at hand: make conformance CONFORMANCE="paths of them"
 CONFORMANCE ?=

@@ -122,7 +122,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     More options:
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.
         vocab_size: joint vocabulary; default the smallest of the models given. Rows past it are padding.
-        chunk_size: tokens per chunk; default from a memory budget (:func:`fused_gopd.loop.chunking.chunk_size_for`).
+        chunk_size: tokens per chunk; default from a memory budget (``fused_gopd.loop.chunking.chunk_size_for``).
         chunk_dtype: dtype of the chunk's logits. Default float32 (float64). bfloat16 or float16, on a GPU where all
             heads are of that dtype: half the bytes, so faster and with chunks of more tokens. Logits are then rounded
             as a model that returns them in that dtype rounds them (bfloat16: by up to 0.06 between 16 and 32), and
@@ -134,10 +134,10 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             the two gradient GEMMs; 0 leaves out none. The gradient meant is that with respect to the raw logits at
             unit scale: of l in ``full``, p - 1[v = y] in ``sampled``, over the token's largest entry in ``topk``, with
             labels and where a backward recomputes; w is what multiplies it later (weight, advantage). A biased
-            approximation with a bound: dhidden of a token is off by at most |w| grad_filter times the sum of the norms
-            of the weight's rows that are left out, and each of these rows of dweight by at most
-            grad_filter sum_t |w_t| ||hidden_t||. A bias keeps its exact gradient. Deterministic, but which entries are
-            left out depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
+            approximation with a bound: dhidden of a token is off by at most ``|w| grad_filter`` times the sum of the
+            norms of the weight's rows that are left out, and each of these rows of dweight by at most
+            ``grad_filter sum_t |w_t| ||hidden_t||``. A bias keeps its exact gradient. Deterministic, but which entries
+            are left out depends on chunk_size. Waits for the device once a chunk. (Idea: Apple's cut-cross-entropy.)
         store_exponentials: of ``sampled`` on ``triton``, for a ``LinearHead`` in bfloat16 without softcap or shard. The
             product that makes the student's logits stores exp(z - z[y]) in bfloat16 in their place: the logit gradient
             up to factors per token, so that no logit is written and no row read. The entry at y is put back in float32.
@@ -243,8 +243,8 @@ class GOPDLoss(nn.Module):
     """:func:`gopd_loss` with its options held in a module.
 
     Args:
-        **options: any argument of :func:`gopd_loss` that is the same for all batches: those of
-            :class:`fused_gopd.options.LossOptions`, ``reward_scale`` and ``advantage_fn``.
+        **options: any argument of :func:`gopd_loss` that is the same for all batches: its options, ``reward_scale``
+            and ``advantage_fn``.
 
     ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: all other arguments, and
     ``reward_scale`` and ``advantage_fn`` to override the module's.

@@ -28,6 +28,8 @@ from .report import output_of
 from .rowops.torch import TorchRowOps
 from .signatures import called_as
 
+__all__ = ["gopd_loss"]
+
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Transformed logits over the joint vocabulary, (..., V), in ``dtype``."""

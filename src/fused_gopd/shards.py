@@ -162,7 +162,7 @@ class VocabShard:
         return torch.where(here, token_ids - self.start, -1)
 
     def gather(self, mine: Tensor) -> Tensor:
-        """(ranks, *shape) of every rank's tensor, in the order of the ranks."""
+        """``(ranks, *shape)`` of every rank's tensor, in the order of the ranks."""
         out = mine.new_empty((len(self.bounds), *mine.shape))
         _all_gather(out.flatten(0, 1), mine.contiguous(), group=self.group)
         return out

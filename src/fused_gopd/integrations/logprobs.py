@@ -1,7 +1,7 @@
 """The sampled estimator from log-probs of the sampled tokens, for RL frameworks that compute these themselves.
 
 The gradient flows to the student's log-probs, so that no head is needed. The formulas are those of
-:mod:`fused_gopd.objective.policy`, which :func:`fused_gopd.gopd_loss` uses too.
+``fused_gopd.objective.policy``, which :func:`fused_gopd.gopd_loss` uses too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
 from ..plan import require_sequences
 from ..tokens import Sequences, check_cu_seqlens, check_mask
+
+__all__ = ["advantages", "metric_sums", "named_metrics", "sampled_loss"]
 
 # All but the baseline, which needs the whole vocabulary.
 OPTIONS = tuple(name for name in options_of("sampled") if name not in ("baseline", "store_exponentials"))

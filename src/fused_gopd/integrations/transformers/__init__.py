@@ -1,5 +1,7 @@
 """Hidden states and heads of transformers models, for the loss.
 
+::
+
     hidden = last_hidden_state(model, input_ids, attention_mask, keep=completion.shape[1])
     out = fg.gopd_loss(head_of(model, hidden), teacher, ref, completion)
 

@@ -132,7 +132,7 @@ def patch_lm_head(model: Any, *, training_only: bool = True) -> PatchedLMHead:
     Until it is undone, a call without ``labels`` in training mode returns a :class:`fused_gopd.LinearHead` there. The
     loss takes it directly, after ``[:, :-1]`` for the shift. ``generate``, calls with labels and calls in eval mode
     still return logits. Without gradients the forward is an evaluation, as in :func:`last_hidden_state`. Only this
-    instance is changed, not its class.
+    instance is changed, not its class::
 
         with patch_lm_head(model):
             student = model(input_ids=ids, attention_mask=mask).logits[:, :-1]

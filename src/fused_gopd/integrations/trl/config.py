@@ -196,8 +196,8 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
     """Configuration of :class:`GRPOGOPDTrainer`: TRL's ``GRPOConfig`` and the options of the advantage.
 
     Args:
-        reward_scale, reward_scale_end, reward_scale_steps, route_column, baseline, advantage_clip, logprob_min,
-            chunk_size, backend: as in :class:`GOPDConfig`.
+        reward_scale, reward_scale_end, reward_scale_steps, route_column: as in :class:`GOPDConfig`.
+        baseline, advantage_clip, logprob_min, chunk_size, backend: as in :class:`GOPDConfig`.
         outcome_weight: factor on the advantage of the rewards; 0 trains on G-OPD alone.
         gopd_weight: factor on the G-OPD advantage of each token.
         teacher_model_init_kwargs: arguments of ``from_pretrained`` for a teacher given by path.
