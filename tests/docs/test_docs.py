@@ -2,7 +2,7 @@
 
 A command line of ``fused-gopd`` goes through the command's own options and checks, without its work; other commands
 name files, targets, extras and options that exist. Python compiles, and what it takes of the package is there, with the
-arguments that it gives. Pages that are run as well: test_distributed, test_parallelism, test_transformers, test_verl.
+arguments that it gives. Pages that are run as well: test_distributed, test_planning, test_transformers, test_verl.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ OTHERS = {  # of other programs
 
 @pytest.mark.parametrize("page", [page for page in PAGES if OTHERS.get(page, {}) is not None])
 def test_an_option_within_a_sentence_exists(page: str) -> None:
-    of = {"docs/distill.md": "distill", "docs/parallelism.md": "plan", "docs/reproduction.md": "reproduce"}.get(page)
+    of = {"docs/distill.md": "distill", "docs/planning.md": "plan", "docs/reproduction.md": "reproduce"}.get(page)
     commands = COMMANDS.values() if of is None else [COMMANDS[of]]
     known = {name for command in commands for p in command.params for name in (*p.opts, *p.secondary_opts)}
     known |= {"--help"} | (OTHERS.get(page) or set())

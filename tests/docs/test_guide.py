@@ -1,4 +1,4 @@
-"""docs/guide.md and its Chinese twin say the same, and their figures are the measured ones.
+"""The Chinese pages say what the English ones do, and the figures of docs/guide.md are the measured ones.
 
 ``python tests/helpers/write_pages.py`` writes the tables into both: the variances, and the curves of the reproduction.
 """
@@ -110,11 +110,21 @@ def test_full_takes_as_much_longer_than_sampled_as_the_pages_say() -> None:
     assert (round(min(more)), round(max(more))) == (6, 20)
 
 
+@pytest.mark.parametrize("name", ["index", "quickstart", "guide"])
 @pytest.mark.parametrize("what", [r"`[^`\n]+`", r"\d+(?:\.\d+)?", r"\]\(([^)#]+)", r"^(?:#+|- |\|)"])
-def test_both_languages_have_the_same_code_numbers_links_and_parts(what: str) -> None:
-    pages = (re.sub(r"^\[.*?\]\(guide.*\n", "", page.read_text(), flags=re.MULTILINE) for page in PAGES.values())
+def test_both_languages_have_the_same_code_numbers_links_and_parts(what: str, name: str) -> None:
+    pages = ((ROOT / "docs" / f"{name}{suffix}.md").read_text().replace(".zh.md", ".md") for suffix in ("", ".zh"))
     english, chinese = (sorted(re.findall(what, page, flags=re.MULTILINE)) for page in pages)
     assert english == chinese
+
+
+def test_the_chinese_pages_have_the_code_of_the_english_ones() -> None:
+    for name in ("index", "quickstart"):
+        english, chinese = (
+            re.sub(r" *#.*", "", "".join(re.findall(r"```.*?```", page.read_text(), re.DOTALL)))
+            for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / f"{name}.zh.md")
+        )
+        assert english == chinese, name
 
 
 def write() -> None:

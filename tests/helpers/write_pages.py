@@ -1,6 +1,6 @@
 """Writes the generated parts of the documentation anew: read what changed, and the sentences around it.
 
-python tests/helpers/write_pages.py [--only parallelism]
+python tests/helpers/write_pages.py [--only planning]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 WRITERS = {
-    "parallelism": "test_parallelism",
+    "planning": "test_planning",
     "paper-settings": "test_scale_configs",
     "guide": "test_guide",
     "models": "model_families",

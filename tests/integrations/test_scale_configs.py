@@ -23,7 +23,7 @@ import fused_gopd as fg
 import snapshots
 from fused_gopd.cli.distill import options as distill
 from fused_gopd.cli.plan.presets import PRESETS
-from test_parallelism import _FENCE, gib, planned, with_outputs
+from test_planning import _FENCE, gib, planned, with_outputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""docs/parallelism.md says what the planner says: its commands are run, its table is made from the same figures.
+"""docs/planning.md says what the planner says: its commands are run, its table is made from the same figures.
 
 ``python tests/helpers/write_pages.py`` writes them into the page.
 """
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import snapshots
 from fused_gopd.cli import app
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
 
 # a fence whose command is a plan, perhaps over several lines that end in a backslash, and whatever stands below it
