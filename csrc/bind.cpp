@@ -19,6 +19,7 @@ using namespace fused_gopd;
 namespace {
 
 std::atomic<int64_t> launch_count{0};
+ParallelFor parallel_for = nullptr;  // rowops/native.py sets it when it loads this module
 
 // What run() is asked for: bits of its argument steps.
 namespace steps {
@@ -83,7 +84,8 @@ class PlainTensor {
   }
   static nb::object attribute(nb::handle x, PyObject* name) { return known(PyObject_GetAttr(x.ptr(), name)); }
   static nb::object call(nb::handle x, PyObject* name) {
-    return x.is_valid() ? known(PyObject_CallMethodNoArgs(x.ptr(), name)) : nb::object();
+    PyObject* const self = x.ptr();
+    return x.is_valid() ? known(PyObject_VectorcallMethod(name, &self, 1, nullptr)) : nb::object();
   }
   static bool is(const nb::object& x, PyObject* other) { return x.ptr() == other; }
   static bool number(const nb::object& x, int64_t* out) {
@@ -92,9 +94,9 @@ class PlainTensor {
     return true;
   }
   static bool numbers(const nb::object& x, int n, int64_t* out) {
-    if (!x.is_valid() || !PyTuple_Check(x.ptr()) || PyTuple_GET_SIZE(x.ptr()) != n) return false;
+    if (!x.is_valid() || !PyTuple_Check(x.ptr()) || PyTuple_Size(x.ptr()) != n) return false;
     for (int i = 0; i < n; ++i) {
-      if (!number(nb::borrow(PyTuple_GET_ITEM(x.ptr(), i)), out + i)) return false;
+      if (!number(nb::borrow(PyTuple_GetItem(x.ptr(), i)), out + i)) return false;
     }
     return true;
   }
@@ -128,21 +130,21 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-void run_job(Job& job, int steps, int threads) {
+void run_job(Job& job, int steps) {
   job.compute_statistics = (steps & steps::statistics) != 0;
   job.compute_second_round = (steps & steps::second_round) != 0;
   job.compute_gradient = (steps & steps::gradient) != 0;
   job.stream_out = job.stream_out && job.out != job.student.raw;
   const Kernels& kernels = chosen_kernels();
   nb::gil_scoped_release release;
-  run(kernels, job, threads);
+  run(kernels, job, parallel_for);
   ++launch_count;
 }
 
 // What differs between the chunks of a walk: tensors, or None. False where one is not plain, with nothing done.
-bool run_plain(Job job, int steps, int threads, nb::handle reward_scales, nb::handle forward_weights,
-               nb::handle token_ids, nb::handle statistics, nb::handle divergence_weights, nb::handle token_weights,
-               nb::handle out, int out_dtype, const Policy* policy) {
+bool run_plain(Job job, int steps, nb::handle reward_scales, nb::handle forward_weights, nb::handle token_ids,
+               nb::handle statistics, nb::handle divergence_weights, nb::handle token_weights, nb::handle out,
+               int out_dtype, const Policy* policy) {
   bool plain = true;
   const auto vector = [&](nb::handle x, int dtype, int64_t* stride) -> uintptr_t {
     if (!plain || x.is_none()) return 0;
@@ -167,7 +169,7 @@ bool run_plain(Job job, int steps, int threads, nb::handle reward_scales, nb::ha
   job.out = pointer<void>(matrix(out, out_dtype, job.rows, job.vocab, true, &job.out_stride));
   job.out_dtype = static_cast<DType>(out_dtype);
   job.policy = policy;
-  if (plain) run_job(job, steps, threads);
+  if (plain) run_job(job, steps);
   return plain;
 }
 
@@ -271,6 +273,10 @@ NB_MODULE(_native, m) {
       "The address of a (rows, columns) tensor of unit stride whose rows do not overlap: statistics, or with more "
       "columns, at any address, logits; 0 for any other.");
 
+  m.def(
+      "set_parallel_for", [](uintptr_t address) { parallel_for = reinterpret_cast<ParallelFor>(address); }, "address"_a,
+      "Share rows out over threads by the function at this address: a ParallelFor, or 0 for one thread.");
+
   m.attr("STATISTICS") = steps::statistics;
   m.attr("SECOND_ROUND") = steps::second_round;
   m.attr("GRADIENT") = steps::gradient;
@@ -294,13 +300,13 @@ NB_MODULE(_native, m) {
       },
       nb::kw_only(), "rows"_a, "vocab"_a, "student"_a, "teacher"_a.none(), "ref"_a.none(), "reward_scale"_a,
       "divergence"_a, "constants"_a, "forward_weight"_a, "stream_out"_a, "What the chunks of a walk have in common.");
-  m.def("run_plain", &run_plain, "job"_a, "steps"_a, "threads"_a, "reward_scales"_a.none(), "forward_weights"_a.none(),
+  m.def("run_plain", &run_plain, "job"_a, "steps"_a, "reward_scales"_a.none(), "forward_weights"_a.none(),
         "token_ids"_a.none(), "statistics"_a, "divergence_weights"_a.none(), "token_weights"_a.none(), "out"_a.none(),
         "out_dtype"_a, "policy"_a.none(),
         "The same as run on tensors; False, with nothing done, where one of them is not plain.");
   m.def(
       "run",
-      [](Job job, int steps, int threads, uintptr_t reward_scales, uintptr_t forward_weights, uintptr_t token_ids,
+      [](Job job, int steps, uintptr_t reward_scales, uintptr_t forward_weights, uintptr_t token_ids,
          uintptr_t statistics, int64_t statistics_stride, uintptr_t divergence_weights,
          int64_t divergence_weight_stride, uintptr_t token_weights, int64_t token_weight_stride, uintptr_t out,
          int64_t out_stride, int out_dtype, const Policy* policy) {
@@ -317,12 +323,12 @@ NB_MODULE(_native, m) {
         job.out_stride = out_stride;
         job.out_dtype = static_cast<DType>(out_dtype);
         job.policy = policy;
-        run_job(job, steps, threads);
+        run_job(job, steps);
       },
-      nb::kw_only(), "job"_a, "steps"_a, "threads"_a, "reward_scales"_a, "forward_weights"_a, "token_ids"_a,
-      "statistics"_a, "statistics_stride"_a, "divergence_weights"_a = 0, "divergence_weight_stride"_a = 0,
-      "token_weights"_a = 0, "token_weight_stride"_a = 0, "out"_a = 0, "out_stride"_a = 0, "out_dtype"_a = 0,
-      "policy"_a = nb::none(), "Compute the steps on a job, without the GIL. Arguments are the fields of Job.");
+      nb::kw_only(), "job"_a, "steps"_a, "reward_scales"_a, "forward_weights"_a, "token_ids"_a, "statistics"_a,
+      "statistics_stride"_a, "divergence_weights"_a = 0, "divergence_weight_stride"_a = 0, "token_weights"_a = 0,
+      "token_weight_stride"_a = 0, "out"_a = 0, "out_stride"_a = 0, "out_dtype"_a = 0, "policy"_a = nb::none(),
+      "Compute the steps on a job, without the GIL. Arguments are the fields of Job.");
   m.def(
       "isa", [] { return std::string(chosen_kernels().isa); },
       "The instruction set in use: the best of available_isas(), or FUSED_GOPD_ISA as read at the first use.");

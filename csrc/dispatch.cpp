@@ -32,12 +32,17 @@ void set_constants(Job& job, const double* x, size_t count) {
     job.mixture = {float(x[0]), float(x[1]), float(x[2]), x[3] != 0.0, float(x[4]), float(x[5]), float(x[6])};
 }
 
-void run(const Kernels& kernels, const Job& job, int threads) {
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static) num_threads(threads)
-#endif
-  for (int64_t row = 0; row < job.rows; ++row) kernels.row(job, row);
-  (void)threads;
+void run(const Kernels& kernels, const Job& job, ParallelFor parallel_for) {
+  struct Context {
+    const Kernels& kernels;
+    const Job& job;
+  } context{kernels, job};
+  const auto part = [](int64_t first, int64_t last, void* address) {
+    const Context& context = *static_cast<const Context*>(address);
+    for (int64_t row = first; row < last; ++row) context.kernels.row(context.job, row);
+  };
+  if (parallel_for == nullptr) return part(0, job.rows, &context);
+  if (parallel_for(0, job.rows, 1, part, &context) != 0) throw std::runtime_error("PyTorch's parallel_for failed");
 }
 
 }  // namespace fused_gopd

@@ -148,8 +148,14 @@ extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 // unknown or the machine lacks the instructions.
 const Kernels& find_kernels(const char* isa);
 
-// All rows, shared out over threads. A row is computed by one thread from beginning to end, so the bits do not depend
-// on the number of threads; fewer rows than threads leave threads idle, which at chunks of hundreds of rows is rare.
-void run(const Kernels& kernels, const Job& job, int threads);
+// Calls part(first, last, context) for parts of [begin, end) of at least grain each, on several threads. The signature
+// is that of torch_parallel_for in PyTorch's stable C interface; anything but 0 says that it failed.
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
+                                void (*part)(int64_t first, int64_t last, void* context), void* context);
+
+// All rows, shared out over threads; in this thread where parallel_for is null. A row is computed by one thread from
+// beginning to end, so the bits do not depend on the number of threads; fewer rows than threads leave threads idle,
+// which at chunks of hundreds of rows is rare.
+void run(const Kernels& kernels, const Job& job, ParallelFor parallel_for);
 
 }  // namespace fused_gopd

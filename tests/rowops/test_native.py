@@ -827,6 +827,46 @@ def test_threads_do_not_change_bits():
     assert len(results) == 1
 
 
+THREADS = """
+import os, torch
+from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, native
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+rows, ops = RowProblem(4099, ModelRows(torch.zeros(9, 4099), LogitTransform())), native.NativeRowOps()
+torch.set_num_threads(1)
+before = tasks()
+ops.statistics(rows)
+alone = tasks() - before
+torch.set_num_threads(4)
+ops.statistics(rows)
+of_rows = tasks() - before
+torch.zeros(4 * 2**16).exp()
+print(alone, of_rows, tasks() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of a process in /proc")
+def test_rows_are_shared_out_to_the_threads_of_pytorch():
+    """None with one thread; with four, three more, which PyTorch's own operators then use too: one pool."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "3", "3"]
+
+
+def test_a_pytorch_without_parallel_for_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native_backend.ctypes, "CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
+    assert "no torch_parallel_for" in native_backend.unavailable_reason()
+
+
+def test_a_missing_extension_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fused_gopd._native", None)
+    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
+    assert "C++17 compiler" in native_backend.unavailable_reason()
+
+
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_every_instruction_set_passes_these_tests(isa):
     if isa == _native.isa():

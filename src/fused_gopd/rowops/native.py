@@ -7,6 +7,7 @@ row is still in the cache. The kernels exist once per instruction set and the be
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 from typing import Any
@@ -41,18 +42,33 @@ _STREAM_BYTES = 1 << 24
 
 @functools.cache
 def _load() -> Any:
-    return importlib.import_module("fused_gopd._native")
+    """The extension, which shares out rows over the threads that PyTorch's own operators use.
+
+    A pool of its own, or a second OpenMP runtime, would have as many threads again, and would not know of
+    ``torch.set_num_threads``. Nor is PyTorch's library linked: its C++ interface changes with each version.
+    torch_parallel_for is of its stable C interface, since PyTorch 2.10.
+    """
+    native = importlib.import_module("fused_gopd._native")
+    library = ctypes.CDLL(torch._C.__file__)  # loaded already; its symbols include those of the libraries that it needs
+    try:
+        function = library.torch_parallel_for
+    except AttributeError as error:
+        raise ImportError(f"PyTorch {torch.__version__} has no torch_parallel_for") from error
+    native.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value)
+    return native
 
 
 def unavailable_reason() -> str | None:
     """Why the kernels cannot be used in this installation; None if they can."""
     try:
         _load()
-    except ImportError as error:
+    except ModuleNotFoundError:
         return (
-            f"the compiled extension fused_gopd._native could not be imported ({error}); "
-            "installing the package with pip builds it and needs a C++17 compiler"
+            "the compiled extension, fused_gopd._native, is missing: this package was built without a C++17 compiler. "
+            "Install one, and the package again with pip install --force-reinstall --no-deps --no-cache-dir"
         )
+    except ImportError as error:
+        return f"the compiled extension, fused_gopd._native, could not be imported: {error}"
     return None
 
 
@@ -72,7 +88,7 @@ def _kinds() -> dict[str, int]:
 
 
 class NativeRowOps:
-    """See :class:`fused_gopd.rowops.RowOps` for the formulas. Uses ``torch.get_num_threads()`` threads.
+    """See :class:`fused_gopd.rowops.RowOps` for the formulas. Rows are computed by PyTorch's threads.
 
     What the kernels are given are plain addresses, which they trust. A buffer of logits and its bias are checked when
     their ``ModelRows`` is used first, and again when their address has changed or another problem has other rows or
@@ -216,10 +232,8 @@ def _run(
             raise ValueError(f"{'token weights need' if weights.policy is None else 'a policy needs'} token_ids")
         if weights.policy is not None:
             policy = _policy(weights.policy, rows, alive)
-    threads, writes = torch.get_num_threads(), steps != native.GRADIENT
-    if not native.run_plain(
-        job, steps, threads, scales, forward_weights, token_ids, statistics, w_d, w_y, out, dtype, policy
-    ):
+    writes = steps != native.GRADIENT
+    if not native.run_plain(job, steps, scales, forward_weights, token_ids, statistics, w_d, w_y, out, dtype, policy):
         forward_address = 0 if forward_weights is None else _vector("forward_weight", forward_weights, rows, alive)
         scales_address = 0 if scales is None else _vector("reward_scale", scales, rows, alive)
         ids_address = 0 if token_ids is None else _vector("token_ids", token_ids, rows, alive, _INT64)
@@ -230,7 +244,6 @@ def _run(
         native.run(
             job=job,
             steps=steps,
-            threads=threads,
             reward_scales=scales_address,
             forward_weights=forward_address,
             token_ids=ids_address,

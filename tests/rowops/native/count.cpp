@@ -96,7 +96,7 @@ void count(const Kernels& kernels, const Case& c) {
     job.compute_gradient = gradient;
     for (const int64_t vocab : {kShort, kLong}) {
       job.vocab = vocab;
-      run(kernels, job, 1);
+      run(kernels, job, nullptr);
     }
   }
 }

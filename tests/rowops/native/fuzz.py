@@ -84,7 +84,7 @@ class Shim:
         numbers = (ctypes.c_double * len(constants))(*constants)
         return {**arguments, "constants": numbers, "constant_count": len(constants)}
 
-    def run_plain(self, job, steps, threads, scales, forward_weights, ids, statistics, w_d, w_y, out, dtype, policy):
+    def run_plain(self, job, steps, scales, forward_weights, ids, statistics, w_d, w_y, out, dtype, policy):
         rows, arguments = job["rows"], {"out_dtype": dtype, "policy": policy}
         tensors = {
             "reward_scales": (scales, lambda x: self.vector_address(x, 0, rows), None),
@@ -105,11 +105,10 @@ class Shim:
                 return False
             if stride is not None:
                 arguments[stride] = 0 if x is None else x.stride(0)
-        self.run(job=job, steps=steps, threads=threads, **arguments)
+        self.run(job=job, steps=steps, **arguments)
         return True
 
-    def run(self, *, job, threads, **arguments):
-        assert threads >= 1
+    def run(self, *, job, **arguments):
         assert set(arguments) <= set(RUN)
         given = {**job, **arguments}
         self.c.run(self.isa, *(given.get(name) or (None if kind in (P, NUMBERS) else 0) for name, kind in RUN.items()))

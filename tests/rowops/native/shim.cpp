@@ -80,6 +80,6 @@ void run(const char* isa, int steps, int64_t rows, int64_t vocab, const Model* s
   job.out_dtype = static_cast<DType>(out_dtype);
   job.stream_out = stream_out;
   job.policy = policy;
-  run(find_kernels(isa), job, 1);
+  run(find_kernels(isa), job, nullptr);
 }
 }
