@@ -28,7 +28,7 @@ from .loop.estimators import estimator_of
 from .loop.estimators.base import LogProbsAndEntropy
 from .loop.run import Entries
 from .models import dtype_of, support_width
-from .objective.statistics import STATISTICS, statistics_rows
+from .objective.layout import STATISTICS, statistics_rows
 from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
 from .plan import recomputes_in_backward, reported_fields

@@ -21,13 +21,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import one_of, require_mask, require_number
+from .checks import require_mask
 from .heads import LinearHead
 from .hooks import HEAD_FIX, isinstance_if_imported, require_linear, require_no_hooks
 from .options import REDUCTIONS
 from .output import GOPDOutput
 from .shards import is_dtensor
 from .tokens import Sequences, widest
+from .values import one_of, require_number
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd, compiled
+from . import autograd, compiled, hints  # noqa: F401
 from .checks import require_reverse_mode
 from .heads import Head, Source
 from .options import OPTIONS, PARAMETERS, RULES, LossCall, checked_options, refuse_unknown

@@ -3,6 +3,8 @@
 :class:`LossOptions` are the Python values that stay the same from batch to batch, :class:`LossCall` is one call: these
 options, the models and the tensors of a batch. :func:`checked` applies the rules of the fields. What follows from
 several arguments together (shapes, devices, which models are needed) is checked in :mod:`fused_gopd.prepare`.
+
+This module and those that it imports do without PyTorch: the command line shows and checks options before it computes.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import dataclasses
 import enum
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import printing
-from .checks import (
+from .objective.divergences import DIVERGENCES, make
+from .rowops import BACKENDS
+from .values import (
     bounds,
     epsilons,
+    is_tensor,
     number_that,
     one_of,
     require_count,
@@ -28,9 +30,12 @@ from .checks import (
     require_function,
     require_number,
 )
-from .heads import Head, Source
-from .objective.divergences import DIVERGENCES, make
-from .rowops import BACKENDS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .heads import Head, Source
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
@@ -93,7 +98,7 @@ class TokenStats:
         return printing.lines(self)
 
 
-AdvantageFn = Callable[[TokenStats], Tensor]
+AdvantageFn = Callable[[TokenStats], "Tensor"]
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
@@ -334,7 +339,7 @@ class LossCall(LossOptions):
             "Of divergence='mixed', default 0.5: the forward KL's weight, a number or one per token or sequence.",
             Agree.TOKENS,
             parameter=True,
-            check=lambda name, value: value if isinstance(value, Tensor) else require_number(name, value),
+            check=lambda name, value: value if is_tensor(value) else require_number(name, value),
             held=True,
         ),
     )
@@ -431,7 +436,7 @@ def checked_options(**options: Any) -> LossOptions:
     refuse_unknown(options, (*OPTIONS, *PARAMETERS), "an option of the loss")
     needed = {RULES[name].needs for name, value in options.items() if value not in (None, DEFAULTS[name])} - {None}
     no_model: Any = None
-    batch: dict[str, Any] = {name: torch.empty(0) for name in needed if name is not None}
+    batch: dict[str, Any] = {name: _UNKNOWN for name in needed if name is not None}
     return checked(LossCall(no_model, None, **batch, **options))
 
 
@@ -457,17 +462,17 @@ def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
 
 def _check_parameter(name: str, value: Any, divergence: str) -> None:
     """Raise where a parameter belongs to another divergence, or is a number outside the range of this one."""
-    if value is None or (not isinstance(value, Tensor) and value == DEFAULTS[name]):
+    if value is None or (not is_tensor(value) and value == DEFAULTS[name]):
         return
     own = DIVERGENCES[divergence].parameter
     if own is None or own.option != name:
         owners = [d.name for d in DIVERGENCES.values() if d.parameter is not None and d.parameter.option == name]
-        shown = "a tensor" if isinstance(value, Tensor) else value
+        shown = "a tensor" if is_tensor(value) else value
         raise ValueError(
             f"{name} is an option of divergence={' or '.join(map(repr, owners))}, got {name}={shown} with "
             f"divergence={divergence!r}"
         )
-    if not isinstance(value, Tensor):
+    if not is_tensor(value):
         own.check(float(value))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import require_device, require_float, require_integer, require_number, require_shape
+from .checks import require_device, require_float, require_integer, require_shape
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.gemm import accumulates_low_precision
@@ -36,6 +36,7 @@ from .objective.target import FROZEN
 from .options import DEFAULTS, LossCall, LossOptions, checked
 from .server_scores import check_topk
 from .tokens import Sequences, check_cu_seqlens
+from .values import require_number
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

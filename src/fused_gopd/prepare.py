@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .agreement import Agreement, agreement_of, shared_by
-from .checks import IGNORE, refuse, require_device, require_logprobs, require_number
+from .checks import IGNORE, refuse, require_device, require_logprobs
 from .heads import Head, Source, TokenLogProbs
 from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
@@ -34,6 +34,7 @@ from .tokens import (
     live_rows,
     live_token_ids,
 )
+from .values import require_number
 
 # ------------------------------------------------------------------------------------------------------------- routes
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def described(x: object, live: Tensor | None = None, *, values: bool = True) -> str:
     """A field in a few words; the mean of a tensor is that of its ``live`` entries (bool, of its shape)."""
-    if not isinstance(x, Tensor):
+    import torch
+
+    if not isinstance(x, torch.Tensor):
         return repr(x)
     dtype = str(x.dtype).removeprefix("torch.")
     text = dtype if x.ndim == 0 else f"{tuple(x.shape)} {dtype}"
@@ -25,6 +27,8 @@ def described(x: object, live: Tensor | None = None, *, values: bool = True) -> 
 
 
 def _with_values(text: str, x: Tensor, live: Tensor | None) -> str:
+    import torch
+
     if x.ndim == 0:
         return f"{x.item():.6g} {text}"
     there = x if live is None or live.shape != x.shape else x[live]

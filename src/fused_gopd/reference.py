@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import hints  # noqa: F401
 from .heads import Head, LinearHead, TokenLogProbs
 from .loop.gemm import without_autocast
 from .models import named_models

@@ -11,8 +11,9 @@ from torch import Tensor
 from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.divergences import kl_to_target
+from .objective.layout import TokenRow
 from .objective.policy import advantage
-from .objective.statistics import TokenRow, entropy
+from .objective.statistics import entropy
 from .objective.supervised import label_report
 from .output import GOPDOutput
 from .problem import Problem

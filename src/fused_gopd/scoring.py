@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import autograd
 from .agreement import Agreement, agreement_of, shared_by
-from .checks import require_count, require_device, require_integer, require_reverse_mode, require_shape
+from .checks import require_device, require_integer, require_reverse_mode, require_shape
 from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
 from .loop.chunking import chunk_size_for
 from .models import frozen_heads, joint_vocab_size, zero_masked
@@ -22,6 +22,7 @@ from .problem import Problem, Route
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
 from .tokens import Sequences, TokenRows, check_mask, live_rows, live_token_ids
+from .values import require_count
 
 
 def prepare_scoring(

@@ -14,7 +14,7 @@ import fused_gopd as fg
 from builders import OBJECTIVES, generator, like, linear_head, make_batch, trainable
 from fused_gopd import compiled
 from fused_gopd.loop import run
-from fused_gopd.objective.statistics import STATISTICS
+from fused_gopd.objective.layout import STATISTICS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 

@@ -11,11 +11,11 @@ import fused_gopd
 ROOT = Path(fused_gopd.__file__).parent
 # A module imports from its own line and from the lines above it.
 LAYERS = (
-    "checks dynamo printing hooks signatures",
+    "checks dynamo printing hooks signatures values",
     "shards",
     "heads",
     "rowops objective options tokens",
-    "agreement server_scores",
+    "agreement hints server_scores",
     "problem",
     "loop",
     "autograd",

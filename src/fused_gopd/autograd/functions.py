@@ -13,7 +13,7 @@ from ..loop.accumulator import NO_GRADIENTS, RequiresGrad
 from ..loop.estimators import estimator_of
 from ..loop.estimators.base import TokenValues
 from ..loop.run import Entries, MakeEstimator
-from ..objective.statistics import TokenRow
+from ..objective.layout import TokenRow
 from ..problem import Problem
 from . import core
 from .saved import once_differentiable, save, saved

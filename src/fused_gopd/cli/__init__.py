@@ -1,12 +1,15 @@
 """The command line, ``fused-gopd``: doctor, plan, bench, distill, reproduce and demo.
 
-Commands import transformers and the benchmarks when they run, so that ``--help`` does not need them.
+Commands import PyTorch, transformers and the benchmarks when they need them: help, ``plan`` and wrong options do not.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from . import bench, demo, distill, doctor, plan, reproduce
 
 app = typer.Typer(
@@ -14,9 +17,25 @@ app = typer.Typer(
     help="Fused losses for generalized on-policy distillation.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # docstring paragraphs are wrapped to the terminal's width
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fused-gopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(doctor.doctor)
 app.command()(plan.plan)
 app.command()(bench.bench)

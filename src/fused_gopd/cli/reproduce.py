@@ -11,7 +11,7 @@ import typer
 from . import outputs
 from .bench import benchmarks_module
 from .durable import Damaged
-from .threads import restart_with_patient_threads
+from .threads import use_patient_threads
 
 _NEEDS = ("transformers", "safetensors", "matplotlib")
 
@@ -83,7 +83,7 @@ def reproduce(
     missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
     if missing:
         raise typer.BadParameter(f'reproduce needs {" and ".join(missing)}: pip install "fused-gopd[demo]"')
-    restart_with_patient_threads()
+    use_patient_threads()
     claims = benchmarks_module("reproduction.claims", needs=())
     unknown = [name for name in claim or () if name not in claims.CLAIMS]
     if unknown:

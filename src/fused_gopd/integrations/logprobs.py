@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import require_device, require_float, require_logprobs, require_number, require_shape
+from ..checks import require_device, require_float, require_logprobs, require_shape
 from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
 from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
 from ..plan import require_sequences
 from ..tokens import Sequences, check_cu_seqlens, check_mask
+from ..values import require_number
 
 __all__ = ["advantages", "metric_sums", "named_metrics", "sampled_loss"]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..checks import require_number
 from ..objective.target import mix
+from ..values import require_number
 from . import needs
 from .logprobs import metric_sums, sampled_loss
 

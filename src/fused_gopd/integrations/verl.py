@@ -25,9 +25,10 @@ from torch import Tensor
 
 import fused_gopd as fg
 
-from ..checks import one_of, require_mask
+from ..checks import require_mask
 from ..options import DEFAULTS, PARAMETERS, checked_options
 from ..tokens import Sequences
+from ..values import one_of
 from . import needs
 from .logprobs import check_options, named_metrics, require_reference, sampled_loss, token_losses
 from .transformers import head_of

@@ -18,12 +18,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+from .chunking import BLOCK_ELEMENTS
 
-# Elements of a block of the weight, and of the buffer that a low-precision one is widened into. 2^20 float32 are 4 MiB.
-# On two AVX-512 cores with MKL blocks of 2^18 to 2^23 elements differed by less than 10 %, at 1.13 to 1.19 times the
-# time of a float32 weight; with oneDNN on two Zen 5 cores 2^20 and 2^21 were the best, 2^24 two thirds as fast.
-BLOCK_ELEMENTS = 1 << 20
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 # oneDNN adds nothing to what is there: its product over a block of the vocabulary is added in a pass of its own. A
 # block for the gradient of the hidden states therefore has this many entries, where no buffer is widened: on Zen 4 up

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..heads import LinearHead
+from ..objective.layout import TokenRow
 from ..objective.logit_gradient import LogitGradient
-from ..objective.statistics import TokenRow
 from ..problem import Problem, Route
 from ..rowops import Stat
 from . import gemm

@@ -11,7 +11,8 @@ from .. import agreement
 from ..checks import refuse
 from ..heads import Head
 from ..objective.divergences import Divergence
-from ..objective.statistics import merge, merged_statistics
+from ..objective.layout import merged_statistics
+from ..objective.statistics import merge
 from ..problem import Problem
 from ..rowops import ModelRows, RowOps, RowProblem, Stat, sparse
 from ..rowops.torch import accumulation_dtype

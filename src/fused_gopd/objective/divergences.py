@@ -21,6 +21,8 @@ with m = b t + (1 - b) p and kappa = c_p b - c_t (1 - b). The two forms of alpha
 1; topk's ``drop`` sums a part of them.
 
 Another divergence: a frozen dataclass that follows :class:`Divergence`, with :func:`register` above it.
+
+This module is imported without PyTorch, so the formulas call methods of tensors.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from ..rowops import MixtureConstants, Stat
-from .target import bounded, mix
+from ..values import is_tensor
+from .target import bounded, finite_range, mix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Outcomes(NamedTuple):
@@ -164,7 +167,7 @@ class OneRound(Divergence):
     def blend(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """w forward + (1 - w) reverse, (C,) or (C, V); what w = 0 or 1 cancels is not computed."""
         w = self.forward_share
-        if not isinstance(w, Tensor):
+        if not is_tensor(w):
             if w in (0, 1):
                 return forward() if w else reverse()
             return w * forward() + (1.0 - w) * reverse()
@@ -176,7 +179,7 @@ class OneRound(Divergence):
     @property
     def h0(self) -> float | Tensor:
         w = self.forward_share
-        return 1.0 - 2.0 * (w[:, None] if isinstance(w, Tensor) else w)
+        return 1.0 - 2.0 * (w[:, None] if is_tensor(w) else w)
 
     def weighted(self, x: Outcomes) -> Tensor:
         p = x.log_p.exp()
@@ -244,7 +247,7 @@ class Mixed(OneRound):
 
     @classmethod
     def of(cls, value: float | Tensor) -> Divergence:
-        if isinstance(value, Tensor) or value not in (0, 1):
+        if is_tensor(value) or value not in (0, 1):
             return cls(value)
         return ForwardKL() if value else ReverseKL()
 
@@ -253,7 +256,7 @@ class Mixed(OneRound):
         return self.forward_weight
 
     def rows(self, rows: slice) -> Divergence:
-        return Mixed(self.forward_weight[rows]) if isinstance(self.forward_weight, Tensor) else self
+        return Mixed(self.forward_weight[rows]) if is_tensor(self.forward_weight) else self
 
 
 # ---------------------------------------------------------------------------------------------------------- mixtures
@@ -273,14 +276,14 @@ def to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     if beta > 0.5:
         target, student = to_mixture(-ratio, 1.0 - beta)
         return student, target
-    least = torch.finfo(ratio.dtype).tiny
+    least = finite_range(ratio.dtype).tiny
     beta = max(beta, least)
     # the exponential stays in the range of float32
     turn = min(math.log((1.0 - beta) / beta), 80.0)
     below = ratio <= turn
-    log_m_p = torch.log1p(beta * torch.expm1(ratio.clamp_max(turn)))
-    log_m_t = torch.log(beta + (1.0 - beta) * torch.exp(-ratio.clamp_min(turn)))
-    return -torch.where(below, log_m_p, ratio + log_m_t), torch.where(below, ratio - log_m_p, -log_m_t)
+    log_m_p = (beta * ratio.clamp_max(turn).expm1()).log1p()
+    log_m_t = (beta + (1.0 - beta) * (-ratio.clamp_min(turn)).exp()).log()
+    return -log_m_p.where(below, ratio + log_m_t), (ratio - log_m_p).where(below, -log_m_t)
 
 
 class Mixture(Divergence):
@@ -315,13 +318,13 @@ class Mixture(Divergence):
         _, c_p = self.scales
         h = c_p * log_pm
         if self.h0 != 0:
-            h = h + self.h0 * torch.expm1(log_tm)
+            h = h + self.h0 * log_tm.expm1()
         return x.log_p.exp() * h
 
     def uncentred(self, x: Outcomes) -> Tensor:
         log_pm, log_tm = to_mixture(x.delta, self.share)
         _, c_p = self.scales
-        return x.log_p.exp() * (c_p * log_pm + self.h0 * torch.exp(log_tm))
+        return x.log_p.exp() * (c_p * log_pm + self.h0 * log_tm.exp())
 
     def terms(self, x: Outcomes) -> Tensor:
         log_pm, log_tm = to_mixture(x.delta, self.share)
@@ -466,12 +469,12 @@ class Alpha(Divergence):
 
 def finite_exp(x: Tensor) -> Tensor:
     """exp, at most so large that a sum over any vocabulary, and its product with a weight, is a number of the dtype."""
-    return torch.exp(x.clamp_max(math.log(torch.finfo(x.dtype).max) - 24.0))
+    return x.clamp_max(math.log(finite_range(x.dtype).max) - 24.0).exp()
 
 
 def scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:
     """w expm1(x): as one exponential where x is large, so that a tiny w meets no overflow."""
-    return torch.where(x <= 1, log_w.exp() * torch.expm1(x.clamp_max(1)), finite_exp(log_w + x) - log_w.exp())
+    return (log_w.exp() * x.clamp_max(1).expm1()).where(x <= 1, finite_exp(log_w + x) - log_w.exp())
 
 
 # ------------------------------------------------------------------------------------------------------------ values
@@ -485,11 +488,11 @@ def divergence_value(
     ``has`` says whether teacher and reference are in the statistics.
     """
     value = divergence.value(statistics, reward_scale, has)
-    return value.masked_fill(torch.isneginf(statistics[Stat.LOGSUM_STUDENT]), 0)
+    return value.masked_fill(statistics[Stat.LOGSUM_STUDENT].isneginf(), 0)
 
 
 def kl_to_target(statistics: Tensor) -> Tensor:
     """(C,) KL(p || target) of whole rows; 0 for a row without support."""
     logsum_p, logsum_u, gap = (statistics[s] for s in (Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET, Stat.MEAN_GAP))
     kl = bounded((gap + statistics[Stat.ORIGIN_TARGET]) + (logsum_u - logsum_p)).clamp_min(0)
-    return kl.masked_fill(torch.isneginf(logsum_p), 0)
+    return kl.masked_fill(logsum_p.isneginf(), 0)

@@ -1,8 +1,7 @@
-"""Row statistics: what each token's vector holds, what follows from it, and merging over slices of the vocabulary."""
+"""Row statistics: what follows from each token's vector, and merging over slices of the vocabulary."""
 
 from __future__ import annotations
 
-import enum
 import math
 
 import torch
@@ -11,27 +10,8 @@ from torch import Tensor
 from ..rowops import Stat
 from ..tokens import widest
 from .divergences import Divergence
+from .layout import STATISTICS
 from .target import bounded, mix, origin_of
-
-
-class TokenRow(enum.IntEnum):
-    """Rows of the loop's statistics after those of :class:`Stat`."""
-
-    ADVANTAGE = len(Stat)  # sampled: as the gradient uses it
-    REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
-    TOPK_LOSS = len(Stat) + 2
-    TOPK_KL = len(Stat) + 3
-    GRADIENT_WEIGHT = len(Stat) + 4  # topk: of the logit gradient outside its token ids, see LogitGradient
-    GRADIENT_ELSEWHERE = len(Stat) + 5
-    LOGPROB_LABEL = len(Stat) + 6  # of the supervised term
-
-
-STATISTICS = len(Stat) + len(TokenRow)
-
-
-def statistics_rows(estimator: str, joint: bool) -> int:
-    """Rows of the statistics of all tokens: where models are scored one by one, each frozen one has some of its own."""
-    return STATISTICS + 2 * len(Stat) if estimator == "sampled" and not joint else STATISTICS
 
 
 def frozen_alone(statistics: Tensor, tokens: slice = slice(None)) -> tuple[Tensor, Tensor] | None:
@@ -120,19 +100,6 @@ def merge(
         for stat in (Stat.MEAN_GAP, Stat.MEAN_TARGET_GAP):
             out[stat] = bounded(out[stat], dtype)
     return out.to(dtype)
-
-
-def merged_statistics(
-    has: tuple[bool, bool], divergence: Divergence | type[Divergence] | None, tokens: bool
-) -> list[Stat]:
-    """What :func:`merge` reads of a part; ``tokens`` says whether there are sampled tokens."""
-    models = [(Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT, Stat.LOGIT_STUDENT)]
-    models += [(Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER)] if has[0] else []
-    models += [(Stat.MAX_REF, Stat.LOGSUM_REF, Stat.LOGIT_REF)] if has[1] else []
-    stats = [stat for model in models for stat in (model if tokens else model[:2])] + [Stat.MEAN_LOGIT]
-    stats += [Stat.MEAN_GAP] if any(has) else []
-    stats += [Stat.LOGSUM_TARGET, Stat.ORIGIN_TARGET] if all(has) else []
-    return stats + ([Stat.MEAN_TARGET_GAP] if divergence is not None and divergence.target_gap else [])
 
 
 def _target(has: tuple[bool, bool]) -> Stat:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..rowops import FAR
+from ..values import is_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # The frozen models, each with the lambda at which its coefficient is 0.
 FROZEN = (("teacher", 0.0), ("ref", 1.0))
@@ -25,21 +29,27 @@ def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None
     if teacher is None:
         return ref
     gap = teacher - ref
-    if isinstance(reward_scale, Tensor):
+    if is_tensor(reward_scale):
         near_teacher = reward_scale > 0.5
-        share = torch.where(near_teacher, reward_scale - 1, reward_scale)
-        mixed = torch.where(near_teacher, teacher, ref) + share * gap
+        share = (reward_scale - 1).where(near_teacher, reward_scale)
+        mixed = teacher.where(near_teacher, ref) + share * gap
         mixed = bounded(mixed) + 0 * gap
-        return torch.where(reward_scale == 1, teacher, torch.where(reward_scale == 0, ref, mixed))
+        return teacher.where(reward_scale == 1, ref.where(reward_scale == 0, mixed))
     if reward_scale in (0, 1):
         return teacher if reward_scale else ref
     mixed = teacher + (reward_scale - 1) * gap if reward_scale > 0.5 else ref + reward_scale * gap
     return bounded(mixed) + 0 * gap
 
 
+def finite_range(dtype: torch.dtype) -> torch.finfo:
+    import torch
+
+    return torch.finfo(dtype)
+
+
 def bounded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Within the finite range of its dtype, or of another one; NaN stays."""
-    limits = torch.finfo(dtype or x.dtype)
+    limits = finite_range(dtype or x.dtype)
     return x.clamp(limits.min, limits.max)
 
 
@@ -48,7 +58,7 @@ def origin_of(maximum: Tensor) -> Tensor:
 
     A log-sum of entries far from 0 has their rounding. Near 0 nothing is subtracted, one operation less per entry.
     """
-    return torch.where(maximum.abs() > FAR, bounded(maximum), 0)
+    return bounded(maximum).where(maximum.abs() > FAR, 0)
 
 
 def outside_support(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
@@ -56,8 +66,8 @@ def outside_support(reward_scale: float | Tensor, teacher: Tensor | None, ref: T
     outside: Tensor | None = None
     for model, (_, cancelled_at) in zip((teacher, ref), FROZEN, strict=True):
         if model is not None:
-            own = torch.isneginf(model)
-            if isinstance(reward_scale, Tensor):
+            own = model.isneginf()
+            if is_tensor(reward_scale):
                 own = own & (reward_scale != cancelled_at)
             outside = own if outside is None else outside | own
     assert outside is not None

@@ -25,11 +25,13 @@ import functools
 import importlib
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-# By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
-from torch import Tensor, bfloat16, device, dtype, float16, float32
+if TYPE_CHECKING:
+    # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
+    from torch import Tensor, device, dtype
 
 
 @dataclass(frozen=True)
@@ -381,13 +383,13 @@ class Backend:
     name: str
     module: str
     default_on: str | None = None  # the type of device on which backend="auto" takes it
-    dtypes: tuple[dtype, ...] | None = None  # of logits; None is all
+    dtypes: tuple[dtype | str, ...] | None = None  # of logits, or their names, as "float32"; None is all
 
     def load(self) -> Any:
         return sys.modules.get(self.module) or importlib.import_module(self.module)
 
 
-_KERNEL_DTYPES = (float32, bfloat16, float16)
+_KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -427,8 +429,8 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
     backend = BACKENDS[name]
     if backend.dtypes is not None and not _takes(backend, dtypes):
-        taken = [str(d).removeprefix("torch.") for d in backend.dtypes]
-        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes.difference(backend.dtypes)))
+        taken = _names(backend.dtypes)
+        found = ", ".join(sorted(name for name in _names(dtypes) if name not in taken))
         raise ValueError(
             f"backend={name!r} takes {_listed(taken)}, got {found}; backend='torch' takes any floating dtype"
         )
@@ -446,7 +448,12 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
 
 
 def _takes(backend: Backend, dtypes: set[dtype]) -> bool:
-    return backend.dtypes is None or dtypes.issubset(backend.dtypes)
+    return backend.dtypes is None or set(_names(dtypes)).issubset(_names(backend.dtypes))
+
+
+def _names(dtypes: Iterable[dtype | str]) -> list[str]:
+    """Without the prefix ``torch.``."""
+    return [str(d).removeprefix("torch.") for d in dtypes]
 
 
 def _listed(names: list[str]) -> str:

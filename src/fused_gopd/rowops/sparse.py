@@ -14,23 +14,8 @@ import torch
 from torch import Tensor
 
 from . import LogitTransform, ModelRows, RowProblem, Stat
+from .search import BLOCK, rows_at_once
 from .torch import accumulation_dtype, slope, transformed
-
-# Entries of a block in the first round of the search for the largest, which compares maxima of blocks: near the square
-# root of V / k, where both rounds compare as many numbers, for V = 151936 and k = 32.
-_BLOCK = 64
-# Elements that are searched at once. On a CPU they stay in the cache; a GPU would rather have few launches.
-_SEARCHED = {"cpu": 1 << 20, "gpu": 1 << 24}
-
-
-def rows_at_once(vocab_size: int, device_type: str) -> int:
-    """Rows whose largest entries are searched together."""
-    return max(1, _SEARCHED["cpu" if device_type == "cpu" else "gpu"] // vocab_size)
-
-
-def candidates_per_row(vocab_size: int, k: int) -> int:
-    """Upper bound on the entries of a row that are compared one by one in the search for the k largest."""
-    return min(vocab_size, k * _BLOCK)
 
 
 def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
@@ -54,12 +39,12 @@ def top(model: ModelRows, vocab_size: int, k: int) -> Tensor:
 
 def _largest(x: Tensor, k: int) -> Tensor:
     """The k largest entries lie in the k blocks with the largest maxima, or in what is left over of the row."""
-    blocks = x.shape[1] // _BLOCK
+    blocks = x.shape[1] // BLOCK
     if blocks <= 2 * k:
         return x.topk(k).indices
-    whole = blocks * _BLOCK
-    chosen = x[:, :whole].view(x.shape[0], blocks, _BLOCK).amax(-1).topk(k, sorted=False).indices
-    inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)
+    whole = blocks * BLOCK
+    chosen = x[:, :whole].view(x.shape[0], blocks, BLOCK).amax(-1).topk(k, sorted=False).indices
+    inside = chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=x.device)
     rest = torch.arange(whole, x.shape[1], device=x.device).expand(x.shape[0], -1)
     candidates = torch.cat((inside.flatten(1), rest), 1)
     return candidates.gather(1, x.gather(1, candidates).topk(k).indices)

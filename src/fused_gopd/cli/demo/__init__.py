@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import outputs
-from ..threads import restart_with_patient_threads
+from ..threads import use_patient_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -294,7 +294,7 @@ def demo(
 
     console = Console()
     started = time.perf_counter()
-    restart_with_patient_threads()
+    use_patient_threads()
     try:
         smollm.require_packages()
         with outputs.option("--out"), outputs.opened(out, "demo") as folder:

@@ -16,7 +16,7 @@ import typer
 from ...integrations.addresses import split_userinfo
 from .. import outputs
 from ..parameters import help_of
-from ..threads import restart_with_patient_threads
+from ..threads import use_patient_threads
 from .checkpoints import relist
 from .options import RunOptions, for_new_run, for_resumed_run
 
@@ -111,7 +111,7 @@ def distill(
         for name in ("api", "timeout", "patience", "key"):
             if _was_given(context, f"teacher_server_{name}", environment=False):
                 raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
-    restart_with_patient_threads()
+    use_patient_threads()
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
     # each warns of the other's deprecated names

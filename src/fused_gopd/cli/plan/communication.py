@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...objective.divergences import DIVERGENCES
+from ...objective.layout import merged_statistics
 from .call import PlannedCall
 
 _MODEL_NAMES = {"student": "student", "teacher": "teacher", "ref": "reference"}
@@ -36,9 +38,6 @@ class Exchange(NamedTuple):
 
 def exchanges(call: PlannedCall) -> list[Exchange]:
     """The all-gathers of vocabulary-parallel heads, for a call with token ids."""
-    from fused_gopd.objective.divergences import DIVERGENCES
-    from fused_gopd.objective.statistics import merged_statistics
-
     models = len(call.needed)
     if call.estimator == "full":
         has = "teacher" in call.needed, "ref" in call.needed

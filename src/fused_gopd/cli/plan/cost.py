@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from ...loop.chunking import BLOCK_ELEMENTS
+from ...objective.layout import STATISTICS
+from ...rowops import Stat
+from ...rowops.search import candidates_per_row, rows_at_once
 from .call import PlannedCall
 from .communication import collectives, exchanges
 
@@ -64,10 +68,6 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
         call: the share of one rank.
         ranks: how many ranks gather their statistics.
     """
-    from fused_gopd.loop import gemm
-    from fused_gopd.objective.statistics import STATISTICS
-    from fused_gopd.rowops import Stat, sparse
-
     rows, weight = call.largest_chunk, call.vocab * call.hidden
     kept = {
         "statistics per token": STATISTICS * call.tokens * call.wide,
@@ -83,11 +83,11 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
     }
     if low and call.device == "cpu":
         widest = max(call.needed.values())
-        forward["widened block of a weight"] = min(gemm.BLOCK_ELEMENTS, call.vocab * widest) * call.wide
+        forward["widened block of a weight"] = min(BLOCK_ELEMENTS, call.vocab * widest) * call.wide
     if call.k is not None:
-        searched = min(rows, sparse.rows_at_once(call.vocab, call.device_type))
+        searched = min(rows, rows_at_once(call.vocab, call.device_type))
         # for the entries of the blocks that may hold the largest logits: two int64 ids and one logit each
-        candidates = sparse.candidates_per_row(call.vocab, call.k)
+        candidates = candidates_per_row(call.vocab, call.k)
         forward["search for the support"] = searched * candidates * (8 + 8 + call.wide)
     if ranks > 1:
         # as received, and in the merge's layout, widened to float64

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...checks import one_of, require_count, require_integer, require_mask, require_number
+from ...checks import require_integer, require_mask
 from ...heads import TokenLogProbs, TopKLogProbs
+from ...values import one_of, require_count, require_number
 from .formats import FORMATS, Position, ScoredSequence, ScoringRequest, UnexpectedAnswer, scored
 from .http import Connection, Request, TeacherServerError
 

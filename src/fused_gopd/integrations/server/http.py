@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, quote_plus
 
-from ...checks import require_count, require_number
+from ...values import require_count, require_number
 from .. import needs
 from ..addresses import environment_proxy, redacted, split_userinfo
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ...checks import require_count
 from ...heads import LinearHead
 from ...hooks import isinstance_if_imported
 from ...shards import is_dtensor
+from ...values import require_count
 from .causal import causal_lm, find_head, is_compiled, lock, require_prefix, uncompiled
 from .transform import UnknownTransformError, accepts, transform_of, without_head
 from .weights import effective_weight

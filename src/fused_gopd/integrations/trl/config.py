@@ -10,9 +10,9 @@ from torch import nn
 from trl import DistillationConfig, GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
-from ...checks import one_of, require_count, require_number
 from ...objective.divergences import divergence_of
 from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES, checked_options
+from ...values import one_of, require_count, require_number
 
 # losses of GRPOTrainer in which the ratio is a detached factor of A log p
 _DETACHED_RATIO = ("cispo", "vespo")

@@ -16,11 +16,11 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 
 from ... import Metrics, distributed, gopd_loss
-from ...checks import require_number
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
 from ...options import AdvantageFn
 from ...output import GOPDOutput
+from ...values import require_number
 from ..hub import require_model
 from ..modules import require_separate
 from ..transformers import head_of, last_hidden_state

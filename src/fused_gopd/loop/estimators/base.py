@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...heads import Head, LinearHead
+from ...objective.layout import STATISTICS
 from ...objective.logit_gradient import LogitGradient
-from ...objective.statistics import STATISTICS, entropy, frozen_alone, token_logprob
+from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport
 from ...problem import Problem, Route
 from ...rowops import GradientWeights, RowProblem, Stat

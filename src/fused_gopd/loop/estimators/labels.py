@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...objective.layout import TokenRow
 from ...objective.logit_gradient import LogitGradient
-from ...objective.statistics import TokenRow
 from ...objective.supervised import has_label
 from ...rowops import RowProblem, sparse
 from ..vocab_parallel import local_ids

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...objective import policy
 from ...objective.divergences import ReverseKL, divergence_value
+from ...objective.layout import TokenRow, statistics_rows
 from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
-from ...objective.statistics import TokenRow, entropy, frozen_alone, statistics_rows
+from ...objective.statistics import entropy, frozen_alone
 from ...options import AdvantageFn, TokenStats
 from ...problem import Problem
 from ...rowops import GradientWeights, Policy, PolicyStat, Stat

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...objective.statistics import TokenRow, merge
+from ...objective.layout import TokenRow
+from ...objective.statistics import merge
 from ...objective.topk import OnSupport, term
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
