@@ -462,7 +462,7 @@ def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
 
 def _check_parameter(name: str, value: Any, divergence: str) -> None:
     """Raise where a parameter belongs to another divergence, or is a number outside the range of this one."""
-    if value is None or (not is_tensor(value) and value == DEFAULTS[name]):
+    if value is None or value is DEFAULTS[name] or (not is_tensor(value) and value == DEFAULTS[name]):
         return
     own = DIVERGENCES[divergence].parameter
     if own is None or own.option != name:

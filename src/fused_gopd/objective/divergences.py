@@ -22,7 +22,7 @@ with m = b t + (1 - b) p and kappa = c_p b - c_t (1 - b). The two forms of alpha
 
 Another divergence: a frozen dataclass that follows :class:`Divergence`, with :func:`register` above it.
 
-This module is imported without PyTorch, so the formulas call methods of tensors.
+This module is imported without PyTorch: formulas call methods of tensors, or import it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from ..rowops import MixtureConstants, Stat
-from ..values import is_tensor
-from .target import bounded, finite_range, mix
+from .target import bounded, mix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,8 +165,10 @@ class OneRound(Divergence):
 
     def blend(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """w forward + (1 - w) reverse, (C,) or (C, V); what w = 0 or 1 cancels is not computed."""
+        import torch
+
         w = self.forward_share
-        if not is_tensor(w):
+        if not isinstance(w, torch.Tensor):
             if w in (0, 1):
                 return forward() if w else reverse()
             return w * forward() + (1.0 - w) * reverse()
@@ -178,8 +179,10 @@ class OneRound(Divergence):
 
     @property
     def h0(self) -> float | Tensor:
+        import torch
+
         w = self.forward_share
-        return 1.0 - 2.0 * (w[:, None] if is_tensor(w) else w)
+        return 1.0 - 2.0 * (w[:, None] if isinstance(w, torch.Tensor) else w)
 
     def weighted(self, x: Outcomes) -> Tensor:
         p = x.log_p.exp()
@@ -247,7 +250,9 @@ class Mixed(OneRound):
 
     @classmethod
     def of(cls, value: float | Tensor) -> Divergence:
-        if is_tensor(value) or value not in (0, 1):
+        import torch
+
+        if isinstance(value, torch.Tensor) or value not in (0, 1):
             return cls(value)
         return ForwardKL() if value else ReverseKL()
 
@@ -256,7 +261,9 @@ class Mixed(OneRound):
         return self.forward_weight
 
     def rows(self, rows: slice) -> Divergence:
-        return Mixed(self.forward_weight[rows]) if is_tensor(self.forward_weight) else self
+        import torch
+
+        return Mixed(self.forward_weight[rows]) if isinstance(self.forward_weight, torch.Tensor) else self
 
 
 # ---------------------------------------------------------------------------------------------------------- mixtures
@@ -273,10 +280,12 @@ def to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     and the other one is that +- ratio. Below the branch the error is small relative to beta, not only to 1: near the
     ends of beta the JSD and its gradient are as small as that.
     """
+    import torch
+
     if beta > 0.5:
         target, student = to_mixture(-ratio, 1.0 - beta)
         return student, target
-    least = finite_range(ratio.dtype).tiny
+    least = torch.finfo(ratio.dtype).tiny
     beta = max(beta, least)
     # the exponential stays in the range of float32
     turn = min(math.log((1.0 - beta) / beta), 80.0)
@@ -469,7 +478,9 @@ class Alpha(Divergence):
 
 def finite_exp(x: Tensor) -> Tensor:
     """exp, at most so large that a sum over any vocabulary, and its product with a weight, is a number of the dtype."""
-    return x.clamp_max(math.log(finite_range(x.dtype).max) - 24.0).exp()
+    import torch
+
+    return x.clamp_max(math.log(torch.finfo(x.dtype).max) - 24.0).exp()
 
 
 def scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""The target of the full and topk estimators: lambda log q + (1 - lambda) log r, and its origin."""
+"""The target of the full and topk estimators: lambda log q + (1 - lambda) log r, and its origin.
+
+Imported without PyTorch, as the divergences are; functions that need it import it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ..rowops import FAR
-from ..values import is_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +25,15 @@ def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None
     and r give a finite result, clamped to the range of the dtype; an infinite one gives NaN. ``None`` is a model that
     has cancelled.
     """
+    import torch
+
     if ref is None:
         assert teacher is not None
         return teacher
     if teacher is None:
         return ref
     gap = teacher - ref
-    if is_tensor(reward_scale):
+    if isinstance(reward_scale, torch.Tensor):
         near_teacher = reward_scale > 0.5
         share = (reward_scale - 1).where(near_teacher, reward_scale)
         mixed = teacher.where(near_teacher, ref) + share * gap
@@ -41,15 +45,11 @@ def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None
     return bounded(mixed) + 0 * gap
 
 
-def finite_range(dtype: torch.dtype) -> torch.finfo:
-    import torch
-
-    return torch.finfo(dtype)
-
-
 def bounded(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Within the finite range of its dtype, or of another one; NaN stays."""
-    limits = finite_range(dtype or x.dtype)
+    import torch
+
+    limits = torch.finfo(dtype or x.dtype)
     return x.clamp(limits.min, limits.max)
 
 
@@ -63,11 +63,13 @@ def origin_of(maximum: Tensor) -> Tensor:
 
 def outside_support(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
     """Where a frozen model whose coefficient is not 0 gives the token probability 0."""
+    import torch
+
     outside: Tensor | None = None
     for model, (_, cancelled_at) in zip((teacher, ref), FROZEN, strict=True):
         if model is not None:
             own = model.isneginf()
-            if is_tensor(reward_scale):
+            if isinstance(reward_scale, torch.Tensor):
                 own = own & (reward_scale != cancelled_at)
             outside = own if outside is None else outside | own
     assert outside is not None

@@ -25,7 +25,6 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -385,6 +384,15 @@ class Backend:
     default_on: str | None = None  # the type of device on which backend="auto" takes it
     dtypes: tuple[dtype | str, ...] | None = None  # of logits, or their names, as "float32"; None is all
 
+    @functools.cached_property
+    def takes(self) -> frozenset[dtype] | None:
+        """The dtypes of logits; None is all."""
+        import torch
+
+        if self.dtypes is None:
+            return None
+        return frozenset(getattr(torch, d) if isinstance(d, str) else d for d in self.dtypes)
+
     def load(self) -> Any:
         return sys.modules.get(self.module) or importlib.import_module(self.module)
 
@@ -428,9 +436,9 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
     backend = BACKENDS[name]
-    if backend.dtypes is not None and not _takes(backend, dtypes):
-        taken = _names(backend.dtypes)
-        found = ", ".join(sorted(name for name in _names(dtypes) if name not in taken))
+    if backend.takes is not None and not _takes(backend, dtypes):
+        taken = [str(d).removeprefix("torch.") for d in backend.dtypes or ()]
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes.difference(backend.takes)))
         raise ValueError(
             f"backend={name!r} takes {_listed(taken)}, got {found}; backend='torch' takes any floating dtype"
         )
@@ -448,12 +456,7 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
 
 
 def _takes(backend: Backend, dtypes: set[dtype]) -> bool:
-    return backend.dtypes is None or set(_names(dtypes)).issubset(_names(backend.dtypes))
-
-
-def _names(dtypes: Iterable[dtype | str]) -> list[str]:
-    """Without the prefix ``torch.``."""
-    return [str(d).removeprefix("torch.") for d in dtypes]
+    return backend.takes is None or dtypes.issubset(backend.takes)
 
 
 def _listed(names: list[str]) -> str:
