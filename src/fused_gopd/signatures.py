@@ -27,7 +27,8 @@ def called_as(kind: Callable[P, C]) -> Callable[[Callable[[C], R]], Callable[P, 
 
         signature, own = inspect.signature(kind), inspect.signature(function)
         call.__signature__ = signature.replace(return_annotation=own.return_annotation)  # type: ignore[attr-defined]
-        types = typing.get_type_hints(kind)
+        # of __init__, not of the class: Python 3.10 takes the line "_: KW_ONLY" of a dataclass for no type
+        types = typing.get_type_hints(kind.__init__)
         call.__annotations__ = {name: types[name] for name in signature.parameters}
         call.__annotations__["return"] = typing.get_type_hints(function)["return"]
         return call
