@@ -40,6 +40,7 @@ PAGES = {
         ROOT / "CONTRIBUTING.md",
         ROOT / "tests/snapshots.md",
         ROOT / "benchmarks/README.md",
+        ROOT / "examples/README.md",
         *ROOT.glob("docs/**/*.md"),
     )
 }
