@@ -114,26 +114,31 @@ _INTRODUCTION = """\
 # The paper's claims on tiny models
 
     fused-gopd reproduce --quick          # minutes, on two cores; section 3 with --claim strong-to-weak
-    fused-gopd reproduce --seeds 3        # everything; goes on where it stopped
+    fused-gopd reproduce --seeds 3        # everything; continues where it stopped
 
-Transformers of about 100 thousand parameters and two domains with checkable answers, 3-digit addition (A) and two
-operations on a string of four letters (B), each answered directly or with a scratch. A base is trained on data with
-errors; GRPO makes a teacher for each domain of it; students are distilled on-policy. Every loss is this package's. The
-code is in `benchmarks/reproduction`, this page is generated from its JSON, and what does not reproduce is in it too.
-These are other models, other tasks and another scale than the paper's: what can agree is the direction, not the size.
+Transformers of about 100 thousand parameters learn two domains with checkable answers: 3-digit addition (A) and two
+operations on a string of four letters (B). Each is answered directly or with a scratch, in which the steps are written
+down. A base is trained on data with errors, GRPO makes a teacher for each domain of it, and students are distilled
+on-policy. Every loss is this package's. The code is in `benchmarks/reproduction`. This page is generated from its JSON,
+and has what does not reproduce, too. Models, tasks and scale are not the paper's: what can agree is the direction of an
+effect, not its size.
 
-**Chosen after looking.** Students were at first trained at a constant learning rate, for 60 steps, smaller ones for
-100. With seeds 0, 1 and 2 the spread was then larger than what it was to resolve: no student passed both teachers by
-twice the spread, and no control was told from the best λ. So pilots were run with other seeds, 100 to 102, which are in
-no table here: each of them is in `benchmarks/results/reproduction-pilots.json`. Of a constant learning rate, a linear
-and a cosine decay to 0 over 60 steps and a cosine over 80, the last had the higher scores at λ = 2 with as small a
-spread, and was taken for every student. For smaller ones 133 steps were taken rather than 100, after which one of three
-trainings with the teacher's base as the reference, at λ = 1.5, was still far behind the others. Then seeds 0, 1 and 2
-were run, once. At λ = 1.25 and 1.5 a mismatched student with its own reference collapsed in some of them and not in
-others, so λ = 2 was added for the smaller students, with pilots first: there it fell behind in all. With a decay,
-"stopped after 15 steps" can mean two things: both are controls. Base and teachers were those of the pilots. Another CPU
-or version gives other ones: rounding differs, and hundreds of steps amplify that. The first run's base had 58.6, its
-teachers 70.0 and 74.4, each in its domain.
+**How the settings were chosen.** After a first look, which a reader should know:
+
+- At first students were trained at a constant learning rate for 60 steps, smaller ones for 100. With seeds 0, 1 and 2
+  the spread was too large to decide anything: no student passed both teachers by twice the spread, and no control could
+  be told from the best λ.
+- So pilots were run with other seeds, 100 to 102. They are in no table here, but all of them are in
+  `benchmarks/results/reproduction-pilots.json`. Compared were a constant rate, a linear and a cosine decay to 0 over 60
+  steps, and a cosine over 80. The last had the higher scores at λ = 2 with as small a spread, and was taken for every
+  student. Smaller students got 133 steps rather than 100, since after 100 one of three trainings with the teacher's
+  base as the reference, at λ = 1.5, was still far behind the others.
+- Then seeds 0, 1 and 2 were run, once. At λ = 1.25 and 1.5 a mismatched student with its own reference collapsed with
+  some seeds and not with others. So λ = 2 was added for the smaller students, with pilots first: there it fell behind
+  with every seed.
+- With a decay "stopped after 15 steps" can mean two things; both are controls.
+- Base and teachers are those of the pilots. Another CPU or version gives others, since rounding differs and hundreds of
+  steps amplify that. The first run's base had 58.6, its teachers 70.0 and 74.4, each in its domain.
 """
 
 
@@ -145,9 +150,9 @@ def _introduction(found: Found) -> list[str]:
         _INTRODUCTION,
         f"**{what}** of each student's training; base and teachers are the same for all. ± is the standard",
         f"deviation over seeds. Scores are means over the same {s['n']} prompts at temperature 1 (base and teachers:",
-        f"{s['shared_n']}): one score alone is uncertain by {50 / math.sqrt(s['n']):.1f} at most. Above is always by",
-        "more than twice the spread, or the sampling error where that is larger; with one seed the sampling error is",
-        "all there is, which is too small.",
+        f"{s['shared_n']}): one score alone is uncertain by {50 / math.sqrt(s['n']):.1f} at most. *Above* means by",
+        "more than twice the spread, or the sampling error where that is larger. With one seed there is only the",
+        "sampling error, which is too small a measure.",
         "",
         f"{versions}; {done['cpu_seconds'] / 60:.0f} CPU minutes in {done['timed']} stages, by two processes.",
         "",
@@ -156,7 +161,7 @@ def _introduction(found: Found) -> list[str]:
     failed = [v.claim for v in judged if v.holds is False]
     if judged:
         lines += [f"{sum(v.holds is True for v in judged)} of {len(judged)} sentences below hold here."]
-        lines += [f"**Those that do not:** {'; '.join(failed)}.", ""] if failed else [""]
+        lines += ["**Those that do not:**", "", *(f"- {claim}" for claim in failed), ""] if failed else [""]
     if found["missing"]:
         names = ", ".join(
             f"{m['group']}" + (f" (seed {m['seed']})" if m["seed"] is not None else "") for m in found["missing"]
