@@ -1,7 +1,7 @@
 """Other packages, called by their public API as their documentation or trainer configures it.
 
 Each docstring names the function that is called, so that a reader can compare it with the package's source. Versions
-are pinned in constraints.txt; ``pip install "fused-gopd[bench-peers]"`` installs them. A package that lacks a model or
+are pinned in constraints.txt; the extra ``bench-peers`` installs them. A package that lacks a model or
 the lambda target is measured on the jobs that it supports. Packages that need a GPU are skipped elsewhere.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused_gopd import installing
 
 from .providers import Loss, Provider, advantage, chunk_size, of_live, policy_loss
 from .workloads import CLIP, JSD_BETA, Inputs, Workload
@@ -298,7 +300,8 @@ def _needs(
     bfloat16: bool = False,
     hopper: bool = False,
     also: tuple[str, ...] = (),
-    install: str = '"fused-gopd[bench-peers]"',
+    extra: str = "bench-peers",
+    packages: tuple[str, ...] = (),
     shape: Callable[[Workload], str | None] = lambda _: None,
 ) -> Callable[[Workload], str | None]:
     """Why a peer cannot run a workload here; None if it can.
@@ -310,14 +313,15 @@ def _needs(
         bfloat16: whether it takes bfloat16 alone.
         hopper: whether it has kernels for compute capability 9.0 alone.
         also: further modules that its kernels need.
-        install: what ``pip install`` takes for it.
+        extra, packages: what installs it: an extra of this package, or packages of its own.
         shape: what it cannot do of a workload's shape.
     """
 
     def reason(workload: Workload) -> str | None:
         for module in (package, *also):
             if not _installed(module):
-                return f"{module} is not installed: pip install {install}"
+                command = installing.packages(*packages) if packages else installing.extra(extra)
+                return f"{module} is not installed: {command}"
         if gpu and torch.device(workload.device).type == "cpu":
             return "its kernels are for a GPU"
         if bfloat16 and workload.dtype != torch.bfloat16:
@@ -375,9 +379,9 @@ _liger_cute = functools.partial(
     bfloat16=True,
     hopper=True,
     also=("cutlass.cute",),
-    install='"fused-gopd[bench-peers-gpu]"',
+    extra="bench-peers-gpu",
 )
-_quack_needs = functools.partial(_needs, "quack", gpu=True, half=True, install='"fused-gopd[bench-peers-gpu]"')
+_quack_needs = functools.partial(_needs, "quack", gpu=True, half=True, extra="bench-peers-gpu")
 
 PEERS = {
     "torch-lce": _peer(("nll",), _torch_linear_cross_entropy(_chunks_of_this_package), _torch_reason),
@@ -396,7 +400,7 @@ PEERS = {
         _DIVERGENCES,
         _unsloth_jsd,
         # its trl is older than the other peers': an environment of its own
-        _needs("unsloth_zoo", also=("unsloth",), install="unsloth unsloth_zoo"),
+        _needs("unsloth_zoo", also=("unsloth",), packages=("unsloth", "unsloth_zoo")),
         compiles=True,
     ),
     "liger-grpo": _peer(("policy",), _liger_grpo, _needs("liger_kernel"), compiles=True),

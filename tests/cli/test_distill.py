@@ -731,7 +731,7 @@ def test_wrong_use_is_said_before_a_model_is_loaded(
         raise AssertionError("a model is loaded")
 
     def not_installed() -> Path:
-        raise smollm.DemoError(f"the demo's model is not installed. Run:\n  {smollm._INSTALL_MODEL}")
+        raise smollm.DemoError(f"the demo's model is not installed. Run:\n  {smollm._install_model()}")
 
     monkeypatch.setattr(training.GOPDTrainer, "__init__", load)
     monkeypatch.setattr(smollm, "local_copy", not_installed)

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import installing
 from . import outputs
+from .parameters import require_packages
 
 # The benchmarks are fused_gopd.benchmarks in an installed package, and a folder next to src/ in a source tree.
 _PLACES = ("fused_gopd.benchmarks", "benchmarks")
@@ -18,12 +20,7 @@ _PLACES = ("fused_gopd.benchmarks", "benchmarks")
 
 def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_benchmark")) -> ModuleType:
     """Import a module of the benchmarks; the error for a missing package says what to install."""
-    missing = [package for package in needs if importlib.util.find_spec(package) is None]
-    if missing:
-        raise typer.BadParameter(
-            f'the benchmarks need {" and ".join(missing)}: pip install "fused-gopd[bench]", '
-            'and "fused-gopd[bench-peers]" for the packages that they compare with'
-        )
+    require_packages("bench", needs, installing.extra("bench"))
     for place in _PLACES:
         if importlib.util.find_spec(place) is not None:
             return importlib.import_module(f"{place}.{name}")
@@ -129,8 +126,8 @@ def bench(
         raise typer.BadParameter(str(error), param_hint=error.option) from None
     if plot is not None and not memory:
         raise typer.BadParameter("needs the memory figures: leave --no-memory out", param_hint="--plot")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter('needs matplotlib: pip install "fused-gopd[bench]"', param_hint="--plot")
+    if plot is not None:
+        require_packages("--plot", ["matplotlib"], installing.extra("bench"))
     _check_files(json_file, plot, overwrite)
     result = _run(run, options, json_file)
     _print(report, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterable
@@ -28,6 +29,18 @@ def require_finite(name: str, value: float) -> None:
     """Raise ``typer.BadParameter``, which names the flag, for infinity and NaN."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"expected a finite number, got {value}", param_hint=flag(name))
+
+
+def require_packages(what: str, modules: Iterable[str], *commands: str) -> None:
+    """Exit with status 2 where modules are missing, with the commands that install them.
+
+    Each is on a line of its own: a box around an error would break it, so that it could not be pasted.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        run = "".join(f"\n  {command}" for command in commands)
+        typer.echo(f"error: {what} needs {', '.join(missing)}. Run:{run}", err=True)
+        raise typer.Exit(2)
 
 
 def help_of(name: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import installing
 from . import outputs
 from .bench import benchmarks_module
 from .durable import Damaged
+from .parameters import require_packages
 from .threads import use_patient_threads
 
 _NEEDS = ("transformers", "safetensors", "matplotlib")
@@ -80,9 +81,7 @@ def reproduce(
     package's. Finished stages are kept: an interrupted run continues after the last one, and a run with more seeds only
     computes the new ones. The page compares each claim with the paper's figure, also where it does not reproduce.
     """
-    missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
-    if missing:
-        raise typer.BadParameter(f'reproduce needs {" and ".join(missing)}: pip install "fused-gopd[demo]"')
+    require_packages("reproduce", _NEEDS, installing.extra("demo"))
     use_patient_threads()
     claims = benchmarks_module("reproduction.claims", needs=())
     unknown = [name for name in claim or () if name not in claims.CLAIMS]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
 
 @contextmanager
-def needs(integration: str, *packages: str, install: str) -> Iterator[None]:
+def needs(integration: str, *packages: str, install: Callable[[], str]) -> Iterator[None]:
     """Context of an integration's imports: the error for a missing or incompatible package says how to install it.
 
     Args:
         integration: the module's ``__name__``.
         packages: the packages that it imports.
-        install: the command that installs them.
+        install: makes the command that installs them, which takes a look at how this package was installed.
     """
     try:
         yield
@@ -23,14 +23,14 @@ def needs(integration: str, *packages: str, install: str) -> Iterator[None]:
         if package not in packages:
             raise
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            message = f"{integration} needs {package}, which is not installed: {install}"
+            message = f"{integration} needs {package}, which is not installed: {install()}"
             raise ModuleNotFoundError(message, name=package) from None
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
             version = "of unknown version"
         raise ImportError(
-            f"{integration} does not fit the {package} that is installed, {version} ({error}): {install}",
+            f"{integration} does not fit the {package} that is installed, {version} ({error}): {install()}",
             name=error.name,
             path=error.path,
         ) from error

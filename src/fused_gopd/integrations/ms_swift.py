@@ -16,6 +16,7 @@ not needed); ``swift/trainers/trainer_factory.py``, ``TrainerFactory.TRAINER_MAP
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from torch import Tensor
 
 import fused_gopd as fg
 
+from ..installing import packages
 from . import needs
 from .logprobs import require_reference
 from .modules import require_separate
 from .transformers import head_of, last_hidden_state
 
-with needs(__name__, "swift", "accelerate", install='pip install "ms-swift>=4"'):
+with needs(__name__, "swift", "accelerate", install=partial(packages, "ms-swift>=4")):
     from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
     from swift.rlhf_trainers.gkd_trainer import GKDTrainer  # type: ignore[import-not-found]
     from swift.rlhf_trainers.utils import (  # type: ignore[import-not-found]

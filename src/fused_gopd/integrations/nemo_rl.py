@@ -18,7 +18,7 @@ from ..checks import require_mask
 from . import needs
 from .logprobs import check_options, metric_sums, require_reference, sampled_loss
 
-with needs(__name__, "nemo_rl", install="install NeMo-RL, https://github.com/NVIDIA-NeMo/RL"):
+with needs(__name__, "nemo_rl", install=lambda: "install NeMo-RL, https://github.com/NVIDIA-NeMo/RL"):
     from nemo_rl.algorithms.loss.interfaces import (  # type: ignore[import-not-found]
         LossInputType,
         LossType,

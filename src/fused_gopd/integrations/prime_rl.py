@@ -62,7 +62,7 @@ def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
     Returns:
         prime-rl's LossOutputs.
     """
-    with needs(__name__, "prime_rl", install="install prime-rl, https://github.com/PrimeIntellect-ai/prime-rl"):
+    with needs(__name__, "prime_rl", install=lambda: "install prime-rl, https://github.com/PrimeIntellect-ai/prime-rl"):
         from prime_rl.trainer.rl.loss import LossOutputs  # type: ignore[import-not-found]
 
     if reward_scale != 1:

@@ -81,6 +81,6 @@ def register_estimator() -> None:
     """Register the advantage estimator ``gopd``, which uses the rewards as advantages."""
     # the package was called skyrl_train up to 0.4
     package = "skyrl.backends.skyrl_train" if importlib.util.find_spec("skyrl") else "skyrl_train"
-    with needs(__name__, "skyrl", "skyrl_train", install="install SkyRL, https://github.com/NovaSky-AI/SkyRL"):
+    with needs(__name__, "skyrl", "skyrl_train", install=lambda: "install SkyRL, https://github.com/NovaSky-AI/SkyRL"):
         utils = importlib.import_module(f"{package}.utils.ppo_utils")
     utils.register_advantage_estimator("gopd")(_unchanged)

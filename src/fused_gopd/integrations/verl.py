@@ -17,7 +17,7 @@ Recipe and tested set-ups: ``docs/integrations/verl.md``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from ..checks import require_mask
+from ..installing import packages
 from ..options import DEFAULTS, PARAMETERS, checked_options
 from ..tokens import Sequences
 from ..values import one_of
@@ -34,7 +35,7 @@ from .logprobs import check_options, named_metrics, require_reference, sampled_l
 from .transformers import head_of
 from .transformers.transform import remember_transform
 
-with needs(__name__, "verl", install='pip install "verl>=0.9"'):
+with needs(__name__, "verl", install=partial(packages, "verl>=0.9")):
     import verl.models.transformers.monkey_patch as verl_models
     import verl.trainer.distillation.losses as verl_losses
     import verl.utils.config as verl_config

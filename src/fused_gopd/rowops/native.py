@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..installing import rebuild
 from . import (
     GradientWeights,
     LinearExponentials,
@@ -65,7 +66,7 @@ def unavailable_reason() -> str | None:
     except ModuleNotFoundError:
         return (
             "the compiled extension, fused_gopd._native, is missing: this package was built without a C++17 compiler. "
-            "Install one, and the package again with pip install --force-reinstall --no-deps --no-cache-dir"
+            f"Install one, and the package again: {rebuild()}"
         )
     except ImportError as error:
         return f"the compiled extension, fused_gopd._native, could not be imported: {error}"

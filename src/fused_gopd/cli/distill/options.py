@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -13,10 +12,11 @@ from typing import Any
 
 import typer
 
+from ... import installing
 from ...integrations.hub import is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
-from ..parameters import check_loss_options, flag, require_finite, require_one_of
+from ..parameters import check_loss_options, flag, require_finite, require_one_of, require_packages
 
 FILE = "distill.json"
 # options that may differ when a run is resumed
@@ -281,6 +281,4 @@ def _check_packages(options: RunOptions) -> None:
     needed = ["transformers", "trl", "datasets", "accelerate", "tensorboard", "matplotlib"]
     needed += ["peft"] if options.lora else []
     needed += ["httpx"] if options.teacher_server else []
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise typer.BadParameter(f'distill needs {", ".join(missing)}: pip install "fused-gopd[train]"')
+    require_packages("distill", needed, installing.extra("train"))

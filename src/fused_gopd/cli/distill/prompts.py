@@ -11,6 +11,9 @@ from typing import Any
 
 import typer
 
+from ...installing import packages
+from ..parameters import require_packages
+
 _COLUMNS = ("prompt", "messages")
 
 
@@ -70,10 +73,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _of_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    require_packages("a .parquet file", ["pyarrow"], packages("pyarrow"))
     try:
         rows = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
-    except ImportError:
-        raise typer.BadParameter("a .parquet file needs pyarrow: pip install pyarrow", param_hint="--prompts") from None
     except ValueError as error:  # pyarrow's exceptions are subclasses of ValueError or OSError
         raise typer.BadParameter(f"{path} is no whole Parquet table: {error}", param_hint="--prompts") from None
     yield from enumerate(rows, 1)

@@ -123,7 +123,8 @@ class DistillationRun:
         try:
             return str(smollm.local_copy())
         except smollm.DemoError as error:
-            raise typer.BadParameter(str(error), param_hint="smollm2") from None
+            typer.echo(f"error: smollm2: {error}", err=True)
+            raise typer.Exit(2) from None
 
     def _frozen_models(self) -> list[tuple[str, str]]:
         """(flag, name) of the teachers and the reference that are loaded in this process."""

@@ -21,14 +21,16 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, quote_plus
 
+from ...installing import extra, packages
 from ...values import require_count, require_number
 from .. import needs
 from ..addresses import environment_proxy, redacted, split_userinfo
 
-with needs(__name__.rpartition(".")[0], "httpx", install='pip install "fused-gopd[train]"'):
+with needs(__name__.rpartition(".")[0], "httpx", install=partial(extra, "train")):
     httpx: Any = importlib.import_module("httpx")
 
 T = TypeVar("T")
@@ -329,7 +331,7 @@ def _proxy_of(base_url: str, proxy: str | Literal[False] | None) -> tuple[Any, t
         try:
             importlib.import_module("socksio")
         except ImportError:
-            raise ImportError(f'{name} is a SOCKS proxy, which needs socksio: pip install "httpx[socks]"') from None
+            raise ImportError(f"{name} is a SOCKS proxy, which needs socksio: {packages('httpx[socks]')}") from None
     try:
         return httpx.Proxy(url, auth=userinfo), userinfo
     except (httpx.InvalidURL, ValueError) as error:

@@ -19,9 +19,12 @@ have the public functions.
 
 from __future__ import annotations
 
+from functools import partial
+
+from ...installing import packages
 from .. import needs
 
-with needs(__name__, "transformers", install='pip install "transformers>=5.0"'):
+with needs(__name__, "transformers", install=partial(packages, "transformers>=5.0")):
     from .patch import PatchedLMHead, patch_lm_head
     from .states import head_of, last_hidden_state, position_ids_of
 

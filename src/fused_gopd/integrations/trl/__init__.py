@@ -10,9 +10,12 @@ that return completions, and that log metrics.
 
 from __future__ import annotations
 
+from functools import partial
+
+from ...installing import extra
 from .. import needs
 
-with needs(__name__, "trl", "transformers", "datasets", "accelerate", install='pip install "fused-gopd[train]"'):
+with needs(__name__, "trl", "transformers", "datasets", "accelerate", install=partial(extra, "train")):
     from .checks import check_tokenizers
     from .config import GOPDConfig, GRPOGOPDConfig
     from .grpo import GRPOGOPDMixin, GRPOGOPDTrainer

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...installing import extra
 from .. import (
     GradientWeights,
     LinearExponentials,
@@ -47,7 +48,7 @@ def interpreted() -> bool:
 def unavailable_reason() -> str | None:
     """Why this backend cannot be used here; None if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+        return f"the package triton is not installed: {extra('triton')}"
     if torch.cuda.is_available() or interpreted():
         return None
     return "PyTorch sees no GPU, and TRITON_INTERPRET=1 is not set"
