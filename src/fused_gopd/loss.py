@@ -39,6 +39,10 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     optimum is log p = lambda log q + (1 - lambda) log r + const. lambda = 1 is ordinary on-policy distillation and
     never touches the reference; lambda > 1 extrapolates beyond the teacher.
 
+    Where hidden states and heads of teacher and reference are here, pass ``estimator="full"``: it has the same expected
+    gradient without the noise of the sampled token. The default is ``"sampled"``, which takes every kind of model but
+    lists of top tokens.
+
     Shapes: ``(...)`` is the token shape, usually (B, T) or (N,). ``hidden[t]`` or ``logits[t]`` scores
     ``token_ids[t]``: the caller shifts. Outputs are float32, float64 where any input is float64.
 
@@ -50,11 +54,11 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         token_ids: (...) integer, the sampled tokens. Required by ``sampled``; for the others only for reporting.
         teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens
             routed to a model pass through its GEMM.
-        mask: (...) bool, or 0 and 1 in any dtype; tokens with 0 cost no work and touch nothing, whatever is in them.
+        mask: (...) bool, or 0 and 1 in any dtype; tokens with 0 are skipped, and NaN in them has no effect.
         reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
         estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
             ``"full"``, the exact divergence over the vocabulary; ``"topk"``, the divergence over K tokens of each
-            position, which a teacher behind a server can tell, see below.
+            position, which a teacher behind a server can return, see below.
         divergence: of ``full`` and ``topk``: ``"reverse_kl"`` (the paper's -J per token), ``"forward_kl"``
             KL(target || p), or ``"jsd"`` with ``beta``: beta KL(target || m) + (1 - beta) KL(p || m),
             m = beta target + (1 - beta) p. ``beta=0`` is ``"forward_kl"`` and ``beta=1`` is ``"reverse_kl"``, value and
@@ -116,7 +120,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
 
     Options of every estimator:
         sft_labels: (...) integer, the label of a supervised term at each token, -100 for none. From the same logits:
-            no GEMM more. A label that the student cannot give adds nothing.
+            no GEMM more. A label with probability 0 under the student adds nothing.
         sft_weight: the token loss is that of the estimator plus ``sft_weight`` times -log p[label].
 
     More options:
