@@ -30,11 +30,11 @@ def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_ben
 def _run(bench: ModuleType, options: Any, json_file: Path | None) -> dict[str, Any]:
     """Measure, with a progress bar on a terminal or else a line per case."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .progress import StepProgress
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with StepProgress(console, "case", transient=True) as progress:
         task = progress.add_task("starting", total=len(options.cases))
 
         def done(name: str) -> None:

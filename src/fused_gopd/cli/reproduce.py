@@ -20,12 +20,12 @@ _NEEDS = ("transformers", "safetensors", "matplotlib")
 def _run(runner: Any, plan: Any, output: Path, cache: Path | None, workers: int) -> dict[str, Any]:
     """Run the stages, with a progress bar on a terminal or else a line per stage."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .progress import StepProgress
 
     total = len(runner.stages.with_parents(run.stage for run in plan.runs))
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with StepProgress(console, "stage", transient=True) as progress:
         task = progress.add_task("base models", total=total)
 
         def done(name: str) -> None:

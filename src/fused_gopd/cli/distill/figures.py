@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..durable import replace
+from ..progress import StepProgress
 
 # name in the trainer's logs -> name in metrics.jsonl
 NAMES = {
@@ -86,10 +86,7 @@ class Display:
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(
-            *columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal
-        )
+        self._progress = StepProgress(console, "step")
         self._steps = steps
         self._task = self._progress.add_task("the student answers", total=steps)
 
@@ -103,7 +100,9 @@ class Display:
         self._progress.update(self._task, completed=row["step"], description=summary(row))
         if not self.console.is_terminal:
             seconds = "" if row.get("seconds") is None else f"  {row['seconds']:.1f} s"
-            self.console.print(f"step {row['step']}/{self._steps}  {summary(row)}{seconds}", highlight=False)
+            self.console.print(
+                f"step {row['step']}/{self._steps}  {summary(row)}{seconds}", highlight=False, soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
         """Print a line of plain text above the bar."""

@@ -1,0 +1,58 @@
+"""The progress of a command keeps count, bar and times on a narrow terminal, and lines of a log stay whole."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from fused_gopd.cli.distill.figures import Display
+from fused_gopd.cli.progress import StepProgress
+
+ROW = {"step": 137, "reward": 0.1234, "kl_teacher": 0.567, "entropy": 1.234, "length": 199.5, "seconds": 12.3}
+
+
+def frame(width: int) -> list[str]:
+    """The lines of the last frame of a training's display."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    display = Display(console, 2000)
+    with display.running(136):
+        display.step(ROW)
+    assert isinstance(console.file, io.StringIO)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-2:]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_step_bar_and_times_are_on_one_line(width: int) -> None:
+    first, second = frame(width)
+    assert re.fullmatch(r"step +137/2000 [━╸╺ ]{6,40} 0:00:0\d (-:--:--|\d:\d\d:\d\d) *", first), first
+    assert len(first) <= width
+    assert second.startswith("reward 0.123  KL 0.567  entropy 1.23")
+    assert len(second) <= width
+    assert "length" in second
+
+
+def test_a_line_of_a_log_is_not_broken() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=60)
+    display = Display(console, 2000)
+    with display.running(136):
+        display.step(ROW)
+    assert isinstance(console.file, io.StringIO)
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith("step 137/2000  reward 0.123")
+    assert line.endswith("12.3 s")
+
+
+def test_a_long_name_of_a_case_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    with StepProgress(console, "case") as progress:
+        task = progress.add_task("starting", total=12)
+        progress.update(task, advance=1, description="hidden-full-bf16-" + "x" * 90)
+        shown = console.render_lines(progress.get_renderable())
+    lines = ["".join(segment.text for segment in line) for line in shown]
+    assert len(lines) == 2
+    assert re.match(r"case +1/12 [━╸╺ ]{6,} ", lines[0])
+    assert lines[1].rstrip().endswith("…")
