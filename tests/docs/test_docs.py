@@ -2,7 +2,7 @@
 
 A command line of ``fused-gopd`` goes through the command's own options and checks, without its work; other commands
 name files, targets, extras and options that exist. Python compiles, and what it takes of the package is there, with the
-arguments that it gives. Pages that are run as well: test_distributed, test_planning, test_transformers, test_verl.
+arguments that it gives. test_snippets runs it, test_links follows the links.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib
 import inspect
 import re
 import shlex
-import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,32 +30,17 @@ import fused_gopd as fg
 from fused_gopd.cli import app, bench, reproduce
 from fused_gopd.cli.distill import options
 from fused_gopd.options import TokenStats
+from pages import FENCE, ROOT, fences, read_pages
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "tests/snapshots.md",
-        ROOT / "benchmarks/README.md",
-        ROOT / "examples/README.md",
-        *ROOT.glob("docs/**/*.md"),
-    )
-}
+PAGES = read_pages("README.md", "CONTRIBUTING.md", "tests/*.md", "benchmarks/*.md", "examples/*.md", "docs/**/*.md")
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-_FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 _PROGRAMS = ("fused-gopd", "make", "python", ".venv/bin/python", "pip", "accelerate", "pytest", "hf")
-
-
-def fences(page: str, *languages: str) -> list[str]:
-    return [textwrap.dedent(body) for language, body in _FENCE.findall(PAGES[page]) if language in languages]
 
 
 def typed(page: str) -> Iterator[list[str]]:
     """The words of each command line of a page: in a block, in a line of text of a block, or within a sentence."""
-    rest = _FENCE.sub("", PAGES[page])
-    blocks = fences(page, "bash", "console", "") + re.findall(r"^    .*$(?:\n    .*$)*", rest, re.MULTILINE)
+    rest = FENCE.sub("", PAGES[page])
+    blocks = fences(PAGES[page], "bash", "console", "") + re.findall(r"^    .*$(?:\n    .*$)*", rest, re.MULTILINE)
     spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", rest)]
     for line in [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + spans:
         line = re.sub(r"^.*?(?=fused-gopd \w+ --)", "", line.strip().removeprefix("$ "))
@@ -164,13 +148,13 @@ def test_an_option_within_a_sentence_exists(page: str) -> None:
     if of is None:
         scripts = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tests/**/*.py")]
         known |= {name for path in scripts for name in re.findall(r'"(--[\w-]+)"', path.read_text())}
-    spans = re.findall(r"`(--[^`]+)`", _FENCE.sub("", PAGES[page]))
+    spans = re.findall(r"`(--[^`]+)`", FENCE.sub("", PAGES[page]))
     assert {word for span in spans for word in span.split() if word.startswith("--")} <= known
 
 
 def test_the_parts_of_a_distill_command_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options with values within a sentence of docs/distill.md, in a command with what else each of them needs."""
-    spans = re.findall(r"`(--[\w-]+ [^`]+)`", _FENCE.sub("", PAGES["docs/distill.md"]))
+    spans = re.findall(r"`(--[\w-]+ [^`]+)`", FENCE.sub("", PAGES["docs/distill.md"]))
     assert len(spans) > 5
     needs = {"--save": "--lora 8", "--teacher": "", "--teacher-server": "", "--ref": "--reward-scale 1.25"}
     server = next(span for span in spans if span.startswith("--teacher-server "))
@@ -309,11 +293,11 @@ class Reader(ast.NodeVisitor):
         return None
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python") or ">>> " in PAGES[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if fences(PAGES[page], "python") or ">>> " in PAGES[page]])
 def test_python_of_the_pages_takes_what_the_package_has(page: str) -> None:
     reader = Reader()
     prompts = re.findall(r"^>>> (.*)$", PAGES[page], re.MULTILINE)
-    for block in fences(page, "python") + prompts:
+    for block in fences(PAGES[page], "python") + prompts:
         reader.visit(ast.parse(block))
     assert reader.checked
 
