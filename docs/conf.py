@@ -55,7 +55,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"
-pygments_style, pygments_dark_style = "tango", "monokai"
+pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
@@ -71,7 +71,7 @@ NAVIGATION = {
     "Start": ["quickstart", "guide", "teachers", "troubleshooting"],
     "Use": ["objectives", "distill", "parallelism", "planning", "paper-settings", "pytorch-compatibility"],
     "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
-    "Reference": [f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")],
+    "API reference": [f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")],
     "Background": ["performance", "reproduction", "mathematics", "design", "gpu-kernels", "performance-log"],
     "Project": ["changelog", "contributing"],
     "中文": ["index.zh", "quickstart.zh", "guide.zh"],
@@ -149,10 +149,11 @@ GENERATED = {"api/loss": option_tables, "api/trl": config_table, "api/cli": comm
 
 
 def complete_source(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname in (*OF_THE_ROOT, *GENERATED, app.config.root_doc):
+        app.env.note_reread()
     if docname in OF_THE_ROOT:
         page = (ROOT / OF_THE_ROOT[docname]).read_text(encoding="utf-8")
         source[0] = re.sub(r"\]\((?!\w+:|#)", "](../", page)  # links are from the root
-        app.env.note_dependency(ROOT / OF_THE_ROOT[docname])
     if docname == app.config.root_doc:
         for caption, pages in NAVIGATION.items():
             source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```", ""])
