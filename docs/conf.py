@@ -68,16 +68,18 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The navigation, by page. A page that is missing here is a warning.
 NAVIGATION = {
-    "Start": ["quickstart", "guide", "teachers", "troubleshooting"],
+    "Start": ["quickstart", "examples", "guide", "teachers", "troubleshooting"],
     "Use": ["objectives", "distill", "parallelism", "planning", "paper-settings", "pytorch-compatibility"],
     "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
-    "API reference": [f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")],
+    "API reference": [
+        f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")
+    ],
     "Background": ["performance", "reproduction", "mathematics", "design", "gpu-kernels", "performance-log"],
     "Project": ["changelog", "contributing"],
     "中文": ["index.zh", "quickstart.zh", "guide.zh"],
 }
-# Pages that are files of the repository's root.
-OF_THE_ROOT = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+# Pages that are files of other folders, whose links are from there.
+ELSEWHERE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "examples": "examples/README.md"}
 # Modules all of whose public names the API reference must have.
 _INTEGRATIONS = "logprobs ms_swift nemo_rl prime_rl server skyrl slime transformers trl verl"
 PUBLIC = ["fused_gopd", "fused_gopd.distributed", "fused_gopd.reference"]
@@ -149,11 +151,12 @@ GENERATED = {"api/loss": option_tables, "api/trl": config_table, "api/cli": comm
 
 
 def complete_source(app: Sphinx, docname: str, source: list[str]) -> None:
-    if docname in (*OF_THE_ROOT, *GENERATED, app.config.root_doc):
+    if docname in (*ELSEWHERE, *GENERATED, app.config.root_doc):
         app.env.note_reread()
-    if docname in OF_THE_ROOT:
-        page = (ROOT / OF_THE_ROOT[docname]).read_text(encoding="utf-8")
-        source[0] = re.sub(r"\]\((?!\w+:|#)", "](../", page)  # links are from the root
+    if docname in ELSEWHERE:
+        file = ROOT / ELSEWHERE[docname]
+        folder = os.path.relpath(file.parent, HERE)
+        source[0] = re.sub(r"\]\((?!\w+:|#)", f"]({folder}/", file.read_text(encoding="utf-8"))
     if docname == app.config.root_doc:
         for caption, pages in NAVIGATION.items():
             source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```", ""])
@@ -180,7 +183,7 @@ class LinksOutOfTheSite(SphinxTransform):
             name = path.relative_to(ROOT).as_posix()
             if not path.exists():
                 log.warning("no such file: %s", name, location=node)
-            page = next((page for page, file in OF_THE_ROOT.items() if file == name), None)
+            page = next((page for page, file in ELSEWHERE.items() if file == name), None)
             if page is not None:
                 where = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{page}", "refexplicit": True}
                 node.replace_self(addnodes.pending_xref("", *node.children, refdoc=self.env.docname, **where))
