@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fused_gopd.cli import durable
+from fused_gopd.cli.machine import cpu_model
 
 from . import conftest, registry, report
 from .arguments import parse
@@ -32,14 +33,6 @@ _HERE = Path(__file__).resolve().parent
 # machine may return such pages to its host, and faulting them in again takes longer than the arithmetic. With these the
 # timed process keeps freed memory, for all providers alike. Not in the memory runs, where it would hide a peak.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
-
-
-def _cpuinfo(key: str) -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return "unknown"
 
 
 def _instruction_set() -> str:
@@ -56,8 +49,7 @@ def device_name(device: str) -> str:
     """Model of the GPU or CPU, without anything that identifies the machine."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = f"{_cpuinfo('model name')} (family {_cpuinfo('cpu family')}, model {_cpuinfo('model')})"
-    return f"{model}, {torch.get_num_threads()} threads, {_instruction_set()}"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads, {_instruction_set()}"
 
 
 def driver_version(device: str) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fused_gopd import installing, rowops
-from fused_gopd.cli import app, demo, doctor
+from fused_gopd.cli import app, demo, doctor, machine
 from fused_gopd.cli.demo import compare, policy, prompts, report, smollm, training, verdict
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
@@ -51,7 +51,57 @@ def test_doctor_table_shows_errors_and_versions(only_torch_expected: None) -> No
     output = invoke("doctor")
     assert "All is well" in output
     assert torch.__version__ in output
-    assert "naive gradient" in output
+    assert "gradient: likewise of hidden states and head" in output
+
+
+def test_doctor_names_cpu_frameworks_and_the_command_for_a_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, only_torch_expected: None
+) -> None:
+    real = installing._installed
+    monkeypatch.setattr(installing, "_installed", lambda project: project != "trl" and real(project))
+    data = json.loads(invoke("doctor", "--json"))
+    assert machine.cpu_model() in data["machine"]["cpu"]
+    assert data["machine"]["instruction set of PyTorch"] == torch.backends.cpu.get_cpu_capability()
+    assert set(doctor.FRAMEWORKS) <= data["versions"].keys()
+    (train,) = [extra for extra in data["extras"] if extra["name"] == "train"]
+    assert [requirement[:3] for requirement in train["missing"]] == ["trl"]
+    assert train["install"] == installing.extra("train")
+    for text in (machine.cpu_model(), installing.extra("train"), data["columns"]["dense"]):
+        assert text in invoke("doctor")
+
+
+@pytest.mark.parametrize("compiler", [None, "/usr/bin/c++"])
+def test_doctor_says_what_the_native_extension_lacks(monkeypatch: pytest.MonkeyPatch, compiler: str | None) -> None:
+    def missing() -> Any:
+        raise ModuleNotFoundError("No module named 'fused_gopd._native'", name="fused_gopd._native")
+
+    monkeypatch.setattr(rowops.native, "_load", missing)
+    monkeypatch.setattr(doctor, "compiler", lambda: compiler)
+    output = invoke("doctor", code=0 if torch.cuda.is_available() else 1)
+    assert f"this builds it: {installing.rebuild()}\n" in output
+    assert ("There is no C++ compiler here" in output) == (compiler is None)
+    assert "C++ compiler" in output
+
+
+def test_doctor_reports_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, str]:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "_devices_of_torch", broken)
+    output = invoke("doctor", code=1)
+    assert "problem: PyTorch cannot be imported: libcudart.so.12" in output
+    data = json.loads(invoke("doctor", "--json", code=1))
+    assert data["problems"] == ["PyTorch cannot be imported: libcudart.so.12: cannot open shared object file"]
+    assert data["extras"]
+
+
+def test_doctor_is_readable_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, ["doctor"])
+    assert "…" not in result.output
+    commands = [extra.install for extra in doctor._extras()] + [installing.rebuild()]
+    for line in result.output.splitlines():
+        assert len(line) <= 80 or any(command in line for command in commands) or "PyTorch" in line, line
+    assert any(line.split()[:3] == ["torch", "cpu", "full"] for line in result.output.splitlines())
 
 
 def test_doctor_fails_when_the_backend_of_this_device_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

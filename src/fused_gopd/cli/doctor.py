@@ -1,4 +1,4 @@
-"""``fused-gopd doctor``: versions, available backends, and their errors against float64 on a small problem."""
+"""``fused-gopd doctor``: versions, backends, missing extras, and errors against float64 on a small problem."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import __version__, installing
+from .machine import compiler, cpu_model
+
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from fused_gopd.heads import LinearHead
     from fused_gopd.options import Estimator
@@ -23,6 +27,40 @@ if TYPE_CHECKING:
 # A backend may exceed the naive float32 path's own error by this much, relative to the largest gradient entry (the
 # loss: to 1 + |loss|). The order of a float32 sum alone moves the result by about 1e-7 of its terms.
 TOLERANCE = 2e-6
+
+
+# Packages that this one works with, by their names on an index.
+FRAMEWORKS = (
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "trl",
+    "verl",
+    "vllm",
+    "sglang",
+    "ms-swift",
+    "liger-kernel",
+)
+EXTRAS = {
+    "train": "trainers of TRL, fused-gopd distill",
+    "demo": "fused-gopd demo and reproduce",
+    "bench": "fused-gopd bench",
+    "triton": "the kernels for GPUs",
+}
+COLUMNS = {
+    "loss": "difference from dense code in float64, over 1 + the loss",
+    "gradient": "likewise of hidden states and head, over the largest entry",
+    "dense": "the same of dense PyTorch code in float32, for comparison",
+}
+
+
+_ABSENT = "not installed"
+_NO_COMPILER = (
+    "There is no C++ compiler here. Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: "
+    "xcode-select --install"
+)
 
 
 @dataclass(frozen=True)
@@ -64,16 +102,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """An extra of this package, and what of it is not installed."""
+
+    name: str
+    purpose: str
+    missing: list[str]
+    install: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that the command prints."""
 
     versions: dict[str, str]
     machine: dict[str, str]
     backends: list[Backend]
+    extras: list[Extra]
     checks: list[Check] = field(default_factory=list)
+    without_torch: str | None = None  # why PyTorch cannot be imported
 
     def problems(self) -> list[str]:
         """One sentence for each problem; empty if there is none."""
+        if self.without_torch is not None:
+            return [f"PyTorch cannot be imported: {self.without_torch}"]
         found = [
             f"backend {b.name!r} should be available on this machine: {b.reason}"
             for b in self.backends
@@ -87,24 +139,33 @@ class Report:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
-    import fused_gopd
-
-    versions = {"fused-gopd": fused_gopd.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    try:
-        versions["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        versions["triton"] = "not installed"
+    versions = {"fused-gopd": __version__, "python": platform.python_version()}
+    for name in ("torch", *FRAMEWORKS):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = _ABSENT
     return versions
 
 
+def _extras() -> list[Extra]:
+    return [Extra(name, purpose, installing.missing(name), installing.extra(name)) for name, purpose in EXTRAS.items()]
+
+
 def _machine() -> dict[str, str]:
+    return {
+        "platform": platform.platform(),
+        "cpu": f"{cpu_model()}, {platform.machine()}",
+        "logical cores": str(os.cpu_count()),
+        "C++ compiler": compiler() or "none",
+    }
+
+
+def _devices_of_torch() -> dict[str, str]:
     import torch
 
     machine = {
-        "platform": platform.platform(),
-        "cpu": f"{platform.machine()}, {os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()} threads",
+        "threads of PyTorch": str(torch.get_num_threads()),
         "instruction set of PyTorch": torch.backends.cpu.get_cpu_capability(),
     }
     if torch.cuda.is_available():
@@ -238,14 +299,19 @@ def _check(backend: str, device: str) -> list[Check]:
 
 def examine() -> Report:
     """Collect versions and devices, and check every available backend. Takes a second or two."""
+    versions, machine, extras = _versions(), _machine(), _extras()
+    try:
+        machine |= _devices_of_torch()
+    except (ImportError, OSError) as error:  # a library that is missing or of another version
+        return Report(versions, machine, [], extras, without_torch=str(error))
+    versions["torch"] = str(importlib.import_module("torch").__version__)  # with the build, such as +cpu
     backends = _find_backends()
-    machine = _machine()
     if any(b.name == "native" and b.reason is None for b in backends):
         try:
             machine["instruction set of the native backend"] = _native_isa()
         except Exception as error:  # reported as above
             machine["instruction set of the native backend"] = f"{type(error).__name__}: {error}"
-    report = Report(_versions(), machine, backends)
+    report = Report(versions, machine, backends, extras)
     for backend in backends:
         if backend.reason is None:
             for device in _devices(backend.name):
@@ -257,59 +323,104 @@ def _as_data(report: Report) -> dict[str, Any]:
     data = asdict(report)
     for check, entry in zip(report.checks, data["checks"], strict=True):
         entry["passed"] = check.passed
-    return {**data, "tolerance": TOLERANCE, "problems": report.problems(), "ok": not report.problems()}
+    problems = report.problems()
+    return {**data, "columns": COLUMNS, "tolerance": TOLERANCE, "problems": problems, "ok": not problems}
 
 
 def _print(report: Report) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
-    facts = Table(show_header=False, box=None)
-    for name, value in (report.versions | report.machine).items():
-        facts.add_row(name, escape(value), style=None)
-    console.print(facts)
+
+    def line(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False)
+
+    there = {name: version for name, version in report.versions.items() if version != _ABSENT}
+    absent = [name for name in report.versions if name not in there]
+    _print_facts(console, {**there, **({_ABSENT: ", ".join(absent)} if absent else {})})
+    _print_facts(console, report.machine)
+    _print_backends(console, report)
+    line("extras", "bold")
+    for extra in report.extras:
+        state = f"[yellow]without[/yellow] {escape(', '.join(extra.missing))}" if extra.missing else "[green]installed"
+        line(f"  {extra.name} ({extra.purpose}): {state}")
+        if extra.missing:
+            # not wrapped: a command is there to be pasted
+            console.print(f"    {extra.install}", highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    if report.checks:
+        _print_checks(console, report.checks)
+    for problem in report.problems():
+        console.print(f"[red]problem:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+    if not report.problems():
+        console.print("[green]All is well.")
+
+
+def _print_facts(console: Console, facts: dict[str, str]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, escape(value), style="dim" if name == _ABSENT else None)
+    console.print(table)
     console.print()
 
-    table = Table(title="backends")
-    table.add_column("backend")
-    table.add_column("available")
-    table.add_column("why not", overflow="fold")
+
+def _print_backends(console: Console, report: Report) -> None:
+    from rich.markup import escape
+
+    console.print('backends ("auto" takes triton on a GPU and native on a CPU, else torch)', style="bold")
     for backend in report.backends:
         state = "[green]yes" if backend.reason is None else "[red]no" if backend.expected else "[yellow]no"
-        table.add_row(backend.name, state, escape(backend.reason or ""))
-    console.print(table)
+        console.print(f"  {backend.name}: {state}", highlight=False)
+        if backend.reason is not None:
+            console.print(f"    {escape(backend.reason)}", highlight=False, soft_wrap=True)
+            if backend.name == "native" and compiler() is None:
+                console.print(f"    {_NO_COMPILER}", highlight=False)
+    console.print()
 
-    table = Table(title="relative error against float64, lambda = 1.25", caption=f"tolerance: naive + {TOLERANCE:g}")
-    for column in ("backend", "device", "estimator", "loss", "naive loss", "gradient", "naive gradient", ""):
-        table.add_column(column, justify="right" if "loss" in column or "gradient" in column else "left")
-    for check in report.checks:
-        shown = ("", "") if check.errors is None else (f"{check.errors.loss:.1e}", f"{check.errors.gradient:.1e}")
+
+def _print_checks(console: Console, checks: list[Check]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    title = "self-check: three models, λ = 1.25, errors against float64"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    for column in ("backend", "device", "estimator", "loss", "dense", "gradient", "dense", ""):
+        table.add_column(column, justify="right" if column in COLUMNS else "left", no_wrap=True)
+    for check in checks:
+        loss, gradient = ("", "")
+        if check.errors is not None:
+            loss, gradient = f"{check.errors.loss:.1e}", f"{check.errors.gradient:.1e}"
         table.add_row(
             check.backend,
             check.device,
             check.estimator,
-            shown[0],
+            loss,
             f"{check.naive.loss:.1e}",
-            shown[1],
+            gradient,
             f"{check.naive.gradient:.1e}",
             "[green]ok" if check.passed else "[red]FAILED",
         )
     console.print(table)
-    for problem in report.problems():
-        console.print(f"[red]problem:[/red] {escape(problem)}")
-    if not report.problems():
-        console.print("[green]All is well.")
+    for name, meaning in COLUMNS.items():
+        console.print(f"  {name}: {meaning}", style="dim", highlight=False)
+    console.print(f"  ok: at most the dense code's error plus {TOLERANCE:g}", style="dim", highlight=False)
+    console.print()
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
 ) -> None:
-    """Show versions, devices and backends, and check the numbers of each backend against float64.
+    """Show versions, devices, backends and missing extras, and check the numbers of each backend against float64.
 
-    Exit status 1 when a self-check fails, or when the backend that "auto" should pick on this machine (triton with a
-    GPU, native without) is unavailable; 0 otherwise.
+    What is missing is named with the command that installs it, for the way in which this copy was installed. Exit
+    status 1 when PyTorch cannot be imported, when a self-check fails, or when the backend that "auto" should pick on
+    this machine (triton with a GPU, native without) is unavailable; 0 otherwise.
     """
     report = examine()
     if as_json:

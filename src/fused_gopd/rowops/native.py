@@ -65,8 +65,8 @@ def unavailable_reason() -> str | None:
         _load()
     except ModuleNotFoundError:
         return (
-            "the compiled extension, fused_gopd._native, is missing: this package was built without a C++17 compiler. "
-            f"Install one, and the package again: {rebuild()}"
+            "the compiled extension, fused_gopd._native, is missing: this copy was not built, or without a C++17 "
+            f"compiler. With one, this builds it: {rebuild()}"
         )
     except ImportError as error:
         return f"the compiled extension, fused_gopd._native, could not be imported: {error}"
