@@ -341,9 +341,9 @@ def plot(result: dict[str, Any], path: Path, jobs: list[str] | None = None, prov
         72,
     )
     longest = max(len(picture_name(row["provider"])) for rows in panels for row in rows)
-    line, length = 22, 78  # pixels: the height of a row, the longest bar
+    line, length = 22, 70  # pixels: the height of a row, the longest bar
     first = max(180, 8 * longest + 16)  # pixels from the left where bars of memory start
-    columns, width = (first, first + 160), first + 304
+    columns, width = (first, first + 160), first + 312
     height = line * sum(len(rows) + 2.4 + (not same) for rows in panels) + 16 * len(notes) + 14
     with pictures.picture(path, width, height) as figure:
         figure.set_layout_engine("none")

@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--teacher", help="one with the same tokenizer")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    max_new_tokens, lr = (512, 1e-6) if args.student else (16, 3e-3)
+    max_new_tokens, lr = (128, 1e-6) if args.student else (16, 3e-3)
     name, teacher_name = args.student or tiny.checkpoint("student"), args.teacher or tiny.checkpoint("teacher")
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

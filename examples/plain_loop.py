@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--reward-scale", type=float, default=1.25, help="lambda; above 1 goes beyond the teacher")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    max_new_tokens, lr = (512, 1e-6) if args.student else (16, 3e-3)
+    max_new_tokens, lr = (128, 1e-6) if args.student else (16, 3e-3)
     student_name = args.student or tiny.checkpoint("student")
     tokenizer = AutoTokenizer.from_pretrained(student_name)
     student, ref = load(student_name, trained=True), load(student_name)  # the reference: the student before training

@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--reward-scale", type=float, default=1.25, help="lambda; above 1 goes beyond the teacher")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
-    max_new_tokens, lr = (512, 1e-6) if args.student else (16, 3e-3)
+    max_new_tokens, lr = (128, 1e-6) if args.student else (16, 3e-3)
     name = args.student or tiny.checkpoint("student")
     teacher_name = args.teacher or tiny.checkpoint("teacher")
     url = args.url or tiny.serve(teacher_name)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks import report
 from benchmarks.reproduction import report as reproduction
+
+from fused_gopd.cli import pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVING = ["eager-lean", "compile", "compile-chunked", "liger-chunked-jsd", "trl-divergence", "fused-triton"]
@@ -52,3 +57,37 @@ def test_the_saving_names_each_figure_and_follows_dark_mode() -> None:
     for row in drawn:
         assert {report._bytes(row["peak_extra_bytes"]), f"{report._milliseconds(row['ms_p50'])} ms"} <= set(words)
         assert report.picture_name(row["provider"]) in words
+
+
+def texts_that_overlap(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure whose boxes overlap; a text with itself where the picture ends within it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    ticks = {label for axis in figure.axes for one in (axis.xaxis, axis.yaxis) for label in one.get_majorticklabels()}
+    found = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in ticks]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in found]
+    pairs = [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+    return pairs + [(a, a) for a, x in boxes if x.x0 < 0 or x.y0 < 0 or x.x1 > figure.bbox.x1 or x.y1 > figure.bbox.y1]
+
+
+def test_no_text_overlaps_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the committed pictures, and in one of every provider with long figures."""
+    figures: dict[str, Any] = {}
+    draw = pictures.picture
+
+    @contextmanager
+    def kept(path: Path, width: float, height: float) -> Iterator[Any]:
+        with draw(path, width, height) as figure:
+            yield figure
+        figures[path.name] = figure
+
+    monkeypatch.setattr(pictures, "picture", kept)
+    write(tmp_path / "images")
+    row = next(row for row in results("gpu.json")["rows"] if row["provider"] == "eager-lean")
+    rows = [{**row, "provider": name, "peak_extra_bytes": 888 << 30, "ms_p50": 88888.0} for name in report.NAMES]
+    report.plot({**results("gpu.json"), "rows": rows, "skipped": []}, tmp_path / "all.png")
+    assert len(figures) == len(PICTURES) + 6 + 1
+    assert {name: texts_that_overlap(figure) for name, figure in figures.items()} == {name: [] for name in figures}
