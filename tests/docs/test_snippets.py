@@ -72,7 +72,7 @@ def test_what_is_not_run_is_little_and_has_a_reason() -> None:
         assert snippet.not_run is not None
         assert snippet.not_run.startswith(REASONS), f"{page}:{snippet.line}: {snippet.not_run}"
         for test in re.findall(r"tests/[\w/]+\.py", snippet.not_run):
-            assert (ROOT / test).is_file(), test
+            assert Path(page).name in (ROOT / test).read_text(encoding="utf-8"), f"{test} runs nothing of {page}"
     assert len(NOT_RUN) <= 20
 
 
@@ -97,12 +97,24 @@ print(y)
 ```python
 print(x)  # as above
 ```
+
+<!-- not run: your trainer -->
+
+```python
+z()
+```
+
+<!-- another comment -->
+
+```python
+x += 1
+```
 """
 
 
 def test_a_page_is_run_in_order_and_without_what_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     snippets = python_snippets(PAGE)
-    assert [snippet.not_run for snippet in snippets] == [None, "a CUDA GPU", None]
+    assert [snippet.not_run for snippet in snippets] == [None, "a CUDA GPU", None, "your trainer", None]
     assert run(Path("page.md"), [s for s in snippets if not s.not_run], monkeypatch) == {4: ["mean 0.5"], 13: ["1"]}
 
 
