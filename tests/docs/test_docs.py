@@ -49,6 +49,15 @@ def typed(page: str) -> Iterator[list[str]]:
             yield shlex.split(line, comments=True)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_one_to_read(page: str) -> None:
+    """Not too long; and its fences are of the languages that are known here, so that none is left unread."""
+    assert PAGES[page].count("\n") <= 400 or page == "docs/performance-log.md"
+    fenced = FENCE.findall(PAGES[page])
+    assert {language for language, _ in fenced} <= {"", "bash", "console", "json", "python", "text", "toml", "yaml"}
+    assert len(re.findall(r"^ *(?:```|~~~)", PAGES[page], re.MULTILINE)) == 2 * len(fenced)
+
+
 LINES = [pytest.param(page, words, id=f"{page}: {' '.join(words)}") for page in PAGES for words in typed(page)]
 
 
