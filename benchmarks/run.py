@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -60,12 +61,14 @@ def driver_version(device: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that is measured, with ``-dirty`` if tracked files differ. None outside this repository."""
+    """The commit that is measured, ``-dirty`` if tracked files differ; None outside this repository or without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], check=False, cwd=_HERE, capture_output=True, text=True)
         return done.stdout.strip()
 
+    if shutil.which("git") is None:
+        return None
     # an installed package may be inside another repository
     root = git("rev-parse", "--show-toplevel")
     if not root or not (Path(root) / "src" / "fused_gopd").is_dir():

@@ -68,7 +68,7 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The navigation, by page. A page that is missing here is a warning.
 NAVIGATION = {
-    "Start": ["quickstart", "examples", "guide", "teachers", "troubleshooting"],
+    "Start": ["quickstart", "install", "examples", "guide", "teachers", "troubleshooting"],
     "Use": ["objectives", "distill", "parallelism", "planning", "paper-settings", "pytorch-compatibility"],
     "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
     "API reference": [

@@ -14,17 +14,25 @@ from .. import installing
 from . import outputs
 from .parameters import require_packages
 
-# The benchmarks are fused_gopd.benchmarks in an installed package, and a folder next to src/ in a source tree.
+# The benchmarks are fused_gopd.benchmarks in an installed package, and a folder next to src/ in a source tree. One-off
+# measurements are in the source tree alone.
 _PLACES = ("fused_gopd.benchmarks", "benchmarks")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # no such package
+        return False
 
 
 def benchmarks_module(name: str, needs: tuple[str, ...] = ("pytest", "pytest_benchmark")) -> ModuleType:
     """Import a module of the benchmarks; the error for a missing package says what to install."""
     require_packages("bench", needs, installing.extra("bench"))
     for place in _PLACES:
-        if importlib.util.find_spec(place) is not None:
+        if _exists(f"{place}.{name}"):
             return importlib.import_module(f"{place}.{name}")
-    raise typer.BadParameter(f"found neither {_PLACES[0]} nor, in the current folder, {_PLACES[1]}/")
+    raise typer.BadParameter(f"found {name} neither in {_PLACES[0]} nor, in the current folder, in {_PLACES[1]}/")
 
 
 def _run(bench: ModuleType, options: Any, json_file: Path | None) -> dict[str, Any]:
