@@ -96,7 +96,7 @@ def sampled_loss(
         **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``.
 
     Returns:
-        The output, ``loss`` being the token losses in the token shape, 0 where masked: for the framework to reduce.
+        The output. Its ``loss`` has the token losses in the token shape, 0 where masked, for the framework to reduce.
         float32, float64 where the student's log-probs are.
 
     Raises:
