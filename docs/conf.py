@@ -31,7 +31,7 @@ from fused_gopd.cli import app as command_line
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = PROJECT.get("urls", {}).get("Repository", "https://github.com/fused-gopd/fused-gopd").rstrip("/")
+REPOSITORY = PROJECT["urls"]["Repository"]
 log = logging.getLogger(__name__)
 
 project = PROJECT["name"]
@@ -68,7 +68,7 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The navigation, by page. A page that is missing here is a warning.
 NAVIGATION = {
-    "Start": ["quickstart", "install", "examples", "guide", "teachers", "troubleshooting"],
+    "Start": ["install", "quickstart", "examples", "guide", "teachers", "troubleshooting"],
     "Use": ["objectives", "distill", "parallelism", "planning", "paper-settings", "pytorch-compatibility"],
     "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
     "API reference": [
