@@ -44,9 +44,9 @@ TITLES = {
 }
 NAMES = {
     "eager": "dense eager, all outputs",
-    "eager-lean": "dense eager, loss alone",
-    "compile": "dense `torch.compile`, loss alone",
-    "compile-chunked": "chunked `torch.compile`, loss alone",
+    "eager-lean": "dense eager, minimal loss",
+    "compile": "dense `torch.compile`, minimal loss",
+    "compile-chunked": "chunked `torch.compile`, minimal loss",
     "fused-native": "**this package**, `native`",
     "fused-torch": "this package, `torch`",
     "fused-triton": "**this package**, `triton`",
@@ -173,8 +173,8 @@ def table(listed: list[Row], rows: list[Row]) -> Table:
     """Cells of memory and errors; empty for the floor, which returns nothing."""
     hidden, bf16 = listed[0]["hidden"] is not None, listed[0]["job"].endswith("-bf16")
     errors = ["loss", "dhidden", "dweight"] if hidden else ["loss", "dlogits"]
-    head = ["", "ms, median", "p20–p80", "to float32" if bf16 else "to bare GEMMs" if hidden else "to moving bytes"]
-    head += ["beyond inputs and gradients", *(f"error {e}" for e in errors)]
+    base_name = "float32" if bf16 else "bare GEMMs" if hidden else "moving bytes"
+    head = ["", "ms, median", "p20–p80", f"{base_name}, ms", "ratio", "extra memory", *(f"error {e}" for e in errors)]
     cells = []
     for row in listed:
         name = NAMES.get(row["provider"], row["provider"])
@@ -185,11 +185,12 @@ def table(listed: list[Row], rows: list[Row]) -> Table:
             name += f" ({row['floor']})"
         base, slower = base_of(row, rows), _other_library(row)
         times = [_milliseconds(row["ms_p50"]), f"{_milliseconds(row['ms_p20'])}–{_milliseconds(row['ms_p80'])}"]
-        cells.append([name, *times, _ratio(row["ms_p50"], base), _bytes(row.get("peak_extra_bytes"))])
+        beside = "–" if base is None else _milliseconds(base)
+        cells.append([name, *times, beside, _ratio(row["ms_p50"], base), _bytes(row.get("peak_extra_bytes"))])
         cells[-1] += [_error(row.get(f"error_{e}")) for e in errors]
         if slower is not None:
             chunk, ms = slower
-            cells.append([f"the same with `torch.mm` ({chunk})", _milliseconds(ms), "–", _ratio(ms, base), "–"])
+            cells.append([f"the same with `torch.mm` ({chunk})", _milliseconds(ms), "–", beside, _ratio(ms, base), "–"])
             cells[-1] += ["–"] * len(errors)
     return Table(f"{TITLES.get(listed[0]['job'], listed[0]['job'])}: {_shape(listed[0])}", head, cells)
 
@@ -255,11 +256,15 @@ def compact(results: list[dict[str, Any]], jobs: list[str]) -> str:
         for row in plain:
             if row["job"] == job and row["provider"] not in _LEFT_OUT:
                 name = f"floor: {row['provider']}" if "floor" in row else NAMES.get(row["provider"], row["provider"])
-                ratio = "" if "floor" in row else f", {_ratio(row['ms_p50'], base_of(row, rows))}"
-                found.setdefault((job, name), {})[row["hidden"][0]] = f"{_milliseconds(row['ms_p50'])}{ratio}"
+                base = base_of(row, rows)
+                cell = _milliseconds(row["ms_p50"])
+                if "floor" not in row and base is not None:
+                    cell += f", {_ratio(row['ms_p50'], base)} of {_milliseconds(base)}"
+                found.setdefault((job, name), {})[row["hidden"][0]] = cell
     shape = _shape(plain[0])
     same = ", ".join(part for part in shape.split(", ") if not part.startswith("H="))
-    lines = [f"{same}; ms and ratio to the floor", "", "| job | | " + " | ".join(f"H={h}" for h in sizes) + " |"]
+    lines = [f"{same}; ms, and the ratio to the floor's ms in the same rounds", ""]
+    lines += ["| job | | " + " | ".join(f"H={h}" for h in sizes) + " |"]
     lines.append("|---|---|" + "---:|" * len(sizes))
     for (job, name), cells in found.items():
         lines.append(f"| {_SHORT.get(job, job)} | {name} | " + " | ".join(cells.get(h, "–") for h in sizes) + " |")

@@ -360,7 +360,7 @@ def test_the_page_of_gpu_kernels_is_what_its_file_says() -> None:
     assert kernels.markdown(file) in (root / "docs" / "gpu-kernels.md").read_text()
     last = [one for one in file["runs"] if any(name.startswith("five gemms") for name in one["ms"])][-1]
     steps = "\n".join(kernels._steps(last["ms"])).strip()
-    assert all(steps in (root / page).read_text() for page in ("README.md", "docs/performance-log.md"))
+    assert steps in (root / "docs" / "performance-log.md").read_text()
 
 
 def test_every_generated_table_of_a_page_is_what_its_file_says() -> None:
