@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 import fused_gopd as fg
 
 # Each takes a tenth of a second or more to import, and none of them is needed by a loss on a CPU.
@@ -40,6 +42,8 @@ def test_the_package_and_a_loss_import_nothing_heavy() -> None:
     found = in_a_fresh_process(f"""
 import torch
 before = set(sys.modules)
+import pytest
+
 import fused_gopd as fg
 for name in fg.__all__:
     getattr(fg, name)
@@ -167,3 +171,20 @@ import torch
     assert done.returncode == 0, done.stderr
     if "OMP_WAIT_POLICY" in done.stderr:  # libgomp says so when PyTorch loads it
         assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("fused-gopd pl", "plan"), ("fused-gopd distill --rew", "--reward-scale")]
+)
+def test_a_shell_completes_commands_and_options_without_torch(words: str, completed: str) -> None:
+    code = """
+import sys
+from fused_gopd.cli import app
+try:
+    app(prog_name="fused-gopd")
+finally:
+    assert "torch" not in sys.modules
+"""
+    asked = {"_FUSED_GOPD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked})
+    assert done.stdout.split() == [completed], done.stderr
