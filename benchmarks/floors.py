@@ -123,7 +123,7 @@ class _Products:
             for rows in chunks:
                 z = logits[: rows.stop - rows.start]
                 for h, weight in models:
-                    gemm.logits_(z, h[rows], weight) if own else torch.mm(h[rows], weight.T, out=z)
+                    gemm.logits_into(z, weight)(h[rows]) if own else torch.mm(h[rows], weight.T, out=z)
 
         def dhidden() -> None:
             assert out is not None

@@ -80,7 +80,7 @@ def products(rounds: int) -> list[dict[str, Any]]:
         for C in ROWS:
             hidden, logits, dlogits = torch.randn(C, H).to(dtype), torch.empty(C, V), torch.randn(C, V)
             calls: dict[str, Step] = {
-                "logits": lambda z=logits, h=hidden, w=weight: gemm.logits_(z, h, w),
+                "logits": lambda z=logits, h=hidden, w=weight: gemm.logits_into(z, w)(h),
                 "dhidden": lambda g=dlogits, w=weight: gemm.dhidden(g, w),
             }
             if dtype == torch.float32:  # with bfloat16 the same, but for hidden states that are widened
@@ -106,7 +106,7 @@ def steps(rounds: int) -> list[dict[str, Any]]:
     def bare() -> None:
         with torch.no_grad():
             for h, w in reversed(list(zip(hidden, weights, strict=True))):
-                gemm.logits_(logits, h, w)
+                gemm.logits_into(logits, w)(h)
             gemm.dhidden(logits, weights[0], out)
             gemm.add_dweight_(total, logits, hidden[0], first=True)
 

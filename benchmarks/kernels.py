@@ -153,7 +153,7 @@ def products(shapes: Shapes, _: bool) -> Iterator[Group]:
             out = torch.empty(C, V, dtype=torch.bfloat16, device=device)
             name = f"gemm H={H} C={C}"
             group[f"{name} logits bf16"] = functools.partial(torch.mm, hidden, weight.T, out=out)
-            group[f"{name} logits fp32"] = functools.partial(gemm.logits_, z, hidden, weight)
+            group[f"{name} logits fp32"] = functools.partial(gemm.logits_into(z, weight), hidden)
             dhidden = functools.partial(torch.mm, g, weight)
             first, add = (functools.partial(add_dweight, total, g, hidden, first=x) for x in (True, False))
             group |= {f"{name} dhidden": dhidden, f"{name} dweight add": add, f"{name} dweight first": first}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import printing
 from .objective.divergences import DIVERGENCES, make
+from .records import record
 from .rowops import BACKENDS
 from .values import (
     bounds,
@@ -162,7 +163,7 @@ _RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do
 # ----------------------------------------------------------------------------------------------------------- options
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class LossOptions:
     """The options of :func:`fused_gopd.gopd_loss` that are Python values, the same for all batches."""
 
@@ -312,7 +313,7 @@ class LossOptions:
         return default if self.chunk_dtype is None else self.chunk_dtype
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@record(frozen=True, eq=False, repr=False)
 class LossCall(LossOptions):
     """One call of :func:`fused_gopd.gopd_loss`: the models, the tensors of a batch and the options."""
 

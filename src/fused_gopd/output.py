@@ -68,7 +68,7 @@ class GOPDOutput:
     def computed_by(cls, compute: Callable[[str], Tensor], names: Collection[str], **known: Any) -> GOPDOutput:
         """The output whose fields ``names`` are computed when they are read; those neither there nor known are None."""
         out = object.__new__(cls)
-        out.__dict__.update(dict.fromkeys(_OPTIONAL.difference(names)), **known, _compute=compute)
+        out.__dict__.update(known, _compute=compute, _computed=names)
         return out
 
     if not TYPE_CHECKING:
@@ -76,7 +76,7 @@ class GOPDOutput:
         def __getattr__(self, name: str) -> Any:
             if name not in _FIELDS or "_compute" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            value = self.__dict__[name] = self._compute(name)
+            value = self.__dict__[name] = self._compute(name) if name in self._computed else None
             return value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +96,6 @@ class GOPDOutput:
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(GOPDOutput))
-_OPTIONAL = frozenset(_FIELDS) - {"loss", "reward_scale", "joint"}
 
 
 def _metrics_of(out: GOPDOutput) -> Metrics:

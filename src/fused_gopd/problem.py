@@ -6,8 +6,6 @@ Vectors (n,) have one entry per live token, in the order of ``rows``. Made by :m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,12 @@ from .agreement import Agreement
 from .heads import Head, Source
 from .objective.divergences import Divergence
 from .options import AdvantageFn, LossOptions
+from .records import record
 from .rowops import RowOps
 from .tokens import Sequences, TokenRows
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(frozen=True, eq=False, kw_only=True)
 class Route:
     """The live tokens [start, stop) and the frozen models that they have.
 
@@ -33,7 +32,7 @@ class Route:
     ref: Head | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@record(frozen=True, eq=False, kw_only=True)
 class Problem:
     """What is computed for one call."""
 

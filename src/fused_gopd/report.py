@@ -26,16 +26,15 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
     """The output of a fused loss, from its token values and the statistics (STATISTICS, n)."""
     scale, rows, mask = problem.reward_scale, problem.rows, problem.mask
     known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": problem.options.joint}
-    with torch.no_grad():
-        # copies of what may be the caller's own memory, which may change before a field is read
-        if mask is not None:
-            known["mask"] = mask = mask.clone()
-            rows = rows if rows.keep is None else replace(rows, keep=mask)
-        if isinstance(scale, Tensor):
-            scale = scale.clone()
-            known["reward_scale"] = rows.scatter(scale)
-        for name, models in problem.cancelled:
-            known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
+    # copies of what may be the caller's own memory, which may change before a field is read; neither has a gradient
+    if mask is not None:
+        known["mask"] = mask = mask.clone()
+        rows = rows if rows.keep is None else replace(rows, keep=mask)
+    if isinstance(scale, Tensor):
+        scale = scale.clone()
+        known["reward_scale"] = rows.scatter(scale)
+    for name, models in problem.cancelled:
+        known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
     fields = _Fields(
         statistics=statistics,
         values=values,
@@ -46,11 +45,10 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         estimator=problem.options.estimator,
         labels=problem.labels,
     )
-    names = [name for name in problem.reported if name not in known]
-    out = GOPDOutput.computed_by(fields.field, names, **known)
+    out = GOPDOutput.computed_by(fields.field, problem.reported, **known)
     if host_sync_forbidden(problem.device) or functorch.active():
         # a graph writes its outputs at each replay, and a transform's tensors end with it: nothing can wait
-        for name in names:
+        for name in problem.reported:
             getattr(out, name)
     return out
 

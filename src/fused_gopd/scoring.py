@@ -116,6 +116,7 @@ def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(masked, -1), logprobs.masked_fill(masked, 0)
 
 
+@torch.no_grad()
 def logprobs_under(models: Sequence[Source], problem: Problem) -> Tensor:
     """log-probs (n,) of a loss's sampled tokens under models, one a route, that the loss itself does not need."""
     out = torch.zeros(problem.rows.count, dtype=problem.dtype, device=problem.device)

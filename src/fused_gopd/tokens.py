@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checks import IGNORE, refuse, require_device, require_mask, require_shape
+from .records import record
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -18,7 +18,7 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class Sequences:
     """Which sequence a token belongs to: dim 0 of a token shape (B, ...), or the slices of packed tokens (N,).
 
@@ -53,7 +53,7 @@ class Sequences:
         return values[torch.searchsorted(self.cu_seqlens, positions, right=True) - 1]
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class TokenRows:
     """Which tokens are computed: all of a token shape, or those at ``index``, in its order.
 

@@ -41,7 +41,7 @@ def library(request, monkeypatch):
 def test_logits_are_the_product_in_wide_precision(dtype, block_elements):
     hidden, weight = normal(6, 8, dtype=dtype), normal(13, 8, dtype=dtype, seed=1)
     out = torch.full((6, 20), torch.nan, dtype=wide_dtype(dtype))
-    gemm.logits_(out[:, :13], hidden, weight)
+    gemm.logits_into(out[:, :13], weight)(hidden)
     assert_close(out[:, :13], hidden.double() @ weight.double().T, TOLERANCE.get(dtype, 1e-6))
     assert out[:, 13:].isnan().all()
 
@@ -96,7 +96,9 @@ def test_a_cpu_never_rounds_the_logit_gradient(dtype):
 
 def test_a_transposed_weight_is_multiplied_as_it_lies():
     hidden, weight = normal(4, 8, dtype=torch.float32), normal(8, 13, dtype=torch.float32, seed=1).T
-    assert_close(gemm.logits_(torch.empty(4, 13), hidden, weight), hidden.double() @ weight.double().T, 1e-6)
+    logits = torch.empty(4, 13)
+    gemm.logits_into(logits, weight)(hidden)
+    assert_close(logits, hidden.double() @ weight.double().T, 1e-6)
 
 
 def test_strided_operands_are_multiplied_as_they_lie():

@@ -63,7 +63,7 @@ class _Transformed(torch.autograd.Function):
         slots = [student[name] for name in (("logits",) if "logits" in student else ("hidden", "weight", "bias"))]
         for slot, required in zip(slots, ctx.requires, strict=False):
             if required:
-                out[3 + slot.number] = next(gradients)
+                out[3 + slot] = next(gradients)
         return tuple(out)
 
 

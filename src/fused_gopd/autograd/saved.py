@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,11 +28,8 @@ _FORWARD_ONLY: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(slots=True)
-class TensorSlot:
+class TensorSlot(int):
     """The place of a tensor in the list of flattened tensors."""
-
-    number: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,9 +41,19 @@ class Spec:
 
 
 @functools.cache
-def _holds_tensors(kind: Any) -> bool:
-    """Whether an object of this type is a tensor, or may have tensors in it."""
-    return issubclass(kind, (Tensor, tuple, *_FLATTENED)) and not issubclass(kind, torch.Size)
+def _tensor_fields(kind: Any) -> tuple[str, ...]:
+    """The fields of a flattened type that may hold tensors, by their annotations; none of other types."""
+    if not issubclass(kind, _FLATTENED):
+        return ()
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a divergence from outside that imports names for type checkers alone
+        return tuple(f.name for f in dataclasses.fields(kind))
+    return tuple(name for name, hint in hints.items() if _names_tensors(hint))
+
+
+def _names_tensors(hint: Any) -> bool:
+    return hint is Tensor or hint in _FLATTENED or any(map(_names_tensors, typing.get_args(hint)))
 
 
 def flatten(x: Any, tensors: list[Tensor]) -> Any:
@@ -54,25 +62,19 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
     save_for_backward takes tensors only.
     """
     kind: Any = type(x)
-    names = _field_names(kind)
-    if names:
-        return _flattened(x, kind, {name: getattr(x, name) for name in names}, tensors)
+    if _tensor_fields(kind):
+        return _flattened(kind, x._asdict() if kind is Agreement else {**vars(x)}, tensors)
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorSlot(len(tensors) - 1)
     return tuple([flatten(y, tensors) for y in x]) if kind is tuple else x
 
 
-def _flattened(x: Any, kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """The spec of these fields; x itself where none of them has tensors."""
-    inside = False
-    for name, y in fields.items():
-        if isinstance(y, Tensor):
-            tensors.append(y)
-            fields[name], inside = TensorSlot(len(tensors) - 1), True
-        elif _holds_tensors(type(y)):  # type: ignore[arg-type]
-            fields[name], inside = flatten(y, tensors), True
-    return Spec(kind, fields) if inside else x
+def _flattened(kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Spec:
+    for name in _tensor_fields(kind):
+        if fields[name] is not None:
+            fields[name] = flatten(fields[name], tensors)
+    return Spec(kind, fields)
 
 
 def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Tensor | None = None) -> Spec:
@@ -81,9 +83,7 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Te
     Args:
         advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
     """
-    fields = {**vars(problem), **_FORWARD_ONLY, "advantages": advantages}
-    spec: Spec = _flattened(problem, Problem, fields, tensors)
-    return spec
+    return _flattened(Problem, {**vars(problem), **_FORWARD_ONLY, "advantages": advantages}, tensors)
 
 
 def without_forward(spec: Spec) -> Spec:
@@ -91,18 +91,10 @@ def without_forward(spec: Spec) -> Spec:
     return Spec(spec.kind, spec.fields | _FORWARD_ONLY)
 
 
-@functools.cache
-def _field_names(kind: Any) -> tuple[str, ...]:
-    """Of a type that is flattened; none of other tuples."""
-    if not issubclass(kind, _FLATTENED):
-        return ()
-    return Agreement._fields if kind is Agreement else tuple(f.name for f in dataclasses.fields(kind))
-
-
 def unflatten(x: Any, tensors: Sequence[Tensor | None]) -> Any:
     """The object that :func:`flatten` was given."""
     if isinstance(x, TensorSlot):
-        return tensors[x.number]
+        return tensors[x]
     if isinstance(x, Spec):
         return x.kind(**{name: unflatten(y, tensors) for name, y in x.fields.items()})
     return tuple(unflatten(y, tensors) for y in x) if type(x) is tuple else x
@@ -118,8 +110,10 @@ def save(ctx: Any, problem: Problem, *more: Tensor | None, advantages: Tensor | 
     own: list[Tensor] = []
     ctx.spec, ctx.more = flatten_for_backward(problem, own, advantages), len(more)
     tensors = [*own, *more]
-    ctx.untracked = [t if t is not None and t.is_inference() else None for t in tensors]
-    ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(tensors, ctx.untracked, strict=True)))
+    ctx.untracked = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    for i in ctx.untracked:
+        tensors[i] = None
+    ctx.save_for_backward(*tensors)
 
 
 def _unpacked(ctx: Any) -> tuple[Any, ...]:
@@ -131,7 +125,9 @@ def _unpacked(ctx: Any) -> tuple[Any, ...]:
 
 def saved(ctx: Any) -> tuple[Problem, list[Tensor | None]]:
     """The problem and the other tensors of :func:`save`."""
-    tensors = [a if b is None else b for a, b in zip(_unpacked(ctx), ctx.untracked, strict=True)]
+    tensors = list(_unpacked(ctx))
+    for i, t in ctx.untracked.items():
+        tensors[i] = t
     own = len(tensors) - ctx.more
     return unflatten(ctx.spec, tensors[:own]), tensors[own:]
 

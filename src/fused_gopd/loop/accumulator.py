@@ -120,8 +120,8 @@ class Accumulator(Protocol):
 
     def written(
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
-    ) -> Part | None:
-        """``buffer`` has been filled. None where no product is needed."""
+    ) -> Part:
+        """``buffer`` has been filled."""
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         """The products with a chunk's logit gradient; ``whole`` are its logits where it has several sub-chunks."""
@@ -146,13 +146,13 @@ class LogitsAccumulator:
 
     def written(
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
-    ) -> Part | None:
+    ) -> Part:
         if self._problem.rows.index is not None:
             self._problem.rows.put(self._rows[:, : out.shape[1]], out, start, stop)
-        return None
+        return Part(out, rows_scale, weight_scale)
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
-        raise AssertionError("logits have no products")
+        """Logits have no products."""
 
     def result(self) -> Gradients:
         return Gradients(self._rows, None, None)
@@ -165,8 +165,8 @@ class LinearAccumulator:
         student = problem.student
         assert isinstance(student, LinearHead)
         self.unit_scale, self._dtype = at_unit_scale(problem), gemm.gradient_dtype(student.weight)
-        self._problem, self._student, self._buffers = problem, student, buffers
-        self._rows = self._weight = self._bias = None
+        self._problem, self._student, self._hidden = problem, student, buffers.reader(student)
+        self._rows = self._weight = self._joint = self._bias = None  # joint: the weight's rows of the joint vocabulary
         if requires.rows:
             self._rows = _fresh_rows(problem)
         smallest, width = problem.options.grad_filter, columns(problem, student)
@@ -180,6 +180,7 @@ class LinearAccumulator:
             first_zero = width if problem.rows.count and not smallest else 0
             if first_zero < student.weight.shape[0]:
                 self._weight[first_zero:].zero_()
+            self._joint = self._weight if width == student.weight.shape[0] else self._weight[:width]
         if requires.bias:
             self._bias = student.weight.new_zeros(student.weight.shape[0], dtype=accumulation_dtype(student.weight))
 
@@ -189,7 +190,7 @@ class LinearAccumulator:
 
     def written(
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
-    ) -> Part | None:
+    ) -> Part:
         return Part(out, rows_scale, weight_scale)
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
@@ -199,10 +200,9 @@ class LinearAccumulator:
         if len(parts) > 1:
             rows_scale = _concatenated([part.rows_scale for part in parts])
             weight_scale = _concatenated([part.weight_scale for part in parts])
-        at_token, smallest, total, hidden = parts[0].at_token, problem.options.grad_filter, None, None
-        if self._weight is not None:
-            total = self._weight if len(weight) == len(self._weight) else self._weight[: len(weight)]
-            hidden = self._buffers.hidden(student, start, stop)  # (C, H)
+        at_token, smallest, total, hidden = parts[0].at_token, problem.options.grad_filter, self._joint, None
+        if total is not None:
+            hidden = self._hidden(start, stop)  # (C, H)
             if weight_scale is not None:
                 # on the hidden states, not on the logit gradient, which has to stay at unit scale
                 scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
@@ -221,7 +221,7 @@ class LinearAccumulator:
             gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
             if at_token is not None:
                 entry = at_token.entry if weight_scale is None else at_token.entry * weight_scale
-                rows_at = entry[:, None] * self._buffers.hidden(student, start, stop)
+                rows_at = entry[:, None] * self._hidden(start, stop)
                 gemm.add_at_(total, at_token.token_ids, rows_at)
         if reduced is not None:
             reduced.wait()
@@ -259,7 +259,7 @@ def write(
     weight_factor: Tensor | None,  # likewise of the weight's and the bias's
     start: int,
     stop: int,
-) -> Part | None:
+) -> Part:
     """Write the logit gradient of a sub-chunk whose statistics are known."""
     out = accumulator.buffer(row_problem, start, stop)
     if not accumulator.unit_scale:

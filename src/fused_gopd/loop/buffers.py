@@ -13,7 +13,7 @@ from ..problem import Problem
 from ..rowops import LogitTransform, ModelRows
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
-from .chunking import row_stride
+from .chunking import balanced, row_stride
 
 
 def columns(problem: Problem, head: Head) -> int:
@@ -51,21 +51,39 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
 Reader = Callable[[int, int], Tensor]  # (start, stop) -> the rows of these tokens
 
 
+def _keeping(read: Reader) -> Reader:
+    """A reader that keeps what it has read last."""
+    last: tuple[int, int, Tensor] | None = None
+
+    def kept(start: int, stop: int) -> Tensor:
+        nonlocal last
+        if last is None or last[0] != start or last[1] != stop:
+            last = start, stop, read(start, stop)
+        return last[2]
+
+    return kept
+
+
 class Buffers:
     """Logits buffers by slot ("student", "teacher", "ref", "other") and dtype, allocated on first use.
 
     The :class:`ModelRows` of a buffer is one object for all chunks of one length: a backend checks it once.
+
+    Attributes:
+        steps: the routes that have tokens, and how many tokens each takes at a time.
     """
 
-    def __init__(self, problem: Problem, chunk_size: int) -> None:
-        self._problem, self._chunk_size = problem, chunk_size
+    def __init__(self, problem: Problem) -> None:
+        self._problem, device_type = problem, problem.device.type
+        routes = [route for route in problem.routes if route.stop > route.start]
+        self.steps = [(route, balanced(route.stop - route.start, problem.chunk_size, device_type)) for route in routes]
+        self._chunk_size = max([step for _, step in self.steps], default=1)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        # by slot, head and number of tokens: a buffer, the weight (width, H) of its logits, how hidden states are read
-        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, Tensor, Reader]] = {}
+        # by slot, head and number of tokens: a buffer, the product that fills it, how hidden states are read
+        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, gemm.Product, Reader]] = {}
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
         self._readers: dict[int, Reader] = {}  # by head
-        self._hidden: tuple[int, int, Tensor] | None = None  # the student's hidden states that were read last
         heads = [head for route in problem.routes for head in (route.teacher, route.ref) if head is not None]
         self._stride = row_stride(max([columns(problem, head) for head in (problem.student, *heads)]))
 
@@ -81,16 +99,18 @@ class Buffers:
     def release_whole_chunk(self) -> None:
         self._whole_chunk = None
 
-    def hidden(self, head: LinearHead, start: int, stop: int) -> Tensor:
-        """(C, H) of tokens [start, stop).
+    def reader(self, head: Head) -> Reader:
+        """How rows of a head's hidden states or logits are read.
 
         The student's are kept until others are read: the products that make logits and their gradients read the same.
         """
-        if head is not self._problem.student:
-            return self._reader(head, head.hidden)(start, stop)
-        if self._hidden is None or self._hidden[0] != start or self._hidden[1] != stop:
-            self._hidden = start, stop, self._reader(head, head.hidden)(start, stop)
-        return self._hidden[2]
+        reader = self._readers.get(id(head))
+        if reader is None:
+            reader = self._problem.rows.reader(head.rows)
+            if head is self._problem.student:
+                reader = _keeping(reader)
+            self._readers[id(head)] = reader
+        return reader
 
     def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
         """The raw logits of tokens [start, stop) of a model, computed into the buffer of a slot.
@@ -101,7 +121,7 @@ class Buffers:
             return self._part(start, stop)
         tokens = stop - start
         if isinstance(head, Logits):
-            raw, width = self._reader(head, head.logits)(start, stop), columns(self._problem, head)
+            raw, width = self.reader(head)(start, stop), columns(self._problem, head)
             if writable:
                 raw = self._buffer(slot, raw.dtype, tokens, width).copy_(raw[:, :width])
             return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), transform_of(head))
@@ -111,24 +131,16 @@ class Buffers:
             width, dtype = columns(self._problem, head), self._problem.options.chunk_dtype
             out = self._buffer(slot, dtype or accumulation_dtype(head.weight), tokens, width)
             weight = head.weight if width == head.weight.shape[0] else head.weight[:width]
-            loaded = self._loaded[key] = ModelRows(out, transform_of(head)), weight, self._reader(head, head.hidden)
-        rows, weight, read = loaded
-        if len(weight):
-            student = head is self._problem.student
-            gemm.logits_(rows.raw, self.hidden(head, start, stop) if student else read(start, stop), weight)
+            rows = ModelRows(out, transform_of(head))
+            loaded = self._loaded[key] = rows, gemm.logits_into(out, weight), self.reader(head)
+        rows, product, read = loaded
+        product(read(start, stop))
         return rows
 
     def exponentials(self, start: int, stop: int) -> Tensor:
         """(C, V) bfloat16 for the student's exponentials, in the place of its logits."""
         width = columns(self._problem, self._problem.student)
         return self._buffer("student", torch.bfloat16, stop - start, width)
-
-    def _reader(self, head: Head, x: Tensor) -> Reader:
-        """How rows of a head's hidden states or logits are read."""
-        reader = self._readers.get(id(head))
-        if reader is None:
-            reader = self._readers[id(head)] = self._problem.rows.reader(x)
-        return reader
 
     def _part(self, start: int, stop: int) -> ModelRows:
         """Some tokens of the whole chunk."""

@@ -86,8 +86,10 @@ def logits_buffers(
 
 def balanced(tokens: int, chunk_size: int, device_type: str) -> int:
     """The chunk size that gives as many chunks of nearly equal length: 1040 tokens are not split into 1024 and 16."""
+    if tokens <= chunk_size:
+        return max(1, tokens)
     chunks = -(-tokens // chunk_size)
-    return max(1, min(tokens, chunk_size, _rounded_up(tokens / max(1, chunks), device_type)))
+    return min(chunk_size, _rounded_up(tokens / chunks, device_type))
 
 
 def row_stride(vocab_size: int) -> int:

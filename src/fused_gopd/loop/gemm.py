@@ -140,25 +140,32 @@ def _wide_blocks(weight: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, buffer[: rows.stop - rows.start].copy_(weight[rows])
 
 
-def logits_(
+Product = Callable[[Tensor], object]  # of hidden states (C, H)
+
+
+def logits_into(
     out: Tensor,  # (C, V) float32, float64 for a float64 weight, or the dtype of the weight; rows may be strided
-    hidden: Tensor,  # (C, H)
     weight: Tensor,  # (V, H)
-) -> Tensor:
-    """out = hidden @ weight.T"""
+) -> Product:
+    """out = hidden @ weight.T, the same for all chunks of C tokens: how it is computed is decided once."""
+    if not weight.shape[0]:
+        return lambda hidden: None
     same = out.dtype == weight.dtype
     if not same and accumulates_low_precision(weight):
-        return torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=out)  # type: ignore[no-any-return]
-    onednn = _uses_onednn(hidden.shape[0], weight)
+        return functools.partial(torch.ops.aten.mm.dtype_out, mat2=weight.T, out_dtype=torch.float32, out=out)
+    onednn = _uses_onednn(out.shape[0], weight)
     if same and not onednn:
-        return torch.mm(hidden, weight.T, out=out)
+        return functools.partial(torch.mm, mat2=weight.T, out=out)
+    return functools.partial(_logits_by_blocks, weight=weight, out=out, onednn=onednn)
+
+
+def _logits_by_blocks(hidden: Tensor, weight: Tensor, out: Tensor, onednn: bool) -> None:
     wide_hidden = _wide(hidden)
     for columns, block in _wide_blocks(weight, max(hidden.shape)):
         if onednn:
             out[:, columns] = _onednn(wide_hidden, block.T)
         else:
             torch.mm(wide_hidden, block.T, out=out[:, columns])
-    return out
 
 
 def dhidden(

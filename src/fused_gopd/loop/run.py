@@ -16,12 +16,11 @@ from torch import Tensor
 from ..heads import LinearHead
 from ..objective.layout import TokenRow
 from ..objective.logit_gradient import LogitGradient
-from ..problem import Problem, Route
+from ..problem import Problem
 from ..rowops import Stat
 from . import gemm
 from .accumulator import (
     NO_GRADIENTS,
-    Accumulator,
     AtToken,
     Gradients,
     LinearAccumulator,
@@ -62,7 +61,7 @@ def forward(
         shape = (problem.rows.count, problem.width)
         ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
         entries = Entries(ids, torch.zeros(shape, dtype=problem.dtype, device=problem.device))
-    for chunk in chunks(problem, statistics, buffers_for(problem)):
+    for chunk in chunks(Buffers(problem), statistics):
         estimator.score_frozen(chunk)
         (gradient, *_), _ = _in_sub_chunks(problem, chunk, estimator.score)
         if gradient is not None:
@@ -89,7 +88,7 @@ def forward_with_gradients(
     """
     require_agreement(problem, requires, fused=True)
     problem = with_gemm_dtype_weights(problem)
-    buffers, estimator = buffers_for(problem), make(problem)
+    buffers, estimator = Buffers(problem), make(problem)
     accumulator = accumulator_for(problem, requires, buffers)
     student, statistics, unit = problem.student, no_statistics(estimator), accumulator.unit_scale
     folds = unit and isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
@@ -101,7 +100,7 @@ def forward_with_gradients(
         rows_scale = product(slope, token_weights)
         return rows_scale, rows_scale if folds else slope
 
-    def sub_chunk(part: Chunk) -> Part | None:
+    def sub_chunk(part: Chunk) -> Part:
         token_weights = weights if weights.ndim == 0 else weights[part.tokens]
         if weights.ndim == 0 and not unit:
             C = part.stop - part.start
@@ -142,9 +141,9 @@ def forward_with_gradients(
             return accumulator.written(out, None, None, part.start, part.stop)
         return accumulator.written(out, *scales(part, token_weights), part.start, part.stop)
 
-    for chunk in chunks(problem, statistics, buffers):
+    for chunk in chunks(buffers, statistics):
         estimator.score_frozen(chunk)
-        _accumulate(problem, chunk, accumulator, sub_chunk)
+        accumulator.add(*_in_sub_chunks(problem, chunk, sub_chunk), chunk.start, chunk.stop)
     return statistics, accumulator.result()
 
 
@@ -153,7 +152,7 @@ def _stored(problem: Problem, chunk: Chunk) -> tuple[Part, Tensor]:
     student, ids = problem.student, problem.token_ids
     assert isinstance(student, LinearHead)
     assert ids is not None
-    hidden = chunk.buffers.hidden(student, chunk.start, chunk.stop)
+    hidden = chunk.buffers.reader(student)(chunk.start, chunk.stop)
     out, transform = chunk.buffers.exponentials(chunk.start, chunk.stop), transform_of(student)
     ids = ids[chunk.tokens]
     found = problem.ops.linear_exponentials(hidden, student.weight, transform, problem.vocab_size, ids, out, chunk.own)
@@ -174,7 +173,7 @@ def backward(
 ) -> Gradients:
     """The gradients of sum_i upstream_i output_i, the student's logits recomputed."""
     problem = with_gemm_dtype_weights(problem)
-    buffers, estimator = buffers_for(problem), make(problem)
+    buffers, estimator = Buffers(problem), make(problem)
     accumulator = accumulator_for(problem, requires, buffers)
     gradient = estimator.weighted(statistics, _restored(statistics, entries), *upstream)
     shared = None
@@ -183,13 +182,13 @@ def backward(
         shared = power_of_two(gradient.size)
     folded = None if shared is None else 1 / shared
 
-    def sub_chunk(part: Chunk) -> Part | None:
+    def sub_chunk(part: Chunk) -> Part:
         row_problem = estimator.recompute(part)
         own_gradient = gradient.rows(part.tokens)
         return write(accumulator, problem, row_problem, part.own, own_gradient, None, folded, part.start, part.stop)
 
-    for chunk in chunks(problem, statistics, buffers):
-        _accumulate(problem, chunk, accumulator, sub_chunk)
+    for chunk in chunks(buffers, statistics):
+        accumulator.add(*_in_sub_chunks(problem, chunk, sub_chunk), chunk.start, chunk.stop)
     if isinstance(accumulator, LinearAccumulator) and shared is not None:
         accumulator.multiply_(shared)
     return accumulator.result()
@@ -203,20 +202,10 @@ def no_statistics(estimator: Estimator) -> Tensor:
     return torch.zeros(estimator.statistics_rows, problem.rows.count, dtype=problem.dtype, device=problem.device)
 
 
-def _steps(problem: Problem) -> list[tuple[Route, int]]:
-    """The routes that have tokens, and how many each takes at a time."""
-    routes = [route for route in problem.routes if route.stop > route.start]
-    return [(route, balanced(route.stop - route.start, problem.chunk_size, problem.device.type)) for route in routes]
-
-
-def buffers_for(problem: Problem) -> Buffers:
-    return Buffers(problem, max((step for _, step in _steps(problem)), default=1))
-
-
-def chunks(problem: Problem, statistics: Tensor, buffers: Buffers) -> Iterator[Chunk]:
+def chunks(buffers: Buffers, statistics: Tensor) -> Iterator[Chunk]:
     """All live tokens, route by route."""
     shared = (buffers, statistics, statistics[: len(Stat)])
-    for route, step in _steps(problem):
+    for route, step in buffers.steps:
         for start in range(route.start, route.stop, step):
             yield Chunk(route, shared, start, min(start + step, route.stop))
 
@@ -235,14 +224,6 @@ def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -
     made = [make(chunk.part(start, min(start + step, chunk.stop))) for start in starts]
     chunk.buffers.release_whole_chunk()
     return made, whole
-
-
-def _accumulate(problem: Problem, chunk: Chunk, accumulator: Accumulator, make: Callable[[Chunk], Part | None]) -> None:
-    """The logit gradient of a chunk in sub-chunks, then one product of each kind."""
-    made, whole = _in_sub_chunks(problem, chunk, make)
-    parts = [part for part in made if part is not None]
-    if parts:
-        accumulator.add(parts, whole, chunk.start, chunk.stop)
 
 
 def _store_gradient(chunk: Chunk, gradient: LogitGradient) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..problem import Problem
 from ..rowops import sparse
 from . import gemm
-from .buffers import with_gemm_dtype_weights
+from .buffers import Buffers, with_gemm_dtype_weights
 from .estimators.base import LogProbs
-from .run import buffers_for, chunks, no_statistics
+from .run import chunks, no_statistics
 from .vocab_parallel import local_ids, require_agreement, statistics_of, topk_ids
 
 
@@ -24,7 +24,7 @@ def topk_tokens(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.full(shape, -1, dtype=torch.int64, device=problem.device)
     logprobs = torch.zeros(shape, dtype=problem.dtype, device=problem.device)
     estimator = LogProbs(problem)
-    for chunk in chunks(problem, no_statistics(estimator), buffers_for(problem)):
+    for chunk in chunks(Buffers(problem), no_statistics(estimator)):
         row_problem = estimator.load(chunk).row_problem
         largest = topk_ids(student, row_problem.student, row_problem.vocab_size, k)
         logits = sparse.logits_at(row_problem.student, local_ids(student.shard, largest))

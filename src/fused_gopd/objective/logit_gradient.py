@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..records import record
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@record(frozen=True, kw_only=True, eq=False)
 class LogitGradient:
     """dL/dz of n tokens: ``divergence`` x (gradient of the row operation's divergence) + ``weight`` x p, except at
     ``token_ids``, where it is ``values``.

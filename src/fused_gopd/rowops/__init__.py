@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
     from torch import Tensor, device, dtype
 
+from ..records import record
 
-@dataclass(frozen=True)
+
+@record(frozen=True, eq=False)
 class LogitTransform:
     """``z = cap(scale * (x + bias)) / temperature`` with ``cap(x) = softcap * tanh(x / softcap)``."""
 
@@ -43,7 +45,7 @@ class LogitTransform:
     bias: Tensor | None = None  # (>= V,), any floating dtype, contiguous
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class ModelRows:
     """The raw logits of one model for the rows of a chunk."""
 
@@ -123,7 +125,7 @@ class RowDivergence(Protocol):
         """Numbers of the kernels, made once per call."""
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class RowProblem:
     """What a row operation computes on: up to three models on the same C tokens.
 
@@ -204,7 +206,7 @@ class PolicyRule(NamedTuple):
         }
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class Policy:
     """What a policy loss takes of C sampled tokens besides the student's log-probs. One of the two models is given."""
 
@@ -227,7 +229,7 @@ class PolicyStat(enum.IntEnum):
     IMPORTANCE = 4  # the weight of the rollout, 1 without one
 
 
-@dataclass(frozen=True)
+@record(frozen=True, eq=False)
 class GradientWeights:
     """The coefficients per token of the gradient with respect to z (see :meth:`RowOps.gradient`); None is 0."""
 

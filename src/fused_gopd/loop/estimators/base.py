@@ -179,7 +179,7 @@ class Estimator:
         ids, width = local_ids(shard, self.problem.token_ids[start:stop]), columns(self.problem, head)
         to, own = out if shard is None else None, None
         if isinstance(head, LinearHead) and width:
-            hidden = chunk.buffers.hidden(head, start, stop)
+            hidden = chunk.buffers.reader(head)(start, stop)
             own = ops.linear_statistics(hidden, head.weight, transform_of(head), width, ids, to)
         if own is None:
             # models that are scored one by one share the student's buffer
