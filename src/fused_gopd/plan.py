@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_device, require_float, require_integer, require_shape
-from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.gemm import accumulates_low_precision
 from .models import (
@@ -53,7 +53,9 @@ class Plan:
     scores_elsewhere: bool  # whether a model is TokenLogProbs or TopKLogProbs
     sharded: bool  # whether a model has a part of the vocabulary
     chunk_sizes: tuple[int, int | None] | None  # see :func:`chunk_sizes`; None where a rank's columns decide
-    dtype: torch.dtype
+    dtype: torch.dtype  # of accumulation
+    dtypes: set[torch.dtype]  # of the hidden states and logits of student and needed models
+    has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
 
 
 def _planned(call: LossCall) -> Plan:
@@ -76,6 +78,7 @@ def _planned(call: LossCall) -> Plan:
     _check_tokens(call, options, sequences, device)
     vocab_size = joint_vocab_size({"student": student, **frozen}, options.vocab_size)
     cancelled = None if isinstance(scale, Tensor) else next((name for name, at in FROZEN if scale == at), None)
+    needed = needed_models(call)
     if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
     if options.joint or options.estimator == "topk":
@@ -84,17 +87,13 @@ def _planned(call: LossCall) -> Plan:
         check_shards(student, {name: frozen[name] for name in names}, together, vocab_size)
     if options.estimator == "topk":
         # a single model is shared by all routes
-        needed = {name: () if name == cancelled else tuple(x.values()) for name, x in given.items()}
-        needed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
-        check_topk(options, needed["teacher"], needed["ref"], vocab_size)
+        routed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
+        check_topk(options, routed["teacher"], routed["ref"], vocab_size)
     dtype = dtype_of(call)
     options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
     sharded = any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models)
-    heads = {
-        name: [x if isinstance(x, (LinearHead, Logits)) else None for x in given[name].values() if name != cancelled]
-        for name, _ in FROZEN
-    }
+    heads = {name: [x for x in sources if isinstance(x, (LinearHead, Logits))] for name, sources in needed.items()}
     return Plan(
         options=options,
         routes=count,
@@ -107,7 +106,14 @@ def _planned(call: LossCall) -> Plan:
         sharded=sharded,
         chunk_sizes=None if sharded else chunk_sizes(student, heads, options, vocab_size, dtype),
         dtype=dtype,
+        dtypes={x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"])},
+        has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"])),
     )
+
+
+def _scores_tokens(models: Sequence[Source]) -> bool:
+    """Whether these models give the sampled tokens log-probs."""
+    return any(not isinstance(model, TopKLogProbs) for model in models)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

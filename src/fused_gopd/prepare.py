@@ -264,17 +264,12 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     sizes = plan.chunk_sizes
     if sizes is None or weight_gradient is not None:
         sizes = chunk_sizes(student, heads, options, vocab_size, dtype, weight_gradient)
-    has = (
-        teacher_logprobs is not None or any(head is not None for head in heads["teacher"]),
-        ref_logprobs is not None or any(head is not None for head in heads["ref"]),
-    )
     divergence = make(
         options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
     )
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
     if ops is None:
-        dtypes = {x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"]) if x is not None}
-        ops = select_backend(options.backend, device, dtypes, divergence if options.joint else None)
+        ops = select_backend(options.backend, device, plan.dtypes, divergence if options.joint else None)
     if options.store_exponentials and ops.name != "triton":
         raise ValueError(f"store_exponentials needs backend='triton', got {ops.name!r}")
     return Problem(
@@ -287,7 +282,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         mask=mask,
         vocab_size=vocab_size,
         reward_scale=scale,
-        has=has,
+        has=plan.has,
         token_ids=ids,
         old_logprobs=old,
         rollout_logprobs=rollout,
