@@ -256,7 +256,7 @@ class Clock:
 def add_dweight(dweight: Tensor, logits: Tensor, hidden: Tensor, *, first: bool, own: bool = False) -> None:
     """Add logits.T @ hidden to a float32 matrix, or write it there."""
     if own or gemm.accumulates_low_precision(logits):
-        gemm.add_dweight_(dweight, logits, hidden, first=first)
+        gemm.add_dweight_(dweight, logits.T, hidden, first=first)
     elif logits.dtype != dweight.dtype:  # a CPU cannot accumulate bfloat16 products in float32
         product = logits.T @ hidden
         dweight.copy_(product) if first else dweight.add_(product)

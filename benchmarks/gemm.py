@@ -84,7 +84,7 @@ def products(rounds: int) -> list[dict[str, Any]]:
                 "dhidden": lambda g=dlogits, w=weight: gemm.dhidden(g, w),
             }
             if dtype == torch.float32:  # with bfloat16 the same, but for hidden states that are widened
-                calls["dweight"] = lambda t=total, g=dlogits, h=hidden: gemm.add_dweight_(t, g, h)
+                calls["dweight"] = lambda t=total, g=dlogits, h=hidden: gemm.add_dweight_(t, g.T, h)
             for name, call in calls.items():
                 found = _in_turn({key: _with_library(x, call) for key, x in LIBRARIES.items()}, rounds)
                 work = 2 * C * V * H / 1e9
@@ -108,7 +108,7 @@ def steps(rounds: int) -> list[dict[str, Any]]:
             for h, w in reversed(list(zip(hidden, weights, strict=True))):
                 gemm.logits_into(logits, w)(h)
             gemm.dhidden(logits, weights[0], out)
-            gemm.add_dweight_(total, logits, hidden[0], first=True)
+            gemm.add_dweight_(total, logits.T, hidden[0], first=True)
 
     def step(chunk_size: int | None) -> None:
         heads = [fg.LinearHead(*pair) for pair in zip(hidden[1:], weights[1:], strict=True)]

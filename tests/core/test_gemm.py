@@ -80,11 +80,11 @@ def test_the_gradient_of_the_weight_is_added_in_wide_precision(dtype, block_elem
     hidden = normal(6, 8, dtype=dtype)
     dlogits = normal(6, 13, dtype=wide_dtype(dtype), seed=2)
     start = normal(13, 8, dtype=wide_dtype(dtype), seed=3)
-    got = gemm.add_dweight_(start.clone(), dlogits, hidden)
+    got = gemm.add_dweight_(start.clone(), dlogits.T, hidden)
     assert got.dtype == start.dtype
     product = dlogits.double().T @ hidden.double()
     assert_close(got, start.double() + product, TOLERANCE.get(dtype, 1e-6))
-    got = gemm.add_dweight_(torch.full_like(start, torch.nan), dlogits, hidden, first=True)
+    got = gemm.add_dweight_(torch.full_like(start, torch.nan), dlogits.T, hidden, first=True)
     assert_close(got, product, TOLERANCE.get(dtype, 1e-6))
 
 
@@ -107,7 +107,7 @@ def test_strided_operands_are_multiplied_as_they_lie():
     dlogits = normal(6, 16, dtype=torch.float32, seed=2)[:, :13]
     hidden = normal(6, 2, 8, dtype=torch.float32)[:, 0]
     assert_close(gemm.dhidden(dlogits, weight), dlogits.double() @ weight.double(), 1e-6)
-    got = gemm.add_dweight_(torch.zeros(13, 8), dlogits, hidden)
+    got = gemm.add_dweight_(torch.zeros(13, 8), dlogits.T, hidden)
     assert_close(got, dlogits.double().T @ hidden.double(), 1e-6)
 
 
@@ -161,7 +161,7 @@ def test_blocks_of_many_tokens_are_not_larger_than_those_of_a_wide_weight(monkey
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **more: taken.append(shape) or empty(*shape, **more))
     monkeypatch.setattr(gemm, "_libraries", lambda: gemm.Libraries(True, True))
-    gemm.add_dweight_(torch.zeros(13, 2), torch.zeros(20, 13), torch.zeros(20, 2))
+    gemm.add_dweight_(torch.zeros(13, 2), torch.zeros(20, 13).T, torch.zeros(20, 2))
     assert taken == [(2, 40)]
 
 
@@ -169,5 +169,5 @@ def test_a_default_device_is_not_that_of_the_operands():
     f32 = torch.float32
     dlogits, hidden, total = normal(6, 13, dtype=f32), normal(6, 8, dtype=f32, seed=1), torch.empty(13, 8)
     with torch.device("meta"):
-        gemm.add_dweight_(total, dlogits, hidden, first=True)
+        gemm.add_dweight_(total, dlogits.T, hidden, first=True)
     assert_close(total, dlogits.T @ hidden, 1e-6)

@@ -32,10 +32,13 @@ def low_precision_products(monkeypatch):
         assert {t.dtype for t in tensors} <= set(LOW), "a GPU's GEMM has both operands in the weight's dtype"
         return [t.float() for t in tensors]
 
-    def logits_(out, hidden, weight):
+    def logits_into(out, weight):
+        def product(hidden):
+            h, w = operands(hidden, weight)
+            out.copy_(h @ w.T)
+
         assert out.dtype in (torch.float32, weight.dtype)
-        h, w = operands(hidden, weight)
-        return out.copy_(h @ w.T)
+        return product
 
     def dhidden(dlogits, weight, out=None):
         assert out is None, "a GPU's GEMM that rounds its result may round parts of the sum, too"
@@ -45,10 +48,10 @@ def low_precision_products(monkeypatch):
     def add_dweight_(accumulator, dlogits, hidden, *, first=False):
         g, h = operands(dlogits, hidden)
         assert accumulator.dtype == torch.float32
-        return accumulator.addmm_(g.T, h, beta=0 if first else 1)
+        return accumulator.addmm_(g, h, beta=0 if first else 1)
 
     monkeypatch.setattr(gemm, "accumulates_low_precision", lambda x: x.dtype in LOW)
-    for function in (logits_, dhidden, add_dweight_):
+    for function in (logits_into, dhidden, add_dweight_):
         monkeypatch.setattr(gemm, function.__name__, function)
 
 

@@ -167,6 +167,7 @@ class LinearAccumulator:
         self.unit_scale, self._dtype = at_unit_scale(problem), gemm.gradient_dtype(student.weight)
         self._problem, self._student, self._hidden = problem, student, buffers.reader(student)
         self._rows = self._weight = self._joint = self._bias = None  # joint: the weight's rows of the joint vocabulary
+        self._transposed: tuple[Tensor, Tensor] | None = None  # the logit gradient of a chunk, and its transposed view
         if requires.rows:
             self._rows = _fresh_rows(problem)
         smallest, width = problem.options.grad_filter, columns(problem, student)
@@ -218,7 +219,9 @@ class LinearAccumulator:
             reduced = student.shard.sum_(rows)  # all-reduce over the ranks, concurrent with the next product
         if selected is None and total is not None:
             assert hidden is not None
-            gemm.add_dweight_(total, dlogits, hidden, first=start == 0 and not smallest)
+            if self._transposed is None or self._transposed[0] is not dlogits:
+                self._transposed = dlogits, dlogits.T
+            gemm.add_dweight_(total, self._transposed[1], hidden, first=start == 0 and not smallest)
             if at_token is not None:
                 entry = at_token.entry if weight_scale is None else at_token.entry * weight_scale
                 rows_at = entry[:, None] * self._hidden(start, stop)

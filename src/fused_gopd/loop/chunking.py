@@ -6,8 +6,6 @@ bits.
 
 from __future__ import annotations
 
-import math
-
 # Bytes for all the logits buffers of a chunk together.
 # CPU: at V = 151936 256 MiB give chunks of 432 tokens with one buffer and of 144 with three.
 # GPU: 1.75 GiB give 2048 tokens at V = 151936 and three models, where adding to the weight's gradient takes no longer
@@ -43,9 +41,10 @@ def _kind(device_type: str) -> str:
     return "cpu" if device_type == "cpu" else "gpu"
 
 
-def _rounded_up(tokens: float, device_type: str) -> int:
+def _rounded_up(tokens: int, parts: int, device_type: str) -> int:
+    """A share of the tokens, in whole tiles."""
     multiple = _CHUNK_MULTIPLE[_kind(device_type)]
-    return math.ceil(tokens / multiple) * multiple
+    return -(-tokens // (parts * multiple)) * multiple
 
 
 def chunk_size_for(vocab_size: int, buffers: float, device_type: str, element_bytes: int = 4) -> int:
@@ -61,7 +60,7 @@ def chunk_size_for(vocab_size: int, buffers: float, device_type: str, element_by
 
 def frozen_chunk_size(chunk_size: int, device_type: str) -> int:
     """Tokens per sub-chunk: the size of the frozen models' buffers while the student's whole chunk is in memory."""
-    return min(chunk_size, _rounded_up(chunk_size / FROZEN_CHUNK_DIVISOR[_kind(device_type)], device_type))
+    return min(chunk_size, _rounded_up(chunk_size, FROZEN_CHUNK_DIVISOR[_kind(device_type)], device_type))
 
 
 def logits_buffers(
@@ -89,7 +88,7 @@ def balanced(tokens: int, chunk_size: int, device_type: str) -> int:
     if tokens <= chunk_size:
         return max(1, tokens)
     chunks = -(-tokens // chunk_size)
-    return min(chunk_size, _rounded_up(tokens / chunks, device_type))
+    return min(chunk_size, _rounded_up(tokens, chunks, device_type))
 
 
 def row_stride(vocab_size: int) -> int:

@@ -178,23 +178,24 @@ def dhidden(
     On a GPU a sum for an ``out`` of the weight's dtype is PyTorch's own, which may round parts of it on the way:
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``.
     """
-    if accumulates_low_precision(weight):
+    dtype = dlogits.dtype
+    if dtype in _LOW_PRECISION:
         if out is None:
             return torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)  # type: ignore[no-any-return]
         if out.dtype == weight.dtype:
             return torch.mm(dlogits, weight, out=out)
         return torch.ops.aten.mm.dtype_out(dlogits, weight, torch.float32, out=out)  # type: ignore[no-any-return]
-    wide, onednn = dlogits.dtype, _uses_onednn(dlogits.shape[0], weight)
-    if out is not None and out.dtype != wide:
+    if out is not None and out.dtype != dtype:
         return out.copy_(dhidden(dlogits, weight))
-    if weight.dtype == wide and not onednn:
+    onednn = _uses_onednn(dlogits.shape[0], weight)
+    if weight.dtype == dtype and not onednn:
         return torch.mm(dlogits, weight, out=out)
     if out is None:
         out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
     if not weight.shape[0]:
         return out.zero_()
     width = weight.shape[1]
-    if weight.dtype == wide:  # oneDNN copies C x the entries of a block
+    if weight.dtype == dtype:  # oneDNN copies C x the entries of a block
         width = max(BLOCK_ELEMENTS // _DHIDDEN_ENTRIES, dlogits.shape[0] // 4)
     for columns, block in _wide_blocks(weight, width):
         if onednn:
@@ -207,28 +208,28 @@ def dhidden(
 
 def add_dweight_(
     accumulator: Tensor,  # (V, H) float32, float64 for float64 operands
-    dlogits: Tensor,  # (C, V) of gradient_dtype(weight)
+    dlogits: Tensor,  # (V, C) of gradient_dtype(weight): a transposed view, which the caller keeps
     hidden: Tensor,  # (C, H)
     *,
     first: bool = False,  # overwrite whatever is in the accumulator: saves a pass of V x H to zero it
 ) -> Tensor:
-    """accumulator += dlogits.T @ hidden"""
-    if accumulates_low_precision(dlogits):
+    """accumulator += dlogits @ hidden"""
+    if dlogits.dtype in _LOW_PRECISION:
         return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
-            accumulator, dlogits.T, hidden, torch.float32, beta=0 if first else 1, out=accumulator
+            accumulator, dlogits, hidden, torch.float32, beta=0 if first else 1, out=accumulator
         )
     hidden, C = _wide(hidden), hidden.shape[0]
     if not _uses_onednn(C, accumulator, dweight=True):
         if first:
-            return torch.mm(dlogits.T, hidden, out=accumulator)
-        return accumulator.addmm_(dlogits.T, hidden)
+            return torch.mm(dlogits, hidden, out=accumulator)
+        return accumulator.addmm_(dlogits, hidden)
     buffer: Tensor | None = None
     for rows in _blocks(accumulator.shape[0], max(hidden.shape)):
         width = rows.stop - rows.start
         if buffer is None:
             buffer = torch.empty(2, C * width, dtype=torch.float32, device=dlogits.device)
         # PyTorch transposes a contiguous matrix several times as fast as a slice of columns
-        columns = buffer[0, : C * width].view(C, width).copy_(dlogits[:, rows])
+        columns = buffer[0, : C * width].view(C, width).copy_(dlogits[rows].T)
         product = _onednn(buffer[1, : C * width].view(width, C).copy_(columns.T), hidden)
         if first:
             accumulator[rows] = product
@@ -275,7 +276,7 @@ def selected_products(
             assert hidden is not None
             product = torch.empty(some.shape[0], weight.shape[1], dtype=wide, device=weight.device)
             # not index_add: its sums have no fixed order on a GPU
-            accumulator[some] += add_dweight_(product, part, hidden, first=True)
+            accumulator[some] += add_dweight_(product, part.T, hidden, first=True)
     return out
 
 

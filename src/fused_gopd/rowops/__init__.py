@@ -467,4 +467,4 @@ def _listed(names: list[str]) -> str:
 
 def has_kernel(ops: RowOps, divergence: RowDivergence | None) -> bool:
     """Whether the row operations compute a divergence; a single model always."""
-    return divergence is None or ops.kinds is None or divergence.kind in ops.kinds
+    return divergence is None or (kinds := ops.kinds) is None or divergence.kind in kinds

@@ -260,8 +260,10 @@ def _run(
             policy=policy,
         )
     # autograd cannot see the kernel's stores
-    written = (statistics if writes else None, out)
-    torch._C._increment_version([x for x in written if x is not None and not x.is_inference()])
+    if writes and not statistics.is_inference():
+        torch._C._increment_version((statistics,))
+    if out is not None and not out.is_inference():
+        torch._C._increment_version((out,))
 
 
 def _job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:
