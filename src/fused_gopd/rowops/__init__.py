@@ -28,11 +28,11 @@ import sys
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..records import record
+
 if TYPE_CHECKING:
     # By name, not `import torch`: loading the submodule .torch rebinds the name `torch` in this package.
     from torch import Tensor, device, dtype
-
-from ..records import record
 
 
 @record(frozen=True, eq=False)
