@@ -23,7 +23,7 @@ PAGES = read_pages("README.md", "docs/**/*.md")
 SNIPPETS = {page: python_snippets(text) for page, text in PAGES.items()}
 NOT_RUN = [(page, snippet) for page, found in SNIPPETS.items() for snippet in found if snippet.not_run]
 # What a reason may begin with: what no test can have, and a framework or a machine that this one lacks.
-REASONS = ("a CUDA GPU", "an inference server", "downloads", "several processes", "your ")
+REASONS = ("a CUDA GPU", "an inference server", "downloads", "needs models", "several processes", "your ")
 REASONS += ("ms-swift", "NeMo-RL", "prime-rl", "SkyRL", "slime", "verl")
 
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.(\d+))?(?:e[+-]?\d+)?")
