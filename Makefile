@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce docs wheel test test-core test-faults test-kernels test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce docs wheel test test-core test-versions test-faults test-kernels test-verl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,19 @@ test: $(VENV)/.test
 test-core: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not ranks and not interpreter" \
 		--ignore tests/core/test_compile.py --ignore tests/core/test_cost.py tests/core tests/rowops/test_rowops.py
+
+# The tests with other versions than those of constraints.txt, in an environment of its own: the lower bounds of
+# pyproject.toml; the newest releases (RESOLUTION=highest); or some that are given (WITH="torch==2.14.1").
+RESOLUTION ?= lowest-direct
+EXTRAS ?= test,triton,demo
+WITH ?=
+TESTS ?= tests/core tests/rowops tests/parallel tests/integrations tests/cli
+test-versions:
+	$(PYTHON) -m venv --clear .venv-versions
+	.venv-versions/bin/pip install --quiet uv
+	.venv-versions/bin/uv pip install --quiet --python .venv-versions --resolution $(RESOLUTION) ".[$(EXTRAS)]" $(WITH)
+	OMP_NUM_THREADS=1 .venv-versions/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+	.venv-versions/bin/fused-gopd doctor
 
 # Damaged and killed runs of distill, each of them resumed: minutes, not in CI.
 test-faults: $(VENV)/.test

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import private
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The label of no token, everywhere in this field.
@@ -48,7 +50,7 @@ def require_device(name: str, x: Tensor, device: torch.device) -> None:
 def refuse(wrong: Tensor, values: Tensor, error: type[Exception], message: str, found: str = "got") -> None:
     """Raise with the first wrong value; on a GPU a device-side assert, which waits for nothing."""
     if wrong.device.type == "cuda":
-        torch._assert_async(~wrong.any(), message)
+        private.assert_async(~wrong.any(), message)
     elif wrong.device.type != "meta" and bool(wrong.any()):
         value = values[wrong][0].item()
         raise error(f"{message}, {found} {value:g}" if isinstance(value, float) else f"{message}, {found} {value}")
@@ -81,9 +83,8 @@ def require_reverse_mode(name: str, student: object) -> None:
     """Raise NotImplementedError under what the fused calls have no rule for: batching and forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active():
-        for interpreter in torch._C._functorch.get_interpreter_stack():
-            transform = interpreter.key().name
+    if private.transforms_active():
+        for transform in private.transforms():
             if transform == "Vmap":
                 raise NotImplementedError(
                     f"{name} does not run under torch.func.vmap (nor jacfwd and hessian, which use it): it takes any "

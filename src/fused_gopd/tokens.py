@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from . import private
 from .checks import IGNORE, refuse, require_device, require_mask, require_shape
 from .records import record
 
@@ -194,7 +195,7 @@ def check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device
     sorted_ = (bounds[1:] >= bounds[:-1]).all()
     if device.type == "cuda":
         right = sorted_ & (bounds[0] == 0) & (bounds[-1] == shape[0])
-        torch._assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
+        private.assert_async(right, f"cu_seqlens must start at 0, be sorted and end at N={shape[0]}")
     elif device.type == "meta":
         pass
     elif bounds[0] != 0 or bounds[-1] != shape[0]:

@@ -11,6 +11,7 @@ import fused_gopd
 ROOT = Path(fused_gopd.__file__).parent
 # A module imports from its own line and from the lines above it.
 LAYERS = (
+    "private",
     "checks dynamo hooks installing printing records signatures values",
     "shards",
     "heads",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "transformers.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "integrations" / "transformers.md"
+(PINNED,) = re.findall(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 VOCAB = 61
 
 # model types of AutoModelForCausalLM that are not built here, and why

@@ -117,6 +117,8 @@ def assert_trains_alike(model: nn.Module) -> dict[str, Tensor]:
 def family(request: pytest.FixtureRequest) -> nn.Module:
     name, _, tower = request.param.partition(" ")
     auto = transformers.AutoModelForImageTextToText if tower else transformers.AutoModelForCausalLM
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(5)
     return scattered(model_families.tiny(name, auto))
 
@@ -125,7 +127,12 @@ def family(request: pytest.FixtureRequest) -> nn.Module:
 def test_the_head_of_a_family_on_its_states_is_its_logits(family):
     prefix = family.config.model_type == "paligemma"
     inputs = {"token_type_ids": torch.ones_like(IDS)} if prefix else {}
-    want = logits_of(family, **inputs)
+    try:
+        want = logits_of(family, **inputs)
+    except (RuntimeError, AttributeError) as error:
+        if transformers.__version__ == model_families.PINNED:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} cannot run its own tiny model: {error}")
     assert torch.isfinite(want).all()
     asked = transform_of(head_of(family, torch.zeros(1, family.get_output_embeddings().weight.shape[1])))
     head = head_of(family, last_hidden_state(family, IDS, **inputs))
@@ -149,6 +156,7 @@ def test_the_families_are_those_of_transformers():
     assert set(model_families.WITH_TOWER) <= {*transformers.AutoModelForImageTextToText._model_mapping._model_mapping}
 
 
+@pytest.mark.skipif(transformers.__version__ != model_families.PINNED, reason="the page is of the pinned release")
 def test_the_page_lists_the_families_that_are_verified():
     page = model_families.PAGE.read_text()
     assert model_families.fill(page) == page, "python tests/helpers/write_pages.py"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import private
 from ..loop import run
 from ..loop.accumulator import RequiresGrad
 from ..loop.estimators.base import TokenValues
@@ -19,7 +20,7 @@ from .saved import RaiseOnDoubleBackward, Spec, flatten, unflatten, without_forw
 
 def active() -> bool:
     """Whether torch.func.grad or vjp is at work: :func:`fused_gopd.checks.require_reverse_mode` refuses the others."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(private.transforms_active())
 
 
 class _Transformed(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _Transformed(torch.autograd.Function):
         if all(x is None for x in of_outputs):
             return tuple(out)
         for x in of_outputs:
-            if x is not None and torch._C._functorch.is_batchedtensor(x):
+            if x is not None and private.is_batched(x):
                 raise NotImplementedError(
                     "gopd_loss and token_logprobs take one upstream gradient at a time, not a batch of them "
                     "(torch.func.vmap over a vjp): torch.func.jacrev(..., chunk_size=1) goes through them one by one"

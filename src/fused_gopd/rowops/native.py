@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..installing import rebuild
 from . import (
@@ -261,9 +262,9 @@ def _run(
         )
     # autograd cannot see the kernel's stores
     if writes and not statistics.is_inference():
-        torch._C._increment_version((statistics,))
+        increment_version(statistics)
     if out is not None and not out.is_inference():
-        torch._C._increment_version((out,))
+        increment_version(out)
 
 
 def _job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ...heads import LinearHead
@@ -41,8 +40,10 @@ class HeadInPlaceOfLogits(LinearHead):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        heads = (x for x in tree_leaves((args, kwargs)) if isinstance(x, cls))
-        raise next(heads)._error(f"{resolve_name(function) or function} cannot take logits")
+        given = (*args, *(kwargs or {}).values())
+        flat = [x for y in given for x in (y if isinstance(y, (list, tuple)) else [y])]  # cat takes a list of tensors
+        head = next(x for x in flat if isinstance(x, cls))
+        raise head._error(f"{resolve_name(function) or function} cannot take logits")
 
 
 def _refusing(name: str) -> Callable[..., Any]:
