@@ -40,8 +40,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     never touches the reference; lambda > 1 extrapolates beyond the teacher.
 
     Where hidden states and heads of teacher and reference are here, pass ``estimator="full"``: it has the same expected
-    gradient without the noise of the sampled token. The default is ``"sampled"``, which takes every kind of model but
-    lists of top tokens.
+    gradient without the noise of the sampled token. The default is ``"sampled"``, which needs only log-probs of the
+    sampled tokens.
 
     Shapes: ``(...)`` is the token shape, usually (B, T) or (N,). ``hidden[t]`` or ``logits[t]`` scores
     ``token_ids[t]``: the caller shifts. Outputs are float32, float64 where any input is float64.

@@ -89,7 +89,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         reward_scale: lambda. 1 is ordinary on-policy distillation and needs no reference; with
             ``reward_scale_end`` it moves linearly to that over ``reward_scale_steps`` optimizer steps (default: all).
         estimator: ``"full"``, ``"sampled"`` or ``"topk"``. Default ``"full"``, because the trainer has the models;
-            :func:`fused_gopd.gopd_loss` has ``"sampled"``, which every kind of teacher can be scored for.
+            :func:`fused_gopd.gopd_loss` has ``"sampled"``, which needs only log-probs of the sampled tokens.
         divergence: its name; None for the one that TRL's ``beta`` means.
         beta: TRL's: 0 is the forward KL, 1 the reverse KL, between them the JSD; None for that of ``divergence``, 0.5
             for ``"jsd"``. Both may be given if they agree.
