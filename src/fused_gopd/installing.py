@@ -121,12 +121,10 @@ def _requirements(name: str) -> list[str]:
 
 
 def _of_extra(name: str) -> Iterator[str]:
-    clone = _clone()
-    if clone is not None and sys.version_info >= (3, 11):
-        import tomllib
-
-        project = tomllib.loads((clone / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        yield from project["optional-dependencies"].get(name, [])
+    clone, toml = _clone(), "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    if clone is not None and importlib.util.find_spec(toml) is not None:
+        text = (clone / "pyproject.toml").read_text(encoding="utf-8")
+        yield from importlib.import_module(toml).loads(text)["project"]["optional-dependencies"].get(name, [])
         return
     distribution = _distribution()
     for requirement in (distribution and distribution.requires) or []:
