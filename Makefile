@@ -81,7 +81,7 @@ $(VENV)/.docs: $(VENV)/.test
 
 # The documentation site, in build/docs. A warning is an error, and so is a link to a page or a heading that is not there.
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build --quiet --fail-on-warning -d build/doctrees docs build/docs
+	$(BIN)/sphinx-build --quiet --fresh-env --write-all --fail-on-warning -d build/doctrees docs build/docs
 
 # The source distribution and, built from it alone, the wheel for this Python, both checked, in dist/.
 .venv-wheel/.ready: constraints.txt

@@ -151,8 +151,6 @@ GENERATED = {"api/loss": option_tables, "api/trl": config_table, "api/cli": comm
 
 
 def complete_source(app: Sphinx, docname: str, source: list[str]) -> None:
-    if docname in (*ELSEWHERE, *GENERATED, app.config.root_doc):
-        app.env.note_reread()
     if docname in ELSEWHERE:
         file = ROOT / ELSEWHERE[docname]
         folder = os.path.relpath(file.parent, HERE)
