@@ -326,8 +326,8 @@ inline vh float_to_half(vf x) {
   const vu normal = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;  // ties to even; 65520 and above carry into inf
   const vu subnormal = bits<vu>(bits<vf>(a) + 0.5f) - 0x3f000000u;     // ulp of 0.5 is fp16's smallest number
   vu h = a < 0x38800000u ? subnormal : normal;
-  h = a >= 0x47800000u ? splat_int(0x7c00) + vu{} : h;
-  h = a > 0x7f800000u ? splat_int(0x7e00) + vu{} : h;
+  h = a >= 0x47800000u ? bits<vu>(splat_int(0x7c00)) : h;
+  h = a > 0x7f800000u ? bits<vu>(splat_int(0x7e00)) : h;
   return to_u16(h | sign >> 16);
 #endif
 }

@@ -991,6 +991,15 @@ def test_sanitizers_find_nothing_in_wrong_and_odd_buffers(sanitized, tmp_path):
     run_sanitized([*program, *_native.available_isas()], LD_PRELOAD=library, PYTHONPATH=path, OMP_NUM_THREADS="1")
 
 
+def test_the_kernels_compile_with_clang(tmp_path):
+    """Which macOS has. Without vector instructions beyond the baseline, whose conversions are written out."""
+    compiler = shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no clang++ here")
+    flags = ["-O1", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    compile_kernels(compiler, tmp_path, flags, {"baseline": []})
+
+
 def test_the_kernels_compile_for_aarch64(tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
