@@ -113,14 +113,24 @@ def assert_trains_alike(model: nn.Module) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------ families
 
 
+def tiny(name: str, auto: type) -> nn.Module:
+    """A family's tiny model; skipped where a release other than the pinned one lacks the family or cannot build it."""
+    try:
+        return model_families.tiny(name, auto)
+    except Exception as error:
+        if transformers.__version__ == model_families.PINNED:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}: {error}")
+
+
 @pytest.fixture(params=[*model_families.CAUSAL, *(f"{name} with a tower" for name in model_families.WITH_TOWER)])
 def family(request: pytest.FixtureRequest) -> nn.Module:
     name, _, tower = request.param.partition(" ")
     auto = transformers.AutoModelForImageTextToText if tower else transformers.AutoModelForCausalLM
-    if name not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if (name, transformers.__version__) == ("kosmos-2.5", "5.0.0"):
+        pytest.skip("head_of refuses it: its forward does not run on an output of the body that is a tensor")
     torch.manual_seed(5)
-    return scattered(model_families.tiny(name, auto))
+    return scattered(tiny(name, auto))
 
 
 @torch.no_grad()
@@ -310,10 +320,10 @@ def test_padding_and_positions_pass_through():
 )
 def test_a_padded_sequence_is_scored_at_the_positions_at_which_it_is_sampled(name):
     """Left padding, whatever a family makes of positions: learned, sinusoidal, rotary, by distance, none."""
+    if name == "openai-gpt" and transformers.__version__ == "5.0.0":
+        pytest.skip("transformers 5.0.0 samples it at other positions than those of the mask; 5.12.1 does not")
     tower = name in model_families.WITH_TOWER
-    model = model_families.tiny(
-        name, getattr(transformers, f"AutoModelFor{'ImageTextToText' if tower else 'CausalLM'}")
-    )
+    model = tiny(name, getattr(transformers, f"AutoModelFor{'ImageTextToText' if tower else 'CausalLM'}"))
     ids, mask = IDS % 50 + 5, torch.ones_like(IDS)
     mask[0, :3] = 0
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
@@ -757,7 +767,12 @@ def test_adapters_that_are_switched_off_are_not_in_effect(name, merged):
 def test_an_adapter_that_transformers_itself_has_added_is_in_effect():
     peft = pytest.importorskip("peft")
     model = llama()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    try:
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    except ValueError as error:  # transformers 5.24 wants a PEFT that is newer than the newest
+        if transformers.__version__ == model_families.PINNED:
+            raise
+        pytest.skip(str(error))
     scattered(model)
     assert_close(dense(head_of(model, last_hidden_state(model, IDS))), logits_of(model), 1e-6)
 
