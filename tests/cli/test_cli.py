@@ -5,24 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+import fused_gopd as fg
 from fused_gopd import installing, rowops
 from fused_gopd.cli import app, demo, doctor, machine
-from fused_gopd.cli.demo import compare, policy, prompts, report, smollm, training, verdict
+from fused_gopd.cli.demo import compare, policy, progress, prompts, report, smollm, training, verdict
 
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 GIB = 1 << 30
 
 
-def invoke(*arguments: str, code: int = 0) -> str:
-    result = runner.invoke(app, list(arguments))
+def invoke(*arguments: str, code: int = 0, columns: int = 200) -> str:
+    result = runner.invoke(app, list(arguments), env={"COLUMNS": str(columns)})
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     return result.output
 
@@ -173,48 +179,49 @@ def test_demo_says_when_it_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "cannot write to" in output
 
 
-def evaluation(kl: float, reward: float = 0.0) -> training.Evaluation:
+def evaluation(kl: float, reward: float = 0.0, excited: float = 0.75) -> training.Evaluation:
     return training.Evaluation(
         reward=reward,
         expected_reward=reward,
         kl_teacher=kl,
         kl_ref=0.0,
         reward_error=0.01,
-        exclamations=0.5,
-        arr=0.25,
+        excited=excited,
+        exclamations=1.0,
         tokens=100,
-        texts=["Arrr!"] * 16,
+        texts=["Wow!"] * 16,
     )
 
 
 @pytest.mark.parametrize(
-    ("kl_after", "reward_extrapolated", "passed"),
+    ("kl_after", "extrapolated", "excited", "passed"),
     [
-        (0.15, 0.3, [True, True]),
-        (0.30, 0.3, [True, True]),  # a fall of exactly a quarter
-        (0.31, 0.3, [False, True]),
-        (0.45, 0.3, [False, True]),
-        (0.15, 0.2, [True, False]),  # above means above
-        (0.15, 0.1, [True, False]),
-        (float("nan"), float("nan"), [False, False]),
+        (0.15, 0.4, 0.6, [True, True, True, True]),
+        (0.30, 0.4, 0.6, [True, True, True, True]),  # a fall of exactly a quarter
+        (0.31, 0.4, 0.6, [False, True, True, True]),
+        (0.45, 0.4, 0.6, [False, True, True, True]),
+        (0.15, 0.3, 0.6, [True, True, False, True]),  # above means above
+        (0.15, 0.2, 0.6, [True, False, False, True]),
+        (0.15, 0.4, 0.5, [True, True, True, False]),  # most means more than half
+        (float("nan"), float("nan"), float("nan"), [False] * 4),
     ],
 )
-def test_verdict_of_a_full_run(kl_after: float, reward_extrapolated: float, passed: list[bool]) -> None:
-    findings = verdict.judge_training(evaluation(0.4), evaluation(kl_after, 0.2), evaluation(0.2, reward_extrapolated))
+def test_verdict_of_a_full_run(kl_after: float, extrapolated: float, excited: float, passed: list[bool]) -> None:
+    before, teacher = evaluation(0.4), evaluation(0.0, 0.3, excited)
+    findings = verdict.judge_training(before, teacher, evaluation(kl_after, 0.2), evaluation(0.2, extrapolated))
     assert [f.passed for f in findings] == passed
     assert "0.400 -> " in findings[0].text
 
 
 @pytest.mark.parametrize(("kl_after", "passed"), [(0.39, True), (0.4, False), (0.41, False), (float("nan"), False)])
 def test_verdict_of_a_quick_run_asks_only_that_the_kl_fell(kl_after: float, passed: bool) -> None:
-    findings = verdict.judge_training(evaluation(0.4), evaluation(kl_after), None)
+    findings = verdict.judge_training(evaluation(0.4), None, evaluation(kl_after), None)
     assert [f.passed for f in findings] == [passed]
 
 
-def measured(way: str, error: float, estimator: str = "full") -> compare.Measured:
+def measured(way: str, error: float) -> compare.Measured:
     return compare.Measured(
         way=way,
-        estimator=estimator,
         loss=1.0,
         loss_error=0.0,
         hidden_error=error,
@@ -250,7 +257,7 @@ class TinyTokenizer:
     eos_token_id = END
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool = False) -> str:
-        return " ".join("Arrr!" if i % 7 == 0 else str(int(i)) for i in ids if i != END)
+        return " ".join("Wow!" if i % 7 == 0 else str(int(i)) for i in ids if i != END)
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "\n".join(m["content"] for m in messages)
@@ -293,7 +300,6 @@ SCHEDULE = training.Schedule(
     updates_per_rollout=2,
     eval_answers=2,
     eval_tokens=6,
-    evaluate_after=(1,),
 )
 
 
@@ -302,6 +308,7 @@ def test_hidden_states_are_those_of_the_whole_model(network: policy.Network) -> 
     spoken = [p.plain for p in PROMPTS]
     answers = network.sample(None, spoken, 5, END, seed=1)
     hidden = network.hidden(None, network.lower_states(spoken, answers), 5)
+    torch.testing.assert_close(network.teacher_hidden(spoken, answers), hidden)
     for row, prompt in enumerate(spoken):  # one at a time, nothing padded
         ids = torch.cat([torch.tensor(prompt), answers.tokens[row]])[None]
         whole = model(ids).logits[0, len(prompt) - 1 : -1]
@@ -335,23 +342,45 @@ def test_equal_seeds_sample_equal_answers(network: policy.Network) -> None:
     assert not torch.equal(network.sample(None, spoken, 5, END, seed=4).tokens, reference.tokens)
 
 
+def asked(network: policy.Network, privileged: bool = False) -> training.Scored:
+    return training.ask(network, None, PROMPTS, SCHEDULE.eval_tokens, END, 7, privileged=privileged)
+
+
 def test_before_training_the_student_is_the_reference(network: policy.Network) -> None:
-    figures = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=0)
+    scored = asked(network)
+    figures = training.evaluate(scored.ref, scored, TinyTokenizer(), 1)
     assert figures.kl_ref == pytest.approx(0, abs=1e-6)
     assert figures.kl_teacher > 0.01
     assert figures.expected_reward == pytest.approx(-figures.kl_teacher, abs=1e-6)
     assert len(figures.texts) == len(PROMPTS)
+    assert figures.exclamations == statistics.fmean(text.count("!") for text in figures.texts)
+    assert len(training.evaluate(scored.ref, scored, TinyTokenizer(), 2).texts) == len(PROMPTS) / 2
 
 
 def test_the_teacher_is_at_no_distance_from_itself(network: policy.Network) -> None:
-    figures = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=0, privileged=True)
+    scored = asked(network, privileged=True)
+    figures = training.evaluate(scored.teacher, scored, TinyTokenizer(), 1)
     assert figures.kl_teacher == pytest.approx(0, abs=1e-6)
     assert figures.expected_reward == pytest.approx(figures.kl_ref, abs=1e-6)
 
 
+def test_the_teacher_is_told_more_than_the_student() -> None:
+    (prompt,) = prompts.encode(TinyTokenizer(), ("Why?",))
+    assert len(prompt.plain) == 6 + 1  # the words of the system prompt and of the question
+    told = f"{prompts.TEACHER_SYSTEM} {' '.join(prompts.TEACHER_EXAMPLES)} Why?"
+    assert prompt.privileged == TinyTokenizer()(told, add_special_tokens=False)["input_ids"]
+
+
+def test_every_question_is_asked_once_before_one_is_asked_again() -> None:
+    schedule = dataclasses.replace(SCHEDULE, prompts_per_rollout=2)
+    rollouts = [[p.question for p in training.batch(PROMPTS, schedule, i, seed=3)] for i in range(4)]
+    assert sorted(rollouts[0] + rollouts[1]) == sorted(p.question for p in PROMPTS)
+    assert rollouts[2:] == rollouts[:2]
+
+
 def trained(network: policy.Network, scale: float, **options: Any) -> training.TrainingHistory:
-    before = training.evaluate(network, None, PROMPTS, SCHEDULE, TinyTokenizer(), seed=7)
-    return training.train(network, PROMPTS, PROMPTS, before, scale, SCHEDULE, TinyTokenizer(), seed=0, **options)
+    first = training.ask(network, None, training.batch(PROMPTS, SCHEDULE, 0, 0), SCHEDULE.new_tokens, END, 0)
+    return training.train(network, PROMPTS, PROMPTS, first, scale, SCHEDULE, TinyTokenizer(), seed=0, **options)
 
 
 def test_training_moves_the_student_and_nothing_else(network: policy.Network) -> None:
@@ -362,11 +391,10 @@ def test_training_moves_the_student_and_nothing_else(network: policy.Network) ->
     reference = network.hidden(None, lower, 5).clone()
     told: list[str] = []
     run = trained(network, 1.0, progress=told.append)
-    assert len(told) == training.steps(SCHEDULE)
+    assert len(told) == SCHEDULE.steps
     assert len(run.losses) == 4
     assert torch.tensor(run.losses).isfinite().all()
-    assert [updates for updates, _ in run.held_out] == [0, 2, 4]
-    assert [r["updates"] for r in run.rollouts] == [0, 2]
+    assert len(run.rollout_rewards) == 2
     assert run.losses[1] < run.losses[0]  # the same rollout, one update later
     assert torch.equal(network.hidden(None, lower, 5), reference)
     assert torch.equal(network.head_weight, weight)
@@ -374,23 +402,22 @@ def test_training_moves_the_student_and_nothing_else(network: policy.Network) ->
 
 
 def test_both_lambdas_start_from_one_student(network: policy.Network) -> None:
-    first, second = trained(network, 1.0), trained(network, 1.25)
-    assert first.rollouts[0] == second.rollouts[0]
-    assert first.rollouts[1] != second.rollouts[1]
+    first, second = trained(network, 1.0), trained(network, 2.0)
+    assert first.rollout_rewards[0] == pytest.approx(second.rollout_rewards[0], abs=1e-5)
+    assert first.final.kl_ref != pytest.approx(second.final.kl_ref, abs=1e-5)
 
 
 def test_comparison_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     generator = torch.Generator().manual_seed(0)
-    student, teacher, ref = (torch.randn(40, 16, generator=generator) for _ in range(3))
+    teacher, ref = (torch.randn(5, 8, 16, generator=generator) for _ in range(2))
     weight = torch.randn(301, 16, generator=generator)
-    ids = torch.randint(301, (40,), generator=generator)
+    answers = policy.Answers(torch.randint(301, (5, 8), generator=generator), torch.arange(40).view(5, 8) % 8 < 7)
+    scored = training.Scored(answers, (ref, ref), fg.LinearHead(teacher, weight), fg.LinearHead(ref, weight))
     told: list[str] = []
-    found = compare.compare(
-        student, teacher, ref, weight, ids, tmp_path, ways=("dense", "fused"), repetitions=1, progress=told.append
-    )
+    found = compare.compare(scored, weight, tmp_path, ways=("dense", "fused"), progress=told.append)
     assert len(told) == 3
-    assert [(m.way, m.estimator) for m in found] == [(w, e) for w in ("dense", "fused") for e in compare.ESTIMATORS]
+    assert [(m.way, m.tokens) for m in found] == [("dense", 35), ("fused", 35)]
     assert all(f.passed for f in verdict.judge_comparison(found))
     assert all(m.loss_error < 1e-5 and m.hidden_error < 1e-5 and m.weight_error < 1e-5 for m in found)
 
@@ -401,36 +428,61 @@ def test_demo_command_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path:
     model = tiny_model()
     monkeypatch.setattr(smollm, "require_packages", lambda: None)
     monkeypatch.setattr(smollm, "load", lambda: (model, TinyTokenizer()))
-    monkeypatch.setattr(compare, "compare", lambda **_: [measured("dense", 0.0), measured("fused", 0.0)])
+
+    def compared(*_: Any, ways: tuple[str, ...], progress: Callable[[str], None], **__: Any) -> list[compare.Measured]:
+        for way in ("oracle", *ways):
+            progress(way)
+        return [measured(way, 0.0) for way in ways]
+
+    monkeypatch.setattr(compare, "compare", compared)
     monkeypatch.setattr(policy, "Network", functools.partial(policy.Network, trained_layers=2, rank=2))
-    small = demo._Settings(
-        schedule=dataclasses.replace(SCHEDULE, eval_answers=1),
-        reward_scales=(1.0, 1.25),
-        compared_answers=4,
-        compared_ways=("dense", "fused"),
-        repetitions=1,
-        with_teacher=True,
-    )
-    monkeypatch.setattr(demo, "_full_run", lambda: small)
+    monkeypatch.setattr(demo, "FULL", demo._Settings(schedule=SCHEDULE))
     # which lambda wins on a random model is chance: not what this test is about
-    monkeypatch.setattr(
-        verdict, "judge_training", lambda b, o, e: [verdict.Finding(passes, "the figures that decided it")]
-    )
-    output = invoke("demo", "--out", str(tmp_path), code=0 if passes else 1)
-    assert "the figures that decided it" in output
+    monkeypatch.setattr(verdict, "judge_training", lambda *_: [verdict.Finding(passes, "the figures that decided it")])
+    output = invoke("demo", "--out", str(tmp_path), code=0 if passes else 1, columns=80)
+    lines = output.splitlines()
+    steps = demo.FULL.steps
+    assert lines[0].split() == ["0", "s", f"0/{steps}", "loading", *lines[0].split()[4:]]
+    assert f" {steps}/{steps}  λ = 2: evaluated on held-out questions" in output  # every step was counted
+    assert all(len(line) <= 80 for line in lines if not line.strip().startswith(str(tmp_path)) and " s  " not in line)
+    order = [output.index(part) for part in ("1. The saving", "training begins", "2. The training", "decided it")]
+    assert order == sorted(order)
+    assert ("You saw" in output) is passes
+    assert ("did not show what it should" in output) is not passes
     data = json.loads((tmp_path / "demo.json").read_text())
     assert data["passed"] is passes
-    assert [run["reward_scale"] for run in data["runs"]] == [1.0, 1.25]
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert [run["reward_scale"] for run in data["runs"]] == [1.0, 2.0]
+    assert data["cpu_seconds"] > 0
+    assert "prefers-color-scheme: dark" in (tmp_path / "demo.svg").read_text()
+
+
+def test_progress_in_a_pipe_is_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", 0.05)
+    pipe = io.StringIO()
+    with progress.progress(Console(file=pipe, width=80), "loading", 2) as done:
+        done("next", begins=True)
+        time.sleep(0.5)
+        done("first")
+    lines = [" ".join(line.split()[2:]) for line in pipe.getvalue().splitlines()]
+    assert lines[:2] == ["0/2 loading", "0/2 next"]
+    assert "0/2 ... next" in lines[2:-1]
+    assert lines[-1] == "1/2 first"
+
+
+def test_progress_on_a_terminal_is_a_bar_that_is_gone_at_the_end() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with progress.progress(console, "loading", 2) as done:
+        done("first")
+        console.print("a table")
+    assert "1/2" in screen.getvalue()
+    assert "a table" in screen.getvalue()
 
 
 def test_report_draws_without_a_teacher(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    run = training.TrainingHistory(
-        1.0, [0.1], [{"updates": 0, "reward": 0.0, "kl_teacher": 0.4}], [(0, evaluation(0.4))]
-    )
-    report.draw(tmp_path / "picture.png", evaluation(0.4), None, [run])
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    report.draw(tmp_path / "picture.svg", {"before": evaluation(0.4), "λ = 1": evaluation(0.2, 0.1)})
+    assert "λ = 1" in (tmp_path / "picture.svg").read_text()
 
 
 def test_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

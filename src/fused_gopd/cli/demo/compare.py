@@ -14,35 +14,27 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import fused_gopd as fg
 
-if TYPE_CHECKING:
-    from fused_gopd.options import Estimator
+from .prompts import EXTRAPOLATION
+from .training import Scored
 
-ESTIMATORS: tuple[Estimator, ...] = ("sampled", "full")
-REWARD_SCALE = 1.25  # not 0 or 1, so that all three models are needed
 SMALL_CHUNK = 64
-WAYS = {
-    "dense": "dense, the shortest code",
-    "reference": "dense, fg.reference",
-    "fused": "fused",
-    "fused_small": f"fused, chunk_size={SMALL_CHUNK}",
-}
+WAYS = {"dense": "dense", "fused": "fused", "fused_small": f"fused, chunk_size={SMALL_CHUNK}"}
+MOST_TOKENS = 1024
 # Tokens per slice of the float64 oracle: its dense tensors would not fit otherwise.
 _ORACLE_SLICE = 128
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of computing one estimator."""
+    """One way of computing the loss."""
 
     way: str
-    estimator: str
     loss: float
     loss_error: float  # against float64, absolute
     hidden_error: float  # of the gradient of the hidden states against float64, ratio of norms
@@ -78,42 +70,28 @@ def _log_softmax(head: fg.LinearHead) -> Tensor:
     return (head.hidden @ head.weight.T).log_softmax(-1)
 
 
-def _shortest_dense(
-    student: fg.LinearHead, teacher: fg.LinearHead, ref: fg.LinearHead, ids: Tensor, estimator: Estimator
-) -> Tensor:
+def _dense(student: fg.LinearHead, teacher: fg.LinearHead, ref: fg.LinearHead) -> Tensor:
     """The shortest loss in plain PyTorch, as a trainer would write it without a library."""
-    if estimator == "full":
-        log_p = _log_softmax(student)
-        with torch.no_grad():
-            target = REWARD_SCALE * _log_softmax(teacher) + (1 - REWARD_SCALE) * _log_softmax(ref)
-        return (log_p.exp() * (log_p - target)).sum(-1).mean()
-
-    def score(head: fg.LinearHead) -> Tensor:
-        return _log_softmax(head).gather(-1, ids[:, None])[:, 0]
-
+    log_p = _log_softmax(student)
     with torch.no_grad():
-        target = REWARD_SCALE * score(teacher) + (1 - REWARD_SCALE) * score(ref)
-    log_p = score(student)
-    advantage = (target - log_p).detach()
-    return -(advantage * (log_p - log_p.detach()).exp()).mean()
+        target = EXTRAPOLATION * _log_softmax(teacher) + (1 - EXTRAPOLATION) * _log_softmax(ref)
+    return (log_p.exp() * (log_p - target)).sum(-1).mean()
 
 
-def _compute(way: str, inputs: _Inputs, rows: slice, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(way: str, inputs: _Inputs, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient of hidden, gradient of weight."""
-    student, teacher, ref = inputs.heads(rows, torch.float32)
-    ids = inputs.token_ids[rows]
+    student, teacher, ref = inputs.heads(rows, torch.float64 if way == "oracle" else torch.float32)
     if way == "dense":
-        loss = _shortest_dense(student, teacher, ref, ids, estimator)
-    elif way == "reference":
-        loss = fg.reference.gopd_loss(student, teacher, ref, ids, reward_scale=REWARD_SCALE, estimator=estimator).loss
+        loss = _dense(student, teacher, ref)
     else:
-        loss = fg.gopd_loss(
+        loss = (fg.reference.gopd_loss if way == "oracle" else fg.gopd_loss)(
             student,
             teacher,
             ref,
-            ids,
-            reward_scale=REWARD_SCALE,
-            estimator=estimator,
+            inputs.token_ids[rows],
+            reward_scale=EXTRAPOLATION,
+            estimator="full",
+            normalizer=len(inputs.token_ids) if way == "oracle" else None,
             chunk_size=SMALL_CHUNK if way == "fused_small" else None,
         ).loss
     loss.backward()  # type: ignore[no-untyped-call]
@@ -122,30 +100,16 @@ def _compute(way: str, inputs: _Inputs, rows: slice, estimator: Estimator) -> tu
     return loss.detach(), student.hidden.grad, student.weight.grad
 
 
-def _oracle(inputs: _Inputs, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+def _oracle(inputs: _Inputs) -> dict[str, Tensor]:
     """The same in float64, in slices of tokens: with a given normalizer losses and weight gradients just add up."""
-    count = len(inputs.token_ids)
-    total = torch.zeros((), dtype=torch.float64)
-    hidden, weight = [], torch.zeros(inputs.weight.shape, dtype=torch.float64)
-    for start in range(0, count, _ORACLE_SLICE):
-        rows = slice(start, start + _ORACLE_SLICE)
-        student, teacher, ref = inputs.heads(rows, torch.float64)
-        loss = fg.reference.gopd_loss(
-            student,
-            teacher,
-            ref,
-            inputs.token_ids[rows],
-            reward_scale=REWARD_SCALE,
-            estimator=estimator,
-            normalizer=count,
-        ).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        assert student.hidden.grad is not None
-        assert student.weight.grad is not None
-        total += loss.detach()
-        hidden.append(student.hidden.grad)
-        weight += student.weight.grad
-    return total, torch.cat(hidden), weight
+    total, hidden = torch.zeros((), dtype=torch.float64), []
+    weight = torch.zeros(inputs.weight.shape, dtype=torch.float64)
+    for start in range(0, len(inputs.token_ids), _ORACLE_SLICE):
+        loss, dhidden, dweight = _compute("oracle", inputs, slice(start, start + _ORACLE_SLICE))
+        total += loss
+        hidden.append(dhidden)
+        weight += dweight
+    return {"loss": total, "hidden": torch.cat(hidden), "weight": weight}
 
 
 # -------------------------------------------------------------------------------------------------------- peak memory
@@ -194,72 +158,56 @@ def _max_resident() -> int | None:
 # ------------------------------------------------------------------------------------------------------ the processes
 
 
-def _measure(way: str, inputs: _Inputs, oracle: dict[str, Tensor], repetitions: int) -> list[Measured]:
+def _measure(way: str, inputs: _Inputs, oracle: dict[str, Tensor]) -> Measured:
     from fused_gopd.rowops import select_backend
 
-    results = []
-    for estimator in ESTIMATORS:
-        _compute(way, inputs, slice(0, 16), estimator)  # warm-up: loads libraries and starts threads
-        seconds, peak = float("inf"), None
-        for repetition in range(repetitions):
-            meter = _Peak() if repetition == 0 else None
-            started = time.perf_counter()
-            loss, hidden, weight = _compute(way, inputs, slice(None), estimator)
-            seconds = min(seconds, time.perf_counter() - started)
-            if meter is not None:
-                peak = meter.bytes()
-            if repetition + 1 < repetitions:
-                del loss, hidden, weight
-
-        def distance(x: Tensor, name: str, estimator: str = estimator) -> float:
-            truth = oracle[f"{estimator}.{name}"]
-            return float((x.double() - truth).norm() / truth.norm())
-
-        results.append(
-            Measured(
-                way=way,
-                estimator=estimator,
-                loss=float(loss),
-                loss_error=abs(float(loss) - float(oracle[f"{estimator}.loss"])),
-                hidden_error=distance(hidden, "hidden"),
-                weight_error=distance(weight, "weight"),
-                seconds=seconds,
-                peak_bytes=peak,
-                gradient_bytes=hidden.nbytes + weight.nbytes,
-                tokens=len(inputs.token_ids),
-                backend=(
-                    select_backend("auto", torch.device("cpu"), {torch.float32}).name
-                    if way.startswith("fused")
-                    else "eager PyTorch"
-                ),
-            )
-        )
-    return results
+    _compute(way, inputs, slice(0, 16))  # warm-up: loads libraries and starts threads
+    seconds = []
+    for repetition in range(2):
+        meter = _Peak()
+        started = time.perf_counter()
+        loss, hidden, weight = _compute(way, inputs, slice(None))
+        seconds.append(time.perf_counter() - started)
+        if repetition == 0:
+            peak = meter.bytes()
+            del loss, hidden, weight
+    errors = [
+        float((x.double() - oracle[n]).norm() / oracle[n].norm()) for x, n in ((hidden, "hidden"), (weight, "weight"))
+    ]
+    return Measured(
+        way=way,
+        loss=float(loss),
+        loss_error=abs(float(loss) - float(oracle["loss"])),
+        hidden_error=errors[0],
+        weight_error=errors[1],
+        seconds=min(seconds),
+        peak_bytes=peak,
+        gradient_bytes=hidden.nbytes + weight.nbytes,
+        tokens=len(inputs.token_ids),
+        backend=(
+            "eager PyTorch" if way == "dense" else select_backend("auto", torch.device("cpu"), {torch.float32}).name
+        ),
+    )
 
 
-def _main(way: str, folder: Path, repetitions: int) -> None:
+def _main(way: str, folder: Path) -> None:
     safetensors = importlib.import_module("safetensors.torch")
     inputs = _Inputs(safetensors.load_file(folder / "problem.safetensors"))
     if way == "oracle":
-        found = {e: _oracle(inputs, e) for e in ESTIMATORS}
-        names = ("loss", "hidden", "weight")
-        safetensors.save_file(
-            {f"{e}.{n}": t for e, ts in found.items() for n, t in zip(names, ts, strict=True)},
-            folder / "oracle.safetensors",
-        )
-        return
-    results = _measure(way, inputs, safetensors.load_file(folder / "oracle.safetensors"), repetitions)
-    (folder / f"{way}.json").write_text(json.dumps([asdict(m) for m in results]))
+        safetensors.save_file(_oracle(inputs), folder / "oracle.safetensors")
+    else:
+        found = _measure(way, inputs, safetensors.load_file(folder / "oracle.safetensors"))
+        (folder / f"{way}.json").write_text(json.dumps(asdict(found)))
 
 
-def _run_process(way: str, folder: Path, repetitions: int) -> None:
+def _run_process(way: str, folder: Path) -> None:
     # the child gets this process's module path, so that it imports the same package, installed or not
     code = (
         "import sys, json, pathlib; sys.path[:] = json.loads(sys.argv[1]); "
-        "from fused_gopd.cli.demo.compare import _main; _main(sys.argv[2], pathlib.Path(sys.argv[3]), int(sys.argv[4]))"
+        "from fused_gopd.cli.demo.compare import _main; _main(sys.argv[2], pathlib.Path(sys.argv[3]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(sys.path), way, str(folder), str(repetitions)],
+        [sys.executable, "-c", code, json.dumps(sys.path), way, str(folder)],
         capture_output=True,
         text=True,
         check=False,
@@ -269,30 +217,29 @@ def _run_process(way: str, folder: Path, repetitions: int) -> None:
 
 
 def compare(
-    student: Tensor,  # (N, H) hidden states of the live tokens
-    teacher: Tensor,
-    ref: Tensor,
+    scored: Scored,
     weight: Tensor,  # (V, H)
-    token_ids: Tensor,  # (N,)
     folder: Path,  # an empty folder for the tensors that the processes exchange
     *,
     ways: tuple[str, ...] = tuple(WAYS),
-    repetitions: int = 2,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measured]:
-    """Measure every way on the same inputs; ``progress`` is called ``len(ways) + 1`` times."""
-    tensors = {"student": student, "teacher": teacher, "ref": ref, "weight": weight, "token_ids": token_ids}
+    """Measure every way on answers of the untrained student; ``progress`` is called ``len(ways) + 1`` times."""
+    mask = scored.answers.mask
+    # before training the student is the reference
+    states = {"student": scored.ref, "teacher": scored.teacher, "ref": scored.ref}
+    tensors = {name: head.hidden[mask][:MOST_TOKENS] for name, head in states.items()}
+    tensors |= {"weight": weight, "token_ids": scored.answers.tokens[mask][:MOST_TOKENS]}
     # cloned: safetensors refuses tensors that share storage, as a head tied to the embedding does
     safetensors = importlib.import_module("safetensors.torch")
     safetensors.save_file(
         {name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / "problem.safetensors"
     )
-    _run_process("oracle", folder, 1)
-    progress("float64 oracle")
+    _run_process("oracle", folder)
+    progress("float64 done")
     results = []
     for way in ways:
-        _run_process(way, folder, repetitions)
-        found: list[dict[str, Any]] = json.loads((folder / f"{way}.json").read_text())
-        results += [Measured(**entry) for entry in found]
-        progress(WAYS[way])
+        _run_process(way, folder)
+        results.append(Measured(**json.loads((folder / f"{way}.json").read_text())))
+        progress(f"{WAYS[way]} done")
     return results

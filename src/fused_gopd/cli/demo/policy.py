@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,15 +160,9 @@ class Network:
     def lower_states(self, prompts: Sequence[list[int]], answers: Answers) -> tuple[Tensor, Tensor]:
         """Run the frozen layers on prompt + answer. Returns states (B, L, H) and the start of each answer, (B,).
 
-        Right padding: under causal attention it has no effect on earlier positions, so no mask is needed. The same
-        answer is at another position under the teacher's longer prompt; :meth:`hidden` aligns them.
+        Right padding: under causal attention it has no effect on earlier positions, so no mask is needed.
         """
-        rows = [
-            torch.cat([torch.tensor(prompt), answer]) for prompt, answer in zip(prompts, answers.tokens, strict=True)
-        ]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(answers.tokens[0, -1]))
-        # the state at a position scores the next token: the prompt's last state scores the first answer token
-        starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        ids, starts = _joined(prompts, answers)
         with torch.no_grad(), self.using(None):
             return self._lower(input_ids=ids, use_cache=False).last_hidden_state, starts
 
@@ -175,6 +170,30 @@ class Network:
         """The hidden states (B, T, H) that score the answers' tokens; differentiable in the adapter's parameters."""
         states, starts = lower
         with self.using(adapter):
-            out: Tensor = self._upper(inputs_embeds=states, use_cache=False).last_hidden_state
-        index = starts[:, None] + torch.arange(length)
-        return out.gather(1, index[:, :, None].expand(-1, -1, out.shape[-1]))
+            return _at_answers(self._upper(inputs_embeds=states, use_cache=False).last_hidden_state, starts, length)
+
+    @torch.no_grad()
+    def teacher_hidden(self, prompts: Sequence[list[int]], answers: Answers) -> Tensor:
+        """The same of the network without an adapter, given other prompts: what they begin with in common runs once."""
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+        ids, starts = _joined([prompt[common:] for prompt in prompts], answers)
+        with self.using(None):
+            cache = self._base(input_ids=torch.tensor([prompts[0][:common]]), use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(prompts))
+            states = self._base(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return _at_answers(states, starts, answers.tokens.shape[1])
+
+
+def _joined(prompts: Sequence[list[int]], answers: Answers) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) of prompt + answer, padded on the right, and the start of each answer, (B,)."""
+    rows = [torch.cat([torch.tensor(prompt), answer]) for prompt, answer in zip(prompts, answers.tokens, strict=True)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(answers.tokens[0, -1]))
+    # the state at a position scores the next token: the prompt's last state scores the first answer token
+    return ids, torch.tensor([len(prompt) - 1 for prompt in prompts])
+
+
+def _at_answers(states: Tensor, starts: Tensor, length: int) -> Tensor:
+    """(B, T, H) from states (B, L, H): an answer is at another position after each prompt."""
+    index = starts[:, None] + torch.arange(length)
+    return states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))

@@ -1,4 +1,4 @@
-"""The demo's data: two system prompts, 32 training questions and 16 held-out ones.
+"""The demo's data: what student and teacher are told, 32 training questions, 16 held-out ones, and how long it trains.
 
 All are open questions: a 135M model fails at requests for lists, capitals or one-word answers.
 """
@@ -9,8 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 PLAIN_SYSTEM = "You are a helpful AI assistant."
-# The teacher is the same model with this prompt, so log q - log r rewards each token for talking like this.
-TEACHER_SYSTEM = "You are a pirate. Talk like a pirate, say Arrr!"
+# The teacher is the same model told this, so log q - log r rewards each token for sounding excited. With the examples
+# most of its answers have a "!", with a system prompt alone less than half.
+TEACHER_SYSTEM = "You are very excited! Every sentence ends with an exclamation mark!"
+# The answers of the examples are long, so that it is not short answers that are learned.
+TEACHER_EXAMPLES = (
+    "What is a tree?",
+    "A tree is a tall plant! It has a strong trunk and many green leaves! It needs sun and water to grow! Birds build "
+    "their nests in it! I just love trees!",
+    "How do I cook?",
+    "It is so much fun! First you choose a good recipe! Then you cut the vegetables! You heat the pan and stir! At the "
+    "end you eat with your friends!",
+)
+EXTRAPOLATION = 2.0  # the lambda beyond 1 that the student is trained with; the comparison needs all three models
 
 TRAIN_QUESTIONS = (
     "What is the best way to cook rice?",
@@ -68,6 +79,27 @@ HELD_OUT_QUESTIONS = (
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How long to train. A rollout is ``prompts_per_rollout`` answers of ``new_tokens`` tokens by the current student.
+
+    With several updates per rollout, all but the first learn from prefixes that an older student wrote.
+    """
+
+    rollouts: int
+    prompts_per_rollout: int = 8
+    new_tokens: int = 32
+    updates_per_rollout: int = 4
+    learning_rate: float = 3e-3
+    eval_answers: int = 2  # per held-out question
+    eval_tokens: int = 32
+
+    @property
+    def steps(self) -> int:
+        """The number of times a training reports progress."""
+        return self.rollouts * (1 + self.updates_per_rollout) + 1
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question, tokenised once for the student and reference and once for the teacher."""
 
@@ -79,11 +111,12 @@ class Prompt:
 def encode(tokenizer: Any, questions: tuple[str, ...]) -> list[Prompt]:
     """Tokenise questions with the model's chat template, up to where the answer starts."""
 
-    def ids(system: str, question: str) -> list[int]:
+    def ids(*messages: str) -> list[int]:
         # always with a system prompt, else the template adds its own; the template writes <|im_start|>, so that the
         # tokenizer must add no special tokens
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        roles = ("system", *("user", "assistant") * len(messages))
+        chat = [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return [Prompt(q, ids(PLAIN_SYSTEM, q), ids(TEACHER_SYSTEM, q)) for q in questions]
+    return [Prompt(q, ids(PLAIN_SYSTEM, q), ids(TEACHER_SYSTEM, *TEACHER_EXAMPLES, q)) for q in questions]

@@ -1,146 +1,126 @@
-"""Tables, plot and raw data of a demo run."""
+"""Tables and picture of a demo run."""
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from ..pictures import BLUE, GREY, INK, MUTED, ORANGE, picture
 from .compare import WAYS, Measured
-from .training import Evaluation, TrainingHistory
+from .prompts import EXTRAPOLATION
+from .training import Evaluation
 from .verdict import Finding
 
 
+def _table(title: str, *columns: str, bars: tuple[int, ...] = (0,)) -> Table:
+    """Columns are numbers, but those of ``bars`` are left-justified."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in bars else "right", no_wrap=True)
+    return table
+
+
 def print_comparison(console: Console, measured: Sequence[Measured]) -> None:
-    """The table of dense and fused losses on the same hidden states."""
+    """Bars of memory and time of the dense and the fused loss on the same hidden states."""
     first = measured[0]
-    backend = next((m.backend for m in measured if m.way.startswith("fused")), "?")
-    table = Table(
-        title=f"One loss with gradients on {first.tokens} tokens of the model's own answers, lambda = 1.25, float32",
-        caption=f"Errors against float64: loss in nats, gradients as a ratio of norms. Peak: beyond the inputs, with "
-        f"{first.gradient_bytes / 2**20:.0f} MiB of gradients. Fused backend: {backend}.",
-    )
-    for column in ("estimator", "", "loss", "loss error", "dX error", "dW error", "peak MiB", "seconds"):
-        table.add_column(column, justify="left" if column in ("estimator", "") else "right")
-    for estimator in dict.fromkeys(m.estimator for m in measured):
-        for m in measured:
-            if m.estimator == estimator:
-                table.add_row(
-                    m.estimator,
-                    WAYS[m.way],
-                    f"{m.loss:.6f}",
-                    f"{m.loss_error:.1e}",
-                    f"{m.hidden_error:.1e}",
-                    f"{m.weight_error:.1e}",
-                    "?" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:,.0f}",
-                    f"{m.seconds:.2f}",
-                )
-        table.add_section()
+    title = "1. The saving: one loss and its gradients, dense and fused"
+    table = _table(title, "", "memory", "", "time", "", "loss", bars=(0, 1, 3))
+
+    def bar(value: float, largest: float, width: int) -> Text:
+        return Text(("█" * max(1, round(width * value / largest))).ljust(width), "red" if m is first else "green")
+
+    memory, seconds = max(m.peak_bytes or 0 for m in measured), max(m.seconds for m in measured)
+    for m in measured:
+        table.add_row(
+            WAYS[m.way],
+            bar(m.peak_bytes or 0, memory or 1, 16),
+            "?" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:,.0f} MiB",
+            bar(m.seconds, seconds, 12),
+            f"{m.seconds:.2f} s",
+            f"{m.loss:.3f}",
+        )
+    console.print()
     console.print(table)
+    same = len({f"{m.loss:.3f}" for m in measured}) == 1
+    console.print(
+        f"{'The same loss to the last printed digit: ' if same else ''}{first.tokens:,} tokens of the model's own "
+        f"answers, float32, λ = {EXTRAPOLATION:g}, backend {measured[-1].backend}. Memory: peak beyond the inputs, "
+        f"{first.gradient_bytes / 2**20:.0f} MiB of it gradients.\n"
+    )
 
 
 def print_training(console: Console, rows: dict[str, Evaluation]) -> None:
     """The table of held-out metrics before and after training."""
-    any_row = next(iter(rows.values()))
-    table = Table(
-        title=f"Held-out questions, {any_row.tokens} tokens of the student's own answers at temperature 1",
-        caption="reward = mean log q - log r per token; +- one standard error over answers",
+    table = _table(
+        "2. The training: answers to held-out questions",
+        *("", "reward per token", "KL(p‖q)", "KL(p‖r)", 'with "!"', '"!" each'),
     )
-    for column in ("", "reward", "expected reward", "KL(p||teacher)", "KL(p||ref)", '"!" per answer', 'with "arr"'):
-        table.add_column(column, justify="right" if column else "left")
     for name, e in rows.items():
+        reward = f"{e.reward:+.2f} ± {e.reward_error:.2f}"
         table.add_row(
-            name,
-            f"{e.reward:+.3f} +- {e.reward_error:.3f}",
-            f"{e.expected_reward:+.3f}",
-            f"{e.kl_teacher:.3f}",
-            f"{e.kl_ref:.3f}",
-            f"{e.exclamations:.2f}",
-            f"{e.arr:.0%}",
+            name, reward, f"{e.kl_teacher:.2f}", f"{e.kl_ref:.2f}", f"{e.excited:.0%}", f"{e.exclamations:.2f}"
         )
+    console.print()
     console.print(table)
+    console.print("p: the row's model, q: the teacher, r: the student before training. Reward: log q − log r.")
 
 
-def print_samples(console: Console, questions: Sequence[str], rows: dict[str, Evaluation], count: int = 3) -> None:
-    """Print the first answers to a few held-out questions, before and after training."""
-    console.print(
-        "[bold]Samples[/bold] (a style shift: at temperature 1 a 135M model's answers are near gibberish before and "
-        "after)"
-    )
+def print_samples(console: Console, questions: Sequence[str], rows: dict[str, Evaluation], count: int = 2) -> None:
+    """Print the first answers to a few held-out questions, a line each."""
+    console.print("\nA change of style: at temperature 1 a 135M model's answers are near gibberish before and after.")
     for index, question in enumerate(questions[:count]):
         console.print(f"[bold]{escape(question)}[/bold]")
         for name, e in rows.items():
-            text = " ".join(e.texts[index].split())
-            console.print(f"  [dim]{escape(name)}:[/dim] {escape(text)}")
+            text = Text(f"{name:<8} ", "dim").append(" ".join(e.texts[index].split()), "none")
+            console.print(text, no_wrap=True, overflow="ellipsis")
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Print each criterion, and whether it is met."""
+    console.print("\n[bold]What was asked of this run[/bold]")
     for finding in findings:
         console.print(f"{'[green]met   ' if finding.passed else '[red]FAILED'}[/] {escape(finding.text)}")
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write the raw data."""
-    path.write_text(json.dumps(data, indent=2) + "\n")
+def print_closing(console: Console, measured: Sequence[Measured], rows: dict[str, Evaluation]) -> None:
+    """One sentence of what a run that met its criteria showed, and what to do next."""
+    dense, fused = measured[0], measured[1]
+    saving = f"{dense.seconds / fused.seconds:.1f} times faster"
+    if dense.peak_bytes and fused.peak_bytes:
+        saving += f" in {dense.peak_bytes / fused.peak_bytes:.1f} times less memory"
+    before, ordinary, *others = rows.values()
+    learnt = f"came closer to its teacher: KL {before.kl_teacher:.2f} before, {ordinary.kl_teacher:.2f} after"
+    if others:
+        extrapolated, teacher = others
+        learnt = (
+            f"came near its teacher at λ = 1 and went beyond it at λ = {EXTRAPOLATION:g}: held-out reward "
+            f"{ordinary.reward:+.2f} and {extrapolated.reward:+.2f}, the teacher's own {teacher.reward:+.2f}"
+        )
+    console.print(
+        f"\n[bold]You saw[/bold] the same loss computed {saving} than by dense code, and a student that {learnt}.\n"
+        "[bold]Next[/bold]: docs/quickstart.md has a first loss of your own, and fused-gopd plan --model qwen3-4b says "
+        "what a model needs."
+    )
 
 
-def run_data(run: TrainingHistory) -> dict[str, Any]:
-    """A training run as plain data."""
-    return {
-        "reward_scale": run.reward_scale,
-        "losses": run.losses,
-        "rollouts": run.rollouts,
-        "held_out": [{"updates": updates, **e.figures()} for updates, e in run.held_out],
-    }
-
-
-def comparison_data(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The comparison as plain data."""
-    return [asdict(m) for m in measured]
-
-
-def draw(path: Path, before: Evaluation, teacher: Evaluation | None, runs: Sequence[TrainingHistory]) -> None:
-    """Plot held-out KL and reward over updates, the same on each training rollout, and bars before and after."""
-    importlib.import_module("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    colors = ("tab:blue", "tab:orange")
-    panels = (("kl_teacher", "KL(student || teacher)", 0.0), ("reward", "implicit reward, log q - log r", None))
-    for axis, (key, title, level) in zip(axes[:2], panels, strict=True):
-        for run, color in zip(runs, colors, strict=False):
-            label = f"lambda = {run.reward_scale:g}"
-            held = [(updates, getattr(e, key)) for updates, e in run.held_out]
-            axis.plot(*zip(*held, strict=True), "o-", color=color, label=f"{label}, held out")
-            rollouts = [(r["updates"], r[key]) for r in run.rollouts]
-            axis.plot(*zip(*rollouts, strict=True), "x:", color=color, alpha=0.6, label=f"{label}, fresh rollout")
-        if level is None and teacher is not None:
-            axis.axhline(teacher.reward, color="gray", linestyle="--", linewidth=1, label="the teacher itself")
-        axis.set(title=title, xlabel="updates", ylabel="nats per token")
-        if level is not None:
-            axis.set_ylim(bottom=level)
-        axis.legend(fontsize=7)
-    names = ["before", *(f"lambda = {run.reward_scale:g}" for run in runs)]
-    students = [before, *(run.final for run in runs)]
-    if teacher is not None:
-        names.append("teacher")
-        students.append(teacher)
-    shades = ["lightgray", *colors[: len(runs)], "gray"][: len(names)]
-    for axis, title, values in (
-        (axes[2], '"!" per held-out answer', [e.exclamations for e in students]),
-        (axes[3], 'share of held-out answers with "arr"', [e.arr for e in students]),
-    ):
-        axis.bar(names, values, color=shades)
-        axis.set(title=title, ylim=(0, 1.1 * max(*values, 0.1)))  # keeps the axis from 0 up where all values are 0
-        axis.tick_params(axis="x", labelsize=8)
-    figure.suptitle("SmolLM2-135M distils its own pirate prompt")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(path: Path, rows: dict[str, Evaluation]) -> None:
+    """Bars of the held-out rewards, and a line at the teacher's."""
+    with picture(path, 680, 80 + 42 * len(rows)) as figure:
+        axis = figure.subplots()
+        for index, (e, color) in enumerate(zip(rows.values(), (GREY, BLUE, ORANGE, GREY), strict=False)):
+            axis.barh(index, e.reward, xerr=2 * e.reward_error, height=0.6, color=color, ecolor=INK)
+        names = [f'{name}\n"!" in {e.excited:.0%}' for name, e in rows.items()]
+        axis.set_yticks(range(len(rows)), names)
+        if "teacher" in rows:
+            axis.axvline(rows["teacher"].reward, color=MUTED, linestyle="--", linewidth=1)
+        axis.axvline(0, color=INK, linewidth=0.8)
+        axis.set_xlabel("held-out reward, log q − log r per token (± 2 standard errors)")
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+        axis.set_title("SmolLM2-135M learns from itself to sound excited", loc="left")
