@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..progress import StepProgress
 
 _SILENCE = 5.0  # seconds
 
@@ -20,8 +21,7 @@ def progress(console: Console, what: str, total: int) -> Iterator[Callable[..., 
     A terminal shows a bar. Elsewhere each call prints a line, and so does every 5 seconds without one.
     """
     if console.is_terminal:
-        columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console, transient=True) as bar:
+        with StepProgress(console, "step", transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda what, begins=False: bar.update(task, description=what, advance=0 if begins else 1)
         return
