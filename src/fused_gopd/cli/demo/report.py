@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..pictures import BLUE, GREY, INK, MUTED, ORANGE, picture
+from ..pictures import BLUE, GREY, MUTED, ORANGE, picture
 from .compare import WAYS, Measured
 from .prompts import EXTRAPOLATION
 from .training import Evaluation
@@ -98,8 +98,9 @@ def print_closing(console: Console, measured: Sequence[Measured], rows: dict[str
     if others:
         extrapolated, teacher = others
         learnt = (
-            f"came near its teacher at λ = 1 and went beyond it at λ = {EXTRAPOLATION:g}: held-out reward "
-            f"{ordinary.reward:+.2f} and {extrapolated.reward:+.2f}, the teacher's own {teacher.reward:+.2f}"
+            f'learned from itself to sound excited: "!" per answer {before.exclamations:.1f} before, '
+            f"{ordinary.exclamations:.1f} at λ = 1, {extrapolated.exclamations:.1f} at λ = {EXTRAPOLATION:g}, "
+            f"beyond the {teacher.exclamations:.1f} of its teacher"
         )
     console.print(
         f"\n[bold]You saw[/bold] the same loss computed {saving} than by dense code, and a student that {learnt}.\n"
@@ -109,18 +110,16 @@ def print_closing(console: Console, measured: Sequence[Measured], rows: dict[str
 
 
 def draw(path: Path, rows: dict[str, Evaluation]) -> None:
-    """Bars of the held-out rewards, and a line at the teacher's."""
+    """Bars of the exclamation marks in held-out answers, and a line at the teacher's."""
     with picture(path, 680, 80 + 42 * len(rows)) as figure:
         axis = figure.subplots()
-        for index, (e, color) in enumerate(zip(rows.values(), (GREY, BLUE, ORANGE, GREY), strict=False)):
-            axis.barh(index, e.reward, xerr=2 * e.reward_error, height=0.6, color=color, ecolor=INK)
-        names = [f'{name}\n"!" in {e.excited:.0%}' for name, e in rows.items()]
-        axis.set_yticks(range(len(rows)), names)
+        values = [e.exclamations for e in rows.values()]
+        bars = axis.barh(range(len(rows)), values, height=0.6, color=[GREY, BLUE, ORANGE, GREY][: len(rows)])
+        axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=4)
+        axis.set_yticks(range(len(rows)), [f"{name}\nreward {e.reward:+.2f}" for name, e in rows.items()])
         if "teacher" in rows:
-            axis.axvline(rows["teacher"].reward, color=MUTED, linestyle="--", linewidth=1)
-        axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_xlabel("held-out reward, log q − log r per token (± 2 standard errors)")
+            axis.axvline(rows["teacher"].exclamations, color=MUTED, linestyle="--", linewidth=1)
+        axis.set_xlabel('"!" per answer to held-out questions')
         axis.invert_yaxis()
         axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
         axis.set_title("SmolLM2-135M learns from itself to sound excited", loc="left")

@@ -62,11 +62,12 @@ def judge_training(
     )
     findings = [Finding(passed, text)]
     if teacher is not None and extrapolated is not None:
-        for name, other in (("λ = 1", ordinary), ("the teacher itself", teacher)):
-            text = (
-                f"reward at λ = {EXTRAPOLATION:g}: {extrapolated.reward:.3f} (asked: above {other.reward:.3f}, {name})"
-            )
-            findings.append(Finding(extrapolated.reward > other.reward, text))
+        at = f"at λ = {EXTRAPOLATION:g}"
+        text = f"reward {at}: {extrapolated.reward:.3f} (asked: above {ordinary.reward:.3f}, λ = 1)"
+        findings.append(Finding(extrapolated.reward > ordinary.reward, text))
         text = f'"!" in {teacher.excited:.0%} of the teacher\'s answers (asked: in most)'
         findings.append(Finding(teacher.excited > 0.5, text))
+        more, own = extrapolated.exclamations, teacher.exclamations
+        text = f'"!" per answer {at}: {more:.1f} (asked: above {own:.1f}, the teacher itself)'
+        findings.append(Finding(more > own, text))
     return findings
