@@ -990,7 +990,6 @@ def test_linear_exponentials_splits_and_tiles(ops: TritonRowOps, splits: int, mo
     check_exponentials(ops, hidden, weight, ids, transform)
 
 
-@pytest.mark.skipif(INTERPRETED and not backend._has_descriptors(), reason="this Triton has no descriptors")
 def test_linear_exponentials_by_the_copy_engine(ops: TritonRowOps) -> None:
     """Its tiles store two halves; rows and columns past the end stay as they are."""
     if not INTERPRETED:

@@ -115,19 +115,6 @@ class LinearTiles:
     descriptors: bool = False  # the copy engine of Hopper and later fetches the operands
 
 
-@functools.cache
-def _prefetches() -> bool:
-    """Not Triton 3.2, whose compiler asserts on prefetching blocks of three dimensions."""
-    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 3)
-
-
-@functools.cache
-def _has_descriptors() -> bool:
-    """Whether this Triton makes tensor descriptors on the host."""
-    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-
-
 def _copyable(x: Tensor) -> bool:
     """Whether the copy engine can fetch tiles of a matrix: rows that start on multiples of 16 bytes."""
     row_bytes = x.stride(0) * x.element_size()
@@ -179,7 +166,6 @@ def tiles(problem: RowProblem, device: Device) -> Tiles:
     limited = len(given) > 1 and not device.amd and (demanding or device.capability != 90)
     max_registers = (128 if aligned else 255) if limited else None
     threads = 256
-    stages = stages if _prefetches() else 1
     return Tiles(
         repeat=repeat,
         lanes=threads,
@@ -228,7 +214,7 @@ def linear_tiles(
     blackwell = 255 if device.capability >= 100 else None
     matrices = [hidden, weight] if out is None else [hidden, weight, out]
     aligned = all(x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0 for x in matrices)
-    descriptors = device.capability >= 90 and _has_descriptors() and all(map(_copyable, matrices))
+    descriptors = device.capability >= 90 and all(map(_copyable, matrices))
     if not descriptors and (not aligned or H % 64 != 0):
         # Loads narrower than 16 bytes, or masked, keep their addresses and values in registers.
         return LinearTiles(
