@@ -13,8 +13,8 @@ from torch import Tensor
 from .checks import require_device
 from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
-from .objective.target import FROZEN
 from .options import Estimator, LossCall, LossOptions
+from .rowops import FROZEN
 from .rowops.torch import accumulation_dtype
 
 Models = dict[str, tuple[Source, ...]]  # "teacher" and "ref", one model for each route; none where none is needed

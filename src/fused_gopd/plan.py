@@ -32,8 +32,8 @@ from .models import (
     support_width,
     with_logits_dtype,
 )
-from .objective.target import FROZEN
 from .options import DEFAULTS, LossCall, LossOptions, checked
+from .rowops import FROZEN
 from .server_scores import check_topk
 from .tokens import Sequences, check_cu_seqlens
 from .values import require_number

@@ -19,11 +19,10 @@ from .heads import Head, Source, TokenLogProbs
 from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
-from .objective.target import FROZEN
 from .options import ARGUMENTS, LossCall, LossOptions
 from .plan import check_routes, chunk_sizes, number_per_token, plan_of
 from .problem import Problem, Route
-from .rowops import RowOps, select_backend
+from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
 from .tokens import (
     Sequences,

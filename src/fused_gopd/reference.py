@@ -20,12 +20,13 @@ from .models import named_models
 from .objective.divergences import OneRound, Outcomes
 from .objective.policy import advantage, advantages_of, call_hook, rule_of
 from .objective.supervised import label_report
-from .objective.target import FROZEN, bounded, mix
+from .objective.target import bounded, mix
 from .options import LossCall, TokenStats
 from .output import GOPDOutput
 from .prepare import prepare
 from .problem import Problem, Route
 from .report import output_of
+from .rowops import FROZEN
 from .rowops.torch import TorchRowOps
 from .signatures import called_as
 
@@ -129,7 +130,7 @@ def _full(
     support: Tensor | None = None
     if not _all_finite(z, z_q, z_r):
         support = z != -math.inf
-        for other, cancelled_at in ((z_q, 0.0), (z_r, 1.0)):
+        for other, (_, cancelled_at) in zip((z_q, z_r), FROZEN, strict=True):
             if other is not None:
                 outside = other == -math.inf
                 support = support & ~(outside & (column != cancelled_at) if isinstance(column, Tensor) else outside)
@@ -145,7 +146,8 @@ def _full(
         """0 outside the support, before any arithmetic that would make a NaN there."""
         return x if support is None else x.masked_fill(~support, 0)
 
-    log_p, log_q, log_r = _log_softmax(z, support), other_logp(z_q, 0.0), other_logp(z_r, 1.0)
+    log_p = _log_softmax(z, support)
+    log_q, log_r = (other_logp(x, cancelled_at) for x, (_, cancelled_at) in zip((z_q, z_r), FROZEN, strict=True))
     mixed = mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
     lowest, highest = torch.finfo(mixed.dtype).min, torch.finfo(mixed.dtype).max
     # log_softmax takes it relative to its maximum, and may leave the finite range
@@ -223,7 +225,7 @@ def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
     lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
-    used = [(x, every & (lam != cancelled)) for x, cancelled in ((lq, 0.0), (lr, 1.0)) if x is not None]
+    used = [(x, every & (lam != at)) for x, (_, at) in zip((lq, lr), FROZEN, strict=True) if x is not None]
     inside = lp.detach() != -math.inf
     for x, needed in used:
         inside = inside & ~((x == -math.inf) & needed)

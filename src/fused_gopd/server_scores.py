@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import refuse
 from .heads import Source, TopKLogProbs
 from .options import LossOptions
+from .rowops import FROZEN
 from .tokens import TokenRows
 
 # More than the whole vocabulary's mass by as much as log-probs rounded to bfloat16 may make it: 2^-8 of a log-prob of
@@ -101,7 +102,7 @@ def scores_of(
     scores: dict[str, list[Tensor | None]] = {"teacher": [], "ref": []}
     for i, (start, stop) in enumerate(slices):
         own: Tensor | None = None
-        for name, models, cancelled_at in (("teacher", teacher, 0.0), ("ref", ref, 1.0)):
+        for (name, cancelled_at), models in zip(FROZEN, (teacher, ref), strict=True):
             model = models[i] if models else None
             if not isinstance(model, TopKLogProbs):
                 scores[name].append(None)

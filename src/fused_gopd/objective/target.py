@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..rowops import FAR
+from ..rowops import FAR, FROZEN
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-# The frozen models, each with the lambda at which its coefficient is 0.
-FROZEN = (("teacher", 0.0), ("ref", 1.0))
 
 
 def mix(reward_scale: float | Tensor, teacher: Tensor | None, ref: Tensor | None) -> Tensor:

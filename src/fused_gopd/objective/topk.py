@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..options import Tail
+from ..rowops import FROZEN
 from .divergences import Divergence, Outcomes
 from .logit_gradient import LogitGradient
-from .target import FROZEN, bounded, mix, origin_of, outside_support
+from .target import bounded, mix, origin_of, outside_support
 
 # A tail with less mass than this is no outcome. Where it is 1 minus a float32 sum it has an error of 1e-7, and its
 # logarithm enters.

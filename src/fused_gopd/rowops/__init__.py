@@ -148,6 +148,9 @@ class RowProblem:
         return self.student.raw.shape[0]
 
 
+# The frozen models, each with the lambda at which its coefficient is 0.
+FROZEN = (("teacher", 0.0), ("ref", 1.0))
+
 # The target's maximum is far from 0 where one model alone has a large mask; a float32 log-sum that is 64 from it has
 # 4e-6 of rounding.
 FAR = 64.0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import LogitTransform, ModelRows, RowProblem, Stat
+from . import FROZEN, LogitTransform, ModelRows, RowProblem, Stat
 from .search import BLOCK, rows_at_once
 from .torch import accumulation_dtype, slope, transformed
 
@@ -86,7 +86,7 @@ def hidden(model: ModelRows, token_ids: Tensor) -> Iterator[None]:
 def supported(problem: RowProblem, token_ids: Tensor, logits: Tensor) -> Tensor:
     """The student's logits (C, K) of some tokens, -inf where they are outside the support of the problem's rows."""
     z, scale = logits, problem.reward_scale
-    for model, cancelled_at in ((problem.teacher, 0.0), (problem.ref, 1.0)):
+    for model, (_, cancelled_at) in zip((problem.teacher, problem.ref), FROZEN, strict=True):
         if model is not None:
             outside = torch.isneginf(logits_at(model, token_ids))
             if isinstance(scale, Tensor):
