@@ -1,7 +1,7 @@
 """Host time of a call and of each further chunk, of two versions of the package in one run, timed in turn.
 
     pip install --no-deps --target OLD git+...@COMMIT
-    python -m benchmarks.host_versions OLD src --json RESULTS.json docs/performance-log.md
+    python -m benchmarks.host_versions OLD src docs/performance-log.md --json RESULTS.json
 
 Forward and backward (log-probs: forward alone) of 8 tokens, H = 8 and V = 64 on the ``native`` backend, one thread:
 nothing but what the host does. Each version has a process of its own. They are asked for one case after the other, in
