@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS, H, V = 8, 8, 64
-ROUNDS, CALLS, WARMUP = 8, 60, 20
+ROUNDS, CALLS, WARMUP = 40, 60, 20
 CHUNKS = (1, 4)
 ESTIMATORS = ("sampled", "sampled, clipped", "full")
 CASES = [*(f"{name}/{chunks}" for name in ESTIMATORS for chunks in CHUNKS), "token_logprobs/1"]
