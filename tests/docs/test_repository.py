@@ -12,8 +12,6 @@ import pytest
 yaml = pytest.importorskip("yaml")  # of transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / ".github").exists():
-    pytest.skip("the source distribution has no workflows", allow_module_level=True)
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOWS = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
 
