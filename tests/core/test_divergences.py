@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ import torch
 import fused_gopd as fg
 from builders import assert_all_close, assert_close, assert_same_as_oracle, expect, generator, make_batch, run
 from combinations import product_on_float64
-from fused_gopd.objective.divergences import DIVERGENCES, Outcomes, make
+from fused_gopd.objective.divergences import DIVERGENCES, Mixture, Outcomes, Parameter, make
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,3 +284,38 @@ def test_h_is_g_less_its_derivative(name):
     equal = Outcomes(log_t, log_t, log_t)
     assert (divergence.weighted(equal) == 0).all()
     assert (divergence.terms(equal) == 0).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outside(Mixture):
+    """The JSD as a divergence from outside: an annotation that type checkers alone know, and a tensor."""
+
+    beta: float
+    note: Decimal | None = None
+    more: Any = dataclasses.field(default_factory=lambda: torch.zeros(1))
+    name = "outside"
+    parameter = Parameter(option="beta", default=0.5, holds=lambda b: 0 < b < 1, range="0 < beta < 1")
+
+    @property
+    def share(self) -> float:
+        return self.beta
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        return self.beta, 1.0 - self.beta
+
+
+def test_a_backward_recomputes_with_a_divergence_from_outside(backend, monkeypatch):
+    """Its kernel constants, a cached property, are no field of it."""
+    monkeypatch.setitem(DIVERGENCES, "outside", Outside)
+    found = []
+    for name in ("jsd", "outside"):
+        batch = make_batch(3, shape=SHAPE, dtype=torch.float32, masked=False)
+        out = fg.gopd_loss(
+            *batch.models, estimator="full", divergence=name, beta=0.3, reduction="none", reward_scale=1.25,
+            backend=backend,
+        )  # fmt: skip
+        out.loss.sum().backward()
+        found.append((out.loss.detach(), batch.student.hidden.grad, batch.student.weight.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -47,9 +47,15 @@ def _tensor_fields(kind: Any) -> tuple[str, ...]:
         return ()
     try:
         hints = typing.get_type_hints(kind)
-    except NameError:  # a divergence from outside that imports names for type checkers alone
-        return tuple(f.name for f in dataclasses.fields(kind))
-    return tuple(name for name, hint in hints.items() if _names_tensors(hint))
+    except (NameError, TypeError):
+        # of a divergence from outside: names imported for type checkers alone; KW_ONLY, no type to Python 3.10
+        return tuple(_field_names(kind))
+    return tuple(name for name in _field_names(kind) if _names_tensors(hints[name]))
+
+
+@functools.cache
+def _field_names(kind: Any) -> dict[str, None]:
+    return dict.fromkeys(Agreement._fields if kind is Agreement else [f.name for f in dataclasses.fields(kind)])
 
 
 def _names_tensors(hint: Any) -> bool:
@@ -63,7 +69,10 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
     """
     kind: Any = type(x)
     if _tensor_fields(kind):
-        return _flattened(kind, x._asdict() if kind is Agreement else {**vars(x)}, tensors)
+        fields = x._asdict() if kind is Agreement else {**vars(x)}
+        if fields.keys() != _field_names(kind).keys():  # a divergence that has cached properties or slots
+            fields = {name: getattr(x, name) for name in _field_names(kind)}
+        return _flattened(kind, fields, tensors)
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorSlot(len(tensors) - 1)
