@@ -233,6 +233,21 @@ def test_the_gradient_of_given_logits_is_the_only_tensor_of_their_size(backend, 
     assert memory.peak <= size + temporaries + 60 * TOKENS * 8
 
 
+def test_the_live_tokens_of_given_logits_are_copied_a_chunk_at_a_time(backend):
+    """The copy of one chunk is not kept while the next one is made."""
+    if backend == "torch":
+        pytest.skip("its row temporaries are larger")
+    tokens = 4 * CHUNK
+    batch = make_batch(15, shape=(tokens,), vocab=(VOCAB,) * 3, kinds=("logits",) * 3, dtype=F32)
+
+    def score():
+        with torch.no_grad():
+            fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask, chunk_size=CHUNK, backend=backend)
+
+    score()  # first calls allocate caches
+    assert Memory(score).peak <= BUFFER + 60 * tokens * 8
+
+
 @sampled_and_full
 def test_a_low_precision_weight_is_never_widened_whole(backend, objective):
     """H is large here: V x H in float32 would be the largest tensor of all, unless it is the gradient's accumulator."""

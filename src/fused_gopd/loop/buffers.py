@@ -102,12 +102,13 @@ class Buffers:
     def reader(self, head: Head) -> Reader:
         """How rows of a head's hidden states or logits are read.
 
-        The student's are kept until others are read: the products that make logits and their gradients read the same.
+        The student's hidden states are kept until others are read: the products that make logits and their gradients
+        read the same. Logits are read once, and a chunk's masked ones are a copy as large as a buffer.
         """
         reader = self._readers.get(id(head))
         if reader is None:
             reader = self._problem.rows.reader(head.rows)
-            if head is self._problem.student:
+            if head is self._problem.student and isinstance(head, LinearHead):
                 reader = _keeping(reader)
             self._readers[id(head)] = reader
         return reader
