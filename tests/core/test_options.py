@@ -69,6 +69,10 @@ def test_every_argument_has_a_rule(name):
 NORMAL = LossOptions(advantage_clip=(-2.0, 2.0), clip=(0.2, 0.28), ratio="sequence", clip_dual=3.0, chunk_size=4)
 
 
+def test_options_are_equal_and_hashed_by_their_values():
+    assert len({LossOptions(estimator="topk", k=3), LossOptions(estimator="topk", k=3), LossOptions()}) == 2
+
+
 def test_the_normal_form_is_its_own():
     assert checked(dataclasses.replace(NORMAL, advantage_clip=2, clip=[0.2, 0.28], clip_dual=3)) == NORMAL
     assert checked(NORMAL) == NORMAL
