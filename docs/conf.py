@@ -74,7 +74,7 @@ NAVIGATION = {
     "API reference": [
         f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")
     ],
-    "Background": ["performance", "reproduction", "mathematics", "design", "gpu-kernels", "performance-log"],
+    "Background": ["performance", "demo", "reproduction", "mathematics", "design", "gpu-kernels", "performance-log"],
     "Project": ["changelog", "contributing"],
     "中文": ["index.zh", "quickstart.zh", "guide.zh"],
 }

@@ -93,6 +93,8 @@ def test_a_command_of_the_pages_is_one(
 def call(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command without its work: its options are converted, and checked with each other."""
     command, *rest = arguments
+    if command in ("--help", "--version"):
+        return
     assert command in COMMANDS
     if not rest:
         return  # the command is spoken of
@@ -120,6 +122,8 @@ def script(page: str, program: str, arguments: list[str]) -> None:
     module = arguments[arguments.index("-m") + 1] if "-m" in arguments else ""
     if len(arguments) < 2 - program.endswith("python") or module.partition(".")[0] not in ("", "benchmarks"):
         return  # of others, or spoken of
+    if program == "python" and arguments[0] in ("-c", "-X"):
+        return  # the interpreter's own
     where = re.findall(r"^cd (\S+)$", PAGES[page], re.MULTILINE)
     files = [ROOT / folder / argument for argument in arguments for folder in ("", *where)]
     package, _, names = module.rpartition(".")
