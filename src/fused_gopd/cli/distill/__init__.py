@@ -23,65 +23,127 @@ from .options import RunOptions, for_new_run, for_resumed_run
 __all__ = ["distill"]
 
 
+# The panels of --help: each is a table of its own, so an option's long name narrows the texts of its own panel only.
+_RUN, _MODELS, _SERVER, _PROMPTS = "The run", "Models", "A teacher behind a server", "Prompts"
+_LOSS, _TRAINING = "The loss", "Training"
+
+
 def distill(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run, new or empty.")],
-    student: Annotated[str, typer.Option(help="The model to train: a folder, a hub name, or smollm2.")] = "",
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the run, new or empty.", rich_help_panel=_RUN)
+    ],
+    student: Annotated[
+        str, typer.Option(help="The model to train: a folder, a hub name, or smollm2.", rich_help_panel=_MODELS)
+    ] = "",
     teacher: Annotated[
-        list[str] | None, typer.Option(help="Likewise; several as ROUTE=MODEL, by the prompts' --route-column.")
+        list[str] | None,
+        typer.Option(help="Likewise; several as ROUTE=MODEL, by the prompts' --route-column.", rich_help_panel=_MODELS),
     ] = None,
-    teacher_server: Annotated[str, typer.Option(metavar="URL", help="A teacher behind an inference server.")] = "",
-    teacher_server_model: Annotated[str, typer.Option(help="The name under which it serves the teacher.")] = "",
-    teacher_server_api: Annotated[str, typer.Option(help="vllm, sglang or openai.")] = "vllm",
-    teacher_server_timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for its answer.")] = 120.0,
+    teacher_server: Annotated[
+        str, typer.Option(metavar="URL", help="A teacher behind an inference server.", rich_help_panel=_SERVER)
+    ] = "",
+    teacher_server_model: Annotated[
+        str, typer.Option(help="The name under which it serves the teacher.", rich_help_panel=_SERVER)
+    ] = "",
+    teacher_server_api: Annotated[str, typer.Option(help="vllm, sglang or openai.", rich_help_panel=_SERVER)] = "vllm",
+    teacher_server_timeout: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to wait for its answer.", rich_help_panel=_SERVER)
+    ] = 120.0,
     teacher_server_patience: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait for it when it has answered and no longer does: a restart.")
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="SECONDS",
+            help="Seconds to wait for it when it has answered and no longer does: a restart.",
+            rich_help_panel=_SERVER,
+        ),
     ] = 600.0,
     teacher_server_key: Annotated[
-        str, typer.Option(envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.")
+        str,
+        typer.Option(
+            envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.", rich_help_panel=_SERVER
+        ),
     ] = "",
     ref: Annotated[
-        str, typer.Option(help="The reference: a model, or `student` as it is before training. Needed unless λ is 1.")
+        str,
+        typer.Option(
+            help="The reference: a model, or `student` as it is before training. Needed unless λ is 1.",
+            rich_help_panel=_MODELS,
+        ),
     ] = "",
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="A .jsonl or .parquet file, one prompt a row.")] = "",
+    prompts: Annotated[
+        str, typer.Option(metavar="FILE", help="A .jsonl or .parquet file, one prompt a row.", rich_help_panel=_PROMPTS)
+    ] = "",
     prompt_column: Annotated[
-        str, typer.Option(help="Its column of texts or lists of messages. Default: prompt, or messages.")
+        str,
+        typer.Option(
+            help="Its column of texts or lists of messages. Default: prompt, or messages.", rich_help_panel=_PROMPTS
+        ),
     ] = "",
-    route_column: Annotated[str, typer.Option(help="Its column that names each prompt's teacher.")] = "",
+    route_column: Annotated[
+        str, typer.Option(help="Its column that names each prompt's teacher.", rich_help_panel=_PROMPTS)
+    ] = "",
     chat: Annotated[
-        bool, typer.Option(help="Take texts for a user's messages, where the student has a chat template.")
+        bool,
+        typer.Option(
+            help="Take texts for a user's messages, where the student has a chat template.", rich_help_panel=_PROMPTS
+        ),
     ] = True,
     reward_scale: Annotated[
-        float, typer.Option(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")
+        float, typer.Option(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.", rich_help_panel=_LOSS)
     ] = 1.0,
     estimator: Annotated[
-        str, typer.Option(help=f"{help_of('estimator')} Default: full; sampled with --teacher-server.")
+        str,
+        typer.Option(
+            help=f"{help_of('estimator')} Default: full; sampled with --teacher-server.", rich_help_panel=_LOSS
+        ),
     ] = "",
-    divergence: Annotated[str, typer.Option(help=help_of("divergence"))] = "reverse_kl",
-    k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"))] = None,
-    beta: Annotated[float | None, typer.Option(help=help_of("beta"))] = None,
-    alpha: Annotated[float | None, typer.Option(help=help_of("alpha"))] = None,
-    skew: Annotated[float | None, typer.Option(help=help_of("skew"))] = None,
-    forward_weight: Annotated[float | None, typer.Option(help=help_of("forward_weight"))] = None,
-    lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0,
-    lora_alpha: Annotated[float | None, typer.Option(min=0.0, help="Its alpha. Default: twice the rank.")] = None,
-    save: Annotated[
-        str, typer.Option(help="With --lora: merged (a plain model) or adapter (the adapter alone).")
-    ] = "merged",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers in memory at once.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Batches to one step.")] = 1,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Constant. Default: 1e-5; 1e-4 with --lora.")
+    divergence: Annotated[str, typer.Option(help=help_of("divergence"), rich_help_panel=_LOSS)] = "reverse_kl",
+    k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"), rich_help_panel=_LOSS)] = None,
+    beta: Annotated[float | None, typer.Option(help=help_of("beta"), rich_help_panel=_LOSS)] = None,
+    alpha: Annotated[float | None, typer.Option(help=help_of("alpha"), rich_help_panel=_LOSS)] = None,
+    skew: Annotated[float | None, typer.Option(help=help_of("skew"), rich_help_panel=_LOSS)] = None,
+    forward_weight: Annotated[float | None, typer.Option(help=help_of("forward_weight"), rich_help_panel=_LOSS)] = None,
+    lora: Annotated[
+        int, typer.Option(min=0, help="Rank of a LoRA adapter; 0 trains all weights.", rich_help_panel=_TRAINING)
+    ] = 0,
+    lora_alpha: Annotated[
+        float | None, typer.Option(min=0.0, help="Its alpha. Default: twice the rank.", rich_help_panel=_TRAINING)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers and of the loss.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16. Default: bfloat16 on a GPU, float32 on a CPU.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 50,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    save: Annotated[
+        str,
+        typer.Option(help="With --lora: merged (a plain model) or adapter (the adapter alone).", rich_help_panel=_RUN),
+    ] = "merged",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=_TRAINING)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers in memory at once.", rich_help_panel=_TRAINING)] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches to one step.", rich_help_panel=_TRAINING)] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Constant. Default: 1e-5; 1e-4 with --lora.", rich_help_panel=_TRAINING),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_TRAINING)] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of the answers and of the loss.", rich_help_panel=_TRAINING)
+    ] = 1.0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32 or bfloat16. Default: bfloat16 on a GPU, float32 on a CPU.", rich_help_panel=_TRAINING
+        ),
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.", rich_help_panel=_TRAINING)] = 0,
+    save_every: Annotated[
+        int, typer.Option(min=1, metavar="STEPS", help="Steps between two checkpoints.", rich_help_panel=_RUN)
+    ] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel=_RUN)
+    ] = False,
     accept_changed_inputs: Annotated[
-        bool, typer.Option("--accept-changed-inputs", help="With --resume: prompts or models may have changed.")
+        bool,
+        typer.Option(
+            "--accept-changed-inputs", help="With --resume: prompts or models may have changed.", rich_help_panel=_RUN
+        ),
     ] = False,
 ) -> None:
     """Distil teachers into a student on the student's own answers; λ > 1 extrapolates beyond them.
