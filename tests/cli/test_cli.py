@@ -89,6 +89,23 @@ def test_doctor_says_what_the_native_extension_lacks(monkeypatch: pytest.MonkeyP
     assert "C++ compiler" in output
 
 
+def test_doctor_asks_for_triton_only_where_it_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for gpu, reason in ((False, "PyTorch sees no GPU"), (True, "the package triton is not installed")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert reason in str(rowops.unavailable_reason("triton"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "the package triton is not installed" in str(rowops.unavailable_reason("triton"))
+
+
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_help_has_every_option_in_full_at_80_columns(command: str) -> None:
+    assert "…" not in invoke(command, "--help", columns=80)
+
+
 def test_doctor_reports_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> dict[str, str]:
         raise OSError("libcudart.so.12: cannot open shared object file")

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -47,11 +48,13 @@ def interpreted() -> bool:
 
 def unavailable_reason() -> str | None:
     """Why this backend cannot be used here; None if it can."""
+    gpu = torch.cuda.is_available()
     if importlib.util.find_spec("triton") is None:
-        return f"the package triton is not installed: {extra('triton')}"
-    if torch.cuda.is_available() or interpreted():
+        if gpu or os.environ.get("TRITON_INTERPRET") == "1":
+            return f"the package triton is not installed: {extra('triton')}"
+    elif gpu or interpreted():
         return None
-    return "PyTorch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    return "PyTorch sees no GPU, and TRITON_INTERPRET=1 is not set"  # installing triton would not help
 
 
 def launches() -> int:
