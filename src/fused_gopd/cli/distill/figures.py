@@ -33,14 +33,10 @@ NAMES = {
     "learning_rate": "learning_rate",
     "step_time": "seconds",
 }
-# The progress line: of each group the first metric that the run computes. KL(p || target), which the loss of 'full'
-# lowers, comes before the KL to the teacher, which may rise at λ > 1; k3 is the estimate from the sampled tokens.
-_SHOWN = (
-    {"reward": "reward"},
-    {"kl_target": "KL to target", "kl_teacher": "KL to teacher", "kl_teacher_k3": "KL to teacher (k3)"},
-    {"entropy": "entropy"},
-    {"length": "length"},
-)
+# KL(p || target) is what training lowers; the KL to the teacher may rise at λ > 1
+_SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
+# metric -> (estimate, title) to show instead where it is not computed: with `sampled`
+_ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to teacher (k3)")}
 _PANELS = (
     (("reward",), "implicit reward, log q - log r", "nats per token"),
     (("kl_teacher_k3", "kl_target"), "divergence", "nats per token"),
@@ -79,11 +75,11 @@ def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 def summary(row: Mapping[str, Any]) -> str:
     """The four metrics that the progress line shows."""
     shown = []
-    for group in _SHOWN:
-        name = next((name for name in group if row.get(name) is not None), next(iter(group)))
-        value = row.get(name)
-        shown.append(f"{group[name]} {'–' if value is None else format(value, '.3g')}")
-    return "  ".join(shown)
+    for name, title in _SHOWN:
+        if row.get(name) is None and name in _ESTIMATED:
+            name, title = _ESTIMATED[name]
+        shown.append((title, row.get(name)))
+    return "  ".join(f"{title} {'–' if value is None else format(value, '.3g')}" for title, value in shown)
 
 
 class Display:
