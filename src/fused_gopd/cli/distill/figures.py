@@ -35,8 +35,8 @@ NAMES = {
 }
 # KL(p || target) is what training lowers; the KL to the teacher may rise at λ > 1
 _SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
-# metric -> (estimate, title) to show instead where it is not computed: with `sampled`
-_ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to teacher (k3)")}
+# metric -> (estimate, title) to show instead where it is not computed: with `sampled`; q is the teacher
+_ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to q (k3)")}
 _PANELS = (
     (("reward",), "implicit reward, log q - log r", "nats per token"),
     (("kl_teacher_k3", "kl_target"), "divergence", "nats per token"),
