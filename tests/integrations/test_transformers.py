@@ -139,7 +139,7 @@ def test_the_head_of_a_family_on_its_states_is_its_logits(family):
     inputs = {"token_type_ids": torch.ones_like(IDS)} if prefix else {}
     try:
         want = logits_of(family, **inputs)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, ValueError) as error:
         if transformers.__version__ == model_families.PINNED:
             raise
         pytest.skip(f"transformers {transformers.__version__} cannot run its own tiny model: {error}")
