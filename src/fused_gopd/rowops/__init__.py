@@ -25,6 +25,7 @@ import functools
 import importlib
 import math
 import sys
+import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -426,16 +427,21 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     """The row operations for a backend name, a device, the dtypes of the inputs and a divergence over the vocabulary.
 
     ``"auto"`` takes Triton on a GPU and the C++ kernels on a CPU, and plain PyTorch where those are not available or
-    cannot take the dtypes (float64) or the divergence. A backend asked for by name is used or refused with its reason,
-    never replaced.
+    cannot take the dtypes (float64) or the divergence. It warns once where one is not available. A backend asked for by
+    name is used or refused with its reason, never replaced.
     """
     if name == "auto":
         fitting = [b for b in BACKENDS.values() if b.default_on == device.type]
         for backend in fitting:
-            if _takes(backend, dtypes) and unavailable_reason(backend.name) is None:
+            if not _takes(backend, dtypes):
+                continue
+            reason = unavailable_reason(backend.name)
+            if reason is None:
                 ops: RowOps = backend.load().row_ops()
                 if has_kernel(ops, divergence):
                     return ops
+            else:
+                _warn_of_plain_pytorch(backend.name, reason)
         name = "torch"
     reason = unavailable_reason(name)
     if reason is not None:
@@ -458,6 +464,12 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
             f"backend={name!r} has no kernel for divergence={divergence.name!r}; backend='torch' computes any"
         )
     return ops
+
+
+@functools.cache
+def _warn_of_plain_pytorch(name: str, reason: str) -> None:
+    message = f"backend='auto' computes in plain PyTorch, which is slower, since {name!r} is not available: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _takes(backend: Backend, dtypes: set[dtype]) -> bool:
