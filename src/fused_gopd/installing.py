@@ -151,7 +151,8 @@ def _installed(project: str) -> bool:
 
 def _pip(*arguments: str) -> str:
     python = Path(sys.executable)
-    if importlib.util.find_spec("pip") is None:  # an environment of uv
+    # Not find_spec: setuptools' hook takes it for an import of pip, after which torch.compile cannot import setuptools.
+    if not _installed("pip"):  # an environment of uv
         installer = f"uv pip install --python {_quoted(sys.executable)}"
     elif Path(shutil.which("pip") or os.devnull).parent == python.parent:
         installer = "pip install"

@@ -141,8 +141,15 @@ def test_the_pip_is_that_of_this_python(tmp_path: Path, monkeypatch: pytest.Monk
     assert installing.packages("triton") == f"{sys.executable} -m pip install triton"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert installing.packages("triton>=3.2", "verl") == 'pip install "triton>=3.2" verl'
-    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(installing, "_installed", lambda project: project != "pip")
     assert installing.packages("triton") == f"uv pip install --python {tmp_path}/python triton"
+
+
+def test_setuptools_can_be_imported_after_a_message() -> None:
+    """torch.compile does. On Python 3.11 and older its hook gives up where something looks for pip as a module."""
+    pytest.importorskip("setuptools")
+    code = "from fused_gopd import installing; assert installing.extra('train'); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_message_takes_the_command_from_here() -> None:

@@ -668,10 +668,10 @@ def test_an_integration_without_its_framework_says_what_to_install():
 
 def test_an_integration_whose_framework_has_another_version_says_so():
     with pytest.raises(ImportError, match=r"mine does not fit the torch .* 2\..*'no_such'.*: do so"):  # noqa: SIM117
-        with needs("mine", "torch", install="do so"):
+        with needs("mine", "torch", install=lambda: "do so"):
             from torch import no_such  # noqa: F401
     with pytest.raises(ModuleNotFoundError, match="No module named 'torch_no_such'"):  # noqa: SIM117
-        with needs("mine", "torch", install="do so"):
+        with needs("mine", "torch", install=lambda: "do so"):
             import torch_no_such  # noqa: F401
 
 
