@@ -489,14 +489,14 @@ def test_an_unavailable_backend_is_refused_with_its_reason_and_never_replaced(na
 
 def test_auto_warns_once_where_it_takes_plain_pytorch_for_an_unavailable_backend(monkeypatch):
     monkeypatch.setattr(rowops, "unavailable_reason", lambda n: None if n == "torch" else "it was not built")
-    rowops._warn_of_plain_pytorch.cache_clear()
+    rowops._available_to_auto.cache_clear()
     with pytest.warns(RuntimeWarning, match="in plain PyTorch, .* since .native. is not .*: it was not"):
         assert select_backend("auto", CPU, {torch.float32}).name == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert select_backend("auto", CPU, {torch.float32}).name == "torch"
         assert select_backend("auto", CPU, {torch.float64}).name == "torch"  # no backend was passed over
-    rowops._warn_of_plain_pytorch.cache_clear()
+    rowops._available_to_auto.cache_clear()
 
 
 def test_an_unknown_backend_is_named():

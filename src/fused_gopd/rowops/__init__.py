@@ -433,15 +433,10 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if name == "auto":
         fitting = [b for b in BACKENDS.values() if b.default_on == device.type]
         for backend in fitting:
-            if not _takes(backend, dtypes):
-                continue
-            reason = unavailable_reason(backend.name)
-            if reason is None:
+            if _takes(backend, dtypes) and _available_to_auto(backend.name):
                 ops: RowOps = backend.load().row_ops()
                 if has_kernel(ops, divergence):
                     return ops
-            else:
-                _warn_of_plain_pytorch(backend.name, reason)
         name = "torch"
     reason = unavailable_reason(name)
     if reason is not None:
@@ -467,9 +462,15 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
 
 
 @functools.cache
-def _warn_of_plain_pytorch(name: str, reason: str) -> None:
-    message = f"backend='auto' computes in plain PyTorch, which is slower, since {name!r} is not available: {reason}"
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+def _available_to_auto(name: str) -> bool:
+    """Whether a backend can be used; warns where not. Asked once a process: the reason takes most of a millisecond."""
+    reason = unavailable_reason(name)
+    if reason is not None:
+        message = (
+            f"backend='auto' computes in plain PyTorch, which is slower, since {name!r} is not available: {reason}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return reason is None
 
 
 def _takes(backend: Backend, dtypes: set[dtype]) -> bool:
