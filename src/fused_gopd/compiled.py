@@ -241,8 +241,8 @@ def _loss_op(*packed: Any) -> list[Tensor]:
             assert maybe is not None
             values = maybe
             # cloned: no two results of an op may share memory
-            summed = call.reduction != "none"
-            loss = (token_loss * problem.weights).sum() if summed else rows.scatter(token_loss).clone()
+            weighted = token_loss * problem.weights
+            loss = weighted.sum() if call.reduction != "none" else rows.scatter(weighted).clone()
         out = report(problem, loss, values, statistics)
         result = [loss.to(dtype)]
         for name in problem.reported:
@@ -291,7 +291,7 @@ def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) ->
         if len(made) > 1:
             ids, values = (x[:n].contiguous() for x in made[1:])
             entries = Entries(ids, values.to(problem.dtype))
-        each = problem.rows.take(upstream) if call.reduction == "none" else upstream.expand(n) * problem.weights
+        each = (problem.rows.take(upstream) if call.reduction == "none" else upstream.expand(n)) * problem.weights
         return _dense(run.backward(problem, estimator_of, requires, statistics, entries, each), statistics)
 
 

@@ -24,7 +24,7 @@ def _gopd_loss(call: LossCall) -> GOPDOutput:
     problem = prepare(call)
     if call.reduction == "none":
         token_loss, values, statistics = autograd.token_losses(problem)
-        loss = problem.rows.scatter(token_loss)
+        loss = problem.rows.scatter(token_loss * problem.weights if problem.weights.ndim else token_loss)
         values = values._replace(loss=values.loss.clone())  # the caller owns the loss, and may write to it
     else:
         loss, values, statistics = autograd.weighted_loss(problem)
@@ -74,6 +74,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
             ``ratio="sequence"`` does and, with float16 hidden states, what may make a gradient overflow before its
             weight is applied (old_logprobs, rollout_logprobs, advantage_fn, sft_labels); all others do not.
+        token_weight: factor of each token's loss, detached: a tensor (...), or one value per sequence (B,), finite and
+            not negative. A weight of 0 leaves the token in the divisor of a mean, ``mask`` takes it out. With a list
+            of teachers ``w[teacher_index]`` weighs them. ``token_loss`` and metrics are those before the factor.
         normalizer: the divisor of the means: the global count of tokens (``token-mean``) or live sequences; a number
             or one-element tensor. Default: this call's own count.
         sequence_lengths: (B,) the global number of live tokens of each sequence, for ``seq-mean-token-mean``: at least

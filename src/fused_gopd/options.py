@@ -344,6 +344,10 @@ class LossCall(LossOptions):
             held=True,
         ),
     )
+    token_weight: Tensor | None = field(
+        default=None,
+        metadata=_batch("Factor of each token's loss, not negative, one per token or sequence.", Agree.TOKENS),
+    )
     normalizer: float | Tensor | None = field(
         default=None, metadata=_batch("Divisor of the means, over all ranks.", Agree.NUMBERS)
     )

@@ -73,6 +73,8 @@ def _planned(call: LossCall) -> Plan:
     scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
     if call.forward_weight is not None:
         number_per_token("forward_weight", call.forward_weight, sequences, device)
+    if call.token_weight is not None:
+        tensor_per_token("token_weight", call.token_weight, sequences, device)
     count, _ = check_routes(call, sequences, device)
     require_models(scale, given, call, options)
     _check_tokens(call, options, sequences, device)
@@ -223,6 +225,13 @@ def number_per_token(name: str, value: object, sequences: Sequences, device: tor
     """A Python float, or a tensor expanded to the token shape."""
     if not isinstance(value, Tensor):
         return require_number(name, value)
+    return tensor_per_token(name, value, sequences, device, "a Python float, or ")
+
+
+def tensor_per_token(
+    name: str, value: Tensor, sequences: Sequences, device: torch.device, alternative: str = ""
+) -> Tensor:
+    """A tensor expanded to the token shape; ``alternative`` is what else the message says the argument may be."""
     require_float(name, value)
     require_device(name, value, device)
     value, shape = value.detach(), sequences.shape
@@ -230,9 +239,7 @@ def number_per_token(name: str, value: object, sequences: Sequences, device: tor
         return value.expand(shape)
     if sequences.known and value.shape == (sequences.count,):
         return sequences.expand(value)
-    raise ValueError(
-        f"{name} must be a Python float, or a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}"
-    )
+    raise ValueError(f"{name} must be {alternative}a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}")
 
 
 def require_sequences(options: LossOptions, sequences: Sequences) -> None:

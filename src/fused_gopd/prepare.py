@@ -20,7 +20,7 @@ from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .options import ARGUMENTS, LossCall, LossOptions
-from .plan import check_routes, chunk_sizes, number_per_token, plan_of
+from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token
 from .problem import Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
@@ -213,6 +213,13 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     weights = token_weights(options.reduction, mask, sequences, normalizer, call.sequence_lengths, dtype, device)
     if keep is not None:
         weights = weights * keep
+    weights = rows.take(weights).contiguous() if weights.ndim else weights
+    token_weight = call.token_weight
+    if token_weight is not None:
+        token_weight = live(tensor_per_token("token_weight", token_weight, sequences, device)).to(dtype).contiguous()
+        wrong = ~((token_weight >= 0) & token_weight.isfinite())
+        refuse(wrong, token_weight, ValueError, "token_weight must be finite and not negative where not masked")
+        weights = weights * token_weight
     scale = live(scale, 1).to(dtype).contiguous() if isinstance(scale, Tensor) else scale
     if isinstance(forward_weight, Tensor):
         forward_weight = live(forward_weight).to(dtype).contiguous()
@@ -242,6 +249,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
                 "mask": torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask,
                 "reward_scale": scale,
                 "forward_weight": forward_weight,
+                "token_weight": token_weight,
                 "normalizer": normalizer,
                 "old_logprobs": old,
                 "rollout_logprobs": rollout,
@@ -291,7 +299,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         teacher_topk=server.teacher,
         ref_topk=server.ref,
         labels=labels,
-        weights=rows.take(weights).contiguous() if weights.ndim else weights,
+        weights=weights,
         advantage_fn=call.advantage_fn,
         slope_follows=options.estimator == "sampled" and (options.joint or call.advantage_fn is not None),
         recomputes=plan.recomputes,

@@ -55,7 +55,7 @@ class Problem:
     teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids; undefined at an id of -1
     ref_topk: Tensor | None = None  # (n, K) likewise
     labels: Tensor | None = None  # (n,) int64, -1 is none
-    weights: Tensor  # () or (n,), loss = sum of weights times token losses
+    weights: Tensor  # () or (n,), loss = sum of weights times token losses; with reduction "none" each of them
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
     slope_follows: bool = False  # whether PyTorch makes the advantages, so that kernels do not know the policy's slope

@@ -405,7 +405,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         assert labelled is not None
         vectors["labelled"] = labelled
         token_loss = token_loss - options.sft_weight * torch.where(labelled, label_logprobs, 0)
-    loss = p.rows.scatter(token_loss) if options.reduction == "none" else (token_loss * p.weights).sum()
+    weighted = token_loss * p.weights
+    loss = p.rows.scatter(weighted) if options.reduction == "none" else weighted.sum()
     vectors |= {"token_loss": token_loss, "student_logprobs": lp, "teacher_logprobs": lq, "ref_logprobs": lr}
     with torch.no_grad():
         for name, models in p.cancelled:

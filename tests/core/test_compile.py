@@ -131,6 +131,8 @@ OPTIONS = {
     "normalizer": {"normalizer": 17},
     "normalizer tensor": {"normalizer": torch.tensor(17), "reduction": "seq-mean-token-sum"},
     "lengths": {"reduction": "seq-mean-token-mean", "sequence_lengths": torch.tensor([9, 3])},
+    "weights": {**FULL, "token_weight": vector(5).abs()},
+    "weights, none": {"token_weight": torch.tensor([0.0, 3.0]), "reduction": "none"},
     "chunks": {**FULL, "chunk_size": 2},
     "grad_filter": {**FULL, "grad_filter": 1e-3},
     "torch": {**FULL, "backend": "torch"},

@@ -259,6 +259,7 @@ def gopd(
     forward_weight: float | Tensor = 0.5,
     reduction: str = "token-mean",
     normalizer: float | None = None,
+    token_weight: Tensor | None = None,
     sequence_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
@@ -355,7 +356,11 @@ def gopd(
         for name, column in columns.items()
     }
     token_loss = out.pop("token_loss")
-    loss = reduce(token_loss, live, reduction, normalizer, sequence_lengths, cu_seqlens)
+    weighted = token_loss
+    if token_weight is not None:
+        weighted = token_loss * torch.tensor(per_token(token_weight), dtype=torch.float64).reshape(shape)
+        weighted = torch.where(live, weighted, 0)
+    loss = reduce(weighted, live, reduction, normalizer, sequence_lengths, cu_seqlens)
     return Result(
         loss,
         token_loss.detach(),

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"transforms": ({"bias": True}, {"bias": True}, {})},
     ),
     "topk of logits": ({"estimator": "topk", "k": 9}, {"kinds": ("logits", "linear", "linear")}),
+    "full, weighted": ({"estimator": "full", "token_weight": "tensor"}, {}),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
     "filtered": ({"estimator": "full", "grad_filter": 1e-12}, {}),
 }
@@ -96,8 +97,9 @@ def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[st
     if options.setdefault("reward_scale", 1.25) == "tensor":
         choices = torch.tensor([0.0, 1.0, 0.5, 1.25])
         options["reward_scale"] = choices[torch.randint(0, 4, SHAPE, generator=g)]
-    if options.get("forward_weight") == "tensor":
-        options["forward_weight"] = torch.rand(SHAPE, generator=g)
+    for name in ("forward_weight", "token_weight"):
+        if options.get(name) == "tensor":
+            options[name] = torch.rand(SHAPE, generator=g)
     return batch, {"chunk_size": 16, **options}, cuts
 
 
@@ -597,6 +599,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "alpha": (FULL | {"divergence": "alpha"}, {"alpha": 0.25}, "None on rank 0 and .*0.25 on rank"),
     "skew": (FULL | {"divergence": "skew_kl"}, {"skew": 0.25}, "None on rank 0 and .*0.25 on rank"),
     "forward_weight": (FULL | {"divergence": "mixed"}, {"forward_weight": 0.25}, "None on rank 0 and .*0.25 on rank"),
+    "token_weight": ({"token_weight": LAM}, {"token_weight": OTHER_LAM}, "1.25 on rank 0 and .*1.5 on rank"),
     "sft_labels": ({"sft_labels": LABELS}, {"sft_labels": LABELS + 1}, "3 on rank 0 and .*4 on rank"),
     "sft_weight": ({"sft_labels": LABELS}, {"sft_weight": 0.5}, "1.0 on rank 0 and .*0.5 on rank"),
     "score_cancelled": ({}, {"score_cancelled": True}, "False on rank 0 and .*True on rank"),
