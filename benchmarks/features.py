@@ -1,9 +1,9 @@
-"""The cost of each option of the loss relative to the plain call, measured in one run.
+"""The cost of each option of the loss relative to the plain call of its estimator, measured in one run.
 
 ``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [PAGE.md ...]`` prints the table and fills
 it in between ``<!-- features -->`` and ``<!-- /features -->`` of a page. Loss and gradients of hidden states and head,
-``sampled``, three models. Each round times the plain call and the option one after the other; the result is the median
-of their ratios.
+three models, the same chunk size everywhere. Each round times the plain call and the option one after the other; the
+result is the median of their ratios.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from .conftest import milliseconds
 from .run import device_name, origin, write
 from .workloads import SUITES, Inputs, Workload
 
-TOKENS = {"cpu": 1024, "gpu": 8192}
+TOKENS = {"cpu": 512, "gpu": 8192}
+CHUNK = {"cpu": 256, "gpu": None}  # None: the default, which is the same for the options that hold no other buffers
 SEQUENCES = 8
 K = 64  # tokens a position of topk
+PLAIN: dict[str, dict[str, Any]] = {"sampled": {}, "full": {"estimator": "full"}, "topk": {"estimator": "topk", "k": K}}
+SECTIONS = {"vectors": "Vectors alone", "more": "Further passes over a chunk's logits, or GEMMs more or fewer"}
 
 
-def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
-    """Keyword arguments by their name in the table; :func:`step_of` adds the second teacher."""
+def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
+    """By section: estimator, name in the table and arguments; :func:`step_of` adds the second teacher."""
     n, device = inputs.token_ids.shape[0], inputs.token_ids.device
+    assert plain.student_logprobs is not None
     old = plain.student_logprobs - 0.1
     bounds = torch.arange(0, n + 1, n // SEQUENCES, device=device, dtype=torch.int32)
     teacher = heads(inputs)[1]
@@ -39,22 +43,35 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, dict[str, Any]]:
     # log-probs of the reference at the teacher's tokens
     ids, scores = fg.token_topk(teacher, K)
     both = {"teacher": fg.TopKLogProbs(ids, scores), "ref": fg.TopKLogProbs(ids, scores - 0.1)}
-    top = {"estimator": "topk"}
-    return {
-        "`cu_seqlens`, `seq-mean-token-mean`": {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"},
-        "λ per token": {"reward_scale": torch.full((n,), 1.25, device=device)},
-        "`old_logprobs`, `clip`, `clip_dual`": {"old_logprobs": old, "clip": (0.2, 0.28), "clip_dual": 3.0},
-        "`rollout_logprobs`, `rollout_is_cap`": {"rollout_logprobs": old, "rollout_is_cap": 2.0},
-        "`advantage_clip`, `logprob_min`": {"advantage_clip": 5.0, "logprob_min": -20.0},
-        "`advantage_fn`": {"advantage_fn": lambda stats: stats.advantages.tanh()},
-        "`baseline` (all logits of a chunk together)": {"baseline": "expected"},
-        "`sft_labels`": {"sft_labels": labels, "sft_weight": 0.1},
-        f"`topk` of heads, K = {K}": {**top, "k": K},
-        f"`topk`, the student's K = {K}": {**top, "k": K, "support": "student"},
-        f"`topk`, K = {K} from a server (two GEMMs fewer)": {**top, **both},
-        "two teachers": {"teacher_index": torch.arange(n, device=device) % 2},
-        '`ratio="sequence"` (one GEMM more)': {"ratio": "sequence", "old_logprobs": old, "cu_seqlens": bounds},
-    }
+    sequences = {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"}
+    per_token = {"reward_scale": torch.full((n,), 1.25, device=device)}
+    vectors = [
+        ("sampled", "`cu_seqlens`, `seq-mean-token-mean`", sequences),
+        ("sampled", "λ per token", per_token),
+        ("full", "λ per token", per_token),
+        ("topk", "λ per token", per_token),
+        (
+            "sampled",
+            "`old_logprobs`, `clip`, `clip_dual`",
+            {"old_logprobs": old, "clip": (0.2, 0.28), "clip_dual": 3.0},
+        ),
+        ("sampled", "`rollout_logprobs`, `rollout_is_cap`", {"rollout_logprobs": old, "rollout_is_cap": 2.0}),
+        ("sampled", "`advantage_clip`, `logprob_min`", {"advantage_clip": 5.0, "logprob_min": -20.0}),
+        ("sampled", "`advantage_fn`", {"advantage_fn": lambda stats: stats.advantages.tanh()}),
+        ("sampled", "two teachers", {"teacher_index": torch.arange(n, device=device) % 2}),
+    ]
+    more = [
+        ("sampled", "`baseline` (all logits of a chunk together)", {"baseline": "expected"}),
+        ("sampled", "`sft_labels`", {"sft_labels": labels, "sft_weight": 0.1}),
+        ("topk", f"the student's K = {K}", {"support": "student"}),
+        ("topk", f"K = {K} from a server (two GEMMs fewer)", {"k": None, **both}),
+        (
+            "sampled",
+            '`ratio="sequence"` (one GEMM more)',
+            {"ratio": "sequence", "old_logprobs": old, "cu_seqlens": bounds},
+        ),
+    ]
+    return {"vectors": vectors, "more": more}
 
 
 def heads(inputs: Inputs) -> tuple[fg.LinearHead, ...]:
@@ -67,10 +84,10 @@ def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
     """A step with these options, which may replace ``teacher`` and ``ref``."""
     student, teacher, ref = heads(inputs)
     models = {"teacher": [teacher, ref] if "teacher_index" in options else teacher, "ref": ref}
-    leaves = inputs.leaves
+    leaves, chunk = inputs.leaves, CHUNK["cpu" if inputs.token_ids.device.type == "cpu" else "gpu"]
 
     def step() -> fg.GOPDOutput:
-        given = {"token_ids": inputs.token_ids, "reward_scale": 1.25, **models, **options}
+        given = {"token_ids": inputs.token_ids, "reward_scale": 1.25, "chunk_size": chunk, **models, **options}
         out = fg.gopd_loss(student, **given)
         torch.autograd.grad(out.loss, leaves)
         return out
@@ -80,21 +97,30 @@ def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
 
 def measure(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     inputs = workload.inputs()
-    plain = step_of(inputs)
+    plain = {estimator: step_of(inputs, **given) for estimator, given in PLAIN.items()}
+    outputs = {estimator: step() for estimator, step in plain.items()}
     rows = []
-    for name, given in options(inputs, plain()).items():
-        step = step_of(inputs, **given)
-        step()
-        pairs = [(milliseconds(plain, workload.device), milliseconds(step, workload.device)) for _ in range(rounds)]
-        ratios = sorted(b / a for a, b in pairs)
-        rows.append({"option": name, "ratio_p50": statistics.median(ratios), "ratios": ratios, "pairs_ms": pairs})
+    for section, listed in options(inputs, outputs["sampled"]).items():
+        for estimator, name, given in listed:
+            base, step = plain[estimator], step_of(inputs, **{**PLAIN[estimator], **given})
+            step()
+            pairs = [(milliseconds(base, workload.device), milliseconds(step, workload.device)) for _ in range(rounds)]
+            ratios = sorted(b / a for a, b in pairs)
+            row = {"section": section, "estimator": estimator, "option": name}
+            rows.append({**row, "ratio_p50": statistics.median(ratios), "ratios": ratios, "pairs_ms": pairs})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| option | time to the plain call's, median | all rounds |", "|---|---:|---:|"]
-    lines += [f"| {r['option']} | {r['ratio_p50']:.2f}× | {r['ratios'][0]:.2f}–{r['ratios'][-1]:.2f} |" for r in rows]
-    return "\n".join(lines) + "\n"
+    lines = []
+    for section, title in SECTIONS.items():
+        lines += [f"| {title} | estimator | median | all rounds |", "|---|---|---:|---:|"]
+        for row in rows:
+            if row["section"] == section:
+                ends = f"{row['ratios'][0]:.2f}–{row['ratios'][-1]:.2f}"
+                lines.append(f"| {row['option']} | `{row['estimator']}` | {row['ratio_p50']:.2f}× | {ends} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
