@@ -32,6 +32,7 @@ FIELDS: dict[str, Agree] = {
     "logits": Agree.ROUNDED,  # those of a shard are a rank's own
     "token_ids": Agree.TOKENS,
     "logprobs": Agree.ROUNDED,
+    "sampled_logprobs": Agree.ROUNDED,
     "logit_scale": Agree.OPTION,
     "softcap": Agree.OPTION,
     "temperature": Agree.OPTION,
@@ -178,6 +179,8 @@ def _scores(
         elif cancelled is not None:
             scores = scores.masked_fill(cancelled[start:stop], 0)
         numbers.append(scores.double())
+        if isinstance(model, TopKLogProbs) and model.sampled_logprobs is not None:
+            numbers.append(rows.take(model.sampled_logprobs.detach(), start, stop).double())
     whole = torch.cat([x.reshape(-1) for x in numbers]) if numbers else None
     return torch.cat(ids) if ids else None, whole
 

@@ -278,10 +278,13 @@ class TopKLogProbs:
     Args:
         token_ids: (..., K) integer, K >= 1, distinct at each position; -1 where there are fewer than K.
         logprobs: (..., K) floating, normalised over the whole vocabulary; the value at an id of -1 is ignored.
+        sampled_logprobs: (...) floating, the log-prob of the sampled token, for ``tail="sampled"``; ignored where that
+            token is among ``token_ids``.
     """
 
     token_ids: Tensor
     logprobs: Tensor
+    sampled_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_float("logprobs", self.logprobs)
@@ -293,6 +296,13 @@ class TopKLogProbs:
             )
         if self.token_ids.ndim < 1 or self.token_ids.shape[-1] == 0:
             raise ValueError(f"token_ids must have shape (..., K) with K >= 1, got {tuple(self.token_ids.shape)}")
+        if self.sampled_logprobs is not None:
+            require_float("sampled_logprobs", self.sampled_logprobs)
+            if self.sampled_logprobs.shape != self.token_shape:
+                raise ValueError(
+                    f"sampled_logprobs must have the token shape {tuple(self.token_shape)}, got "
+                    f"{tuple(self.sampled_logprobs.shape)}"
+                )
 
     @property
     def token_shape(self) -> torch.Size:
@@ -307,7 +317,8 @@ class TopKLogProbs:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"token_ids": self.token_ids, "logprobs": self.logprobs}
+        named = {"token_ids": self.token_ids, "logprobs": self.logprobs}
+        return named if self.sampled_logprobs is None else {**named, "sampled_logprobs": self.sampled_logprobs}
 
 
 def require_kind(name: str, value: object, *more: type) -> None:

@@ -51,7 +51,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         teacher, ref: LinearHead, Logits, TokenLogProbs (``sampled``) or TopKLogProbs (``topk``) of the same token
             shape; hidden sizes, vocabulary sizes and kinds may differ. Never receive gradients. A list of teachers is
             routed by ``teacher_index``; ref is then one model for all, or a list routed alike.
-        token_ids: (...) integer, the sampled tokens. Required by ``sampled``; for the others only for reporting.
+        token_ids: (...) integer, the sampled tokens. Required by ``sampled`` and by ``tail="sampled"``; for the others
+            only for reporting.
         teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens
             routed to a model pass through its GEMM.
         mask: (...) bool, or 0 and 1 in any dtype; tokens with 0 are skipped, and NaN in them has no effect.
@@ -117,7 +118,10 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             ``"student"``, which needs heads, whose logits are then in memory together with the student's.
         tail: ``"bucket"``: the mass outside S is one more outcome, unless it is below 1e-6 in any of the models;
             ``"drop"``: that outcome's term is left out of the sum, so that equal models do not have gradient 0;
-            ``"renormalize"``: each model is divided by its mass on S, and nothing outside S has a gradient.
+            ``"renormalize"``: each model is divided by its mass on S, and nothing outside S has a gradient;
+            ``"sampled"``, of the reverse KL: a sampled token outside S adds what it has in ``sampled``, so that value
+            and gradient have the expectation of ``full`` whatever S is, as long as S does not depend on that token.
+            Without tokens in S (k=0) it is ``sampled``. TopKLogProbs have ``sampled_logprobs`` then.
             The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S. A
             position where S is empty has loss 0.
 

@@ -40,10 +40,10 @@ def dtype_of(call: LossCall) -> torch.dtype:
 
 
 def support_width(call: LossCall) -> int:
-    """The most tokens that a position of topk has: those of its support, and a label."""
+    """The most tokens that a position of topk has: those of its support, a sampled token outside it, and a label."""
     needed = needed_models(call)
     listed = (model.k for model in needed["teacher"] or needed["ref"] if isinstance(model, TopKLogProbs))
-    return max((call.k or 0, *listed)) + (call.sft_labels is not None)
+    return max((call.k or 0, *listed)) + (call.tail == "sampled") + (call.sft_labels is not None)
 
 
 # What is computed elsewhere, and the estimator that can use it.
@@ -84,10 +84,23 @@ def check_sources(models: Mapping[str, Any], options: LossOptions, shape: torch.
             )
         for field, tensor in model.tensors.items():
             require_device(f"{name}.{field}", tensor, device)
+        if isinstance(model, TopKLogProbs):
+            _check_sampled(name, model, options)
         if options.baseline == "expected" and isinstance(model, TokenLogProbs):
             raise TypeError(
                 f"{name} is TokenLogProbs, and baseline='expected' needs a LinearHead or Logits: all the vocabulary"
             )
+
+
+def _check_sampled(name: str, model: TopKLogProbs, options: LossOptions) -> None:
+    """log-probs of the sampled tokens beside those of the listed ones, where and only where the loss has a use."""
+    if options.tail == "sampled" and model.sampled_logprobs is None:
+        raise ValueError(
+            f"{name}.sampled_logprobs must be given for tail='sampled': the log-prob of the sampled token, which need "
+            "not be among the listed ones"
+        )
+    if options.tail != "sampled" and model.sampled_logprobs is not None:
+        raise ValueError(f"{name}.sampled_logprobs is for tail='sampled', got tail={options.tail!r}")
 
 
 def require_models(
@@ -188,7 +201,12 @@ def zero_masked(model: Any, mask: Tensor) -> Any:
         return replace(model, logits=model.logits.masked_fill(masked[..., None], 0))
     if isinstance(model, TokenLogProbs):
         return TokenLogProbs(model.logprobs.masked_fill(masked, 0))
-    return TopKLogProbs(model.token_ids.masked_fill(masked[..., None], -1), model.logprobs)
+    sampled = model.sampled_logprobs
+    return TopKLogProbs(
+        model.token_ids.masked_fill(masked[..., None], -1),
+        model.logprobs,
+        None if sampled is None else sampled.masked_fill(masked, 0),
+    )
 
 
 def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = None) -> list[Head | None]:

@@ -43,7 +43,7 @@ Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "
 Ratio = Literal["token", "sequence"]
 Baseline = Literal["none", "expected"]
 Support = Literal["teacher", "student"]
-Tail = Literal["bucket", "drop", "renormalize"]
+Tail = Literal["bucket", "drop", "renormalize", "sampled"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 RATIOS: tuple[str, ...] = get_args(Ratio)
@@ -203,7 +203,12 @@ class LossOptions:
         ),
     )
     k: int | None = field(
-        default=None, metadata=_option("Tokens of each position for 'topk'.", of=("topk",), check=require_count)
+        default=None,
+        metadata=_option(
+            "Tokens of each position for 'topk'.",
+            of=("topk",),
+            check=lambda name, value: require_count(name, value, least=0),
+        ),
     )
     support: Support = field(
         default="teacher",
@@ -427,6 +432,16 @@ def checked(options: LossOptions) -> LossOptions:
         for name in PARAMETERS:
             _check_parameter(name, given.get(name), values["divergence"])
         _normalise_divergence(values, given)
+        if values["tail"] == "sampled":
+            name = "tail"
+            if values["divergence"] != "reverse_kl":
+                raise ValueError(
+                    f"tail='sampled' needs divergence='reverse_kl', got divergence={values['divergence']!r}: all others "
+                    "need the target's normaliser over the whole vocabulary"
+                )
+        elif values["k"] == 0:
+            name = "k"
+            raise ValueError(f"k must be at least 1, got 0: tail='sampled' alone can do without a support")
     except (TypeError, ValueError) as error:
         error.option = name  # type: ignore[union-attr]
         raise

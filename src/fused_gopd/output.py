@@ -32,13 +32,13 @@ class GOPDOutput:
         advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
             place of log p where they are given), as the gradient uses it: the value of ``advantage_fn`` if there is
             one, with the baseline, clipped. Positive makes the token likelier. None without ``token_ids``, and
-            where a model is TopKLogProbs.
+            where a model is TopKLogProbs without ``sampled_logprobs``.
         student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. Where
             ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
             model.
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0; in ``topk`` over the existing outcomes, the student's mass on them
-            being 1. None in ``sampled``.
+            being 1. None in ``sampled`` and with ``tail="sampled"``.
         clipped: (...) bool, where a clip of the ratio removed the gradient. None without one.
         importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
         label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.

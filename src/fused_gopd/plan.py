@@ -115,7 +115,12 @@ def _planned(call: LossCall) -> Plan:
 
 def _scores_tokens(models: Sequence[Source]) -> bool:
     """Whether these models give the sampled tokens log-probs."""
-    return any(not isinstance(model, TopKLogProbs) for model in models)
+    return any(not _without_sampled(model) for model in models)
+
+
+def _without_sampled(model: Source) -> bool:
+    """Whether a model has no log-prob of the sampled token."""
+    return isinstance(model, TopKLogProbs) and model.sampled_logprobs is None
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -168,7 +173,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
     known, scored = True, {}
     for name, _ in FROZEN:
         models = as_tuple(getattr(call, name))
-        elsewhere = any(isinstance(model, TopKLogProbs) for model in models)
+        elsewhere = any(map(_without_sampled, models))
         counts = len(needed[name]) > 0
         known = known and not (elsewhere and counts)
         scored[name] = not elsewhere and (counts or (len(models) > 0 and call.score_cancelled))
@@ -180,7 +185,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "teacher_logprobs": ids and scored["teacher"],
         "ref_logprobs": ids and scored["ref"],
         "entropy": True,
-        "kl": not sampled,
+        "kl": not sampled and call.tail != "sampled",
         "clipped": call.clips_ratio,
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,
@@ -264,6 +269,8 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
         raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
     if options.estimator == "sampled" and call.token_ids is None:
         raise ValueError("token_ids must be given for estimator='sampled'")
+    if options.tail == "sampled" and call.token_ids is None:
+        raise ValueError("token_ids must be given for tail='sampled'")
     require_sequences(options, sequences)
     for name, require in _TOKEN_TENSORS:
         value = getattr(call, name)
@@ -373,7 +380,8 @@ def _append(key: list[Any], value: Any) -> bool:
         key += (kind, *_meta(value.logprobs))
         return True
     if kind is TopKLogProbs:
-        key += (kind, *_meta(value.token_ids), *_meta(value.logprobs))
+        sampled = value.sampled_logprobs
+        key += (kind, *_meta(value.token_ids), *_meta(value.logprobs), None if sampled is None else _meta(sampled))
         return True
     if callable(value):
         key.append(callable)

@@ -233,7 +233,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     teacher_logprobs = ref_logprobs = None
     if plan.scores_elsewhere:
         _check_scores(scored, call, rows, slices, scale)
-        server = scores_of(needed["teacher"], needed["ref"], rows, slices, scale, vocab_size)
+        sampled = ids if options.tail == "sampled" else None
+        server = scores_of(needed["teacher"], needed["ref"], rows, slices, scale, vocab_size, sampled)
         teacher_logprobs, ref_logprobs = (
             _sampled_logprobs(needed[name], rows, slices, dtype, device) for name in ("teacher", "ref")
         )

@@ -176,6 +176,12 @@ def _at(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
 
 
+def _listed(p: Problem, scores: Tensor | None, token_ids: Tensor) -> Tensor | None:
+    """(n,) of the sampled tokens, from scores (n, 1 + K) of the ids of ``tail="sampled"``."""
+    assert p.token_ids is not None
+    return None if scores is None else scores.masked_fill(token_ids != p.token_ids[:, None], -math.inf).amax(1)
+
+
 class _OnSupport(NamedTuple):
     """Teacher and reference on the tokens of topk."""
 
@@ -186,18 +192,27 @@ class _OnSupport(NamedTuple):
 
 
 def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
-    k = p.options.k or 0
+    k, tail = p.options.k or 0, p.options.tail
+
+    def largest(log_m: Tensor, tokens: slice) -> Tensor:
+        ids = log_m.topk(k).indices
+        if tail != "sampled":
+            return ids
+        assert p.token_ids is not None
+        y = p.token_ids[tokens, None]
+        return torch.cat((torch.where((ids == y).any(1, keepdim=True), -1, y), ids), 1)
+
     parts: list[tuple[Tensor, list[Tensor | None]]] = []
     has_nan = torch.isnan(log_p).any(1)
     for route in p.routes:
         tokens = slice(route.start, route.stop)
-        ids = log_p[tokens].topk(k).indices if p.options.support == "student" else None
+        ids = largest(log_p[tokens], tokens) if p.options.support == "student" else None
         scores: list[Tensor | None] = []
         for (name, cancelled_at), given in zip(FROZEN, (p.teacher_topk, p.ref_topk), strict=True):
             head = getattr(route, name)
             if head is not None:
                 log_m = _own_log_softmax(_logits(p, head, route.start, route.stop))
-                ids = log_m.topk(k).indices if ids is None else ids
+                ids = largest(log_m, tokens) if ids is None else ids
                 scores.append(_at(log_m, ids))
                 counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
                 has_nan[tokens] |= torch.isnan(log_m).any(1) & counts
@@ -219,6 +234,28 @@ def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
     assert ids is not None
     teacher, ref = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
     return _OnSupport(ids, teacher, ref, has_nan)
+
+
+def _with_score_function(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token loss of ``tail="sampled"``: log-probs (n, 1 + K) are of the sampled token outside S and of the tokens of S.
+
+    The value is sum w d with w = p in S and 1 outside, the gradient that of sum w d log p with w d constant.
+    """
+    lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
+    outside = lp.detach() == -math.inf
+    for x, (_, cancelled_at) in zip((lq, lr), FROZEN, strict=True):
+        if x is not None:
+            gone = x == -math.inf
+            outside = outside | (gone & (lam != cancelled_at) if isinstance(lam, Tensor) else gone)
+    inside = lp.masked_fill(outside, 0)
+    with torch.no_grad():
+        d = bounded(inside - mix(lam, *(None if x is None else x.masked_fill(outside, 0) for x in (lq, lr))))
+        w = inside.exp()
+        w[:, 0] = 1
+        terms = (w * d).masked_fill(outside, 0)
+        value = bounded(terms.sum(1))
+    slope = (terms * inside).sum(1)
+    return value + (slope - slope.detach()), torch.zeros_like(value)
 
 
 def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -379,7 +416,11 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         if options.estimator == "topk":
             with torch.no_grad():
                 support = _on_support(p, log_p)
-            token_loss, kl = _topk(p, _at(log_p, support.token_ids), support.teacher, support.ref)
+                if options.tail == "sampled":  # the sampled token is among the ids, those of a server too
+                    assert ids is not None
+                    lq, lr = (_listed(p, x, support.token_ids) for x in (support.teacher, support.ref))
+            term = _with_score_function if options.tail == "sampled" else _topk
+            token_loss, kl = term(p, _at(log_p, support.token_ids), support.teacher, support.ref)
             # a NaN anywhere in the row shows, also where no token of the row is in the support
             bad = support.has_nan
             token_loss = torch.where(bad, z.masked_fill(~bad[:, None], 0).sum(1) * math.nan, token_loss)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import refuse
 from .heads import Source, TopKLogProbs
+from .objective.topk import with_sampled
 from .options import LossOptions
 from .rowops import FROZEN
 from .tokens import TokenRows
@@ -96,8 +97,12 @@ def scores_of(
     slices: list[tuple[int, int]],
     reward_scale: float | Tensor,  # tensor: (n,)
     vocab_size: int,
+    sampled: Tensor | None = None,  # (n,)
 ) -> Scores:
-    """The scores of all routes; ids are the teacher's, the reference's where there is no teacher."""
+    """The scores of all routes; ids are the teacher's, the reference's where there is no teacher.
+
+    With ``sampled`` ids of tokens they are as :func:`fused_gopd.objective.topk.with_sampled` gives them.
+    """
     ids: list[Tensor | None] = []
     scores: dict[str, list[Tensor | None]] = {"teacher": [], "ref": []}
     for i, (start, stop) in enumerate(slices):
@@ -110,6 +115,11 @@ def scores_of(
             listed = rows.take(model.token_ids.to(torch.int64), start, stop)
             counts = reward_scale[start:stop] != cancelled_at if isinstance(reward_scale, Tensor) else None
             logprobs = rows.take(model.logprobs.detach(), start, stop)
+            if sampled is not None:
+                assert model.sampled_logprobs is not None
+                of_sampled = rows.take(model.sampled_logprobs.detach(), start, stop).to(logprobs.dtype)
+                listed = with_sampled(listed, sampled[start:stop])
+                logprobs = torch.cat((of_sampled[:, None], logprobs), 1)
             answer = _Answer(_name(name, i, teacher, ref), listed, logprobs, counts)
             _check(answer, vocab_size)
             scores[name].append(answer.logprobs if own is None else _matched(own, answer))

@@ -37,12 +37,12 @@ def require_number(name: str, value: object) -> float:
     return float(value)
 
 
-def require_count(name: str, value: object) -> int:
-    """A Python int of at least 1."""
+def require_count(name: str, value: object, least: int = 1) -> int:
+    """A Python int of at least 1, or of another number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
 

@@ -127,6 +127,7 @@ OPTIONS = {
     "baseline": {"baseline": "expected", "reward_scale": 1.25},
     "labels": {**FULL, "sft_labels": torch.randint(-1, 37, (2, 5), generator=generator(4)) - 0, "sft_weight": 0.3},
     "labels, topk": {"estimator": "topk", "k": 4, "reduction": "none"},
+    "topk and the sampled token": {"estimator": "topk", "k": 4, "tail": "sampled"},
     "vocabulary": {**FULL, "vocab_size": 30},
     "normalizer": {"normalizer": 17},
     "normalizer tensor": {"normalizer": torch.tensor(17), "reduction": "seq-mean-token-sum"},
@@ -186,8 +187,13 @@ def test_scores_from_a_server(reduction, scale):
     batch = make_batch(8, dtype=torch.float32)
     teacher = fg.TopKLogProbs(*fg.token_topk(batch.teacher, 4))
     ref = fg.TopKLogProbs(*fg.token_topk(batch.ref, 37))
-    batch = batch.replaced(teacher=teacher, ref=ref)
-    assert_same_bits(batch, estimator="topk", reduction=reduction, reward_scale=scale)
+    options = {"estimator": "topk", "reduction": reduction, "reward_scale": scale}
+    assert_same_bits(batch.replaced(teacher=teacher, ref=ref), **options)
+    with_sampled = {
+        name: fg.TopKLogProbs(x.token_ids, x.logprobs, fg.token_logprobs(getattr(batch, name), batch.token_ids))
+        for name, x in (("teacher", teacher), ("ref", ref))
+    }
+    assert_same_bits(batch.replaced(**with_sampled), tail="sampled", **options)
 
 
 @pytest.mark.parametrize("teacher", ["logprobs", "linear"])

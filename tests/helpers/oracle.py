@@ -124,13 +124,14 @@ def _largest(scores: Scores, k: int) -> list[int]:
 def _topk_token(
     z: Tensor,
     frozen: list[Scores | None],
-    listed: list[bool],
+    listed: list[list[int] | None],
     lam: float,
     divergence: str,
     parameter: float,
     top: dict[str, Any],
+    token: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Value and KL(p || target) of one token; ``listed`` says whether teacher and reference came as ids."""
+    """Value and KL(p || target) of one token; ``listed`` has the ids of a teacher and a reference that came as ids."""
     tail, k = top.get("tail", "bucket"), top.get("k")
     student = _all_scores(z)
     used = [(i, scores) for i, scores in enumerate(frozen) if scores is not None and lam != (0, 1)[i]]
@@ -140,7 +141,10 @@ def _topk_token(
     if top.get("support") == "student":
         S = _largest(student, k)
     else:
-        S = list(scores) if listed[chooser] else _largest(scores, k)
+        own = listed[chooser]
+        S = _largest(scores, k) if own is None else own
+    if tail == "sampled":
+        return _exact_and_sampled(student, used, lam, S, token), z.new_zeros(())
     S = [token for token in S if token in student and all(token in scores for _, scores in used)]
     zero = z.new_zeros(())
     if not S and tail != "bucket":
@@ -162,6 +166,21 @@ def _topk_token(
     kl = (whole.exp() * (whole - log_t)).sum()
     terms = divergence_terms(divergence, parameter, log_p, log_t, mixed)
     return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
+
+
+def _exact_and_sampled(
+    student: Scores, used: list[tuple[int, Scores]], lam: float, S: list[int], token: int | None
+) -> Tensor:
+    """sum over S of p (log p - log target), and of the sampled token alone where it is not in S, as REINFORCE does."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for v in {*S, token}:
+        if v in student and all(v in scores for _, scores in used):
+            log_p = student[v]
+            target = _in_range(sum((lam, 1 - lam)[i] * scores[v] for i, scores in used))
+            d = _in_range(log_p.detach() - target)
+            w = log_p.detach().exp() if v in S else torch.ones(())
+            loss = loss + w * d * (1 + log_p - log_p.detach())
+    return loss
 
 
 def _token_logprob(z: Tensor, token: int) -> Tensor:
@@ -280,8 +299,9 @@ def gopd(
     z: list[Tensor | None] = [None, None, None]
     for i, model in enumerate(models):
         if hasattr(model, "token_ids"):
-            flat = (x.reshape(-1, x.shape[-1]) for x in (model.token_ids, model.logprobs.double()))
-            listed[i - 1] = tuple(flat)
+            flat = [x.reshape(-1, x.shape[-1]) for x in (model.token_ids, model.logprobs.double())]
+            sampled = getattr(model, "sampled_logprobs", None)
+            listed[i - 1] = (*flat, *([] if sampled is None else [sampled.double().reshape(-1)]))
         elif hasattr(model, "logprobs"):
             given[i] = model.logprobs.double()
         elif model is not None:
@@ -393,10 +413,20 @@ def _topk(
         else:
             pairs = zip(pair[0][t].tolist(), pair[1][t], strict=True)
             frozen.append({token: x for token, x in pairs if token >= 0 and x != -math.inf})
-    value, kl = _topk_token(rows[0], frozen, [pair is not None for pair in listed], lam, divergence, parameter, top)
+    token = None if ids is None else ids[t]
+    came = [
+        None if pair is None or scores is None else list(scores) for pair, scores in zip(listed, frozen, strict=True)
+    ]
+    for scores, pair in zip(frozen, listed, strict=True):
+        if pair is not None and len(pair) > 2 and token is not None and scores is not None:
+            scores.setdefault(token, pair[2][t])
+    value, kl = _topk_token(rows[0], frozen, came, lam, divergence, parameter, top, token)
     values = {"token_loss": value, "kl": kl, "entropy": _entropy(rows[0])}
     if ids is not None:
         scored = [None if row is None else _token_logprob(row, ids[t]) for row in rows]
+        for i, (scores, pair) in enumerate(zip(frozen, listed, strict=True)):
+            if pair is not None and len(pair) > 2 and scores is not None:
+                scored[i + 1] = scores[ids[t]]
         values |= {n: x for n, x in zip(("student", "teacher", "ref"), scored, strict=True) if x is not None}
         adv = advantage(lam, *(0.0 if x is None else x.item() for x in scored))
         values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)

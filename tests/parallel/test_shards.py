@@ -68,6 +68,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"estimator": "topk", "k": 9, "divergence": "forward_kl", "labels": True, "reduction": "none"},
         {"transforms": ({"bias": True}, {"bias": True}, {})},
     ),
+    "topk and the sampled token": ({"estimator": "topk", "k": 9, "tail": "sampled", "reward_scale": "tensor"}, {}),
+    "no support, labels, none": (
+        {"estimator": "topk", "k": 0, "tail": "sampled", "labels": True, "reduction": "none"},
+        {"ref": "whole"},
+    ),
     "topk of logits": ({"estimator": "topk", "k": 9}, {"kinds": ("logits", "linear", "linear")}),
     "full, weighted": ({"estimator": "full", "token_weight": "tensor"}, {}),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
@@ -310,11 +315,15 @@ def _compare(batch: Batch, sharded: Batch, shard: fg.VocabShard, tolerance: floa
 def _lists_from_a_server() -> None:
     batch, shard = _batch(), _shard()
     ids, logprobs = fg.token_topk(batch.teacher, 7)
+    sampled = fg.token_logprobs(batch.teacher, batch.token_ids)
     teacher = fg.TopKLogProbs(ids, logprobs)
     for ref in (batch.ref, _local(batch.ref, shard)):
         batch, whole = batch.replaced(teacher=teacher, ref=ref), batch.replaced(teacher=teacher)
         sharded = batch.replaced(student=_local(batch.student, shard))
         _compare(whole, sharded, shard, 1e-12, estimator="topk", reward_scale=1.25)
+    teacher = fg.TopKLogProbs(ids, logprobs, sampled)
+    _compare(whole.replaced(teacher=teacher), sharded.replaced(teacher=teacher), shard, 1e-12, estimator="topk",
+             tail="sampled", reward_scale=1.25)  # fmt: skip
 
 
 def _far_targets() -> None:

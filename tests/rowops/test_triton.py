@@ -1080,6 +1080,8 @@ OTHER_OPTIONS = [
     {"estimator": "topk", "k": 7, "tail": "renormalize", "divergence": "jsd", **PER_TOKEN},
     {"estimator": "topk", "k": 7, "sft_labels": torch.tensor([1, -100, 3, 4, 0])},
     {"estimator": "topk", "k": 7, "reduction": "none"},
+    {"estimator": "topk", "k": 7, "tail": "sampled", **PER_TOKEN},
+    {"estimator": "topk", "k": 0, "tail": "sampled"},
 ]
 
 

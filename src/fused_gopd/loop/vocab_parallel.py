@@ -106,6 +106,8 @@ def statistics_of(
 
 def topk_ids(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
     """Ids (C, k) of the k largest logits over the whole vocabulary, the largest first; one collective if shared."""
+    if not k:
+        return rows.raw.new_empty(rows.raw.shape[0], 0, dtype=torch.int64)
     ids = sparse.top(rows, columns, k)
     if head.shard is None:
         return ids

@@ -109,6 +109,59 @@ def _log_mass(x: Tensor, inside: Tensor) -> Tensor:
     return mass.masked_fill(mass.abs() <= 16 * torch.finfo(x.dtype).eps, 0)
 
 
+def with_sampled(token_ids: Tensor, sampled: Tensor) -> Tensor:
+    """(C, 1 + K) ids of ``tail="sampled"``: the sampled token (C,), -1 where it is in the support (C, K), which follows."""
+    listed = (token_ids == sampled[:, None]).any(1, keepdim=True)
+    return torch.cat((sampled[:, None].masked_fill(listed, -1), token_ids), 1)
+
+
+def sampled_term(
+    reward_scale: float | Tensor,
+    token_ids: Tensor,  # (C, 1 + K) of with_sampled
+    *,
+    student: OnSupport,
+    teacher: OnSupport | None,  # None where it has cancelled
+    ref: OnSupport | None,
+) -> Term:
+    """The reverse KL, exact on S, and by the score function where the sampled token y lies outside S.
+
+    With d = log p - lambda log q - (1 - lambda) log r, log-probs of the whole vocabulary, and w_v = p_v in S, 1 at a y
+    outside S, 0 elsewhere, all constants but log p:
+
+        loss        sum_v w_v d_v
+        gradient    sum_v w_v d_v dlog p_v/dz
+
+    For y ~ p the means are those of ``full``: sum_v p_v d_v dlog p_v/dz is its gradient, as sum_v p_v dlog p_v = 0. No
+    tokens of S are ``sampled``, all of them ``full``. A token of probability 0 under a model has d_v = 0 here.
+    """
+    scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
+    log_q, log_r = (None if x is None else x.logprobs for x in (teacher, ref))
+    outside = torch.isneginf(student.logprobs) | outside_support(scale, log_q, log_r)
+    log_p, log_q, log_r = (None if x is None else x.masked_fill(outside, 0) for x in (student.logprobs, log_q, log_r))
+    assert log_p is not None
+    p = student.logprobs.exp()
+    w = torch.cat((torch.ones_like(p[:, :1]), p[:, 1:]), 1).masked_fill(outside, 0)
+    terms = w * bounded(log_p - mix(scale, log_q, log_r))
+    loss = bounded(terms.sum(1))
+    # NaN in a model that counts, which is in the mass outside S where it is in none of the tokens
+    has_nan = torch.zeros_like(outside[:, 0])
+    for model, cancelled_at in ((student, None), (teacher, 0.0), (ref, 1.0)):
+        if model is not None and model.rest is not None:
+            bad = torch.isnan(model.rest)
+            if cancelled_at is not None and isinstance(reward_scale, Tensor):
+                bad = bad & (reward_scale != cancelled_at)
+            has_nan = has_nan | bad
+    loss = loss.masked_fill(has_nan, math.nan)
+    assert student.rest is not None
+    gradient = LogitGradient(
+        weight=-loss,
+        token_ids=token_ids,
+        values=bounded(terms - p * loss[:, None]),
+        max_abs_elsewhere=loss.abs() * student.rest.exp(),
+    )
+    return Term(loss, torch.zeros_like(loss), gradient)
+
+
 def term(
     tail: Tail,
     divergence: Divergence,
@@ -135,6 +188,8 @@ def term(
         outside S        p (h~_b - A) with the bucket's h~_b; p (-A - h0 P) where the bucket is not summed;
                          0 for renormalize
     """
+    if tail == "sampled":
+        return sampled_term(reward_scale, token_ids, student=student, teacher=teacher, ref=ref)
     scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
     x = _outcomes(tail, scale, student, teacher, ref)
     count = token_ids.shape[1]

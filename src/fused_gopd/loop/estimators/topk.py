@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...objective.layout import TokenRow
 from ...objective.statistics import merge
-from ...objective.topk import OnSupport, term
+from ...objective.topk import OnSupport, term, with_sampled
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
 from ...shards import VocabShard
@@ -42,11 +42,12 @@ class TopK(Estimator):
         """
         problem, route, buffers, statistics = self.problem, chunk.route, chunk.buffers, chunk.statistics
         start, stop = chunk.start, chunk.stop
-        row_problem, ids, slot, k = None, None, "student", problem.options.k
+        row_problem, ids, slot, k, tail = None, None, "student", problem.options.k, problem.options.tail
         if problem.options.support == "student":
             row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
             assert k is not None
             ids = topk_ids(problem.student, row_problem.student, row_problem.vocab_size, k)
+            ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
         models: list[OnSupport | None] = []
         for head, given, logsum, logit in (
             (route.teacher, problem.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
@@ -57,6 +58,7 @@ class TopK(Estimator):
                 if ids is None:
                     assert k is not None
                     ids = topk_ids(head, rows, columns(problem, head), k)
+                    ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
                 sampled = rows_of(problem.token_ids, chunk.tokens)
                 own_sampled = None if sampled is None else local_ids(head.shard, sampled)
                 alone = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
@@ -69,12 +71,20 @@ class TopK(Estimator):
                 ids = problem.support_ids[start:stop] if ids is None else ids
                 logprobs = given[start:stop].to(problem.dtype).masked_fill(ids < 0, -math.inf)
                 models.append(OnSupport(logprobs, None))
+                if tail == "sampled":  # the log-prob itself, its log-sum is 0
+                    sampled = rows_of(problem.token_ids, chunk.tokens)
+                    assert sampled is not None
+                    statistics[logit, start:stop] = logprobs.masked_fill(ids != sampled[:, None], -math.inf).amax(1)
             else:
                 models.append(None)
         assert ids is not None
         if row_problem is None:
             row_problem = self._row_problem(chunk, joint=False, writable=True)
         return Loaded(row_problem, Support(ids, *models))
+
+    def _with_sampled(self, chunk: Chunk, token_ids: Tensor) -> Tensor:
+        assert self.problem.token_ids is not None
+        return with_sampled(token_ids, self.problem.token_ids[chunk.tokens])
 
     def recompute(self, chunk: Chunk) -> RowProblem:
         return self._row_problem(chunk, joint=False)
