@@ -436,12 +436,12 @@ def checked(options: LossOptions) -> LossOptions:
             name = "tail"
             if values["divergence"] != "reverse_kl":
                 raise ValueError(
-                    f"tail='sampled' needs divergence='reverse_kl', got divergence={values['divergence']!r}: all others "
-                    "need the target's normaliser over the whole vocabulary"
+                    f"tail='sampled' needs divergence='reverse_kl', got divergence={values['divergence']!r}: all "
+                    "others need the target's normaliser over the whole vocabulary"
                 )
         elif values["k"] == 0:
             name = "k"
-            raise ValueError(f"k must be at least 1, got 0: tail='sampled' alone can do without a support")
+            raise ValueError("k must be at least 1, got 0: tail='sampled' alone can do without a support")
     except (TypeError, ValueError) as error:
         error.option = name  # type: ignore[union-attr]
         raise

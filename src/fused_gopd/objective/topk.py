@@ -110,7 +110,7 @@ def _log_mass(x: Tensor, inside: Tensor) -> Tensor:
 
 
 def with_sampled(token_ids: Tensor, sampled: Tensor) -> Tensor:
-    """(C, 1 + K) ids of ``tail="sampled"``: the sampled token (C,), -1 where it is in the support (C, K), which follows."""
+    """Ids (C, 1 + K) of ``tail="sampled"``: the sampled token (C,), or -1 where it is in S, and those of S (C, K)."""
     listed = (token_ids == sampled[:, None]).any(1, keepdim=True)
     return torch.cat((sampled[:, None].masked_fill(listed, -1), token_ids), 1)
 
