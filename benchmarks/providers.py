@@ -300,18 +300,19 @@ def live_count(inputs: Inputs) -> int | Tensor:
 
 
 def _one_pass(backend: str, low: bool = False, stored: bool = False) -> Callable[[Workload], Computation]:
-    """NLL by gopd_loss at a constant advantage of 1: its gradient is that of the NLL, computed in the forward."""
+    """NLL with its gradient in the forward; ``stored`` by gopd_loss at a constant advantage of 1."""
 
     def prepare(workload: Workload) -> Computation:
         def run(inputs: Inputs) -> Result:
             (student,) = _heads(inputs)
+            if not stored:
+                more: dict[str, Any] = {"chunk_dtype": workload.dtype} if low else {}
+                loss = fg.linear_nll(student, inputs.token_ids, mask=inputs.mask, backend=backend, **more)
+                return Result(loss, torch.autograd.grad(loss, inputs.leaves))
             nothing = fg.TokenLogProbs(torch.zeros(inputs.token_ids.shape, device=inputs.token_ids.device))
             options: dict[str, Any] = {"advantage_fn": lambda stats: torch.ones_like(stats.student_logprobs)}
-            if low:
-                options["chunk_dtype"] = workload.dtype
-            if stored:
-                options["store_exponentials"] = True
-            out = fg.gopd_loss(student, nothing, None, inputs.token_ids, mask=inputs.mask, backend=backend, **options)
+            options |= {"store_exponentials": True, "backend": backend}
+            out = fg.gopd_loss(student, nothing, None, inputs.token_ids, mask=inputs.mask, **options)
             gradients = torch.autograd.grad(out.loss, inputs.leaves)
             assert out.student_logprobs is not None
             return Result(-out.student_logprobs.sum() / live_count(inputs), gradients)

@@ -68,8 +68,17 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The navigation, by page. A page that is missing here is a warning.
 NAVIGATION = {
-    "Start": ["install", "quickstart", "examples", "guide", "teachers", "troubleshooting"],
-    "Use": ["objectives", "distill", "parallelism", "planning", "paper-settings", "pytorch-compatibility", "versions"],
+    "Start": ["install", "quickstart", "examples", "guide", "sft", "teachers", "troubleshooting"],
+    "Use": [
+        "objectives",
+        "sft",
+        "distill",
+        "parallelism",
+        "planning",
+        "paper-settings",
+        "pytorch-compatibility",
+        "versions",
+    ],
     "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
     "API reference": [
         f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")

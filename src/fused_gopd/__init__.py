@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from . import distributed, reference
     from .graphs import graphed
     from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
-    from .loss import GOPDLoss, gopd_loss, token_logprobs, token_topk
+    from .loss import GOPDLoss, gopd_loss, linear_nll, token_logprobs, token_topk
     from .metrics import Metrics
     from .options import TokenStats
     from .output import GOPDOutput
@@ -25,6 +25,7 @@ else:
         "VocabShard": "shards",
         "gopd_loss": "loss",
         "graphed": "graphs",
+        "linear_nll": "loss",
         "token_logprobs": "loss",
         "token_topk": "loss",
     }
@@ -63,6 +64,7 @@ __all__ = [
     "distributed",
     "gopd_loss",
     "graphed",
+    "linear_nll",
     "reference",
     "token_logprobs",
     "token_topk",

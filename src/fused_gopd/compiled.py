@@ -28,11 +28,13 @@ from .loop.estimators import estimator_of
 from .loop.estimators.base import LogProbsAndEntropy
 from .loop.run import Entries
 from .models import dtype_of, support_width
+from .nll import NLLCall, prepare_nll
 from .objective.layout import STATISTICS, statistics_rows
 from .options import ARGUMENTS, LossCall
 from .output import GOPDOutput
 from .plan import recomputes_in_backward, reported_fields
 from .prepare import prepare
+from .problem import Problem
 from .report import report
 from .rowops.torch import accumulation_dtype
 from .scoring import prepare_scoring, topk_tokens
@@ -222,77 +224,138 @@ def _loss_call(packed: Sequence[Any]) -> tuple[LossCall, RequiresGrad]:
     return LossCall(**arguments), requires
 
 
-@_op("loss")
-def _loss_op(*packed: Any) -> list[Tensor]:
-    """The loss, the vectors that are reported, and what a backward needs.
+def _made(problem: Problem, requires: RequiresGrad, fields: Callable[..., list[Tensor]]) -> list[Tensor]:
+    """A loss, the vectors that are reported, and what a backward needs.
 
     That is the student's gradients and two factors of them, or statistics of all tokens and the entries of topk.
+    ``fields`` makes the vectors from the loss, its token values and the statistics.
     """
+    rows, dtype = problem.rows, problem.dtype
+    fused, entries = None, None
+    if any(requires) and not problem.recomputes:
+        fused = core.fused_forward(problem, requires)
+        loss, values, statistics = fused.loss, fused.values, fused.statistics
+    else:
+        (token_loss,), maybe, statistics, entries = core.forward(problem, estimator_of, requires)
+        assert maybe is not None
+        values = maybe
+        # cloned: no two results of an op may share memory
+        weighted = token_loss * problem.weights
+        loss = weighted.sum() if problem.options.reduction != "none" else rows.scatter(weighted).clone()
+    result = [loss.to(dtype), *fields(loss, values, statistics)]
+    if fused is not None:
+        scaling = fused.scaling
+        factors = (scaling.deferred_rows, scaling.deferred_weight)
+        result += _dense(fused.gradients or (None,) * 3, statistics)
+        result += [loss.new_ones((), dtype=dtype) if x is None else x.to(dtype, copy=True) for x in factors]
+    elif any(requires):
+        tokens = rows.shape.numel()
+        result.append(_padded(statistics.to(dtype), (statistics.shape[0], tokens)))
+        if entries is not None:
+            shape = (tokens, problem.width)
+            result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(dtype), shape)]
+    return result
+
+
+class _Shapes(NamedTuple):
+    """What the shapes of :func:`_made` follow from."""
+
+    reduction: str
+    dtype: torch.dtype
+    reported: tuple[str, ...]
+    recomputes: bool
+    statistics: int  # rows
+    width: int | None = None  # of topk
+
+
+def _fake_made(packed: Sequence[Any], requires: RequiresGrad, call: _Shapes) -> list[Tensor]:
+    rows, dtype = packed[0], call.dtype
+    shape = rows.shape[:-1]
+    result = [rows.new_empty(shape if call.reduction == "none" else (), dtype=dtype)]
+    result += [rows.new_empty(shape, dtype=_FLAGS.get(name, dtype)) for name in call.reported]
+    if any(requires) and not call.recomputes:
+        result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
+    elif any(requires):
+        tokens = math.prod(shape)
+        result.append(rows.new_empty(call.statistics, tokens, dtype=dtype))
+        if call.width is not None:
+            result += [rows.new_empty(tokens, call.width, dtype=x) for x in (torch.int64, dtype)]
+    return result
+
+
+def _recomputed(problem: Problem, requires: RequiresGrad, upstream: Tensor, made: Sequence[Tensor]) -> list[Tensor]:
+    """The student's gradients from the statistics and entries of :func:`_made`, its logits recomputed."""
+    n = problem.rows.count
+    statistics = made[0][:, :n].to(problem.dtype).contiguous()
+    entries = None
+    if len(made) > 1:
+        ids, values = (x[:n].contiguous() for x in made[1:])
+        entries = Entries(ids, values.to(problem.dtype))
+    each = problem.rows.take(upstream) if problem.options.reduction == "none" else upstream.expand(n)
+    each = each * problem.weights
+    return _dense(run.backward(problem, estimator_of, requires, statistics, entries, each), statistics)
+
+
+def _differentiable(op: Any, backward_op: Any, shapes: Callable[[Sequence[Any]], _Shapes]) -> None:
+    """Give the op of a loss its gradients; ``backward_op`` computes them anew."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        call = shapes(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        _keep(ctx, inputs, output[1 + len(call.reported) :], call.recomputes)
+
+    def backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+        upstream = upstreams[0]
+        if upstream is None:
+            return _given(ctx, None)
+        made, packed = _kept(ctx)
+        if ctx.recomputes:
+            return _given(ctx, backward_op(upstream, made, *packed))
+        *gradients, rows, rest = made
+        # not in place, as without a compiler: whoever compiles this finds that the buffers can be reused.
+        # factors of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
+        factors = [(upstream * x).reshape(1) for x in (rows, rest, rest)]
+        return _given(ctx, [g * f if needed else g for g, f, needed in zip(gradients, factors, ctx.needs, strict=True)])
+
+    op.register_autograd(backward, setup_context=keep)
+
+
+@_op("loss")
+def _loss_op(*packed: Any) -> list[Tensor]:
     call, requires = _loss_call(packed)
     with torch.no_grad():
         problem = prepare(call, weight_gradient=requires.weight)
-        rows, dtype = problem.rows, problem.dtype
-        fused, entries = None, None
-        if any(requires) and not problem.recomputes:
-            fused = core.fused_forward(problem, requires)
-            loss, values, statistics = fused.loss, fused.values, fused.statistics
-        else:
-            (token_loss,), maybe, statistics, entries = core.forward(problem, estimator_of, requires)
-            assert maybe is not None
-            values = maybe
-            # cloned: no two results of an op may share memory
-            weighted = token_loss * problem.weights
-            loss = weighted.sum() if call.reduction != "none" else rows.scatter(weighted).clone()
-        out = report(problem, loss, values, statistics)
-        result = [loss.to(dtype)]
-        for name in problem.reported:
-            x = getattr(out, name)
-            result.append(x if x.dtype == torch.bool else x.to(dtype))
-        if fused is not None:
-            scaling = fused.scaling
-            factors = (scaling.deferred_rows, scaling.deferred_weight)
-            result += _dense(fused.gradients or (None,) * 3, statistics)
-            result += [loss.new_ones((), dtype=dtype) if x is None else x.to(dtype, copy=True) for x in factors]
-        elif any(requires):
-            tokens = rows.shape.numel()
-            result.append(_padded(statistics.to(dtype), (statistics.shape[0], tokens)))
-            if entries is not None:
-                shape = (tokens, problem.width)
-                result += [_padded(entries.token_ids, shape, -1), _padded(entries.values.to(dtype), shape)]
-        return result
+
+        def fields(*made: Any) -> list[Tensor]:
+            out = report(problem, *made)
+            found = [getattr(out, name) for name in problem.reported]
+            return [x if x.dtype == torch.bool else x.to(problem.dtype) for x in found]
+
+        return _made(problem, requires, fields)
+
+
+def _loss_shapes(packed: Sequence[Any]) -> _Shapes:
+    call, _ = _loss_call(packed)
+    return _Shapes(
+        reduction=call.reduction,
+        dtype=dtype_of(call),
+        reported=reported_fields(call),
+        recomputes=recomputes_in_backward(call),
+        statistics=statistics_rows(call.estimator, call.joint),
+        width=support_width(call) if call.estimator == "topk" else None,
+    )
 
 
 @_loss_op.register_fake  # type: ignore[untyped-decorator]
 def _(*packed: Any) -> list[Tensor]:
-    call, requires = _loss_call(packed)
-    rows, dtype = packed[0], dtype_of(call)
-    shape = rows.shape[:-1]
-    result = [rows.new_empty(shape if call.reduction == "none" else (), dtype=dtype)]
-    result += [rows.new_empty(shape, dtype=_FLAGS.get(name, dtype)) for name in reported_fields(call)]
-    if any(requires) and not recomputes_in_backward(call):
-        result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
-    elif any(requires):
-        tokens = math.prod(shape)
-        result.append(rows.new_empty(statistics_rows(call.estimator, call.joint), tokens, dtype=dtype))
-        if call.estimator == "topk":
-            result += [rows.new_empty(tokens, support_width(call), dtype=x) for x in (torch.int64, dtype)]
-    return result
+    return _fake_made(packed, _loss_call(packed)[1], _loss_shapes(packed))
 
 
 @_op("loss_backward", "Tensor upstream, Tensor[] made, ")
 def _loss_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
-    """The student's gradients from the statistics and entries of :func:`_loss_op`, its logits recomputed."""
     call, requires = _loss_call(packed)
     with torch.no_grad():
-        problem = prepare(call, weight_gradient=requires.weight)
-        n = problem.rows.count
-        statistics = made[0][:, :n].to(problem.dtype).contiguous()
-        entries = None
-        if len(made) > 1:
-            ids, values = (x[:n].contiguous() for x in made[1:])
-            entries = Entries(ids, values.to(problem.dtype))
-        each = (problem.rows.take(upstream) if call.reduction == "none" else upstream.expand(n)) * problem.weights
-        return _dense(run.backward(problem, estimator_of, requires, statistics, entries, each), statistics)
+        return _recomputed(prepare(call, weight_gradient=requires.weight), requires, upstream, made)
 
 
 @_loss_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -300,27 +363,7 @@ def _(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
     return _fake_gradients(packed)
 
 
-def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    call, _ = _loss_call(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    _keep(ctx, inputs, output[1 + len(reported_fields(call)) :], recomputes_in_backward(call))
-
-
-def _loss_backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
-    upstream = upstreams[0]
-    if upstream is None:
-        return _given(ctx, None)
-    made, packed = _kept(ctx)
-    if ctx.recomputes:
-        return _given(ctx, _loss_backward_op(upstream, made, *packed))
-    *gradients, rows, rest = made
-    # not in place, as without a compiler: whoever compiles this finds that the buffers can be reused.
-    # factors of one dimension: a 0-d one would be rounded to a low-precision gradient's dtype before it multiplies
-    factors = [(upstream * x).reshape(1) for x in (rows, rest, rest)]
-    return _given(ctx, [g * f if needed else g for g, f, needed in zip(gradients, factors, ctx.needs, strict=True)])
-
-
-_loss_op.register_autograd(_loss_backward, setup_context=_keep_loss)
+_differentiable(_loss_op, _loss_backward_op, _loss_shapes)
 
 
 def gopd_loss(call: LossCall) -> GOPDOutput:
@@ -332,6 +375,53 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     fields |= dict(zip(reported_fields(call), out, strict=False))
     mask = None if call.mask is None else call.mask != 0
     return GOPDOutput(loss=loss, **fields, mask=mask, joint=call.joint)
+
+
+# ------------------------------------------------------------------------------------------------------ cross entropy
+
+
+def _nll_call(packed: Sequence[Any]) -> tuple[NLLCall, RequiresGrad]:
+    arguments, requires = _call(packed)
+    return NLLCall(**arguments), requires
+
+
+@_op("nll")
+def _nll_op(*packed: Any) -> list[Tensor]:
+    call, requires = _nll_call(packed)
+    with torch.no_grad():
+        return _made(prepare_nll(call, weight_gradient=requires.weight), requires, lambda *_: [])
+
+
+def _nll_shapes(packed: Sequence[Any]) -> _Shapes:
+    call, _ = _nll_call(packed)
+    return _Shapes(call.reduction, call.dtype, (), call.recomputes, STATISTICS)
+
+
+@_nll_op.register_fake  # type: ignore[untyped-decorator]
+def _(*packed: Any) -> list[Tensor]:
+    return _fake_made(packed, _nll_call(packed)[1], _nll_shapes(packed))
+
+
+@_op("nll_backward", "Tensor upstream, Tensor[] made, ")
+def _nll_backward_op(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
+    call, requires = _nll_call(packed)
+    with torch.no_grad():
+        return _recomputed(prepare_nll(call, weight_gradient=requires.weight), requires, upstream, made)
+
+
+@_nll_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(upstream: Tensor, made: Sequence[Tensor], *packed: Any) -> list[Tensor]:
+    return _fake_gradients(packed)
+
+
+_differentiable(_nll_op, _nll_backward_op, _nll_shapes)
+
+
+def linear_nll(call: NLLCall) -> Tensor:
+    """:func:`fused_gopd.linear_nll` under a compiler."""
+    arguments = {name: value for name, value in vars(call).items() if name != "head"}
+    loss: Tensor = _nll_op(*_packed("head", call.head, arguments))[0]
+    return loss
 
 
 # --------------------------------------------------------------------------------------------------- one model's scores

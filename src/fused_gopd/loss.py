@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import autograd, compiled, hints  # noqa: F401
 from .checks import require_reverse_mode
 from .heads import Head, Source
+from .nll import NLLCall, prepare_nll
 from .options import OPTIONS, PARAMETERS, RULES, LossCall, checked_options, refuse_unknown
 from .output import GOPDOutput
 from .prepare import prepare
@@ -213,6 +214,44 @@ def token_logprobs(
     problem = prepare_scoring(head, token_ids, **options)
     results = tuple([problem.rows.scatter(x) for x in autograd.token_logprobs(problem, return_entropy)])
     return (results[0], results[1]) if return_entropy else results[0]
+
+
+@called_as(NLLCall)
+def linear_nll(call: NLLCall) -> Tensor:
+    """The cross entropy of labels from hidden states and output weight, in the memory of :func:`gopd_loss`.
+
+    Supervised fine-tuning. The token loss is, with e = ``label_smoothing`` and Z = sum_v exp z_v,
+
+        (1 - e) (-log p[label]) + e mean_v(-log p_v) + z_loss (log Z)^2
+
+    as in ``torch.nn.functional.cross_entropy`` and, with a z-loss, PaLM, Liger and quack. Three GEMMs: gradients are
+    computed with the loss. Tokens without a label cost nothing.
+
+    Args:
+        head: LinearHead or Logits with token shape (...); gradients flow to its tensors.
+        labels: (...) integer; ``hidden[t]`` predicts ``labels[t]``: the caller shifts. -100 for no label.
+        mask: (...) bool, or 0 and 1 in any dtype: tokens with 0 have no label either.
+        token_weight: factor of each token's loss, as in :func:`gopd_loss`.
+        label_smoothing: 0 ... 1. The mean runs over the entries that exist: a logit of -inf is none.
+        z_loss: weight of (log Z)^2, at least 0. Statistics and gradient are then two passes over a chunk's logits.
+        reduction, normalizer, sequence_lengths, cu_seqlens: as in :func:`gopd_loss`. The tokens that count are those
+            with a label. Without any the loss is 0.
+        vocab_size: entries past it are padding; default all.
+        chunk_size, chunk_dtype, grad_filter, backend: as in :func:`gopd_loss`.
+
+    Returns:
+        the loss (), or with ``reduction="none"`` the token losses (...), 0 where there is no label; float32, float64
+        for float64 inputs. A label with probability 0 has the loss inf.
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument, what was expected and what was found.
+    """
+    if torch.compiler.is_compiling():
+        return compiled.linear_nll(call)
+    problem = prepare_nll(call)
+    if call.reduction == "none":
+        return problem.rows.scatter(autograd.token_losses(problem)[0] * problem.weights)
+    return autograd.weighted_loss(problem)[0]
 
 
 def token_topk(

@@ -160,11 +160,16 @@ def recomputes_in_backward(call: LossCall) -> bool:
     """
     if call.reduction == "none" or call.ratio == "sequence":
         return True
-    dtype = call.student.rows.dtype
-    if isinstance(call.student, Logits):
-        return dtype in (torch.float16, torch.bfloat16)
     factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels)
-    return dtype == torch.float16 and any(x is not None for x in factors)
+    return gradient_waits(call.student, any(x is not None for x in factors))
+
+
+def gradient_waits(student: Head, factors: bool) -> bool:
+    """Whether the dtype of the student needs the upstream gradient first; ``factors``: token weights may be large."""
+    dtype = student.rows.dtype
+    if isinstance(student, Logits):
+        return dtype in (torch.float16, torch.bfloat16)
+    return dtype == torch.float16 and factors
 
 
 def reported_fields(call: LossCall) -> tuple[str, ...]:

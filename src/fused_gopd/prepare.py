@@ -19,7 +19,7 @@ from .heads import Head, Source, TokenLogProbs
 from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
-from .options import ARGUMENTS, LossCall, LossOptions
+from .options import ARGUMENTS, LossCall, LossOptions, Reduction
 from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token
 from .problem import Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
@@ -60,12 +60,20 @@ def _in_route_order(rows: TokenRows, route: Tensor | None, count: int) -> tuple[
 # ------------------------------------------------------------------------------------------------------------ vectors
 
 
-def _live_labels(labels: Tensor, vocab_size: int) -> Tensor:
+def live_labels(labels: Tensor, vocab_size: int, name: str = "sft_labels") -> Tensor:
     """(n,) int64 labels, -1 where there is none, from those of the live tokens."""
     live = labels.to(torch.int64).contiguous()
     wrong = ((live < 0) & (live != IGNORE)) | (live >= vocab_size)
-    refuse(wrong, live, IndexError, f"sft_labels must be in [0, {vocab_size}), or {IGNORE} for none, where not masked")
+    refuse(wrong, live, IndexError, f"{name} must be in [0, {vocab_size}), or {IGNORE} for none, where not masked")
     return live.masked_fill(live == IGNORE, -1)
+
+
+def live_token_weight(live: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n,) token_weight of the live tokens."""
+    weight = live.to(dtype).contiguous()
+    wrong = ~((weight >= 0) & weight.isfinite())
+    refuse(wrong, weight, ValueError, "token_weight must be finite and not negative where not masked")
+    return weight
 
 
 def _check_scores(
@@ -98,11 +106,10 @@ def _sampled_logprobs(
     return out
 
 
-def _check_normalizer(
-    call: LossCall, options: LossOptions, sequences: Sequences, device: torch.device
+def check_normalizer(
+    normalizer: object, lengths: object, reduction: Reduction, sequences: Sequences, device: torch.device
 ) -> Tensor | float | None:
-    """The divisor of the means, and what sequences need."""
-    reduction, lengths, normalizer = options.reduction, call.sequence_lengths, call.normalizer
+    """The divisor of the means, and what sequences need; ``lengths`` are sequence_lengths."""
     if reduction.startswith("seq-") and not sequences.known:
         raise ValueError(
             f"reduction={reduction!r} needs a token shape (B, T) or cu_seqlens to tell sequences, got "
@@ -135,7 +142,7 @@ def _check_normalizer(
     return number
 
 
-def _check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) -> None:
+def check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) -> None:
     """Global lengths of sequences are at least the number of live tokens that they have here."""
     live = torch.ones(sequences.shape, dtype=torch.bool, device=lengths.device) if mask is None else mask
     each = lengths.expand(sequences.count)
@@ -143,7 +150,7 @@ def _check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) -
     refuse(~(each >= sequences.sum(live)), each, ValueError, message)
 
 
-def _check_no_host_sync(masked: bool, routed: bool, options: LossOptions, advantage_fn: object) -> None:
+def check_no_host_sync(masked: bool, routed: bool, options: LossOptions, advantage_fn: object) -> None:
     """Refuse the options that cannot do without a value from the device."""
     needs = {
         "teacher_index": (routed, "how many tokens each teacher has"),
@@ -176,11 +183,12 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if forward_weight is not None:
         forward_weight = number_per_token("forward_weight", forward_weight, sequences, device)
     route = None if call.teacher_index is None else check_routes(call, sequences, device)[1]
-    normalizer, mask = _check_normalizer(call, options, sequences, device), check_mask(call.mask, shape, device)
+    normalizer = check_normalizer(call.normalizer, call.sequence_lengths, options.reduction, sequences, device)
+    mask = check_mask(call.mask, shape, device)
     if call.sequence_lengths is not None:
-        _check_lengths(call.sequence_lengths, sequences, mask)
+        check_lengths(call.sequence_lengths, sequences, mask)
     if host_sync_forbidden(device):
-        _check_no_host_sync(mask is not None, route is not None, options, call.advantage_fn)
+        check_no_host_sync(mask is not None, route is not None, options, call.advantage_fn)
     rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
     # a single model is shared by all routes
     routed: Models = {
@@ -209,16 +217,14 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         ids = ids if keep is None else ids.masked_fill(~keep, 0)
         ids = live_token_ids(ids, rows, vocab_size, mask is not None)
     if labels is not None:
-        labels = _live_labels(live(labels, IGNORE), vocab_size)
+        labels = live_labels(live(labels, IGNORE), vocab_size)
     weights = token_weights(options.reduction, mask, sequences, normalizer, call.sequence_lengths, dtype, device)
     if keep is not None:
         weights = weights * keep
     weights = rows.take(weights).contiguous() if weights.ndim else weights
     token_weight = call.token_weight
     if token_weight is not None:
-        token_weight = live(tensor_per_token("token_weight", token_weight, sequences, device)).to(dtype).contiguous()
-        wrong = ~((token_weight >= 0) & token_weight.isfinite())
-        refuse(wrong, token_weight, ValueError, "token_weight must be finite and not negative where not masked")
+        token_weight = live_token_weight(live(tensor_per_token("token_weight", token_weight, sequences, device)), dtype)
         weights = weights * token_weight
     scale = live(scale, 1).to(dtype).contiguous() if isinstance(scale, Tensor) else scale
     if isinstance(forward_weight, Tensor):

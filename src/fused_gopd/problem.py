@@ -12,6 +12,7 @@ from torch import Tensor
 from .agreement import Agreement
 from .heads import Head, Source
 from .objective.divergences import Divergence
+from .objective.supervised import NLL
 from .options import AdvantageFn, LossOptions
 from .records import record
 from .rowops import RowOps
@@ -55,6 +56,7 @@ class Problem:
     teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids; undefined at an id of -1
     ref_topk: Tensor | None = None  # (n, K) likewise
     labels: Tensor | None = None  # (n,) int64, -1 is none
+    nll: NLL | None = None  # of linear_nll, which has no other loss; its labels are the token_ids
     weights: Tensor  # () or (n,), loss = sum of weights times token losses; with reduction "none" each of them
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known

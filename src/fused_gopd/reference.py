@@ -17,6 +17,7 @@ from . import hints  # noqa: F401
 from .heads import Head, LinearHead, TokenLogProbs
 from .loop.gemm import without_autocast
 from .models import named_models
+from .nll import NLLCall, prepare_nll
 from .objective.divergences import OneRound, Outcomes
 from .objective.policy import advantage, advantages_of, call_hook, rule_of
 from .objective.supervised import label_report
@@ -30,7 +31,7 @@ from .rowops import FROZEN
 from .rowops.torch import TorchRowOps
 from .signatures import called_as
 
-__all__ = ["gopd_loss"]
+__all__ = ["gopd_loss", "linear_nll"]
 
 
 def logits_of(head: Head, vocab_size: int, dtype: torch.dtype) -> Tensor:
@@ -454,3 +455,22 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             scores = [_cancelled_scores(p, model, route) for model, route in zip(models, p.routes, strict=True)]
             vectors[f"{name}_logprobs"] = torch.cat(scores)
     return output_of(p, loss, vectors)
+
+
+@called_as(NLLCall)
+def linear_nll(call: NLLCall) -> Tensor:
+    """:func:`fused_gopd.linear_nll` in dense PyTorch: same arguments, same result, [tokens, V] memory."""
+    p = prepare_nll(call, TorchRowOps())
+    assert p.nll is not None
+    assert p.token_ids is not None
+    z = _logits(p, p.student, 0, p.rows.count)
+    log_p, e = _own_log_softmax(z), p.nll.label_smoothing
+    loss = -_gather(log_p, p.token_ids)
+    if e:
+        inside = log_p != -math.inf
+        loss = (1 - e) * loss if e < 1 else torch.zeros_like(loss)
+        loss = loss - e * torch.where(inside, log_p, 0).sum(1) / inside.sum(1)
+    if p.nll.z_loss:
+        loss = loss + p.nll.z_loss * z.logsumexp(1).square()
+    loss = loss * p.weights
+    return p.rows.scatter(loss) if p.options.reduction == "none" else loss.sum()

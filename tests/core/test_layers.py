@@ -20,7 +20,7 @@ LAYERS = (
     "problem",
     "loop",
     "autograd",
-    "output metrics models plan prepare scoring report",
+    "nll output metrics models plan prepare scoring report",
     "loss compiled graphs reference distributed",
     "integrations",
     "cli",

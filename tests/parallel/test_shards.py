@@ -256,6 +256,7 @@ def test_vocabulary_parallel_calls(n):
 def _calls() -> None:
     for check in (
         _log_probs_and_topk,
+        _cross_entropy,
         _lists_from_a_server,
         _several_teachers,
         _far_targets,
@@ -302,6 +303,21 @@ def _log_probs_and_topk() -> None:
     )  # more than a rank with one row has
     assert torch.equal(ids, want_ids)
     assert_close(logprobs, want_logprobs, 1e-12)
+
+
+def _cross_entropy() -> None:
+    batch, shard = _batch(), _shard()
+    own = _local(batch.student, shard)
+    labels = batch.token_ids.masked_fill(~batch.mask, -100)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"label_smoothing": 0.1, "reduction": "none"}):
+        got, want = (fg.linear_nll(head, labels, chunk_size=16, **options) for head in (own, batch.student))
+        assert_close(got, want, 1e-12)
+        leaves = [own.hidden, own.weight], [batch.student.hidden, batch.student.weight]
+        grads, wanted = (torch.autograd.grad(x.sum(), y) for x, y in zip((got, want), leaves, strict=True))
+        assert_close(grads[0], wanted[0], 1e-12)
+        assert_close(grads[1][: shard.count], wanted[1][shard.start : shard.stop], 1e-12)
+    with pytest.raises(ValueError, match=r"the same function, got .*z_loss=0.0 on rank 0 and .*z_loss=1.0 on rank 1"):
+        fg.linear_nll(own, labels, z_loss=float(dist.get_rank()))
 
 
 def _compare(batch: Batch, sharded: Batch, shard: fg.VocabShard, tolerance: float, **options: Any) -> None:

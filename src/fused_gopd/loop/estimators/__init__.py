@@ -1,4 +1,6 @@
-"""The estimators of ``gopd_loss``: :class:`Sampled`, :class:`Full` and :class:`TopK`, with or without labels."""
+"""The estimators of ``gopd_loss``: :class:`Sampled`, :class:`Full` and :class:`TopK`, with or without labels;
+and :class:`NLL` of ``linear_nll``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from ...problem import Problem
 from .base import Estimator
 from .full import Full
 from .labels import WithLabels
+from .nll import NLL
 from .sampled import Sampled
 from .topk import TopK
 
@@ -15,5 +18,7 @@ _ESTIMATORS: dict[str, Callable[[Problem], Estimator]] = {"sampled": Sampled, "f
 
 
 def estimator_of(problem: Problem) -> Estimator:
+    if problem.nll is not None:
+        return NLL(problem)
     estimator = _ESTIMATORS[problem.options.estimator](problem)
     return estimator if problem.labels is None else WithLabels(estimator)
