@@ -105,7 +105,8 @@ def unflatten(x: Any, tensors: Sequence[Tensor | None]) -> Any:
     if isinstance(x, TensorSlot):
         return tensors[x]
     if isinstance(x, Spec):
-        return x.kind(**{name: unflatten(y, tensors) for name, y in x.fields.items()})
+        flat = (Spec, TensorSlot, tuple)
+        return x.kind(**{k: unflatten(y, tensors) if type(y) in flat else y for k, y in x.fields.items()})
     return tuple(unflatten(y, tensors) for y in x) if type(x) is tuple else x
 
 
