@@ -68,7 +68,7 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The navigation, by page. A page that is missing here is a warning.
 NAVIGATION = {
-    "Start": ["install", "quickstart", "examples", "guide", "sft", "teachers", "troubleshooting"],
+    "Start": ["install", "quickstart", "examples", "guide", "teachers", "troubleshooting"],
     "Use": [
         "objectives",
         "sft",
@@ -79,7 +79,10 @@ NAVIGATION = {
         "pytorch-compatibility",
         "versions",
     ],
-    "Integrations": [f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
+    "Integrations": [
+        *[f"integrations/{name}" for name in ("README", "transformers", "trl", "verl", "server")],
+        "coming-from",
+    ],
     "API reference": [
         f"api/{name}" for name in ("loss", "models", "results", "distributed", "trl", "integrations", "cli")
     ],

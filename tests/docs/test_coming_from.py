@@ -75,7 +75,8 @@ def dense(names: ModuleType) -> tuple[SimpleNamespace, list[Tensor]]:
     }
     d = SimpleNamespace(**wide)
     leaves = [x.detach().double().requires_grad_() for x in (names.student.hidden, names.student.weight)]
-    d.p = (leaves[0] @ leaves[1].T).log_softmax(-1)
+    d.z = leaves[0] @ leaves[1].T
+    d.p = d.z.log_softmax(-1)
     d.q = (names.teacher.hidden.double() @ names.teacher.weight.double().T).log_softmax(-1)
     index = names.token_ids[..., None]
     d.lp, d.lq = (x.gather(-1, index)[..., 0] for x in (d.p, d.q))
@@ -151,6 +152,16 @@ def _(d):
 @row("Liger-Kernel", "`LigerFusedLinearJSDLoss(0.2, 0.8, beta=0.3)`")
 def _(d):
     return 0.2 * token_mean(-d.lp, d.m) + 0.8 * token_mean(jsd(d.p, d.q, 0.3), d.m)
+
+
+@row("Liger-Kernel", "`LigerFusedLinearJSDLoss(1.0, 0.0)`")
+def _(d):
+    return token_mean(-d.lp, d.m)
+
+
+@row("Liger-Kernel", "`LigerFusedLinearCrossEntropyLoss(label_smoothing=0.1, lse_square_scale=0.01)`")
+def _(d):
+    return token_mean(-0.9 * d.lp - 0.1 * d.p.mean(-1) + 0.01 * d.z.logsumexp(-1) ** 2, d.m)
 
 
 @row("TRL", "`DistillationConfig(beta=0.3)`, `num_items_in_batch=40`")

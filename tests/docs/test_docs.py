@@ -147,6 +147,7 @@ def script(page: str, program: str, arguments: list[str]) -> None:
 # ----------------------------------------------------------------------------------------- options within a sentence
 
 OTHERS = {  # of other programs
+    "docs/coming-from.md": None,
     "docs/integrations/README.md": None,
     "docs/integrations/server.md": {"--no-enable-prefix-caching"},
 }

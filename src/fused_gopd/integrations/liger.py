@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 
 import fused_gopd as fg
 
+from ..checks import IGNORE
 from ..tokens import check_mask
 from ..values import one_of
 
@@ -141,8 +142,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
         live = true_labels != self.ignore_index
         hard = soft = student_input.new_zeros((), dtype=torch.float32)
         if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
-            plain = replace(student, temperature=1.0)
-            hard = -_logprobs(plain, true_labels, live).sum() / live.sum().clamp_min(1)
+            labels = true_labels.masked_fill(~live, IGNORE)
+            hard = fg.linear_nll(replace(student, temperature=1.0), labels)
         if self.weight_soft_loss != 0 or self.return_soft_hard_loss:
             soft = fg.gopd_loss(student, teacher, mask=live, estimator="full", divergence="jsd", beta=self.beta).loss
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
