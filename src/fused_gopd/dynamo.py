@@ -22,8 +22,8 @@ def dumps(static: dict[str, Any]) -> str:
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator,no-untyped-call]
-    reason="advantage_fn is a Python function, which a compiled graph cannot hold: leave out fullgraph=True, or the "
-    "loss of what is compiled"
+    reason="advantage_fn and reward_scale_fn are Python functions, which a compiled graph cannot hold: leave out "
+    "fullgraph=True, or the loss of what is compiled"
 )
 def outside_of_graphs(function: Callable[[A], R], argument: A) -> R:
     """Call a function between two compiled graphs."""

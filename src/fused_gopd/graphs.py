@@ -184,8 +184,9 @@ def graphed(loss_fn: Callable[..., Tensor | Tensors], *examples: Tensor, weights
             write to them, nothing may replace them or their storage, which is checked where it can be.
 
     A mask is data: all rows are computed. ``teacher_index``, ``grad_filter``, and with a mask ``ratio="sequence"`` and
-    ``advantage_fn`` raise, since they wait for the device; so do other shapes, dtypes or devices than the examples', a
-    weight that moved, a call without autograd, and a second backward of a call, or one after the next call.
+    ``advantage_fn`` or ``reward_scale_fn`` raise, since they wait for the device; so do other shapes, dtypes or devices
+    than the examples', a weight that moved, a call without autograd, and a second backward of a call, or one after the
+    next call.
     """
     kept = tuple(weights)
     if not examples or not all(isinstance(x, Tensor) for x in (*examples, *kept)):

@@ -58,6 +58,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             routed to a model pass through its GEMM.
         mask: (...) bool, or 0 and 1 in any dtype; tokens with 0 are skipped, and NaN in them has no effect.
         reward_scale: lambda: a float, a tensor (...), or one value per sequence (B,). A tensor needs both models.
+        reward_scale_fn: in place of reward_scale: called with the :class:`fused_gopd.TokenStats` of each chunk, once,
+            returns lambda (C,), detached. Needs both models, costs no GEMM; what it costs to read a statistic is in
+            ``docs/per-token.md``. Neither it nor an ``advantage_fn`` can be in ``torch.compile(fullgraph=True)``.
         estimator: ``"sampled"``, the policy gradient at the sampled tokens (paper, Eq. 14 with the right sign);
             ``"full"``, the exact divergence over the vocabulary; ``"topk"``, the divergence over K tokens of each
             position, which a teacher behind a server can return, see below.
@@ -92,8 +95,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         advantage_fn: an advantage of one's own in place of A: called with the :class:`fused_gopd.TokenStats` of each
             chunk, once, returns (C,), detached. Costs no GEMM. ``docs/objectives.md`` has published ones. With it
             teacher and ref may both be None: the advantages are the function's own, and ``reward_scale``,
-            ``logprob_min``, ``baseline`` and ``score_cancelled`` have nothing to act on and are refused. The one
-            argument that ``torch.compile(fullgraph=True)`` cannot take.
+            ``logprob_min``, ``baseline`` and ``score_cancelled`` have nothing to act on and are refused.
         baseline: ``"expected"`` adds the ``full`` value to the advantage, whose mean over the vocabulary is then 0:
             an unbiased control variate. The reported loss leaves it out. Needs whole-vocabulary heads, whose logits it
             holds together (chunk buffers as in ``full``), and no further GEMM where none is repeated. As in ``full``
@@ -171,7 +173,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     """
     if not torch.compiler.is_compiling():
         return _gopd_loss(call)
-    if call.advantage_fn is None:
+    if call.advantage_fn is None and call.reward_scale_fn is None:
         return compiled.gopd_loss(call)
     from .dynamo import outside_of_graphs
 
@@ -293,11 +295,11 @@ class GOPDLoss(nn.Module):
     """:func:`gopd_loss` with its options held in a module.
 
     Args:
-        **options: any argument of :func:`gopd_loss` that is the same for all batches: its options, ``reward_scale``
-            and ``advantage_fn``.
+        **options: any argument of :func:`gopd_loss` that is the same for all batches: its options, ``reward_scale``,
+            ``reward_scale_fn`` and ``advantage_fn``.
 
     ``forward(student, teacher, ref=None, token_ids=None, **batch)`` takes the batch: all other arguments, and
-    ``reward_scale`` and ``advantage_fn`` to override the module's.
+    ``reward_scale``, ``reward_scale_fn`` and ``advantage_fn`` to override the module's.
 
     Raises:
         TypeError, ValueError: naming an option that is unknown or wrong, when the module is made. What an option needs

@@ -26,10 +26,9 @@ def as_tuple(models: Any) -> tuple[Source, ...]:
 
 def needed_models(call: LossCall) -> Models:
     """Teachers and references that lambda does not cancel, as they are given."""
-    scale = call.reward_scale
+    scale, every = call.reward_scale, isinstance(call.reward_scale, Tensor) or call.reward_scale_fn is not None
     return {
-        name: as_tuple(getattr(call, name)) if isinstance(scale, Tensor) or scale != cancelled_at else ()
-        for name, cancelled_at in FROZEN
+        name: as_tuple(getattr(call, name)) if every or scale != cancelled_at else () for name, cancelled_at in FROZEN
     }
 
 
@@ -108,10 +107,19 @@ def require_models(
 ) -> None:
     """The models that lambda needs are given.
 
-    An ``advantage_fn`` needs none. Without any model the options that act on teacher or reference are refused.
+    A ``reward_scale_fn`` is in the place of lambda. An ``advantage_fn`` needs no model. Without any model the options
+    that act on teacher or reference are refused.
     """
+    follows = call.reward_scale_fn is not None
+    if follows and (isinstance(scale, Tensor) or scale != 1):
+        shown = "a tensor" if isinstance(scale, Tensor) else f"{scale:g}"
+        raise ValueError(
+            f"reward_scale_fn is in the place of reward_scale, and reward_scale={shown} would be ignored: give one of "
+            "the two"
+        )
     if call.advantage_fn is not None and not any(given.values()):
         acting = {
+            "reward_scale_fn": follows,
             "reward_scale": isinstance(scale, Tensor) or scale != 1,
             "logprob_min": options.logprob_min is not None,
             "baseline": options.baseline != "none",
@@ -124,10 +132,11 @@ def require_models(
                     "to act on"
                 )
         return
-    if isinstance(scale, Tensor):
+    if follows or isinstance(scale, Tensor):
         for name, models in given.items():
             if not models:
-                raise ValueError(f"{name} must be given when reward_scale is a tensor: any of its values may need it")
+                what = "with a reward_scale_fn" if follows else "when reward_scale is a tensor"
+                raise ValueError(f"{name} must be given {what}: any of its values may need it")
     elif scale != 0 and not given["teacher"]:
         raise ValueError(f"teacher must be given for reward_scale={scale}: only reward_scale=0 does without it")
     elif scale != 1 and not given["ref"]:

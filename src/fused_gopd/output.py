@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import printing
 from .metrics import WITH_DEVIATION, Metrics
+from .records import ComputedWhenRead, none
 from .tokens import widest
 
 
-def _none() -> None:
-    """A default that is no attribute of the class: one of those would be found before ``__getattr__``."""
-
-
 @dataclass(frozen=True, repr=False, kw_only=True)
-class GOPDOutput:
+class GOPDOutput(ComputedWhenRead):
     """What :func:`gopd_loss` returns. ``(...)`` is the token shape; entries of masked tokens are 0.
 
     The loss is there. A tensor besides it is computed when it is first read, from the statistics of the tokens (about
@@ -44,7 +40,8 @@ class GOPDOutput:
         label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.
         labelled: (...) bool, where the supervised term is in force: there is a label inside the support.
         mask: (...) bool, the live tokens; None where all are.
-        reward_scale: lambda as given, expanded to the token shape where it is a tensor.
+        reward_scale: lambda as given, expanded to the token shape where it is a tensor; (...) what a
+            ``reward_scale_fn`` has returned.
         joint: whether log-probs are normalised over the joint support of all models: in ``full``, and with a baseline.
     """
 
@@ -56,28 +53,13 @@ class GOPDOutput:
     ref_logprobs: Tensor | None
     entropy: Tensor
     kl: Tensor | None
-    clipped: Tensor | None = field(default_factory=_none)
-    importance: Tensor | None = field(default_factory=_none)
-    label_logprobs: Tensor | None = field(default_factory=_none)
-    labelled: Tensor | None = field(default_factory=_none)
+    clipped: Tensor | None = field(default_factory=none)
+    importance: Tensor | None = field(default_factory=none)
+    label_logprobs: Tensor | None = field(default_factory=none)
+    labelled: Tensor | None = field(default_factory=none)
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
     joint: bool = False
-
-    @classmethod
-    def computed_by(cls, compute: Callable[[str], Tensor], names: Collection[str], **known: Any) -> GOPDOutput:
-        """The output whose fields ``names`` are computed when they are read; those neither there nor known are None."""
-        out = object.__new__(cls)
-        out.__dict__.update(known, _compute=compute, _computed=names)
-        return out
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if name not in _FIELDS or "_compute" not in self.__dict__:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            value = self.__dict__[name] = self._compute(name) if name in self._computed else None
-            return value
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: every field, no function."""

@@ -79,7 +79,9 @@ def _planned(call: LossCall) -> Plan:
     require_models(scale, given, call, options)
     _check_tokens(call, options, sequences, device)
     vocab_size = joint_vocab_size({"student": student, **frozen}, options.vocab_size)
-    cancelled = None if isinstance(scale, Tensor) else next((name for name, at in FROZEN if scale == at), None)
+    cancelled = None
+    if call.reward_scale_fn is None and not isinstance(scale, Tensor):
+        cancelled = next((name for name, at in FROZEN if scale == at), None)
     needed = needed_models(call)
     if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
@@ -195,7 +197,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,
         "labelled": labels,
-        "reward_scale": isinstance(call.reward_scale, Tensor),
+        "reward_scale": isinstance(call.reward_scale, Tensor) or call.reward_scale_fn is not None,
     }
     return tuple(name for name, is_there in there.items() if is_there)
 

@@ -150,13 +150,16 @@ def check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) ->
     refuse(~(each >= sequences.sum(live)), each, ValueError, message)
 
 
-def check_no_host_sync(masked: bool, routed: bool, options: LossOptions, advantage_fn: object) -> None:
+def check_no_host_sync(
+    masked: bool, routed: bool, options: LossOptions, advantage_fn: object, reward_scale_fn: object = None
+) -> None:
     """Refuse the options that cannot do without a value from the device."""
     needs = {
         "teacher_index": (routed, "how many tokens each teacher has"),
         "grad_filter": (bool(options.grad_filter), "which vocabulary entries are left"),
         "ratio='sequence' with mask": (masked and options.ratio == "sequence", "which rows are live"),
         "advantage_fn with mask": (masked and advantage_fn is not None, "which rows are live"),
+        "reward_scale_fn with mask": (masked and reward_scale_fn is not None, "which rows are live"),
     }
     for name, (given, what) in needs.items():
         if given:
@@ -188,7 +191,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if call.sequence_lengths is not None:
         check_lengths(call.sequence_lengths, sequences, mask)
     if host_sync_forbidden(device):
-        check_no_host_sync(mask is not None, route is not None, options, call.advantage_fn)
+        functions = call.advantage_fn, call.reward_scale_fn
+        check_no_host_sync(mask is not None, route is not None, options, *functions)
     rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
     # a single model is shared by all routes
     routed: Models = {
@@ -295,7 +299,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         sequences=sequences,
         mask=mask,
         vocab_size=vocab_size,
-        reward_scale=scale,
+        reward_scale=scale if call.reward_scale_fn is None else None,
+        reward_scale_fn=call.reward_scale_fn,
         has=plan.has,
         token_ids=ids,
         old_logprobs=old,
@@ -308,7 +313,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         labels=labels,
         weights=weights,
         advantage_fn=call.advantage_fn,
-        slope_follows=options.estimator == "sampled" and (options.joint or call.advantage_fn is not None),
+        slope_follows=options.estimator == "sampled"
+        and (options.joint or call.advantage_fn is not None or call.reward_scale_fn is not None),
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,

@@ -39,10 +39,13 @@ def _with_values(text: str, x: Tensor, live: Tensor | None) -> str:
     return f"{text}, mean {there.to(torch.float64 if x.device.type == 'cpu' else torch.float32).mean().item():.6g}"
 
 
-def lines(x: Any, live: Tensor | None = None, *, values: bool = True) -> str:
-    """A dataclass, one line a field."""
-    fields = (
-        f"  {f.name}: {described(getattr(x, f.name), None if f.name == 'mask' else live, values=values)}\n"
-        for f in dataclasses.fields(x)
-    )
+def lines(x: Any, live: Tensor | None = None, *, values: bool = True, unread: str | None = None) -> str:
+    """A dataclass, one line a field; ``unread`` in the place of those that would have to be computed."""
+
+    def text(name: str) -> str:
+        if unread is not None and name not in vars(x):
+            return unread
+        return described(getattr(x, name), None if name == "mask" else live, values=values)
+
+    fields = (f"  {f.name}: {text(f.name)}\n" for f in dataclasses.fields(x))
     return f"{type(x).__name__}(\n{''.join(fields)})"

@@ -13,7 +13,7 @@ from .agreement import Agreement
 from .heads import Head, Source
 from .objective.divergences import Divergence
 from .objective.supervised import NLL
-from .options import AdvantageFn, LossOptions
+from .options import AdvantageFn, LossOptions, RewardScaleFn
 from .records import record
 from .rowops import RowOps
 from .tokens import Sequences, TokenRows
@@ -45,7 +45,9 @@ class Problem:
     sequences: Sequences
     mask: Tensor | None = None  # token shape, bool; None is all live
     vocab_size: int  # joint
-    reward_scale: float | Tensor = 1.0  # tensor: (n,), in ``dtype``
+    # tensor: (n,), in ``dtype``; None: what a reward_scale_fn has returned, in the statistics (TokenRow.REWARD_SCALE)
+    reward_scale: float | Tensor | None = 1.0
+    reward_scale_fn: RewardScaleFn | None = None
     has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)

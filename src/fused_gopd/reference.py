@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from . import hints  # noqa: F401
 from .heads import Head, LinearHead, TokenLogProbs
+from .loop.estimators.token_stats import COMPUTED, computed_by
 from .loop.gemm import without_autocast
 from .models import named_models
 from .nll import NLLCall, prepare_nll
-from .objective.divergences import OneRound, Outcomes
-from .objective.policy import advantage, advantages_of, call_hook, rule_of
+from .objective.divergences import OneRound, Outcomes, ReverseKL
+from .objective.policy import advantage, advantages_of, rule_of
 from .objective.supervised import label_report
 from .objective.target import bounded, mix
+from .objective.token_functions import call_function
 from .options import LossCall, TokenStats
 from .output import GOPDOutput
 from .prepare import prepare
@@ -126,7 +129,7 @@ def _full(
     p: Problem, z: Tensor, z_q: Tensor | None, z_r: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Token loss, KL(p || target) and the three log-distributions, over the joint support."""
-    lam, divergence = p.reward_scale, p.divergence
+    lam, divergence = _scale(p), p.divergence
     column = lam[:, None] if isinstance(lam, Tensor) else lam
     support: Tensor | None = None
     if not _all_finite(z, z_q, z_r):
@@ -242,7 +245,8 @@ def _with_score_function(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor |
 
     The value is sum w d with w = p in S and 1 outside, the gradient that of sum w d log p with w d constant.
     """
-    lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
+    lam = _scale(p)
+    lam = lam[:, None] if isinstance(lam, Tensor) else lam
     outside = lp.detach() == -math.inf
     for x, (_, cancelled_at) in zip((lq, lr), FROZEN, strict=True):
         if x is not None:
@@ -261,7 +265,8 @@ def _with_score_function(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor |
 
 def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
-    lam = p.reward_scale[:, None] if isinstance(p.reward_scale, Tensor) else p.reward_scale
+    lam = _scale(p)
+    lam = lam[:, None] if isinstance(lam, Tensor) else lam
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
     used = [(x, every & (lam != at)) for x, (_, at) in zip((lq, lr), FROZEN, strict=True) if x is not None]
     inside = lp.detach() != -math.inf
@@ -329,11 +334,11 @@ def _advantages(
             reward_scale=p.reward_scale,
         )
         assert p.advantage_fn is not None
-        return call_hook(p.advantage_fn, stats)
+        return call_function("advantage_fn", p.advantage_fn, stats, p.dtype)
 
     return advantages_of(
         rule_of(p.options),
-        reward_scale=p.reward_scale,
+        reward_scale=_scale(p),
         student=lp,
         teacher=lq,
         ref=lr,
@@ -341,6 +346,36 @@ def _advantages(
         hook=None if p.advantage_fn is None else hook,
         expected=expected,
     )
+
+
+@torch.no_grad()
+def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
+    """The problem with lambda (n,) of its ``reward_scale_fn``, called once for all tokens."""
+    assert p.reward_scale_fn is not None
+    values: dict[str, Tensor | None] = dict.fromkeys(COMPUTED)
+    log_p = _own_log_softmax(z)
+    values["student_entropy"] = _entropy(log_p)
+    values["student_logprobs"] = None if p.token_ids is None else _gather(log_p, p.token_ids)
+    pair = replace(p, reward_scale=1.0, divergence=ReverseKL())  # the student and a model in the teacher's place
+    support = _on_support(p, log_p) if p.options.estimator == "topk" else None
+    for name, _ in FROZEN:
+        values[f"{name}_logprobs"] = _frozen_scores(p, name)[0]
+        z_m = _frozen_logits(p, name)
+        if z_m is not None:
+            values[f"{name}_entropy"] = _entropy(_own_log_softmax(z_m))
+        if support is not None and p.options.tail == "sampled":
+            values[f"{name}_logprobs"] = _listed(p, getattr(support, name), support.token_ids)
+        elif support is not None:
+            values[f"kl_{name}"] = _topk(pair, _at(log_p, support.token_ids), getattr(support, name), None)[1]
+        elif p.options.joint:
+            values[f"kl_{name}"] = _full(pair, z, z_m, None)[1]
+    stats = computed_by(p, 0, p.rows.count, values.__getitem__)
+    return replace(p, reward_scale=call_function("reward_scale_fn", p.reward_scale_fn, stats, p.dtype))
+
+
+def _scale(p: Problem) -> float | Tensor:
+    assert p.reward_scale is not None
+    return p.reward_scale
 
 
 def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -396,6 +431,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             raise ValueError("the dense reference takes whole heads: gather the weights, got one with a shard")
     options, ids = p.options, p.token_ids
     z = _logits(p, p.student, 0, p.rows.count)
+    if p.reward_scale_fn is not None:
+        p = _with_reward_scale(p, z)
     kl = lp = lq = lr = None
     entropies: tuple[Tensor | None, Tensor | None] = (None, None)
     if options.joint:
@@ -440,7 +477,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             if options.baseline == "expected":  # the gradient with it, the value without
                 token_loss = value + (token_loss - token_loss.detach())
         elif "advantages" in p.reported:
-            vectors["advantages"], _ = advantage(p.reward_scale, lp.detach(), lq, lr)
+            vectors["advantages"], _ = advantage(_scale(p), lp.detach(), lq, lr)
     if p.labels is not None:
         label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
         vectors["label_logprobs"], labelled = label_report(label_logprobs.detach(), p.labels)

@@ -25,6 +25,8 @@ from .tokens import TokenRows, host_sync_forbidden
 def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tensor) -> GOPDOutput:
     """The output of a fused loss, from its token values and the statistics (STATISTICS, n)."""
     scale, rows, mask = problem.reward_scale, problem.rows, problem.mask
+    if scale is None:
+        scale = statistics[TokenRow.REWARD_SCALE]
     known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": problem.options.joint}
     # copies of what may be the caller's own memory, which may change before a field is read; neither has a gradient
     if mask is not None:

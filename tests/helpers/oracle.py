@@ -538,3 +538,38 @@ def row_statistics(
             at_equal = weighted(log_p, log_p)[1] / log_p.exp()
             out["CENTRE"] = (products - log_p.exp() * at_equal).sum()
     return {k: float(v) for k, v in out.items()}
+
+
+def token_stats(
+    student: Any, teacher: Any, ref: Any, token_ids: Tensor | None = None, support: list[list[int]] | None = None
+) -> dict[str, Tensor]:
+    """Log-probs and entropies of each model alone, and KL(p || q), KL(p || r), (n,) float64 by their names.
+
+    The divergences are over the joint support of the two models, or with ``support`` over the tokens that it lists for
+    each position, and the rest of the vocabulary as one more outcome.
+    """
+    z = [logits_of(x).detach().reshape(-1, logits_of(x).shape[-1]) for x in (student, teacher, ref)]
+    vocab = min(x.shape[-1] for x in z)
+    p, q, r = (x[:, :vocab] for x in z)
+    out = {}
+    for name, x in (("student", p), ("teacher", q), ("ref", r)):
+        out[f"{name}_entropy"] = torch.stack([_entropy(row) for row in x])
+        if token_ids is not None:
+            ids = token_ids.reshape(-1).tolist()
+            out[f"{name}_logprobs"] = torch.stack([_token_logprob(row, i) for row, i in zip(x, ids, strict=True)])
+    for name, other in (("kl_teacher", q), ("kl_ref", r)):
+        values = []
+        for t, (a, b) in enumerate(zip(p, other, strict=True)):
+            if support is None:
+                inside = (a != -math.inf) & (b != -math.inf)
+                log_a, log_b = _log_normalise(a[inside]), _log_normalise(b[inside])
+            else:
+                log_a, log_b = (_with_rest(_log_normalise(x), support[t]) for x in (a, b))
+            values.append((log_a.exp() * (log_a - log_b)).sum())
+        out[name] = torch.stack(values)
+    return out
+
+
+def _with_rest(log_p: Tensor, tokens: list[int]) -> Tensor:
+    listed = log_p[tokens]
+    return torch.cat((listed, (1 - listed.exp().sum()).log()[None]))

@@ -377,6 +377,14 @@ def _several_teachers() -> None:
         seen.append(stats.index)
         return stats.advantages.tanh()
 
+    def own_scale(stats: fg.TokenStats) -> torch.Tensor:
+        seen.append(stats.index)
+        scale = 1 + (stats.teacher_entropy - stats.ref_entropy + 0.1 * stats.student_logprobs).tanh()
+        return scale if stats.kl_teacher is None else scale * (stats.kl_ref - stats.kl_teacher).sigmoid()
+
+    topk = {"estimator": "topk", "k": 9}
+    for more in ({}, {"baseline": "expected"}, {"estimator": "full", "divergence": "jsd"}, topk):
+        _compare(whole, sharded, shard, 1e-11, teacher_index=index, reward_scale_fn=own_scale, **more)
     for options in ({"estimator": "full"}, {"advantage_fn": own_advantage}):
         _compare(whole, sharded, shard, 1e-12, teacher_index=index, reward_scale=1.25, **options)
     assert seen
@@ -621,6 +629,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "logprob_min": ({}, {"logprob_min": -9.0}, "-9.0 on rank"),
     "baseline": ({}, {"baseline": "expected"}, "expected on rank"),
     "advantage_fn": ({}, {"advantage_fn": lambda stats: stats.advantages}, "None on rank 0 and .*given on rank"),
+    "reward_scale_fn": ({}, {"reward_scale_fn": lambda s: s.student_entropy}, "None on rank 0 and .*given on rank"),
     "alpha": (FULL | {"divergence": "alpha"}, {"alpha": 0.25}, "None on rank 0 and .*0.25 on rank"),
     "skew": (FULL | {"divergence": "skew_kl"}, {"skew": 0.25}, "None on rank 0 and .*0.25 on rank"),
     "forward_weight": (FULL | {"divergence": "mixed"}, {"forward_weight": 0.25}, "None on rank 0 and .*0.25 on rank"),

@@ -39,10 +39,12 @@ class _FusedLoss(torch.autograd.Function):
         loss, values, statistics, gradients, scaling = core.fused_forward(problem, requires)
         ctx.scaling, ctx.requires, ctx.gradients = scaling, requires, gradients
         ctx.meta, ctx.ops = core.meta_of((rows, weight, bias)), problem.ops
-        known = problem.advantages
-        if problem.advantage_fn is not None:  # called once: a second backward uses these
-            known = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
-        save(ctx, problem, advantages=known)
+        known = {}  # the caller's functions are called once: a second backward uses these
+        if problem.advantage_fn is not None:
+            known["advantages"] = statistics[TokenRow.ADVANTAGE : TokenRow.REPORTED_ADVANTAGE + 1].clone()
+        if problem.reward_scale_fn is not None:
+            known["reward_scale"] = statistics[TokenRow.REWARD_SCALE].clone()
+        save(ctx, problem, **known)
         ctx.set_materialize_grads(False)
         return loss, (values, statistics)  # autograd takes no part in what a tuple holds
 
@@ -80,7 +82,7 @@ class _Recomputing(torch.autograd.Function):
         ctx.requires = RequiresGrad(*(ctx.needs_input_grad[:3]))
         ctx.meta, ctx.make = core.meta_of((rows, weight, bias)), make
         outputs, values, statistics, entries = core.forward(problem, make, ctx.requires)
-        # the advantages are in the statistics
+        # advantages, and lambda of a function, are in the statistics
         save(ctx, problem, statistics, *(entries or (None, None)))
         ctx.set_materialize_grads(False)
         if values is not None:

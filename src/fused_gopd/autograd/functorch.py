@@ -78,7 +78,7 @@ class _TransformedBackward(torch.autograd.Function):
         spec: Spec, requires: RequiresGrad, make: MakeEstimator, outputs: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         upstream, own, (statistics, ids, values) = tensors[:outputs], tensors[outputs:-3], tensors[-3:]
-        # the advantages are in the statistics
+        # advantages, and lambda of a function, are in the statistics
         problem: Problem = unflatten(without_forward(spec), own)
         entries = Entries(ids, values) if ids.ndim == 2 else None
         gradients = run.backward(problem, make, requires, statistics, entries, *upstream)

@@ -23,6 +23,7 @@ _FORWARD_ONLY: dict[str, Any] = {
     "mask": None,
     "cancelled": (),
     "advantage_fn": None,
+    "reward_scale_fn": None,
     "advantages": None,
     "reported": (),
 }
@@ -86,13 +87,14 @@ def _flattened(kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Spec
     return Spec(kind, fields)
 
 
-def flatten_for_backward(problem: Problem, tensors: list[Tensor], advantages: Tensor | None = None) -> Spec:
+def flatten_for_backward(problem: Problem, tensors: list[Tensor], known: dict[str, Tensor]) -> Spec:
     """:func:`flatten` of a problem without what only a forward needs. Ranks have agreed on the call.
 
     Args:
-        advantages: (2, n) those of an ``advantage_fn``, so that a second backward does not call it again.
+        known: fields that the forward has computed: what functions of the caller's have returned, so that a second
+            backward does not call them again.
     """
-    return _flattened(Problem, {**vars(problem), **_FORWARD_ONLY, "advantages": advantages}, tensors)
+    return _flattened(Problem, {**vars(problem), **_FORWARD_ONLY, **known}, tensors)
 
 
 def without_forward(spec: Spec) -> Spec:
@@ -110,7 +112,7 @@ def unflatten(x: Any, tensors: Sequence[Tensor | None]) -> Any:
     return tuple(unflatten(y, tensors) for y in x) if type(x) is tuple else x
 
 
-def save(ctx: Any, problem: Problem, *more: Tensor | None, advantages: Tensor | None = None) -> None:
+def save(ctx: Any, problem: Problem, *more: Tensor | None, **known: Tensor) -> None:
     """Keep a problem and other tensors for the backward, if there will be one; see :func:`flatten_for_backward`.
 
     Tensors made in inference mode (a teacher's) cannot be saved and are kept as attributes.
@@ -118,7 +120,7 @@ def save(ctx: Any, problem: Problem, *more: Tensor | None, advantages: Tensor | 
     if not any(ctx.needs_input_grad):
         return
     own: list[Tensor] = []
-    ctx.spec, ctx.more = flatten_for_backward(problem, own, advantages), len(more)
+    ctx.spec, ctx.more = flatten_for_backward(problem, own, known), len(more)
     tensors = [*own, *more]
     ctx.untracked = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
     for i in ctx.untracked:

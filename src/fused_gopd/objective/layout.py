@@ -18,6 +18,7 @@ class TokenRow(enum.IntEnum):
     GRADIENT_WEIGHT = len(Stat) + 4  # topk: of the logit gradient outside its token ids, see LogitGradient
     GRADIENT_ELSEWHERE = len(Stat) + 5
     LOGPROB_LABEL = len(Stat) + 6  # of the supervised term
+    REWARD_SCALE = len(Stat) + 7  # lambda, of a reward_scale_fn
 
 
 STATISTICS = len(Stat) + len(TokenRow)

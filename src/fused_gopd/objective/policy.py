@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..options import AdvantageFn, LossOptions, TokenStats
+from ..options import LossOptions
 from ..rowops import Policy, PolicyRule, Stat
 from .statistics import token_logprob
 from .target import bounded, mix, outside_support
@@ -63,23 +63,6 @@ def advantage(
     outside = outside_support(reward_scale, teacher, ref) | torch.isneginf(behaviour)
     value = bounded(mix(reward_scale, teacher, ref) - behaviour) + 0 * behaviour
     return torch.where(outside, torch.zeros_like(value), value), ~outside
-
-
-def call_hook(hook: AdvantageFn, stats: TokenStats) -> Tensor:
-    """The hook's advantages (C,), checked."""
-    with torch.no_grad():
-        value = hook(stats)
-    expected = stats.student_logprobs
-    if not isinstance(value, Tensor):
-        raise TypeError(f"advantage_fn must return a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"advantage_fn must return a float tensor, got {value.dtype}")
-    if value.shape != expected.shape or value.device != expected.device:
-        raise ValueError(
-            f"advantage_fn must return one advantage per token, shape {tuple(expected.shape)} on {expected.device}, "
-            f"got {tuple(value.shape)} on {value.device}"
-        )
-    return value.detach().to(expected.dtype)
 
 
 # (A or None, clamped log-probs of teacher and reference) -> advantages (C,)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...heads import Head, LinearHead
-from ...objective.layout import STATISTICS
+from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport
@@ -20,6 +20,7 @@ from ...problem import Problem, Route
 from ...rowops import GradientWeights, RowProblem, Stat
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
+from .token_stats import OfLogits, fill_reward_scale
 
 EVERY = slice(None)
 
@@ -49,6 +50,8 @@ class Support(NamedTuple):
     token_ids: Tensor  # (C, K) int64 over the whole vocabulary, -1 for none
     teacher: OnSupport | None
     ref: OnSupport | None
+    teacher_alone: Tensor | None  # (len(Stat), C) statistics, None where the scores are a server's
+    ref_alone: Tensor | None
 
 
 class Loaded(NamedTuple):
@@ -162,13 +165,22 @@ class Estimator:
         start, stop = chunk.start, chunk.stop
         ids, student = problem.token_ids, problem.student
         teacher, ref = (route.teacher, route.ref) if joint else (None, None)
+        student_rows = buffers.load(student, "student", start, stop, writable)
+        teacher_rows = None if teacher is None else buffers.load(teacher, "teacher", start, stop)
+        ref_rows = None if ref is None else buffers.load(ref, "ref", start, stop)
+        own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
+        if joint and problem.reward_scale_fn is not None:
+            rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
+            fill_reward_scale(
+                problem, chunk.statistics, chunk.start, chunk.stop, OfLogits(problem, self._columns, rows, own_ids)
+            )
         return RowProblem(
             self._columns,
-            buffers.load(student, "student", start, stop, writable),
-            teacher=None if teacher is None else buffers.load(teacher, "teacher", start, stop),
-            ref=None if ref is None else buffers.load(ref, "ref", start, stop),
-            reward_scale=reward_scale_of(problem, chunk.tokens) if joint else 1.0,
-            token_ids=None if ids is None else local_ids(student.shard, ids[start:stop]),
+            student_rows,
+            teacher=teacher_rows,
+            ref=ref_rows,
+            reward_scale=reward_scale_of(problem, chunk.statistics, chunk.tokens) if joint else 1.0,
+            token_ids=own_ids,
             divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
 
@@ -190,9 +202,12 @@ class Estimator:
             out.copy_(merge_over_ranks(shard, own, ids)[0])
 
 
-def reward_scale_of(problem: Problem, tokens: slice) -> float | Tensor:
-    """lambda, or lambda (C,) of some of the tokens."""
-    return problem.reward_scale[tokens] if isinstance(problem.reward_scale, Tensor) else problem.reward_scale
+def reward_scale_of(problem: Problem, statistics: Tensor, tokens: slice) -> float | Tensor:
+    """lambda, or lambda (C,) of some of the tokens; that of a ``reward_scale_fn`` is in the statistics."""
+    scale = problem.reward_scale
+    if scale is None:
+        return statistics[TokenRow.REWARD_SCALE, tokens]
+    return scale[tokens] if isinstance(scale, Tensor) else scale
 
 
 def model_logprobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...objective.layout import TokenRow
 from ...objective.logit_gradient import LogitGradient
 from ...rowops import GradientWeights, Stat
 from .base import (
@@ -30,6 +31,8 @@ class Full(Estimator):
         return LogitGradient(divergence=torch.ones_like(statistics[0, tokens]))
 
     def values(self, statistics: Tensor) -> TokenValues:
-        problem = self.problem
+        problem, scale = self.problem, self.problem.reward_scale
         own = statistics[: len(Stat)]
-        return TokenValues(problem.ops.losses(problem.divergence, problem.reward_scale, problem.has, own))
+        if scale is None:
+            scale = statistics[TokenRow.REWARD_SCALE]
+        return TokenValues(problem.ops.losses(problem.divergence, scale, problem.has, own))

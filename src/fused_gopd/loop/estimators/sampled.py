@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from ...objective.layout import TokenRow, statistics_rows
 from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
 from ...objective.statistics import entropy, frozen_alone
+from ...objective.token_functions import call_function
 from ...options import AdvantageFn, TokenStats
 from ...problem import Problem
 from ...rowops import GradientWeights, Policy, PolicyStat, Stat
@@ -27,6 +29,7 @@ from .base import (
     ones,
     reward_scale_of,
 )
+from .token_stats import MODELS, fill_reward_scale, known_of
 
 
 class Sampled(Estimator):
@@ -73,9 +76,29 @@ class Sampled(Estimator):
     def scored(self, chunk: Chunk) -> None:
         if self._by_rows:
             return
+        problem, tokens = self.problem, chunk.tokens
+        if problem.reward_scale_fn is not None and not problem.joint:  # where it is, lambda is known with the logits
+            fill_reward_scale(
+                problem, chunk.statistics, chunk.start, chunk.stop, functools.partial(self._statistic, chunk)
+            )
         used, reported = self._advantages(chunk)
-        chunk.statistics[TokenRow.ADVANTAGE, chunk.tokens] = used
-        chunk.statistics[TokenRow.REPORTED_ADVANTAGE, chunk.tokens] = reported
+        chunk.statistics[TokenRow.ADVANTAGE, tokens] = used
+        chunk.statistics[TokenRow.REPORTED_ADVANTAGE, tokens] = reported
+
+    def _statistic(self, chunk: Chunk, name: str) -> Tensor | None:
+        """(C,) one of the :class:`TokenStats` of models that are scored one by one."""
+        problem, statistics, tokens = self.problem, chunk.statistics, chunk.tokens
+        model, _, what = name.partition("_")
+        if what == "logprobs":
+            return model_logprobs(problem.has, statistics, tokens)[MODELS.index(model)]
+        if model == "student":
+            return entropy(statistics[:, tokens])
+        alone = frozen_alone(statistics, tokens)
+        if what != "entropy" or alone is None:
+            return None
+        i = MODELS.index(model) - 1
+        given = (problem.teacher_logprobs, problem.ref_logprobs)[i]
+        return entropy(alone[i]) if problem.has[i] and given is None else None
 
     def _advantages(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(C,) those of the gradient and those that the loss reports, once the log-probs are in the statistics."""
@@ -83,7 +106,7 @@ class Sampled(Estimator):
         if problem.advantages is not None:
             used, reported = problem.advantages[:, tokens]
             return used, reported
-        scale, expected = reward_scale_of(problem, tokens), None
+        scale, expected = reward_scale_of(problem, statistics, tokens), None
         if problem.options.baseline == "expected":
             expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
         student, teacher, ref = model_logprobs(problem.has, statistics, tokens)
@@ -100,30 +123,21 @@ class Sampled(Estimator):
 
     def _hook(self, function: AdvantageFn, chunk: Chunk, student: Tensor) -> policy.Hook:
         """The caller's ``advantage_fn`` as a function of A and of the log-probs, given all else of the chunk."""
-        problem, tokens, statistics = self.problem, chunk.tokens, chunk.statistics
-        index = problem.rows.index
-        index = torch.arange(chunk.start, chunk.stop, device=problem.device) if index is None else index[tokens]
-        scale, old = reward_scale_of(problem, tokens), rows_of(problem.old_logprobs, tokens)
-
-        alone = frozen_alone(statistics, tokens)
-
-        def entropy_of(i: int, given: Tensor | None) -> Tensor | None:
-            return entropy(alone[i]) if alone is not None and problem.has[i] and given is None else None
+        problem, scale = self.problem, reward_scale_of(self.problem, chunk.statistics, chunk.tokens)
 
         def hook(advantages: Tensor | None, teacher: Tensor | None, ref: Tensor | None) -> Tensor:
             stats = TokenStats(
-                index=index,
+                **known_of(problem, chunk.start, chunk.stop),
                 advantages=advantages,
                 student_logprobs=student,
                 teacher_logprobs=teacher,
                 ref_logprobs=ref,
-                old_logprobs=None if old is None else old.clone(),  # not the caller's own memory
-                student_entropy=entropy(statistics[:, tokens]),
-                teacher_entropy=entropy_of(0, problem.teacher_logprobs),
-                ref_entropy=entropy_of(1, problem.ref_logprobs),
+                student_entropy=entropy(chunk.statistics[:, chunk.tokens]),
+                teacher_entropy=self._statistic(chunk, "teacher_entropy"),
+                ref_entropy=self._statistic(chunk, "ref_entropy"),
                 reward_scale=scale.clone() if isinstance(scale, Tensor) else scale,
             )
-            return policy.call_hook(function, stats)
+            return call_function("advantage_fn", function, stats, problem.dtype)
 
         return hook
 
@@ -132,7 +146,7 @@ class Sampled(Estimator):
         assert alone is not None
         teacher, ref = (x if there else None for x, there in zip(alone, problem.has, strict=True))
         old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
-        return Policy(self._rule, reward_scale_of(problem, tokens), teacher, ref, old, rollout)
+        return Policy(self._rule, reward_scale_of(problem, statistics, tokens), teacher, ref, old, rollout)
 
     def _terms(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor:
         """(len(PolicyStat), C) losses and slopes; of all tokens at once where ratios are those of whole sequences."""

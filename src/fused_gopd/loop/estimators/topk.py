@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
-from ...objective.statistics import merge
+from ...objective.statistics import entropy, merge
 from ...objective.topk import OnSupport, term, with_sampled
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
@@ -22,8 +24,10 @@ from .base import (
     Scored,
     Support,
     TokenValues,
+    model_logprobs,
     reward_scale_of,
 )
+from .token_stats import MODELS, fill_reward_scale
 
 _STUDENT_STATS = (Stat.LOGSUM_STUDENT, Stat.MEAN_LOGIT, Stat.LOGIT_STUDENT, Stat.MAX_STUDENT)
 
@@ -49,6 +53,7 @@ class TopK(Estimator):
             ids = topk_ids(problem.student, row_problem.student, row_problem.vocab_size, k)
             ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
         models: list[OnSupport | None] = []
+        alone: list[Tensor | None] = []
         for head, given, logsum, logit in (
             (route.teacher, problem.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
             (route.ref, problem.ref_topk, Stat.LOGSUM_REF, Stat.LOGIT_REF),
@@ -61,26 +66,29 @@ class TopK(Estimator):
                     ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
                 sampled = rows_of(problem.token_ids, chunk.tokens)
                 own_sampled = None if sampled is None else local_ids(head.shard, sampled)
-                alone = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
-                scored, on_support, _ = statistics_on_support(problem.ops, alone, ids, sampled, head.shard)
+                whole = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
+                scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
                 statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
                 statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
                 models.append(on_support)
+                alone.append(scored)
             elif given is not None:
                 assert problem.support_ids is not None
                 ids = problem.support_ids[start:stop] if ids is None else ids
                 logprobs = given[start:stop].to(problem.dtype).masked_fill(ids < 0, -math.inf)
                 models.append(OnSupport(logprobs, None))
+                alone.append(None)
                 if tail == "sampled":  # the log-prob itself, its log-sum is 0
                     sampled = rows_of(problem.token_ids, chunk.tokens)
                     assert sampled is not None
                     statistics[logit, start:stop] = logprobs.masked_fill(ids != sampled[:, None], -math.inf).amax(1)
             else:
                 models.append(None)
+                alone.append(None)
         assert ids is not None
         if row_problem is None:
             row_problem = self._row_problem(chunk, joint=False, writable=True)
-        return Loaded(row_problem, Support(ids, *models))
+        return Loaded(row_problem, Support(ids, models[0], models[1], alone[0], alone[1]))
 
     def _with_sampled(self, chunk: Chunk, token_ids: Tensor) -> Tensor:
         assert self.problem.token_ids is not None
@@ -98,10 +106,13 @@ class TopK(Estimator):
         )
         for stat in _STUDENT_STATS:  # those of teacher and reference are there already
             chunk.own[stat] = scored[stat]
+        if problem.reward_scale_fn is not None:
+            compute = functools.partial(self._statistic, chunk, support, student, scored)
+            fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
-            reward_scale_of(problem, tokens),
+            reward_scale_of(problem, chunk.statistics, tokens),
             support.token_ids,
             student=student,
             teacher=support.teacher,
@@ -110,6 +121,23 @@ class TopK(Estimator):
         chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
         return Scored(scored, gradient, student.logprobs), extra
+
+    def _statistic(
+        self, chunk: Chunk, support: Support, student: OnSupport, scored: Tensor, name: str
+    ) -> Tensor | None:
+        """(C,) one of the :class:`TokenStats`; None for all tokens where a model's scores are a server's for some."""
+        problem, tail = self.problem, self.problem.options.tail
+        model, _, what = name.partition("_")
+        if what == "logprobs":
+            return model_logprobs(problem.has, chunk.statistics, chunk.tokens)[MODELS.index(model)]
+        if what == "entropy":
+            alone = (scored, support.teacher_alone, support.ref_alone)[MODELS.index(model)]
+            given = (None, problem.teacher_topk, problem.ref_topk)[MODELS.index(model)]
+            return None if alone is None or given is not None else entropy(alone)
+        if tail == "sampled":  # its support has a token more, where that lies outside
+            return None
+        other = support.teacher if what == "teacher" else support.ref
+        return term(tail, ReverseKL(), 1.0, support.token_ids, student=student, teacher=other, ref=None).kl
 
     def values(self, statistics: Tensor) -> TokenValues:
         return TokenValues(statistics[TokenRow.TOPK_LOSS])
