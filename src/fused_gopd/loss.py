@@ -78,7 +78,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         reduction: ``"token-mean"``, ``"seq-mean-token-mean"``, ``"seq-mean-token-sum"`` (sequences are dim 0, or
             those of cu_seqlens), ``"sum"`` or ``"none"``. ``"none"`` recomputes the logits in the backward, as
             ``ratio="sequence"`` does and, with float16 hidden states, what may make a gradient overflow before its
-            weight is applied (old_logprobs, rollout_logprobs, advantage_fn, sft_labels); all others do not.
+            weight is applied, or underflow beside it (old_logprobs, rollout_logprobs, advantage_fn, sft_labels,
+            token_weight); all others do not.
         token_weight: factor of each token's loss, detached: a tensor (...), or one value per sequence (B,), finite and
             not negative. A weight of 0 leaves the token in the divisor of a mean, ``mask`` takes it out. With a list
             of teachers ``w[teacher_index]`` weighs them. ``token_loss`` and metrics are those before the factor.

@@ -157,12 +157,12 @@ def recomputes_in_backward(call: LossCall) -> bool:
     So they are where the weights of the tokens are known only then (reduction "none"), and where the ratios of whole
     sequences are known only when all chunks are through. A low-precision ``Logits`` student recomputes too: no GEMM is
     repeated by it, and the gradient, which is the size of all logits, is rounded once with all factors applied. So do
-    float16 hidden states under ratios, importance weights, advantages or supervised weights of the caller's, which may
-    be so large that a gradient without its token weight overflows.
+    float16 hidden states under ratios, importance weights, advantages, token or supervised weights of the caller's,
+    which may be so large that a gradient without its weight overflows, or that beside one of them others underflow.
     """
     if call.reduction == "none" or call.ratio == "sequence":
         return True
-    factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels)
+    factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels, call.token_weight)
     return gradient_waits(call.student, any(x is not None for x in factors))
 
 

@@ -150,6 +150,20 @@ def test_float16_under_a_loss_scale(objective, reduction, backend):
         assert_close(got, want, 2e-3)  # products of float16 operands
 
 
+def test_float16_beside_a_weight_of_1e4_the_others_keep_their_digits(backend):
+    """Each row of the hidden states' gradient on its own: relative to the largest one 1e-4 would underflow."""
+    batch = make_batch(28, shape=(8,), dtype=torch.float16, masked=False)
+    w = torch.ones(8)
+    w[0] = 1e4
+
+    def rows(weight):
+        loss = fg.gopd_loss(*batch.models, batch.token_ids, reward_scale=1.25, estimator="full", token_weight=weight,
+                            normalizer=1e5, backend=backend).loss  # fmt: skip
+        return torch.autograd.grad(2**16 * loss, batch.leaves)[0]
+
+    assert torch.equal(rows(w)[1:], rows(torch.ones(8))[1:])
+
+
 def test_it_is_detached_and_masked_entries_have_no_effect():
     batch = make_batch(27, shape=SHAPE)
     w = weights()
