@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from .options import TokenStats
     from .output import GOPDOutput
     from .shards import VocabShard
+    from .targets import LogLinear, Mixture
 else:
     # The names above are imported at their first use, so that the command line starts without PyTorch.
     _HOMES = {
         "GOPDLoss": "loss",
         "GOPDOutput": "output",
         "LinearHead": "heads",
+        "LogLinear": "targets",
         "Logits": "heads",
         "Metrics": "metrics",
+        "Mixture": "targets",
         "TokenLogProbs": "heads",
         "TokenStats": "options",
         "TopKLogProbs": "heads",
@@ -55,8 +58,10 @@ __all__ = [
     "GOPDLoss",
     "GOPDOutput",
     "LinearHead",
+    "LogLinear",
     "Logits",
     "Metrics",
+    "Mixture",
     "TokenLogProbs",
     "TokenStats",
     "TopKLogProbs",

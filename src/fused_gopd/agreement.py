@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import refuse
-from .heads import LinearHead, Logits, Source, TopKLogProbs
+from .heads import LinearHead, Logits, TopKLogProbs
 from .options import ARGUMENTS as ARGUMENT_NAMES
 from .options import RULES, Agree
 from .shards import VocabShard
+from .targets import Composite, Frozen, members
 from .tokens import TokenRows
 
 # models first: of several arguments in which ranks differ the first is named
@@ -46,7 +47,7 @@ EXACT = (
     *(name for name, rule in ARGUMENTS.items() if rule is Agree.NUMBERS),
     *(name for name, rule in ARGUMENTS.items() if rule is Agree.TOKENS and name != "token_ids"),
     "token_ids",
-    *(f"{name}.token_ids" for name in _MODELS),
+    *(f"{name}.{field}" for field in ("token_ids", "weights") for name in _MODELS),
 )
 ROUNDED = (*_MODELS, *(name for name, rule in ARGUMENTS.items() if rule is Agree.ROUNDED))
 
@@ -71,12 +72,13 @@ class Agreement(NamedTuple):
 # ------------------------------------------------------------------------------------------------- what a rank brings
 
 
-def shared_by(models: Mapping[str, Sequence[Source]]) -> tuple[VocabShard, ...]:
+def shared_by(models: Mapping[str, Sequence[Frozen]]) -> tuple[VocabShard, ...]:
     """The shards of the models, one for each process group; none where no vocabulary is shared."""
     shards = {
         id(model.shard.group): model.shard
         for routed in models.values()
-        for model in routed
+        for made in routed
+        for model in (made.models if isinstance(made, Composite) else (made,))
         if isinstance(model, (LinearHead, Logits)) and model.shard is not None
     }
     return tuple(shards.values())
@@ -85,7 +87,7 @@ def shared_by(models: Mapping[str, Sequence[Source]]) -> tuple[VocabShard, ...]:
 def agreement_of(
     shards: tuple[VocabShard, ...],
     call: Mapping[str, Any],
-    models: Mapping[str, Sequence[Source]],
+    models: Mapping[str, Sequence[Frozen]],
     rows: TokenRows,
     slices: Sequence[tuple[int, int]],
     function: str = "gopd_loss",
@@ -94,7 +96,8 @@ def agreement_of(
 
     Args:
         shards: of ``models``.
-        call: every argument of a loss; tensors of the token shape as vectors (n,) of the live tokens.
+        call: every argument of a loss; tensors of the token shape as vectors (n,) of the live tokens. And
+            ``teacher.weights`` and ``ref.weights``, the tensors among those of a LogLinear or Mixture as one.
         models: those that are computed or read, one a route; none where lambda cancels them.
         rows, slices: the live tokens, and start and stop of every route among them.
         function: what is called; every function compares as many values.
@@ -106,8 +109,12 @@ def agreement_of(
     for name, rule in ARGUMENTS.items():
         value = call[name]
         if rule is Agree.MODELS:
-            given = value if isinstance(value, (list, tuple)) else [value]
-            options.append((name, _words([type(model).__name__ for model in given])))
+            models_given = value if isinstance(value, (list, tuple)) else [value]
+            options.append((name, _words([_kind(model) for model in models_given])))
+            given = [part for model in models_given for part in members(model)]
+            made = [weight for model in models_given if isinstance(model, Composite) for weight in model.weights]
+            options.append((f"{name}.weights", _words(made)))
+            exact[f"{name}.weights"] = call.get(f"{name}.weights")
             options += [
                 (f"{name}.{field}", _words([_field(model, field) for model in given]))
                 for field, how in FIELDS.items()
@@ -135,6 +142,12 @@ def agreement_of(
     )
 
 
+def _kind(model: object) -> str:
+    """The type of a model, and those of the models that it is made of."""
+    kind = type(model).__name__
+    return f"{kind} of {_words([_kind(x) for x in model.models])}" if isinstance(model, Composite) else kind
+
+
 def _field(model: object, field: str) -> object:
     """A field of a model in words, or None."""
     value = getattr(model, field, None)
@@ -156,7 +169,7 @@ def _words(value: object) -> str:
 
 
 def _scores(
-    models: Sequence[Source], rows: TokenRows, slices: Sequence[tuple[int, int]], cancelled: Tensor | None
+    models: Sequence[Frozen], rows: TokenRows, slices: Sequence[tuple[int, int]], cancelled: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Token ids, and numbers, of the live tokens of a model's routes, each as one vector.
 
@@ -165,7 +178,8 @@ def _scores(
     """
     ids, numbers = [], []
     places = [(2 * i + 1) * rows.count // (2 * _SAMPLED_ROWS) for i in range(_SAMPLED_ROWS if rows.count else 0)]
-    for model, (start, stop) in zip(models, slices, strict=False):
+    parts = ((part, cut) for model, cut in zip(models, slices, strict=False) for part in members(model))
+    for model, (start, stop) in parts:
         if isinstance(model, (LinearHead, Logits)):
             if isinstance(model, LinearHead) or model.shard is None:
                 sampled = [rows.take(model.rows.detach(), i, i + 1).double() for i in places if start <= i < stop]

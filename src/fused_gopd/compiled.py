@@ -39,10 +39,13 @@ from .report import report
 from .rowops.torch import accumulation_dtype
 from .scoring import prepare_scoring, topk_tokens
 from .shards import VocabShard
+from .targets import LogLinear, Mixture
 
 # ------------------------------------------------------------------------------------------ a call as an op's arguments
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LinearHead, Logits, TokenLogProbs, TopKLogProbs)}
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (LinearHead, Logits, TokenLogProbs, TopKLogProbs, LogLinear, Mixture)
+}
 
 
 class _Parts(NamedTuple):

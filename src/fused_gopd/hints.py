@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import options
-from .heads import Head, Source
+from .heads import Head
+from .targets import Frozen
 
-vars(options).update(torch=torch, Tensor=Tensor, Head=Head, Source=Source)
+vars(options).update(torch=torch, Tensor=Tensor, Head=Head, Frozen=Frozen)

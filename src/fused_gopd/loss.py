@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import autograd, compiled, hints  # noqa: F401
 from .checks import require_reverse_mode
-from .heads import Head, Source
+from .heads import Head
 from .nll import NLLCall, prepare_nll
 from .options import OPTIONS, PARAMETERS, RULES, LossCall, checked_options, refuse_unknown
 from .output import GOPDOutput
@@ -18,6 +18,7 @@ from .prepare import prepare
 from .report import report
 from .scoring import prepare_scoring, topk_tokens
 from .signatures import called_as
+from .targets import Frozen
 
 
 def _gopd_loss(call: LossCall) -> GOPDOutput:
@@ -316,8 +317,8 @@ class GOPDLoss(nn.Module):
     def forward(
         self,
         student: Head,
-        teacher: Source | Sequence[Source] | None,
-        ref: Source | Sequence[Source] | None = None,
+        teacher: Frozen | Sequence[Frozen] | None,
+        ref: Frozen | Sequence[Frozen] | None = None,
         token_ids: Tensor | None = None,
         **batch: Any,
     ) -> GOPDOutput:

@@ -11,17 +11,32 @@ import torch
 from torch import Tensor
 
 from .checks import require_device
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs, require_kind
+from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
 from .options import Estimator, LossCall, LossOptions
+from .problem import Combined
 from .rowops import FROZEN
 from .rowops.torch import accumulation_dtype
+from .targets import Composite, Frozen, LogLinear, Mixture
 
-Models = dict[str, tuple[Source, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
+Models = dict[str, tuple[Frozen, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
 
 
-def as_tuple(models: Any) -> tuple[Source, ...]:
+def as_tuple(models: Any) -> tuple[Frozen, ...]:
     return () if models is None else tuple(models) if isinstance(models, (list, tuple)) else (models,)
+
+
+def heads_of(models: Sequence[Frozen | Combined | None]) -> list[Head]:
+    """Those with a vocabulary axis, each of a model that is made of several but those with the weight 0."""
+    heads: list[Head] = []
+    for model in models:
+        if isinstance(model, Combined):
+            heads += [head for head in model.heads if head is not None]
+        elif isinstance(model, Composite):
+            heads += heads_of([x for x, _ in model.weighed])
+        elif isinstance(model, (LinearHead, Logits)):
+            heads.append(model)
+    return heads
 
 
 def needed_models(call: LossCall) -> Models:
@@ -35,7 +50,7 @@ def needed_models(call: LossCall) -> Models:
 def dtype_of(call: LossCall) -> torch.dtype:
     """Of accumulation and of the outputs: float64 where a model that is needed has it, else float32."""
     models = (call.student, *itertools.chain(*needed_models(call).values()))
-    return accumulation_dtype(*(x.rows for x in models if isinstance(x, (LinearHead, Logits))))
+    return accumulation_dtype(*(head.rows for head in heads_of(models)))
 
 
 def support_width(call: LossCall) -> int:
@@ -72,6 +87,15 @@ def named_models(name: str, models: object) -> dict[str, Any]:
     if not models:
         raise ValueError(f"{name} must not be an empty list")
     return {f"{name}[{i}]": model for i, model in enumerate(models)}
+
+
+def named_members(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Models by name, each that is made of several models as these: ``teacher.models[0]``."""
+    named: dict[str, Any] = {}
+    for name, model in models.items():
+        made_of = isinstance(model, Composite)
+        named |= {f"{name}.models[{i}]": x for i, x in enumerate(model.models)} if made_of else {name: model}
+    return named
 
 
 def check_sources(models: Mapping[str, Any], options: LossOptions, shape: torch.Size, device: torch.device) -> None:
@@ -175,7 +199,7 @@ def check_shards(student: Head, frozen: Mapping[str, Any], together: str, vocab_
             )
 
 
-def with_logits_dtype(options: LossOptions, default: torch.dtype, models: Mapping[str, Source]) -> LossOptions:
+def with_logits_dtype(options: LossOptions, default: torch.dtype, models: Mapping[str, Any]) -> LossOptions:
     """The options with None for the dtype of logits that is the default, that of accumulation.
 
     A library's product has the dtype of its operands or float32: nothing else can be asked for.
@@ -203,6 +227,8 @@ def with_logits_dtype(options: LossOptions, default: torch.dtype, models: Mappin
 
 def zero_masked(model: Any, mask: Tensor) -> Any:
     """The model with zeros at masked tokens, so that a NaN there reaches no result; where rows cannot be dropped."""
+    if isinstance(model, (LogLinear, Mixture)):
+        return type(model)([zero_masked(x, mask) for x in model.models], model.weights)
     masked = ~mask
     if isinstance(model, LinearHead):
         return replace(model, hidden=model.hidden.masked_fill(masked[..., None], 0))
@@ -218,9 +244,16 @@ def zero_masked(model: Any, mask: Tensor) -> Any:
     )
 
 
-def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = None) -> list[Head | None]:
-    """The models with a vocabulary axis, one a route; detached, since only the student receives gradients."""
-    heads: list[Head | None] = []
+def frozen_heads(
+    models: Sequence[Frozen],
+    cut: Callable[[Head], Head] | None = None,
+    combine: Callable[[Composite], Combined] | None = None,
+) -> list[Any]:
+    """The models with a vocabulary axis, one a route; detached, since only the student receives gradients.
+
+    A head each, a :class:`Combined` of ``combine``, or None.
+    """
+    heads: list[Any] = []
     for model in models:
         if isinstance(model, (LinearHead, Logits)):
             tensors: dict[str, Any] = model.tensors
@@ -229,6 +262,8 @@ def frozen_heads(models: Sequence[Source], cut: Callable[[Head], Head] | None = 
                     model = replace(model, **{name: x.detach() for name, x in tensors.items()})
                     break
             heads.append(model if cut is None else cut(model))
+        elif combine is not None and isinstance(model, Composite):
+            heads.append(combine(model))
         else:
             heads.append(None)
     return heads

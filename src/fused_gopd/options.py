@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .heads import Head, Source
+    from .heads import Head
+    from .targets import Frozen
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
@@ -339,8 +340,8 @@ class LossCall(LossOptions):
     """One call of :func:`fused_gopd.gopd_loss`: the models, the tensors of a batch and the options."""
 
     student: Head = field(metadata=_batch("Model whose tensors receive gradients.", Agree.MODELS))
-    teacher: Source | Sequence[Source] | None = field(metadata=_batch("Teacher, or a list of them.", Agree.MODELS))
-    ref: Source | Sequence[Source] | None = field(
+    teacher: Frozen | Sequence[Frozen] | None = field(metadata=_batch("Teacher, or a list of them.", Agree.MODELS))
+    ref: Frozen | Sequence[Frozen] | None = field(
         default=None, metadata=_batch("Reference, or one for each teacher.", Agree.MODELS)
     )
     token_ids: Tensor | None = field(default=None, metadata=_batch("(...) sampled tokens.", Agree.TOKENS))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_device, require_float, require_integer, require_shape
-from .heads import Head, LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.gemm import accumulates_low_precision
 from .models import (
@@ -24,7 +24,9 @@ from .models import (
     check_shards,
     check_sources,
     dtype_of,
+    heads_of,
     joint_vocab_size,
+    named_members,
     named_models,
     needed_models,
     require_models,
@@ -33,8 +35,10 @@ from .models import (
     with_logits_dtype,
 )
 from .options import DEFAULTS, LossCall, LossOptions, checked
+from .problem import Combined
 from .rowops import FROZEN
 from .server_scores import check_topk
+from .targets import Composite, Frozen, LogLinear, Mixture
 from .tokens import Sequences, check_cu_seqlens
 from .values import require_number
 
@@ -55,6 +59,7 @@ class Plan:
     chunk_sizes: tuple[int, int | None] | None  # see :func:`chunk_sizes`; None where a rank's columns decide
     dtype: torch.dtype  # of accumulation
     dtypes: set[torch.dtype]  # of the hidden states and logits of student and needed models
+    combined: bool  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
 
 
@@ -67,7 +72,7 @@ def _planned(call: LossCall) -> Plan:
         _check_exponentials(call)
     shape, device = student.token_shape, student.rows.device
     given = {name: named_models(name, getattr(call, name)) for name, _ in FROZEN}
-    frozen = given["teacher"] | given["ref"]
+    frozen = named_members(given["teacher"] | given["ref"])
     check_sources(frozen, options, shape, device)
     sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
     scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
@@ -75,6 +80,10 @@ def _planned(call: LossCall) -> Plan:
         number_per_token("forward_weight", call.forward_weight, sequences, device)
     if call.token_weight is not None:
         tensor_per_token("token_weight", call.token_weight, sequences, device)
+    for name, model in (given["teacher"] | given["ref"]).items():
+        if isinstance(model, Composite):
+            for i, weight in enumerate(model.weights):
+                number_per_token(f"{name}.weights[{i}]", weight, sequences, device)
     count, _ = check_routes(call, sequences, device)
     require_models(scale, given, call, options)
     _check_tokens(call, options, sequences, device)
@@ -87,8 +96,8 @@ def _planned(call: LossCall) -> Plan:
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
     if options.joint or options.estimator == "topk":
         together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
-        names = (name for name in frozen if name.split("[")[0] != cancelled)
-        check_shards(student, {name: frozen[name] for name in names}, together, vocab_size)
+        counting = {name: x for name, x in frozen.items() if cancelled is None or not name.startswith(cancelled)}
+        check_shards(student, counting, together, vocab_size)
     if options.estimator == "topk":
         # a single model is shared by all routes
         routed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
@@ -97,7 +106,6 @@ def _planned(call: LossCall) -> Plan:
     options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
     sharded = any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models)
-    heads = {name: [x for x in sources if isinstance(x, (LinearHead, Logits))] for name, sources in needed.items()}
     return Plan(
         options=options,
         routes=count,
@@ -108,19 +116,20 @@ def _planned(call: LossCall) -> Plan:
         reported=reported_fields(call),
         scores_elsewhere=any(not isinstance(model, (LinearHead, Logits)) for model in models),
         sharded=sharded,
-        chunk_sizes=None if sharded else chunk_sizes(student, heads, options, vocab_size, dtype),
+        chunk_sizes=None if sharded else chunk_sizes(student, needed, options, vocab_size, dtype),
         dtype=dtype,
-        dtypes={x.rows.dtype for x in (student, *heads["teacher"], *heads["ref"])},
+        dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
+        combined=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"])),
     )
 
 
-def _scores_tokens(models: Sequence[Source]) -> bool:
+def _scores_tokens(models: Sequence[Frozen]) -> bool:
     """Whether these models give the sampled tokens log-probs."""
     return any(not _without_sampled(model) for model in models)
 
 
-def _without_sampled(model: Source) -> bool:
+def _without_sampled(model: Frozen) -> bool:
     """Whether a model has no log-prob of the sampled token."""
     return isinstance(model, TopKLogProbs) and model.sampled_logprobs is None
 
@@ -292,21 +301,25 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
 
 def chunk_sizes(
     student: Head,
-    frozen: Mapping[str, Sequence[Head | None]],
+    frozen: Mapping[str, Sequence[Frozen | Combined | None]],  # those without a vocabulary axis have no buffer
     options: LossOptions,
     vocab_size: int,
     dtype: torch.dtype,  # of accumulation
     weight_gradient: bool | None = None,  # None: as the weight says
 ) -> tuple[int, int | None]:
     """Tokens per chunk, and those of the frozen models at a time where they are taken in sub-chunks."""
-    heads = [[student], *([head for head in x if head is not None] for x in frozen.values())]
-    linear = sum(any(isinstance(head, LinearHead) for head in x) for x in heads)
+    heads = [[student], *map(heads_of, frozen.values())]
     joint = options.joint
+    # a model that is made of several has a buffer for their sum; all such share one for the logits of one of them
+    made = [any(isinstance(x, (Composite, Combined)) and heads_of([x]) for x in models) for models in frozen.values()]
+    own = [any(isinstance(head, LinearHead) for head in x) for x in heads]
+    linear = sum(map(max, own, [False, *made])) + (joint and any(made))
+    two = options.support == "student" or (any(made) and options.estimator == "topk")
     if weight_gradient is None:
         weight_gradient = isinstance(student, LinearHead) and student.weight.requires_grad
     device_type, size = student.rows.device.type, options.chunk_size
     if size is None:
-        buffers = logits_buffers(joint, linear, options.support == "student", weight_gradient, device_type)
+        buffers = logits_buffers(joint, linear, two, weight_gradient, device_type)
         # of the rank that has the most: all of them go through the same chunks
         widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
         # stored exponentials are widened where products with them want float32
@@ -390,6 +403,11 @@ def _append(key: list[Any], value: Any) -> bool:
         sampled = value.sampled_logprobs
         key += (kind, *_meta(value.token_ids), *_meta(value.logprobs), None if sampled is None else _meta(sampled))
         return True
+    if kind is LogLinear or kind is Mixture:
+        key += (kind, len(value.models))
+        for weight in value.weights:
+            key += _meta(weight) if isinstance(weight, Tensor) else (weight == 0,)
+        return all(_append(key, model) for model in value.models)
     if callable(value):
         key.append(callable)
         return True

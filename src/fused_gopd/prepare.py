@@ -7,7 +7,7 @@ dense :mod:`fused_gopd.reference`, so that both accept and refuse the same input
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor
 from .agreement import Agreement, agreement_of, shared_by
 from .checks import IGNORE, refuse, require_device, require_logprobs
 from .heads import Head, Source, TokenLogProbs
-from .models import Models, as_tuple, frozen_heads, named_models, zero_masked
+from .models import Models, as_tuple, frozen_heads, named_members, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .options import ARGUMENTS, LossCall, LossOptions, Reduction
 from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token
-from .problem import Problem, Route
+from .problem import Combined, Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
+from .targets import Composite, Frozen, Mixture
 from .tokens import (
     Sequences,
     TokenRows,
@@ -88,13 +89,14 @@ def _check_scores(
         names = list(named_models(name, getattr(call, name)))
         names *= len(slices) if len(names) == 1 else 1
         for label, model, (start, stop) in zip(names, models[name], slices, strict=False):
-            if isinstance(model, TokenLogProbs):
-                counts = scale[start:stop] != cancelled_at if isinstance(scale, Tensor) else None
-                require_logprobs(f"{label}.logprobs", rows.take(model.logprobs.detach(), start, stop), counts)
+            counts = scale[start:stop] != cancelled_at if isinstance(scale, Tensor) else None
+            for part, scores in named_members({label: model}).items():
+                if isinstance(scores, TokenLogProbs):
+                    require_logprobs(f"{part}.logprobs", rows.take(scores.logprobs.detach(), start, stop), counts)
 
 
 def _sampled_logprobs(
-    models: Sequence[Source], rows: TokenRows, slices: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
+    models: Sequence[Frozen], rows: TokenRows, slices: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are."""
     if not any(isinstance(model, TokenLogProbs) for model in models):
@@ -104,6 +106,26 @@ def _sampled_logprobs(
         if isinstance(model, TokenLogProbs):
             out[start:stop] = rows.take(model.logprobs.detach(), start, stop)
     return out
+
+
+def _check_weight(model: Composite, weight: Tensor) -> None:
+    """A weight (n,) of the live tokens."""
+    wrong, least = ~weight.isfinite(), "finite"
+    if isinstance(model, Mixture):
+        wrong, least = wrong | (weight < 0), "finite and not negative"
+    refuse(wrong, weight, ValueError, f"weights of {type(model).__name__} must be {least} where not masked")
+
+
+def _scorable(models: Sequence[Frozen], combine: Callable[[Composite], Combined]) -> tuple[Source | Combined, ...]:
+    """Models that lambda cancels, as :func:`fused_gopd.scoring.logprobs_under` takes them."""
+    return tuple([combine(model) if isinstance(model, Composite) else model for model in models])
+
+
+def _weights_of(models: Sequence[object]) -> Tensor | None:
+    """The weights of routes' models that are tensors, as one vector."""
+    made = [weight for model in models if isinstance(model, Combined) for weight in model.weights]
+    tensors = [weight for weight in made if isinstance(weight, Tensor)]
+    return torch.cat(tensors) if tensors else None
 
 
 def check_normalizer(
@@ -248,6 +270,32 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         teacher_logprobs, ref_logprobs = (
             _sampled_logprobs(needed[name], rows, slices, dtype, device) for name in ("teacher", "ref")
         )
+
+    def cut(head: Head) -> Head:
+        """The columns of the joint vocabulary that this rank computes."""
+        if head.shard is not None:
+            return replace(head, shard=head.shard.within(vocab_size))
+        if call.student.shard is not None and (options.joint or options.estimator == "topk"):
+            return head.part(call.student.shard.within(vocab_size))
+        return head
+
+    def combine(model: Composite) -> Combined:
+        """A model made of several on the live tokens, without those that have the weight 0."""
+        heads, scores, weights = [], [], []
+        for part, weight in model.weighed:
+            heads += frozen_heads([part], cut if plan.sharded else None)
+            scores.append(logprobs("", part.logprobs, False) if isinstance(part, TokenLogProbs) else None)
+            if isinstance(weight, Tensor):
+                each = number_per_token("weights", weight, sequences, device)
+                assert isinstance(each, Tensor)
+                weight = live(each, 1).to(dtype).contiguous()
+                _check_weight(model, weight)
+            weights.append(weight)
+        return Combined(
+            heads=tuple(heads), logprobs=tuple(scores), weights=tuple(weights), mixture=isinstance(model, Mixture)
+        )
+
+    heads = {name: frozen_heads(x, cut if plan.sharded else None, combine) for name, x in needed.items()}
     agreement: Agreement | None = None
     if plan.sharded:
         models = {"student": (student,) * plan.routes, **scored}
@@ -266,19 +314,10 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
                 "rollout_logprobs": rollout,
                 "sft_labels": labels,
             }
+            values |= {f"{name}.weights": _weights_of(x) for name, x in heads.items()}
             agreement = agreement_of(shards, values, models, rows, slices)
-
-    def cut(head: Head) -> Head:
-        """The columns of the joint vocabulary that this rank computes."""
-        if head.shard is not None:
-            return replace(head, shard=head.shard.within(vocab_size))
-        if call.student.shard is not None and (options.joint or options.estimator == "topk"):
-            return head.part(call.student.shard.within(vocab_size))
-        return head
-
     if plan.sharded:
         student = cut(student)
-    heads = {name: frozen_heads(x, cut if plan.sharded else None) for name, x in needed.items()}
     sizes = plan.chunk_sizes
     if sizes is None or weight_gradient is not None:
         sizes = chunk_sizes(student, heads, options, vocab_size, dtype, weight_gradient)
@@ -301,6 +340,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         vocab_size=vocab_size,
         reward_scale=scale if call.reward_scale_fn is None else None,
         reward_scale_fn=call.reward_scale_fn,
+        combined=plan.combined,
         has=plan.has,
         token_ids=ids,
         old_logprobs=old,
@@ -318,7 +358,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,
-        cancelled=((cancelled, routed[cancelled]),) if cancelled and scored[cancelled] else (),
+        cancelled=((cancelled, _scorable(routed[cancelled], combine)),) if cancelled and scored[cancelled] else (),
         agreement=agreement,
         ops=ops,
         chunk_size=sizes[0],

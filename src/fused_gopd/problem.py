@@ -16,21 +16,47 @@ from .objective.supervised import NLL
 from .options import AdvantageFn, LossOptions, RewardScaleFn
 from .records import record
 from .rowops import RowOps
+from .shards import VocabShard
 from .tokens import Sequences, TokenRows
+
+
+@record(frozen=True, eq=False, kw_only=True)
+class Combined:
+    """A :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture`, without the models that have the weight 0.
+
+    Every model has a head, detached and cut to this rank's columns, or log-probs of the sampled tokens.
+    """
+
+    heads: tuple[Head | None, ...]
+    logprobs: tuple[Tensor | None, ...]  # (n,)
+    weights: tuple[float | Tensor, ...]  # tensor: (n,)
+    mixture: bool
+
+    @property
+    def shard(self) -> VocabShard | None:
+        """The columns of this rank, which are those of all heads."""
+        return next((head.shard for head in self.heads if head is not None), None)
+
+    def weights_of(self, tokens: slice) -> list[float | Tensor]:
+        """Those of some of the tokens, tensors as (C,)."""
+        return [weight[tokens] if isinstance(weight, Tensor) else weight for weight in self.weights]
+
+
+FrozenModel = Head | Combined
 
 
 @record(frozen=True, eq=False, kw_only=True)
 class Route:
     """The live tokens [start, stop) and the frozen models that they have.
 
-    ``teacher`` and ``ref`` are heads with a vocabulary axis, detached and cut to this rank's columns; None where lambda
-    cancels the model or its scores were computed elsewhere.
+    ``teacher`` and ``ref`` are heads with a vocabulary axis, detached and cut to this rank's columns, or made of
+    several models; None where lambda cancels the model or its scores were computed elsewhere.
     """
 
     start: int
     stop: int
-    teacher: Head | None = None
-    ref: Head | None = None
+    teacher: FrozenModel | None = None
+    ref: FrozenModel | None = None
 
 
 @record(frozen=True, eq=False, kw_only=True)
@@ -48,6 +74,7 @@ class Problem:
     # tensor: (n,), in ``dtype``; None: what a reward_scale_fn has returned, in the statistics (TokenRow.REWARD_SCALE)
     reward_scale: float | Tensor | None = 1.0
     reward_scale_fn: RewardScaleFn | None = None
+    combined: bool = False  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)
@@ -66,7 +93,9 @@ class Problem:
     recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
     reported: tuple[str, ...] = ()  # the vectors of the output that are not None
-    cancelled: tuple[tuple[str, tuple[Source, ...]], ...] = ()  # "teacher" or "ref" given, not needed; one a route
+    cancelled: tuple[
+        tuple[str, tuple[Source | Combined, ...]], ...
+    ] = ()  # "teacher" or "ref" given, not needed; one a route
     agreement: Agreement | None = None  # where ranks share a vocabulary
     ops: RowOps
     chunk_size: int

@@ -20,6 +20,7 @@ from .loop.estimators.token_stats import COMPUTED, computed_by
 from .loop.gemm import without_autocast
 from .models import named_models
 from .nll import NLLCall, prepare_nll
+from .objective.combination import combined
 from .objective.divergences import OneRound, Outcomes, ReverseKL
 from .objective.policy import advantage, advantages_of, rule_of
 from .objective.supervised import label_report
@@ -28,7 +29,7 @@ from .objective.token_functions import call_function
 from .options import LossCall, TokenStats
 from .output import GOPDOutput
 from .prepare import prepare
-from .problem import Problem, Route
+from .problem import Combined, Problem, Route
 from .report import output_of
 from .rowops import FROZEN
 from .rowops.torch import TorchRowOps
@@ -93,8 +94,28 @@ def _frozen_logits(p: Problem, name: str) -> Tensor | None:
     heads = [(getattr(route, name), route) for route in p.routes]
     if any(head is None for head, _ in heads):
         return None
-    parts = [_logits(p, head, route.start, route.stop) for head, route in heads]
+    parts = [
+        _sum(p, head, route) if isinstance(head, Combined) else _logits(p, head, route.start, route.stop)
+        for head, route in heads
+    ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _sum(p: Problem, model: Combined, route: Route) -> Tensor:
+    """(stop - start, V) log-probs of a route's model that is made of several, not normalised."""
+    logprobs = [_own_log_softmax(_logits(p, x, route.start, route.stop)) for x in model.heads if x is not None]
+    weights = [w[:, None] if isinstance(w, Tensor) else w for w in model.weights_of(slice(route.start, route.stop))]
+    return combined(logprobs, weights, model.mixture)
+
+
+def _is_sum(p: Problem, name: str, like: Tensor) -> Tensor | None:
+    """(n, 1) bool, the tokens whose model is made of several; None where there is none."""
+    if not p.combined:
+        return None
+    out = torch.zeros_like(like[:, :1], dtype=torch.bool)
+    for route in p.routes:
+        out[route.start : route.stop] = isinstance(getattr(route, name), Combined)
+    return out
 
 
 def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -104,10 +125,19 @@ def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]
     given = p.teacher_logprobs if name == "teacher" else p.ref_logprobs
     scores, entropies = [], []
     for route in p.routes:
-        head = getattr(route, name)
-        if head is not None:
+        head, tokens = getattr(route, name), slice(route.start, route.stop)
+        if isinstance(head, Combined):
+            own: list[Tensor] = []
+            for part, scored in zip(head.heads, head.logprobs, strict=True):
+                if part is not None:
+                    log_p = _own_log_softmax(_logits(p, part, route.start, route.stop))
+                    own.append(_gather(log_p, p.token_ids[tokens]))
+                elif scored is not None:
+                    own.append(scored[tokens])
+            scores.append(combined(own, head.weights_of(tokens), head.mixture))
+        elif head is not None:
             log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
-            scores.append(_gather(log_p, p.token_ids[route.start : route.stop]))
+            scores.append(_gather(log_p, p.token_ids[tokens]))
             entropies.append(_entropy(log_p))
         elif given is not None:
             scores.append(given[route.start : route.stop])
@@ -139,19 +169,22 @@ def _full(
                 outside = other == -math.inf
                 support = support & ~(outside & (column != cancelled_at) if isinstance(column, Tensor) else outside)
 
-    def other_logp(other: Tensor | None, cancelled_at: float) -> Tensor | None:
+    def other_logp(other: Tensor | None, name: str, cancelled_at: float) -> Tensor | None:
         if other is None:
             return None
         if isinstance(column, Tensor) and support is not None:
             other = other.masked_fill(column == cancelled_at, 0)
-        return _log_softmax(other, support)
+        logp, as_it_is = _log_softmax(other, support), _is_sum(p, name, other)
+        if as_it_is is None:
+            return logp
+        return logp.where(~as_it_is, other if support is None else other.masked_fill(~support, -math.inf))
 
     def inside(x: Tensor) -> Tensor:
         """0 outside the support, before any arithmetic that would make a NaN there."""
         return x if support is None else x.masked_fill(~support, 0)
 
     log_p = _log_softmax(z, support)
-    log_q, log_r = (other_logp(x, cancelled_at) for x, (_, cancelled_at) in zip((z_q, z_r), FROZEN, strict=True))
+    log_q, log_r = (other_logp(x, name, at) for x, (name, at) in zip((z_q, z_r), FROZEN, strict=True))
     mixed = mix(column, *(None if x is None else inside(x) for x in (log_q, log_r)))
     lowest, highest = torch.finfo(mixed.dtype).min, torch.finfo(mixed.dtype).max
     # log_softmax takes it relative to its maximum, and may leave the finite range
@@ -186,6 +219,25 @@ def _listed(p: Problem, scores: Tensor | None, token_ids: Tensor) -> Tensor | No
     return None if scores is None else scores.masked_fill(token_ids != p.token_ids[:, None], -math.inf).amax(1)
 
 
+class _Parts(NamedTuple):
+    """The models that teachers or references are made of; one alone is a sum of one."""
+
+    logprobs: list[Tensor]  # (n, K) each
+    weights: list[Tensor]  # (n, 1) each, 0 where a token has fewer models
+    mixture: Tensor  # (n, 1) bool
+
+    def total(self, logprobs: list[Tensor]) -> Tensor:
+        """(n, ...) from values of each model."""
+        logs, probabilities = (combined(logprobs, self.weights, mixture) for mixture in (False, True))
+        return probabilities.where(self.mixture, logs)
+
+    def all_of(self, each: list[Tensor]) -> Tensor:
+        """(n, 1) bool: whether one model of a sum of log-probs is so, all models of a mixture are."""
+        counted = [(x, weight != 0) for x, weight in zip(each, self.weights, strict=True)]
+        one = torch.stack([x & counts for x, counts in counted]).any(0)
+        return torch.stack([x | ~counts for x, counts in counted]).all(0).where(self.mixture, one)
+
+
 class _OnSupport(NamedTuple):
     """Teacher and reference on the tokens of topk."""
 
@@ -193,6 +245,28 @@ class _OnSupport(NamedTuple):
     teacher: Tensor | None  # (n, K) log-probs there
     ref: Tensor | None
     has_nan: Tensor  # (n,) bool, NaN anywhere in a model that counts
+    parts: tuple[_Parts | None, _Parts | None]  # of teacher and ref, where any is made of several models
+
+
+def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts | None:
+    """The models that a route's teacher or reference is made of, on the tokens of topk; ``given`` is that of others."""
+    if given is None or not p.combined:
+        return None
+    routes = [(getattr(route, name), slice(route.start, route.stop)) for route in p.routes]
+    count = max([len(model.heads) if isinstance(model, Combined) else 1 for model, _ in routes])
+    logprobs, weights = (torch.full_like(given, -math.inf).repeat(count, 1, 1) for _ in range(2))
+    weights, mixture = torch.zeros_like(weights[:, :, :1]), torch.zeros_like(given[:, :1], dtype=torch.bool)
+    for model, tokens in routes:
+        if not isinstance(model, Combined):
+            logprobs[0, tokens], weights[0, tokens] = given[tokens], 1
+            continue
+        mixture[tokens] = model.mixture
+        for i, (head, weight) in enumerate(zip(model.heads, model.weights_of(tokens), strict=True)):
+            assert head is not None
+            own = _own_log_softmax(_logits(p, head, tokens.start, tokens.stop))
+            logprobs[i, tokens] = _at(own, ids[tokens])
+            weights[i, tokens] = weight[:, None] if isinstance(weight, Tensor) else weight
+    return _Parts(list(logprobs), list(weights), mixture)
 
 
 def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
@@ -215,7 +289,8 @@ def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
         for (name, cancelled_at), given in zip(FROZEN, (p.teacher_topk, p.ref_topk), strict=True):
             head = getattr(route, name)
             if head is not None:
-                log_m = _own_log_softmax(_logits(p, head, route.start, route.stop))
+                made = isinstance(head, Combined)
+                log_m = _sum(p, head, route) if made else _own_log_softmax(_logits(p, head, route.start, route.stop))
                 ids = largest(log_m, tokens) if ids is None else ids
                 scores.append(_at(log_m, ids))
                 counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
@@ -237,15 +312,16 @@ def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
     ids = together([ids for ids, _ in parts], -1)
     assert ids is not None
     teacher, ref = (together([scores[j] for _, scores in parts], -math.inf) for j in range(2))
-    return _OnSupport(ids, teacher, ref, has_nan)
+    made_of = _parts(p, "teacher", ids, teacher), _parts(p, "ref", ids, ref)
+    return _OnSupport(token_ids=ids, teacher=teacher, ref=ref, has_nan=has_nan, parts=made_of)
 
 
-def _with_score_function(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
+def _with_score_function(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tensor]:
     """Token loss of ``tail="sampled"``: log-probs (n, 1 + K) are of the sampled token outside S and of the tokens of S.
 
     The value is sum w d with w = p in S and 1 outside, the gradient that of sum w d log p with w d constant.
     """
-    lam = _scale(p)
+    lam, lq, lr = _scale(p), support.teacher, support.ref
     lam = lam[:, None] if isinstance(lam, Tensor) else lam
     outside = lp.detach() == -math.inf
     for x, (_, cancelled_at) in zip((lq, lr), FROZEN, strict=True):
@@ -263,9 +339,9 @@ def _with_score_function(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor |
     return value + (slope - slope.detach()), torch.zeros_like(value)
 
 
-def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple[Tensor, Tensor]:
+def _topk(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tensor]:
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
-    lam = _scale(p)
+    lam, lq, lr = _scale(p), support.teacher, support.ref
     lam = lam[:, None] if isinstance(lam, Tensor) else lam
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
     used = [(x, every & (lam != at)) for x, (_, at) in zip((lq, lr), FROZEN, strict=True) if x is not None]
@@ -282,13 +358,25 @@ def _topk(p: Problem, lp: Tensor, lq: Tensor | None, lr: Tensor | None) -> tuple
         rest = 1 - x.exp().sum(1, keepdim=True)
         return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), 1).log()), 1)
 
-    log_p, log_q, log_r = (None if x is None else with_bucket(x) for x in (lp, lq, lr))
+    def of_model(x: Tensor | None, parts: _Parts | None) -> Tensor | None:
+        if x is None or parts is None:
+            return None if x is None else with_bucket(x)
+        own = parts.total([with_bucket(part) for part in parts.logprobs])
+        if p.options.tail == "renormalize":  # a mixture is a model as a whole
+            own = with_bucket(x).where(parts.mixture, own)
+        return own
+
+    def is_light(x: Tensor) -> Tensor:
+        return 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True) < 1e-6
+
+    log_p, log_q, log_r = (of_model(*x) for x in ((lp, None), *zip((lq, lr), support.parts, strict=True)))
     assert log_p is not None
     if p.options.tail != "renormalize":
-        bucket = every
-        for x, needed in [(lp.detach(), every), *used]:
-            rest = 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True)
-            bucket = bucket & ~((rest < 1e-6) & needed)
+        bucket = every & ~is_light(lp.detach())
+        for whole, parts, (_, at) in zip((lq, lr), support.parts, FROZEN, strict=True):
+            if whole is not None:
+                light = is_light(whole) if parts is None else parts.all_of([is_light(part) for part in parts.logprobs])
+                bucket = bucket & ~(light & (lam != at))
         inside = torch.cat((inside, bucket), 1)
     log_p, mixed = log_p.masked_fill(~inside, 0), mix(lam, log_q, log_r).masked_fill(~inside, 0)
     empty = ~inside.any(1, keepdim=True)
@@ -361,12 +449,15 @@ def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
     for name, _ in FROZEN:
         values[f"{name}_logprobs"] = _frozen_scores(p, name)[0]
         z_m = _frozen_logits(p, name)
-        if z_m is not None:
+        one_by_one = not p.options.joint and any(isinstance(getattr(route, name), Combined) for route in p.routes)
+        if z_m is not None and not one_by_one:
             values[f"{name}_entropy"] = _entropy(_own_log_softmax(z_m))
         if support is not None and p.options.tail == "sampled":
             values[f"{name}_logprobs"] = _listed(p, getattr(support, name), support.token_ids)
         elif support is not None:
-            values[f"kl_{name}"] = _topk(pair, _at(log_p, support.token_ids), getattr(support, name), None)[1]
+            parts = support.parts[name == "ref"]
+            alone = support._replace(teacher=getattr(support, name), ref=None, parts=(parts, None))
+            values[f"kl_{name}"] = _topk(pair, _at(log_p, support.token_ids), alone)[1]
         elif p.options.joint:
             values[f"kl_{name}"] = _full(pair, z, z_m, None)[1]
     stats = computed_by(p, 0, p.rows.count, values.__getitem__)
@@ -458,7 +549,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
                     assert ids is not None
                     lq, lr = (_listed(p, x, support.token_ids) for x in (support.teacher, support.ref))
             term = _with_score_function if options.tail == "sampled" else _topk
-            token_loss, kl = term(p, _at(log_p, support.token_ids), support.teacher, support.ref)
+            token_loss, kl = term(p, _at(log_p, support.token_ids), support)
             # a NaN anywhere in the row shows, also where no token of the row is in the support
             bad = support.has_nan
             token_loss = torch.where(bad, z.masked_fill(~bad[:, None], 0).sum(1) * math.nan, token_loss)

@@ -16,9 +16,10 @@ from .checks import require_device, require_integer, require_reverse_mode, requi
 from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
 from .loop.chunking import chunk_size_for
 from .models import frozen_heads, joint_vocab_size, zero_masked
+from .objective import combination
 from .objective.divergences import ReverseKL
 from .options import DEFAULTS, LossOptions, checked
-from .problem import Problem, Route
+from .problem import Combined, Problem, Route
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
 from .tokens import Sequences, TokenRows, check_mask, live_rows, live_token_ids
@@ -117,22 +118,34 @@ def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logprobs_under(models: Sequence[Source], problem: Problem) -> Tensor:
+def logprobs_under(models: Sequence[Source | Combined], problem: Problem) -> Tensor:
     """log-probs (n,) of a loss's sampled tokens under models, one a route, that the loss itself does not need."""
     out = torch.zeros(problem.rows.count, dtype=problem.dtype, device=problem.device)
-    assert problem.token_ids is not None
-    heads = frozen_heads(models, lambda head: head)
-    for model, head, route in zip(models, heads, problem.routes, strict=True):
-        cut, rows = slice(route.start, route.stop), problem.rows
-        if isinstance(model, TokenLogProbs):
-            out[cut] = rows.take(model.logprobs.detach(), route.start, route.stop)
-        elif head is not None:
-            if len(problem.routes) > 1:
-                assert rows.index is not None
-                rows = TokenRows(rows.shape, rows.index[cut])
-            if head.shard is not None:
-                head = replace(head, shard=head.shard.within(problem.vocab_size))
-            size, backend = problem.chunk_size, problem.options.backend
-            alone = _problem(head, rows, problem.token_ids[cut], problem.vocab_size, size, backend)
-            out[cut] = autograd.token_logprobs(alone)[0]
+    for model, route in zip(models, problem.routes, strict=True):
+        cut = slice(route.start, route.stop)
+        if isinstance(model, Combined):
+            parts = (
+                _logprobs_of_route(head, problem, route) if given is None else given[cut]
+                for head, given in zip(model.heads, model.logprobs, strict=True)
+            )
+            out[cut] = combination.combined(list(parts), model.weights_of(cut), model.mixture)
+        else:
+            out[cut] = _logprobs_of_route(model, problem, route)
     return out
+
+
+def _logprobs_of_route(model: Source | None, problem: Problem, route: Route) -> Tensor:
+    """log-probs of a route's sampled tokens under one model."""
+    rows, ids = problem.rows, problem.token_ids
+    if isinstance(model, TokenLogProbs):
+        return rows.take(model.logprobs.detach(), route.start, route.stop)
+    (head,) = frozen_heads([] if model is None else [model], lambda head: head)
+    assert ids is not None
+    if len(problem.routes) > 1:
+        assert rows.index is not None
+        rows = TokenRows(rows.shape, rows.index[route.start : route.stop])
+    if head.shard is not None:
+        head = replace(head, shard=head.shard.within(problem.vocab_size))
+    size, backend = problem.chunk_size, problem.options.backend
+    alone = _problem(head, rows, ids[route.start : route.stop], problem.vocab_size, size, backend)
+    return autograd.token_logprobs(alone)[0]

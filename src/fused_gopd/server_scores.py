@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .checks import refuse
-from .heads import Source, TopKLogProbs
+from .heads import TopKLogProbs
 from .objective.topk import with_sampled
 from .options import LossOptions
 from .rowops import FROZEN
+from .targets import Frozen
 from .tokens import TokenRows
 
 # More than the whole vocabulary's mass by as much as log-probs rounded to bfloat16 may make it: 2^-8 of a log-prob of
@@ -23,7 +24,7 @@ _MOST_MASS = 1.1
 # Entries that are checked at once: checking all of a long batch would take several times its own memory.
 _CHECKED = 1 << 20
 
-Models = tuple[Source, ...]  # one a route, none where no model is needed
+Models = tuple[Frozen, ...]  # one a route, none where no model is needed
 
 
 def check_topk(options: LossOptions, teacher: Models, ref: Models, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ LAYERS = (
     "checks dynamo hooks installing printing records signatures values",
     "shards",
     "heads",
+    "targets",
     "rowops objective options tokens",
     "agreement hints server_scores",
     "problem",

@@ -147,6 +147,9 @@ def widened(head: Any) -> Any:
     """The head in float64, on fresh leaves where it was trainable."""
     if head is None:
         return None
+    if hasattr(head, "models"):
+        weights = [w.double() if isinstance(w, Tensor) else w for w in head.weights]
+        return type(head)([widened(x) for x in head.models], weights)
     wide = {
         k: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for k, x in head.tensors.items()

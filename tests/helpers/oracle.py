@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,50 @@ def divergence_terms(divergence: str, x: float, log_p: Tensor, log_t: Tensor, mi
     return forward if divergence == "forward_kl" or (divergence == "alpha" and x) else reverse
 
 
+@dataclass
+class Made:
+    """A model made of several: of each its logits (n, V), or its log-probs (n,) of the sampled tokens, and weights."""
+
+    models: list[Tensor]
+    weights: list[list[float]]
+    mixture: bool
+
+    def total(self, logprobs: list[Tensor], t: int) -> Tensor:
+        """sum w log q, or log sum w q; -inf where a model that counts (of a mixture: all) has -inf."""
+        pairs = [(x, each[t]) for x, each in zip(logprobs, self.weights, strict=True) if each[t] != 0]
+        if self.mixture:
+            return torch.stack([w * x.exp() for x, w in pairs]).sum(0).log() if pairs else logprobs[0] - math.inf
+        if not pairs:
+            return torch.zeros_like(logprobs[0])
+        gone = torch.stack([x == -math.inf for x, _ in pairs]).any(0)
+        return torch.stack([w * x.masked_fill(gone, 0) for x, w in pairs]).sum(0).masked_fill(gone, -math.inf)
+
+    def row(self, t: int) -> Tensor:
+        """(V,) log of one token's distribution, not normalised."""
+        return self.total([_in_full(_all_scores(x[t]), x[t]) for x in self.models], t)
+
+    def scores(self, t: int) -> list[tuple[Scores, float]]:
+        return [(_all_scores(x[t]), each[t]) for x, each in zip(self.models, self.weights, strict=True)]
+
+    def token(self, t: int, token: int) -> Tensor:
+        return self.total([x[t] if x.ndim == 1 else _token_logprob(x[t], token) for x in self.models], t)
+
+
+def _in_full(scores: Scores, like: Tensor) -> Tensor:
+    out = torch.full_like(like, -math.inf)
+    for token, x in scores.items():
+        out[token] = x
+    return out
+
+
 def _full_token(
-    z: Tensor, z_q: Tensor | None, z_r: Tensor | None, lam: float, divergence: str, parameter: float
+    z: Tensor,
+    z_q: Tensor | None,
+    z_r: Tensor | None,
+    lam: float,
+    divergence: str,
+    parameter: float,
+    made: Sequence[Made | None] = (None, None),  # rows of teacher and reference that are made of several models
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scores]:
     """Value, KL(p || target), entropy of p, (3, V) log-probs over the joint support, and p's by id, for one token."""
     used = [x for x, wanted in ((z, True), (z_q, lam != 0), (z_r, lam != 1)) if wanted]
@@ -99,8 +141,11 @@ def _full_token(
     if not inside.any():
         return zero, zero, zero, logp, {}
     log_p = _log_normalise(z[inside])
-    log_q = _log_normalise(z_q[inside]) if lam != 0 else torch.zeros_like(log_p)
-    log_r = _log_normalise(z_r[inside]) if lam != 1 else torch.zeros_like(log_p)
+    log_q, log_r = torch.zeros_like(log_p), torch.zeros_like(log_p)
+    if lam != 0:
+        log_q = z_q[inside] if made[0] else _log_normalise(z_q[inside])
+    if lam != 1:
+        log_r = z_r[inside] if made[1] else _log_normalise(z_r[inside])
     mixed = _in_range(lam * log_q + (1 - lam) * log_r)
     log_t = _in_range(_log_normalise(mixed))
     p = log_p.exp()
@@ -130,8 +175,12 @@ def _topk_token(
     parameter: float,
     top: dict[str, Any],
     token: int | None = None,
+    parts: Sequence[tuple[list[tuple[Scores, float]], bool] | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """Value and KL(p || target) of one token; ``listed`` has the ids of a teacher and a reference that came as ids."""
+    """Value and KL(p || target) of one token; ``listed`` has the ids of a teacher and a reference that came as ids.
+
+    ``parts`` are the models with their weights of which teacher and reference are made, and whether as a mixture.
+    """
     tail, k = top.get("tail", "bucket"), top.get("k")
     student = _all_scores(z)
     used = [(i, scores) for i, scores in enumerate(frozen) if scores is not None and lam != (0, 1)[i]]
@@ -149,13 +198,35 @@ def _topk_token(
     zero = z.new_zeros(())
     if not S and tail != "bucket":
         return zero, zero
-    logs = [torch.stack([x[t] for t in S]) if S else z.new_zeros(0) for x in (student, *(x for _, x in used))]
-    rests = [1 - x.exp().sum() for x in logs]
-    bucket = tail != "renormalize" and all(rest >= 1e-6 for rest in rests)
+
+    def of(scores: Scores) -> Tensor:
+        """log-probs of the tokens of S, and log of the mass outside, -inf where there is next to none."""
+        logs = torch.stack([scores.get(t, -z.new_tensor(math.inf)) for t in S]) if S else z.new_zeros(0)
+        rest = 1 - logs.exp().sum()
+        return torch.cat((logs, (rest.log() if rest >= 1e-6 else z.new_tensor(-math.inf))[None]))
+
+    def light(log: Tensor) -> bool:
+        return bool(log[-1] == -math.inf)
+
+    logs, lights = [of(student)], [light(of(student))]
+    for i, scores in used:
+        if parts[i] is None:
+            logs.append(of(scores))
+            lights.append(light(logs[-1]))
+            continue
+        own, mixture = parts[i]
+        pairs = [(of(x), w) for x, w in own if w]
+        if tail == "renormalize" and not mixture:
+            pairs = [(torch.cat((_log_normalise(x[:-1]), x[-1:])), w) for x, w in pairs]
+        total = Made([x for x, _ in pairs], [[w] for _, w in pairs], mixture)
+        logs.append(total.total([x for x, _ in pairs], 0))
+        lights.append((all if mixture else any)(light(x) for x, _ in pairs))
+    bucket = tail != "renormalize" and not any(lights)
+    if not bucket:
+        logs = [x[:-1] for x in logs]
     if tail == "renormalize":
-        logs = [_log_normalise(x) for x in logs]
-    if bucket:
-        logs = [torch.cat((x, rest.log()[None])) for x, rest in zip(logs, rests, strict=True)]
+        as_they_are = [False, *(parts[i] is not None and not parts[i][1] for i, _ in used)]
+        logs = [x if as_is else _log_normalise(x) for x, as_is in zip(logs, as_they_are, strict=True)]
     log_p, *frozen_logs = logs
     if not len(log_p):
         return zero, zero
@@ -297,6 +368,7 @@ def gopd(
     given: list[Tensor | None] = [None, None, None]
     listed: list[Any] = [None, None]
     z: list[Tensor | None] = [None, None, None]
+    parts: list[list[Tensor]] = [[], []]
     for i, model in enumerate(models):
         if hasattr(model, "token_ids"):
             flat = [x.reshape(-1, x.shape[-1]) for x in (model.token_ids, model.logprobs.double())]
@@ -304,9 +376,12 @@ def gopd(
             listed[i - 1] = (*flat, *([] if sampled is None else [sampled.double().reshape(-1)]))
         elif hasattr(model, "logprobs"):
             given[i] = model.logprobs.double()
+        elif hasattr(model, "models"):
+            parts[i - 1] = [x.logprobs.double() if hasattr(x, "logprobs") else logits_of(x) for x in model.models]
         elif model is not None:
             z[i] = logits_of(model)
-    vocab = vocab_size or min(x.shape[-1] for x in z if x is not None)
+    every = [*(x for x in z if x is not None), *(x for own in parts for x in own if x.ndim == z[0].ndim)]
+    vocab = vocab_size or min(x.shape[-1] for x in every)
     assert z[0] is not None
     shape = z[0].shape[:-1]
     z = [None if x is None else x[..., :vocab].reshape(-1, vocab) for x in z]
@@ -324,6 +399,19 @@ def gopd(
         values: list[float] = every.expand(shape).reshape(-1).tolist()
         return values
 
+    made: list[Made | None] = [None, None]
+    for i, (model, own) in enumerate(zip(models[1:], parts, strict=True)):
+        if own:
+            flat = [x.detach()[..., :vocab].reshape(-1, vocab) if x.ndim > len(shape) else x.detach() for x in own]
+            flat = [x if x.ndim == 2 and x.shape[-1] == vocab else x.reshape(-1) for x in flat]
+            made[i] = Made(flat, [per_token(w) for w in model.weights], type(model).__name__ == "Mixture")
+            tokens = range(live.numel())
+            if token_ids is not None:
+                places = zip(tokens, token_ids.reshape(-1).tolist(), live.reshape(-1).tolist(), strict=True)
+                given[i + 1] = torch.stack([made[i].token(t, y if alive else 0) for t, y, alive in places])
+            if all(x.ndim == 2 for x in flat):
+                z[i + 1] = torch.stack([made[i].row(t) for t in tokens])
+    policy = policy | {"made": made}
     lams = per_token(reward_scale)
     named = {"jsd": beta, "alpha": alpha, "skew_kl": skew, "skew_reverse_kl": skew, "mixed": forward_weight}
     parameters = per_token(named.get(divergence, 0.0))
@@ -365,7 +453,7 @@ def gopd(
             if sft_labels is not None and sft_labels.reshape(-1)[t] != -100:
                 row = [z[0][t], *(_row(x, t) for x in z[1:])]
                 joint = estimator == "full" or policy.get("baseline") == "expected"
-                scores = _full_token(*row, lams[t], "reverse_kl", 0.5)[4] if joint else _all_scores(row[0])
+                scores = _full_token(*row, lams[t], "reverse_kl", 0.5, made)[4] if joint else _all_scores(row[0])
                 label = int(sft_labels.reshape(-1)[t])
                 if label in scores:
                     values["token_loss"] = values["token_loss"] - sft_weight * scores[label]
@@ -407,8 +495,10 @@ def _topk(
     rows = [_row(x, t) for x in z]
     assert rows[0] is not None
     frozen: list[Scores | None] = []
-    for row, pair in zip(rows[1:], listed, strict=True):
-        if pair is None:
+    for row, pair, made in zip(rows[1:], listed, top["made"], strict=True):
+        if made is not None:
+            frozen.append({token: x for token, x in enumerate(row) if x != -math.inf})
+        elif pair is None:
             frozen.append(None if row is None else _all_scores(row))
         else:
             pairs = zip(pair[0][t].tolist(), pair[1][t], strict=True)
@@ -420,10 +510,13 @@ def _topk(
     for scores, pair in zip(frozen, listed, strict=True):
         if pair is not None and len(pair) > 2 and token is not None and scores is not None:
             scores.setdefault(token, pair[2][t])
-    value, kl = _topk_token(rows[0], frozen, came, lam, divergence, parameter, top, token)
+    parts = [None if made is None else (made.scores(t), made.mixture) for made in top["made"]]
+    value, kl = _topk_token(rows[0], frozen, came, lam, divergence, parameter, top, token, parts)
     values = {"token_loss": value, "kl": kl, "entropy": _entropy(rows[0])}
     if ids is not None:
         scored = [None if row is None else _token_logprob(row, ids[t]) for row in rows]
+        for i, made in enumerate(top["made"]):
+            scored[i + 1] = scored[i + 1] if made is None else made.token(t, ids[t])
         for i, (scores, pair) in enumerate(zip(frozen, listed, strict=True)):
             if pair is not None and len(pair) > 2 and scores is not None:
                 scored[i + 1] = scores[ids[t]]
@@ -452,7 +545,7 @@ def _token(
     rows = [_row(x, t) for x in z]
     assert rows[0] is not None
     if estimator == "full":
-        value, values["kl"], values["entropy"], logp, _ = _full_token(*rows, lam, divergence, parameter)
+        value, values["kl"], values["entropy"], logp, _ = _full_token(*rows, lam, divergence, parameter, policy["made"])
         values["token_loss"] = value
         if ids is None:
             return values
@@ -487,7 +580,8 @@ def _token(
                     values[name] = torch.zeros((), dtype=torch.float64)
         if policy.get("baseline") == "expected" and adv is not None:
             # the gradient with the baseline, the value without
-            bounded = min(max(unbounded + _full_token(*rows, lam, "reverse_kl", 0.5)[0].item(), low), high)
+            expected = _full_token(*rows, lam, "reverse_kl", 0.5, policy["made"])[0].item()
+            bounded = min(max(unbounded + expected, low), high)
             used = _sampled_token(scored[0], bounded, old, log_s, rollout, policy)
             values["token_loss"] = values["token_loss"].detach() + (used - used.detach())
             values["advantages"] = torch.tensor(bounded, dtype=torch.float64)

@@ -438,7 +438,7 @@ def test_small_row_blocks_change_nothing(monkeypatch):
     one = torch.ones(C)
     results = []
     for elements in (1 << 20, 4 * V, 1):
-        monkeypatch.setattr(torch_rowops, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(torch_rowops, "BLOCK_ELEMENTS", elements)
         problem = problem_for(backend_dtype, "jsd", lam, gone=True)
         out = torch.empty(C, V)
         results.append((ops.statistics_and_gradient(problem, GradientWeights(one, one), out), out))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..heads import Head, LinearHead, Logits
-from ..problem import Problem
-from ..rowops import LogitTransform, ModelRows
+from ..objective import combination
+from ..problem import Combined, FrozenModel, Problem
+from ..rowops import LogitTransform, ModelRows, RowProblem, sums
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .chunking import balanced, row_stride
+from .vocab_parallel import statistics_of
 
 
-def columns(problem: Problem, head: Head) -> int:
+def columns(problem: Problem, head: FrozenModel) -> int:
     """Number of vocabulary entries whose logits this rank computes for a model."""
     return problem.vocab_size if head.shard is None else head.shard.count
 
@@ -30,7 +33,9 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
     """The problem with float32 master weights rounded to the dtype of their hidden states, once for all chunks."""
     rounded: dict[tuple[object, ...], Tensor] = {}  # models and routes may share a weight
 
-    def of(head: Head | None) -> Head | None:
+    def of(head: Any) -> Any:
+        if isinstance(head, Combined):
+            return replace(head, heads=tuple([of(x) for x in head.heads]))
         if not isinstance(head, LinearHead) or head.weight.dtype == head.hidden.dtype:
             return head
         weight = head.weight.detach()
@@ -39,12 +44,11 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
             rounded[key] = weight.to(head.hidden.dtype)
         return replace(head, weight=rounded[key])
 
-    student = of(problem.student)
+    student: Head = of(problem.student)
     frozen = [(of(route.teacher), of(route.ref)) for route in problem.routes]
     if not rounded:
         return problem
     routes = tuple(replace(r, teacher=q, ref=ref) for r, (q, ref) in zip(problem.routes, frozen, strict=True))
-    assert student is not None
     return replace(problem, student=student, routes=routes)
 
 
@@ -65,7 +69,7 @@ def _keeping(read: Reader) -> Reader:
 
 
 class Buffers:
-    """Logits buffers by slot ("student", "teacher", "ref", "other") and dtype, allocated on first use.
+    """Logits buffers by slot ("student", "teacher", "ref", "other", "part") and dtype, allocated on first use.
 
     The :class:`ModelRows` of a buffer is one object for all chunks of one length: a backend checks it once.
 
@@ -81,6 +85,7 @@ class Buffers:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         # by slot, head and number of tokens: a buffer, the product that fills it, how hidden states are read
         self._loaded: dict[tuple[str, int, int], tuple[ModelRows, gemm.Product, Reader]] = {}
+        self._sums: dict[tuple[str, int], ModelRows] = {}  # by slot and number of tokens: those of several models
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
         self._readers: dict[int, Reader] = {}  # by head
@@ -113,7 +118,7 @@ class Buffers:
             self._readers[id(head)] = reader
         return reader
 
-    def load(self, head: Head, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
+    def load(self, head: FrozenModel, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
         """The raw logits of tokens [start, stop) of a model, computed into the buffer of a slot.
 
         ``Logits`` are returned as a view of the caller's tensor, or as a copy where they are to be ``writable``.
@@ -121,6 +126,8 @@ class Buffers:
         if self._whole_chunk is not None and slot == "student":
             return self._part(start, stop)
         tokens = stop - start
+        if isinstance(head, Combined):
+            return self._sum(head, slot, start, stop)
         if isinstance(head, Logits):
             raw, width = self.reader(head)(start, stop), columns(self._problem, head)
             if writable:
@@ -137,6 +144,22 @@ class Buffers:
         rows, product, read = loaded
         product(read(start, stop))
         return rows
+
+    def _sum(self, model: Combined, slot: str, start: int, stop: int) -> ModelRows:
+        """The log-probs of a model made of several: each is computed into one buffer, then added to the slot."""
+        problem, tokens, width = self._problem, stop - start, columns(self._problem, model)
+        key = (slot, tokens)
+        if key not in self._sums:
+            self._sums[key] = ModelRows(self._buffer(slot, problem.dtype, tokens, width), LogitTransform())
+        out, weights = self._sums[key].raw, model.weights_of(slice(start, stop))
+        sizes, last = combination.absolute(weights), len(model.heads) - 1
+        part = "part" if problem.joint else "student"  # whose buffer is free until its logits are needed
+        for i, (head, weight) in enumerate(zip(model.heads, weights, strict=True)):
+            assert head is not None
+            rows = self.load(head, part, start, stop)
+            own, _ = statistics_of(problem.ops, head.shard, RowProblem(width, rows))
+            sums.add(out, rows, width, own, weight, sizes, model.mixture, first=i == 0, last=i == last)
+        return self._sums[key]
 
     def exponentials(self, start: int, stop: int) -> Tensor:
         """(C, V) bfloat16 for the student's exponentials, in the place of its logits."""

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import agreement
 from ..checks import refuse
-from ..heads import Head
 from ..objective.divergences import Divergence
 from ..objective.layout import merged_statistics
 from ..objective.statistics import merge
-from ..problem import Problem
+from ..problem import FrozenModel, Problem
 from ..rowops import ModelRows, RowOps, RowProblem, Stat, sparse
 from ..rowops.torch import accumulation_dtype
 from ..shards import VocabShard
@@ -104,7 +103,7 @@ def statistics_of(
     return merged if out is None else out.copy_(merged), extra
 
 
-def topk_ids(head: Head, rows: ModelRows, columns: int, k: int) -> Tensor:
+def topk_ids(head: FrozenModel, rows: ModelRows, columns: int, k: int) -> Tensor:
     """Ids (C, k) of the k largest logits over the whole vocabulary, the largest first; one collective if shared."""
     if not k:
         return rows.raw.new_empty(rows.raw.shape[0], 0, dtype=torch.int64)

@@ -8,6 +8,7 @@ would be differences of numbers as large as 1 over the lightest mass.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..options import Tail
 from ..rowops import FROZEN
+from . import combination
 from .divergences import Divergence, Outcomes
 from .logit_gradient import LogitGradient
 from .target import bounded, mix, origin_of, outside_support
@@ -23,6 +25,7 @@ from .target import bounded, mix, origin_of, outside_support
 # A tail with less mass than this is no outcome. Where it is 1 minus a float32 sum it has an error of 1e-7, and its
 # logarithm enters.
 LIGHTEST_TAIL = 1e-6
+_LIGHTEST = math.log(LIGHTEST_TAIL)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,46 @@ class OnSupport:
             return (-torch.expm1(mass)).clamp_min(0).log()
         excluded = self.logprobs.masked_fill(inside, -math.inf)
         return torch.cat((self.rest[:, None], excluded), 1).logsumexp(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class SumOnSupport:
+    """A model made of several on the tokens of a support S: the sum of their log-probs, or of their probabilities."""
+
+    logprobs: Tensor  # (C, K)
+    models: tuple[OnSupport, ...]
+    weights: tuple[float | Tensor, ...]  # tensor: (C, 1)
+    mixture: bool
+
+    @classmethod
+    def of(cls, models: Sequence[OnSupport], weights: Sequence[float | Tensor], mixture: bool) -> SumOnSupport:
+        """``weights`` that are tensors are (C,)."""
+        columns = tuple([weight[:, None] if isinstance(weight, Tensor) else weight for weight in weights])
+        logprobs = combination.combined([model.logprobs for model in models], columns, mixture)
+        return cls(logprobs, tuple(models), columns, mixture)
+
+    @property
+    def rest(self) -> Tensor:
+        """(C,) of the models' masses outside S."""
+        rests = [model.rest[:, None] for model in self.models if model.rest is not None]
+        return combination.combined(rests, self.weights, self.mixture)[:, 0]
+
+    def log_rest(self, inside: Tensor) -> Tensor:
+        """(C, 1) of the models' masses outside S, each a number as one of a token."""
+        return combination.combined([model.log_rest(inside) for model in self.models], self.weights, self.mixture)
+
+    def is_light(self, inside: Tensor) -> Tensor:
+        """(C, 1) bool, whether a model that counts has too little mass outside S; of a mixture, whether all have."""
+        light = [model.log_rest(inside) < _LIGHTEST for model in self.models]
+        if self.mixture:
+            return torch.stack([x | torch.as_tensor(w == 0) for x, w in zip(light, self.weights, strict=True)]).all(0)
+        return torch.stack([x & torch.as_tensor(w != 0) for x, w in zip(light, self.weights, strict=True)]).any(0)
+
+    def over_mass(self, inside: Tensor) -> Tensor:
+        """log-probs over the mass inside S: of each model, or of their mixture as a whole."""
+        if self.mixture:
+            return _over_mass(self, inside)
+        return combination.combined([_over_mass(model, inside) for model in self.models], self.weights, self.mixture)
 
 
 class Term(NamedTuple):
@@ -61,7 +104,11 @@ class _Outcomes(NamedTuple):
 
 
 def _outcomes(
-    tail: Tail, scale: float | Tensor, student: OnSupport, teacher: OnSupport | None, ref: OnSupport | None
+    tail: Tail,
+    scale: float | Tensor,
+    student: OnSupport,
+    teacher: OnSupport | SumOnSupport | None,
+    ref: OnSupport | SumOnSupport | None,
 ) -> _Outcomes:
     inside = ~(
         torch.isneginf(student.logprobs)
@@ -76,18 +123,20 @@ def _outcomes(
             models.append(None)
             continue
         rest = model.log_rest(inside)
-        bad, light = torch.isnan(rest), rest < math.log(LIGHTEST_TAIL)  # NaN is not light: it reaches the loss
+        bad = torch.isnan(rest)  # NaN is not light: it reaches the loss
+        light = model.is_light(inside) if isinstance(model, SumOnSupport) else rest < _LIGHTEST
         if cancelled_at is not None and isinstance(scale, Tensor):
             bad, light = bad & (scale != cancelled_at), light & (scale != cancelled_at)
         has_nan, bucket = has_nan | bad, bucket & ~light
-        models.append(model.logprobs if tail == "renormalize" else torch.cat((model.logprobs, rest), 1))
+        if tail == "renormalize":
+            models.append(model.over_mass(inside) if isinstance(model, SumOnSupport) else _over_mass(model, inside))
+        else:
+            models.append(torch.cat((model.logprobs, rest), 1))
     if tail != "renormalize":
         inside = torch.cat((inside, bucket), 1)
 
     def within(x: Tensor) -> Tensor:
         """0 where there is no outcome, before any arithmetic: the log-prob may be infinite there."""
-        if tail == "renormalize":
-            x = x - _log_mass(x, inside)
         return x.masked_fill(~inside, 0)
 
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
@@ -101,6 +150,11 @@ def _outcomes(
         log_rest=log_rest,
         has_nan=has_nan[:, 0],
     )
+
+
+def _over_mass(model: OnSupport | SumOnSupport, inside: Tensor) -> Tensor:
+    """log-probs over the mass inside S."""
+    return model.logprobs - _log_mass(model.logprobs, inside)
 
 
 def _log_mass(x: Tensor, inside: Tensor) -> Tensor:
@@ -120,8 +174,8 @@ def sampled_term(
     token_ids: Tensor,  # (C, 1 + K) of with_sampled
     *,
     student: OnSupport,
-    teacher: OnSupport | None,  # None where it has cancelled
-    ref: OnSupport | None,
+    teacher: OnSupport | SumOnSupport | None,  # None where it has cancelled
+    ref: OnSupport | SumOnSupport | None,
 ) -> Term:
     """The reverse KL, exact on S, and by the score function where the sampled token y lies outside S.
 
@@ -169,8 +223,8 @@ def term(
     token_ids: Tensor,  # (C, K) int64, -1 for none
     *,
     student: OnSupport,
-    teacher: OnSupport | None,  # None where it has cancelled
-    ref: OnSupport | None,
+    teacher: OnSupport | SumOnSupport | None,  # None where it has cancelled
+    ref: OnSupport | SumOnSupport | None,
 ) -> Term:
     """A divergence over the tokens of S, one outcome each, and the rest of the vocabulary.
 

@@ -20,7 +20,7 @@ from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, Po
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
 # below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -155,7 +155,7 @@ def rows_of(x: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _blocks(problem: RowProblem) -> Iterator[tuple[slice, RowProblem]]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, problem.vocab_size))
+    step = max(1, BLOCK_ELEMENTS // max(1, problem.vocab_size))
     for start in range(0, problem.rows, step):
         rows = slice(start, min(start + step, problem.rows))
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ...heads import Head, LinearHead
+from ...objective import combination
 from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient
 from ...objective.statistics import entropy, frozen_alone, token_logprob
-from ...objective.topk import OnSupport
-from ...problem import Problem, Route
-from ...rowops import GradientWeights, RowProblem, Stat
+from ...objective.topk import OnSupport, SumOnSupport
+from ...problem import Combined, Problem, Route
+from ...rowops import GradientWeights, RowProblem, Stat, sums
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
 from .token_stats import OfLogits, fill_reward_scale
@@ -48,9 +49,9 @@ class Support(NamedTuple):
     """The token ids of a topk chunk, and the frozen models there."""
 
     token_ids: Tensor  # (C, K) int64 over the whole vocabulary, -1 for none
-    teacher: OnSupport | None
-    ref: OnSupport | None
-    teacher_alone: Tensor | None  # (len(Stat), C) statistics, None where the scores are a server's
+    teacher: OnSupport | SumOnSupport | None
+    ref: OnSupport | SumOnSupport | None
+    teacher_alone: Tensor | None  # (len(Stat), C) statistics, None where the scores are a server's or several models'
     ref_alone: Tensor | None
 
 
@@ -82,6 +83,8 @@ class Estimator:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._columns = columns(problem, problem.student)
+        # whether row operations take a sum of several models for one
+        self._combined = problem.combined and problem.joint
 
     @property
     def statistics_rows(self) -> int:
@@ -119,6 +122,8 @@ class Estimator:
 
     def scored(self, chunk: Chunk) -> None:
         """The student's statistics are filled in: fill in what follows from them."""
+        if self._combined:
+            use_sums_as_they_are(chunk)
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -171,9 +176,9 @@ class Estimator:
         own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
         if joint and problem.reward_scale_fn is not None:
             rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
-            fill_reward_scale(
-                problem, chunk.statistics, chunk.start, chunk.stop, OfLogits(problem, self._columns, rows, own_ids)
-            )
+            made = [name for name in rows if isinstance(getattr(route, name, None), Combined)]
+            compute = OfLogits(problem, self._columns, rows, own_ids, made)
+            fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         return RowProblem(
             self._columns,
             student_rows,
@@ -183,6 +188,18 @@ class Estimator:
             token_ids=own_ids,
             divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
+
+    def _score_combined(self, chunk: Chunk, model: Combined, out: Tensor) -> None:
+        """Statistics of a model made of several, as those of log-probs that are given: with a normaliser of 0."""
+        own, scores = torch.empty_like(out), []
+        for head, given in zip(model.heads, model.logprobs, strict=True):
+            if head is not None:
+                self._score_alone(chunk, head, own)
+                scores.append(token_logprob(own[Stat.LOGIT_STUDENT], own[Stat.LOGSUM_STUDENT]))
+            else:
+                assert given is not None
+                scores.append(given[chunk.tokens])
+        out[Stat.LOGIT_STUDENT] = combination.combined(scores, model.weights_of(chunk.tokens), model.mixture)
 
     def _score_alone(self, chunk: Chunk, head: Head, out: Tensor) -> None:
         """Statistics (len(Stat), C) of one model, forward only; from hidden states where the backend can."""
@@ -200,6 +217,15 @@ class Estimator:
             )
         if shard is not None:
             out.copy_(merge_over_ranks(shard, own, ids)[0])
+
+
+def use_sums_as_they_are(chunk: Chunk) -> None:
+    """The normalisers of teacher and reference, where they are made of several models: none."""
+    route = chunk.route
+    if isinstance(route.teacher, Combined):
+        sums.as_it_is(chunk.own, Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER)
+    if isinstance(route.ref, Combined):
+        sums.as_it_is(chunk.own, Stat.MAX_REF, Stat.LOGSUM_REF)
 
 
 def reward_scale_of(problem: Problem, statistics: Tensor, tokens: slice) -> float | Tensor:

@@ -16,7 +16,7 @@ from ...objective.policy import PolicyTerm
 from ...objective.statistics import entropy, frozen_alone
 from ...objective.token_functions import call_function
 from ...options import AdvantageFn, TokenStats
-from ...problem import Problem
+from ...problem import Combined, Problem
 from ...rowops import GradientWeights, Policy, PolicyStat, Stat
 from ...rowops.torch import rows_of
 from .base import (
@@ -28,6 +28,7 @@ from .base import (
     model_logprobs,
     ones,
     reward_scale_of,
+    use_sums_as_they_are,
 )
 from .token_stats import MODELS, fill_reward_scale, known_of
 
@@ -58,7 +59,9 @@ class Sampled(Estimator):
             return
         models = ((route.teacher, problem.teacher_logprobs), (route.ref, problem.ref_logprobs))
         for (head, given), out in zip(models, alone, strict=True):
-            if head is not None:
+            if isinstance(head, Combined):
+                self._score_combined(chunk, head, out)
+            elif head is not None:
                 self._score_alone(chunk, head, out)
             elif given is not None:
                 out[Stat.LOGIT_STUDENT] = given[chunk.tokens]  # with a normaliser of 0
@@ -76,6 +79,8 @@ class Sampled(Estimator):
     def scored(self, chunk: Chunk) -> None:
         if self._by_rows:
             return
+        if self._combined:
+            use_sums_as_they_are(chunk)
         problem, tokens = self.problem, chunk.tokens
         if problem.reward_scale_fn is not None and not problem.joint:  # where it is, lambda is known with the logits
             fill_reward_scale(
@@ -98,6 +103,8 @@ class Sampled(Estimator):
             return None
         i = MODELS.index(model) - 1
         given = (problem.teacher_logprobs, problem.ref_logprobs)[i]
+        if isinstance((chunk.route.teacher, chunk.route.ref)[i], Combined):  # of its models there is one log-prob each
+            return None
         return entropy(alone[i]) if problem.has[i] and given is None else None
 
     def _advantages(self, chunk: Chunk) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ...objective.statistics import entropy, token_logprob
 from ...objective.token_functions import call_function
 from ...options import TokenStats
 from ...problem import Problem
-from ...rowops import ModelRows, RowProblem, Stat
+from ...rowops import ModelRows, RowProblem, Stat, sums
 from ...rowops.torch import rows_of
 from ..vocab_parallel import statistics_of
 
@@ -66,8 +66,14 @@ class OfLogits:
     """
 
     def __init__(
-        self, problem: Problem, columns: int, models: dict[str, ModelRows | None], token_ids: Tensor | None
+        self,
+        problem: Problem,
+        columns: int,
+        models: dict[str, ModelRows | None],
+        token_ids: Tensor | None,
+        as_they_are: Collection[str],
     ) -> None:
+        self._as_they_are = as_they_are  # models whose rows are log-probs, not normalised: those made of several
         self._problem, self._columns, self._models = problem, columns, models
         self._token_ids = token_ids  # (C,) relative to the columns of this rank
         self._made: dict[str, Tensor] = {}  # (len(Stat), C) of each model alone
@@ -81,6 +87,9 @@ class OfLogits:
         alone = self._made[model]
         if what == "entropy":
             return entropy(alone)
+        if model in self._as_they_are:
+            alone = alone.clone()
+            sums.as_it_is(alone, Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT)
         return token_logprob(alone[Stat.LOGIT_STUDENT], alone[Stat.LOGSUM_STUDENT])
 
     def _statistics(self, model: str, target: str | None = None) -> Tensor:

@@ -8,10 +8,12 @@ import math
 import torch
 from torch import Tensor
 
+from ...objective import combination
 from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
-from ...objective.statistics import entropy, merge
-from ...objective.topk import OnSupport, term, with_sampled
+from ...objective.statistics import entropy, merge, token_logprob
+from ...objective.topk import OnSupport, SumOnSupport, term, with_sampled
+from ...problem import Combined
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
 from ...shards import VocabShard
@@ -52,13 +54,22 @@ class TopK(Estimator):
             assert k is not None
             ids = topk_ids(problem.student, row_problem.student, row_problem.vocab_size, k)
             ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
-        models: list[OnSupport | None] = []
+        models: list[OnSupport | SumOnSupport | None] = []
         alone: list[Tensor | None] = []
         for head, given, logsum, logit in (
             (route.teacher, problem.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
             (route.ref, problem.ref_topk, Stat.LOGSUM_REF, Stat.LOGIT_REF),
         ):
-            if head is not None:
+            if isinstance(head, Combined):
+                if ids is None:
+                    assert k is not None
+                    ids = topk_ids(head, buffers.load(head, "other", start, stop), columns(problem, head), k)
+                    ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
+                on_sum, logprobs = self._sum_on_support(chunk, head, ids, slot)
+                statistics[logit, start:stop] = logprobs  # with a normaliser of 0
+                models.append(on_sum)
+                alone.append(None)
+            elif head is not None:
                 rows = buffers.load(head, slot, start, stop, writable=True)
                 if ids is None:
                     assert k is not None
@@ -93,6 +104,21 @@ class TopK(Estimator):
     def _with_sampled(self, chunk: Chunk, token_ids: Tensor) -> Tensor:
         assert self.problem.token_ids is not None
         return with_sampled(token_ids, self.problem.token_ids[chunk.tokens])
+
+    def _sum_on_support(self, chunk: Chunk, model: Combined, ids: Tensor, slot: str) -> tuple[SumOnSupport, Tensor]:
+        """A model made of several on the support, and its log-probs (C,) of the sampled tokens, one GEMM for each."""
+        problem, sampled = self.problem, rows_of(self.problem.token_ids, chunk.tokens)
+        models, logprobs, weights = [], [], model.weights_of(chunk.tokens)
+        for head in model.heads:
+            assert head is not None
+            rows = chunk.buffers.load(head, slot, chunk.start, chunk.stop, writable=True)
+            own_sampled = None if sampled is None else local_ids(head.shard, sampled)
+            whole = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
+            scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
+            models.append(on_support)
+            logprobs.append(token_logprob(scored[Stat.LOGIT_STUDENT], scored[Stat.LOGSUM_STUDENT]))
+        on_sum = SumOnSupport.of(models, weights, model.mixture)
+        return on_sum, combination.combined(logprobs, weights, model.mixture)
 
     def recompute(self, chunk: Chunk) -> RowProblem:
         return self._row_problem(chunk, joint=False)
