@@ -27,7 +27,7 @@ from .loop.accumulator import Gradients, RequiresGrad
 from .loop.estimators import estimator_of
 from .loop.estimators.base import LogProbsAndEntropy
 from .loop.run import Entries
-from .models import dtype_of, support_width
+from .models import as_tuple, dtype_of, support_width
 from .nll import NLLCall, prepare_nll
 from .objective.layout import STATISTICS, statistics_rows
 from .options import ARGUMENTS, LossCall
@@ -218,7 +218,8 @@ def _given(ctx: Any, gradients: Sequence[Tensor] | None) -> tuple[Any, ...]:
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
-_FLAGS = {"clipped": torch.bool, "labelled": torch.bool}
+# Of the reported vectors that are not of the dtype of accumulation.
+_DTYPES = {"clipped": torch.bool, "labelled": torch.bool, "teacher_index": torch.int64}
 
 
 def _loss_call(packed: Sequence[Any]) -> tuple[LossCall, RequiresGrad]:
@@ -275,7 +276,7 @@ def _fake_made(packed: Sequence[Any], requires: RequiresGrad, call: _Shapes) -> 
     rows, dtype = packed[0], call.dtype
     shape = rows.shape[:-1]
     result = [rows.new_empty(shape if call.reduction == "none" else (), dtype=dtype)]
-    result += [rows.new_empty(shape, dtype=_FLAGS.get(name, dtype)) for name in call.reported]
+    result += [rows.new_empty(shape, dtype=_DTYPES.get(name, dtype)) for name in call.reported]
     if any(requires) and not call.recomputes:
         result += [*_fake_gradients(packed), *(rows.new_empty((), dtype=dtype) for _ in range(2))]
     elif any(requires):
@@ -331,8 +332,7 @@ def _loss_op(*packed: Any) -> list[Tensor]:
 
         def fields(*made: Any) -> list[Tensor]:
             out = report(problem, *made)
-            found = [getattr(out, name) for name in problem.reported]
-            return [x if x.dtype == torch.bool else x.to(problem.dtype) for x in found]
+            return [getattr(out, name).to(_DTYPES.get(name, problem.dtype)) for name in problem.reported]
 
         return _made(problem, requires, fields)
 
@@ -377,7 +377,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     fields |= {"reward_scale": call.reward_scale}
     fields |= dict(zip(reported_fields(call), out, strict=False))
     mask = None if call.mask is None else call.mask != 0
-    return GOPDOutput(loss=loss, **fields, mask=mask, joint=call.joint)
+    teachers = max(1, len(as_tuple(call.teacher)), len(as_tuple(call.ref)))
+    return GOPDOutput(loss=loss, **fields, mask=mask, teachers=teachers, joint=call.joint)
 
 
 # ------------------------------------------------------------------------------------------------------ cross entropy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from . import printing
 from .metrics import WITH_DEVIATION, Metrics
 from .records import ComputedWhenRead, none
 from .tokens import widest
+from .values import one_of
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -42,6 +43,8 @@ class GOPDOutput(ComputedWhenRead):
         mask: (...) bool, the live tokens; None where all are.
         reward_scale: lambda as given, expanded to the token shape where it is a tensor; (...) what a
             ``reward_scale_fn`` has returned.
+        teacher_index: (...) which teacher of the list each token had; None without a ``teacher_index``.
+        teachers: how many teachers (or references) the list had, 1 without one.
         joint: whether log-probs are normalised over the joint support of all models: in ``full``, and with a baseline.
     """
 
@@ -59,6 +62,8 @@ class GOPDOutput(ComputedWhenRead):
     labelled: Tensor | None = field(default_factory=none)
     mask: Tensor | None = None
     reward_scale: float | Tensor = 1.0
+    teacher_index: Tensor | None = field(default_factory=none)
+    teachers: int = 1
     joint: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,19 +74,32 @@ class GOPDOutput(ComputedWhenRead):
         """One short line a field: shape, dtype and the mean over the live tokens, which waits for the device."""
         return printing.lines(self, self.mask)
 
-    def metrics(self) -> Metrics:
+    @overload
+    def metrics(self) -> Metrics: ...
+
+    @overload
+    def metrics(self, by: Literal["teacher"]) -> list[Metrics]: ...
+
+    def metrics(self, by: Literal["teacher"] | None = None) -> Metrics | list[Metrics]:
         """Training signals (implicit reward, divergences, entropy, ...) that add up over batches and ranks.
 
-        Computed when asked for, without waiting for the device.
+        Computed when asked for, without waiting for the device. With ``by="teacher"`` one :class:`Metrics` for each
+        teacher of the list, of the tokens that it had: means are NaN where it had none.
         """
-        return _metrics_of(self)
+        live = torch.ones_like(self.token_loss, dtype=torch.bool) if self.mask is None else self.mask
+        if by is None:
+            return _metrics_of(self, live)
+        one_of("by", by, ("teacher",))
+        index = self.teacher_index
+        if index is None:
+            raise ValueError("metrics(by='teacher') needs a teacher_index in the call: it had one teacher")
+        return [_metrics_of(self, live & (index == i)) for i in range(self.teachers)]
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(GOPDOutput))
 
 
-def _metrics_of(out: GOPDOutput) -> Metrics:
-    live = torch.ones_like(out.token_loss, dtype=torch.bool) if out.mask is None else out.mask
+def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
     entries: dict[str, Tensor] = {}
     dtype = widest(live.device)
 

@@ -206,6 +206,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,
         "labelled": labels,
+        "teacher_index": call.teacher_index is not None,
         "reward_scale": isinstance(call.reward_scale, Tensor) or call.reward_scale_fn is not None,
     }
     return tuple(name for name, is_there in there.items() if is_there)

@@ -27,7 +27,9 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
     scale, rows, mask = problem.reward_scale, problem.rows, problem.mask
     if scale is None:
         scale = statistics[TokenRow.REWARD_SCALE]
+    routed = "teacher_index" in problem.reported
     known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": problem.options.joint}
+    known["teachers"] = len(problem.routes)
     # copies of what may be the caller's own memory, which may change before a field is read; neither has a gradient
     if mask is not None:
         known["mask"] = mask = mask.clone()
@@ -46,6 +48,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         joint=problem.options.joint,
         estimator=problem.options.estimator,
         labels=problem.labels,
+        bounds=_bounds(problem) if routed else [],
     )
     out = GOPDOutput.computed_by(fields.field, problem.reported, **known)
     if host_sync_forbidden(problem.device) or functorch.active():
@@ -66,6 +69,7 @@ class _Fields(NamedTuple):
     joint: bool
     estimator: str
     labels: Tensor | None  # (n,)
+    bounds: list[tuple[int, int]]  # start and stop of each route, where there is a teacher_index
 
     def field(self, name: str) -> Tensor:
         # read in inference mode, a field would be an inference tensor ever after
@@ -86,6 +90,8 @@ class _Fields(NamedTuple):
             return statistics[TokenRow.TOPK_KL] if self.estimator == "topk" else kl_to_target(statistics)
         if name in ("label_logprobs", "labelled"):
             return label_report(statistics[TokenRow.LOGPROB_LABEL], self.labels)[name == "labelled"]
+        if name == "teacher_index":
+            return _route_of_each(self.bounds, statistics.device)
         if policy is not None and name in _OF_POLICY:
             row = policy[_OF_POLICY[name]]
             return row != 0 if name == "clipped" else row
@@ -93,6 +99,16 @@ class _Fields(NamedTuple):
         if name == "advantages":
             return advantage(self.reward_scale, *logprobs)[0]
         return dict(zip(("student_logprobs", "teacher_logprobs", "ref_logprobs"), logprobs, strict=True))[name]
+
+
+def _bounds(problem: Problem) -> list[tuple[int, int]]:
+    """Start and stop of each route among the live tokens."""
+    return [(route.start, route.stop) for route in problem.routes]
+
+
+def _route_of_each(bounds: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(n,) int64, from start and stop of each route."""
+    return torch.cat([torch.full((stop - start,), i, device=device) for i, (start, stop) in enumerate(bounds)])
 
 
 _OF_POLICY = {
@@ -105,6 +121,8 @@ _OF_POLICY = {
 def output_of(problem: Problem, loss: Tensor, vectors: dict[str, Tensor | None]) -> GOPDOutput:
     """The output from vectors (n,) of the live tokens, of which those that are reported are taken."""
     fields: dict[str, Any] = dict.fromkeys(("advantages", "student_logprobs", "teacher_logprobs", "ref_logprobs", "kl"))
+    if "teacher_index" in problem.reported:
+        vectors["teacher_index"] = _route_of_each(_bounds(problem), problem.device)
     for name in problem.reported:
         x = problem.reward_scale if name == "reward_scale" else vectors[name]
         assert isinstance(x, Tensor)
@@ -113,4 +131,4 @@ def output_of(problem: Problem, loss: Tensor, vectors: dict[str, Tensor | None])
     if not isinstance(problem.reward_scale, Tensor):
         fields["reward_scale"] = problem.reward_scale
     mask = None if problem.mask is None else problem.mask.clone()
-    return GOPDOutput(loss=loss, **fields, mask=mask, joint=problem.options.joint)
+    return GOPDOutput(loss=loss, **fields, mask=mask, teachers=len(problem.routes), joint=problem.options.joint)

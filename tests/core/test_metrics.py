@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -129,6 +130,51 @@ def test_nothing_live_is_nan_and_adds_nothing():
     assert math.isnan(metrics.to_dict()["reward"])
     some = run(batch, reward_scale=1.25)[0].metrics()
     assert (metrics + some).to_dict() == some.to_dict()
+
+
+@pytest.mark.parametrize("objective", [{}, {"estimator": "full"}, {"estimator": "topk", "k": 5}])
+def test_metrics_of_each_teacher_are_those_of_a_call_with_its_tokens(objective, backend_dtype):
+    """Of three teachers, one of which has no token; together they are the metrics of the call."""
+    batch = make_batch(69, shape=(3, 5), dtype=backend_dtype.dtype)
+    teachers, index = [batch.teacher, batch.ref, batch.teacher], 2 * (torch.arange(15).reshape(3, 5) % 2)
+    options = {"reward_scale": 1.25, "backend": backend_dtype.backend, **objective}
+    several = batch.replaced(teacher=teachers)
+    out, _ = run(several, teacher_index=index, chunk_size=4, **options)
+    dense, _ = run(several, fg.reference.gopd_loss, teacher_index=index, reward_scale=1.25, **objective)
+    assert out.teachers == dense.teachers == 3
+    assert torch.equal(out.teacher_index, index * batch.mask)
+    assert torch.equal(dense.teacher_index, out.teacher_index)
+    found = out.metrics(by="teacher")
+    assert [int(m["tokens"]) for m in found] == [int((batch.mask & (index == i)).sum()) for i in range(3)]
+    assert math.isnan(found[1].to_dict()["loss"])
+    assert sum(found).to_dict() == pytest.approx(out.metrics().to_dict(), rel=1e-9)
+    for i in (0, 2):
+        alone, _ = run(batch.replaced(teacher=teachers[i], mask=batch.mask & (index == i)), **options)
+        assert found[i].to_dict() == pytest.approx(alone.metrics().to_dict(), rel=1e-4)
+
+
+def test_metrics_by_teacher_of_sequences_and_of_references_add_up():
+    batch = make_batch(70, shape=(3, 5))
+    index = torch.tensor([1, 0, 1])
+    several = batch.replaced(teacher=[batch.teacher] * 2, ref=[batch.ref, batch.teacher])
+    out, _ = run(several, teacher_index=index, estimator="full", reward_scale=1.25)
+    first, second = out.metrics(by="teacher")
+    assert int(first["tokens"]) == int(batch.mask[1].sum())
+    # of micro-batches: one sum for each teacher
+    twice = [sum(pair) for pair in zip(*[out.metrics(by="teacher")] * 2, strict=True)]
+    assert twice[1]["reward"] == second["reward"]
+    assert twice[1]["tokens"] == 2 * second["tokens"]
+    copied = pickle.loads(pickle.dumps(out.__getstate__()))
+    assert torch.equal(copied["teacher_index"], index[:, None] * batch.mask)
+
+
+def test_metrics_by_what_is_not_there():
+    out, _ = run(make_batch(72), reward_scale=1.25)
+    assert out.teacher_index is None
+    with pytest.raises(ValueError, match=r"metrics\(by='teacher'\) needs a teacher_index in the call"):
+        out.metrics(by="teacher")
+    with pytest.raises(ValueError, match="by must be"):
+        out.metrics(by="sequence")
 
 
 def test_what_a_metric_refuses():
