@@ -16,7 +16,7 @@ import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any
 
 import click
@@ -302,8 +302,9 @@ class Reader(ast.NodeVisitor):
             if inspect.isclass(function):
                 return function
             if inspect.isfunction(function) and function.__module__.startswith("fused_gopd"):
-                found = typing.get_type_hints(function).get("return")
-                return found if inspect.isclass(found) and found.__module__.startswith("fused_gopd") else None
+                hint = typing.get_type_hints(function).get("return")
+                kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+                return next((x for x in kinds if inspect.isclass(x) and x.__module__.startswith("fused_gopd")), None)
         return None
 
 
