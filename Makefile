@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce docs wheel test test-core test-versions test-faults test-kernels test-verl test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce docs wheel test test-core test-versions test-faults test-kernels test-verl test-liger test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -115,6 +115,19 @@ conformance: $(VENV)/.test
 
 test-verl: .venv-verl/.test
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_scale_configs.py
+
+# liger-kernel is not part of what the tests install. LIGER=<clone of its repository> runs its own tests, too, on
+# fused_gopd.integrations.liger; docs/coming-from.md says which of them pass.
+LIGER ?=
+build/liger: constraints.txt $(VENV)/.test
+	$(PIP) --no-deps --upgrade --target build/liger liger-kernel
+	touch $@
+
+test-liger: build/liger
+	PYTHONPATH=build/liger OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_liger.py tests/integrations/test_liger_models.py
+	if [ -n "$(LIGER)" ]; then cd $(LIGER) && \
+		PYTHONPATH=$(CURDIR)/build/liger:$(CURDIR)/tests/helpers:. OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -p liger_tests \
+		test/chunked_loss/test_jsd_loss.py test/transformers/test_fused_linear_jsd.py test/chunked_loss/test_grpo_loss.py; fi
 
 # A real inference server, in an environment of its own as a server has. Not part of CI: 3 GB, and minutes.
 .venv-server/.ready: tests/integrations/vllm-constraints.txt
