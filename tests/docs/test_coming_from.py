@@ -105,6 +105,22 @@ def test_a_row(section: str, cell: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        ("`GKDConfig()`", {}),
+        ("`DistillationConfig()`", {"beta": 1.0}),
+        ("`DistillationConfig(beta=0.3)`, `num_items_in_batch=40`", {"beta": 0.3, "num_items_in_batch": 40}),
+    ],
+)
+def test_a_formula_is_trls(cell: str, options: dict[str, Any]) -> None:
+    trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
+    names = page(torch.float64)
+    d, _ = dense(names)
+    theirs = trainer.GKDTrainer.generalized_jsd_loss(d.p, d.q, names.labels, **options)
+    torch.testing.assert_close(FORMULAS["TRL", cell](d), theirs)
+
+
 # ----------------------------------------------------------------------------------------------------------- reductions
 
 

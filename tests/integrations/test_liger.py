@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from costs import GEMM, gemm_flops
+from costs import H as WIDTH
+from costs import N as TOKENS
+from costs import V as VOCAB
 from fused_gopd.integrations import liger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,6 +248,27 @@ def test_grpo_of_a_frozen_head_and_without_gradients() -> None:
         torch.testing.assert_close(loss.detach(), evaluated)
         assert hidden.grad is not None
         assert given[1].grad is None
+
+
+@pytest.mark.parametrize(("level", "gemms"), [("token", 3), ("sequence", 4)])
+def test_grpo_costs_three_gemms_and_four_where_sequences_are_summed_first(level: str, gemms: int) -> None:
+    hidden, weight, advantages = tensors(torch.float32, (2, TOKENS // 2, WIDTH), (VOCAB, WIDTH), (2,))
+    inputs = leaves([hidden, weight])
+    tokens = torch.ones(2, TOKENS // 2, dtype=torch.long)
+    module = liger.LigerFusedLinearGRPOLoss(0.0, importance_sampling_level=level)
+    assert gemm_flops(lambda: module(*inputs, tokens, tokens, advantages)[0].backward()) == gemms * GEMM
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_of_float16_under_a_loss_scale(level: str, scale: float) -> None:
+    given, arguments = batch(torch.float16, old_per_token_logps=True)
+    inputs, dense = leaves(given), leaves([x.double() for x in given])
+    module = liger.LigerFusedLinearGRPOLoss(0.0, loss_type="bnpo", importance_sampling_level=level)
+    (module(*inputs[:2], bias=inputs[2], **arguments)[0] * scale).backward()
+    module(*dense[:2], bias=dense[2], **arguments)[0].backward()
+    for x, y in zip(inputs, dense, strict=True):  # 2^-10 is float16's rounding
+        torch.testing.assert_close(x.grad.double() / scale, y.grad, rtol=2e-2, atol=2e-3 * y.grad.abs().max().item())
 
 
 @pytest.mark.parametrize(
