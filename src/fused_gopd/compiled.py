@@ -95,6 +95,8 @@ def _pack(name: str, value: Any, parts: _Parts) -> Any:
     if type(value).__name__ in _KINDS:
         fields = {f.name: _pack(name, getattr(value, f.name), parts) for f in dataclasses.fields(value)}
         return {type(value).__name__: fields}
+    if isinstance(value, dict):  # from statistics to bounds; as pairs it is the same option
+        value = tuple(value.items())
     if isinstance(value, (list, tuple)):
         # names written out, here and above: Dynamo of PyTorch 2.11 does not follow the __name__ of a built-in type
         return {"list" if isinstance(value, list) else "tuple": [_pack(name, x, parts) for x in value]}

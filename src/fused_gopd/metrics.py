@@ -31,6 +31,9 @@ class Metrics(Mapping[str, Tensor]):
     advantage           and ``advantage_std``: of the advantages as used
     clip_fraction       share of tokens whose gradient a clip removed
     importance          and ``importance_std``: the detached weight of the rollout, as used
+    effective_sample_size  (sum w)^2 / (n sum w^2) of these weights, 0 ... 1: the share of n tokens of weight 1 that
+                        would have the same variance
+    masked_fraction     share of tokens whose weight is 0
     impossible          share of tokens that a model which lambda does not cancel gives probability 0; a log-ratio
                         excludes tokens of probability 0 under one of its two models
     ==================  ================================================================================
@@ -71,6 +74,8 @@ class Metrics(Mapping[str, Tensor]):
         if name.removesuffix("_std") in WITH_DEVIATION and name.endswith("_std") and name[:-4] in self._names:
             mean = self._mean(name[:-4])
             return (self._mean(name[:-4] + "_squared") - mean * mean).clamp_min(0).sqrt()
+        if name == "effective_sample_size" and "importance" in self._names:
+            return self._mean("importance").square() / self._mean("importance_squared")
         if name not in self._names or name.endswith("_squared"):
             raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
         return self._mean(name)
@@ -78,9 +83,11 @@ class Metrics(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         for name in self._names:
             yield name.removesuffix("_squared") + "_std" if name.endswith("_squared") else name
+            if name == "importance_squared":
+                yield "effective_sample_size"
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) + ("importance" in self._names)
 
     def to_dict(self) -> dict[str, float]:
         """All of them as Python floats, in one read from the device; NaN where nothing was counted."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import printing
 from .objective.divergences import DIVERGENCES, make
+from .objective.rollout_statistics import cap, of_sequences, statistic_bounds
 from .records import ComputedWhenRead, none, record
 from .rowops import BACKENDS
 from .values import (
@@ -41,13 +42,17 @@ if TYPE_CHECKING:
 
 Estimator = Literal["sampled", "full", "topk"]
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum", "none"]
-Ratio = Literal["token", "sequence"]
+Ratio = Literal["token", "sequence", "sequence-mean", "detached", "none"]
+AdvantagePolicy = Literal["old", "current"]
+RolloutIS = Literal["token", "sequence", "geometric", "none"]
 Baseline = Literal["none", "expected"]
 Support = Literal["teacher", "student"]
 Tail = Literal["bucket", "drop", "renormalize", "sampled"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 RATIOS: tuple[str, ...] = get_args(Ratio)
+ADVANTAGE_POLICIES: tuple[str, ...] = get_args(AdvantagePolicy)
+ROLLOUT_IS: tuple[str, ...] = get_args(RolloutIS)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 SUPPORTS: tuple[str, ...] = get_args(Support)
 TAILS: tuple[str, ...] = get_args(Tail)
@@ -175,6 +180,9 @@ def _batch(help: str, agree: Agree, **rule: Any) -> dict[str, Rule]:
 _NOT_NEGATIVE = number_that(lambda x: x >= 0, "not be negative")
 _RATIOS = {"of": ("sampled",), "needs": "old_logprobs"}
 _RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do"}
+_ROLLOUT = {"of": ESTIMATORS, "needs": "rollout_logprobs"}
+_ROLLOUT |= {"because": "without them there is no importance weight"}
+_StatisticBounds = Mapping[str, tuple[float | None, float | None]] | tuple[tuple[str, tuple[float, float]], ...]
 
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -252,16 +260,64 @@ class LossOptions:
     )
     ratio: Ratio = field(
         default="token",
-        metadata=_option("Ratios of tokens, or the mean over a 'sequence' (GSPO-token).", **_RATIOS, choices=RATIOS),
+        metadata=_option(
+            "Ratio of a 'token', mean of a 'sequence' (GSPO-token; 'sequence-mean': GSPO), 'detached' (CISPO), 'none'.",
+            **_RATIOS,
+            choices=RATIOS,
+        ),
     )
-    rollout_is_cap: float | None = field(
+    log_ratio_max: float | None = field(
         default=None,
         metadata=_option(
-            "Upper bound of the importance weights p_old / p_rollout.",
-            of=("sampled",),
-            needs="rollout_logprobs",
-            because="without them there is no importance weight to cap",
+            "Bound on the magnitude of log p - log p_old and of the log of importance weights.",
+            of=ESTIMATORS,
             check=number_that(lambda x: x > 0, "be positive"),
+        ),
+    )
+    loss_max: float | None = field(
+        default=None,
+        metadata=_option(
+            "Bound on the magnitude of token losses before weights; no gradient where it is in force.",
+            of=ESTIMATORS,
+            check=number_that(lambda x: x > 0, "be positive"),
+        ),
+    )
+    advantage_policy: AdvantagePolicy = field(
+        default="old",
+        metadata=_option(
+            "Whether A is relative to the 'old' policy or to the 'current' one.",
+            of=("sampled",),
+            needs="old_logprobs",
+            because="without them A is relative to the current policy",
+            choices=ADVANTAGE_POLICIES,
+        ),
+    )
+    rollout_is: RolloutIS = field(
+        default="token",
+        metadata=_option(
+            "Importance weights p_old / p_rollout of a token, a 'sequence' (product), its 'geometric' mean, or 'none'.",
+            **_ROLLOUT,
+            choices=ROLLOUT_IS,
+        ),
+    )
+    rollout_is_cap: float | tuple[float, float] | None = field(
+        default=None,
+        metadata=_option("Upper bound of the importance weights, or (low, high).", **_ROLLOUT, check=cap),
+    )
+    rollout_mask: _StatisticBounds | None = field(
+        default=None,
+        metadata=_option(
+            "Tokens have weight 0 where a statistic of p_old and p_rollout is outside (low, high).",
+            **_ROLLOUT,
+            check=statistic_bounds,
+        ),
+    )
+    trust_region: _StatisticBounds | None = field(
+        default=None,
+        metadata=_option(
+            "Tokens have weight 0 where a statistic of p and p_rollout is above high and A > 0, below low and A < 0.",
+            **{**_ROLLOUT, "of": ("sampled",)},
+            check=statistic_bounds,
         ),
     )
     advantage_clip: float | tuple[float, float] | None = field(
@@ -326,9 +382,30 @@ class LossOptions:
         return self.estimator == "full" or self.baseline == "expected"
 
     @property
-    def clips_ratio(self) -> bool:
-        """Whether a clip of the ratio may remove the gradient of a token."""
-        return self.clip is not None or self.clip_dual is not None
+    def clips(self) -> bool:
+        """Whether a bound of the ratio or of the loss may remove the gradient of a token."""
+        return any(x is not None for x in (self.clip, self.clip_dual, self.loss_max)) or (
+            self.log_ratio_max is not None and self.estimator == "sampled"
+        )
+
+    @property
+    def plain_importance(self) -> bool:
+        """Whether importance weights are those of tokens with at most an upper bound, which kernels know."""
+        return (
+            self.rollout_is == "token"
+            and self.rollout_mask is None
+            and self.log_ratio_max is None
+            and not isinstance(self.rollout_is_cap, (tuple, list))
+        )
+
+    @property
+    def sequence_importance(self) -> str | None:
+        """The option that makes importance weights depend on whole sequences, as a call has it."""
+        if self.rollout_is in ("sequence", "geometric"):
+            return f"rollout_is={self.rollout_is!r}"
+        if self.rollout_mask is not None and of_sequences(self.rollout_mask):
+            return "rollout_mask of whole sequences"
+        return None
 
     def logits_dtype(self, default: torch.dtype) -> torch.dtype:
         """Of a chunk's logits."""
@@ -387,10 +464,10 @@ class LossCall(LossOptions):
     )
     old_logprobs: Tensor | None = field(
         default=None,
-        metadata=_batch("(...) under the policy of the previous update.", Agree.ROUNDED, of=("sampled",)),
+        metadata=_batch("(...) under the policy of the previous update.", Agree.ROUNDED),
     )
     rollout_logprobs: Tensor | None = field(
-        default=None, metadata=_batch("(...) under the engine that sampled.", Agree.ROUNDED, of=("sampled",))
+        default=None, metadata=_batch("(...) under the engine that sampled.", Agree.ROUNDED)
     )
     advantage_fn: AdvantageFn | None = field(
         default=None,
@@ -447,6 +524,12 @@ def checked(options: LossOptions) -> LossOptions:
                     if rule.check is not None:
                         rule.check(name, given[name])
                     _require_estimator(name, rule, estimator)
+            name = "old_logprobs"
+            if given[name] is not None and estimator != "sampled" and given["rollout_logprobs"] is None:
+                raise ValueError(
+                    f"old_logprobs is an option of estimator='sampled', or needs rollout_logprobs, got "
+                    f"estimator={estimator!r}"
+                )
         name = "divergence"
         if estimator == "sampled" and values[name] != "reverse_kl":
             raise ValueError(
@@ -466,6 +549,16 @@ def checked(options: LossOptions) -> LossOptions:
         elif values["k"] == 0:
             name = "k"
             raise ValueError("k must be at least 1, got 0: tail='sampled' alone can do without a support")
+        name = "rollout_is"
+        if values[name] == "none":
+            if values["rollout_is_cap"] is not None:
+                raise ValueError("rollout_is_cap bounds importance weights, and rollout_is='none' makes all of them 1")
+            if values["rollout_mask"] is None and values["trust_region"] is None:
+                raise ValueError("rollout_is='none' needs rollout_mask or trust_region: alone it makes all weights 1")
+        name = "ratio"
+        for clip, ratios in (("clip", ("none",)), ("clip_dual", ("none", "detached"))):
+            if values[name] in ratios and values[clip] is not None:
+                raise ValueError(f"{clip} has nothing to act on with ratio={values[name]!r}")
     except (TypeError, ValueError) as error:
         error.option = name  # type: ignore[union-attr]
         raise

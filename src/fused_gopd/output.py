@@ -26,9 +26,9 @@ class GOPDOutput(ComputedWhenRead):
     Attributes:
         loss: scalar, or (...) with ``reduction="none"``. The only differentiable field.
         token_loss: (...) per-token losses before any weighting, detached.
-        advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (with old log-probs in
-            place of log p where they are given), as the gradient uses it: the value of ``advantage_fn`` if there is
-            one, with the baseline, clipped. Positive makes the token likelier. None without ``token_ids``, and
+        advantages: (...) A = lambda log q + (1 - lambda) log r - log p of the sampled token (in ``sampled`` with old
+            log-probs in place of log p where they are given), as the gradient uses it: the value of ``advantage_fn`` if
+            there is one, with the baseline, clipped. Positive makes the token likelier. None without ``token_ids``, and
             where a model is TopKLogProbs without ``sampled_logprobs``.
         student_logprobs, teacher_logprobs, ref_logprobs: (...) of the sampled token; None where not computed. Where
             ``joint`` all three are normalised over the joint support, and 0 for a token whose own lambda cancels the
@@ -36,8 +36,10 @@ class GOPDOutput(ComputedWhenRead):
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0; in ``topk`` over the existing outcomes, the student's mass on them
             being 1. None in ``sampled`` and with ``tail="sampled"``.
-        clipped: (...) bool, where a clip of the ratio removed the gradient. None without one.
-        importance: (...) the detached importance weight of the rollout. None without ``rollout_logprobs``.
+        clipped: (...) bool, where a bound of the ratio or ``loss_max`` is in force, and removed the gradient (with
+            ``ratio="detached"``: bounded its weight). None without one.
+        importance: (...) the detached importance weight of the rollout, 0 where it is masked. None without
+            ``rollout_logprobs``.
         label_logprobs: (...) log p of ``sft_labels``, 0 where there is none. None without them.
         labelled: (...) bool, where the supervised term is in force: there is a label inside the support.
         mask: (...) bool, the live tokens; None where all are.
@@ -149,4 +151,5 @@ def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
         add("clip_fraction", out.clipped.to(dtype))
     if out.importance is not None:
         add("importance", out.importance)
+        add("masked_fraction", (out.importance == 0).to(dtype))
     return Metrics(tuple(entries), torch.stack(list(entries.values())))

@@ -34,6 +34,7 @@ from .models import (
     support_width,
     with_logits_dtype,
 )
+from .objective.rollout_statistics import of_sequences
 from .options import DEFAULTS, LossCall, LossOptions, checked
 from .problem import Combined
 from .rowops import FROZEN
@@ -52,6 +53,8 @@ class Plan:
     vocab_size: int  # joint
     cancelled: str | None  # "teacher" or "ref", where lambda is a number that cancels it
     recomputes: bool
+    slope_follows: bool
+    kernel_importance: bool  # whether the row operation of a policy makes the importance weights
     width: int
     reported: tuple[str, ...]
     scores_elsewhere: bool  # whether a model is TokenLogProbs or TopKLogProbs
@@ -112,6 +115,8 @@ def _planned(call: LossCall) -> Plan:
         vocab_size=vocab_size,
         cancelled=cancelled,
         recomputes=recomputes_in_backward(call),
+        slope_follows=slope_follows(call),
+        kernel_importance=options.estimator == "sampled" and options.plain_importance,
         width=support_width(call),
         reported=reported_fields(call),
         scores_elsewhere=any(not isinstance(model, (LinearHead, Logits)) for model in models),
@@ -153,7 +158,7 @@ def _check_exponentials(call: LossCall) -> None:
         "chunk_dtype": call.chunk_dtype is not None,
         "sft_labels": call.sft_labels is not None,
         "reduction='none'": call.reduction == "none",
-        "ratio='sequence'": call.ratio == "sequence",
+        f"{whole_sequences(call)}": whole_sequences(call) is not None,
     }
     for name, given in refused.items():
         if given:
@@ -169,7 +174,7 @@ def recomputes_in_backward(call: LossCall) -> bool:
     float16 hidden states under ratios, importance weights, advantages, token or supervised weights of the caller's,
     which may be so large that a gradient without its weight overflows, or that beside one of them others underflow.
     """
-    if call.reduction == "none" or call.ratio == "sequence":
+    if call.reduction == "none" or whole_sequences(call) is not None:
         return True
     factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels, call.token_weight)
     return gradient_waits(call.student, any(x is not None for x in factors))
@@ -181,6 +186,39 @@ def gradient_waits(student: Head, factors: bool) -> bool:
     if isinstance(student, Logits):
         return dtype in (torch.float16, torch.bfloat16)
     return dtype == torch.float16 and factors
+
+
+def whole_sequences(call: LossCall) -> str | None:
+    """The option that needs the current policy's log-probs of whole sequences, which are there after all chunks.
+
+    As a call has it. Importance weights are known before the loop where there are old log-probs.
+    """
+    if call.ratio in ("sequence", "sequence-mean"):
+        return f"ratio={call.ratio!r}"
+    if call.trust_region is not None and of_sequences(call.trust_region):
+        return "trust_region of whole sequences"
+    known = call.rollout_logprobs is None or call.old_logprobs is not None
+    return None if known else call.sequence_importance
+
+
+def slope_follows(call: LossCall) -> bool:
+    """Whether the factor of a token's logit gradient is made by PyTorch, from the statistics of its chunk."""
+    current = call.rollout_logprobs is not None and call.old_logprobs is None
+    if call.estimator == "full":
+        return current or call.loss_max is not None
+    if call.estimator == "topk":
+        return False
+    unknown_to_kernels = (
+        call.baseline != "none"
+        or call.advantage_fn is not None
+        or call.reward_scale_fn is not None
+        or call.advantage_policy != "old"
+        or call.trust_region is not None
+        or call.log_ratio_max is not None
+        or call.loss_max is not None
+        or call.ratio in ("detached", "none")
+    )
+    return unknown_to_kernels or (current and not call.plain_importance)
 
 
 def reported_fields(call: LossCall) -> tuple[str, ...]:
@@ -202,7 +240,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "ref_logprobs": ids and scored["ref"],
         "entropy": True,
         "kl": not sampled and call.tail != "sampled",
-        "clipped": call.clips_ratio,
+        "clipped": call.clips,
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,
         "labelled": labels,
@@ -264,11 +302,21 @@ def tensor_per_token(
     raise ValueError(f"{name} must be {alternative}a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}")
 
 
-def require_sequences(options: LossOptions, sequences: Sequences) -> None:
-    """Ratios of whole sequences need to know them."""
-    if options.ratio == "sequence" and not sequences.known:
+def check_corrections(call: LossCall, options: LossOptions, sequences: Sequences) -> None:
+    """What options of ratios and importance weights need of the batch."""
+    name = whole_sequences(call) or (None if call.rollout_logprobs is None else options.sequence_importance)
+    if name is not None and not sequences.known:
         raise ValueError(
-            f"ratio='sequence' needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
+            f"{name} needs a token shape (B, T) or cu_seqlens to tell sequences, got {tuple(sequences.shape)}"
+        )
+    if options.log_ratio_max is not None and call.old_logprobs is None and call.rollout_logprobs is None:
+        raise ValueError(
+            "log_ratio_max needs old_logprobs or rollout_logprobs: without them there is no ratio to bound"
+        )
+    if name is not None and options.estimator == "topk" and call.old_logprobs is None and call.sft_labels is not None:
+        raise ValueError(
+            f"{name} with sft_labels and estimator='topk' needs old_logprobs: the gradient of the "
+            "tokens is made before the weights of the current policy are known"
         )
 
 
@@ -288,7 +336,9 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
         raise ValueError("token_ids must be given for estimator='sampled'")
     if options.tail == "sampled" and call.token_ids is None:
         raise ValueError("token_ids must be given for tail='sampled'")
-    require_sequences(options, sequences)
+    if call.rollout_logprobs is not None and call.token_ids is None:
+        raise ValueError("token_ids must be given for rollout_logprobs, which are those of the sampled tokens")
+    check_corrections(call, options, sequences)
     for name, require in _TOKEN_TENSORS:
         value = getattr(call, name)
         if value is not None:
@@ -412,4 +462,7 @@ def _append(key: list[Any], value: Any) -> bool:
     if callable(value):
         key.append(callable)
         return True
+    if kind in (dict, tuple, list):  # statistics and their bounds
+        key += (kind, len(value))
+        return all(_append(key, x) for x in (value.items() if kind is dict else value))
     return False

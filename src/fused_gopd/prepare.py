@@ -19,13 +19,15 @@ from .heads import Head, Source, TokenLogProbs
 from .models import Models, as_tuple, frozen_heads, named_members, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
+from .objective.rollout import importance
 from .options import ARGUMENTS, LossCall, LossOptions, Reduction
-from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token
+from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token, whole_sequences
 from .problem import Combined, Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
 from .targets import Composite, Frozen, Mixture
 from .tokens import (
+    LiveSequences,
     Sequences,
     TokenRows,
     check_cu_seqlens,
@@ -173,13 +175,18 @@ def check_lengths(lengths: Tensor, sequences: Sequences, mask: Tensor | None) ->
 
 
 def check_no_host_sync(
-    masked: bool, routed: bool, options: LossOptions, advantage_fn: object, reward_scale_fn: object = None
+    masked: bool,
+    routed: bool,
+    options: LossOptions,
+    advantage_fn: object,
+    reward_scale_fn: object = None,
+    sequences: str | None = None,
 ) -> None:
     """Refuse the options that cannot do without a value from the device."""
     needs = {
         "teacher_index": (routed, "how many tokens each teacher has"),
         "grad_filter": (bool(options.grad_filter), "which vocabulary entries are left"),
-        "ratio='sequence' with mask": (masked and options.ratio == "sequence", "which rows are live"),
+        f"{sequences} with mask": (masked and sequences is not None, "which rows are live"),
         "advantage_fn with mask": (masked and advantage_fn is not None, "which rows are live"),
         "reward_scale_fn with mask": (masked and reward_scale_fn is not None, "which rows are live"),
     }
@@ -214,7 +221,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         check_lengths(call.sequence_lengths, sequences, mask)
     if host_sync_forbidden(device):
         functions = call.advantage_fn, call.reward_scale_fn
-        check_no_host_sync(mask is not None, route is not None, options, *functions)
+        check_no_host_sync(mask is not None, route is not None, options, *functions, whole_sequences(call))
     rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
     # a single model is shared by all routes
     routed: Models = {
@@ -260,6 +267,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     # with an advantage_fn they are the denominator of a ratio only, which may be of the caller's own making
     old = logprobs("old_logprobs", call.old_logprobs, call.advantage_fn is None)
     rollout = logprobs("rollout_logprobs", call.rollout_logprobs, True)
+    weighs = None
+    if rollout is not None and old is not None and not plan.kernel_importance:
+        weighs = importance(options, old, rollout, LiveSequences(rows, sequences))
     scored = routed if options.score_cancelled else needed
     server = NO_SCORES
     teacher_logprobs = ref_logprobs = None
@@ -345,6 +355,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         token_ids=ids,
         old_logprobs=old,
         rollout_logprobs=rollout,
+        importance=weighs,
         teacher_logprobs=teacher_logprobs,
         ref_logprobs=ref_logprobs,
         support_ids=server.token_ids,
@@ -353,8 +364,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         labels=labels,
         weights=weights,
         advantage_fn=call.advantage_fn,
-        slope_follows=options.estimator == "sampled"
-        and (options.joint or call.advantage_fn is not None or call.reward_scale_fn is not None),
+        corrects=rollout is not None or options.loss_max is not None,
+        slope_follows=plan.slope_follows,
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,

@@ -17,7 +17,7 @@ from .options import AdvantageFn, LossOptions, RewardScaleFn
 from .records import record
 from .rowops import RowOps
 from .shards import VocabShard
-from .tokens import Sequences, TokenRows
+from .tokens import LiveSequences, Sequences, TokenRows
 
 
 @record(frozen=True, eq=False, kw_only=True)
@@ -79,6 +79,7 @@ class Problem:
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)
     rollout_logprobs: Tensor | None = None  # (n,)
+    importance: Tensor | None = None  # (n,) weights from both, where the row operation does not make them
     teacher_logprobs: Tensor | None = None  # (n,) of the sampled tokens, computed elsewhere; 0 where a route has a head
     ref_logprobs: Tensor | None = None  # (n,) likewise
     support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of topk, where the tokens come from elsewhere
@@ -89,7 +90,8 @@ class Problem:
     weights: Tensor  # () or (n,), loss = sum of weights times token losses; with reduction "none" each of them
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
-    slope_follows: bool = False  # whether PyTorch makes the advantages, so that kernels do not know the policy's slope
+    corrects: bool = False  # whether token losses of full and topk have importance weights or ``loss_max``
+    slope_follows: bool = False  # whether PyTorch makes a factor of the logit gradient from the chunk's statistics
     recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
     reported: tuple[str, ...] = ()  # the vectors of the output that are not None
@@ -102,6 +104,11 @@ class Problem:
     frozen_chunk_size: int | None = None  # tokens of teacher and reference at a time where models are taken together
     dtype: torch.dtype  # of accumulation and of the outputs
     device: torch.device
+
+    @property
+    def over_sequences(self) -> LiveSequences:
+        """Sums, means and extrema over the live tokens of each sequence."""
+        return LiveSequences(self.rows, self.sequences)
 
     @property
     def joint(self) -> bool:

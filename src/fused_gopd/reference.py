@@ -23,6 +23,7 @@ from .nll import NLLCall, prepare_nll
 from .objective.combination import combined
 from .objective.divergences import OneRound, Outcomes, ReverseKL
 from .objective.policy import advantage, advantages_of, rule_of
+from .objective.rollout import importance, inside_trust_region
 from .objective.supervised import label_report
 from .objective.target import bounded, mix
 from .objective.token_functions import call_function
@@ -430,7 +431,7 @@ def _advantages(
         student=lp,
         teacher=lq,
         ref=lr,
-        old=p.old_logprobs,
+        old=p.old_logprobs if p.options.advantage_policy == "old" else None,
         hook=None if p.advantage_fn is None else hook,
         expected=expected,
     )
@@ -469,40 +470,60 @@ def _scale(p: Problem) -> float | Tensor:
     return p.reward_scale
 
 
-def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Token loss, for autograd to differentiate, where a clip is in force, and importance weight."""
+def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token loss, for autograd to differentiate, and where a bound is in force."""
     s = p.options
     behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
     nothing = advantages == 0  # no loss, whatever it is multiplied by
-    if s.ratio == "token":
+    unknown = (torch.isneginf(lp) | torch.isneginf(behaviour)).detach()
+    if s.ratio in ("token", "detached"):
         # masked before any arithmetic: a NaN behind a where has a NaN gradient
         log_ratio = torch.where(nothing, 0, lp) - torch.where(nothing, 0, behaviour)
     else:
-        known = ~(torch.isneginf(lp) | torch.isneginf(behaviour)).detach()
-        own = torch.where(known, lp, 0) - torch.where(known, behaviour, 0)
+        own = torch.where(unknown, 0, lp) - torch.where(unknown, 0, behaviour)
         # sequence by sequence, written out: the fused loss has its own way of summing
         bounds, T = p.sequences.cu_seqlens, p.sequences.shape[1:].numel()
         starts = [i * T for i in range(p.sequences.count + 1)] if bounds is None else bounds.tolist()
         live = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
         mean = torch.zeros_like(own)
-        for start, stop in itertools.pairwise(starts):
+        for start, stop in itertools.pairwise(starts if s.ratio != "none" else []):
             inside = (live >= start) & (live < stop)
             if inside.any():
                 mean = torch.where(inside, own[inside].mean(), mean)
-        log_ratio = torch.where(nothing, 0, mean.detach() + own - own.detach())
+        if s.ratio != "sequence-mean":
+            mean = mean.detach() + own - own.detach()
+        log_ratio = torch.where(nothing, 0, mean)
+    clipped = torch.zeros_like(nothing)
+    if s.log_ratio_max is not None:
+        clipped = log_ratio.detach().abs() > s.log_ratio_max
+        log_ratio = log_ratio.clamp(-s.log_ratio_max, s.log_ratio_max)
     ratio = log_ratio.exp()
-    unclipped = loss = -advantages * ratio
-    if s.clip is not None:
-        low, high = s.clip
-        loss = torch.maximum(loss, -advantages * ratio.clamp(1 - low, 1 + high))
-    if s.clip_dual is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
-    clipped, importance = (loss.detach() - unclipped.detach()).abs() > 0, None  # NaN is not a clip
-    if p.rollout_logprobs is not None:
-        importance = torch.where(torch.isneginf(behaviour), 0, behaviour - p.rollout_logprobs).exp()
-        importance = importance.clamp_max(math.inf if s.rollout_is_cap is None else s.rollout_is_cap)
-        loss = loss * torch.where(nothing, 0, importance)
-    return loss, clipped, importance
+    low, high = s.clip or (math.inf, math.inf)
+    inside_clip = ratio.clamp(1 - low, 1 + high)
+    if s.ratio == "detached":
+        # no gradient where p = 0, as for the other ratios; nor is there an infinite loss
+        at_most = torch.where(torch.isneginf(lp), torch.finfo(lp.dtype).min, lp)
+        loss, clipped = -advantages * inside_clip.detach() * at_most, clipped | (inside_clip != ratio)
+    else:
+        unclipped = -advantages * ratio
+        loss = torch.maximum(unclipped, -advantages * inside_clip)
+        if s.clip_dual is not None:
+            loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
+        clipped = clipped | ((loss.detach() - unclipped.detach()).abs() > 0)  # NaN is not a clip
+    if s.loss_max is not None:
+        clipped = clipped | (loss.detach().abs() > s.loss_max)
+        loss = loss.clamp(-s.loss_max, s.loss_max)
+    loss = torch.where(nothing, 0, loss)
+    return loss if weights is None else loss * torch.where(nothing, 0, weights), clipped
+
+
+def _importance(p: Problem, lp: Tensor | None) -> Tensor | None:
+    """(n,) detached weights of the rollout, None without one."""
+    if p.rollout_logprobs is None or p.importance is not None:
+        return p.importance
+    assert lp is not None
+    behaviour = lp.detach() if p.old_logprobs is None else p.old_logprobs
+    return importance(p.options, behaviour, p.rollout_logprobs, p.over_sequences)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -558,17 +579,30 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     vectors: dict[str, Tensor | None] = {"entropy": entropy, "kl": kl}
     if ids is not None:
         lp = _gather(log_p, ids)
+        weights = _importance(p, lp)
         if options.estimator == "sampled":
             with torch.no_grad():
                 expected = token_loss.detach() if options.joint else None
                 advantages, reported = _advantages(p, lp.detach(), lq, lr, (entropy, *entropies), expected)
-                value, _, _ = _policy_loss(p, lp, reported)
-            token_loss, vectors["clipped"], vectors["importance"] = _policy_loss(p, lp, advantages)
+                if weights is not None and options.trust_region is not None:
+                    assert p.rollout_logprobs is not None
+                    region = inside_trust_region(options, advantages, lp, p.rollout_logprobs, p.over_sequences)
+                    weights = weights.masked_fill(~region, 0)
+                value, _ = _policy_loss(p, lp, reported, weights)
+            token_loss, vectors["clipped"] = _policy_loss(p, lp, advantages, weights)
             vectors["advantages"] = advantages
             if options.baseline == "expected":  # the gradient with it, the value without
                 token_loss = value + (token_loss - token_loss.detach())
-        elif "advantages" in p.reported:
+        vectors["importance"] = weights
+        if options.estimator != "sampled" and "advantages" in p.reported:
             vectors["advantages"], _ = advantage(_scale(p), lp.detach(), lq, lr)
+    if options.estimator != "sampled" and p.corrects:
+        if options.loss_max is not None:
+            vectors["clipped"] = token_loss.detach().abs() > options.loss_max
+            token_loss = token_loss.clamp(-options.loss_max, options.loss_max)
+        weights = vectors.get("importance")
+        if weights is not None:
+            token_loss = token_loss * weights
     if p.labels is not None:
         label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
         vectors["label_logprobs"], labelled = label_report(label_logprobs.detach(), p.labels)

@@ -81,7 +81,7 @@ class _Fields(NamedTuple):
 
     def _vector(self, name: str) -> Tensor | None:
         """(n,) of the live tokens."""
-        statistics, policy = self.statistics, self.values.policy
+        statistics, policy, corrections = self.statistics, self.values.policy, self.values.corrections
         if name == "token_loss":
             return self.values.loss
         if name == "entropy":
@@ -95,6 +95,8 @@ class _Fields(NamedTuple):
         if policy is not None and name in _OF_POLICY:
             row = policy[_OF_POLICY[name]]
             return row != 0 if name == "clipped" else row
+        if corrections is not None and name in ("importance", "clipped"):
+            return corrections[0] if name == "importance" else corrections[1] != 0
         logprobs = model_logprobs(self.has, statistics)
         if name == "advantages":
             return advantage(self.reward_scale, *logprobs)[0]

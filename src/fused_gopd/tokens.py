@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +47,16 @@ class Sequences:
         if self.cu_seqlens is None:
             return values.reshape(self.count, -1).sum(1) if values.numel() else values.new_zeros(self.count)
         return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
+
+    def extreme(self, how: Literal["max", "min"], values: Tensor) -> Tensor:
+        """(B,) the largest or smallest of ``values`` in the token shape, an infinity for a sequence without tokens."""
+        none = -math.inf if how == "max" else math.inf
+        if self.cu_seqlens is not None:
+            return torch.segment_reduce(values, how, offsets=self.cu_seqlens, unsafe=True, initial=none)
+        if not values.numel():
+            return values.new_full((self.count,), none)
+        flat = values.reshape(self.count, -1)
+        return flat.amax(1) if how == "max" else flat.amin(1)
 
     def expand(self, values: Tensor) -> Tensor:
         """One value per sequence (B,) in the token shape."""
@@ -115,6 +127,29 @@ class TokenRows:
             values = values.reshape(self.shape)
             return values if self.keep is None else values.masked_fill(~self.keep, 0)
         return values.new_zeros(self.shape.numel()).index_copy(0, self.index, values).reshape(self.shape)
+
+
+class LiveSequences(NamedTuple):
+    """Of values (n,) of the live tokens, or of the token shape: each replaced by one number of its sequence."""
+
+    rows: TokenRows
+    sequences: Sequences
+
+    def reduce(self, how: Literal["token", "sum", "mean", "max", "min"], values: Tensor) -> Tensor:
+        """The sum, mean or extremum over the live tokens of each sequence; or the values themselves."""
+        rows, sequences = self.rows, self.sequences
+        if how == "token":
+            return values
+        if how in ("max", "min"):
+            none = -math.inf if how == "max" else math.inf
+            whole = rows.scatter(values)
+            live = rows.scatter(torch.ones_like(values)) > 0
+            result = sequences.extreme("max" if how == "max" else "min", whole.masked_fill(~live, none))
+        else:
+            result = sequences.sum(rows.scatter(values))
+            if how == "mean":
+                result = result / sequences.sum(rows.scatter(torch.ones_like(values))).clamp_min(1)
+        return rows.take(sequences.expand(result)).to(values.dtype).reshape(values.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -313,7 +313,82 @@ CASES = {
     "clip negative": ({"clip": (0.2, -0.1), "old_logprobs": OLD}, ValueError, "clip must satisfy"),
     "clip of strings": ({"clip": ("a", "b"), "old_logprobs": OLD}, TypeError, "clip must be a Python number"),
     # more of the sampled estimator
-    "rollout in full": (dict(rollout_logprobs=OLD, **FULL), ValueError, "rollout_logprobs is an option of.*'sampled'"),
+    "rollout without ids": (
+        dict(rollout_logprobs=OLD, token_ids=None, **FULL),
+        ValueError,
+        "token_ids must be given for rollout_logprobs",
+    ),
+    "rollout_is": (
+        {"rollout_is": "prefix", "rollout_logprobs": OLD},
+        ValueError,
+        "rollout_is must be one of 'token', 'sequence', 'geometric', 'none', got 'prefix'",
+    ),
+    "rollout_is none": (
+        {"rollout_is": "none", "rollout_logprobs": OLD},
+        ValueError,
+        "rollout_is='none' needs rollout_",
+    ),
+    "rollout_is none, cap": (
+        {"rollout_is": "none", "rollout_is_cap": 2.0, "rollout_logprobs": OLD},
+        ValueError,
+        "rollout_is_cap bounds importance weights",
+    ),
+    "mask without rollout": (
+        {"rollout_mask": {"token_ratio": (0.5, 2.0)}},
+        ValueError,
+        "rollout_mask needs rollout_logprobs",
+    ),
+    "mask a pair": ({"rollout_mask": (0.5, 2.0), "rollout_logprobs": OLD}, TypeError, "rollout_mask must be a mapping"),
+    "mask empty": ({"rollout_mask": {}, "rollout_logprobs": OLD}, ValueError, "rollout_mask must name at least one"),
+    "mask unknown": (
+        {"rollout_mask": {"seq_mean_k1": (0.5, 2.0)}, "rollout_logprobs": OLD},
+        ValueError,
+        "rollout_mask must be of the statistics token_ratio, .* got 'seq_mean_k1'",
+    ),
+    "mask a number": (
+        {"rollout_mask": {"token_k2": 0.1}, "rollout_logprobs": OLD},
+        TypeError,
+        r"rollout_mask\['token_k2'\] must be a pair \(low, high\), None for no bound, got 0.1",
+    ),
+    "mask order": (
+        {"rollout_mask": {"token_ratio": (2.0, 0.5)}, "rollout_logprobs": OLD},
+        ValueError,
+        r"rollout_mask\['token_ratio'\] must have low < high",
+    ),
+    "mask without bounds": (
+        {"rollout_mask": {"token_ratio": (None, None)}, "rollout_logprobs": OLD},
+        ValueError,
+        "at least one of them given",
+    ),
+    "mask of a negative ratio": (
+        {"rollout_mask": {"token_ratio": (-0.2, 0.2)}, "rollout_logprobs": OLD},
+        ValueError,
+        "bounds a ratio, which is positive",
+    ),
+    "trust region in full": (
+        dict(trust_region={"token_ratio": (0.5, 2.0)}, rollout_logprobs=OLD, **FULL),
+        ValueError,
+        "trust_region is an option of estimator='sampled'",
+    ),
+    "advantage_policy": ({"advantage_policy": "current"}, ValueError, "advantage_policy needs old_logprobs"),
+    "log_ratio_max": ({"log_ratio_max": 20.0}, ValueError, "log_ratio_max needs old_logprobs or rollout_logprobs"),
+    "log_ratio_max 0": ({"log_ratio_max": 0.0}, ValueError, "log_ratio_max must be positive"),
+    "loss_max 0": ({"loss_max": -1.0}, ValueError, "loss_max must be positive"),
+    "clip of no ratio": (
+        {"ratio": "none", "clip": (0.2, 0.2), "old_logprobs": OLD},
+        ValueError,
+        "clip has nothing to act on with ratio='none'",
+    ),
+    "dual of a detached ratio": (
+        {"ratio": "detached", "clip_dual": 3.0, "old_logprobs": OLD},
+        ValueError,
+        "clip_dual has nothing to act on with ratio='detached'",
+    ),
+    "sequences of topk with labels": (
+        {"rollout_is": "sequence", "rollout_logprobs": OLD, "estimator": "topk", "k": 2, "sft_labels": IDS},
+        ValueError,
+        "rollout_is='sequence' with sft_labels and estimator='topk' needs old_logprobs",
+    ),
     "rollout shape": ({"rollout_logprobs": OLD[0]}, ValueError, r"rollout_logprobs.*\(2, 3\).*\(3,\)"),
     "rollout dtype": ({"rollout_logprobs": IDS}, TypeError, "rollout_logprobs must be a float tensor"),
     "cap without rollout": ({"rollout_is_cap": 2.0}, ValueError, "rollout_is_cap needs rollout_logprobs"),
@@ -322,6 +397,7 @@ CASES = {
         ValueError,
         "rollout_is_cap must be positive, got 0",
     ),
+    "cap order": ({"rollout_is_cap": (2, 1), "rollout_logprobs": OLD}, ValueError, "rollout_is_cap.*0 <= low <= high"),
     "dual in full": (dict(clip_dual=3.0, **FULL), ValueError, "clip_dual is an option of estimator='sampled'"),
     "dual without old": ({"clip_dual": 3.0}, ValueError, "clip_dual needs old_logprobs"),
     "dual 1": ({"clip_dual": 1.0, "old_logprobs": OLD}, ValueError, "clip_dual must be above 1, got 1.0"),
@@ -604,7 +680,7 @@ def test_gopd_loss_module_refuses_unknown_options():
         fg.GOPDLoss(lam=1.25)
     with pytest.raises(TypeError, match="mask is not an option of GOPDLoss"):
         fg.GOPDLoss(mask=MASK)
-    with pytest.raises(ValueError, match="ratio must be one of 'token', 'sequence', got 'prefix'"):
+    with pytest.raises(ValueError, match=r"ratio must be one of 'token', 'sequence'.*got 'prefix'"):
         fg.GOPDLoss(ratio="prefix")
 
 

@@ -18,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_every_metric_is_its_mean_over_the_live_tokens(backend_dtype):
     batch = make_batch(61, shape=(3, 5), dtype=backend_dtype.dtype)
     old = torch.linspace(-4, -1, 15, dtype=backend_dtype.dtype).reshape(3, 5)
-    rollout = old + 0.3
+    rollout = old + torch.linspace(-0.6, 0.3, 15, dtype=backend_dtype.dtype).reshape(3, 5)
     options = {"reward_scale": 1.25, "old_logprobs": old, "clip": (0.2, 0.2)}
-    out, _ = run(batch, backend=backend_dtype.backend, rollout_logprobs=rollout, rollout_is_cap=0.5, **options)
+    options |= {"rollout_is_cap": 1.5, "rollout_mask": {"token_ratio": (0.9, None)}}
+    out, _ = run(batch, backend=backend_dtype.backend, rollout_logprobs=rollout, **options)
     live = batch.mask
     p, q, r = (x[live].double() for x in (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs))
     a, w = out.advantages[live].double(), out.importance[live].double()
@@ -37,6 +38,8 @@ def test_every_metric_is_its_mean_over_the_live_tokens(backend_dtype):
         "clip_fraction": out.clipped[live].double().mean(),
         "importance": w.mean(),
         "importance_std": w.std(correction=0),
+        "effective_sample_size": w.mean() ** 2 / (w * w).mean(),
+        "masked_fraction": (w == 0).double().mean(),
     }
     got = out.metrics().to_dict()
     assert got.keys() == want.keys()

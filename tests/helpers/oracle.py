@@ -278,24 +278,92 @@ def _sampled_token(
     log_p: Tensor,
     adv: float | None,
     old: float | None,
-    log_s: float | None,
-    rollout: float | None,
+    log_s: Tensor | None,
+    weight: float | None,
     policy: dict[str, Any],
 ) -> Tensor:
     """-A rho w of one token, clipped; ``log_s`` is the sequence's mean log-ratio, None for the token's own."""
     if adv is None:
         return log_p.new_zeros(())
-    behaviour = log_p.item() if old is None else old
-    ratio = (log_p - behaviour).exp() if log_s is None else math.exp(log_s) * (log_p - log_p.item()).exp()
+    behaviour, kind = log_p.item() if old is None else old, policy.get("ratio", "token")
+    log_ratio = log_p - (log_p.item() if kind == "none" else behaviour)
+    if log_s is not None:
+        log_ratio = log_s if kind == "sequence-mean" else log_s.item() + log_p - log_p.item()
+    if policy.get("log_ratio_max") is not None:
+        log_ratio = log_ratio.clamp(-policy["log_ratio_max"], policy["log_ratio_max"])
+    ratio = log_ratio.exp()
     loss = -adv * ratio
-    if policy.get("clip") is not None:
+    if kind == "detached":
+        low, high = policy.get("clip") or (math.inf, math.inf)
+        loss = -adv * min(max(ratio.item(), 1 - low), 1 + high) * log_p
+    elif policy.get("clip") is not None:
         low, high = policy["clip"]
         loss = torch.maximum(loss, -adv * ratio.clamp(1 - low, 1 + high))
     if policy.get("clip_dual") is not None and adv < 0:
         loss = torch.minimum(loss, torch.as_tensor(-adv * policy["clip_dual"], dtype=torch.float64))
-    if rollout is not None:
-        loss = loss * min(math.exp(behaviour - rollout), policy.get("rollout_is_cap") or math.inf)
-    return loss
+    loss = _at_most(loss, policy)
+    return loss if weight is None else loss * weight
+
+
+def _at_most(loss: Tensor, policy: dict[str, Any]) -> Tensor:
+    most = policy.get("loss_max")
+    return loss if most is None else loss.clamp(-most, most)
+
+
+def _statistic(name: str, t: int, group: list[int], p: list[float], rollout: list[float]) -> float:
+    """A statistic of the log-probs p and rollout of the sampled tokens, at token t of the sequence ``group``."""
+
+    def log_ratio(i: int) -> float:
+        return 0.0 if p[i] == -math.inf else p[i] - rollout[i]
+
+    if name == "token_difference":
+        return math.exp(p[t]) - math.exp(rollout[t])
+    level, _, kind = name.rpartition("_")
+    terms = {
+        "ratio": math.exp,
+        "k2": lambda x: x * x / 2,
+        "k3": lambda x: math.exp(x) - 1 - x,
+    }
+    f, d = terms[kind], [log_ratio(i) for i in group]
+    if level == "sequence":
+        return math.exp(sum(d))
+    if level == "geometric":
+        return math.exp(sum(d) / len(d))
+    if level == "token":
+        return f(log_ratio(t))
+    values = [f(x) for x in d]
+    return {"seq_sum": sum, "seq_mean": lambda x: sum(x) / len(x), "seq_max": max, "seq_min": min}[level](values)
+
+
+def rollout_weight(t: int, group: list[int], p: list[float], rollout: list[float], policy: dict[str, Any]) -> float:
+    """The importance weight of token t, whose sequence has the live tokens ``group``."""
+    level, most = policy.get("rollout_is", "token"), policy.get("log_ratio_max", math.inf)
+    log_weight = {
+        "none": lambda: 0.0,
+        "token": lambda: math.log(_statistic("token_ratio", t, group, p, rollout)),
+        "sequence": lambda: math.log(_statistic("sequence_ratio", t, group, p, rollout)),
+        "geometric": lambda: math.log(_statistic("geometric_ratio", t, group, p, rollout)),
+    }[level]()
+    weight, bound = math.exp(min(max(log_weight, -most), most)), policy.get("rollout_is_cap")
+    low, high = bound if isinstance(bound, tuple) else (0.0, math.inf if bound is None else bound)
+    weight = min(max(weight, low), high)
+    for name, pair in (policy.get("rollout_mask") or {}).items():
+        low, high = (default if x is None else x for x, default in zip(pair, (-math.inf, math.inf), strict=True))
+        if not low <= _statistic(name, t, group, p, rollout) <= high:
+            weight = 0.0
+    return weight
+
+
+def in_trust_region(
+    t: int, group: list[int], p: list[float], rollout: list[float], adv: float | None, policy: dict[str, Any]
+) -> bool:
+    for name, (low, high) in (policy.get("trust_region") or {}).items():
+        x = _statistic(name, t, group, p, rollout)
+        if adv is not None and (
+            (adv > 0 and high is not None and x > high) or (adv < 0 and low is not None and x < low)
+        ):
+            return False
+    return True
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[Tensor]:
@@ -361,8 +429,8 @@ def gopd(
 ) -> Result:
     """The whole loss. Differentiable in whatever the student's tensors are.
 
-    ``policy``: clip, clip_dual, ratio, rollout_is_cap, advantage_clip, logprob_min of the sampled estimator; k, support
-    and tail of topk.
+    ``policy``: clip, clip_dual, ratio, advantage_policy, trust_region, advantage_clip, logprob_min of the sampled
+    estimator; rollout_is, rollout_is_cap, rollout_mask, log_ratio_max, loss_max of all; k, support and tail of topk.
     """
     models = (student, teacher, ref)
     given: list[Tensor | None] = [None, None, None]
@@ -417,29 +485,36 @@ def gopd(
     parameters = per_token(named.get(divergence, 0.0))
     olds, rollouts = (None if x is None else x.double().reshape(-1).tolist() for x in (old_logprobs, rollout_logprobs))
     ids = None if token_ids is None else token_ids.reshape(-1).tolist()
-    log_s: list[float] | None = None
-    if policy.get("ratio") == "sequence":
+    lived = live.reshape(-1).tolist()
+    own: list[Tensor] = []  # the student's log-probs, where ratios or weights need those of other tokens
+    if policy.get("ratio") in ("sequence", "sequence-mean") or rollouts is not None:
         assert ids is not None
-        own = [
-            _token_logprob(z[0][t], ids[t]).item() - olds[t] if alive else 0.0
-            for t, alive in enumerate(live.reshape(-1).tolist())
-        ]
-        means = [
-            (x.sum() / alive.sum().clamp_min(1)).expand(x.shape)
-            for x, alive in zip(
-                _sequences(torch.tensor(own, dtype=torch.float64).reshape(shape), cu_seqlens),
-                _sequences(live, cu_seqlens),
-                strict=True,
-            )
-        ]
-        log_s = torch.cat([x.reshape(-1) for x in means]).tolist()
+        for t, alive in enumerate(lived):
+            if estimator == "full" or policy.get("baseline") == "expected":
+                by_id = _full_token(z[0][t], *(_row(x, t) for x in z[1:]), lams[t], "reverse_kl", 0.5, made)[4]
+                own.append(by_id.get(ids[t], torch.tensor(-math.inf, dtype=torch.float64)))
+            else:
+                own.append(_token_logprob(z[0][t], ids[t]) if alive else torch.zeros((), dtype=torch.float64))
+    groups: dict[int, list[int]] = {t: [t] for t in range(len(lived))}
+    if len(shape) > 1 or cu_seqlens is not None:
+        for part in _sequences(torch.arange(len(lived)).reshape(shape), cu_seqlens):
+            tokens = [t for t in part.reshape(-1).tolist() if lived[t]]
+            groups |= dict.fromkeys(tokens, tokens)
+    currents = [x.item() for x in own]
+    log_s: list[Tensor] | None = None
+    if policy.get("ratio") in ("sequence", "sequence-mean"):
+        assert olds is not None
+        ratios = [torch.zeros_like(x) if -math.inf in (x.item(), olds[t]) else x - olds[t] for t, x in enumerate(own)]
+        log_s = [sum(ratios[i] for i in groups[t]) / len(groups[t]) for t in range(len(lived))]
+    corrected = policy | {"currents": currents, "groups": groups, "rollouts": rollouts}
     names = ("token_loss", "student", "teacher", "ref", "advantages", "entropy", "kl")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
-    for t, alive in enumerate(live.reshape(-1).tolist()):
+    for t, alive in enumerate(lived):
         values = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
         if alive:
-            own_s = None if log_s is None else log_s[t]
-            rollout = None if rollouts is None else rollouts[t]
+            own_s, weight = None if log_s is None else log_s[t], None
+            if rollouts is not None:
+                weight = rollout_weight(t, groups[t], currents if olds is None else olds, rollouts, policy)
             if estimator == "topk":
                 # a Python float cancels a model everywhere, also the one that would have chosen the tokens
                 gone = {"teacher_gone": teacher is None or (not isinstance(reward_scale, Tensor) and reward_scale == 0)}
@@ -447,9 +522,11 @@ def gopd(
             else:
                 values.update(
                     _token(
-                        t, z, given, lams[t], ids, olds, own_s, rollout, estimator, divergence, parameters[t], policy
+                        t, z, given, lams[t], ids, olds, own_s, weight, estimator, divergence, parameters[t], corrected
                     )
                 )
+            if estimator != "sampled":
+                values["token_loss"] = _at_most(values["token_loss"], policy) * (1.0 if weight is None else weight)
             if sft_labels is not None and sft_labels.reshape(-1)[t] != -100:
                 row = [z[0][t], *(_row(x, t) for x in z[1:])]
                 joint = estimator == "full" or policy.get("baseline") == "expected"
@@ -533,8 +610,8 @@ def _token(
     lam: float,
     ids: list[int] | None,
     olds: list[float] | None,
-    log_s: float | None,
-    rollout: float | None,
+    log_s: Tensor | None,
+    weight: float | None,
     estimator: str,
     divergence: str,
     parameter: float,
@@ -561,7 +638,8 @@ def _token(
         if x is not None:
             values[name] = x
     old = None if olds is None else olds[t]
-    behaviour = scored[0].item() if old is None else old
+    of_current = old is None or estimator != "sampled" or policy.get("advantage_policy") == "current"
+    behaviour = scored[0].item() if of_current else old
     others = [0.0 if x is None else x.item() for x in scored[1:]]
     if policy.get("logprob_min") is not None:
         others = [max(x, policy["logprob_min"]) for x in others]
@@ -572,7 +650,15 @@ def _token(
         adv = min(max(adv, low), high)
     values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
     if estimator == "sampled":
-        values["token_loss"] = _sampled_token(scored[0], adv, old, log_s, rollout, policy)
+        used = adv
+        if policy.get("baseline") == "expected" and adv is not None:
+            expected = _full_token(*rows, lam, "reverse_kl", 0.5, policy["made"])[0].item()
+            used = min(max(unbounded + expected, low), high)
+        if weight is not None and not in_trust_region(
+            t, policy["groups"][t], policy["currents"], policy["rollouts"], used, policy
+        ):
+            weight = 0.0
+        values["token_loss"] = _sampled_token(scored[0], adv, old, log_s, weight, policy)
         if policy.get("baseline") == "expected":
             # a model that the token's own lambda cancels is not looked at
             for name, cancelled_at in (("teacher", 0), ("ref", 1)):
@@ -580,11 +666,9 @@ def _token(
                     values[name] = torch.zeros((), dtype=torch.float64)
         if policy.get("baseline") == "expected" and adv is not None:
             # the gradient with the baseline, the value without
-            expected = _full_token(*rows, lam, "reverse_kl", 0.5, policy["made"])[0].item()
-            bounded = min(max(unbounded + expected, low), high)
-            used = _sampled_token(scored[0], bounded, old, log_s, rollout, policy)
-            values["token_loss"] = values["token_loss"].detach() + (used - used.detach())
-            values["advantages"] = torch.tensor(bounded, dtype=torch.float64)
+            term = _sampled_token(scored[0], used, old, log_s, weight, policy)
+            values["token_loss"] = values["token_loss"].detach() + (term - term.detach())
+            values["advantages"] = torch.tensor(used, dtype=torch.float64)
     return values
 
 

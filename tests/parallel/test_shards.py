@@ -35,6 +35,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampled": ({}, {}),
     "sampled off policy": ({"clip": (0.2, 0.3), "old": True, "advantage_clip": 2.0}, {}),
     "sampled of whole sequences": ({"ratio": "sequence", "old": True}, {}),
+    "sampled, weights of whole sequences": ({"rollout": True, "rollout_is": "sequence", "rollout_is_cap": 2.0}, {}),
+    "full, weights": ({"estimator": "full", "rollout": True, "rollout_mask": {"token_ratio": (0.5, 2.0)}}, {}),
+    "topk, weights": ({"estimator": "topk", "k": 9, "rollout": True, "loss_max": 0.5}, {}),
     "sampled with labels": ({"labels": True, "sft_weight": 0.5}, {}),
     "baseline": ({"baseline": "expected"}, {}),
     "cut in different ways": ({}, {"teacher": "other", "ref": "whole"}),
@@ -95,6 +98,10 @@ def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[st
     if options.pop("old", False):
         noise = torch.randn(SHAPE, generator=g) * 0.1
         options["old_logprobs"] = fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask).detach() + noise
+    if options.pop("rollout", False):
+        noise = torch.randn(SHAPE, generator=g) * 0.3
+        scored = fg.token_logprobs(batch.student, batch.token_ids, mask=batch.mask).detach()
+        options["rollout_logprobs"] = scored + noise
     if options.pop("labels", False):
         options["sft_labels"] = torch.randint(0, V, SHAPE, generator=g).where(
             torch.rand(SHAPE, generator=g) < 0.5, -100
@@ -620,6 +627,20 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "40 on rank 0 and .*41 on rank",
     ),
     "rollout_is_cap": ({"rollout_logprobs": OLD}, {"rollout_is_cap": 2.0}, "None on rank 0 and .*2.0 on rank"),
+    "rollout_is": ({"rollout_logprobs": OLD}, {"rollout_is": "sequence"}, "token on rank 0 and .*sequence on rank"),
+    "rollout_mask": (
+        {"rollout_logprobs": OLD},
+        {"rollout_mask": {"token_ratio": (0.5, 2.0)}},
+        "None on rank 0 and .*token_ratio.*0.5.*2.0.* on rank",
+    ),
+    "trust_region": (
+        {"rollout_logprobs": OLD},
+        {"trust_region": {"token_difference": (-0.2, None)}},
+        "None on rank 0 and .*token_difference.*-0.2.* on rank",
+    ),
+    "advantage_policy": ({"old_logprobs": OLD}, {"advantage_policy": "current"}, "old on rank 0 and .*current on rank"),
+    "log_ratio_max": ({"old_logprobs": OLD}, {"log_ratio_max": 20}, "None on rank 0 and .*20.0 on rank"),
+    "loss_max": (FULL, {"loss_max": 10}, "None on rank 0 and .*10.0 on rank"),
     "old_logprobs": ({"old_logprobs": OLD}, {"old_logprobs": 2 * OLD}, "-1.0 on rank 0 and .*-2.0 on rank"),
     "rollout_logprobs": ({}, {"rollout_logprobs": OLD}, "None on rank 0 and .*a tensor of floats on rank"),
     "clip": ({"old_logprobs": OLD}, {"clip": (0.2, 0.3)}, r"None on rank 0 and .*\(0.2, 0.3\) on rank"),

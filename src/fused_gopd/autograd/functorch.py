@@ -36,19 +36,20 @@ class _Transformed(torch.autograd.Function):
     def forward(spec: Spec, requires: RequiresGrad, make: MakeEstimator, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs, values, statistics, entries = core.forward(unflatten(spec, tensors), make, requires)
         empty = statistics.new_empty(0)
-        policy = empty if values is None or values.policy is None else values.policy
-        return (policy, statistics, *(entries or (empty, empty)), *outputs)
+        policy, corrections = (None, None) if values is None else values[1:]
+        reported = (empty if x is None else x for x in (policy, corrections))
+        return (*reported, statistics, *(entries or (empty, empty)), *outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.requires, ctx.make, *tensors = inputs
-        ctx.mark_non_differentiable(*output[:4])
+        ctx.mark_non_differentiable(*output[:5])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:4])
+        ctx.save_for_backward(*tensors, *output[2:5])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        tensors, of_outputs = ctx.saved_tensors, upstream[4:]
+        tensors, of_outputs = ctx.saved_tensors, upstream[5:]
         out: list[Tensor | None] = [None] * len(tensors)  # 3 arguments come before the tensors
         if all(x is None for x in of_outputs):
             return tuple(out)
@@ -95,6 +96,6 @@ def transformed(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ..
     spec = flatten(dataclasses.replace(problem, mask=None, cancelled=()), tensors)
     requires = RequiresGrad(*(t is not None and t.requires_grad for t in core.student_tensors(problem.student)))
     apply: Any = _Transformed.apply
-    policy, statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
-    values = TokenValues(outputs[0].detach(), policy if policy.ndim == 2 else None)
+    policy, corrections, statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
+    values = TokenValues(outputs[0].detach(), *(x if x.ndim == 2 else None for x in (policy, corrections)))
     return tuple(outputs), values, statistics

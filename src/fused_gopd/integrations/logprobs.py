@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_shape
 from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
+from ..objective.rollout import importance, inside_trust_region
 from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
-from ..plan import require_sequences
-from ..tokens import Sequences, check_cu_seqlens, check_mask
+from ..plan import check_corrections
+from ..tokens import LiveSequences, Sequences, TokenRows, check_cu_seqlens, check_mask
 from ..values import require_number
 
 __all__ = ["advantages", "metric_sums", "named_metrics", "sampled_loss"]
@@ -56,15 +57,23 @@ def token_losses(
 ) -> tuple[Tensor, PolicyTerm]:
     """-A rho w of live tokens, differentiable in the student's log-probs; 0 at the other tokens."""
     student = student_logprobs.masked_fill(~live, 0)
-    known, counts = student.detach(), sequences.sum(live).clamp_min(1)
+    known, over = student.detach(), LiveSequences(TokenRows(live.shape, keep=live), sequences)
 
     def mean(x: Tensor) -> Tensor:
-        return sequences.expand(sequences.sum(x.masked_fill(~live, 0)) / counts).to(x.dtype)
+        return over.reduce("mean", x)
 
-    log_ratio = sequence_log_ratio(known, old, mean) if options.ratio == "sequence" else None
-    term = policy_term(rule_of(options), advantages, known, old, rollout, log_ratio)
+    of_sequences = options.ratio in ("sequence", "sequence-mean")
+    log_ratio = sequence_log_ratio(known, old, mean) if of_sequences else None
+    weights = None
+    if rollout is not None:
+        weights = importance(options, known if old is None else old, rollout, over)
+        if options.trust_region is not None:
+            weights = weights * inside_trust_region(options, advantages, known, rollout, over)
+    term = policy_term(rule_of(options), advantages, known, old, weights, log_ratio)
     # value term.loss and derivative term.dlogprob; where log p is -inf the difference would be NaN
     step = torch.where(torch.isneginf(known), 0, student - known)
+    if options.ratio == "sequence-mean":
+        step = mean(step if old is None else step.masked_fill(torch.isneginf(old), 0))
     return (term.loss + term.dlogprob * step).masked_fill(~live, 0), term
 
 
@@ -131,8 +140,9 @@ def sampled_loss(
     old, rollout = logprobs("old_logprobs", old_logprobs), logprobs("rollout_logprobs", rollout_logprobs)
     refuse_unknown(options, OPTIONS, "an option of sampled_loss")
     no_head: Any = None
-    chosen = checked(LossCall(no_head, None, old_logprobs=old, rollout_logprobs=rollout, **options))
-    require_sequences(chosen, sequences)
+    call = LossCall(no_head, None, old_logprobs=old, rollout_logprobs=rollout, **options)
+    chosen = checked(call)
+    check_corrections(call, chosen, sequences)
     known = logprobs("student_logprobs", student_logprobs)
     assert known is not None
     nothing = torch.full_like(known, torch.nan)
@@ -144,7 +154,7 @@ def sampled_loss(
         student=known,
         teacher=teacher if reward_scale != 0 else None,
         ref=ref if reward_scale != 1 else None,
-        old=old,
+        old=old if chosen.advantage_policy == "old" else None,
     )
     loss, term = token_losses(chosen, advantages, student_logprobs.to(dtype), old, rollout, live, sequences)
     return GOPDOutput(
@@ -156,7 +166,7 @@ def sampled_loss(
         ref_logprobs=ref,
         entropy=entropy,
         kl=None,
-        clipped=term.clipped & live if chosen.clips_ratio else None,
+        clipped=term.clipped & live if chosen.clips else None,
         importance=None if term.importance is None else term.importance.masked_fill(~live, 0),
         mask=live,
         reward_scale=reward_scale,
@@ -184,5 +194,5 @@ def named_metrics(out: GOPDOutput, prefix: str = "") -> dict[str, Tensor]:
 def metric_sums(out: GOPDOutput) -> dict[str, Tensor]:
     """The same as sums over the live tokens, for frameworks that divide by a global count of their own."""
     metrics = out.metrics()
-    sums = dict(zip(metrics, metrics.sums[:, 0], strict=True))
+    sums = dict(zip((k for k in metrics if k != "effective_sample_size"), metrics.sums[:, 0], strict=True))
     return {k: v for k, v in sums.items() if k not in ("tokens", "loss", "entropy") and not k.endswith("_std")}

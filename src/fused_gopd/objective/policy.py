@@ -21,12 +21,16 @@ from .target import bounded, mix, outside_support
 
 def rule_of(options: LossOptions) -> PolicyRule:
     """The numbers that a call's options give."""
+    cap = options.rollout_is_cap
     return PolicyRule(
         logprob_min=options.logprob_min,
         advantage_clip=cast("tuple[float, float] | None", options.advantage_clip),
         clip=options.clip,
         clip_dual=options.clip_dual,
-        rollout_is_cap=options.rollout_is_cap,
+        rollout_is_cap=None if type(cap) is tuple else cast("float | None", cap),  # of pairs PyTorch makes the weights
+        ratio=options.ratio,
+        log_ratio_max=options.log_ratio_max,
+        loss_max=options.loss_max,
     )
 
 
@@ -44,7 +48,12 @@ def evaluate(policy: Policy, student: Tensor) -> PolicyTerm:
         ref=ref,
         old=policy.old_logprobs,
     )
-    return policy_term(policy.rule, used, student, policy.old_logprobs, policy.rollout_logprobs)
+    behaviour, importance = student if policy.old_logprobs is None else policy.old_logprobs, None
+    if policy.rollout_logprobs is not None:
+        importance = (behaviour - policy.rollout_logprobs).masked_fill(torch.isneginf(behaviour), 0).exp()
+        if policy.rule.rollout_is_cap is not None:
+            importance = importance.clamp_max(policy.rule.rollout_is_cap)
+    return policy_term(policy.rule, used, student, policy.old_logprobs, importance)
 
 
 def advantage(
@@ -111,9 +120,9 @@ class PolicyTerm:
     """The sampled estimator's token loss and its derivative with respect to the student's log-prob; (C,) each."""
 
     loss: Tensor
-    dlogprob: Tensor
+    dlogprob: Tensor  # of ratio="sequence-mean" that with respect to the mean of the sequence
     advantages: Tensor
-    clipped: Tensor  # bool: where the derivative is 0 because a clip is in force
+    clipped: Tensor  # bool: where a bound is in force: the derivative is 0, or that of the bound for ratio="detached"
     importance: Tensor | None  # the detached importance weight of the rollout, where there is one
 
     def stacked(self) -> Tensor:
@@ -128,7 +137,7 @@ def sequence_log_ratio(
     old: Tensor | None,
     mean: Callable[[Tensor], Tensor],  # (C,) -> (C,): each number replaced by the mean over its sequence
 ) -> Tensor:
-    """The mean of log p - log p_old over the sequence of each token, (C,), for ``ratio="sequence"``."""
+    """The mean of log p - log p_old over the sequence of each token, (C,)."""
     if old is None:
         return torch.zeros_like(student)
     # a token of probability 0 under a policy would make its whole sequence's ratio 0, inf or NaN
@@ -140,47 +149,69 @@ def policy_term(
     adv: Tensor,  # (C,) advantages
     student: Tensor,  # (C,) log p of the sampled token
     old: Tensor | None,
-    rollout: Tensor | None,
+    importance: Tensor | None,  # (C,) the detached weight w
     log_ratio: Tensor | None = None,  # (C,) sequence_log_ratio, in place of the token's own
 ) -> PolicyTerm:
     """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the rule says.
 
-    clip         max(-A rho, -A clamp(rho, 1 - low, 1 + high))
-    clip_dual    at most -A clip_dual where A < 0 (Ye et al. 2020)
-    sequence     rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
-                 detached (GSPO-token, Zheng et al. 2025); the clips see s
-    w            min(exp(log p_old - log p_rollout), rollout_is_cap), detached
+    log_ratio_max  log rho is bounded in magnitude
+    clip           max(-A rho, -A clamp(rho, 1 - low, 1 + high))
+    clip_dual      at most -A clip_dual where A < 0 (Ye et al. 2020)
+    loss_max       bounded in magnitude, before w
+    sequence       rho_t = s exp(log p_t - sg log p_t) with s = exp(mean over the sequence of log p - log p_old)
+                   detached (GSPO-token, Zheng et al. 2025); the bounds see s
+    sequence-mean  rho_t = s, not detached (GSPO)
+    detached       -A sg(clamp(rho, 1 - low, 1 + high)) log p (CISPO, 2506.13585)
+    none           rho_t = exp(log p_t - sg log p_t)
     """
-    behaviour = student if old is None else old
-    if log_ratio is None:
+    if rule.ratio == "none":
+        log_ratio = torch.zeros_like(student)
+    elif log_ratio is None:
         log_ratio = torch.zeros_like(student) if old is None else student - old
     zero_probability = torch.isneginf(student)
+    clipped = torch.zeros_like(zero_probability)
+    if rule.log_ratio_max is not None:
+        clipped = log_ratio.abs() > rule.log_ratio_max
+        log_ratio = log_ratio.clamp(-rule.log_ratio_max, rule.log_ratio_max)
     ratio = log_ratio.exp()
     loss = -adv * ratio
-    clipped = torch.zeros_like(zero_probability)
-    if rule.clip is not None:
+    slope: Tensor | None = None  # d(-A rho w)/d log p = -A rho w, whichever ratio it is; None is the loss
+    flat = clipped  # where there is no derivative
+    if rule.ratio == "detached":
+        flat = torch.zeros_like(zero_probability)
+        if rule.clip is not None:
+            low, high = rule.clip
+            within = ratio.clamp(1.0 - low, 1.0 + high)
+            clipped, ratio = clipped | (within != ratio), within
+        slope = -adv * ratio
+        loss = slope * bounded(student)
+    elif rule.clip is not None:
         low, high = rule.clip
-        bounded = -adv * ratio.clamp(1.0 - low, 1.0 + high)
+        within = -adv * ratio.clamp(1.0 - low, 1.0 + high)
         # the clipped branch is flat where it is the larger one; on a tie (inside the range) the branches coincide
-        clipped = bounded > loss
-        loss = torch.maximum(loss, bounded)
+        flat = clipped = clipped | (within > loss)
+        loss = torch.maximum(loss, within)
     if rule.clip_dual is not None:
         bound = -adv * rule.clip_dual
         over = (adv < 0) & (loss > bound)
-        clipped = clipped | over
+        flat = clipped = clipped | over
         loss = torch.where(over, bound, loss)
-    importance = None
-    if rollout is not None:
-        importance = (behaviour - rollout).masked_fill(torch.isneginf(behaviour), 0).exp()
-        if rule.rollout_is_cap is not None:
-            importance = importance.clamp_max(rule.rollout_is_cap)
+    if rule.loss_max is not None:
+        over = loss.abs() > rule.loss_max
+        flat, clipped = flat | over, clipped | over
+        loss = loss.clamp(-rule.loss_max, rule.loss_max)
+    if importance is not None:
         loss = loss * importance
+        slope = None if slope is None else slope * importance
     # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
-    loss = loss.masked_fill(adv == 0, 0)
-    # d(-A rho w)/d log p = -A rho w, whichever ratio it is; log p = -inf has no derivative to follow
+    nothing = adv == 0
+    loss = loss.masked_fill(nothing, 0)
+    slope = loss if slope is None else slope.masked_fill(nothing, 0)
+    if rule.ratio != "sequence-mean":  # log p = -inf has no derivative to follow
+        flat = flat | zero_probability
     return PolicyTerm(
         loss=loss,
-        dlogprob=loss.masked_fill(clipped | zero_probability, 0),
+        dlogprob=slope.masked_fill(flat, 0),
         advantages=adv,
         clipped=clipped,
         importance=importance,

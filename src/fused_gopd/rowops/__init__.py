@@ -186,13 +186,19 @@ class Stat(enum.IntEnum):
 
 
 class PolicyRule(NamedTuple):
-    """The numbers of a policy loss; None leaves a step out. Formulas: :mod:`fused_gopd.objective.policy`."""
+    """The numbers of a policy loss; None leaves a step out. Formulas: :mod:`fused_gopd.objective.policy`.
+
+    Kernels have the first five. Where the others are given, PyTorch makes the loss.
+    """
 
     logprob_min: float | None = None
     advantage_clip: tuple[float, float] | None = None
     clip: tuple[float, float] | None = None
     clip_dual: float | None = None
     rollout_is_cap: float | None = None
+    ratio: str = "token"
+    log_ratio_max: float | None = None
+    loss_max: float | None = None
 
     @property
     def numbers(self) -> dict[str, float]:

@@ -15,10 +15,12 @@ from ...heads import Head, LinearHead
 from ...objective import combination
 from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient
+from ...objective.rollout import importance
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport, SumOnSupport
 from ...problem import Combined, Problem, Route
 from ...rowops import GradientWeights, RowProblem, Stat, sums
+from ...rowops.torch import rows_of
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
 from .token_stats import OfLogits, fill_reward_scale
@@ -75,6 +77,7 @@ class TokenValues(NamedTuple):
 
     loss: Tensor
     policy: Tensor | None = None  # (len(PolicyStat), n) of ``sampled``
+    corrections: Tensor | None = None  # (2, n) of the others: importance weights, and 1 where the loss is bounded
 
 
 class Estimator:
@@ -147,7 +150,13 @@ class Estimator:
         (each,) = upstream
         assert each is not None
         gradient = self.logit_gradient(statistics) if gradient is None else gradient
+        if self.problem.corrects:
+            each = self.weighed_later(statistics, each)
         return gradient.scaled(each.to(self.problem.dtype).contiguous())
+
+    def weighed_later(self, statistics: Tensor, upstream: Tensor) -> Tensor:
+        """(n,) upstream gradients times those importance weights that the logit gradient does not have."""
+        return upstream
 
     # --------------------------------------------------------------------------------------------------------- values
 
@@ -161,6 +170,37 @@ class Estimator:
         # autograd lets nobody write to an output that is a view, as one row of the statistics is
         loss = values.loss.clone() if values.loss._is_view() else values.loss
         return (loss,), values
+
+    # ---------------------------------------------------------------------------------------------------- corrections
+
+    def importance(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor | None:
+        """(C,) detached weights of tokens that another policy has sampled; None where there are no such log-probs.
+
+        Those of whole sequences, without old log-probs, are there for all tokens at once alone.
+        """
+        problem = self.problem
+        if problem.importance is not None:
+            return problem.importance[tokens]
+        rollout, old = (rows_of(x, tokens) for x in (problem.rollout_logprobs, problem.old_logprobs))
+        if rollout is None:
+            return None
+        behaviour = model_logprobs((False, False), statistics, tokens)[0] if old is None else old
+        return importance(problem.options, behaviour, rollout, problem.over_sequences)
+
+    def bounded(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Token losses (C,) within ``loss_max``, and 1 where they are so by themselves, else 0."""
+        most = self.problem.options.loss_max
+        if most is None:
+            return loss, torch.ones_like(loss)
+        return loss.clamp(-most, most), (~(loss.abs() > most)).to(loss.dtype)
+
+    def corrected(self, loss: Tensor, statistics: Tensor) -> TokenValues:
+        """The values of all tokens from their losses (n,) without ``loss_max`` and importance weights."""
+        loss, inside = self.bounded(loss)
+        weights = self.importance(statistics)
+        if weights is None:
+            weights = torch.ones_like(loss)
+        return TokenValues(loss * weights, corrections=torch.stack((weights, 1 - inside)))
 
     # -------------------------------------------------------------------------------------------------------- helpers
 

@@ -15,6 +15,7 @@ from .base import (
     Loaded,
     TokenValues,
     ones,
+    reward_scale_of,
 )
 
 
@@ -25,9 +26,31 @@ class Full(Estimator):
         return Loaded(self._row_problem(chunk, joint=True))
 
     def weights_now(self, chunk: Chunk, token_weights: Tensor | None) -> GradientWeights | None:
-        return GradientWeights(divergence=ones(self.problem, chunk) if token_weights is None else token_weights)
+        if token_weights is None:
+            return GradientWeights(divergence=ones(self.problem, chunk))
+        if self.problem.slope_follows:
+            return None
+        if self.problem.importance is not None:
+            token_weights = token_weights * self.problem.importance[chunk.tokens]
+        return GradientWeights(divergence=token_weights)
+
+    def slope(self, chunk: Chunk) -> Tensor | None:
+        return self._factor(chunk.statistics, chunk.tokens) if self.problem.corrects else None
+
+    def _factor(self, statistics: Tensor, tokens: slice) -> Tensor:
+        """(C,) the importance weight, 0 where the loss is bounded."""
+        _, inside = self.bounded(self._losses(statistics, tokens))
+        weights = self.importance(statistics, tokens)
+        return inside if weights is None else inside * weights
+
+    def _losses(self, statistics: Tensor, tokens: slice) -> Tensor:
+        problem = self.problem
+        scale, own = reward_scale_of(problem, statistics, tokens), statistics[: len(Stat), tokens]
+        return problem.ops.losses(problem.divergence.rows(tokens), scale, problem.has, own)
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
+        if self.problem.corrects:
+            return LogitGradient(divergence=self._factor(statistics, tokens))
         return LogitGradient(divergence=torch.ones_like(statistics[0, tokens]))
 
     def values(self, statistics: Tensor) -> TokenValues:
@@ -35,4 +58,5 @@ class Full(Estimator):
         own = statistics[: len(Stat)]
         if scale is None:
             scale = statistics[TokenRow.REWARD_SCALE]
-        return TokenValues(problem.ops.losses(problem.divergence, scale, problem.has, own))
+        loss = problem.ops.losses(problem.divergence, scale, problem.has, own)
+        return self.corrected(loss, statistics) if problem.corrects else TokenValues(loss)

@@ -64,11 +64,27 @@ class WithLabels(Estimator):
             logprobs = model_logprobs((False, False), statistics, tokens)[0][:, None]
         return self._with_label(gradient, statistics, tokens, logprobs)
 
+    def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
+        if gradient is not None:  # it has the term already
+            return super().weighted(statistics, gradient, *upstream)
+        (each,) = upstream
+        assert each is not None
+        gradient, logprobs = self._inner.weighted(statistics, None, each), None
+        if gradient.token_ids is not None:  # one id, the sampled token
+            logprobs = model_logprobs((False, False), statistics)[0][:, None]
+        return self._with_label(gradient, statistics, EVERY, logprobs, each.to(self.problem.dtype))
+
     def _with_label(
-        self, gradient: LogitGradient, statistics: Tensor, tokens: slice, logprobs: Tensor | None
+        self,
+        gradient: LogitGradient,
+        statistics: Tensor,
+        tokens: slice,
+        logprobs: Tensor | None,
+        factor: Tensor | None = None,  # (n,) of the label's term
     ) -> LogitGradient:
         assert self.problem.labels is not None
         weight = self._weights(statistics, tokens)[0]
+        weight = weight if factor is None else weight * factor
         return gradient.with_label(
             self.problem.labels[tokens], weight, statistics[TokenRow.LOGPROB_LABEL, tokens], logprobs
         )

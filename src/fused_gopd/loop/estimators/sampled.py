@@ -13,6 +13,7 @@ from ...objective.divergences import ReverseKL, divergence_value
 from ...objective.layout import TokenRow, statistics_rows
 from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
+from ...objective.rollout import inside_trust_region
 from ...objective.statistics import entropy, frozen_alone
 from ...objective.token_functions import call_function
 from ...options import AdvantageFn, TokenStats
@@ -123,7 +124,7 @@ class Sampled(Estimator):
             student=student,
             teacher=teacher,
             ref=ref,
-            old=rows_of(problem.old_logprobs, tokens),
+            old=rows_of(problem.old_logprobs, tokens) if problem.options.advantage_policy == "old" else None,
             hook=None if problem.advantage_fn is None else self._hook(problem.advantage_fn, chunk, student),
             expected=expected,
         )
@@ -152,21 +153,35 @@ class Sampled(Estimator):
         problem, alone = self.problem, frozen_alone(statistics, tokens)
         assert alone is not None
         teacher, ref = (x if there else None for x, there in zip(alone, problem.has, strict=True))
-        old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
+        old, rollout = rows_of(problem.old_logprobs, tokens), None
+        if problem.importance is None:
+            rollout = rows_of(problem.rollout_logprobs, tokens)
         return Policy(self._rule, reward_scale_of(problem, statistics, tokens), teacher, ref, old, rollout)
 
     def _terms(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor:
         """(len(PolicyStat), C) losses and slopes; of all tokens at once where ratios are those of whole sequences."""
         problem = self.problem
         if self._by_rows:
-            return problem.ops.policy(self._policy(statistics, tokens), statistics[: len(Stat), tokens])
-        old, rollout = rows_of(problem.old_logprobs, tokens), rows_of(problem.rollout_logprobs, tokens)
+            terms = problem.ops.policy(self._policy(statistics, tokens), statistics[: len(Stat), tokens])
+            if problem.importance is not None:
+                weights = problem.importance[tokens]
+                terms[[PolicyStat.LOSS, PolicyStat.DLOGPROB]] *= weights
+                terms[PolicyStat.IMPORTANCE] = weights
+            return terms
+        options, old = problem.options, rows_of(problem.old_logprobs, tokens)
         student, log_ratio = model_logprobs(problem.has, statistics, tokens)[0], None
-        if problem.options.ratio == "sequence":
+        if options.ratio in ("sequence", "sequence-mean"):
             log_ratio = policy.sequence_log_ratio(student, old, self._mean_over_sequences)
+        importance = None if problem.rollout_logprobs is None else self.importance(statistics, tokens)
+        if options.trust_region is not None:
+            rollout, used_advantages = rows_of(problem.rollout_logprobs, tokens), statistics[TokenRow.ADVANTAGE, tokens]
+            assert importance is not None
+            assert rollout is not None
+            inside = inside_trust_region(options, used_advantages, student, rollout, problem.over_sequences)
+            importance = importance.masked_fill(~inside, 0)
 
         def term(row: TokenRow) -> PolicyTerm:
-            return policy.policy_term(self._rule, statistics[row, tokens], student, old, rollout, log_ratio)
+            return policy.policy_term(self._rule, statistics[row, tokens], student, old, importance, log_ratio)
 
         used = term(TokenRow.ADVANTAGE)
         if problem.options.baseline != "none":
@@ -175,15 +190,15 @@ class Sampled(Estimator):
 
     def _mean_over_sequences(self, values: Tensor) -> Tensor:
         """(n,) values of all live tokens, each replaced by the mean over the live tokens of its sequence."""
-        rows, sequences = self.problem.rows, self.problem.sequences
-        total, count = (sequences.sum(rows.scatter(x)) for x in (values, torch.ones_like(values)))
-        return rows.take(sequences.expand(total / count.clamp_min(1))).to(values.dtype)
+        return self.problem.over_sequences.reduce("mean", values)
 
     def weights_now(self, chunk: Chunk, token_weights: Tensor | None) -> GradientWeights | None:
         if token_weights is None:
             return GradientWeights(token=ones(self.problem, chunk))
         if not self._by_rows:
             return None  # the slope would have to be applied to logits that are written already
+        if self.problem.importance is not None:
+            token_weights = token_weights * self.problem.importance[chunk.tokens]
         return GradientWeights(token=token_weights, policy=self._policy(chunk.statistics, chunk.tokens))
 
     def slope(self, chunk: Chunk) -> Tensor | None:
@@ -193,6 +208,19 @@ class Sampled(Estimator):
         assert self.problem.token_ids is not None
         weight = -self._terms(statistics, tokens)[PolicyStat.DLOGPROB]
         return LogitGradient(weight=weight, token_ids=self.problem.token_ids[tokens, None])
+
+    def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
+        if self.problem.options.ratio != "sequence-mean":
+            return super().weighted(statistics, gradient, *upstream)
+        # every loss of a sequence depends on the log-probs of all its tokens, through their mean
+        (each,), old = upstream, self.problem.old_logprobs
+        assert each is not None
+        assert old is not None
+        assert self.problem.token_ids is not None
+        student = model_logprobs(self.problem.has, statistics)[0]
+        slope = self._mean_over_sequences(self._terms(statistics)[PolicyStat.DLOGPROB] * each.to(self.problem.dtype))
+        slope = slope.masked_fill(torch.isneginf(student) | torch.isneginf(old), 0)
+        return LogitGradient(weight=-slope, token_ids=self.problem.token_ids[:, None])
 
     def values(self, statistics: Tensor) -> TokenValues:
         terms = self._terms(statistics)

@@ -146,6 +146,10 @@ class TopK(Estimator):
         )
         chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
+        if problem.corrects:
+            _, factor = self.bounded(loss)
+            weights = None if self._weighs_later else self.importance(chunk.statistics, tokens)
+            gradient = gradient.scaled(factor if weights is None else factor * weights)
         return Scored(scored, gradient, student.logprobs), extra
 
     def _statistic(
@@ -165,8 +169,20 @@ class TopK(Estimator):
         other = support.teacher if what == "teacher" else support.ref
         return term(tail, ReverseKL(), 1.0, support.token_ids, student=student, teacher=other, ref=None).kl
 
+    @property
+    def _weighs_later(self) -> bool:
+        """Whether importance weights are those of whole sequences, from the current policy's log-probs."""
+        problem = self.problem
+        known = problem.rollout_logprobs is None or problem.importance is not None
+        return not known and problem.options.sequence_importance is not None
+
+    def weighed_later(self, statistics: Tensor, upstream: Tensor) -> Tensor:
+        weights = self.importance(statistics) if self._weighs_later else None
+        return upstream if weights is None else upstream * weights
+
     def values(self, statistics: Tensor) -> TokenValues:
-        return TokenValues(statistics[TokenRow.TOPK_LOSS])
+        loss = statistics[TokenRow.TOPK_LOSS]
+        return self.corrected(loss, statistics) if self.problem.corrects else TokenValues(loss)
 
 
 def statistics_on_support(
