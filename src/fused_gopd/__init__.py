@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from . import distributed, reference
     from .graphs import graphed
     from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
-    from .loss import GOPDLoss, gopd_loss, linear_nll, token_logprobs, token_topk
+    from .loss import GOPDLoss, gopd_loss, linear_nll, selected_logprobs, token_logprobs, token_topk
     from .metrics import Metrics
     from .options import TokenStats
     from .output import GOPDOutput
@@ -29,6 +29,7 @@ else:
         "gopd_loss": "loss",
         "graphed": "graphs",
         "linear_nll": "loss",
+        "selected_logprobs": "loss",
         "token_logprobs": "loss",
         "token_topk": "loss",
     }
@@ -71,6 +72,7 @@ __all__ = [
     "graphed",
     "linear_nll",
     "reference",
+    "selected_logprobs",
     "token_logprobs",
     "token_topk",
 ]

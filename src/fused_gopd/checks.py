@@ -42,6 +42,15 @@ def require_shape(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
         raise ValueError(f"{name} must have the token shape {tuple(shape)} of {owner}, got {tuple(x.shape)}")
 
 
+def require_entries(name: str, x: Tensor, shape: torch.Size, owner: str) -> None:
+    """Raise ValueError unless x has several entries at each position."""
+    if x.ndim != len(shape) + 1 or x.shape[:-1] != shape or not x.shape[-1]:
+        raise ValueError(
+            f"{name} must have shape (..., K), K >= 1, with the token shape {tuple(shape)} of {owner}, got "
+            f"{tuple(x.shape)}"
+        )
+
+
 def require_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} must be on the student's device {device}, got {x.device}")

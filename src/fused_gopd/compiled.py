@@ -25,8 +25,8 @@ from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, requir
 from .loop import run
 from .loop.accumulator import Gradients, RequiresGrad
 from .loop.estimators import estimator_of
-from .loop.estimators.base import LogProbsAndEntropy
-from .loop.run import Entries
+from .loop.estimators.base import LogProbsAndEntropy, SelectedLogProbs
+from .loop.run import Entries, MakeEstimator
 from .models import as_tuple, dtype_of, support_width
 from .nll import NLLCall, prepare_nll
 from .objective.layout import STATISTICS, statistics_rows
@@ -435,22 +435,29 @@ def linear_nll(call: NLLCall) -> Tensor:
 
 @_op("token_logprobs")
 def _logprobs_op(*packed: Any) -> list[Tensor]:
-    """log-probs, entropies, and the statistics where a backward needs them."""
+    """log-probs, entropies (of one token a position), and the statistics where a backward needs them."""
     arguments, requires = _call(packed)
     with torch.no_grad():
         problem = prepare_scoring(**arguments)
-        values, _, statistics, _ = core.forward(problem, LogProbsAndEntropy, requires)
+        values, _, statistics, _ = core.forward(problem, _scoring(arguments), requires)
         rows = problem.rows
-        kept = [_padded(statistics, (STATISTICS, rows.shape.numel()))] if any(requires) else []
+        kept = [_padded(statistics, (statistics.shape[0], rows.shape.numel()))] if any(requires) else []
+        if arguments.get("selected"):
+            return [rows.scatter_entries(values[0]).clone(), statistics.new_empty(0), *kept]
         return [*(rows.scatter(x).clone() for x in values), *kept]
+
+
+def _scoring(arguments: dict[str, Any]) -> MakeEstimator:
+    return SelectedLogProbs if arguments.get("selected") else LogProbsAndEntropy
 
 
 @_logprobs_op.register_fake  # type: ignore[untyped-decorator]
 def _(*packed: Any) -> list[Tensor]:
-    rows, dtype = packed[0], accumulation_dtype(packed[0])
-    shape = rows.shape[:-1]
-    kept = [rows.new_empty(STATISTICS, math.prod(shape), dtype=dtype)] if any(_loads(packed[-1])["needs"]) else []
-    return [*(rows.new_empty(shape, dtype=dtype) for _ in range(2)), *kept]
+    rows, dtype, (arguments, requires) = packed[0], accumulation_dtype(packed[0]), _call(packed)
+    shape, ids = rows.shape[:-1], arguments["token_ids"]
+    shapes, kept = ((ids.shape, (0,)), ids.shape[-1]) if arguments.get("selected") else ((shape, shape), 0)
+    made = [rows.new_empty(x, dtype=dtype) for x in shapes]
+    return made + [rows.new_empty(STATISTICS + kept, math.prod(shape), dtype=dtype)] * any(requires)
 
 
 @_op("token_logprobs_backward", "Tensor? upstream, Tensor? upstream_entropy, Tensor statistics, ")
@@ -461,8 +468,9 @@ def _logprobs_backward_op(
     with torch.no_grad():
         problem = prepare_scoring(**arguments)
         statistics = statistics[:, : problem.rows.count].contiguous()
-        each = (None if x is None else problem.rows.take(x) for x in (upstream, upstream_entropy))
-        return _dense(run.backward(problem, LogProbsAndEntropy, requires, statistics, None, *each), statistics)
+        given = (upstream,) if arguments.get("selected") else (upstream, upstream_entropy)
+        each = (None if x is None else problem.rows.take(x) for x in given)
+        return _dense(run.backward(problem, _scoring(arguments), requires, statistics, None, *each), statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]
@@ -488,8 +496,16 @@ _logprobs_op.register_autograd(_logprobs_backward, setup_context=_keep_logprobs)
 
 def token_logprobs(head: Head, token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """:func:`fused_gopd.token_logprobs` and entropies under a compiler."""
-    logprobs, entropy, *_ = _logprobs_op(*_packed("head", head, {"token_ids": token_ids, **options}))
+    arguments = {"token_ids": token_ids, **options}
+    logprobs, entropy, *_ = _logprobs_op(*_packed("head", head, arguments))
     return logprobs, entropy
+
+
+def selected_logprobs(head: Head, token_ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """:func:`fused_gopd.selected_logprobs` under a compiler."""
+    arguments = {"token_ids": token_ids, "selected": True, **options}
+    logprobs: Tensor = _logprobs_op(*_packed("head", head, arguments))[0]
+    return logprobs
 
 
 @_op("token_topk")

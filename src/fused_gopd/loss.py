@@ -119,6 +119,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     Options of ``topk``, a divergence over the tokens of a support S, one outcome each, and the rest of the vocabulary:
         k: how many tokens S has, where it is made here: the largest of a head. TopKLogProbs bring their own ids; those
             of the reference must contain the teacher's, matched by id.
+        support_ids: (..., K) integer, the tokens of S at each position, scored under every model; -1 where there are
+            fewer than K, and one that is there twice counts once. In the place of ``k``.
         support: whose tokens S holds: ``"teacher"`` (the reference where lambda = 0 has cancelled it) or
             ``"student"``, which needs heads, whose logits are then in memory together with the student's.
         tail: ``"bucket"``: the mass outside S is one more outcome, unless it is below 1e-6 in any of the models;
@@ -256,6 +258,40 @@ def linear_nll(call: NLLCall) -> Tensor:
     if call.reduction == "none":
         return problem.rows.scatter(autograd.token_losses(problem)[0] * problem.weights)
     return autograd.weighted_loss(problem)[0]
+
+
+def selected_logprobs(
+    head: Head,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """log-probs of several given tokens of each position under one model, at the memory bound of :func:`gopd_loss`.
+
+    :func:`token_logprobs` with K tokens a position: one GEMM, and K numbers a token are kept. Differentiable in the
+    head's tensors; the backward recomputes the logits.
+
+    Args:
+        head: LinearHead or Logits with token shape (...).
+        token_ids: (..., K) integer; -1 where there are fewer than K. A token may be there more than once.
+        mask: (...) bool, or 0 and 1 in any dtype; masked tokens give 0 and cost nothing.
+        vocab_size: entries past it are padding; default all.
+        chunk_size, backend: as in :func:`gopd_loss`.
+
+    Returns:
+        (..., K) log-probs <= 0, normalised over the vocabulary, 0 where the id is -1; float32, float64 for float64
+        inputs.
+    """
+    options: dict[str, Any] = {"mask": mask, "vocab_size": vocab_size, "chunk_size": chunk_size, "backend": backend}
+    if token_ids is None:
+        raise ValueError("token_ids must be given")
+    if torch.compiler.is_compiling():
+        return compiled.selected_logprobs(head, token_ids, options)
+    problem = prepare_scoring(head, token_ids, selected=True, **options)
+    return problem.rows.scatter_entries(autograd.selected_logprobs(problem))
 
 
 def token_topk(

@@ -57,7 +57,8 @@ def support_width(call: LossCall) -> int:
     """The most tokens that a position of topk has: those of its support, a sampled token outside it, and a label."""
     needed = needed_models(call)
     listed = (model.k for model in needed["teacher"] or needed["ref"] if isinstance(model, TopKLogProbs))
-    return max((call.k or 0, *listed)) + (call.tail == "sampled") + (call.sft_labels is not None)
+    given = 0 if call.support_ids is None else call.support_ids.shape[-1]
+    return max((call.k or 0, given, *listed)) + (call.tail == "sampled") + (call.sft_labels is not None)
 
 
 # What is computed elsewhere, and the estimator that can use it.

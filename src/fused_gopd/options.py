@@ -469,6 +469,10 @@ class LossCall(LossOptions):
     rollout_logprobs: Tensor | None = field(
         default=None, metadata=_batch("(...) under the engine that sampled.", Agree.ROUNDED)
     )
+    support_ids: Tensor | None = field(
+        default=None,
+        metadata=_batch("(..., K) token ids of the support, -1 for none.", Agree.TOKENS, of=("topk",)),
+    )
     advantage_fn: AdvantageFn | None = field(
         default=None,
         metadata=_batch(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import require_device, require_float, require_integer, require_shape
+from .checks import require_device, require_entries, require_float, require_integer, require_shape
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.gemm import accumulates_low_precision
@@ -104,7 +104,7 @@ def _planned(call: LossCall) -> Plan:
     if options.estimator == "topk":
         # a single model is shared by all routes
         routed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
-        check_topk(options, routed["teacher"], routed["ref"], vocab_size)
+        check_topk(options, routed["teacher"], routed["ref"], vocab_size, call.support_ids is not None)
     dtype = dtype_of(call)
     options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
@@ -339,6 +339,11 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
     if call.rollout_logprobs is not None and call.token_ids is None:
         raise ValueError("token_ids must be given for rollout_logprobs, which are those of the sampled tokens")
     check_corrections(call, options, sequences)
+    support = call.support_ids
+    if support is not None:
+        require_integer("support_ids", support)
+        require_device("support_ids", support, device)
+        require_entries("support_ids", support, sequences.shape, "student")
     for name, require in _TOKEN_TENSORS:
         value = getattr(call, name)
         if value is not None:

@@ -20,6 +20,7 @@ from .models import Models, as_tuple, frozen_heads, named_members, named_models,
 from .objective.divergences import make
 from .objective.reductions import token_weights
 from .objective.rollout import importance
+from .objective.topk import with_sampled
 from .options import ARGUMENTS, LossCall, LossOptions, Reduction
 from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token, whole_sequences
 from .problem import Combined, Problem, Route
@@ -33,6 +34,7 @@ from .tokens import (
     check_cu_seqlens,
     check_mask,
     host_sync_forbidden,
+    live_entries,
     live_rows,
     live_token_ids,
 )
@@ -77,6 +79,13 @@ def live_token_weight(live: Tensor, dtype: torch.dtype) -> Tensor:
     wrong = ~((weight >= 0) & weight.isfinite())
     refuse(wrong, weight, ValueError, "token_weight must be finite and not negative where not masked")
     return weight
+
+
+def _live_support(support: Tensor, rows: TokenRows, vocab_size: int) -> Tensor:
+    """(n, K) int64 ids of the live tokens, each once at a position, -1 in the place of what is there again."""
+    ordered = live_entries("support_ids", support, rows, vocab_size).sort(1).values
+    again = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    return ordered.masked_fill(again, -1)
 
 
 def _check_scores(
@@ -251,6 +260,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         ids = live_token_ids(ids, rows, vocab_size, mask is not None)
     if labels is not None:
         labels = live_labels(live(labels, IGNORE), vocab_size)
+    support_ids = None if call.support_ids is None else _live_support(call.support_ids, rows, vocab_size)
     weights = token_weights(options.reduction, mask, sequences, normalizer, call.sequence_lengths, dtype, device)
     if keep is not None:
         weights = weights * keep
@@ -306,6 +316,12 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         )
 
     heads = {name: frozen_heads(x, cut if plan.sharded else None, combine) for name, x in needed.items()}
+    agreed_ids = support_ids  # those of a server are compared with its scores
+    if support_ids is None:
+        support_ids = server.token_ids
+    elif options.tail == "sampled":
+        assert ids is not None
+        support_ids = with_sampled(support_ids, ids)
     agreement: Agreement | None = None
     if plan.sharded:
         models = {"student": (student,) * plan.routes, **scored}
@@ -323,6 +339,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
                 "old_logprobs": old,
                 "rollout_logprobs": rollout,
                 "sft_labels": labels,
+                "support_ids": agreed_ids,
             }
             values |= {f"{name}.weights": _weights_of(x) for name, x in heads.items()}
             agreement = agreement_of(shards, values, models, rows, slices)
@@ -358,7 +375,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         importance=weighs,
         teacher_logprobs=teacher_logprobs,
         ref_logprobs=ref_logprobs,
-        support_ids=server.token_ids,
+        support_ids=support_ids,
         teacher_topk=server.teacher,
         ref_topk=server.ref,
         labels=labels,

@@ -82,7 +82,7 @@ class Problem:
     importance: Tensor | None = None  # (n,) weights from both, where the row operation does not make them
     teacher_logprobs: Tensor | None = None  # (n,) of the sampled tokens, computed elsewhere; 0 where a route has a head
     ref_logprobs: Tensor | None = None  # (n,) likewise
-    support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of topk, where the tokens come from elsewhere
+    support_ids: Tensor | None = None  # (n, K) int64, -1 is none; of topk, where the caller or a server gives them
     teacher_topk: Tensor | None = None  # (n, K) log-probs of support_ids; undefined at an id of -1
     ref_topk: Tensor | None = None  # (n, K) likewise
     labels: Tensor | None = None  # (n,) int64, -1 is none

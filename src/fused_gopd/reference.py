@@ -285,7 +285,9 @@ def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
     has_nan = torch.isnan(log_p).any(1)
     for route in p.routes:
         tokens = slice(route.start, route.stop)
-        ids = largest(log_p[tokens], tokens) if p.options.support == "student" else None
+        ids = p.support_ids[tokens] if p.options.k is None and p.support_ids is not None else None
+        if p.options.support == "student":
+            ids = largest(log_p[tokens], tokens)
         scores: list[Tensor | None] = []
         for (name, cancelled_at), given in zip(FROZEN, (p.teacher_topk, p.ref_topk), strict=True):
             head = getattr(route, name)

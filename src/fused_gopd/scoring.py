@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import autograd
 from .agreement import Agreement, agreement_of, shared_by
-from .checks import require_device, require_integer, require_reverse_mode, require_shape
+from .checks import require_device, require_entries, require_integer, require_reverse_mode, require_shape
 from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
 from .loop.chunking import chunk_size_for
 from .models import frozen_heads, joint_vocab_size, zero_masked
@@ -22,41 +22,59 @@ from .options import DEFAULTS, LossOptions, checked
 from .problem import Combined, Problem, Route
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
-from .tokens import Sequences, TokenRows, check_mask, live_rows, live_token_ids
+from .tokens import Sequences, TokenRows, check_mask, live_entries, live_rows, live_token_ids
 from .values import require_count
 
 
 def prepare_scoring(
-    head: Head, token_ids: Tensor | None, *, mask: Tensor | None = None, vocab_size: int | None = None, **options: Any
+    head: Head,
+    token_ids: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    selected: bool = False,
+    **options: Any,
 ) -> Problem:
-    """The problem of scoring ``token_ids``, or without them of a search; options are ``chunk_size`` and ``backend``."""
+    """The problem of scoring ``token_ids``, or without them of a search; options are ``chunk_size`` and ``backend``.
+
+    With ``selected`` there are several ids at each position, (..., K).
+    """
     require_kind("head", head)
-    function = "token_topk" if token_ids is None else "token_logprobs"
+    function = "token_topk" if token_ids is None else "selected_logprobs" if selected else "token_logprobs"
     require_reverse_mode(function, head)
     chosen = _options(**options)
     shape, device = head.token_shape, head.rows.device
     if token_ids is not None:
         require_integer("token_ids", token_ids)
-        require_shape("token_ids", token_ids, shape, "head")
+        if selected:
+            require_entries("token_ids", token_ids, shape, "head")
+        else:
+            require_shape("token_ids", token_ids, shape, "head")
         require_device("token_ids", token_ids, device)
     live = check_mask(mask, shape, device, "head")
     vocab_size = joint_vocab_size({"head": head}, vocab_size)
     rows = live_rows(live, shape)
     if rows.keep is not None:
         head = zero_masked(head, rows.keep)
-        token_ids = None if token_ids is None else token_ids.masked_fill(~rows.keep, 0)
-    ids = None if token_ids is None else live_token_ids(token_ids, rows, vocab_size, mask is not None)
+        if token_ids is not None and not selected:
+            token_ids = token_ids.masked_fill(~rows.keep, 0)
+    ids = support_ids = None
+    if token_ids is not None and selected:
+        support_ids = live_entries("token_ids", token_ids, rows, vocab_size)
+    elif token_ids is not None:
+        ids = live_token_ids(token_ids, rows, vocab_size, mask is not None)
     agreement = None
     models: dict[str, Sequence[Source]] = {"student": (head,), "teacher": (), "ref": ()}
     shards = shared_by(models)
     if shards:
         every = torch.ones(shape, dtype=torch.bool, device=device) if live is None else live
         values = DEFAULTS | {"student": head, "teacher": None, "token_ids": ids, "mask": every}
+        values |= {"support_ids": support_ids}
         values |= {"vocab_size": vocab_size, "chunk_size": chosen.chunk_size}
         agreement = agreement_of(shards, values, models, rows, [(0, rows.count)], function)
     if head.shard is not None:
         head = replace(head, shard=head.shard.within(vocab_size))
-    return _problem(head, rows, ids, vocab_size, chosen.chunk_size, chosen.backend, agreement)
+    return _problem(head, rows, ids, vocab_size, chosen.chunk_size, chosen.backend, agreement, support_ids)
 
 
 def _problem(
@@ -67,6 +85,7 @@ def _problem(
     chunk_size: int | None,
     backend: str,
     agreement: Agreement | None = None,
+    support_ids: Tensor | None = None,  # (n, K)
 ) -> Problem:
     device, dtype = head.rows.device, accumulation_dtype(head.rows)
     columns = vocab_size if head.shard is None else head.shard.largest
@@ -79,6 +98,7 @@ def _problem(
         sequences=Sequences(rows.shape),
         vocab_size=vocab_size,
         token_ids=token_ids,
+        support_ids=support_ids,
         weights=torch.empty((), dtype=dtype, device=device),  # never read
         agreement=agreement,
         recomputes=True,

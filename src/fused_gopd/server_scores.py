@@ -27,9 +27,22 @@ _CHECKED = 1 << 20
 Models = tuple[Frozen, ...]  # one a route, none where no model is needed
 
 
-def check_topk(options: LossOptions, teacher: Models, ref: Models, vocab_size: int) -> None:
-    """Check the options of topk against the models that the loss needs."""
+def check_topk(options: LossOptions, teacher: Models, ref: Models, vocab_size: int, ids_given: bool) -> None:
+    """Check the options of topk against the models that the loss needs; ``ids_given`` as support_ids."""
     k = options.k
+    if ids_given:
+        for name, given in (("teacher", teacher), ("ref", ref)):
+            for i, model in enumerate(given):
+                if isinstance(model, TopKLogProbs):
+                    raise TypeError(
+                        f"{_name(name, i, teacher, ref)} is TopKLogProbs, which bring ids of their own; support_ids "
+                        "need a LinearHead or Logits, which are scored there"
+                    )
+        for option, default in (("k", None), ("support", "teacher")):
+            value = getattr(options, option)
+            if value != default:
+                raise ValueError(f"{option} chooses the support, which support_ids give: got {option}={value!r} too")
+        return
     asked: list[bool] = []  # whether a head is asked for its largest, route by route
     listed: set[int] = set()
     for i in range(max(len(teacher), len(ref))):

@@ -128,6 +128,14 @@ class TokenRows:
             return values if self.keep is None else values.masked_fill(~self.keep, 0)
         return values.new_zeros(self.shape.numel()).index_copy(0, self.index, values).reshape(self.shape)
 
+    def scatter_entries(self, values: Tensor) -> Tensor:
+        """(n, K) values of the live tokens as token shape + (K,), 0 elsewhere; differentiable."""
+        K = values.shape[1]
+        if self.index is None:
+            values = values.reshape(*self.shape, K)
+            return values if self.keep is None else values.masked_fill(~self.keep[..., None], 0)
+        return values.new_zeros(self.shape.numel(), K).index_copy(0, self.index, values).reshape(*self.shape, K)
+
 
 class LiveSequences(NamedTuple):
     """Of values (n,) of the live tokens, or of the token shape: each replaced by one number of its sequence."""
@@ -211,6 +219,14 @@ def live_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) 
     message = f"token_ids must be in [0, {vocab_size}) where not masked ({IGNORE} needs a mask)"
     refuse(live != live.clamp(0, vocab_size - 1), live, IndexError, message)
     return live
+
+
+def live_entries(name: str, ids: Tensor, rows: TokenRows, vocab_size: int) -> Tensor:
+    """(n, K) int64 ids of the live tokens, several at a position, -1 for none; errors as of :func:`live_token_ids`."""
+    live = rows.take(ids if rows.keep is None else ids.masked_fill(~rows.keep[..., None], -1)).to(torch.int64)
+    wrong = (live < -1) | (live >= vocab_size)
+    refuse(wrong, live, IndexError, f"{name} must be in [0, {vocab_size}), or -1 for none, where not masked")
+    return live.contiguous()
 
 
 def check_cu_seqlens(cu_seqlens: object, shape: torch.Size, device: torch.device) -> Sequences:

@@ -127,6 +127,7 @@ OPTIONS = {
     "baseline": {"baseline": "expected", "reward_scale": 1.25},
     "labels": {**FULL, "sft_labels": torch.randint(-1, 37, (2, 5), generator=generator(4)) - 0, "sft_weight": 0.3},
     "labels, topk": {"estimator": "topk", "k": 4, "reduction": "none"},
+    "topk of ids": {"estimator": "topk", "support_ids": torch.randint(-1, 30, (2, 5, 4), generator=generator(5))},
     "topk and the sampled token": {"estimator": "topk", "k": 4, "tail": "sampled"},
     "vocabulary": {**FULL, "vocab_size": 30},
     "normalizer": {"normalizer": 17},
@@ -316,6 +317,19 @@ def test_token_logprobs_alone():
     want, got = loss(batch.student), full_graph(loss)(batch.student)
     assert torch.equal(got, want)
     assert all(map(equal, torch.autograd.grad(got, batch.leaves), torch.autograd.grad(want, batch.leaves)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_selected_logprobs(masked):
+    batch = make_batch(16, dtype=torch.float32)
+    ids = torch.randint(-1, 37, (2, 5, 7), generator=generator(16))
+    mask = batch.mask if masked else None
+
+    def run(function):
+        logprobs = function(batch.student, ids, mask=mask)
+        return logprobs, *torch.autograd.grad((logprobs * vector(15)[..., None]).sum(), batch.leaves)
+
+    assert all(map(equal, run(full_graph(fg.selected_logprobs)), run(fg.selected_logprobs)))
 
 
 def test_token_topk():
@@ -531,5 +545,11 @@ def test_opcheck_of_the_scores():
     *_, statistics = compiled._logprobs_op(*arguments)
     for upstreams in ((torch.ones(2, 5), None), (None, torch.ones(2, 5))):
         torch.library.opcheck(compiled._logprobs_backward_op, (*upstreams, statistics.detach(), *detached(arguments)))
+    ids = torch.randint(-1, 37, (2, 5, 3), generator=generator(26))
+    arguments = compiled._packed("head", batch.student, {"token_ids": ids, "selected": True})
+    torch.library.opcheck(compiled._logprobs_op, arguments)
+    *_, statistics = compiled._logprobs_op(*arguments)
+    upstreams = torch.ones(2, 5, 3), None
+    torch.library.opcheck(compiled._logprobs_backward_op, (*upstreams, statistics.detach(), *detached(arguments)))
     frozen = trainable(batch.student)
     torch.library.opcheck(compiled._topk_op, detached(compiled._packed("head", frozen, {"k": 3, "mask": batch.mask})))

@@ -466,6 +466,58 @@ def test_a_model_that_has_cancelled_is_not_asked(backend):
     assert_close(a.loss, c.loss, 1e-6)
 
 
+# --------------------------------------------------------------------------------------------------------- support_ids
+
+
+def requested(shape, width: int, seed: int = 5) -> torch.Tensor:
+    """Ids with repetitions and gaps, and a position without any."""
+    ids = torch.randint(-1, 12, (*shape, width), generator=generator(seed))
+    ids.view(-1, width)[0] = -1
+    return ids
+
+
+@product_on_float64(lam=[0.0, 1.0, 1.25, "tensor"], objective=[*itertools.product(TAILS, DIVERGENCES), ("sampled", {})])
+def test_a_support_of_the_callers(backend_dtype, lam, objective):
+    """An id that is there twice counts once, -1 is none; value, gradient and reference are those of the oracle."""
+    tail, divergence = objective
+    batch = make_batch(84, shape=SHAPE, kinds=("linear", "logits", "linear"), dtype=backend_dtype.dtype)
+    options = {"estimator": "topk", "tail": tail, "support_ids": requested(SHAPE, 9), **divergence}
+    options["reward_scale"] = per_token(SHAPE, backend_dtype.dtype) if lam == "tensor" else lam
+    assert_same_as_oracle(batch, backend_dtype, **options)
+    got, grads = run(batch, fg.reference.gopd_loss, **options)
+    want, want_grads = run(batch, backend=backend_dtype.backend, chunk_size=2, **options)
+    assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_a_support_that_is_the_teachers(backend, reduction, dtype):
+    """The ids that k would find, each twice and in another order; what is masked may be anything."""
+    batch = make_batch(85, shape=SHAPE, dtype=torch.float32)
+    options = {"estimator": "topk", "reward_scale": 1.25, "backend": backend, "reduction": reduction}
+    ids, _ = fg.token_topk(batch.teacher, 5)
+    ids[~batch.mask] = 1000
+    twice = torch.cat((ids.flip(-1), ids), -1).to(dtype)
+    results = []
+    for more in ({"k": 5}, {"support_ids": twice}):
+        out = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, **options, **more)
+        results.append((out.token_loss, *torch.autograd.grad(out.loss.sum(), batch.leaves)))
+    assert_all_close(*results, 1e-5)
+
+
+def test_a_support_of_many_samples_costs_no_gemm_more(backend):
+    batch = make_batch(86, shape=(N,), vocab=(V,) * 3, hidden=(H,) * 3, dtype=torch.float32, masked=False)
+    ids = torch.randint(V, (N, 4), generator=generator(3))
+
+    def call():
+        options = {"estimator": "topk", "support_ids": ids, "reward_scale": 1.25, "chunk_size": 16}
+        fg.gopd_loss(*batch.models, batch.token_ids, backend=backend, **options).loss.backward()
+
+    call()
+    assert gemm_flops(call) == 5 * GEMM
+
+
 # ---------------------------------------------------------------------------------------------------------- token_topk
 
 
@@ -590,6 +642,27 @@ ERRORS = {
         {"ref": REF_ANSWER, "teacher": ANSWER, "reward_scale": 1.0, "score_cancelled": True, "token_ids": IDS},
         TypeError,
         "ref is TopKLogProbs, and score_cancelled",
+    ),
+    "ids and k": ({"support_ids": ANSWER.token_ids, "k": 5}, ValueError, "support_ids give: got k=5 too"),
+    "ids and a support": (
+        {"support_ids": ANSWER.token_ids, "support": "student"},
+        ValueError,
+        "support_ids give: got support='student' too",
+    ),
+    "ids and an answer": (
+        {"support_ids": ANSWER.token_ids, "teacher": ANSWER},
+        TypeError,
+        "teacher is TopKLogProbs, which bring ids of their own; support_ids need",
+    ),
+    "ids without K": ({"support_ids": IDS}, ValueError, r"support_ids must have shape \(..., K\).*got \(3, 5\)"),
+    "no ids": ({"support_ids": ANSWER.token_ids[..., :0]}, ValueError, r"K >= 1.*got \(3, 5, 0\)"),
+    "float ids": ({"support_ids": ANSWER.logprobs}, TypeError, "support_ids must be an integer tensor"),
+    "large ids": ({"support_ids": ids_with(37)}, IndexError, r"support_ids must be in \[0, 37\), or -1.*got 37"),
+    "negative ids": ({"support_ids": ids_with(-2)}, IndexError, "support_ids must be in.*got -2"),
+    "ids in full": (
+        {"support_ids": ANSWER.token_ids, "estimator": "full"},
+        ValueError,
+        "support_ids is an option of estimator='topk', got estimator='full'",
     ),
     "ratios": ({"k": 5, "old_logprobs": -torch.ones(SHAPE)}, ValueError, "old_logprobs is an option of.*'sampled'"),
 }

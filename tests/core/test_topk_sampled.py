@@ -281,6 +281,24 @@ def test_routes_may_be_heads_and_answers_of_any_k(backend_dtype):
         assert_all_close(grads, total, backend_dtype.tolerance)
 
 
+@product_on_float64(support=[{"k": 0}, {"k": 6}, {"k": 6, "support": "student"}, "ids"], lam=[0.5, 1.25])
+def test_a_target_made_of_two_models(backend_dtype, support, lam):
+    """LogLinear([q, r], [lambda, 1 - lambda]) at lambda = 1 is teacher and reference at lambda."""
+    batch = make_batch(69, shape=SHAPE, dtype=backend_dtype.dtype)
+    if support == "ids":
+        support = {"support_ids": torch.randint(-1, 37, (*SHAPE, 5), generator=generator(69))}
+    elif support["k"] and "support" not in support:  # the largest of the sum are not those of the teacher
+        support = {"support_ids": fg.token_topk(batch.teacher, support["k"])[0]}
+    options = {**TAIL, **support, "backend": backend_dtype.backend}
+    made = batch.replaced(teacher=fg.LogLinear([batch.teacher, batch.ref], [lam, 1 - lam]), ref=None)
+    for function in (fg.gopd_loss, fg.reference.gopd_loss):
+        got, grads = run(made, function, **options)
+        want, want_grads = run(batch, function, reward_scale=lam, **options)
+        assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+        assert_all_close(grads, want_grads, backend_dtype.tolerance)
+        assert_close(got.advantages, want.advantages, backend_dtype.tolerance)
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_it_costs_no_gemm_more(backend, k):
     batch = make_batch(68, shape=(N,), vocab=(V,) * 3, hidden=(H,) * 3, dtype=torch.float32, masked=False)

@@ -187,7 +187,9 @@ def _topk_token(
     chooser = next(i for i in range(2) if frozen[i] is not None and (i or not top["teacher_gone"]))
     scores = frozen[chooser]
     assert scores is not None
-    if top.get("support") == "student":
+    if "ids" in top:
+        S = top["ids"]
+    elif top.get("support") == "student":
         S = _largest(student, k)
     else:
         own = listed[chooser]
@@ -422,6 +424,7 @@ def gopd(
     cu_seqlens: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    support_ids: Tensor | None = None,
     sft_labels: Tensor | None = None,
     sft_weight: float = 1.0,
     vocab_size: int | None = None,
@@ -518,6 +521,8 @@ def gopd(
             if estimator == "topk":
                 # a Python float cancels a model everywhere, also the one that would have chosen the tokens
                 gone = {"teacher_gone": teacher is None or (not isinstance(reward_scale, Tensor) and reward_scale == 0)}
+                if support_ids is not None:
+                    gone["ids"] = sorted(set(support_ids.reshape(-1, support_ids.shape[-1])[t].tolist()) - {-1})
                 values.update(_topk(t, z, listed, lams[t], ids, divergence, parameters[t], policy | gone))
             else:
                 values.update(

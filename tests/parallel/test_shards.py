@@ -76,6 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"estimator": "topk", "k": 0, "tail": "sampled", "labels": True, "reduction": "none"},
         {"ref": "whole"},
     ),
+    "topk of ids": ({"estimator": "topk", "support_ids": True, "tail": "sampled"}, {"teacher": "whole"}),
     "topk of logits": ({"estimator": "topk", "k": 9}, {"kinds": ("logits", "linear", "linear")}),
     "full, weighted": ({"estimator": "full", "token_weight": "tensor"}, {}),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
@@ -106,6 +107,8 @@ def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[st
         options["sft_labels"] = torch.randint(0, V, SHAPE, generator=g).where(
             torch.rand(SHAPE, generator=g) < 0.5, -100
         )
+    if options.pop("support_ids", False):
+        options["support_ids"] = torch.randint(-1, V, (*SHAPE, 6), generator=g)
     if options.setdefault("reward_scale", 1.25) == "tensor":
         choices = torch.tensor([0.0, 1.0, 0.5, 1.25])
         options["reward_scale"] = choices[torch.randint(0, 4, SHAPE, generator=g)]
@@ -302,6 +305,13 @@ def _log_probs_and_topk() -> None:
         assert_close(a, b, 1e-12)
     upstream = (torch.linspace(-1, 1, got[0].numel(), dtype=torch.float64).reshape(SHAPE), torch.ones(SHAPE))
     leaves = [own.hidden, own.weight], [batch.student.hidden, batch.student.weight]
+    grads, wanted = (torch.autograd.grad(x, y, upstream) for x, y in zip((got, want), leaves, strict=True))
+    assert_close(grads[0], wanted[0], 1e-12)
+    assert_close(grads[1][: shard.count], wanted[1][shard.start : shard.stop], 1e-12)
+    several = torch.randint(-1, V, (*SHAPE, 5), generator=torch.Generator().manual_seed(6))
+    got, want = (fg.selected_logprobs(head, several, mask=batch.mask) for head in (own, batch.student))
+    assert_close(got, want, 1e-12)
+    upstream = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).reshape(got.shape)
     grads, wanted = (torch.autograd.grad(x, y, upstream) for x, y in zip((got, want), leaves, strict=True))
     assert_close(grads[0], wanted[0], 1e-12)
     assert_close(grads[1][: shard.count], wanted[1][shard.start : shard.stop], 1e-12)
@@ -619,6 +629,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "k": (TOPK, {"k": 6}, "5.0 on rank 0 and .*6.0 on rank"),
     "support": (TOPK, {"support": "student"}, "teacher on rank 0"),
     "tail": (TOPK, {"tail": "drop"}, "bucket on rank 0"),
+    "support_ids": (
+        {**TOPK, "k": None, "support_ids": LABELS[..., None]},
+        {"support_ids": LABELS[..., None] + 1},
+        "3 on rank 0 and .*4 on rank",
+    ),
     "reduction": (FULL, {"reduction": "sum"}, "token-mean on rank 0 and .*sum on rank"),
     "normalizer": (FULL, {"normalizer": 7}, "None on rank 0 and .*7.0 on rank"),
     "sequence_lengths": (
@@ -744,6 +759,9 @@ def _disagreements() -> None:
     ids, listed = fg.token_topk(batch.teacher, 7)
     listed_by = fg.TopKLogProbs(ids.flip(-1) if last else ids, listed)
     refused("teacher.token_ids", r"\d+ on rank 0", scored(listed_by), {"estimator": "topk", "reward_scale": 1.0})
+    with_sampled = fg.TopKLogProbs(ids, listed, other if last else logprobs)
+    options = {"estimator": "topk", "tail": "sampled", "reward_scale": 1.0}
+    refused("teacher", "on rank 0", scored(with_sampled), options)
 
     packed = _packed(sharded)
     bounds = [torch.tensor(x) for x in ([0, 40, 128], [0, 41, 128])]

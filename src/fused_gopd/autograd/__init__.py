@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..loop.estimators import estimator_of
-from ..loop.estimators.base import LogProbs, LogProbsAndEntropy, TokenValues
+from ..loop.estimators.base import LogProbs, LogProbsAndEntropy, SelectedLogProbs, TokenValues
 from ..loop.run import MakeEstimator
 from ..loop.topk_tokens import topk_tokens
 from ..problem import Problem
@@ -35,6 +35,11 @@ def token_losses(problem: Problem) -> tuple[Tensor, TokenValues, Tensor]:
 def token_logprobs(problem: Problem, with_entropy: bool = False) -> tuple[Tensor, ...]:
     """Differentiable log-probs (n,) of ``problem.token_ids`` under the student, and with it its entropies (n,)."""
     return _outputs(problem, LogProbsAndEntropy if with_entropy else LogProbs)[0]
+
+
+def selected_logprobs(problem: Problem) -> Tensor:
+    """Differentiable log-probs (n, K) of ``problem.support_ids`` under the student."""
+    return _outputs(problem, SelectedLogProbs)[0][0]
 
 
 def token_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ...objective.rollout import importance
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport, SumOnSupport
 from ...problem import Combined, Problem, Route
-from ...rowops import GradientWeights, RowProblem, Stat, sums
+from ...rowops import GradientWeights, RowProblem, Stat, sparse, sums
 from ...rowops.torch import rows_of
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
@@ -321,6 +321,51 @@ class LogProbsAndEntropy(LogProbs):
     def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
         (logprobs,), _ = super().outputs(statistics)
         return (logprobs, entropy(statistics)), None
+
+
+class SelectedLogProbs(Estimator):
+    """log p of several tokens of each position, of the student alone; kept as K more rows of the statistics."""
+
+    @property
+    def _token_ids(self) -> Tensor:
+        assert self.problem.support_ids is not None
+        return self.problem.support_ids
+
+    @property
+    def statistics_rows(self) -> int:
+        return STATISTICS + self._token_ids.shape[1]
+
+    def score(self, chunk: Chunk) -> LogitGradient | None:
+        problem, shard, ids = self.problem, self.problem.student.shard, self._token_ids[chunk.tokens]
+        row_problem = self.load(chunk).row_problem
+        logits = sparse.logits_at(row_problem.student, local_ids(shard, ids))
+        statistics, (merged,) = statistics_of(problem.ops, shard, row_problem, logits.T, out=chunk.own)
+        logprobs = sparse.logprobs(statistics, merged.T).masked_fill(ids < 0, 0)
+        chunk.statistics[STATISTICS:, chunk.tokens] = logprobs.T
+        return None
+
+    def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
+        """Of sum_k g_k log p[v_k]: sum_k g_k (1[v = v_k] - p_v). A token that is there twice has the sum of both g."""
+        (given,) = upstream
+        assert given is not None
+        ids = self._token_ids
+        each = given.to(self.problem.dtype).masked_fill(ids < 0, 0)
+        weight = -each.sum(1)
+        total, step = torch.empty_like(each), max(1, _COMPARED // ids.shape[1] ** 2)
+        for start in range(0, ids.shape[0], step):  # a product, not a scatter: the same bits in every run
+            rows = slice(start, start + step)
+            same = ids[rows, :, None] == ids[rows, None, :]
+            total[rows] = torch.where(same, each[rows, None, :], 0).sum(2)
+        logprobs = statistics[STATISTICS:].T
+        return LogitGradient(weight=weight, token_ids=ids, values=total + weight[:, None] * logprobs.exp())
+
+    def outputs(self, statistics: Tensor) -> tuple[tuple[Tensor, ...], TokenValues | None]:
+        # cloned: autograd lets nobody write to an output that is a view
+        return (statistics[STATISTICS:].T.clone(memory_format=torch.contiguous_format),), None
+
+
+# Pairs of the tokens of a position that are compared at once.
+_COMPARED = 1 << 22
 
 
 def ones(problem: Problem, chunk: Chunk) -> Tensor:

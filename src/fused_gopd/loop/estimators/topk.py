@@ -49,6 +49,9 @@ class TopK(Estimator):
         problem, route, buffers, statistics = self.problem, chunk.route, chunk.buffers, chunk.statistics
         start, stop = chunk.start, chunk.stop
         row_problem, ids, slot, k, tail = None, None, "student", problem.options.k, problem.options.tail
+        if k is None:
+            assert problem.support_ids is not None
+            ids = problem.support_ids[start:stop]
         if problem.options.support == "student":
             row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
             assert k is not None
