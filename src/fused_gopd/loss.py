@@ -95,7 +95,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         logprob_min: teacher's and reference's log-probs are at least this, before any arithmetic: a token that they
             rule out then has a finite advantage.
         advantage_fn: an advantage of one's own in place of A: called with the :class:`fused_gopd.TokenStats` of each
-            chunk, once, returns (C,), detached. Costs no GEMM. ``docs/objectives.md`` has published ones. With it
+            chunk, once, returns (C,), detached. Costs no GEMM. ``docs/per-token.md`` has published ones. With it
             teacher and ref may both be None: the advantages are the function's own, and ``reward_scale``,
             ``logprob_min``, ``baseline`` and ``score_cancelled`` have nothing to act on and are refused.
         baseline: ``"expected"`` adds the ``full`` value to the advantage, whose mean over the vocabulary is then 0:
