@@ -263,6 +263,13 @@ def _(d):
     return token_mean(losses.clamp_min(0), d.m)
 
 
+@row("verl", '`loss_mode="forward_kl_topk"`, `log_prob_min_clamp=None`, `loss_max_clamp=0.5`')
+def _(d):
+    losses = forward(d.p.gather(-1, d.ids), d.q.gather(-1, d.ids))[d.mask]
+    assert 0 < losses.min() < 0.5 < losses.max()
+    return losses.clamp(0, 0.5).mean()
+
+
 # ------------------------------------------------------------------------------------------------------- sampled tokens
 
 
@@ -394,6 +401,114 @@ def _(d):
 @row("NeMo-RL", "`ClippedPGLossFn`, `force_on_policy_ratio=True`")
 def _(d):
     return token_mean(-d.adv * (d.lp - d.lp.detach()).exp(), d.m)
+
+
+def cispo(d: SimpleNamespace, low: float, high: float) -> Tensor:
+    return -(d.lp - d.old).exp().clamp(low, high).detach() * d.adv * d.lp
+
+
+@row("Liger-Kernel", f'`{GRPO}"cispo", epsilon_high=1.5)`')
+def _(d):
+    return token_mean(cispo(d, 0, 1.5), d.m)
+
+
+@row("TRL", '`GRPOConfig(loss_type="cispo", epsilon_high=1.5)`')
+def _(d):
+    return token_mean(cispo(d, 0, 1.5), d.m, 40)
+
+
+@row("verl", '`policy_loss.loss_mode="cispo"`')
+@row("NeMo-RL", "`ClippedPGLossFn`, `use_cispo=True`")
+def _(d):
+    return token_mean(cispo(d, 0.8, 1.2), d.m)
+
+
+@row("slime", "`--advantage-estimator cispo`")
+def _(d):
+    return mean_of_means(cispo(d, 0.8, 1.2), d.m, d.B)
+
+
+@row("slime", "`--advantage-estimator gspo`")
+def _(d):
+    return mean_of_means(gspo(d), d.m, d.B)
+
+
+@row("verl", '`loss_mode="k1"`, `use_policy_gradient=True`, later updates')
+def _(d):
+    advantages = (d.lq - d.lp).detach().clamp(-10, 10)
+    plain = ppo(d, advantages, 0.2, 0.2)
+    return token_mean(torch.where(advantages < 0, torch.minimum(plain, -advantages * 3), plain), d.m)
+
+
+# -------------------------------------------------------------------------------------------- importance weights
+
+
+def importance(d: SimpleNamespace, level: str = "token") -> Tensor:
+    """Of tokens (B, T), or of sequences (B, 1): the product of the tokens' or its geometric mean."""
+    difference = (d.old - d.rollout) * d.m
+    if level == "token":
+        return difference.exp()
+    total = difference.sum(-1, keepdim=True)
+    return (total if level == "sequence" else total / d.m.sum(-1, keepdim=True).clamp_min(1)).exp()
+
+
+def inside(d: SimpleNamespace, weights: Tensor, low: float, high: float) -> Tensor:
+    """Where weights are inside of bounds, of which some live tokens are outside."""
+    kept = (weights >= low) & (weights <= high)
+    assert not kept.expand(d.B, d.T)[d.mask].all()
+    assert kept.expand(d.B, d.T)[d.mask].any()
+    return kept.double()
+
+
+@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM')
+def _(d):
+    weights = importance(d, "sequence")
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) * weights * inside(d, weights, 0, 3), d.m)
+
+
+@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"token_mask"`, 0.5 to 2')
+@row("NeMo-RL", '`ClippedPGLossFn`, `"icepop"`, 0.5 to 2')
+def _(d):
+    weights = importance(d)
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) * weights * inside(d, weights, 0.5, 2), d.m)
+
+
+@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"token_truncate"`, 0.5 to 2')
+@row("NeMo-RL", '`ClippedPGLossFn`, `"tis"`, 0.5 to 2')
+def _(d):
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d).clamp(0.5, 2), d.m)
+
+
+@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"sequence_truncate"`, to 3')
+def _(d):
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d, "sequence").clamp(max=3), d.m)
+
+
+@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="token"`, `rollout_is_threshold=2`')
+def _(d):
+    return token_mean(dual(d, 0.2, 3) * importance(d).clamp(max=2), d.m)
+
+
+@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="token"`, `rollout_is_threshold="0.5_2.0"`')
+def _(d):
+    weights = importance(d)
+    return token_mean(dual(d, 0.2, 3) * weights * inside(d, weights, 0.5, 2), d.m)
+
+
+@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="sequence"`, `rollout_is_threshold=2`')
+def _(d):
+    return token_mean(dual(d, 0.2, 3) * importance(d, "sequence").clamp(max=2), d.m)
+
+
+@row("NeMo-RL", '`ClippedPGLossFn`, `"seq-mask-tis"`, 0.5 to 1.1')
+def _(d):
+    kept = inside(d, importance(d, "geometric"), 0.5, 1.1)
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d) * kept, d.m)
+
+
+@row("NeMo-RL", "`ClippedPGLossFn`, sequence level, `use_importance_sampling_correction=True`")
+def _(d):
+    return mean_of_means(gspo(d) * importance(d, "sequence"), d.m, live(d.m))
 
 
 @row("NeMo-RL", "`ClippedPGLossFn`, `use_importance_sampling_correction=True`")
