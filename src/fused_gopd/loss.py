@@ -136,6 +136,13 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         sft_labels: (...) integer, the label of a supervised term at each token, -100 for none. From the same logits:
             no GEMM more. A label with probability 0 under the student adds nothing.
         sft_weight: the token loss is that of the estimator plus ``sft_weight`` times -log p[label].
+        sft_temperature: the temperature of that p alone, in place of the student's: Liger's hard loss at 1 beside a
+            soft loss at T.
+        entropy_weight: the token loss less ``entropy_weight`` times the student's entropy, over its own support.
+        kl_ref: adds a KL penalty to the reference, which is then needed whatever lambda is: of ``sampled`` the
+            estimates ``"k1"``, ``"k2"`` and ``"k3"`` at the sampled token, of ``full`` ``"exact"``, KL(p || r) over the
+            vocabulary. Neither ratio nor advantage is applied to it. With an advantage_fn teacher may be None.
+        kl_ref_weight: the factor of that penalty, at least 0. docs/terms.md has what each of these terms costs.
 
     More options:
         score_cancelled: score the model that lambda cancels too, forward only, for its log-probs.

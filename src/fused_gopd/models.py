@@ -40,10 +40,12 @@ def heads_of(models: Sequence[Frozen | Combined | None]) -> list[Head]:
 
 
 def needed_models(call: LossCall) -> Models:
-    """Teachers and references that lambda does not cancel, as they are given."""
+    """Teachers and references that lambda does not cancel or a KL penalty needs, as they are given."""
     scale, every = call.reward_scale, isinstance(call.reward_scale, Tensor) or call.reward_scale_fn is not None
+    penalised = "ref" if call.kl_ref != "none" else None
     return {
-        name: as_tuple(getattr(call, name)) if every or scale != cancelled_at else () for name, cancelled_at in FROZEN
+        name: as_tuple(getattr(call, name)) if every or scale != cancelled_at or name == penalised else ()
+        for name, cancelled_at in FROZEN
     }
 
 
@@ -132,8 +134,8 @@ def require_models(
 ) -> None:
     """The models that lambda needs are given.
 
-    A ``reward_scale_fn`` is in the place of lambda. An ``advantage_fn`` needs no model. Without any model the options
-    that act on teacher or reference are refused.
+    A ``reward_scale_fn`` is in the place of lambda. An ``advantage_fn`` needs no model, and with a KL
+    penalty the reference for that alone: options that then have no teacher or reference to act on are refused.
     """
     follows = call.reward_scale_fn is not None
     if follows and (isinstance(scale, Tensor) or scale != 1):
@@ -142,7 +144,9 @@ def require_models(
             f"reward_scale_fn is in the place of reward_scale, and reward_scale={shown} would be ignored: give one of "
             "the two"
         )
-    if call.advantage_fn is not None and not any(given.values()):
+    if options.kl_ref != "none" and not given["ref"]:
+        raise ValueError("ref must be given for kl_ref: the KL penalty is to it")
+    if call.advantage_fn is not None and not given["teacher"] and (not given["ref"] or options.kl_ref != "none"):
         acting = {
             "reward_scale_fn": follows,
             "reward_scale": isinstance(scale, Tensor) or scale != 1,

@@ -47,6 +47,7 @@ AdvantagePolicy = Literal["old", "current"]
 RolloutIS = Literal["token", "sequence", "geometric", "none"]
 Baseline = Literal["none", "expected"]
 Support = Literal["teacher", "student"]
+KLRef = Literal["none", "k1", "k2", "k3", "exact"]
 Tail = Literal["bucket", "drop", "renormalize", "sampled"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -55,6 +56,7 @@ ADVANTAGE_POLICIES: tuple[str, ...] = get_args(AdvantagePolicy)
 ROLLOUT_IS: tuple[str, ...] = get_args(RolloutIS)
 BASELINES: tuple[str, ...] = get_args(Baseline)
 SUPPORTS: tuple[str, ...] = get_args(Support)
+KL_REFS: tuple[str, ...] = get_args(KLRef)
 TAILS: tuple[str, ...] = get_args(Tail)
 
 
@@ -344,6 +346,34 @@ class LossOptions:
             check=_NOT_NEGATIVE,
         ),
     )
+    sft_temperature: float | None = field(
+        default=None,
+        metadata=_option(
+            "Temperature of the supervised term; default the student's.",
+            needs="sft_labels",
+            because="without them there is no supervised term that could have a temperature",
+            check=number_that(lambda x: x > 0, "be positive"),
+        ),
+    )
+    entropy_weight: float = field(
+        default=0.0, metadata=_option("Weight of the student's entropy, a bonus.", check=require_number)
+    )
+    kl_ref: KLRef = field(
+        default="none",
+        metadata=_option(
+            "A KL penalty to the reference: 'k1', 'k2' or 'k3' of the sampled token ('sampled'), 'exact' ('full').",
+            of=("sampled", "full"),
+            choices=KL_REFS,
+        ),
+    )
+    kl_ref_weight: float = field(
+        default=1.0,
+        metadata=_option(
+            "Weight of the KL penalty to the reference.",
+            of=("sampled", "full"),
+            check=_NOT_NEGATIVE,
+        ),
+    )
     score_cancelled: bool = field(
         default=False,
         metadata=_option("Also score the model that lambda cancels, for its log-probs.", check=require_flag),
@@ -380,6 +410,16 @@ class LossOptions:
     def joint(self) -> bool:
         """Whether the models of a token are normalised together, over their joint support."""
         return self.estimator == "full" or self.baseline == "expected"
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The terms beside the loss that take a row pass of their own, and a buffer for their gradient."""
+        made = {
+            "entropy": self.joint and self.entropy_weight != 0,
+            "kl_ref": self.kl_ref == "exact",
+            "labels": self.sft_temperature is not None,
+        }
+        return tuple([name for name, there in made.items() if there])
 
     @property
     def clips(self) -> bool:
@@ -543,6 +583,17 @@ def checked(options: LossOptions) -> LossOptions:
         for name in PARAMETERS:
             _check_parameter(name, given.get(name), values["divergence"])
         _normalise_divergence(values, given)
+        if values["kl_ref"] == "none":
+            if values["kl_ref_weight"] != DEFAULTS["kl_ref_weight"]:
+                name = "kl_ref_weight"
+                raise ValueError("kl_ref_weight needs kl_ref: there is no KL penalty to weigh")
+        else:
+            name = "kl_ref"
+            if (values["kl_ref"] == "exact") != (estimator == "full"):
+                wanted = "'exact'" if estimator == "full" else "'k1', 'k2' or 'k3'"
+                raise ValueError(f"kl_ref must be {wanted} with estimator={estimator!r}, got {values['kl_ref']!r}")
+            if values["baseline"] != "none":
+                raise ValueError("kl_ref needs the reference scored alone, and baseline='expected' scores it jointly")
         if values["tail"] == "sampled":
             name = "tail"
             if values["divergence"] != "reverse_kl":

@@ -94,12 +94,15 @@ def _planned(call: LossCall) -> Plan:
     cancelled = None
     if call.reward_scale_fn is None and not isinstance(scale, Tensor):
         cancelled = next((name for name, at in FROZEN if scale == at), None)
+    if cancelled == "ref" and options.estimator == "sampled" and options.kl_ref != "none":
+        cancelled = None  # its log-probs are there
     needed = needed_models(call)
     if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
     if options.joint or options.estimator == "topk":
         together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
-        counting = {name: x for name, x in frozen.items() if cancelled is None or not name.startswith(cancelled)}
+        unread = None if options.kl_ref == "exact" else cancelled
+        counting = {name: x for name, x in frozen.items() if unread is None or not name.startswith(unread)}
         check_shards(student, counting, together, vocab_size)
     if options.estimator == "topk":
         # a single model is shared by all routes
@@ -125,8 +128,14 @@ def _planned(call: LossCall) -> Plan:
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
         combined=any(isinstance(model, Composite) for models in needed.values() for model in models),
-        has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"])),
+        has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and not _cancels_ref(call)),
     )
+
+
+def _cancels_ref(call: LossCall) -> bool:
+    """Whether lambda cancels the reference, which a KL penalty may need all the same."""
+    scale = call.reward_scale
+    return call.reward_scale_fn is None and not isinstance(scale, Tensor) and scale == 1
 
 
 def _scores_tokens(models: Sequence[Frozen]) -> bool:
@@ -157,6 +166,8 @@ def _check_exponentials(call: LossCall) -> None:
         "grad_filter": bool(call.grad_filter),
         "chunk_dtype": call.chunk_dtype is not None,
         "sft_labels": call.sft_labels is not None,
+        "entropy_weight": call.entropy_weight != 0,
+        "kl_ref": call.kl_ref != "none",
         "reduction='none'": call.reduction == "none",
         f"{whole_sequences(call)}": whole_sequences(call) is not None,
     }
@@ -177,7 +188,8 @@ def recomputes_in_backward(call: LossCall) -> bool:
     if call.reduction == "none" or whole_sequences(call) is not None:
         return True
     factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels, call.token_weight)
-    return gradient_waits(call.student, any(x is not None for x in factors))
+    terms = call.entropy_weight != 0 or call.kl_ref != "none"
+    return gradient_waits(call.student, terms or any(x is not None for x in factors))
 
 
 def gradient_waits(student: Head, factors: bool) -> bool:
@@ -216,6 +228,7 @@ def slope_follows(call: LossCall) -> bool:
         or call.trust_region is not None
         or call.log_ratio_max is not None
         or call.loss_max is not None
+        or call.kl_ref != "none"
         or call.ratio in ("detached", "none")
     )
     return unknown_to_kernels or (current and not call.plain_importance)
@@ -229,6 +242,8 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         models = as_tuple(getattr(call, name))
         elsewhere = any(map(_without_sampled, models))
         counts = len(needed[name]) > 0
+        if name == "ref" and call.kl_ref == "exact" and _cancels_ref(call):
+            counts = False  # its row pass scores no sampled token
         known = known and not (elsewhere and counts)
         scored[name] = not elsewhere and (counts or (len(models) > 0 and call.score_cancelled))
     ids, labels = call.token_ids is not None, call.sft_labels is not None
@@ -313,9 +328,10 @@ def check_corrections(call: LossCall, options: LossOptions, sequences: Sequences
         raise ValueError(
             "log_ratio_max needs old_logprobs or rollout_logprobs: without them there is no ratio to bound"
         )
-    if name is not None and options.estimator == "topk" and call.old_logprobs is None and call.sft_labels is not None:
+    beside = "sft_labels" if call.sft_labels is not None else "entropy_weight" if call.entropy_weight else None
+    if name is not None and options.estimator == "topk" and call.old_logprobs is None and beside is not None:
         raise ValueError(
-            f"{name} with sft_labels and estimator='topk' needs old_logprobs: the gradient of the "
+            f"{name} with {beside} and estimator='topk' needs old_logprobs: the gradient of the "
             "tokens is made before the weights of the current policy are known"
         )
 
@@ -376,6 +392,7 @@ def chunk_sizes(
     device_type, size = student.rows.device.type, options.chunk_size
     if size is None:
         buffers = logits_buffers(joint, linear, two, weight_gradient, device_type)
+        buffers += min(2, len(options.passes))  # a sum of gradients, and one more to be added
         # of the rank that has the most: all of them go through the same chunks
         widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
         # stored exponentials are widened where products with them want float32

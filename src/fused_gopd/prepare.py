@@ -241,7 +241,8 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if keep is not None:
         student = zero_masked(student, keep)
         routed = {name: tuple(zero_masked(model, keep) for model in models) for name, models in routed.items()}
-    needed: Models = {name: () if name == cancelled else models for name, models in routed.items()}
+    penalised = "ref" if options.kl_ref != "none" else None
+    needed: Models = {name: () if name == cancelled != penalised else models for name, models in routed.items()}
 
     def live(x: Tensor, masked: float = 0) -> Tensor:
         """(n, ...) of the live tokens; ``masked`` in the place of others where rows cannot be dropped."""
@@ -386,7 +387,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,
-        cancelled=((cancelled, _scorable(routed[cancelled], combine)),) if cancelled and scored[cancelled] else (),
+        cancelled=((cancelled, _scorable(routed[cancelled], combine)),)
+        if cancelled and options.score_cancelled and scored[cancelled]
+        else (),
         agreement=agreement,
         ops=ops,
         chunk_size=sizes[0],

@@ -529,7 +529,26 @@ def _importance(p: Problem, lp: Tensor | None) -> Tensor | None:
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
+    # masked before exp, too: its product with 0 has the gradient NaN behind an infinity
+    outside = log_p == -math.inf
+    inside = log_p.masked_fill(outside, 0)
+    return -(inside.exp().masked_fill(outside, 0) * inside).sum(-1)
+
+
+def _exact_kl(z: Tensor, z_r: Tensor, as_it_is: Tensor | None) -> Tensor:
+    """KL(p || r) over the joint support; a sum of several models is not normalised."""
+    support = (z != -math.inf) & (z_r != -math.inf)
+    log_p, log_r = (_log_softmax(x, support).masked_fill(~support, 0) for x in (z, z_r))
+    if as_it_is is not None:
+        log_r = log_r.where(~as_it_is, z_r.masked_fill(~support, 0))
+    return (log_p.exp().masked_fill(~support, 0) * (log_p - log_r)).sum(1)
+
+
+def _kl_estimate(kind: str, lp: Tensor, lr: Tensor) -> Tensor:
+    """k1, k2 or k3, for autograd to differentiate."""
+    outside = (lp == -math.inf) | (lr == -math.inf)
+    d = lr.masked_fill(outside, 0) - lp.masked_fill(outside, 0)
+    return -d if kind == "k1" else d.square() / 2 if kind == "k2" else d.expm1() - d
 
 
 @called_as(LossCall)
@@ -552,7 +571,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
     if options.joint:
         with torch.no_grad():
             z_q, z_r = (_frozen_logits(p, name) for name, _ in FROZEN)
-        token_loss, kl, log_p, log_q, log_r = _full(p, z, z_q, z_r)
+        token_loss, kl, log_p, log_q, log_r = _full(p, z, z_q, z_r if p.has[1] else None)
         if ids is not None:
             lq, lr = (None if x is None else _gather(x, ids) for x in (log_q, log_r))
             if isinstance(p.reward_scale, Tensor):
@@ -585,7 +604,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         if options.estimator == "sampled":
             with torch.no_grad():
                 expected = token_loss.detach() if options.joint else None
-                advantages, reported = _advantages(p, lp.detach(), lq, lr, (entropy, *entropies), expected)
+                known = lr if p.has[1] else None  # lambda may cancel the reference of a KL penalty
+                advantages, reported = _advantages(p, lp.detach(), lq, known, (entropy, *entropies), expected)
                 if weights is not None and options.trust_region is not None:
                     assert p.rollout_logprobs is not None
                     region = inside_trust_region(options, advantages, lp, p.rollout_logprobs, p.over_sequences)
@@ -606,11 +626,25 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         if weights is not None:
             token_loss = token_loss * weights
     if p.labels is not None:
-        label_logprobs = log_p.gather(1, p.labels.clamp_min(0)[:, None])[:, 0]
+        label_logprobs = _gather(log_p, p.labels.clamp_min(0))
+        if options.sft_temperature is not None:
+            own = replace(p.student, temperature=options.sft_temperature)
+            label_logprobs = _gather(_own_log_softmax(_logits(p, own, 0, p.rows.count)), p.labels.clamp_min(0))
         vectors["label_logprobs"], labelled = label_report(label_logprobs.detach(), p.labels)
         assert labelled is not None
         vectors["labelled"] = labelled
         token_loss = token_loss - options.sft_weight * torch.where(labelled, label_logprobs, 0)
+    if options.entropy_weight:
+        token_loss = token_loss - options.entropy_weight * _entropy(_own_log_softmax(z))
+    if options.kl_ref == "exact":
+        with torch.no_grad():
+            z_r = _frozen_logits(p, "ref")
+            assert z_r is not None
+        token_loss = token_loss + options.kl_ref_weight * _exact_kl(z, z_r, _is_sum(p, "ref", z_r))
+    elif options.kl_ref != "none":
+        assert lp is not None
+        assert lr is not None
+        token_loss = token_loss + options.kl_ref_weight * _kl_estimate(options.kl_ref, lp, lr)
     weighted = token_loss * p.weights
     loss = p.rows.scatter(weighted) if options.reduction == "none" else weighted.sum()
     vectors |= {"token_loss": token_loss, "student_logprobs": lp, "teacher_logprobs": lq, "ref_logprobs": lr}

@@ -11,10 +11,11 @@ from torch import Tensor
 from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.divergences import kl_to_target
-from .objective.layout import TokenRow
+from .objective.layout import TokenRow, statistics_rows
 from .objective.policy import advantage
 from .objective.statistics import entropy
 from .objective.supervised import label_report
+from .objective.terms import KL_ESTIMATES
 from .output import GOPDOutput
 from .problem import Problem
 from .rowops import PolicyStat
@@ -39,12 +40,17 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         known["reward_scale"] = rows.scatter(scale)
     for name, models in problem.cancelled:
         known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
+    has, options = problem.has, problem.options
+    if options.entropy_weight or options.kl_ref != "none" or options.sft_temperature is not None:
+        # rows of the terms beside the loss are left out; a KL estimate needs the reference whatever lambda is
+        statistics = statistics[: statistics_rows(options.estimator, options.joint)]
+        has = has[0], has[1] or options.kl_ref in KL_ESTIMATES
     fields = _Fields(
         statistics=statistics,
         values=values,
         rows=rows,
         reward_scale=scale,
-        has=problem.has,
+        has=has,
         joint=problem.options.joint,
         estimator=problem.options.estimator,
         labels=problem.labels,

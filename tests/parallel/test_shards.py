@@ -79,6 +79,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "topk of ids": ({"estimator": "topk", "support_ids": True, "tail": "sampled"}, {"teacher": "whole"}),
     "topk of logits": ({"estimator": "topk", "k": 9}, {"kinds": ("logits", "linear", "linear")}),
     "full, weighted": ({"estimator": "full", "token_weight": "tensor"}, {}),
+    "entropy and k3": ({"entropy_weight": 0.3, "kl_ref": "k3", "reward_scale": 1.0}, {}),
+    "topk, entropy": ({"estimator": "topk", "k": 9, "entropy_weight": 0.3}, {}),
+    "full, every term": (
+        {"estimator": "full", "entropy_weight": 0.3, "kl_ref": "exact", "labels": True, "sft_temperature": 2.0},
+        {},
+    ),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
     "filtered": ({"estimator": "full", "grad_filter": 1e-12}, {}),
 }

@@ -166,6 +166,10 @@ class Buffers:
         width = columns(self._problem, self._problem.student)
         return self._buffer("student", torch.bfloat16, stop - start, width)
 
+    def scratch(self, i: int, tokens: int, width: int) -> Tensor:
+        """(tokens, width) in the accumulation dtype, for the gradients of terms beside the loss."""
+        return self._buffer(f"scratch {i}", self._problem.dtype, tokens, width)
+
     def _part(self, start: int, stop: int) -> ModelRows:
         """Some tokens of the whole chunk."""
         assert self._whole_chunk is not None

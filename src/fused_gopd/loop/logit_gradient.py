@@ -43,6 +43,9 @@ def write_logit_gradient(
         gradient = gradient.divided(torch.where(size > 0, size, torch.ones_like(size)))
     if not row_problem.vocab_size:
         return size
+    if gradient.terms:
+        _write_with_terms(problem, row_problem, statistics, gradient, out)
+        return size
     ids, values, logits = gradient.token_ids, gradient.values, None
     if ids is not None:
         ids = local_ids(problem.student.shard, ids)
@@ -52,6 +55,30 @@ def write_logit_gradient(
     if ids is not None and values is not None and logits is not None:
         sparse.overwrite(out, row_problem.student.transform, ids, values, logits)
     return size
+
+
+def _write_with_terms(
+    problem: Problem, row_problem: RowProblem, statistics: Tensor, gradient: LogitGradient, out: Tensor
+) -> None:
+    """The sum of a row problem's gradient and those of the terms beside it, rounded to the dtype of ``out`` once."""
+    assert row_problem.beside is not None
+    problems, scratch = row_problem.beside
+    total = scratch(0)
+    for i, (own, term) in enumerate(zip(problems, gradient.terms, strict=True)):
+        target = scratch(1) if i else total
+        write_logit_gradient(problem, own, term.statistics, term.gradient, target)
+        if i:
+            total += target
+    # the gradient proper is written last: it may take the place of the logits
+    raw = row_problem.student.raw
+    if out.dtype == total.dtype:
+        target = out
+    else:
+        target = raw if isinstance(problem.student, LinearHead) and raw.dtype == total.dtype else scratch(1)
+    write_logit_gradient(problem, row_problem, statistics, replace(gradient, terms=()), target)
+    width = row_problem.vocab_size
+    total += target[:, :width]
+    out[:, :width].copy_(total)
 
 
 def power_of_two(x: Tensor) -> Tensor:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..records import record
+
+
+class Term(NamedTuple):
+    """A further term of the gradient, of a row problem of its own on the same logits."""
+
+    statistics: Tensor  # (len(Stat), n) of that row problem
+    gradient: LogitGradient
+
+    def rows(self, tokens: slice) -> Term:
+        return Term(self.statistics[:, tokens], self.gradient.rows(tokens))
 
 
 @record(frozen=True, kw_only=True, eq=False)
@@ -23,6 +34,7 @@ class LogitGradient:
     token_ids: Tensor | None = None  # (n, K) int64, -1 for none; only the last id of a row may repeat another one
     values: Tensor | None = None  # (n, K)
     max_abs_elsewhere: Tensor | None = None  # (n,) upper bound of |weight| p outside token_ids; None is |weight|
+    terms: tuple[Term, ...] = ()  # to be added to it
 
     def rows(self, tokens: slice) -> LogitGradient:
         def of(x: Tensor | None) -> Tensor | None:
@@ -34,6 +46,7 @@ class LogitGradient:
             token_ids=of(self.token_ids),
             values=of(self.values),
             max_abs_elsewhere=of(self.max_abs_elsewhere),
+            terms=() if not self.terms else tuple([term.rows(tokens) for term in self.terms]),
         )
 
     def scaled(self, factor: Tensor) -> LogitGradient:
@@ -48,6 +61,9 @@ class LogitGradient:
             weight=of(self.weight),
             values=of(self.values, factor if factor.ndim == 0 else factor[:, None]),
             max_abs_elsewhere=None if self.max_abs_elsewhere is None else of(self.max_abs_elsewhere, factor.abs()),
+            terms=tuple([term._replace(gradient=term.gradient.scaled(factor)) for term in self.terms])
+            if self.terms
+            else (),
         )
 
     def divided(self, size: Tensor) -> LogitGradient:
@@ -62,6 +78,9 @@ class LogitGradient:
             weight=of(self.weight),
             values=None if self.values is None else self.values / size[:, None],
             max_abs_elsewhere=of(self.max_abs_elsewhere),
+            terms=tuple([term._replace(gradient=term.gradient.divided(size)) for term in self.terms])
+            if self.terms
+            else (),
         )
 
     @property
@@ -71,7 +90,36 @@ class LogitGradient:
         parts = [x.abs() for x in (self.divergence, elsewhere) if x is not None]
         if self.values is not None and self.token_ids is not None:
             parts.append(self.values.masked_fill(self.token_ids < 0, 0).abs().amax(1))
+        if self.terms:
+            parts += [term.gradient.size for term in self.terms]
         return torch.stack(parts).amax(0)
+
+    def with_logprob(self, weight: Tensor, logprobs: Tensor | None) -> LogitGradient:
+        """This gradient plus weight (p - 1[v = y]) with y the first of the token ids; ``logprobs`` as below."""
+        assert self.weight is not None
+        values, elsewhere = self.values, self.max_abs_elsewhere
+        if values is not None:
+            assert self.token_ids is not None
+            assert logprobs is not None
+            hit = self.token_ids == self.token_ids[:, :1]
+            values = values + weight[:, None] * (logprobs.exp() - hit.to(logprobs.dtype))
+        elsewhere = None if elsewhere is None else elsewhere + weight.abs()
+        return replace(self, weight=self.weight + weight, values=values, max_abs_elsewhere=elsewhere)
+
+    def with_entropy(self, weight: Tensor, entropies: Tensor, logprobs: Tensor | None) -> LogitGradient:
+        """This gradient plus weight p (log p + H), which of a single model is the divergence's.
+
+        Args:
+            weight: (n,), of -H.
+            entropies: (n,) H.
+            logprobs: (n, K) log p of token_ids, where there are values.
+        """
+        values = self.values
+        if values is not None:
+            assert logprobs is not None
+            around = logprobs.exp() * (logprobs.masked_fill(torch.isneginf(logprobs), 0) + entropies[:, None])
+            values = values + weight[:, None] * around
+        return replace(self, divergence=weight, values=values)
 
     def with_label(
         self,

@@ -61,6 +61,14 @@ def has_label(label_logprobs: Tensor, labels: Tensor) -> Tensor:
     return (labels >= 0) & ~torch.isneginf(label_logprobs)
 
 
+def supervised(weight: float, label_logprobs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) weights of the supervised term, 0 where there is no label with p > 0, and the term itself."""
+    counts = has_label(label_logprobs, labels)
+    return torch.where(counts, weight, torch.zeros_like(label_logprobs)), torch.where(
+        counts, -weight * label_logprobs, 0
+    )
+
+
 def label_report(label_logprobs: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Log-probs of the labels, 0 where there is none, and where the supervised term is in force; None without any."""
     if labels is None:

@@ -26,6 +26,7 @@ import importlib
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -126,6 +127,13 @@ class RowDivergence(Protocol):
         """Numbers of the kernels, made once per call."""
 
 
+class Beside(NamedTuple):
+    """Further row problems on the student's logits of one, whose gradients are added to its own."""
+
+    problems: tuple[RowProblem, ...]
+    scratch: Callable[[int], Tensor]  # 0 or 1 -> (C, V) in the accumulation dtype, memory of its own
+
+
 @record(frozen=True, eq=False)
 class RowProblem:
     """What a row operation computes on: up to three models on the same C tokens.
@@ -143,6 +151,7 @@ class RowProblem:
     reward_scale: float | Tensor = 1.0  # lambda; a tensor is (C,) in the accumulation dtype and needs both models
     token_ids: Tensor | None = None  # (C,) int64
     divergence: RowDivergence | None = None
+    beside: Beside | None = None  # not for a backend: fused_gopd.loop.logit_gradient adds them
 
     @property
     def rows(self) -> int:

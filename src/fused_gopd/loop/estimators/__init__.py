@@ -1,5 +1,6 @@
-"""The estimators of ``gopd_loss``: :class:`Sampled`, :class:`Full` and :class:`TopK`, with or without labels;
-and :class:`NLL` of ``linear_nll``.
+"""The estimators of ``gopd_loss``: :class:`Sampled`, :class:`Full`, :class:`TopK`, and what is added to any of them.
+
+And :class:`NLL` of ``linear_nll``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .full import Full
 from .labels import WithLabels
 from .nll import NLL
 from .sampled import Sampled
+from .terms import WithTerms
 from .topk import TopK
 
 _ESTIMATORS: dict[str, Callable[[Problem], Estimator]] = {"sampled": Sampled, "full": Full, "topk": TopK}
@@ -20,5 +22,10 @@ _ESTIMATORS: dict[str, Callable[[Problem], Estimator]] = {"sampled": Sampled, "f
 def estimator_of(problem: Problem) -> Estimator:
     if problem.nll is not None:
         return NLL(problem)
-    estimator = _ESTIMATORS[problem.options.estimator](problem)
-    return estimator if problem.labels is None else WithLabels(estimator)
+    options = problem.options
+    estimator = _ESTIMATORS[options.estimator](problem)
+    if problem.labels is not None and options.sft_temperature is None:
+        estimator = WithLabels(estimator)
+    if options.entropy_weight or options.kl_ref != "none" or options.sft_temperature is not None:
+        estimator = WithTerms(estimator)
+    return estimator

@@ -43,6 +43,11 @@ class Chunk:
         self.route, self.start, self.stop, self.tokens = route, start, stop, slice(start, stop)
         self.own = first_rows if stop - start == first_rows.shape[1] else first_rows[:, start:stop]
 
+    def of_rows(self, count: int) -> Chunk:
+        """The same tokens with the first rows of the statistics."""
+        buffers, statistics, first_rows = self._shared
+        return Chunk(self.route, (buffers, statistics[:count], first_rows), self.start, self.stop)
+
     def part(self, start: int, stop: int) -> Chunk:
         return Chunk(self.route, self._shared, start, stop)
 
@@ -209,7 +214,7 @@ class Estimator:
         problem, route, buffers = self.problem, chunk.route, chunk.buffers
         start, stop = chunk.start, chunk.stop
         ids, student = problem.token_ids, problem.student
-        teacher, ref = (route.teacher, route.ref) if joint else (None, None)
+        teacher, ref = (route.teacher, route.ref if problem.has[1] else None) if joint else (None, None)
         student_rows = buffers.load(student, "student", start, stop, writable)
         teacher_rows = None if teacher is None else buffers.load(teacher, "teacher", start, stop)
         ref_rows = None if ref is None else buffers.load(ref, "ref", start, stop)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...objective.layout import TokenRow
 from ...objective.logit_gradient import LogitGradient
-from ...objective.supervised import has_label
+from ...objective.supervised import supervised
 from ...rowops import RowProblem, sparse
 from ..vocab_parallel import local_ids
 from .base import (
@@ -54,8 +54,10 @@ class WithLabels(Estimator):
         label_logprobs = sparse.logprobs(scored.statistics, merged.T)[:, 0]
         chunk.statistics[TokenRow.LOGPROB_LABEL, tokens] = label_logprobs
         if scored.gradient is not None:
+            assert scored.logprobs is not None
             gradient = self._with_label(scored.gradient, chunk.statistics, tokens, scored.logprobs)
-            scored = scored._replace(gradient=gradient)
+            logprobs = torch.cat((scored.logprobs, label_logprobs[:, None]), 1)
+            scored = scored._replace(gradient=gradient, logprobs=logprobs)
         return scored, extra
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
@@ -83,20 +85,13 @@ class WithLabels(Estimator):
         factor: Tensor | None = None,  # (n,) of the label's term
     ) -> LogitGradient:
         assert self.problem.labels is not None
-        weight = self._weights(statistics, tokens)[0]
+        labels, label_logprobs = self.problem.labels[tokens], statistics[TokenRow.LOGPROB_LABEL, tokens]
+        weight = supervised(self.problem.options.sft_weight, label_logprobs, labels)[0]
         weight = weight if factor is None else weight * factor
-        return gradient.with_label(
-            self.problem.labels[tokens], weight, statistics[TokenRow.LOGPROB_LABEL, tokens], logprobs
-        )
-
-    def _weights(self, statistics: Tensor, tokens: slice = EVERY) -> tuple[Tensor, Tensor]:
-        """(n,) weights of the supervised term, 0 where there is no label with p > 0, and the term itself."""
-        labels, weight = self.problem.labels, self.problem.options.sft_weight
-        assert labels is not None
-        logprobs = statistics[TokenRow.LOGPROB_LABEL, tokens]
-        counts = has_label(logprobs, labels[tokens])
-        return torch.where(counts, weight, torch.zeros_like(logprobs)), torch.where(counts, -weight * logprobs, 0)
+        return gradient.with_label(labels, weight, label_logprobs, logprobs)
 
     def values(self, statistics: Tensor) -> TokenValues:
         values = self._inner.values(statistics)
-        return values._replace(loss=values.loss + self._weights(statistics)[1])
+        labels, weight = self.problem.labels, self.problem.options.sft_weight
+        assert labels is not None
+        return values._replace(loss=values.loss + supervised(weight, statistics[TokenRow.LOGPROB_LABEL], labels)[1])
