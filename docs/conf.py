@@ -73,6 +73,7 @@ NAVIGATION = {
         "objectives",
         "per-token",
         "sft",
+        "off-policy",
         "distill",
         "parallelism",
         "planning",

@@ -107,14 +107,16 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         old_logprobs: (...) log-probs under the policy of the previous update, for the ratio rho = p / p_old. Like all
             log-probs that are given, they must not be above 0 by more than rounding makes them (0.25); with an
             advantage_fn, where they serve the ratio alone, they may be shifted to make a ratio of one's own.
+        advantage_policy: whether A is relative to the ``"old"`` log-probs, where they are given, or to the
+            ``"current"`` student's.
         ratio: ``"token"``, or ``"sequence"``: exp of the mean over a sequence of log p - log p_old, with the gradient
-            of the token (GSPO-token; Zheng et al. 2025). Recomputes the logits in the backward.
+            of the token (GSPO-token; Zheng et al. 2025). ``"sequence-mean"``: with the gradient of that mean (GSPO).
+            Both recompute the logits in the backward. ``"detached"``: -A sg(rho) log p with rho bounded by ``clip``
+            (CISPO). ``"none"``: 1; old_logprobs serve A and the weights alone.
         clip: (epsilon_low, epsilon_high) of PPO's clipped surrogate.
         clip_dual: above 1: where A < 0 the token loss is at most -A clip_dual (Ye et al. 2020).
-        rollout_logprobs: (...) log-probs under the engine that sampled. Token losses are multiplied by the detached
-            weight p_old / p_rollout (truncated importance sampling; Yao et al. 2025); without old_logprobs the
-            student's own p stands for p_old.
-        rollout_is_cap: upper bound of that weight; None does not truncate.
+        trust_region: {statistic: (low, high)} as in rollout_mask, of p and p_rollout: a token has weight 0 where the
+            statistic is above high and A > 0, or below low and A < 0.
 
     Options of ``topk``, a divergence over the tokens of a support S, one outcome each, and the rest of the vocabulary:
         k: how many tokens S has, where it is made here: the largest of a head. TopKLogProbs bring their own ids; those
@@ -132,7 +134,19 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S. A
             position where S is empty has loss 0.
 
-    Options of every estimator:
+    Options of every estimator (docs/off-policy.md has the first six):
+        rollout_logprobs: (...) log-probs under the engine that sampled. Token losses are multiplied by the detached
+            weight p_old / p_rollout (truncated importance sampling; Yao et al. 2025); without old_logprobs the
+            student's own p stands for p_old. Needs token_ids. ``full`` and ``topk`` take old_logprobs for it too.
+        rollout_is: that weight is of a ``"token"``; the product over the ``"sequence"``; its ``"geometric"`` mean; or
+            ``"none"``, 1. Of sequences and without old_logprobs the backward recomputes the logits.
+        rollout_is_cap: upper bound of the weight, or a pair (low, high); None does not truncate.
+        rollout_mask: {statistic: (low, high)}, None for no bound: tokens outside have weight 0. Of d = log p_old - log
+            p_rollout: ``token_ratio`` exp(d), ``sequence_ratio`` (product), ``geometric_ratio``, ``seq_max_ratio``,
+            ``seq_min_ratio``; k2 = d^2 / 2 and k3 = exp(d) - 1 - d as ``token_k2``, ``seq_sum_k2``, ``seq_mean_k2``,
+            ``seq_max_k2``, ...; ``token_difference`` p_old - p_rollout.
+        log_ratio_max: bound on the magnitude of log rho and of the log of the weight, before exp.
+        loss_max: bound on the magnitude of the token loss before the weight; no gradient where it is in force.
         sft_labels: (...) integer, the label of a supervised term at each token, -100 for none. From the same logits:
             no GEMM more. A label with probability 0 under the student adds nothing.
         sft_weight: the token loss is that of the estimator plus ``sft_weight`` times -log p[label].
@@ -167,7 +181,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             product that makes the student's logits stores exp(z - z[y]) in bfloat16 in their place: the logit gradient
             up to factors per token, so that no logit is written and no row read. The entry at y is put back in float32.
             Log-probs are those of float32 logits, gradients nearer to exact ones (docs/objectives.md). Not yet run on a
-            GPU. Not with ``baseline``, ``grad_filter``, labels, ``reduction="none"`` or ``ratio="sequence"``.
+            GPU. Not with ``baseline``, ``grad_filter``, labels, ``reduction="none"`` or what recomputes for sequences.
         backend: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``.
 
     Memory: beyond inputs and gradients, chunk buffers, independent of the number of tokens: chunk_size x V of the

@@ -148,6 +148,7 @@ def script(page: str, program: str, arguments: list[str]) -> None:
 
 OTHERS = {  # of other programs
     "docs/coming-from.md": None,
+    "docs/off-policy.md": None,
     "docs/integrations/README.md": None,
     "docs/integrations/server.md": {"--no-enable-prefix-caching"},
 }
