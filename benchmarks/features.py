@@ -57,12 +57,18 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
         ),
         ("sampled", "`rollout_logprobs`, `rollout_is_cap`", {"rollout_logprobs": old, "rollout_is_cap": 2.0}),
         ("sampled", "`advantage_clip`, `logprob_min`", {"advantage_clip": 5.0, "logprob_min": -20.0}),
+        ("sampled", "`entropy_weight`", {"entropy_weight": 0.01}),
+        ("topk", "`entropy_weight`", {"entropy_weight": 0.01}),
+        ("sampled", '`kl_ref="k3"`', {"kl_ref": "k3", "kl_ref_weight": 0.05}),
         ("sampled", "`advantage_fn`", {"advantage_fn": lambda stats: stats.advantages.tanh()}),
         ("sampled", "two teachers", {"teacher_index": torch.arange(n, device=device) % 2}),
     ]
     more = [
         ("sampled", "`baseline` (all logits of a chunk together)", {"baseline": "expected"}),
         ("sampled", "`sft_labels`", {"sft_labels": labels, "sft_weight": 0.1}),
+        ("full", "`entropy_weight` (a row pass)", {"entropy_weight": 0.01}),
+        ("full", '`kl_ref="exact"` (a row pass)', {"kl_ref": "exact", "kl_ref_weight": 0.05}),
+        ("full", "`sft_temperature` (a row pass)", {"sft_labels": labels, "sft_temperature": 2.0}),
         ("topk", f"the student's K = {K}", {"support": "student"}),
         ("topk", f"K = {K} from a server (two GEMMs fewer)", {"k": None, **both}),
         (

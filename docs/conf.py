@@ -72,6 +72,7 @@ NAVIGATION = {
     "Use": [
         "objectives",
         "per-token",
+        "terms",
         "sft",
         "off-policy",
         "distill",
