@@ -21,6 +21,7 @@ class Metrics(Mapping[str, Tensor]):
     tokens              number of live tokens
     loss                token loss, before any weighting
     entropy             of the student, in nats
+    reward_scale        lambda, where it is one per token or sequence
     reward              implicit reward log q - log r of the sampled token
     kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
     kl_teacher, kl_ref  KL(student || teacher) and KL(student || reference), exact: where they are what ``full`` has

@@ -116,7 +116,9 @@ def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
     add("entropy", out.entropy)
     p, q, r = out.student_logprobs, out.teacher_logprobs, out.ref_logprobs
     scale = out.reward_scale
-    if not isinstance(scale, Tensor):  # filled on the device: a copy would be a host sync
+    if isinstance(scale, Tensor):
+        add("reward_scale", scale)
+    else:  # filled on the device: a copy would be a host sync
         scale = torch.full((), scale, dtype=dtype, device=live.device)
     needs_q, needs_r = (scale != x for x in (0, 1))
     # over the joint support a model that the token's own lambda cancels has no log-prob

@@ -467,6 +467,26 @@ def test_lambda_may_be_a_function_of_the_step(tmp_path: Path) -> None:
     assert [log["gopd/reward_scale"] for log in run.state.log_history[:2]] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_lambda_may_be_a_function_of_the_token_statistics(tmp_path: Path, estimator: str) -> None:
+    """The step's function gives another function, or a number; the mean over the tokens is logged."""
+    seen: list[int] = []
+
+    def of_tokens(stats: fg.TokenStats) -> torch.Tensor:
+        seen.append(stats.index.shape[0])
+        return 1 + stats.teacher_entropy.sigmoid()
+
+    def of_step(step: int) -> Any:
+        return of_tokens if step == 0 else 1.25
+
+    run = trainer(tmp_path, ref_model=model(2), reward_scale_fn=of_step, estimator=estimator)
+    run.train()
+    first, second = (log["gopd/reward_scale"] for log in run.state.log_history[:2])
+    assert seen
+    assert 1.5 < first < 2
+    assert second == 1.25
+
+
 @pytest.mark.parametrize(
     "options",
     [

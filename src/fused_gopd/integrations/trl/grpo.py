@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from ... import distributed
-from ...options import AdvantageFn
+from ...options import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch
@@ -48,7 +48,7 @@ class GRPOGOPDMixin(ScoringMixin):
         *,
         teacher: Model | Mapping[Any, Model] | None = None,
         ref_model: Model | None = None,
-        reward_scale_fn: Callable[[int], float] | None = None,
+        reward_scale_fn: Callable[[int], float | RewardScaleFn] | None = None,
         advantage_fn: AdvantageFn | None = None,
         teacher_processing_class: Any = None,
         **trainer_arguments: Any,

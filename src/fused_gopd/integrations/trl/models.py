@@ -18,7 +18,7 @@ from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 from ... import Metrics, distributed, gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
-from ...options import AdvantageFn
+from ...options import AdvantageFn, RewardScaleFn
 from ...output import GOPDOutput
 from ...values import require_number
 from ..hub import require_model
@@ -105,7 +105,7 @@ class ScoringMixin:
         args: Options,
         teacher: Model | Mapping[Any, Model],
         ref_model: Model | None,
-        reward_scale_fn: Callable[[int], float] | None,
+        reward_scale_fn: Callable[[int], float | RewardScaleFn] | None,
         advantage_fn: AdvantageFn | None,
         datasets: dict[str, Any],
     ) -> None:
@@ -278,10 +278,14 @@ class ScoringMixin:
     # ------------------------------------------------------------------------------------------------------- scoring
 
     @property
-    def reward_scale(self) -> float:
-        """lambda of the current optimizer step; depends on the step alone, so that a resumed run continues with it."""
+    def reward_scale(self) -> float | RewardScaleFn:
+        """lambda of the current optimizer step, or the function that gives each token its own.
+
+        It depends on the step alone, so that a resumed run continues with it.
+        """
         if self._reward_scale_fn is not None:
-            return require_number("reward_scale_fn(step)", self._reward_scale_fn(self.state.global_step))
+            scale = self._reward_scale_fn(self.state.global_step)
+            return scale if callable(scale) else require_number("reward_scale_fn(step)", scale)
         start: float = self.args.reward_scale
         end: float | None = self.args.reward_scale_end
         if end is None:
@@ -380,7 +384,7 @@ class ScoringMixin:
                 token_ids=batch.token_ids,
                 teacher_index=index,
                 mask=batch.mask,
-                reward_scale=scale,
+                **({"reward_scale_fn": scale} if callable(scale) else {"reward_scale": scale}),
                 old_logprobs=batch.old_logprobs,
                 vocab_size=self._vocab_size,
                 **{**self._options, **options},
@@ -410,7 +414,8 @@ class ScoringMixin:
         """Keep the metrics of a batch until the next log."""
         mode = "train" if self.model.training else "eval"
         self._gopd_metrics[mode].append(out.metrics())
-        self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
+        if not isinstance(out.reward_scale, Tensor):  # of one per token the mean is among the metrics
+            self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
 
     def _log_gopd_metrics(self) -> None:
         """Add the means over all tokens of all ranks since the last log to TRL's metrics, with one host sync."""

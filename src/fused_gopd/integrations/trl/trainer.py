@@ -14,7 +14,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ... import distributed, token_logprobs
-from ...options import AdvantageFn
+from ...options import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from .batch import Batch
 from .checks import Model
@@ -41,7 +41,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         ref_model: the reference: a model, its path, a scorer, or ``"base"``, the student without its PEFT adapter.
             Needed for lambda other than 1; it is not run while lambda is 1.
         reward_scale_fn: lambda of an optimizer step, ``step -> float``, in place of ``args.reward_scale``; called with
-            the number of completed steps.
+            the number of completed steps. For a lambda of each token it returns a function of
+            :class:`fused_gopd.TokenStats`, the ``reward_scale_fn`` of :func:`fused_gopd.gopd_loss`.
         advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
             tokenizer. By default the one that is saved with the teacher.
@@ -79,7 +80,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         processing_class: Any = None,
         *,
         ref_model: Model | None = None,
-        reward_scale_fn: Callable[[int], float] | None = None,
+        reward_scale_fn: Callable[[int], float | RewardScaleFn] | None = None,
         advantage_fn: AdvantageFn | None = None,
         teacher_processing_class: Any = None,
         **trainer_arguments: Any,
