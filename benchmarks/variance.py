@@ -91,7 +91,7 @@ def table_topk(rows: list[dict[str, Any]]) -> str:
     for name, distance in DISTANCES.items():
         for support in SUPPORTS:
             own = [r for r in rows if (r["models"], r["support"]) == (name, support)]
-            shown = [f"{r['variance'] / own[0]['variance']:.2g} ({r['mass']:.2f})" for r in own]
+            shown = [f"{max(0, r['variance'] / own[0]['variance']):.2f} ({r['mass']:.2f})" for r in own]
             lines.append(f"| the {support}'s K, logits {distance:g} from the student's | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 

@@ -71,6 +71,7 @@ NAVIGATION = {
     "Start": ["install", "quickstart", "examples", "guide", "teachers", "troubleshooting"],
     "Use": [
         "objectives",
+        "topk",
         "per-token",
         "terms",
         "sft",
