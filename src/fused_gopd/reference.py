@@ -109,6 +109,19 @@ def _sum(p: Problem, model: Combined, route: Route) -> Tensor:
     return combined(logprobs, weights, model.mixture)
 
 
+def _sum_scores(p: Problem, model: Combined, route: Route) -> Tensor:
+    """log-probs of a route's sampled tokens under its model that is made of several."""
+    tokens, own = slice(route.start, route.stop), []
+    assert p.token_ids is not None
+    for head, given in zip(model.heads, model.logprobs, strict=True):
+        if head is not None:
+            log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
+            own.append(_gather(log_p, p.token_ids[tokens]))
+        elif given is not None:
+            own.append(given[tokens])
+    return combined(own, model.weights_of(tokens), model.mixture)
+
+
 def _is_sum(p: Problem, name: str, like: Tensor) -> Tensor | None:
     """(n, 1) bool, the tokens whose model is made of several; None where there is none."""
     if not p.combined:
@@ -128,14 +141,7 @@ def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]
     for route in p.routes:
         head, tokens = getattr(route, name), slice(route.start, route.stop)
         if isinstance(head, Combined):
-            own: list[Tensor] = []
-            for part, scored in zip(head.heads, head.logprobs, strict=True):
-                if part is not None:
-                    log_p = _own_log_softmax(_logits(p, part, route.start, route.stop))
-                    own.append(_gather(log_p, p.token_ids[tokens]))
-                elif scored is not None:
-                    own.append(scored[tokens])
-            scores.append(combined(own, head.weights_of(tokens), head.mixture))
+            scores.append(_sum_scores(p, head, route))
         elif head is not None:
             log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
             scores.append(_gather(log_p, p.token_ids[tokens]))
@@ -149,6 +155,8 @@ def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]
 
 def _cancelled_scores(p: Problem, model: object, route: Route) -> Tensor:
     """log-probs of a route's sampled tokens under a model that lambda cancels."""
+    if isinstance(model, Combined):
+        return _sum_scores(p, model, route)
     if isinstance(model, TokenLogProbs):
         return p.rows.take(model.logprobs, route.start, route.stop).to(p.dtype)
     assert p.token_ids is not None

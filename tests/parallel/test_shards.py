@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import fused_gopd as fg
-from builders import Batch, assert_close, generator, make_batch, relative_error, widened
+from builders import Batch, assert_close, generator, linear_head, make_batch, relative_error, widened
 from fused_gopd import agreement
 from fused_gopd.cli.plan.call import PlannedCall
 from fused_gopd.cli.plan.communication import collectives
@@ -85,6 +85,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"estimator": "full", "entropy_weight": 0.3, "kl_ref": "exact", "labels": True, "sft_temperature": 2.0},
         {},
     ),
+    "sum of models": ({"reward_scale": "tensor", "score_cancelled": False}, {"made": fg.LogLinear}),
+    "sum of models, cancelled": ({"reward_scale": 0.0, "score_cancelled": True}, {"made": fg.LogLinear}),
+    "full, sum of models": ({"estimator": "full"}, {"made": fg.LogLinear}),
+    "full jsd, mixture, none": ({"estimator": "full", "divergence": "jsd", "reduction": "none"}, {"made": fg.Mixture}),
+    "baseline, sum of whole models": ({"baseline": "expected"}, {"made": fg.LogLinear, "teacher": "whole"}),
+    "topk of a mixture": ({"estimator": "topk", "k": 9}, {"made": fg.Mixture}),
+    "topk of a sum": ({"estimator": "topk", "k": 9, "tail": "renormalize"}, {"made": fg.LogLinear, "teacher": "whole"}),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
     "filtered": ({"estimator": "full", "grad_filter": 1e-12}, {}),
 }
@@ -93,8 +100,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[str, str]]:
     options, changes = (dict(x) for x in CASES[name])
     cuts = {model: changes.pop(model, "alike") for model in ("student", "teacher", "ref")}
-    nothing = changes.pop("nothing", False)
+    nothing, made = changes.pop("nothing", False), changes.pop("made", None)
     batch = make_batch(3, shape=SHAPE, vocab=(V, V, V), hidden=(32, 24, 16), dtype=dtype, **changes)
+    if made is not None:
+        third = linear_head(31, SHAPE, V, 8, dtype, bias=True, softcap=5.0)
+        weights = torch.rand(SHAPE, generator=generator(8)).to(dtype).masked_fill(batch.token_ids % 3 == 0, 0)
+        batch = batch.replaced(teacher=made([batch.teacher, third], [1.5, weights]))
     assert batch.mask is not None
     if nothing:
         batch.mask.zero_()
@@ -126,6 +137,8 @@ def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[st
 
 def _local(head: Any, shard: fg.VocabShard) -> Any:
     """This rank's part of a whole head, with two rows of padding where there are any."""
+    if isinstance(head, (fg.LogLinear, fg.Mixture)):
+        return type(head)([_local(x, shard) for x in head.models], head.weights)
     cut = slice(shard.start, shard.stop + 2 if shard.count else shard.stop)
     own = {k: x.detach() for k, x in head.tensors.items()}
     if isinstance(head, fg.Logits):

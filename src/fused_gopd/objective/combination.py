@@ -44,9 +44,13 @@ def plus(
 
 
 def finished(total: Tensor) -> Tensor:
-    """The sum of all models: a mask of the smallest float is one again, so that it equals that of a model alone."""
-    lowest = torch.finfo(total.dtype).min
-    return total.masked_fill((total < lowest * _MASK) & ~torch.isneginf(total), lowest)
+    """The sum of all models: a mask of the smallest float is one again, so that it equals that of a model alone.
+
+    Where weights made it a large positive number, that is small beside the largest float: their difference is finite.
+    """
+    limits = torch.finfo(total.dtype)
+    total = total.clamp_max(limits.max * limits.eps / 8)
+    return total.masked_fill((total < limits.min * _MASK) & ~torch.isneginf(total), limits.min)
 
 
 def combined(logprobs: Sequence[Tensor], weights: Sequence[float | Tensor], mixture: bool) -> Tensor:
