@@ -41,13 +41,14 @@ FIELDS: dict[str, Agree] = {
 }
 
 _MODELS = tuple(name for name, rule in ARGUMENTS.items() if rule is Agree.MODELS)
+_FROZEN = _MODELS[1:]  # but the student
 # What may be a tensor has a place of its own in what is exchanged, whether or not it is one: all ranks send as much.
 # Those that decide which vectors the others are come first: the mask, and which teacher each token has.
 EXACT = (
     *(name for name, rule in ARGUMENTS.items() if rule is Agree.NUMBERS),
     *(name for name, rule in ARGUMENTS.items() if rule is Agree.TOKENS and name != "token_ids"),
     "token_ids",
-    *(f"{name}.{field}" for field in ("token_ids", "weights") for name in _MODELS),
+    *(f"{name}.{field}" for field in ("token_ids", "weights") for name in _FROZEN),
 )
 ROUNDED = (*_MODELS, *(name for name, rule in ARGUMENTS.items() if rule is Agree.ROUNDED))
 
@@ -112,9 +113,6 @@ def agreement_of(
             models_given = value if isinstance(value, (list, tuple)) else [value]
             options.append((name, _words([_kind(model) for model in models_given])))
             given = [part for model in models_given for part in members(model)]
-            made = [weight for model in models_given if isinstance(model, Composite) for weight in model.weights]
-            options.append((f"{name}.weights", _words(made)))
-            exact[f"{name}.weights"] = call.get(f"{name}.weights")
             options += [
                 (f"{name}.{field}", _words([_field(model, field) for model in given]))
                 for field, how in FIELDS.items()
@@ -124,7 +122,9 @@ def agreement_of(
             lam, cancelled = call["reward_scale"], None
             if isinstance(lam, Tensor) and name != "student":
                 cancelled = lam == (0 if name == "teacher" else 1)
-            exact[f"{name}.token_ids"], rounded[name] = _scores(models[name], rows, slices, cancelled)
+            ids, rounded[name] = _scores(models[name], rows, slices, cancelled)
+            if name in _FROZEN:
+                exact[f"{name}.token_ids"], exact[f"{name}.weights"] = ids, call.get(f"{name}.weights")
         elif rule is Agree.GIVEN:
             options.append((name, "given" if value is not None else "None"))
         elif rule is not Agree.OWN:
@@ -143,9 +143,11 @@ def agreement_of(
 
 
 def _kind(model: object) -> str:
-    """The type of a model, and those of the models that it is made of."""
+    """The type of a model; of one made of several, also their types and weights."""
     kind = type(model).__name__
-    return f"{kind} of {_words([_kind(x) for x in model.models])}" if isinstance(model, Composite) else kind
+    if not isinstance(model, Composite):
+        return kind
+    return f"{kind} of {_words([_kind(x) for x in model.models])} with weights {_words(model.weights)}"
 
 
 def _field(model: object, field: str) -> object:

@@ -745,6 +745,15 @@ def _disagreements() -> None:
         mine = {model: dataclasses.replace(head, hidden=near.requires_grad_(head.hidden.requires_grad))}
         _values(sharded.replaced(**mine), FULL)
 
+    def made(kind: Any, *weights: Any) -> Batch:
+        return sharded.replaced(teacher=kind([sharded.teacher, sharded.ref], weights))
+
+    sums = [made(fg.LogLinear, 1.0, w) for w in (2.0, 3.0, LAM, OTHER_LAM)]
+    refused("teacher", r"weights \(1.0, 2.0\) on rank 0 and .*weights \(1.0, 3.0\) on rank", sums[last], FULL)
+    refused("teacher.weights", "1.25 on rank 0 and .*1.5 on rank", sums[2 + last], FULL)
+    mixture = made(fg.Mixture, 1.0, 2.0)
+    refused("teacher", r"LogLinear of \(LinearHead, LinearHead\) on rank 0 and .*Mixture of",
+            mixture if last else sums[0], FULL)  # fmt: skip
     other_ids, fewer = batch.token_ids.clone(), batch.mask.clone()
     other_ids[0, 0] = (other_ids[0, 0] + 1) % V
     fewer.view(-1)[0] = False
