@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,10 @@ from builders import (
     assert_close,
     assert_same_as_oracle,
     generator,
+    like,
     make_batch,
+    run,
+    trainable,
     widened,
 )
 from combinations import pairwise
@@ -81,18 +86,17 @@ def scores(batch, old: bool, dtype: torch.dtype, seed: int = 0) -> dict[str, tor
     return {"rollout_logprobs": near(0)} | ({"old_logprobs": near(1)} if old else {})
 
 
-def given_scores(batch, options: dict, old: bool, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Old log-probs are an option of ``sampled``; the others take them for the weights, and have no ratio."""
-    return scores(batch, old, dtype, seed)
-
-
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("old", [False, True], ids=["current", "old"])
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda x: " ".join(map(str, x.values())))
-def test_every_weight_is_its_formula(estimator, old, weights):
-    batch = make_batch(71, shape=(4, 6))
-    options = {"reward_scale": 1.25, **estimator, **weights, **scores(batch, old, torch.float64)}
-    assert_same_as_oracle(batch, BackendDtype("torch", torch.float64), **options)
+@pairwise(
+    backend_dtype=["torch-float64", "native-float32"],
+    estimator=ESTIMATORS,
+    weights=WEIGHTS,
+    old=[False, True],
+    kind=["linear", "logits"],
+)
+def test_every_weight_is_its_formula(backend_dtype, estimator, weights, old, kind):
+    batch = make_batch(73, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=backend_dtype.dtype)
+    options = {"reward_scale": 1.25, **estimator, **weights, **scores(batch, old, backend_dtype.dtype)}
+    assert_same_as_oracle(batch, backend_dtype, **options)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -110,19 +114,6 @@ def test_every_policy_is_its_formula(policy, reduction):
         assert_all_close(grads, torch.autograd.grad((want.loss * upstream).sum(), leaves), 1e-12)
     else:
         assert_same_as_oracle(batch, BackendDtype("torch", torch.float64), reduction=reduction, **options)
-
-
-@pairwise(
-    backend_dtype=["native-float32", "torch-float32"],
-    estimator=ESTIMATORS,
-    weights=WEIGHTS,
-    old=[False, True],
-    kind=["linear", "logits"],
-)
-def test_every_backend_and_kind(backend_dtype, estimator, weights, old, kind):
-    batch = make_batch(73, shape=(3, 5), kinds=(kind, "linear", "logits"), dtype=torch.float32)
-    options = {"reward_scale": 1.25, **estimator, **weights, **scores(batch, old, torch.float32)}
-    assert_same_as_oracle(batch, backend_dtype, **options)
 
 
 @given(
@@ -172,3 +163,126 @@ def test_any_configuration(seed, estimator, weights, policy, old, lam, reduction
         assert (a is None) == (b is None), name
         if a is not None:
             assert_close(a.double(), b.double(), 1e-11, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("far", [-1e4, -200.0, -100.0, 200.0])
+@pytest.mark.parametrize("old", [False, True], ids=["current", "old"])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, {"estimator": "sampled", "baseline": "expected"}], ids=str)
+def test_a_weight_beyond_the_range_of_float32_is_the_largest_number(estimator, old, far):
+    """exp of the log-ratio is 0 or infinite there; equal models still have loss and gradient 0."""
+    batch = make_batch(74, shape=(2, 3), dtype=torch.float32, masked=False)
+    near = fg.token_logprobs(batch.student, batch.token_ids).detach()
+    given = {"rollout_logprobs": (near + far).clamp_max(0.0), **({"old_logprobs": near} if old else {})}
+    for weights in ({}, {"rollout_is": "sequence"}, {"rollout_is_cap": 2.0}, {"log_ratio_max": 20.0}):
+        for teacher in (batch.teacher, batch.student):
+            for function in (fg.gopd_loss, fg.reference.gopd_loss):
+                models = (batch.student, teacher, None)
+                out = function(*models, batch.token_ids, reduction="sum", **estimator, **given, **weights)
+                assert not out.token_loss.isnan().any()
+                bounded = {"rollout_is_cap", "log_ratio_max"} & weights.keys()
+                if bounded or far > 0 or teacher is batch.student:
+                    grads = torch.autograd.grad(out.loss, batch.leaves)
+                    assert all(x.isfinite().all() for x in grads)
+                    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+def test_half_precision_under_a_loss_scale(estimator, loss_scale):
+    """Weights of 1e4 and of 0, in float16 and bfloat16, against float32."""
+    batch = make_batch(75, shape=(2, 4), dtype=torch.float32)
+    rollout = fg.token_logprobs(batch.student, batch.token_ids).detach()
+    rollout[0] -= math.log(1e4)
+    rollout[1, :2] += 0.2
+    options = {"rollout_logprobs": rollout, "rollout_mask": {"token_ratio": (0.9, 1e5)}, "reward_scale": 1.25}
+    options |= {**estimator, "normalizer": 1e6}
+
+    def gradient(dtype):
+        cast = [like(x, **{k: v.detach().to(dtype) for k, v in x.tensors.items()}) for x in batch.models]
+        student = trainable(cast[0])
+        out = fg.gopd_loss(student, *cast[1:], batch.token_ids, mask=batch.mask, **options)
+        (out.loss * loss_scale).backward()
+        assert 0 < out.metrics()["masked_fraction"] < 1
+        return [x.grad.float() / loss_scale for x in student.tensors.values()]
+
+    want = gradient(torch.float32)
+    for dtype, tolerance in ((torch.float16, 5e-3), (torch.bfloat16, 5e-2)):
+        for got, expected in zip(gradient(dtype), want, strict=True):
+            assert got.isfinite().all()
+            assert_close(got, expected, tolerance, str(dtype))
+
+
+@pytest.mark.parametrize("floor", [-math.inf, -1e9, float(torch.finfo(torch.float32).min)])
+@pytest.mark.parametrize("policy", [{}, *POLICIES], ids=str)
+def test_masked_logits(floor, policy):
+    """A token that teacher or student rules out, with every ratio and weight: what float64 makes, without a NaN."""
+    batch = make_batch(76, shape=(2, 5), kinds=("logits",) * 3, dtype=torch.float32, masked=False)
+    scored = scores(batch, True, torch.float32)
+    with torch.no_grad():
+        batch.teacher.logits[0, 1, batch.token_ids[0, 1]] = floor
+        batch.student.logits[1, 2, batch.token_ids[1, 2]] = floor
+    options = {"reward_scale": 1.25, "logprob_min": -20.0, **policy, **scored}
+    out, grads = run(batch, **options)
+    assert all(x.isfinite().all() for x in grads)
+    dense, dense_grads = run(batch, fg.reference.gopd_loss, **options)
+    assert_close(out.token_loss, dense.token_loss, 1e-4)
+    assert_all_close(grads, dense_grads, 1e-4)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_routes_and_masks_leave_the_statistics_of_sequences_as_they_are(sequences):
+    """Live tokens are sorted by teacher, and masked ones hold anything: a sequence is still that of its live tokens."""
+    batch = make_batch(77, shape=(4, 6))
+    given = scores(batch, False, torch.float64)
+    options = (
+        {"rollout_is": "sequence", "rollout_is_cap": 3.0}
+        if sequences
+        else {"rollout_mask": {"seq_max_k2": (None, 0.8)}}
+    )
+    want, want_grads = run(batch, **given, **options)
+    route = torch.arange(24).reshape(4, 6) % 2
+    poisoned = given["rollout_logprobs"].masked_fill(~batch.mask, math.nan)
+    two = batch.replaced(teacher=[batch.teacher, batch.teacher])
+    got, grads = run(two, teacher_index=route, rollout_logprobs=poisoned, **options)
+    assert_close(got.importance, want.importance, 1e-12)
+    assert_all_close(grads, want_grads, 1e-12)
+    assert (got.importance[~batch.mask] == 0).all()
+
+
+def test_metrics_add_up():
+    batch = make_batch(78, shape=(4, 6))
+    options = {"rollout_mask": {"token_ratio": (0.6, 1.6)}, **scores(batch, True, torch.float64)}
+    whole = fg.gopd_loss(*batch.models, batch.token_ids, mask=batch.mask, **options)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        models = [like(x, hidden=x.hidden[rows]) for x in batch.models]
+        tensors = {k: v[rows] for k, v in options.items() if isinstance(v, torch.Tensor)}
+        out = fg.gopd_loss(*models, batch.token_ids[rows], mask=batch.mask[rows], **(options | tensors))
+        parts.append(out.metrics())
+    w = whole.importance[batch.mask]
+    assert 0 < (w == 0).sum() < len(w)
+    for total in (sum(parts), whole.metrics()):
+        values = total.to_dict()
+        assert values["masked_fraction"] == pytest.approx((w == 0).double().mean().item())
+        assert values["effective_sample_size"] == pytest.approx((w.sum() ** 2 / len(w) / (w * w).sum()).item())
+
+
+def test_under_torch_func():
+    batch = make_batch(79, shape=(2, 4))
+    ids, models, hidden = batch.token_ids, batch.models[1:], batch.student.hidden.detach()
+    for estimator in ({}, {"estimator": "full"}, {"estimator": "topk", "k": 4}):
+        options = {"loss_max": 2.0, "rollout_is": "geometric", **scores(batch, False, torch.float64), **estimator}
+        seen = {}
+
+        def loss(h, weight, options=options, seen=seen):
+            out = fg.gopd_loss(fg.LinearHead(h, weight), *models, ids, mask=batch.mask, reward_scale=1.25, **options)
+            seen["importance"] = out.importance
+            return out.loss
+
+        grads = torch.func.grad(loss, argnums=(0, 1))(hidden, batch.student.weight.detach())
+        out, want = run(batch, reward_scale=1.25, **options)
+        assert_all_close(grads, want, 1e-12)
+        assert seen["importance"].shape == out.importance.shape

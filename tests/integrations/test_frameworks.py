@@ -87,10 +87,16 @@ def as_logits(scores: Scores) -> fg.Logits:
         {"ratio": "sequence", "clip": (0.05, 0.1)},
         {"advantage_clip": 0.7, "logprob_min": -1.5},
         {"rollout_is_cap": 1.05},
+        {"ratio": "sequence-mean", "clip": (0.05, 0.1), "rollout_is": "sequence", "rollout_is_cap": (0.9, 1.1)},
+        {"ratio": "detached", "clip": (0.05, 0.1), "advantage_policy": "current", "loss_max": 1.0},
+        {"ratio": "none", "rollout_mask": {"token_k3": (None, 0.003), "seq_max_ratio": (None, 1.2)}},
+        {"trust_region": {"token_difference": (-0.01, 0.01), "geometric_ratio": (0.9, None)}, "log_ratio_max": 0.05},
     ],
 )
 def test_loss_from_logprobs_is_the_loss_from_logits(scores, scale, options):
-    rollout = {"rollout_logprobs": scores.old + 0.05} if "rollout_is_cap" in options else {}
+    rollout = {}
+    if not set(logprobs.ROLLOUT).isdisjoint(options):
+        rollout = {"rollout_logprobs": scores.old - torch.linspace(-0.1, 0.1, 18, dtype=torch.float64).reshape(3, 6)}
     given = {"mask": scores.mask, "reward_scale": scale, "old_logprobs": scores.old, **options, **rollout}
     got = logprobs.sampled_loss(scores.student, scores.teacher, scores.ref, **given)
     teacher, ref = fg.TokenLogProbs(scores.teacher), fg.TokenLogProbs(scores.ref)
@@ -301,6 +307,18 @@ def test_prime_rls_custom_loss_is_the_surrogate(scores, prime):
     assert_same_gradient(scores, result.loss, scores.surrogate(4.0)[0].sum())
     want = scores.advantages(4.0, scores.old)[0].sum() / scores.mask[0].sum()
     assert_close(result.metrics["gopd/advantage"], want, 1e-12)
+
+
+def test_prime_rls_mask_is_a_rollout_mask(scores, prime):
+    """Its ref_kl: the ratio has a gradient, tokens whose probability fell by more than a bound have no loss."""
+    target, inference = target_of(scores, 4.0), scores.old - torch.linspace(-0.2, 0.2, 6, dtype=torch.float64)
+    bound = {"token_difference": [-0.03, float("inf")]}  # as TOML has it
+    result = prime_rl.gopd_loss(prime_inputs(prime, scores, target, inference), rollout_mask=bound)
+    p, q = scores.student[0], inference[0]
+    kept = (p.exp() - q.exp() >= -0.03) & scores.mask[0]
+    assert 0 < kept.sum() < scores.mask[0].sum()
+    want = -((target[0] - p.detach()) * (p - q).exp() * kept).sum()
+    assert_same_gradient(scores, result.loss, want)
 
 
 def test_prime_rls_own_distillation_of_the_target_is_gopd(scores):

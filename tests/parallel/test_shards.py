@@ -35,7 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampled": ({}, {}),
     "sampled off policy": ({"clip": (0.2, 0.3), "old": True, "advantage_clip": 2.0}, {}),
     "sampled of whole sequences": ({"ratio": "sequence", "old": True}, {}),
-    "sampled, weights of whole sequences": ({"rollout": True, "rollout_is": "sequence", "rollout_is_cap": 2.0}, {}),
+    "sampled, weights of whole sequences": ({"rollout": True, "rollout_is": "geometric", "rollout_is_cap": 1.05}, {}),
     "full, weights": ({"estimator": "full", "rollout": True, "rollout_mask": {"token_ratio": (0.5, 2.0)}}, {}),
     "topk, weights": ({"estimator": "topk", "k": 9, "rollout": True, "loss_max": 0.5}, {}),
     "sampled with labels": ({"labels": True, "sft_weight": 0.5}, {}),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import require_device, require_float, require_logprobs, require_shape
 from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
 from ..objective.rollout import importance, inside_trust_region
-from ..options import LossCall, LossOptions, checked, options_of, refuse_unknown
+from ..options import RULES, LossCall, LossOptions, checked, options_of, refuse_unknown
 from ..output import GOPDOutput
 from ..plan import check_corrections
 from ..tokens import LiveSequences, Sequences, TokenRows, check_cu_seqlens, check_mask
@@ -24,6 +24,10 @@ __all__ = ["advantages", "metric_sums", "named_metrics", "sampled_loss"]
 
 # All but the baseline, which needs the whole vocabulary.
 OPTIONS = tuple(name for name in options_of("sampled") if name not in ("baseline", "store_exponentials"))
+
+
+# Those that need the log-probs of the engine that sampled.
+ROLLOUT = tuple(name for name in OPTIONS if RULES[name].needs == "rollout_logprobs")
 
 
 def check_options(**options: Any) -> LossOptions:
@@ -102,7 +106,9 @@ def sampled_loss(
         old_logprobs, rollout_logprobs, cu_seqlens: as in :func:`fused_gopd.gopd_loss`.
         entropy: the student's, for the metrics; NaN in the output if not given.
         mixed: ``teacher_logprobs`` are lambda log q + (1 - lambda) log r already, which may be above 0.
-        **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min``.
+        **options: those of the sampled estimator, without ``baseline``, that act on vectors: ``clip``, ``clip_dual``,
+            ``ratio``, ``advantage_policy``, ``rollout_is``, ``rollout_is_cap``, ``rollout_mask``, ``trust_region``,
+            ``log_ratio_max``, ``loss_max``, ``advantage_clip``, ``logprob_min``.
 
     Returns:
         The output. Its ``loss`` has the token losses in the token shape, 0 where masked, for the framework to reduce.

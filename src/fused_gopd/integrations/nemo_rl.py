@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import require_mask
 from . import needs
-from .logprobs import check_options, metric_sums, require_reference, sampled_loss
+from .logprobs import ROLLOUT, check_options, metric_sums, require_reference, sampled_loss
 
 with needs(__name__, "nemo_rl", install=lambda: "install NeMo-RL, https://github.com/NVIDIA-NeMo/RL"):
     from nemo_rl.algorithms.loss.interfaces import (  # type: ignore[import-not-found]
@@ -33,8 +33,10 @@ class GOPDLossFn:
 
     Args:
         reward_scale: lambda; any but 1 needs ``reference_policy_logprobs`` in the data.
-        **options: ``clip``, ``clip_dual``, ``ratio``, ``rollout_is_cap``, ``advantage_clip``, ``logprob_min`` as in
-            :func:`fused_gopd.gopd_loss`. ``rollout_is_cap`` enables weights from ``generation_logprobs``.
+        **options: ``clip``, ``clip_dual``, ``ratio``, ``advantage_clip``, ``logprob_min`` and others of
+            :func:`fused_gopd.integrations.logprobs.sampled_loss`, as in :func:`fused_gopd.gopd_loss`. ``rollout_is``,
+            ``rollout_is_cap``, ``rollout_mask`` and ``trust_region`` enable weights from ``generation_logprobs``: its
+            ``icepop`` is ``rollout_mask={"token_ratio": (low, high)}``.
     """
 
     loss_type = LossType.TOKEN_LEVEL
@@ -45,7 +47,7 @@ class GOPDLossFn:
         check_options(**options)
         self.options = options
         ratios = ("reward", "kl_teacher_k3", "kl_ref_k3", "impossible")
-        names = (*ratios, "advantage", "clip_fraction", "importance", "loss")
+        names = (*ratios, "advantage", "clip_fraction", "importance", "masked_fraction", "loss")
         self.metric_normalizations = dict.fromkeys(names, MetricNormalizer.TOKENS)
 
     def __call__(
@@ -56,8 +58,8 @@ class GOPDLossFn:
         Args:
             next_token_logprobs: (B, S - 1) log-probs of all tokens but the first.
             data: NeMo-RL's BatchedDataDict: (B, S) ``token_mask``, ``prev_logprobs``, ``teacher_logprobs``,
-                ``reference_policy_logprobs`` for lambda != 1, ``generation_logprobs`` for ``rollout_is_cap``;
-                ``sample_mask`` (B,).
+                ``reference_policy_logprobs`` for lambda != 1, ``generation_logprobs`` for the options of importance
+                weights; ``sample_mask`` (B,).
         """
 
         def after_the_first(name: str) -> Tensor | None:
@@ -72,7 +74,7 @@ class GOPDLossFn:
         ref = after_the_first("reference_policy_logprobs")
         require_reference(self.reward_scale, ref, "put data['reference_policy_logprobs'] into the training data")
         tokens, samples = (require_mask(f"data[{name!r}]", data[name]) for name in ("token_mask", "sample_mask"))
-        capped = self.options.get("rollout_is_cap") is not None
+        weighted = any(self.options.get(name) is not None for name in ROLLOUT)
         out = sampled_loss(
             next_token_logprobs,
             teacher,
@@ -80,7 +82,7 @@ class GOPDLossFn:
             mask=tokens[:, 1:] & samples[:, None],
             reward_scale=self.reward_scale,
             old_logprobs=after_the_first("prev_logprobs"),
-            rollout_logprobs=after_the_first("generation_logprobs") if capped else None,
+            rollout_logprobs=after_the_first("generation_logprobs") if weighted else None,
             **self.options,
         )
         loss = out.loss.sum() / global_valid_toks

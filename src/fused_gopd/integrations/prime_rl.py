@@ -22,7 +22,7 @@ import torch
 from ..objective.target import mix
 from ..values import require_number
 from . import needs
-from .logprobs import metric_sums, sampled_loss
+from .logprobs import ROLLOUT, metric_sums, sampled_loss
 
 __all__ = ["gopd_loss", "target_logprobs"]
 
@@ -53,11 +53,16 @@ def target_logprobs(reward_scale: float, teacher: Sequence[float], ref: Sequence
 def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
     """prime-rl's custom loss of one sequence: the sum of -A rho, with rho relative to the policy that sampled.
 
+    Its own mask of tokens whose probability fell by more than 0.2: ``rollout_mask={"token_difference": (-0.2, None)}``.
+
     Args:
         inputs: prime-rl's LossInputs: ``trainer_logprobs``, ``inference_logprobs``, ``loss_mask`` (N,), and
             ``ref_logprobs`` (N,), the teacher's or :func:`target_logprobs`. Advantages are not read.
         reward_scale: 1; another lambda must be in ``ref_logprobs`` already.
-        **options: ``clip``, ``clip_dual``, ``advantage_clip``, ``logprob_min``, from ``[trainer.loss.kwargs]``.
+        **options: ``clip``, ``clip_dual``, ``advantage_clip``, ``logprob_min``, from ``[trainer.loss.kwargs]``; or
+            those of importance weights (``rollout_is``, ``rollout_is_cap``, ``rollout_mask``, ``trust_region``): the
+            ratio is then a detached weight, which has the same value and gradient, and A is relative to the current
+            policy.
 
     Returns:
         prime-rl's LossOutputs.
@@ -74,11 +79,12 @@ def gopd_loss(inputs: Any, reward_scale: float = 1.0, **options: Any) -> Any:
         raise ValueError("ref_logprobs must be there for gopd_loss: an algorithm has to score a teacher and ship them")
     if options.get("clip") is not None:
         options["clip"] = tuple(options["clip"])
+    weighted = any(options.get(name) is not None for name in ROLLOUT)
     out = sampled_loss(
         inputs.trainer_logprobs,
         inputs.ref_logprobs,
         mask=inputs.loss_mask,
-        old_logprobs=inputs.inference_logprobs,
+        **{"rollout_logprobs" if weighted else "old_logprobs": inputs.inference_logprobs},
         mixed=True,
         **options,
     )

@@ -34,8 +34,9 @@ def importance(options: LossOptions, behaviour: Tensor, rollout: Tensor, over: O
         log_weight = log_weight.clamp(-options.log_ratio_max, options.log_ratio_max)
     bounds = options.rollout_is_cap
     low, high = bounds if isinstance(bounds, tuple) else (0.0, math.inf if bounds is None else bounds)
-    # finite, so that a loss of 0 stays 0
-    weight = log_weight.exp().clamp(low, min(high, torch.finfo(d.dtype).max))
+    # so that a loss of 0 stays 0, and hidden states times the weight are finite: 1.8e19 in float32
+    largest = torch.finfo(d.dtype).max ** 0.5
+    weight = log_weight.exp().clamp(low, min(high, largest))
     for name, (low, high) in _pairs(options.rollout_mask):
         x = _statistic(name, behaviour, rollout, d, over)
         weight = weight.masked_fill((x < low) | (x > high), 0)
