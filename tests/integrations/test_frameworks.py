@@ -312,10 +312,11 @@ def test_prime_rls_custom_loss_is_the_surrogate(scores, prime):
 def test_prime_rls_mask_is_a_rollout_mask(scores, prime):
     """Its ref_kl: the ratio has a gradient, tokens whose probability fell by more than a bound have no loss."""
     target, inference = target_of(scores, 4.0), scores.old - torch.linspace(-0.2, 0.2, 6, dtype=torch.float64)
-    bound = {"token_difference": [-0.03, float("inf")]}  # as TOML has it
-    result = prime_rl.gopd_loss(prime_inputs(prime, scores, target, inference), rollout_mask=bound)
     p, q = scores.student[0], inference[0]
-    kept = (p.exp() - q.exp() >= -0.03) & scores.mask[0]
+    low = (p.exp() - q.exp())[scores.mask[0]].mean().item()
+    bound = {"token_difference": [low, float("inf")]}  # as TOML has it
+    result = prime_rl.gopd_loss(prime_inputs(prime, scores, target, inference), rollout_mask=bound)
+    kept = (p.exp() - q.exp() >= low) & scores.mask[0]
     assert 0 < kept.sum() < scores.mask[0].sum()
     want = -((target[0] - p.detach()) * (p - q).exp() * kept).sum()
     assert_same_gradient(scores, result.loss, want)
