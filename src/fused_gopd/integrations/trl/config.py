@@ -64,6 +64,12 @@ class Options:
     def _needs_reference(self) -> bool:
         return self.reward_scale != 1 or self.reward_scale_end not in (None, 1)
 
+    @property
+    def _penalty(self) -> str | None:
+        """The option that needs the reference whatever lambda is."""
+        kind = getattr(self, "kl_ref", "none")
+        return None if kind == "none" else f"kl_ref={kind!r}"
+
     def _loss_options(self) -> dict[str, Any]:
         """Keyword arguments of :func:`fused_gopd.gopd_loss` that are the same for all batches.
 
@@ -98,6 +104,9 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         k, support, tail: of ``topk``.
         reduction: ``"token-mean"``, as TRL's, or ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``, over the tokens
             or sequences of all ranks and accumulated batches.
+        entropy_weight: of the student's entropy, a bonus.
+        kl_ref, kl_ref_weight: a KL penalty to the reference, which is then needed whatever lambda is: ``"exact"`` of
+            ``full``, ``"k1"``, ``"k2"`` or ``"k3"`` of ``sampled``.
         baseline, clip, advantage_clip, logprob_min: of ``sampled``.
         num_iterations: optimizer steps on each batch of completions. Above 1 the student differs from the policy that
             sampled, and ``sampled`` has a ratio to clip.
@@ -122,6 +131,9 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     k: int | None = _option("k")
     support: str = _option("support")
     tail: str = _option("tail")
+    entropy_weight: float = _option("entropy_weight")
+    kl_ref: str = _option("kl_ref")
+    kl_ref_weight: float = _option("kl_ref_weight")
     reduction: str = _option("reduction")
     clip: list[float] | None = field(default=None, metadata=_help(RULES["clip"].help))
     num_iterations: int = field(default=1, metadata=_help("Optimizer steps on each batch of completions."))

@@ -123,11 +123,12 @@ class ScoringMixin:
             raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
         if ref_model is not None:
             check_kind("ref_model", ref_model, cast("Any", args).temperature)
-        elif reward_scale_fn is not None or args._needs_reference:
+        elif reward_scale_fn is not None or args._needs_reference or args._penalty is not None:
+            what = scale if args._needs_reference else args._penalty
             raise ValueError(
-                f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else scale}: only "
-                "reward_scale=1 does without a reference. It is usually the student before training: pass its path, a "
-                'copy of it, or, for a student with a PEFT adapter, "base"'
+                f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else what}: only "
+                "reward_scale=1 without a KL penalty does without a reference. It is usually the student before "
+                'training: pass its path, a copy of it, or, for a student with a PEFT adapter, "base"'
             )
         if isinstance(student, nn.Module):
             for name, source in {**named, "ref_model": ref_model}.items():
@@ -186,7 +187,7 @@ class ScoringMixin:
                 'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
                 "peft_config, or the path or a copy of the student before training"
             )
-        if ref_model is not None and not self._differs_in_any_step_from(1):
+        if ref_model is not None and not (self._differs_in_any_step_from(1) or self.args._penalty is not None):
             if self.accelerator.is_main_process:
                 logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
         elif isinstance(ref_model, str) and ref_model == "base":
@@ -364,6 +365,7 @@ class ScoringMixin:
     def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
         """The loss of a batch. To be called inside the forward of the student's wrapper."""
         scale = self.reward_scale
+        needs_ref = scale != 1 or self.args._penalty is not None
         teacher: Source | list[Source] | None = None
         ref: Source | None = None
         index = None
@@ -372,10 +374,10 @@ class ScoringMixin:
                 # models that lambda cancels are not run
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
-                if scale != 1 and self._reference == "base":
+                if needs_ref and self._reference == "base":
                     with cast("Any", student).disable_adapter():
                         ref = self._frozen_head(student, self._hidden(student, batch), gathered)
-                elif scale != 1:
+                elif needs_ref:
                     ref = self._score("ref_model", self._reference, batch, gathered)
             loss = partial(
                 gopd_loss,
