@@ -6,6 +6,7 @@ this package.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -54,6 +55,7 @@ def test_every_row_has_a_formula_and_every_formula_a_row() -> None:
     assert {(section, cell) for section, found in ROWS.items() for cell in found} == set(FORMULAS)
 
 
+@functools.cache
 def page(dtype: torch.dtype) -> ModuleType:
     """The names of the page."""
     module = ModuleType("page")
@@ -78,8 +80,10 @@ def dense(names: ModuleType) -> tuple[SimpleNamespace, list[Tensor]]:
     d.z = leaves[0] @ leaves[1].T
     d.p = d.z.log_softmax(-1)
     d.q = (names.teacher.hidden.double() @ names.teacher.weight.double().T).log_softmax(-1)
+    d.r = (names.ref.hidden.double() @ names.ref.weight.double().T).log_softmax(-1)
+    d.y = names.teacher.hidden.double() @ names.teacher.weight.double().T
     index = names.token_ids[..., None]
-    d.lp, d.lq = (x.gather(-1, index)[..., 0] for x in (d.p, d.q))
+    d.lp, d.lq, d.lr = (x.gather(-1, index)[..., 0] for x in (d.p, d.q, d.r))
     d.m = names.mask.double()
     d.ids = names.top_ids
     d.adv = d.A[:, None]
@@ -98,11 +102,10 @@ def test_a_row(section: str, cell: str, dtype: torch.dtype) -> None:
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     if not remark.startswith("gradient"):
         torch.testing.assert_close(loss.detach().double(), want.detach(), rtol=tolerance, atol=tolerance)
-    loss.backward()
-    want.backward()
-    for x, y in zip((names.student.hidden, names.student.weight), leaves, strict=True):
-        assert y.grad.abs().max() > 1e-4
-        torch.testing.assert_close(x.grad.double(), y.grad, rtol=10 * tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(loss, [names.student.hidden, names.student.weight])
+    for got, expected in zip(gradients, torch.autograd.grad(want, leaves), strict=True):
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(got.double(), expected, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,22 @@ def _(d):
 @row("Liger-Kernel", "`LigerFusedLinearJSDLoss(0.2, 0.8, beta=0.3)`")
 def _(d):
     return 0.2 * token_mean(-d.lp, d.m) + 0.8 * token_mean(jsd(d.p, d.q, 0.3), d.m)
+
+
+def at_2(d: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Both models at temperature 2."""
+    return (d.z / 2).log_softmax(-1), (d.y / 2).log_softmax(-1)
+
+
+@row("Liger-Kernel", "`LigerFusedLinearJSDLoss(0.2, 0.8, beta=0.3, temperature=2)`")
+def _(d):
+    return 0.2 * token_mean(-d.lp, d.m) + 0.8 * token_mean(jsd(*at_2(d), 0.3), d.m)
+
+
+@row("ms-swift", "`beta=1`, `sft_alpha=0.25`, `temperature=2`")
+def _(d):
+    p, q = at_2(d)
+    return token_mean(forward(q, p) - 0.25 * d.lp, d.m)
 
 
 @row("Liger-Kernel", "`LigerFusedLinearJSDLoss(1.0, 0.0)`")
@@ -403,6 +422,47 @@ def _(d):
     return token_mean(-d.adv * (d.lp - d.lp.detach()).exp(), d.m)
 
 
+def k3(d: SimpleNamespace) -> Tensor:
+    """Of the reference, at the sampled token."""
+    return (d.lr - d.lp).exp() - (d.lr - d.lp) - 1
+
+
+def entropy(d: SimpleNamespace) -> Tensor:
+    return -(d.p.exp() * d.p).sum(-1)
+
+
+@row("Liger-Kernel", '`LigerFusedLinearGRPOLoss(beta=0.1, loss_type="bnpo")`')
+def _(d):
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) + 0.1 * k3(d), d.m)
+
+
+@row("TRL", '`GRPOConfig(loss_type="bnpo", beta=0.1, entropy_coef=0.05)`')
+def _(d):
+    return token_mean(ppo(d, d.adv, 0.2, 0.2) + 0.1 * k3(d), d.m) - 0.05 * token_mean(entropy(d), d.m)
+
+
+@row("verl", '`use_kl_loss=True`, `kl_loss_type="low_var_kl"`, `kl_loss_coef=0.1`, `entropy_coeff=0.05`')
+def _(d):
+    assert k3(d)[d.mask].max() < 10
+    return token_mean(dual(d, 0.2, 3) + 0.1 * k3(d) - 0.05 * entropy(d), d.m)
+
+
+@row("verl", '`use_kl_loss=True`, `kl_loss_type="k2"`, `kl_loss_coef=0.1`')
+def _(d):
+    return token_mean(dual(d, 0.2, 3) + 0.1 * (d.lp - d.lr) ** 2 / 2, d.m)
+
+
+@row("NeMo-RL", "`ClippedPGLossFn`, `force_on_policy_ratio=True`, `reference_policy_kl_penalty=0.1`")
+def _(d):
+    one = (d.lp - d.lp.detach()).exp()  # 1, with the gradient of a score function
+    return token_mean(-d.adv * one + 0.1 * k3(d) * one, d.m)
+
+
+@row("slime", "`--use-kl-loss`, `--kl-loss-type k3`, `--kl-loss-coef 0.1`, `--entropy-coef 0.05`")
+def _(d):
+    return mean_of_means(ppo(d, d.adv, 0.2, 0.2) + 0.1 * k3(d) - 0.05 * entropy(d), d.m, d.B)
+
+
 def cispo(d: SimpleNamespace, low: float, high: float) -> Tensor:
     return -(d.lp - d.old).exp().clamp(low, high).detach() * d.adv * d.lp
 
@@ -500,9 +560,9 @@ def _(d):
     return token_mean(dual(d, 0.2, 3) * importance(d, "sequence").clamp(max=2), d.m)
 
 
-@row("NeMo-RL", '`ClippedPGLossFn`, `"seq-mask-tis"`, 0.5 to 1.1')
+@row("NeMo-RL", '`ClippedPGLossFn`, `"seq-mask-tis"`, 0.5 to 1.2')
 def _(d):
-    kept = inside(d, importance(d, "geometric"), 0.5, 1.1)
+    kept = inside(d, importance(d, "geometric"), 0.5, 1.2)
     return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d) * kept, d.m)
 
 

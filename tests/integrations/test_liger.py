@@ -75,6 +75,14 @@ def test_jsd_of_all_tokens_and_of_none(labels: Tensor | None) -> None:
     assert (inputs[0].grad.abs().sum() > 0) == (labels is None)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_hard_and_soft_cost_four_gemms(temperature: float) -> None:
+    given = tensors(torch.float32, (TOKENS, WIDTH), (VOCAB, WIDTH), (TOKENS, WIDTH), (VOCAB, WIDTH))
+    inputs, labels = leaves(given[:2]), torch.ones(TOKENS, dtype=torch.long)
+    module = liger.LigerFusedLinearJSDLoss(temperature=temperature)
+    assert gemm_flops(lambda: module(*inputs, *given[2:], labels).backward()) == 4 * GEMM
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hard", "soft"), [(0.5, 0.5), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

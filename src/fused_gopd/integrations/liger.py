@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -140,12 +141,25 @@ class LigerFusedLinearJSDLoss(nn.Module):
         inputs = student_input, student_weight, teacher_input, teacher_weight
         student, teacher = _heads(*inputs, (student_bias, teacher_bias), self.temperature)
         live = true_labels != self.ignore_index
+        labels = true_labels.masked_fill(~live, IGNORE)
+        divergence: dict[str, Any] = {"estimator": "full", "divergence": "jsd", "beta": self.beta, "mask": live}
+        if self.weight_hard_loss * self.weight_soft_loss > 0:  # both from the same logits
+            weight = self.weight_hard_loss / self.weight_soft_loss
+            cooled = None if self.temperature == 1 else 1.0
+            out = fg.gopd_loss(
+                student, teacher, **divergence, sft_labels=labels, sft_weight=weight, sft_temperature=cooled
+            )
+            loss = self.weight_soft_loss * out.loss
+            if not self.return_soft_hard_loss:
+                return loss
+            assert out.label_logprobs is not None
+            hard = -out.label_logprobs.sum() / live.sum().clamp_min(1)
+            return loss, out.loss.detach() - weight * hard, hard
         hard = soft = student_input.new_zeros((), dtype=torch.float32)
         if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
-            labels = true_labels.masked_fill(~live, IGNORE)
             hard = fg.linear_nll(replace(student, temperature=1.0), labels)
         if self.weight_soft_loss != 0 or self.return_soft_hard_loss:
-            soft = fg.gopd_loss(student, teacher, mask=live, estimator="full", divergence="jsd", beta=self.beta).loss
+            soft = fg.gopd_loss(student, teacher, **divergence).loss
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
