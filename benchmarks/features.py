@@ -56,6 +56,25 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
             {"old_logprobs": old, "clip": (0.2, 0.28), "clip_dual": 3.0},
         ),
         ("sampled", "`rollout_logprobs`, `rollout_is_cap`", {"rollout_logprobs": old, "rollout_is_cap": 2.0}),
+        ("full", "`rollout_logprobs`, `rollout_is_cap`", {"rollout_logprobs": old, "rollout_is_cap": 2.0}),
+        ("topk", "`rollout_logprobs`, `rollout_is_cap`", {"rollout_logprobs": old, "rollout_is_cap": 2.0}),
+        (
+            "sampled",
+            "`old_logprobs`, `rollout_mask` of sequences",
+            {
+                "old_logprobs": old,
+                "rollout_logprobs": old - 0.1,
+                "rollout_mask": {"geometric_ratio": (0.5, 2.0)},
+                "cu_seqlens": bounds,
+            },
+        ),
+        (
+            "sampled",
+            "`trust_region`",
+            {"rollout_logprobs": old, "trust_region": {"token_difference": (-0.2, 0.2)}},
+        ),
+        ("sampled", '`ratio="detached"`', {"old_logprobs": old, "ratio": "detached", "clip": (1.0, 1.0)}),
+        ("full", "`loss_max`", {"loss_max": 10.0}),
         ("sampled", "`advantage_clip`, `logprob_min`", {"advantage_clip": 5.0, "logprob_min": -20.0}),
         ("sampled", "`entropy_weight`", {"entropy_weight": 0.01}),
         ("topk", "`entropy_weight`", {"entropy_weight": 0.01}),
@@ -75,6 +94,11 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
             "sampled",
             '`ratio="sequence"` (one GEMM more)',
             {"ratio": "sequence", "old_logprobs": old, "cu_seqlens": bounds},
+        ),
+        (
+            "sampled",
+            '`rollout_is="sequence"` without `old_logprobs` (one GEMM more)',
+            {"rollout_is": "sequence", "rollout_logprobs": old, "rollout_is_cap": 2.0, "cu_seqlens": bounds},
         ),
     ]
     return {"vectors": vectors, "more": more}
