@@ -131,7 +131,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             ``"sampled"``, of the reverse KL: a sampled token outside S adds what it has in ``sampled``, so that value
             and gradient have the expectation of ``full`` whatever S is, as long as S does not depend on that token.
             Without tokens in S (k=0) it is ``sampled``. TopKLogProbs have ``sampled_logprobs`` then.
-            The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S. A
+            The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S, unless
+            ``logprob_min`` is given: teacher's and reference's log-probs of the tokens of S are then at least that. A
             position where S is empty has loss 0.
 
     Options of every estimator (docs/off-policy.md has the first six):

@@ -329,7 +329,7 @@ class LossOptions:
         default=None,
         metadata=_option(
             "Teacher's and reference's log-probs are at least this.",
-            of=("sampled",),
+            of=("sampled", "topk"),
             check=number_that(lambda x: x < 0, "be negative, as log-probs are"),
         ),
     )
@@ -649,7 +649,8 @@ def _checked(name: str, value: Any, default: Any, options: LossOptions) -> Any:
 
 def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
     if rule.of and estimator not in rule.of:
-        raise ValueError(f"{name} is an option of estimator={rule.of[0]!r}, got estimator={estimator!r}")
+        own = " or ".join(map(repr, rule.of))
+        raise ValueError(f"{name} is an option of estimator={own}, got estimator={estimator!r}")
 
 
 def _check_parameter(name: str, value: Any, divergence: str) -> None:

@@ -256,6 +256,14 @@ class _OnSupport(NamedTuple):
     has_nan: Tensor  # (n,) bool, NaN anywhere in a model that counts
     parts: tuple[_Parts | None, _Parts | None]  # of teacher and ref, where any is made of several models
 
+    def bounded(self, lowest: float | None) -> list[Tensor | None]:
+        """log-probs of teacher and reference, at least ``lowest`` where there is a token."""
+        models = [self.teacher, self.ref]
+        if lowest is None:
+            return models
+        none = self.token_ids < 0
+        return [None if x is None else x.clamp_min(lowest).masked_fill(none, -math.inf) for x in models]
+
 
 def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts | None:
     """The models that a route's teacher or reference is made of, on the tokens of topk; ``given`` is that of others."""
@@ -332,7 +340,7 @@ def _with_score_function(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[T
 
     The value is sum w d with w = p in S and 1 outside, the gradient that of sum w d log p with w d constant.
     """
-    lam, lq, lr = _scale(p), support.teacher, support.ref
+    lam, (lq, lr) = _scale(p), support.bounded(p.options.logprob_min)
     lam = lam[:, None] if isinstance(lam, Tensor) else lam
     outside = lp.detach() == -math.inf
     for x, (_, cancelled_at) in zip((lq, lr), FROZEN, strict=True):
@@ -352,7 +360,7 @@ def _with_score_function(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[T
 
 def _topk(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tensor]:
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
-    lam, lq, lr = _scale(p), support.teacher, support.ref
+    lam, (lq, lr) = _scale(p), support.bounded(p.options.logprob_min)
     lam = lam[:, None] if isinstance(lam, Tensor) else lam
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
     used = [(x, every & (lam != at)) for x, (_, at) in zip((lq, lr), FROZEN, strict=True) if x is not None]
@@ -360,31 +368,33 @@ def _topk(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tensor]:
     for x, needed in used:
         inside = inside & ~((x == -math.inf) & needed)
 
-    def with_bucket(x: Tensor) -> Tensor:
+    def with_bucket(x: Tensor, unbounded: Tensor | None = None) -> Tensor:
         """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside."""
         listed, empty = x.masked_fill(~inside, 0), ~inside.any(1, keepdim=True)
         x = x.masked_fill(~inside, -math.inf)
         if p.options.tail == "renormalize":
             return (listed - x.masked_fill(empty, 0).logsumexp(1, keepdim=True)).masked_fill(~inside, 0)
+        x = x if unbounded is None else unbounded.masked_fill(~inside, -math.inf)
         rest = 1 - x.exp().sum(1, keepdim=True)
         return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), 1).log()), 1)
 
-    def of_model(x: Tensor | None, parts: _Parts | None) -> Tensor | None:
+    def of_model(x: Tensor | None, parts: _Parts | None, unbounded: Tensor | None) -> Tensor | None:
         if x is None or parts is None:
-            return None if x is None else with_bucket(x)
+            return None if x is None else with_bucket(x, unbounded)
         own = parts.total([with_bucket(part) for part in parts.logprobs])
-        if p.options.tail == "renormalize":  # a mixture is a model as a whole
-            own = with_bucket(x).where(parts.mixture, own)
-        return own
+        if p.options.tail == "renormalize":  # a mixture is a model as a whole, as is what has a lower bound
+            return with_bucket(x).where(parts.mixture | (p.options.logprob_min is not None), own)
+        return torch.cat((x.masked_fill(~inside, 0), own[:, -1:]), 1)
 
     def is_light(x: Tensor) -> Tensor:
         return 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True) < 1e-6
 
-    log_p, log_q, log_r = (of_model(*x) for x in ((lp, None), *zip((lq, lr), support.parts, strict=True)))
+    raw = support.teacher, support.ref
+    log_p, log_q, log_r = (of_model(*x) for x in ((lp, None, None), *zip((lq, lr), support.parts, raw, strict=True)))
     assert log_p is not None
     if p.options.tail != "renormalize":
         bucket = every & ~is_light(lp.detach())
-        for whole, parts, (_, at) in zip((lq, lr), support.parts, FROZEN, strict=True):
+        for whole, parts, (_, at) in zip(raw, support.parts, FROZEN, strict=True):
             if whole is not None:
                 light = is_light(whole) if parts is None else parts.all_of([is_light(part) for part in parts.logprobs])
                 bucket = bucket & ~(light & (lam != at))
@@ -625,7 +635,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
                 token_loss = value + (token_loss - token_loss.detach())
         vectors["importance"] = weights
         if options.estimator != "sampled" and "advantages" in p.reported:
-            vectors["advantages"], _ = advantage(_scale(p), lp.detach(), lq, lr)
+            lowest = -math.inf if options.logprob_min is None else options.logprob_min
+            others = (None if x is None else x.clamp_min(lowest) for x in (lq, lr))
+            vectors["advantages"], _ = advantage(_scale(p), lp.detach(), *others)
     if options.estimator != "sampled" and p.corrects:
         if options.loss_max is not None:
             vectors["clipped"] = token_loss.detach().abs() > options.loss_max

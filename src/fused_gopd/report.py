@@ -53,6 +53,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         has=has,
         joint=problem.options.joint,
         estimator=problem.options.estimator,
+        logprob_min=problem.options.logprob_min,
         labels=problem.labels,
         bounds=_bounds(problem) if routed else [],
     )
@@ -74,6 +75,7 @@ class _Fields(NamedTuple):
     has: tuple[bool, bool]
     joint: bool
     estimator: str
+    logprob_min: float | None
     labels: Tensor | None  # (n,)
     bounds: list[tuple[int, int]]  # start and stop of each route, where there is a teacher_index
 
@@ -105,7 +107,10 @@ class _Fields(NamedTuple):
             return corrections[0] if name == "importance" else corrections[1] != 0
         logprobs = model_logprobs(self.has, statistics)
         if name == "advantages":
-            return advantage(self.reward_scale, *logprobs)[0]
+            student, *frozen = logprobs
+            if self.logprob_min is not None:
+                frozen = [None if x is None else x.clamp_min(self.logprob_min) for x in frozen]
+            return advantage(self.reward_scale, student, *frozen)[0]
         return dict(zip(("student_logprobs", "teacher_logprobs", "ref_logprobs"), logprobs, strict=True))[name]
 
 

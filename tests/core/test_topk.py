@@ -23,7 +23,7 @@ from builders import (
     run,
     widened,
 )
-from combinations import product_on_float64
+from combinations import pairwise, product_on_float64
 from costs import GEMM, H, N, V, gemm_flops
 from fused_gopd.loop.estimators.topk import statistics_on_support
 from fused_gopd.rowops import LogitTransform, ModelRows, RowProblem, Stat, select_backend
@@ -464,6 +464,47 @@ def test_a_model_that_has_cancelled_is_not_asked(backend):
     a, _ = run(batch.replaced(ref=foreign), reward_scale=lam, **options)
     c, _ = run(batch, reward_scale=1.0, **options)
     assert_close(a.loss, c.loss, 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- logprob_min
+
+
+@pairwise(
+    backend_dtype=["torch-float64", "native-float32"],
+    source=["heads", "student", "ids", "teacher", "both", "sum"],
+    objective=[*itertools.product(TAILS, DIVERGENCES), ("sampled", {})],
+    lam=[0.0, 1.0, 1.25, "tensor"],
+)
+def test_a_lower_bound_of_the_frozen_models_logprobs(backend_dtype, source, objective, lam):
+    """Of the tokens of S, those with probability 0 among them; the masses outside S are those of the models."""
+    tail, divergence = objective
+    batch = make_batch(88, shape=SHAPE, kinds=("linear", "logits", "logits"), dtype=backend_dtype.dtype)
+    with torch.no_grad():
+        batch.teacher.logits[:, 1, ::3] = -math.inf
+        batch.ref.logits[:, 2, 1::3] = -math.inf
+    options = {"estimator": "topk", "tail": tail, "logprob_min": -3.0, **divergence}
+    options["reward_scale"] = per_token(SHAPE, backend_dtype.dtype) if lam == "tensor" else lam
+    if source in ("teacher", "both"):
+        batch = with_scores(batch, source)
+        if tail == "sampled":
+            models = {name: getattr(batch, name) for name in ("teacher", "ref")}
+            batch = batch.replaced(**{
+                name: fg.TopKLogProbs(x.token_ids, x.logprobs, per_token(SHAPE, backend_dtype.dtype) - 5)
+                for name, x in models.items() if isinstance(x, fg.TopKLogProbs)
+            })  # fmt: skip
+        if source == "teacher" and lam == 0.0:
+            options["k"] = 5  # the reference, a head, is asked
+    elif source == "ids":
+        options["support_ids"] = requested(SHAPE, 9)
+    else:
+        options |= {"k": 5, "support": "student" if source == "student" else "teacher"}
+    if source == "sum":
+        batch = batch.replaced(teacher=fg.LogLinear([batch.teacher, batch.ref], [1.5, -0.5]))
+    assert_same_as_oracle(batch, backend_dtype, **options)
+    got, grads = run(batch, fg.reference.gopd_loss, **options)
+    want, want_grads = run(batch, backend=backend_dtype.backend, **options)
+    assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
 # --------------------------------------------------------------------------------------------------------- support_ids

@@ -83,6 +83,18 @@ def test_its_ends_are_the_other_estimators(backend_dtype, end, support, lam):
     assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
+@pytest.mark.parametrize("lam", [0.0, 1.0, 1.25])
+def test_without_a_support_logprob_min_is_that_of_sampled(backend_dtype, lam):
+    batch = minus_inf_batch(62, backend_dtype.dtype)
+    batch.token_ids.copy_(torch.tensor([1, 5, 9, 12, 1, 1]))  # some outside the support of a model
+    options = {"reward_scale": lam, "logprob_min": -4.0, "backend": backend_dtype.backend}
+    got, grads = run(batch, k=0, **TAIL, **options)
+    want, want_grads = run(batch, **options)
+    assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_close(got.advantages, want.advantages, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
+
+
 @given(
     seed=st.integers(0, 10_000),
     n=st.integers(1, 7),
@@ -178,6 +190,30 @@ def test_its_mean_over_many_samples_is_full(k):
         biased = fg.gopd_loss(fg.Logits(student), *frozen, ids, estimator="topk", tail="drop", **options)
         (without,) = torch.autograd.grad(biased.loss, student)
         assert deviation(without) > 10 * bound
+
+
+@pytest.mark.parametrize("floor", [-100.0, -12.0])
+def test_a_teacher_that_is_0_outside_its_tokens(floor):
+    """docs/topk.md: NeMo-RL's zero_outside_topk in its reverse KL, whose target is q / Q on S and e^-100 elsewhere.
+
+    There: sum over S of p (log p - log q/Q), plus the sum over all others of p log p, plus 100 times their mass.
+    """
+    k = 6
+    z, q = (2 * torch.randn(VOCAB, generator=generator(i), dtype=torch.float64) for i in range(2))
+    ids, listed = fg.token_topk(fg.Logits(q.expand(VOCAB, -1)), k)
+    y = torch.arange(VOCAB)
+    student = z.expand(VOCAB, -1).clone().requires_grad_()
+    teacher = fg.TopKLogProbs(ids, listed.log_softmax(-1), sampled_logprobs=torch.full((VOCAB,), floor).double())
+    out = fg.gopd_loss(fg.Logits(student), teacher, None, y, reduction="sum", **TAIL)
+    (gradient,) = torch.autograd.grad(out.loss, student)
+
+    wide = z.clone().requires_grad_()
+    log_p, inside = wide.log_softmax(-1), torch.zeros(VOCAB, dtype=torch.bool).scatter(0, ids[0], True)
+    on, rest = log_p[ids[0]], log_p[~inside]
+    loss = (on.exp() * (on - listed[0].log_softmax(-1))).sum() + (rest.exp() * rest).sum() - floor * rest.exp().sum()
+    p = z.softmax(-1)
+    assert_close(p @ out.token_loss, loss, 1e-12)
+    assert_close(p @ gradient, torch.autograd.grad(loss, wide)[0], 1e-12)
 
 
 def test_the_variance_falls_with_k():

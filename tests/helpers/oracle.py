@@ -181,7 +181,7 @@ def _topk_token(
 
     ``parts`` are the models with their weights of which teacher and reference are made, and whether as a mixture.
     """
-    tail, k = top.get("tail", "bucket"), top.get("k")
+    tail, k, lowest = top.get("tail", "bucket"), top.get("k"), top.get("logprob_min")
     student = _all_scores(z)
     used = [(i, scores) for i, scores in enumerate(frozen) if scores is not None and lam != (0, 1)[i]]
     chooser = next(i for i in range(2) if frozen[i] is not None and (i or not top["teacher_gone"]))
@@ -195,8 +195,10 @@ def _topk_token(
         own = listed[chooser]
         S = _largest(scores, k) if own is None else own
     if tail == "sampled":
-        return _exact_and_sampled(student, used, lam, S, token), z.new_zeros(())
-    S = [token for token in S if token in student and all(token in scores for _, scores in used)]
+        bounded = [(i, {v: _at_least(scores, v, lowest) for v in {*S, token}}) for i, scores in used]
+        return _exact_and_sampled(student, bounded, lam, S, token), z.new_zeros(())
+    counts = [t for t in S if all(lowest is not None or t in scores for _, scores in used)]
+    S = [token for token in counts if token in student]
     zero = z.new_zeros(())
     if not S and tail != "bucket":
         return zero, zero
@@ -207,27 +209,31 @@ def _topk_token(
         rest = 1 - logs.exp().sum()
         return torch.cat((logs, (rest.log() if rest >= 1e-6 else z.new_tensor(-math.inf))[None]))
 
+    def bounded(log: Tensor) -> Tensor:
+        """Those of the tokens of S at least the bound."""
+        return log if lowest is None else torch.cat((log[:-1].clamp_min(lowest), log[-1:]))
+
     def light(log: Tensor) -> bool:
         return bool(log[-1] == -math.inf)
 
     logs, lights = [of(student)], [light(of(student))]
     for i, scores in used:
         if parts[i] is None:
-            logs.append(of(scores))
+            logs.append(bounded(of(scores)))
             lights.append(light(logs[-1]))
             continue
         own, mixture = parts[i]
         pairs = [(of(x), w) for x, w in own if w]
-        if tail == "renormalize" and not mixture:
+        if tail == "renormalize" and not mixture and lowest is None:
             pairs = [(torch.cat((_log_normalise(x[:-1]), x[-1:])), w) for x, w in pairs]
         total = Made([x for x, _ in pairs], [[w] for _, w in pairs], mixture)
-        logs.append(total.total([x for x, _ in pairs], 0))
+        logs.append(bounded(total.total([x for x, _ in pairs], 0)))
         lights.append((all if mixture else any)(light(x) for x, _ in pairs))
     bucket = tail != "renormalize" and not any(lights)
     if not bucket:
         logs = [x[:-1] for x in logs]
     if tail == "renormalize":
-        as_they_are = [False, *(parts[i] is not None and not parts[i][1] for i, _ in used)]
+        as_they_are = [False, *(parts[i] is not None and not parts[i][1] and lowest is None for i, _ in used)]
         logs = [x if as_is else _log_normalise(x) for x, as_is in zip(logs, as_they_are, strict=True)]
     log_p, *frozen_logs = logs
     if not len(log_p):
@@ -241,13 +247,18 @@ def _topk_token(
     return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
 
 
+def _at_least(scores: Scores, token: int, lowest: float | None) -> Tensor:
+    found = scores.get(token, torch.tensor(-math.inf, dtype=torch.float64))
+    return found if lowest is None else found.clamp_min(lowest)
+
+
 def _exact_and_sampled(
     student: Scores, used: list[tuple[int, Scores]], lam: float, S: list[int], token: int | None
 ) -> Tensor:
     """sum over S of p (log p - log target), and of the sampled token alone where it is not in S, as REINFORCE does."""
     loss = torch.zeros((), dtype=torch.float64)
     for v in {*S, token}:
-        if v in student and all(v in scores for _, scores in used):
+        if v in student and all(scores[v] != -math.inf for _, scores in used):
             log_p = student[v]
             target = _in_range(sum((lam, 1 - lam)[i] * scores[v] for i, scores in used))
             d = _in_range(log_p.detach() - target)
@@ -587,7 +598,8 @@ def _topk(
             frozen.append({token: x for token, x in pairs if token >= 0 and x != -math.inf})
     token = None if ids is None else ids[t]
     came = [
-        None if pair is None or scores is None else list(scores) for pair, scores in zip(listed, frozen, strict=True)
+        None if pair is None or scores is None else [token for token in pair[0][t].tolist() if token >= 0]
+        for pair, scores in zip(listed, frozen, strict=True)
     ]
     for scores, pair in zip(frozen, listed, strict=True):
         if pair is not None and len(pair) > 2 and token is not None and scores is not None:
@@ -603,7 +615,9 @@ def _topk(
             if pair is not None and len(pair) > 2 and scores is not None:
                 scored[i + 1] = scores[ids[t]]
         values |= {n: x for n, x in zip(("student", "teacher", "ref"), scored, strict=True) if x is not None}
-        adv = advantage(lam, *(0.0 if x is None else x.item() for x in scored))
+        lowest = top.get("logprob_min") or -math.inf
+        own, *others = (0.0 if x is None else x.item() for x in scored)
+        adv = advantage(lam, own, *(max(x, lowest) for x in others))
         values["advantages"] = torch.tensor(0.0 if adv is None else adv, dtype=torch.float64)
     return values
 

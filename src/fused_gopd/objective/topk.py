@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -34,13 +34,15 @@ class OnSupport:
 
     logprobs: Tensor  # (C, K), -inf where there is no token or its probability is 0
     rest: Tensor | None  # (C,) log of the mass outside S; None: 1 minus the mass on S, to the precision of a sum
+    unbounded: Tensor | None = None  # (C, K) log-probs without a lower bound, where there is one
 
     def log_rest(self, inside: Tensor) -> Tensor:
         """(C, 1) log of the mass outside S, the listed tokens that are not ``inside`` (C, K) included."""
+        logprobs = self.logprobs if self.unbounded is None else self.unbounded
         if self.rest is None:
-            mass = self.logprobs.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
+            mass = logprobs.masked_fill(~inside, -math.inf).logsumexp(1, keepdim=True)
             return (-torch.expm1(mass)).clamp_min(0).log()
-        excluded = self.logprobs.masked_fill(inside, -math.inf)
+        excluded = logprobs.masked_fill(inside, -math.inf)
         return torch.cat((self.rest[:, None], excluded), 1).logsumexp(1, keepdim=True)
 
 
@@ -52,6 +54,7 @@ class SumOnSupport:
     models: tuple[OnSupport, ...]
     weights: tuple[float | Tensor, ...]  # tensor: (C, 1)
     mixture: bool
+    unbounded: Tensor | None = None  # (C, K) log-probs without a lower bound, where there is one
 
     @classmethod
     def of(cls, models: Sequence[OnSupport], weights: Sequence[float | Tensor], mixture: bool) -> SumOnSupport:
@@ -78,10 +81,20 @@ class SumOnSupport:
         return torch.stack([x & torch.as_tensor(w != 0) for x, w in zip(light, self.weights, strict=True)]).any(0)
 
     def over_mass(self, inside: Tensor) -> Tensor:
-        """log-probs over the mass inside S: of each model, or of their mixture as a whole."""
-        if self.mixture:
+        """log-probs over the mass inside S: of each model, or of all as a whole: a mixture, or with a lower bound."""
+        if self.mixture or self.unbounded is not None:
             return _over_mass(self, inside)
         return combination.combined([_over_mass(model, inside) for model in self.models], self.weights, self.mixture)
+
+
+def at_least(
+    model: OnSupport | SumOnSupport | None, lowest: float, token_ids: Tensor
+) -> OnSupport | SumOnSupport | None:
+    """The model with log-probs of at least ``lowest`` for the tokens (C, K) of S; its mass outside S is as it was."""
+    if model is None:
+        return None
+    logprobs = model.logprobs.clamp_min(lowest).masked_fill(token_ids < 0, -math.inf)
+    return replace(model, logprobs=logprobs, unbounded=model.logprobs)
 
 
 class Term(NamedTuple):

@@ -12,7 +12,7 @@ from ...objective import combination
 from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
 from ...objective.statistics import entropy, merge, token_logprob
-from ...objective.topk import OnSupport, SumOnSupport, term, with_sampled
+from ...objective.topk import OnSupport, SumOnSupport, at_least, term, with_sampled
 from ...problem import Combined
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
@@ -138,14 +138,17 @@ class TopK(Estimator):
         if problem.reward_scale_fn is not None:
             compute = functools.partial(self._statistic, chunk, support, student, scored)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
+        lowest, ids, teacher, ref = problem.options.logprob_min, support.token_ids, support.teacher, support.ref
+        if lowest is not None:
+            teacher, ref = at_least(teacher, lowest, ids), at_least(ref, lowest, ids)
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
             reward_scale_of(problem, chunk.statistics, tokens),
-            support.token_ids,
+            ids,
             student=student,
-            teacher=support.teacher,
-            ref=support.ref,
+            teacher=teacher,
+            ref=ref,
         )
         chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
