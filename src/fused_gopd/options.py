@@ -88,14 +88,13 @@ class TokenStats(ComputedWhenRead):
             None without a teacher and a reference, and for a ``reward_scale_fn``.
         student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
             given (teacher and reference); None for a model that has cancelled, and for one that is TopKLogProbs (but
-            with ``tail="sampled"``).
-            Without ``token_ids`` they raise. Each model is normalised over its own support; for an ``advantage_fn``
-            with ``baseline="expected"`` all are over the joint one.
+            with ``tail="sampled"``). Without ``token_ids`` they raise. Each model is normalised over its own support;
+            for an ``advantage_fn`` with ``baseline="expected"`` all are over the joint one.
         old_logprobs: as given, or None.
         student_entropy: in nats.
         teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
             for an ``advantage_fn`` with ``baseline="expected"``.
-        reward_scale: lambda, a float or (C,); None for a ``reward_scale_fn``.
+        reward_scale: lambda, a float or (C,). What a ``reward_scale_fn`` is to return: there it raises.
         kl_teacher, kl_ref: KL(p || q) and KL(p || r), for a ``reward_scale_fn``: exact over the joint support of the
             two models in ``full`` and with a baseline; in ``topk`` over the tokens of the support and the tail, as
             ``GOPDOutput.kl`` is; None with ``tail="sampled"`` and in ``sampled``, which never has two models' logits
@@ -113,7 +112,7 @@ class TokenStats(ComputedWhenRead):
     student_entropy: Tensor
     teacher_entropy: Tensor | None
     ref_entropy: Tensor | None
-    reward_scale: float | Tensor | None
+    reward_scale: float | Tensor
     kl_teacher: Tensor | None = field(default_factory=none)
     kl_ref: Tensor | None = field(default_factory=none)
 

@@ -189,7 +189,8 @@ def test_what_each_estimator_has():
 
         def function(stats: fg.TokenStats) -> torch.Tensor:
             assert stats.advantages is None
-            assert stats.reward_scale is None
+            with pytest.raises(ValueError, match="reward_scale of TokenStats is what a reward_scale_fn is to return"):
+                stats.reward_scale  # noqa: B018
             found.update(name for name in names if getattr(stats, name) is not None)
             return torch.ones_like(stats.student_entropy)
 

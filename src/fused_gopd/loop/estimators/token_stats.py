@@ -21,7 +21,7 @@ from ..vocab_parallel import statistics_of
 MODELS = ("student", "teacher", "ref")
 # What may be made from a chunk's logits when it is first read.
 COMPUTED = ("student_logprobs", "teacher_logprobs", "ref_logprobs", "student_entropy", "teacher_entropy", "ref_entropy",
-            "kl_teacher", "kl_ref")  # fmt: skip
+            "kl_teacher", "kl_ref", "reward_scale")  # fmt: skip
 
 
 def known_of(problem: Problem, start: int, stop: int) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def computed_by(problem: Problem, start: int, stop: int, compute: Callable[[str]
     lowest = problem.options.logprob_min
 
     def value(name: str) -> Tensor | None:
+        if name == "reward_scale":
+            raise ValueError("reward_scale of TokenStats is what a reward_scale_fn is to return")
         if name.endswith("_logprobs") and problem.token_ids is None:
             raise ValueError(f"token_ids must be given for {name} of TokenStats, those of the sampled tokens")
         with torch.no_grad():
