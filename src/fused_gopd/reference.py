@@ -440,7 +440,7 @@ def _advantages(
             student_entropy=entropies[0],
             teacher_entropy=entropies[1],
             ref_entropy=entropies[2],
-            reward_scale=p.reward_scale,
+            reward_scale=_scale(p),
         )
         assert p.advantage_fn is not None
         return call_function("advantage_fn", p.advantage_fn, stats, p.dtype)
