@@ -136,6 +136,7 @@ FORMULAS: dict[str, list[Callable[[SimpleNamespace], Tensor]]] = {
     "verl": [
         lambda d: token_mean(ppo(d, c=3.0) * d.r.clamp(-20, 20).exp().clamp(max=2.0), d),
         lambda d: token_mean(ppo(d, c=3.0) * summed(d.r, d).clamp(-20, 20).exp().clamp(max=1.2), d),
+        lambda d: token_mean(ppo(d, c=3.0) * d.r.exp() * inside(d.r.exp(), 0.8, 1.5), d),
         lambda d: rejecting(d, inside((-d.r).exp(), 0.8, 1.6)),
         lambda d: rejecting(d, inside(k2(d.r), None, 0.1)),
         lambda d: rejecting(d, inside(k3(d.r), None, 0.1)),
