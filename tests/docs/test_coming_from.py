@@ -275,6 +275,24 @@ def _(d):
     return token_mean(forward(d.p.gather(-1, d.ids), on_k(d)[1]), d.m)
 
 
+def reverse_with_the_rest(d: SimpleNamespace) -> Tensor:
+    """NeMo-RL's: the reverse KL over K tokens, and for the rest of the student log q = -100."""
+    p, q = d.p.gather(-1, d.ids), on_k(d)[1]
+    rest = (d.p.exp() * d.p).sum(-1) - (p.exp() * p).sum(-1)
+    return forward(q, p) + rest + 100 * (1 - p.exp().sum(-1))
+
+
+@row("NeMo-RL", '`DistillationLossFn`, `kl_type="reverse"`, `zero_outside_topk=True`')
+def _(d):
+    return token_mean(reverse_with_the_rest(d), d.m)
+
+
+@row("NeMo-RL", '`DistillationLossFn`, `kl_type="mixed"`, `zero_outside_topk=True`')
+def _(d):
+    forwards = forward(d.p.gather(-1, d.ids), on_k(d)[1])
+    return token_mean(0.5 * forwards + 0.5 * reverse_with_the_rest(d), d.m)
+
+
 @row("verl", '`loss_mode="forward_kl_topk"`, `log_prob_min_clamp=None`, `loss_max_clamp=None`')
 def _(d):
     losses = forward(d.p.gather(-1, d.ids), d.q.gather(-1, d.ids))
