@@ -195,6 +195,20 @@ def test_every_row_has_a_formula_and_every_formula_a_row() -> None:
     assert counts == {section: len(found) for section, found in FORMULAS.items()}
 
 
+def test_sapo() -> None:
+    """The gradient of -A 4 / tau sigmoid(tau (rho - 1))."""
+    names = page()
+    names.out.loss.backward()
+    leaves = [x.detach().requires_grad_() for x in (names.student.hidden, names.student.weight)]
+    lp = (leaves[0] @ leaves[1].T).log_softmax(-1).gather(-1, names.token_ids[..., None])[..., 0]
+    adv = names.A[:, None].expand_as(lp)
+    tau = 1.0 + 0.05 * (adv <= 0).double()
+    loss = -adv * torch.sigmoid(tau * ((lp - names.old).exp() - 1)) * 4 / tau
+    (loss * names.mask).sum().div(names.mask.sum()).backward()
+    for x, y in zip((names.student.hidden, names.student.weight), leaves, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize(("section", "i", "cell"), CASES)
 def test_a_row(section: str, i: int, cell: str) -> None:
     names = page()
