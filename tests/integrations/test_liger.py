@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_gopd as fg
 from costs import GEMM, gemm_flops
 from costs import H as WIDTH
 from costs import N as TOKENS
@@ -256,6 +257,45 @@ def test_grpo_of_a_frozen_head_and_without_gradients() -> None:
         torch.testing.assert_close(loss.detach(), evaluated)
         assert hidden.grad is not None
         assert given[1].grad is None
+
+
+def test_dapo_divides_by_the_tokens_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, arguments = batch(torch.float64)
+    module = liger.LigerFusedLinearGRPOLoss(0.0, loss_type="dapo")
+    alone = module(*given[:2], **arguments)[0]
+    elsewhere = 11
+    monkeypatch.setattr(liger.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(liger.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(liger.distributed, "all_reduce", lambda count: count.add_(elsewhere))
+    count = arguments["attention_mask"].sum()
+    want = alone * count * 2 / (count + elsewhere)  # the mean of the ranks' gradients is that of all tokens
+    torch.testing.assert_close(module(*given[:2], **arguments)[0], want)
+    torch.testing.assert_close(module(*given[:2], **arguments, num_items_in_batch=40)[0], alone * count * 2 / 40)
+
+
+class _OverwritesItsGradient(torch.autograd.Function):
+    """As Liger's RMSNorm, whose backward writes into the gradient that it is given."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.mul_(3)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_a_body_may_overwrite_the_gradient_of_the_hidden_states(estimator: str) -> None:
+    hidden, weight, frozen, states = tensors(torch.float32, (B, T, 8), (V, 8), (V, 6), (B, T, 6))
+    hidden, weight = leaves([hidden, weight])
+    ids = torch.zeros(B, T, dtype=torch.long)
+    student = fg.LinearHead(_OverwritesItsGradient.apply(hidden), weight)
+    loss = fg.gopd_loss(student, fg.LinearHead(states, frozen), token_ids=ids, estimator=estimator).loss
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [hidden, weight])
+    for x, y in zip(first, second, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("level", "gemms"), [("token", 3), ("sequence", 4)])
