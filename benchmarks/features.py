@@ -45,11 +45,21 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
     both = {"teacher": fg.TopKLogProbs(ids, scores), "ref": fg.TopKLogProbs(ids, scores - 0.1)}
     sequences = {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"}
     per_token = {"reward_scale": torch.full((n,), 1.25, device=device)}
+    weights = {"token_weight": torch.linspace(0, 2, n, device=device)}
+    of_entropy = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 1 + 0.25 * (stats.teacher_entropy < 1)}
+    of_divergence = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 1 + (-stats.kl_teacher).exp()}
+    looked_up = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: per_token["reward_scale"][stats.index]}
     vectors = [
         ("sampled", "`cu_seqlens`, `seq-mean-token-mean`", sequences),
         ("sampled", "λ per token", per_token),
         ("full", "λ per token", per_token),
         ("topk", "λ per token", per_token),
+        ("sampled", "`reward_scale_fn` of the teacher's entropy", of_entropy),
+        ("full", "`reward_scale_fn` that reads no statistic", looked_up),
+        ("topk", "`reward_scale_fn` of the teacher's entropy", of_entropy),
+        ("sampled", "`token_weight`", weights),
+        ("full", "`token_weight`", weights),
+        ("topk", "`token_weight`", weights),
         (
             "sampled",
             "`old_logprobs`, `clip`, `clip_dual`",
@@ -83,6 +93,8 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
         ("sampled", "two teachers", {"teacher_index": torch.arange(n, device=device) % 2}),
     ]
     more = [
+        ("full", "`reward_scale_fn` of the teacher's entropy (one pass)", of_entropy),
+        ("full", "`reward_scale_fn` of KL(p‖q) (one pass over two models' logits)", of_divergence),
         ("sampled", "`baseline` (all logits of a chunk together)", {"baseline": "expected"}),
         ("sampled", "`sft_labels`", {"sft_labels": labels, "sft_weight": 0.1}),
         ("full", "`entropy_weight` (a row pass)", {"entropy_weight": 0.01}),

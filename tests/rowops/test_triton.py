@@ -1056,6 +1056,8 @@ def test_linear_exponentials_full_size(ops: TritonRowOps, rows: int, H: int, V: 
 
 N = 5
 PER_TOKEN = {"reward_scale": torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])}
+FUNCTION = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 1 + stats.teacher_entropy - stats.student_entropy}
+DIVERGENCES = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 2 * (stats.kl_teacher - stats.kl_ref).sigmoid()}
 SAMPLED_OPTIONS = [
     {"baseline": "expected"},
     {"old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2), "clip_dual": 3.0},
@@ -1075,6 +1077,9 @@ SAMPLED_OPTIONS = [
     {"advantage_fn": lambda stats: stats.advantages * stats.student_entropy + stats.teacher_entropy},
     {"advantage_clip": 0.5, "logprob_min": -4.0},
     {"sft_labels": torch.tensor([1, -100, 3, 4, 0])},
+    FUNCTION,
+    {"baseline": "expected", **DIVERGENCES},
+    {"token_weight": torch.tensor([0.0, 1.0, 1e4, 0.5, 2.0])},
 ]
 OTHER_OPTIONS = [
     {"estimator": "full", "sft_labels": torch.tensor([1, -100, 3, 4, 0]), "sft_weight": 0.5},
@@ -1090,6 +1095,10 @@ OTHER_OPTIONS = [
     {"estimator": "topk", "k": 7, "reduction": "none"},
     {"estimator": "topk", "k": 7, "tail": "sampled", **PER_TOKEN},
     {"estimator": "topk", "k": 0, "tail": "sampled"},
+    {"estimator": "full", "token_weight": torch.tensor([0.0, 1.0, 1e4, 0.5, 2.0])},
+    {"estimator": "full", **DIVERGENCES},
+    {"estimator": "full", "divergence": "jsd", "reduction": "none", **FUNCTION},
+    {"estimator": "topk", "k": 7, **DIVERGENCES},
 ]
 
 
