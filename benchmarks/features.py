@@ -1,15 +1,18 @@
 """The cost of each option of the loss relative to the plain call of its estimator, measured in one run.
 
-``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [PAGE.md ...]`` prints the table and fills
+``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [--only WORD,WORD] [--tokens N]
+[--cpu-time] [PAGE.md ...]`` prints the table and fills
 it in between ``<!-- features -->`` and ``<!-- /features -->`` of a page. Loss and gradients of hidden states and head,
 three models, the same chunk size everywhere. Each round times the plain call and the option one after the other; the
-result is the median of their ratios.
+result is the median of their ratios. ``--cpu-time`` takes the time that the process computes, on one thread: for a
+machine that others use.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,16 +140,26 @@ def step_of(inputs: Inputs, **options: Any) -> Callable[[], fg.GOPDOutput]:
     return step
 
 
-def measure(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+def cpu_milliseconds(step: Callable[[], object], device: str) -> float:
+    start = time.process_time()
+    step()
+    return (time.process_time() - start) * 1e3
+
+
+def measure(
+    workload: Workload, rounds: int, only: list[str], timed: Callable[[Callable[[], object], str], float]
+) -> list[dict[str, Any]]:
     inputs = workload.inputs()
     plain = {estimator: step_of(inputs, **given) for estimator, given in PLAIN.items()}
     outputs = {estimator: step() for estimator, step in plain.items()}
     rows = []
     for section, listed in options(inputs, outputs["sampled"]).items():
         for estimator, name, given in listed:
+            if only and not any(word in name for word in only):
+                continue
             base, step = plain[estimator], step_of(inputs, **{**PLAIN[estimator], **given})
             step()
-            pairs = [(milliseconds(base, workload.device), milliseconds(step, workload.device)) for _ in range(rounds)]
+            pairs = [(timed(base, workload.device), timed(step, workload.device)) for _ in range(rounds)]
             ratios = sorted(b / a for a, b in pairs)
             row = {"section": section, "estimator": estimator, "option": name}
             rows.append({**row, "ratio_p50": statistics.median(ratios), "ratios": ratios, "pairs_ms": pairs})
@@ -171,15 +184,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="options whose name has one of these words")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--cpu-time", action="store_true")
     args = parse(parser, "json")
-    tokens = TOKENS["cpu" if args.device == "cpu" else "gpu"]
+    tokens = args.tokens or TOKENS["cpu" if args.device == "cpu" else "gpu"]
+    if args.cpu_time:
+        torch.set_num_threads(1)
     (plain,) = [w for w in SUITES["record"].workloads(args.device) if w.job == "hidden-sampled"]
     workload = replace(plain, tokens=tokens)
-    rows = measure(workload, args.rounds)
+    timed = cpu_milliseconds if args.cpu_time else milliseconds
+    rows = measure(workload, args.rounds, [word for word in args.only.split(",") if word], timed)
     where = f"N={tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
-    where += device_name(args.device)
+    where += device_name(args.device) + (", CPU time of one thread" if args.cpu_time else "")
     if args.json:
-        write({**origin(args.device), "tokens": tokens, "rows": rows}, args.json)
+        write({**origin(args.device), "tokens": tokens, "cpu_time": args.cpu_time, "rows": rows}, args.json)
     publish("features", f"{table(rows)}\n{where}.\n", args.pages)
 
 

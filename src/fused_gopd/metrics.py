@@ -25,7 +25,8 @@ class Metrics(Mapping[str, Tensor]):
     reward              implicit reward log q - log r of the sampled token
     kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
     kl_teacher, kl_ref  KL(student || teacher) and KL(student || reference), exact: where they are what ``full`` has
-                        computed, at lambda = 1 and at lambda = 0, where the target is that model
+                        computed, at lambda = 1 and at lambda = 0, where the target is that model; and of
+                        ``kl_ref="exact"``
     kl_teacher_k3       and ``kl_ref_k3``: the estimator k3 of the same two at the sampled token, expm1(d) - d >= 0 with
                         d = log q - log p (log r - log p); its mean is the divergence if the student sampled the token
     sft_loss            -log p[label], of the tokens that have a label inside the support

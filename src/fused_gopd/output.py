@@ -36,6 +36,7 @@ class GOPDOutput(ComputedWhenRead):
         entropy: (...) of the student, in nats.
         kl: (...) KL(student || target) >= 0; in ``topk`` over the existing outcomes, the student's mass on them
             being 1. None in ``sampled`` and with ``tail="sampled"``.
+        kl_ref: (...) KL(student || reference) over the vocabulary, of ``kl_ref="exact"``; None without it.
         clipped: (...) bool, where a bound of the ratio or ``loss_max`` is in force, and removed the gradient (with
             ``ratio="detached"``: bounded its weight). None without one.
         importance: (...) the detached importance weight of the rollout, 0 where it is masked. None without
@@ -58,6 +59,7 @@ class GOPDOutput(ComputedWhenRead):
     ref_logprobs: Tensor | None
     entropy: Tensor
     kl: Tensor | None
+    kl_ref: Tensor | None = field(default_factory=none)
     clipped: Tensor | None = field(default_factory=none)
     importance: Tensor | None = field(default_factory=none)
     label_logprobs: Tensor | None = field(default_factory=none)
@@ -145,6 +147,8 @@ def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
         target = {0.0: "kl_ref", 1.0: "kl_teacher"}
         if out.joint and not isinstance(out.reward_scale, Tensor) and out.reward_scale in target:
             add(target[out.reward_scale], out.kl)  # full: the target is one of the models
+    if out.kl_ref is not None:
+        add("kl_ref", out.kl_ref)
     if out.label_logprobs is not None and out.labelled is not None:
         add("sft_loss", -out.label_logprobs, out.labelled)
     if out.advantages is not None:

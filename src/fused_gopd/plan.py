@@ -255,6 +255,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         "ref_logprobs": ids and scored["ref"],
         "entropy": True,
         "kl": not sampled and call.tail != "sampled",
+        "kl_ref": call.kl_ref == "exact",
         "clipped": call.clips,
         "importance": call.rollout_logprobs is not None,
         "label_logprobs": labels,

@@ -660,7 +660,9 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         with torch.no_grad():
             z_r = _frozen_logits(p, "ref")
             assert z_r is not None
-        token_loss = token_loss + options.kl_ref_weight * _exact_kl(z, z_r, _is_sum(p, "ref", z_r))
+        penalty = _exact_kl(z, z_r, _is_sum(p, "ref", z_r))
+        vectors["kl_ref"] = penalty.detach()
+        token_loss = token_loss + options.kl_ref_weight * penalty
     elif options.kl_ref != "none":
         assert lp is not None
         assert lr is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
-from .objective.divergences import kl_to_target
+from .objective.divergences import ReverseKL, divergence_value, kl_to_target
 from .objective.layout import TokenRow, statistics_rows
 from .objective.policy import advantage
 from .objective.statistics import entropy
@@ -18,7 +18,7 @@ from .objective.supervised import label_report
 from .objective.terms import KL_ESTIMATES
 from .output import GOPDOutput
 from .problem import Problem
-from .rowops import PolicyStat
+from .rowops import PolicyStat, Stat
 from .scoring import logprobs_under
 from .tokens import TokenRows, host_sync_forbidden
 
@@ -40,10 +40,14 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         known["reward_scale"] = rows.scatter(scale)
     for name, models in problem.cancelled:
         known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
-    has, options = problem.has, problem.options
+    has, options, of_kl_ref = problem.has, problem.options, None
     if options.entropy_weight or options.kl_ref != "none" or options.sft_temperature is not None:
         # rows of the terms beside the loss are left out; a KL estimate needs the reference whatever lambda is
-        statistics = statistics[: statistics_rows(options.estimator, options.joint)]
+        rows_of_loss = statistics_rows(options.estimator, options.joint)
+        if options.kl_ref == "exact":
+            start = rows_of_loss + len(Stat) * options.passes.index("kl_ref")
+            of_kl_ref = statistics[start : start + len(Stat)]
+        statistics = statistics[:rows_of_loss]
         has = has[0], has[1] or options.kl_ref in KL_ESTIMATES
     fields = _Fields(
         statistics=statistics,
@@ -55,6 +59,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         estimator=problem.options.estimator,
         logprob_min=problem.options.logprob_min,
         labels=problem.labels,
+        of_kl_ref=of_kl_ref,
         bounds=_bounds(problem) if routed else [],
     )
     out = GOPDOutput.computed_by(fields.field, problem.reported, **known)
@@ -77,6 +82,7 @@ class _Fields(NamedTuple):
     estimator: str
     logprob_min: float | None
     labels: Tensor | None  # (n,)
+    of_kl_ref: Tensor | None  # (len(Stat), n) of the KL penalty
     bounds: list[tuple[int, int]]  # start and stop of each route, where there is a teacher_index
 
     def field(self, name: str) -> Tensor:
@@ -96,6 +102,9 @@ class _Fields(NamedTuple):
             return entropy(statistics)
         if name == "kl":
             return statistics[TokenRow.TOPK_KL] if self.estimator == "topk" else kl_to_target(statistics)
+        if name == "kl_ref":
+            assert self.of_kl_ref is not None
+            return divergence_value(ReverseKL(), 0.0, self.of_kl_ref, (False, True))
         if name in ("label_logprobs", "labelled"):
             return label_report(statistics[TokenRow.LOGPROB_LABEL], self.labels)[name == "labelled"]
         if name == "teacher_index":

@@ -179,11 +179,29 @@ def test_all_together_are_the_dense_reference(
     assert_close(got.token_loss, want.token_loss, 1e-11)
     grads = [torch.autograd.grad(out.loss.sum(), batch.leaves) for out in (got, want)]
     assert_all_close(*grads, 1e-10)
-    for name in ("student_logprobs", "teacher_logprobs", "ref_logprobs", "label_logprobs", "entropy", "advantages"):
+    for name in (
+        "kl_ref",
+        "student_logprobs",
+        "teacher_logprobs",
+        "ref_logprobs",
+        "label_logprobs",
+        "entropy",
+        "advantages",
+    ):
         a, b = getattr(got, name), getattr(want, name)
         assert (a is None) == (b is None), name
         if a is not None:
             assert_close(a, b, 1e-11, name)
+
+
+def test_the_exact_kl_is_reported(backend):
+    batch = make_batch(10, dtype=torch.float32)
+    out, _ = run(batch, backend=backend, estimator="full", divergence="jsd", kl_ref="exact", kl_ref_weight=0.0)
+    log_p, log_r = (oracle.logits_of(widened(m)).log_softmax(-1) for m in (batch.student, batch.ref))
+    want = (log_p.exp() * (log_p - log_r)).sum(-1).masked_fill(~batch.mask, 0).detach()
+    assert_close(out.kl_ref, want, 1e-5)
+    assert_close(out.metrics()["kl_ref"], want.sum() / batch.mask.sum(), 1e-5)
+    assert "kl_ref" not in run(batch, backend=backend, estimator="full")[0].metrics()
 
 
 # ----------------------------------------------------------------------------------------------------------- identities
