@@ -17,28 +17,29 @@ class Metrics(Mapping[str, Tensor]):
     ``metrics["reward"]`` is a 0-d tensor on the device; nothing waits for it before it is read.
     :meth:`to_dict` reads all of them at once. Across ranks, :meth:`all_reduce` first.
 
-    ==================  ================================================================================
-    tokens              number of live tokens
-    loss                token loss, before any weighting
-    entropy             of the student, in nats
-    reward_scale        lambda, where it is one per token or sequence
-    reward              implicit reward log q - log r of the sampled token
-    kl_target           KL(student || target): exact (``full``), or over the outcomes of ``topk``
-    kl_teacher, kl_ref  KL(student || teacher) and KL(student || reference), exact: where they are what ``full`` has
-                        computed, at lambda = 1 and at lambda = 0, where the target is that model; and of
-                        ``kl_ref="exact"``
-    kl_teacher_k3       and ``kl_ref_k3``: the estimator k3 of the same two at the sampled token, expm1(d) - d >= 0 with
-                        d = log q - log p (log r - log p); its mean is the divergence if the student sampled the token
-    sft_loss            -log p[label], of the tokens that have a label inside the support
-    advantage           and ``advantage_std``: of the advantages as used
-    clip_fraction       share of tokens whose gradient a clip removed
-    importance          and ``importance_std``: the detached weight of the rollout, as used
+    =====================  =============================================================================
+    tokens                 number of live tokens
+    loss                   token loss, before any weighting
+    entropy                of the student, in nats
+    reward_scale           lambda, where it is one per token or sequence
+    reward                 implicit reward log q - log r of the sampled token
+    kl_target              KL(student || target): exact (``full``), or over the outcomes of ``topk``
+    kl_teacher, kl_ref     KL(student || teacher) and KL(student || reference), exact: where they are what ``full`` has
+                           computed, at lambda = 1 and at lambda = 0, where the target is that model; and of
+                           ``kl_ref="exact"``
+    kl_teacher_k3          and ``kl_ref_k3``: the estimator k3 of the same two at the sampled token, expm1(d) - d >= 0
+                           with d = log q - log p (log r - log p); its mean is the divergence if the student sampled the
+                           token
+    sft_loss               -log p[label], of the tokens that have a label inside the support
+    advantage              and ``advantage_std``: of the advantages as used
+    clip_fraction          share of tokens whose gradient a clip removed
+    importance             and ``importance_std``: the detached weight of the rollout, as used
     effective_sample_size  (sum w)^2 / (n sum w^2) of these weights, 0 ... 1: the share of n tokens of weight 1 that
-                        would have the same variance
-    masked_fraction     share of tokens whose weight is 0
-    impossible          share of tokens that a model which lambda does not cancel gives probability 0; a log-ratio
-                        excludes tokens of probability 0 under one of its two models
-    ==================  ================================================================================
+                           would have the same variance
+    masked_fraction        share of tokens whose weight is 0
+    impossible             share of tokens that a model which lambda does not cancel gives probability 0; a log-ratio
+                           excludes tokens of probability 0 under one of its two models
+    =====================  =============================================================================
 
     What a call does not have (no ``token_ids``, no reference, no clip) is absent.
     """
