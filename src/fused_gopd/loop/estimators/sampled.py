@@ -165,7 +165,7 @@ class Sampled(Estimator):
             terms = problem.ops.policy(self._policy(statistics, tokens), statistics[: len(Stat), tokens])
             if problem.importance is not None:
                 weights = problem.importance[tokens]
-                terms[[PolicyStat.LOSS, PolicyStat.DLOGPROB]] *= weights
+                terms[: PolicyStat.ADVANTAGE] *= weights  # loss and slope
                 terms[PolicyStat.IMPORTANCE] = weights
             return terms
         options, old = problem.options, rows_of(problem.old_logprobs, tokens)
