@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 import fused_gopd as fg
@@ -118,9 +119,9 @@ def test_a_student_with_fewer_tokens_is_refused() -> None:
 B, T = 3, 5
 
 
-def batch(dtype: torch.dtype, **given: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+def batch(dtype: torch.dtype, seed: int = 4, **given: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Hidden states, weight and bias; and the other arguments. Masked entries are NaN, and the last sequence empty."""
-    hidden, weight, bias, *rest = tensors(dtype, (B, T, 8), (V, 8), (V,), (B, T), (B, T), (B,), seed=4)
+    hidden, weight, bias, *rest = tensors(dtype, (B, T, 8), (V, 8), (V,), (B, T), (B, T), (B,), seed=seed)
     ids = torch.arange(B * T).view(B, T) % V
     mask = torch.ones(B, T)
     mask[0, 3:] = mask[1, 0] = mask[2] = 0
@@ -180,6 +181,7 @@ def grpo(logprobs: Tensor, arguments: dict[str, Tensor], *, items: float | None 
     return tokens.sum() / (items or len(tokens))
 
 
+GIVEN = ("old_per_token_logps", "ref_per_token_logps", "vllm_is_ratio")
 TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
 CASES = [
     *[{"loss_type": kind, "beta": beta} for kind in TYPES for beta in (0.0, 0.2)],
@@ -208,6 +210,49 @@ def test_grpo(dtype: torch.dtype, options: dict, off_policy: bool) -> None:
     compare(loss, grpo(logprobs, arguments, **options), inputs, dense, 4 * DTYPES[dtype])
     assert len(metrics) == 1 + (options["beta"] != 0)
     assert all(torch.isfinite(x) and not x.requires_grad for x in metrics)
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
+def test_grpo_without_a_live_token_is_0(options: dict) -> None:
+    given, arguments = batch(torch.float32, old_per_token_logps=True, ref_per_token_logps=True)
+    arguments["attention_mask"] = torch.zeros(B, T)
+    inputs = leaves(given)
+    module = liger.LigerFusedLinearGRPOLoss(**{"max_completion_length": 9, **options})
+    loss, metrics = module(*inputs[:2], bias=inputs[2], **arguments)
+    loss.backward()
+    assert loss == 0
+    assert not any(x.any() for x in metrics)
+    assert not any(x.grad.any() for x in inputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=strategies.sampled_from(TYPES),
+    sequences=strategies.booleans(),
+    beta=strategies.sampled_from((0.0, 0.04, 1.0)),
+    low=strategies.floats(0, 1),
+    high=strategies.floats(0, 3),
+    delta=strategies.none() | strategies.floats(0.5, 4),
+    corrected=strategies.booleans(),
+    given_names=strategies.sets(
+        strategies.sampled_from(("old_per_token_logps", "ref_per_token_logps", "vllm_is_ratio"))
+    ),
+    seed=strategies.integers(0, 2**16),
+)
+def test_grpo_of_random_options(kind, sequences, beta, low, high, delta, corrected, given_names, seed) -> None:
+    options = {"loss_type": kind, "beta": beta, "epsilon_low": low, "epsilon_high": high, "delta": delta}
+    options |= {"use_bias_correction_kl": corrected, "max_completion_length": 9}
+    if sequences and kind in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        options["importance_sampling_level"] = "sequence"
+    if kind == "vespo":
+        given_names -= {"vllm_is_ratio"}
+    given, arguments = batch(torch.float64, seed=seed, **dict.fromkeys(given_names, True))
+    inputs, dense = leaves(given), leaves(given)
+    module = liger.LigerFusedLinearGRPOLoss(**options, use_ref_model="ref_per_token_logps" in given_names)
+    loss, _ = module(*inputs[:2], bias=inputs[2], **arguments)
+    logprobs = (dense[0] @ dense[1].T + dense[2]).log_softmax(-1)
+    want = grpo(logprobs.gather(-1, arguments["selected_token_ids"][..., None])[..., 0], arguments, **options)
+    compare(loss, want, inputs, dense, 1e-10)
 
 
 def test_grpo_metrics() -> None:
