@@ -7,9 +7,11 @@ this package.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -108,20 +110,61 @@ def test_a_row(section: str, cell: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=10 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("cell", "options"),
-    [
-        ("`GKDConfig()`", {}),
-        ("`DistillationConfig()`", {"beta": 1.0}),
-        ("`DistillationConfig(beta=0.3)`, `num_items_in_batch=40`", {"beta": 0.3, "num_items_in_batch": 40}),
-    ],
-)
-def test_a_formula_is_trls(cell: str, options: dict[str, Any]) -> None:
-    trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
+BNPO = '`GRPOConfig(loss_type="bnpo'
+TRLS: dict[str, dict[str, Any]] = {
+    "`GKDConfig()`": {},
+    "`DistillationConfig()`": {"beta": 1.0},
+    "`DistillationConfig(beta=0.3)`, `num_items_in_batch=40`": {"beta": 0.3, "num_items_in_batch": 40},
+    '`GRPOConfig(loss_type="luspo", importance_sampling_level="sequence")`': {
+        "loss_type": "luspo",
+        "importance_sampling_level": "sequence",
+    },
+    '`GRPOConfig(loss_type="dapo")`, first update': {"loss_type": "dapo", "first": True},
+    '`GRPOConfig(loss_type="cispo", epsilon_high=1.5)`': {"loss_type": "cispo", "epsilon_high": 1.5},
+    f'{BNPO}", beta=0.1, entropy_coef=0.05)`': {"beta": 0.1, "entropy_coef": 0.05, "_entropy_bonus_enabled": True},
+}
+
+
+def trls_grpo(d: SimpleNamespace, first: bool = False, **options: Any) -> Tensor:
+    """GRPOTrainer's loss of these log-probs, by a trainer of which nothing else is there."""
+    grpo = pytest.importorskip("trl", minversion="1.16").GRPOTrainer
+    plain = {"loss_type": "bnpo", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "aux_loss_enabled": False}
+    plain |= {"importance_sampling_level": "token", "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None}
+    plain |= {
+        "use_vllm": False,
+        "current_gradient_accumulation_steps": 1,
+        "_entropy_bonus_enabled": False,
+        "use_adaptive_entropy": False,
+    }
+    trainer = MagicMock(**{**plain, **options})
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (d.lp, entropy(d), None)
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.accelerator.num_processes = 1
+    trainer.accelerator.gather = lambda x: x
+    inputs = {"completion_ids": d.token_ids, "completion_mask": d.mask.long(), "advantages": d.A}
+    inputs |= {"prompt_ids": d.token_ids, "prompt_mask": d.mask.long(), "num_items_in_batch": torch.tensor(40.0)}
+    inputs |= {} if first else {"old_per_token_logps": d.old}
+    return grpo._compute_loss(trainer, MagicMock(), {**inputs, "ref_per_token_logps": d.lr})
+
+
+@pytest.mark.parametrize("cell", TRLS)
+def test_a_formula_is_trls(cell: str) -> None:
+    pytest.importorskip("trl", minversion="1.16")
     names = page(torch.float64)
-    d, _ = dense(names)
-    theirs = trainer.GKDTrainer.generalized_jsd_loss(d.p, d.q, names.labels, **options)
-    torch.testing.assert_close(FORMULAS["TRL", cell](d), theirs)
+    results = []
+    for own in (False, True):
+        d, leaves = dense(names)
+        if not own:
+            loss = FORMULAS["TRL", cell](d)
+        elif "GRPO" in cell:
+            loss = trls_grpo(d, **TRLS[cell])
+        else:
+            from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+            loss = GKDTrainer.generalized_jsd_loss(d.p, d.q, names.labels, **TRLS[cell])
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results)
 
 
 # ----------------------------------------------------------------------------------------------------------- reductions
