@@ -41,11 +41,13 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
     assert plain.student_logprobs is not None
     old = plain.student_logprobs - 0.1
     bounds = torch.arange(0, n + 1, n // SEQUENCES, device=device, dtype=torch.int32)
-    teacher = heads(inputs)[1]
+    _, teacher, ref = heads(inputs)
     labels = inputs.token_ids.roll(1)
     # log-probs of the reference at the teacher's tokens
     ids, scores = fg.token_topk(teacher, K)
     both = {"teacher": fg.TopKLogProbs(ids, scores), "ref": fg.TopKLogProbs(ids, scores - 0.1)}
+    two = {"teacher": fg.LogLinear([teacher, ref], [1.25, -0.25]), "ref": None, "reward_scale": 1.0}  # the plain target
+    four = {**two, "teacher": fg.LogLinear([teacher, ref] * 2, [1.0, -0.125, 0.25, -0.125])}
     sequences = {"cu_seqlens": bounds, "reduction": "seq-mean-token-mean"}
     per_token = {"reward_scale": torch.full((n,), 1.25, device=device)}
     weights = {"token_weight": torch.linspace(0, 2, n, device=device)}
@@ -96,6 +98,7 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
         ("topk", f"`support_ids`, K = {K}", {"k": None, "support_ids": ids}),
         ("sampled", '`kl_ref="k3"`', {"kl_ref": "k3", "kl_ref_weight": 0.05}),
         ("sampled", "`advantage_fn`", {"advantage_fn": lambda stats: stats.advantages.tanh()}),
+        ("sampled", "`LogLinear` of teacher and reference", two),
         ("sampled", "two teachers", {"teacher_index": torch.arange(n, device=device) % 2}),
     ]
     more = [
@@ -106,6 +109,9 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
         ("full", "`entropy_weight` (a row pass)", {"entropy_weight": 0.01}),
         ("full", '`kl_ref="exact"` (a row pass)', {"kl_ref": "exact", "kl_ref_weight": 0.05}),
         ("full", "`sft_temperature` (a row pass)", {"sft_labels": labels, "sft_temperature": 2.0}),
+        ("full", "`LogLinear` of teacher and reference (a buffer)", two),
+        ("full", "`LogLinear` of four models (two GEMMs more)", four),
+        ("full", "`Mixture` of teacher and reference", {**two, "teacher": fg.Mixture([teacher, ref], [0.5, 0.5])}),
         ("topk", f"the student's K = {K}", {"support": "student"}),
         ("topk", f"K = {K} from a server (two GEMMs fewer)", {"k": None, **both}),
         (
