@@ -72,6 +72,7 @@ NAVIGATION = {
     "Use": [
         "objectives",
         "topk",
+        "targets",
         "per-token",
         "terms",
         "sft",
