@@ -12,9 +12,9 @@ from torch import Tensor
 _MASK = 1e-3
 
 
-def plus(
-    total: Tensor | None,  # of the models before, None for the first
-    logprobs: Tensor,  # of the next one
+def plus_(
+    total: Tensor | None,  # of the models before, written in place; None for the first
+    logprobs: Tensor,  # of the next one; overwritten
     weight: float | Tensor,  # tensor: broadcasts against logprobs
     sizes: float | Tensor,  # the sum of the absolute weights of all models
     mixture: bool,
@@ -26,40 +26,53 @@ def plus(
     """
     if mixture:
         if isinstance(weight, Tensor):
-            added = (logprobs + weight.log()).masked_fill(weight == 0, -torch.inf)
+            logprobs.add_(weight.log()).masked_fill_(weight == 0, -torch.inf)
         else:
-            added = logprobs + math.log(weight)
-        return added if total is None else torch.logaddexp(total, added)
-    outside = torch.isneginf(logprobs)
+            logprobs.add_(math.log(weight))
+        return logprobs if total is None else torch.logaddexp(total, logprobs, out=total)
     lowest = torch.finfo(logprobs.dtype).min / 4
-    if isinstance(sizes, Tensor):
-        within = torch.maximum(logprobs, lowest / sizes.clamp_min(1))
+    if _all_above(logprobs, lowest, sizes):
+        logprobs.mul_(weight)
     else:
-        within = logprobs.clamp_min(lowest / max(sizes, 1.0))
-    added = weight * within
-    added = added.masked_fill(outside, -torch.inf)
+        outside = logprobs == -torch.inf
+        if isinstance(sizes, Tensor):
+            torch.maximum(logprobs, lowest / sizes.clamp_min(1), out=logprobs)
+        else:
+            logprobs.clamp_min_(lowest / max(sizes, 1.0))
+        logprobs.mul_(weight).masked_fill_(outside, -torch.inf)
     if isinstance(weight, Tensor):
-        added = added.masked_fill(weight == 0, 0)
-    return added if total is None else total + added
+        logprobs.masked_fill_(weight == 0, 0)
+    return logprobs if total is None else total.add_(logprobs)
 
 
-def finished(total: Tensor) -> Tensor:
+def _all_above(x: Tensor, bound: float, sizes: float | Tensor) -> bool:
+    """Whether no entry has to be masked or clamped; asked on a CPU alone, where it is a tenth of the work."""
+    if not x.is_cpu or not x.numel():
+        return False
+    largest = float(sizes.max()) if isinstance(sizes, Tensor) else sizes
+    return bool(x.amin() > bound / max(largest, 1.0))  # False of NaN
+
+
+def finished_(total: Tensor) -> Tensor:
     """The sum of all models: a mask of the smallest float is one again, so that it equals that of a model alone.
 
     Where weights made it a large positive number, that is small beside the largest float: their difference is finite.
+    In place.
     """
     limits = torch.finfo(total.dtype)
-    total = total.clamp_max(limits.max * limits.eps / 8)
-    return total.masked_fill((total < limits.min * _MASK) & ~torch.isneginf(total), limits.min)
+    total.clamp_max_(limits.max * limits.eps / 8)
+    if _all_above(total, limits.min * _MASK, 1.0):
+        return total
+    return total.masked_fill_((total < limits.min * _MASK).logical_and_(total != -torch.inf), limits.min)
 
 
 def combined(logprobs: Sequence[Tensor], weights: Sequence[float | Tensor], mixture: bool) -> Tensor:
     """The sum of all models at once."""
     sizes, total = absolute(weights), None
     for x, weight in zip(logprobs, weights, strict=True):
-        total = plus(total, x, weight, sizes, mixture)
+        total = plus_(total, x.clone(), weight, sizes, mixture)
     assert total is not None
-    return finished(total)
+    return finished_(total)
 
 
 def absolute(weights: Sequence[float | Tensor]) -> float | Tensor:

@@ -11,6 +11,9 @@ from ..objective import combination
 from . import ModelRows, Stat
 from .torch import BLOCK_ELEMENTS, transformed
 
+# Elements of a temporary: on a CPU as many as its caches hold, on a GPU so many that a launch is worth it.
+_BLOCK = {True: BLOCK_ELEMENTS, False: 1 << 25}
+
 
 def add(
     out: Tensor,  # (C, >= V) the sum of the log-probs of the models before, in the accumulation dtype
@@ -18,26 +21,30 @@ def add(
     vocab_size: int,  # V
     statistics: Tensor,  # (len(Stat), C) of that model alone
     weight: float | Tensor,  # tensor: (C,)
-    sizes: float | Tensor,  # likewise, see combination.plus
+    sizes: float | Tensor,  # likewise, see combination.plus_
     mixture: bool,
     *,
     first: bool,  # nothing is in out
     last: bool,  # no other model follows
 ) -> None:
     """out := out and the log-probs of one more model, each relative to its own maximum and normaliser."""
-    transform = model.transform
+    transform, count = model.transform, model.raw.shape[0]
     bias = None if transform.bias is None else transform.bias[:vocab_size]
-    count, step = model.raw.shape[0], max(1, BLOCK_ELEMENTS // max(1, vocab_size))
+    step = max(1, _BLOCK[out.device.type == "cpu"] // max(1, vocab_size))
+    scratch = None if first else torch.empty(min(step, count), vocab_size, dtype=out.dtype, device=out.device)
+    maxima, logsums = statistics[Stat.MAX_STUDENT, :, None], statistics[Stat.LOGSUM_STUDENT, :, None]
+    # a row without support has no normaliser: its entries are -inf, from which -inf is not to be subtracted
+    logsums = logsums.masked_fill(logsums == -math.inf, 0)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         z = transformed(model.raw[rows, :vocab_size], transform, bias, out.dtype)
-        maximum, logsum = (statistics[stat, rows, None] for stat in (Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT))
-        # a row without support has no normaliser either: -inf - -inf
-        logprobs = (z - maximum - logsum).masked_fill(z == -math.inf, -math.inf)
+        total = out[rows, :vocab_size]
+        logprobs = torch.sub(z, maxima[rows], out=total if scratch is None else scratch[: rows.stop - start])
+        logprobs.sub_(logsums[rows])
         w, size = (x[rows, None] if isinstance(x, Tensor) else x for x in (weight, sizes))
-        before = None if first else out[rows, :vocab_size]
-        total = combination.plus(before, logprobs, w, size, mixture)
-        out[rows, :vocab_size] = combination.finished(total) if last else total
+        combination.plus_(None if first else total, logprobs, w, size, mixture)
+        if last:
+            combination.finished_(total)
 
 
 def as_it_is(statistics: Tensor, maximum: int, logsum: int) -> None:
