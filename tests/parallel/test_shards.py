@@ -30,6 +30,14 @@ EVEN = {2: ((0, 502), (502, 1003)), 4: ((0, 251), (251, 502), (502, 753), (753, 
 UNEVEN = {2: ((700, 1003), (0, 700)), 4: ((0, 0), (1, 900), (0, 1), (900, 1003))}
 OTHER = {2: ((0, 100), (100, 1003)), 4: ((900, 1003), (0, 300), (300, 900), (0, 0))}
 
+
+def _lambda_of(stats: fg.TokenStats) -> torch.Tensor:
+    """Between 0 and 2, from statistics that are merged over the ranks."""
+    assert stats.kl_teacher is not None
+    return 1 + (stats.student_entropy - stats.kl_teacher + 0.1 * stats.student_logprobs).tanh()
+
+
+OF_STATISTICS: dict[str, Any] = {"reward_scale": 1.0, "reward_scale_fn": _lambda_of}
 # Options, and what differs from three linear heads that are all cut alike.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampled": ({}, {}),
@@ -78,6 +86,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "topk of ids": ({"estimator": "topk", "support_ids": True, "tail": "sampled"}, {"teacher": "whole"}),
     "topk of logits": ({"estimator": "topk", "k": 9}, {"kinds": ("logits", "linear", "linear")}),
+    "full, lambda of the statistics": ({"estimator": "full", **OF_STATISTICS}, {}),
+    "full jsd, none, lambda of the statistics": (
+        {"estimator": "full", "divergence": "jsd", "reduction": "none", **OF_STATISTICS},
+        {"teacher": "whole"},
+    ),
+    "topk, lambda of the statistics": ({"estimator": "topk", "k": 9, **OF_STATISTICS}, {"ref": "whole"}),
     "full, weighted": ({"estimator": "full", "token_weight": "tensor"}, {}),
     "entropy and k3": ({"entropy_weight": 0.3, "kl_ref": "k3", "reward_scale": 1.0}, {}),
     "topk, entropy": ({"estimator": "topk", "k": 9, "entropy_weight": 0.3}, {}),
