@@ -278,8 +278,8 @@ class TopKLogProbs:
     Args:
         token_ids: (..., K) integer, K >= 1, distinct at each position; -1 where there are fewer than K.
         logprobs: (..., K) floating, normalised over the whole vocabulary; the value at an id of -1 is ignored.
-        sampled_logprobs: (...) floating, the log-prob of the sampled token, for ``tail="sampled"``; ignored where that
-            token is among ``token_ids``.
+        sampled_logprobs: (...) floating, the log-prob of the sampled token. With ``tail="sampled"`` it is read where
+            that token is not among ``token_ids``; the others report it.
     """
 
     token_ids: Tensor

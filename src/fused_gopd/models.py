@@ -119,14 +119,12 @@ def check_sources(models: Mapping[str, Any], options: LossOptions, shape: torch.
 
 
 def _check_sampled(name: str, model: TopKLogProbs, options: LossOptions) -> None:
-    """log-probs of the sampled tokens beside those of the listed ones, where and only where the loss has a use."""
+    """log-probs of the sampled tokens beside those of the listed ones, where the loss needs them."""
     if options.tail == "sampled" and model.sampled_logprobs is None:
         raise ValueError(
             f"{name}.sampled_logprobs must be given for tail='sampled': the log-prob of the sampled token, which need "
             "not be among the listed ones"
         )
-    if options.tail != "sampled" and model.sampled_logprobs is not None:
-        raise ValueError(f"{name}.sampled_logprobs is for tail='sampled', got tail={options.tail!r}")
 
 
 def require_models(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .agreement import Agreement, agreement_of, shared_by
 from .checks import IGNORE, refuse, require_device, require_logprobs
-from .heads import Head, Source, TokenLogProbs
+from .heads import Head, Source, TokenLogProbs, TopKLogProbs
 from .models import Models, as_tuple, frozen_heads, named_members, named_models, zero_masked
 from .objective.divergences import make
 from .objective.reductions import token_weights
@@ -102,21 +102,36 @@ def _check_scores(
         for label, model, (start, stop) in zip(names, models[name], slices, strict=False):
             counts = scale[start:stop] != cancelled_at if isinstance(scale, Tensor) else None
             for part, scores in named_members({label: model}).items():
-                if isinstance(scores, TokenLogProbs):
-                    require_logprobs(f"{part}.logprobs", rows.take(scores.logprobs.detach(), start, stop), counts)
+                own = _sampled_of(scores)
+                if own is not None:
+                    field = "logprobs" if isinstance(scores, TokenLogProbs) else "sampled_logprobs"
+                    require_logprobs(f"{part}.{field}", rows.take(own.detach(), start, stop), counts)
 
 
 def _sampled_logprobs(
     models: Sequence[Frozen], rows: TokenRows, slices: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are."""
-    if not any(isinstance(model, TokenLogProbs) for model in models):
+    """(n,) log-probs computed elsewhere, 0 in the rows of a route whose model is a head; None where all are.
+
+    And where one is TopKLogProbs without them.
+    """
+    scores = [_sampled_of(model) for model in models]
+    if all(x is None for x in scores) or any(
+        x is None and isinstance(model, TopKLogProbs) for x, model in zip(scores, models, strict=True)
+    ):
         return None
     out = torch.zeros(rows.count, dtype=dtype, device=device)
-    for model, (start, stop) in zip(models, slices, strict=True):
-        if isinstance(model, TokenLogProbs):
-            out[start:stop] = rows.take(model.logprobs.detach(), start, stop)
+    for x, (start, stop) in zip(scores, slices, strict=True):
+        if x is not None:
+            out[start:stop] = rows.take(x.detach(), start, stop)
     return out
+
+
+def _sampled_of(model: Frozen) -> Tensor | None:
+    """(...) log-probs of the sampled tokens that a model brings."""
+    if isinstance(model, TopKLogProbs):
+        return model.sampled_logprobs
+    return model.logprobs if isinstance(model, TokenLogProbs) else None
 
 
 def _check_weight(model: Composite, weight: Tensor) -> None:

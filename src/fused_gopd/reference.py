@@ -222,12 +222,6 @@ def _at(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -math.inf)
 
 
-def _listed(p: Problem, scores: Tensor | None, token_ids: Tensor) -> Tensor | None:
-    """(n,) of the sampled tokens, from scores (n, 1 + K) of the ids of ``tail="sampled"``."""
-    assert p.token_ids is not None
-    return None if scores is None else scores.masked_fill(token_ids != p.token_ids[:, None], -math.inf).amax(1)
-
-
 class _Parts(NamedTuple):
     """The models that teachers or references are made of; one alone is a sum of one."""
 
@@ -473,9 +467,7 @@ def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
         one_by_one = not p.options.joint and any(isinstance(getattr(route, name), Combined) for route in p.routes)
         if z_m is not None and not one_by_one:
             values[f"{name}_entropy"] = _entropy(_own_log_softmax(z_m))
-        if support is not None and p.options.tail == "sampled":
-            values[f"{name}_logprobs"] = _listed(p, getattr(support, name), support.token_ids)
-        elif support is not None:
+        if support is not None and p.options.tail != "sampled":
             parts = support.parts[name == "ref"]
             alone = support._replace(teacher=getattr(support, name), ref=None, parts=(parts, None))
             values[f"kl_{name}"] = _topk(pair, _at(log_p, support.token_ids), alone)[1]
@@ -605,9 +597,6 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         if options.estimator == "topk":
             with torch.no_grad():
                 support = _on_support(p, log_p)
-                if options.tail == "sampled":  # the sampled token is among the ids, those of a server too
-                    assert ids is not None
-                    lq, lr = (_listed(p, x, support.token_ids) for x in (support.teacher, support.ref))
             term = _with_score_function if options.tail == "sampled" else _topk
             token_loss, kl = term(p, _at(log_p, support.token_ids), support)
             # a NaN anywhere in the row shows, also where no token of the row is in the support

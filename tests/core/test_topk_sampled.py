@@ -335,6 +335,21 @@ def test_a_target_made_of_two_models(backend_dtype, support, lam):
         assert_close(got.advantages, want.advantages, backend_dtype.tolerance)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "drop", "renormalize"])
+def test_every_tail_reports_the_sampled_token_of_a_server(backend_dtype, tail):
+    batch = make_batch(70, shape=SHAPE, dtype=backend_dtype.dtype)
+    sent = batch.replaced(teacher=listed(batch.teacher, batch.token_ids, 6))
+    assert_same_as_oracle(sent, backend_dtype, estimator="topk", tail=tail, reward_scale=1.25)
+    options = {"estimator": "topk", "tail": tail, "reward_scale": 1.25}
+    for function in (fg.gopd_loss, fg.reference.gopd_loss):
+        out, _ = run(sent, function, **options)
+        want, _ = run(batch, function, k=6, **options)
+        for name in ("teacher_logprobs", "ref_logprobs", "advantages"):
+            assert_close(getattr(out, name), getattr(want, name), backend_dtype.tolerance, name)
+        bare = fg.TopKLogProbs(sent.teacher.token_ids, sent.teacher.logprobs)
+        assert run(sent.replaced(teacher=bare), function, **options)[0].advantages is None
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_it_costs_no_gemm_more(backend, k):
     batch = make_batch(68, shape=(N,), vocab=(V,) * 3, hidden=(H,) * 3, dtype=torch.float32, masked=False)
@@ -360,10 +375,10 @@ ERRORS = {
     "no support": ({"k": 0, "tail": "drop"}, ValueError, "k must be at least 1, got 0: tail='sampled' alone"),
     "no k": ({}, ValueError, "k must be given"),
     "answer without it": ({"teacher": BARE}, ValueError, "teacher.sampled_logprobs must be given for tail='sampled'"),
-    "answer with it": (
-        {"teacher": ANSWER, "tail": "bucket"},
+    "positive": (
+        {"teacher": fg.TopKLogProbs(ANSWER.token_ids, ANSWER.logprobs, -ANSWER.sampled_logprobs)},
         ValueError,
-        "teacher.sampled_logprobs is for tail='sampled', got tail='bucket'",
+        "teacher.sampled_logprobs must be log-probabilities",
     ),
 }
 

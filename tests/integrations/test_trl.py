@@ -432,12 +432,20 @@ def test_a_scorer_is_the_teacher_whose_log_probs_it_tells(tmp_path: Path) -> Non
     def likeliest(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TopKLogProbs:
         return fg.TopKLogProbs(*fg.token_topk(head(input_ids, attention_mask, completion_mask), 8))
 
+    def both(*scored: Tensor) -> fg.TopKLogProbs:
+        listed = likeliest(*scored)
+        return fg.TopKLogProbs(listed.token_ids, listed.logprobs, sampled(*scored).logprobs)
+
     topk = {"estimator": "topk", "k": 8}
     local = {"sampled": trained(tmp_path, teacher=teacher, **SGD, estimator="sampled")}
     local["topk"] = trained(tmp_path, teacher=teacher, **SGD, **topk)
     # a scorer lists as many tokens as it does: k need not be given, and must be that number if it is
     for scorer, options in ((sampled, {"estimator": "sampled"}), (likeliest, {"estimator": "topk"}), (likeliest, topk)):
         assert_same(trained(tmp_path, teacher=scorer, **SGD, **options), local[options["estimator"]], 1e-6)
+    exact, served = (
+        trained(tmp_path, teacher=x, **SGD, tail="sampled", estimator="topk", k=8) for x in (teacher, both)
+    )
+    assert_same(served, exact, 1e-6)
 
 
 def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ class ServerTeacher:
                 -1), and sequences without one to score are not sent.
 
         Returns:
-            TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k); float32, on input_ids' device.
+            TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k) with those of the tokens themselves;
+            float32, on input_ids' device.
         """
         _require_masks(input_ids, attention_mask, completion_mask)
         mask, attended = completion_mask.bool().cpu(), attention_mask.bool().cpu()
@@ -171,16 +172,16 @@ class ServerTeacher:
         sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
         answers = self.score(sequences, [w[0] for w in wanted])
         found = [(one, n - w[0]) for one, w in zip(answers, wanted, strict=True) for n in w]
+        own = torch.zeros(mask.shape)
+        own[mask] = torch.tensor([one.logprobs[n] for one, n in found])
         if self.top_k is None:
-            own = torch.zeros(mask.shape)
-            own[mask] = torch.tensor([one.logprobs[n] for one, n in found])
             return TokenLogProbs(own.to(input_ids.device))
         top_ids = torch.full((*mask.shape, self.top_k), -1)
         top = torch.zeros(top_ids.shape)
         if found:
             top_ids[mask] = torch.tensor([one.top_ids[n] for one, n in found])
             top[mask] = torch.tensor([one.top_logprobs[n] for one, n in found])
-        return TopKLogProbs(top_ids.to(input_ids.device), top.to(input_ids.device))
+        return TopKLogProbs(*(x.to(input_ids.device) for x in (top_ids, top, own)))
 
     def score(self, sequences: Sequence[Sequence[int]], start: Sequence[int]) -> list[ScoredSequence]:
         """Log-probs of the tokens of each sequence from a position on.

@@ -78,7 +78,10 @@ def spread(source: Source, rows: Tensor, n: int) -> Source:
     if isinstance(source, LinearHead):
         return replace(source, hidden=put(source.hidden, 0))
     if isinstance(source, TopKLogProbs):
-        return TopKLogProbs(put(source.token_ids, -1), put(source.logprobs, 0))
+        sampled = source.sampled_logprobs
+        return TopKLogProbs(
+            put(source.token_ids, -1), put(source.logprobs, 0), None if sampled is None else put(sampled, 0)
+        )
     if isinstance(source, TokenLogProbs):
         return TokenLogProbs(put(source.logprobs, 0))
     return replace(source, logits=put(source.logits, 0))

@@ -99,7 +99,8 @@ def dry_run(
         if k is None:
             return TokenLogProbs(torch.full((1, 1), -1.0, device=device))
         top_ids = torch.arange(k, device=device)[None, None]
-        return TopKLogProbs(top_ids, torch.full(top_ids.shape, -math.log(vocabulary), device=device))
+        uniform = torch.full(top_ids.shape, -math.log(vocabulary), device=device)
+        return TopKLogProbs(top_ids, uniform, uniform[..., 0])  # a scorer may leave the last one out
 
     # a scorer without top_k may return anything as the reference
     ref = trial_source(cast("Model", ref_model)) if hasattr(ref_model, "top_k") else head

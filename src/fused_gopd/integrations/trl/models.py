@@ -342,7 +342,7 @@ class ScoringMixin:
         if isinstance(scored, TokenLogProbs):
             return TokenLogProbs(scored.logprobs.to(device))
         if isinstance(scored, TopKLogProbs):
-            return TopKLogProbs(scored.token_ids.to(device), scored.logprobs.to(device))
+            return TopKLogProbs(**{name: x.to(device) for name, x in scored.tensors.items()})
         return scored
 
     def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Source | list[Source], Tensor | None]:

@@ -92,10 +92,9 @@ class TopK(Estimator):
                 logprobs = given[start:stop].to(problem.dtype).masked_fill(ids < 0, -math.inf)
                 models.append(OnSupport(logprobs, None))
                 alone.append(None)
-                if tail == "sampled":  # the log-prob itself, its log-sum is 0
-                    sampled = rows_of(problem.token_ids, chunk.tokens)
-                    assert sampled is not None
-                    statistics[logit, start:stop] = logprobs.masked_fill(ids != sampled[:, None], -math.inf).amax(1)
+                own = problem.teacher_logprobs if logit == Stat.LOGIT_TEACHER else problem.ref_logprobs
+                if own is not None:
+                    statistics[logit, start:stop] = own[start:stop]  # with a normaliser of 0
             else:
                 models.append(None)
                 alone.append(None)
