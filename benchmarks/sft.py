@@ -102,7 +102,7 @@ def main() -> None:
     rows, missing = measure(workload, args.rounds)
     where = f"N={workload.tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
     if args.json:
-        write({**origin("cpu"), "tokens": workload.tokens, "rows": rows, "missing": missing}, args.json)
+        write({**origin("cpu"), "tokens": workload.tokens, "rows": rows, "missing": sorted(missing)}, args.json)
     publish("sft", f"{table(rows)}\n{where}{device_name('cpu')}, one thread, the least of {args.rounds}.\n", args.pages)
     for name, reason in missing.items():
         print(f"{name}: {reason}")
