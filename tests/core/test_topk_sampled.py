@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 
@@ -24,8 +25,9 @@ from builders import (
     run,
     widened,
 )
-from combinations import product_on_float64
+from combinations import pairwise, product_on_float64
 from costs import GEMM, H, N, V, gemm_flops
+from fused_gopd.tokens import fixed_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -315,6 +317,52 @@ def test_routes_may_be_heads_and_answers_of_any_k(backend_dtype):
         for name in fields:
             assert_close(getattr(out, name), want[name], backend_dtype.tolerance, name)
         assert_all_close(grads, total, backend_dtype.tolerance)
+
+
+LABELS = torch.randint(-1, 37, SHAPE, generator=generator(71))
+BESIDE = (
+    {"token_weight": torch.rand(SHAPE, generator=generator(71))},
+    {"entropy_weight": 0.1},
+    {"sft_labels": LABELS.masked_fill(LABELS < 0, -100), "sft_weight": 0.3},
+    {"rollout_logprobs": -3 * torch.rand(SHAPE, generator=generator(72)), "rollout_is_cap": 2.0},
+    {"loss_max": 1.0},
+    {"sft_labels": LABELS.masked_fill(LABELS < 0, -100), "entropy_weight": 0.2, "logprob_min": -3.0},
+)
+
+
+@pairwise(
+    support=["none", "teacher", "student", "ids"],
+    beside=BESIDE,
+    reduction=["token-mean", "none"],
+    zero_filled=[False, True],
+    backend=["torch", "native"],
+)
+def test_beside_other_options(support, beside, reduction, zero_filled, backend):
+    """Weights, bounds and terms of every estimator; with masked rows dropped, and as in a CUDA graph filled with 0."""
+    batch = make_batch(71, shape=SHAPE, dtype=torch.float32)
+    requested = torch.randint(-1, 37, (*SHAPE, 6), generator=generator(73))
+    requested[~batch.mask] = 1000
+    own = {"none": {"k": 0}, "ids": {"support_ids": requested}}.get(support, {"k": 4, "support": support})
+    options = {**TAIL, **own, **beside, "reward_scale": 1.25, "reduction": reduction, "mask": batch.mask}
+    wide = batch.replaced(**{name: widened(getattr(batch, name)) for name in ("student", "teacher", "ref")})
+    with fixed_shapes() if zero_filled else contextlib.nullcontext():
+        got = fg.gopd_loss(*batch.models, batch.token_ids, backend=backend, chunk_size=4, **options)
+        grads = torch.autograd.grad(got.loss.sum(), batch.leaves)
+    want = fg.reference.gopd_loss(*wide.models, batch.token_ids, **options)
+    assert_close(got.token_loss, want.token_loss, 2e-5)
+    assert_all_close(grads, torch.autograd.grad(want.loss.sum(), wide.leaves), 2e-5)
+
+
+def test_under_torch_func():
+    batch = make_batch(72, shape=SHAPE)
+
+    def loss(hidden, weight):
+        student = fg.LinearHead(hidden, weight)
+        models = student, batch.teacher, batch.ref
+        return fg.gopd_loss(*models, batch.token_ids, mask=batch.mask, k=4, reward_scale=1.25, **TAIL).loss
+
+    got = torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in batch.leaves))
+    assert_all_close(got, run(batch, k=4, reward_scale=1.25, **TAIL)[1], 1e-12)
 
 
 @product_on_float64(support=[{"k": 0}, {"k": 6}, {"k": 6, "support": "student"}, "ids"], lam=[0.5, 1.25])

@@ -107,7 +107,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         entropy_weight: of the student's entropy, a bonus.
         kl_ref, kl_ref_weight: a KL penalty to the reference, which is then needed whatever lambda is: ``"exact"`` of
             ``full``, ``"k1"``, ``"k2"`` or ``"k3"`` of ``sampled``.
-        baseline, clip, advantage_clip, logprob_min: of ``sampled``.
+        baseline, clip, advantage_clip: of ``sampled``. logprob_min: of ``sampled`` and ``topk``.
         num_iterations: optimizer steps on each batch of completions. Above 1 the student differs from the policy that
             sampled, and ``sampled`` has a ratio to clip.
         route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
