@@ -117,7 +117,7 @@ class TokenStats(ComputedWhenRead):
     kl_ref: Tensor | None = field(default_factory=none)
 
     def __repr__(self) -> str:
-        return printing.lines(self, unread="computed when it is read")
+        return printing.lines(self, unread="not read yet")
 
 
 TokenFn = Callable[[TokenStats], "Tensor"]

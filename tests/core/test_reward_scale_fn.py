@@ -361,7 +361,7 @@ def test_what_was_not_read_is_gone_afterwards():
     function = lambda s: (seen.append(s), s.student_entropy)[1]  # noqa: E731
     run(batch, estimator="full", reward_scale_fn=function)
     assert seen[0].student_entropy.shape == (6,)
-    assert "kl_teacher: computed when it is read" in repr(seen[0])
+    assert "kl_teacher: not read yet" in repr(seen[0])
     with pytest.raises(RuntimeError, match="kl_teacher of TokenStats was not read inside the function"):
         seen[0].kl_teacher  # noqa: B018
 

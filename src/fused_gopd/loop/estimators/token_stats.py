@@ -48,7 +48,7 @@ def computed_by(problem: Problem, start: int, stop: int, compute: Callable[[str]
             x = x.clamp_min(lowest)
         return x
 
-    return TokenStats.computed_by(value, COMPUTED, **known_of(problem, start, stop))
+    return TokenStats.computed_by(value, COMPUTED, advantages=None, **known_of(problem, start, stop))
 
 
 def fill_reward_scale(
