@@ -124,6 +124,11 @@ def test_the_command_line_selects_the_loss_and_its_options():
             "strategy=fsdp or fsdp2, got 'veomni'",
         ),
         ([f"{SECTION}.loss_mode=gopd_topk", f"+{SECTION}.reward_scale=1.25"], InstantiationException, "must be 1"),
+        (
+            [f"{SECTION}.loss_mode=gopd_topk", f"+{SECTION}.tail=sampled"],
+            InstantiationException,
+            "tail must be one of 'bucket', 'drop', 'renormalize': the teacher's log-prob",
+        ),
         ([f"{SECTION}.loss_mode=gopd_topk", f"{SECTION}.use_task_rewards=true"], InstantiationException, "overwrite"),
         (
             [f"{SECTION}.loss_mode=gopd_topk", f"{SECTION}.use_policy_gradient=true"],

@@ -135,6 +135,11 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
 
     def _check_topk(self) -> None:
         checked_options(**self.of_topk)
+        if self.tail == "sampled":
+            raise ValueError(
+                f"{SECTION}.tail must be one of 'bucket', 'drop', 'renormalize': the teacher's log-prob of the sampled "
+                "token is not sent beside those of its likeliest, got 'sampled'"
+            )
         self._refuse("reward_scale", 1, f"the reference's log-probs of the teacher's tokens are not sent; use {GOPD!r}")
         self._refuse("use_policy_gradient", False, "a detached divergence is no advantage, its expected gradient is 0")
         self._refuse("use_task_rewards", False, "verl's policy loss may overwrite the logits that the backward needs")
