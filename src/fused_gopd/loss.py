@@ -52,8 +52,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         student: LinearHead or Logits; gradients flow to its hidden states, weight and bias, or to its logits.
         teacher, ref: LinearHead, Logits, TokenLogProbs (``sampled``) or TopKLogProbs (``topk``) of the same token
             shape; hidden sizes, vocabulary sizes and kinds may differ. Never receive gradients. A list of teachers is
-            routed by ``teacher_index``; ref is then one model for all, or a list routed alike. A :class:`LogLinear` or
-            :class:`Mixture` is a model made of several; docs/targets.md.
+            routed by ``teacher_index``; ref is then one model for all, or a list routed alike. A
+            :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture` is made of several models; docs/targets.md.
         token_ids: (...) integer, the sampled tokens. Required by ``sampled`` and by ``tail="sampled"``; for the others
             only for reporting.
         teacher_index: (...) or (B,) integer, which teacher of the list each token or sequence has. Only the tokens

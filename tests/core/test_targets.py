@@ -32,6 +32,9 @@ from builders import (
 from combinations import pairwise
 from fused_gopd import reference
 from fused_gopd.loop import gemm, memory
+from fused_gopd.loop.chunking import chunk_size_for
+from fused_gopd.options import LossCall
+from fused_gopd.plan import plan_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,6 +272,23 @@ def test_memory_does_not_grow_with_the_models(objective, monkeypatch):
     assert totals[0] == totals[1] > 0
 
 
+def test_the_default_chunk_has_room_for_the_sum_and_one_model():
+    """In ``full`` as many buffers as with a teacher and a reference; in ``topk`` a second one."""
+
+    def size(teacher: Any, ref: Any, **options: Any) -> int:
+        student = linear_head(0, (4,), 50_000, 2, torch.float32)
+        call = LossCall(student, teacher, ref, torch.zeros(4, dtype=torch.int64), reward_scale=1.25, **options)
+        return plan_of(call).chunk_sizes[0]
+
+    q, r, *more = (linear_head(i, (4,), 50_000, 2, torch.float32) for i in range(1, 6))
+    full = {"estimator": "full"}
+    assert size(fg.LogLinear([q, *more]), fg.TokenLogProbs(-torch.ones(4))) == size(q, r)
+    assert size(fg.LogLinear([q, *more]), r, **full) == chunk_size_for(50_000, 4, "cpu")
+    assert size(fg.LogLinear([q, *more]), fg.Mixture([r, *more]), **full) == chunk_size_for(50_000, 4, "cpu")
+    assert size(q, r, **full) == chunk_size_for(50_000, 3, "cpu")
+    assert size(fg.Mixture([q, r]), r, estimator="topk", k=3) == chunk_size_for(50_000, 2, "cpu")
+
+
 @pytest.mark.parametrize("objective", [{}, {"estimator": "full"}, {"estimator": "topk", "k": 4}, BASELINE], ids=ids)
 def test_routes(objective, backend_dtype):
     """Each token has the teacher and reference of its route, made of several models or not."""
@@ -344,14 +364,14 @@ def test_a_backward_that_recomputes(objective, backend):
     assert_all_close(first, without_reduction(wide, reward_scale=1.25, backend="torch", **objective)[0], 2e-5)
 
 
-def test_under_torch_func(backend):
+def test_under_torch_func():
     batch = with_target("mixture per token", torch.float32, "teacher")
     batch = batch.replaced(student=fg.LinearHead(batch.student.hidden.detach(), batch.student.weight.detach()))
 
     def loss(hidden: Tensor) -> Tensor:
         student = fg.LinearHead(hidden, batch.student.weight)
-        return fg.gopd_loss(student, batch.teacher, batch.ref, batch.token_ids, estimator="full", reward_scale=1.25,
-                            backend=backend).loss  # fmt: skip
+        return fg.gopd_loss(student, batch.teacher, batch.ref, batch.token_ids, estimator="full", reward_scale=1.25
+                            ).loss  # fmt: skip
 
     hidden = batch.student.hidden.requires_grad_()
     assert_close(torch.func.grad(loss)(hidden.detach()), torch.autograd.grad(loss(hidden), hidden)[0], 1e-6)
@@ -415,7 +435,7 @@ def test_a_plan_is_not_that_of_other_weights():
             assert_close(run(each, estimator=estimator)[0].loss, expect(each, estimator=estimator)[0].loss, 1e-12)
 
 
-def test_compiled(backend):
+def test_compiled():
     """The same bits under torch.compile, and one graph."""
     torch._dynamo.reset()
     batch, parts = make_batch(13, dtype=torch.float32), several(dtype=torch.float32)
@@ -429,7 +449,7 @@ def test_compiled(backend):
         made = fg.LogLinear([fg.LinearHead(q, parts[0].weight), *parts[1:3]], [weight, per_token, -0.5])
         mixed = fg.Mixture([batch.ref, parts[3]])
         return fg.gopd_loss(batch.student, made, mixed, batch.token_ids, mask=batch.mask, estimator="full",
-                            reward_scale=1.25, backend=backend).loss  # fmt: skip
+                            reward_scale=1.25).loss  # fmt: skip
 
     compiled = torch.compile(loss, fullgraph=True, backend=counting, dynamic=False)
     for seed in (1, 2):
