@@ -545,3 +545,32 @@ def test_it_prints_its_models_and_weights():
     text = repr(fg.LogLinear([q, r], [1.5, torch.ones(SHAPE)]))
     assert "1.5: LinearHead, hidden (2, 5, 4) float64, weight (37, 4) float64" in text
     assert "(2, 5) float32, mean 1: Logits, logits (2, 5, 37) float64" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_ref": "k3", "kl_ref_weight": 0.3, "entropy_weight": 0.2},
+        {"kl_ref": "k1", "reward_scale": 1.0},
+        {"estimator": "full", "kl_ref": "exact", "kl_ref_weight": 0.3, "entropy_weight": 0.2},
+        {"estimator": "full", "kl_ref": "exact", "reward_scale": 1.0, "divergence": "jsd"},
+        {"estimator": "full", "loss_max": 2.0, "token_weight": torch.rand(SHAPE, generator=generator(5)).double()},
+        {"rollout_logprobs": -torch.rand(SHAPE, generator=generator(6)).double(), "rollout_is": "sequence"},
+        {"estimator": "topk", "support_ids": torch.arange(30).reshape(*SHAPE, 3), "tail": "sampled"},
+        {"estimator": "topk", "k": 3, "sft_labels": torch.arange(10).reshape(SHAPE), "entropy_weight": 0.2},
+        {"logprob_min": -4.0, "advantage_clip": 2.0},
+    ],
+    ids=ids,
+)
+@pytest.mark.parametrize("target", ["not summing to 1", "mixture per token"])
+def test_beside_other_options(target, options, backend_dtype):
+    """In both places, against the dense reference."""
+    dtype = backend_dtype.dtype
+    parts = several(50, dtype=dtype)
+    batch = make_batch(16, dtype=dtype)
+    batch = batch.replaced(teacher=TARGETS[target](several(dtype=dtype), dtype), ref=TARGETS[target](parts, dtype))
+    options = {"reward_scale": 1.25, **options}
+    out, grads = run(batch, backend=backend_dtype.backend, chunk_size=3, **options)
+    want, want_grads = run(batch, reference.gopd_loss, **options)
+    assert_close(out.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
