@@ -398,6 +398,31 @@ def test_every_tail_reports_the_sampled_token_of_a_server(backend_dtype, tail):
         assert run(sent.replaced(teacher=bare), function, **options)[0].advantages is None
 
 
+def test_a_reward_scale_fn_sees_the_sampled_token_of_a_server():
+    """Where every route has it; where one has not, of no route."""
+    batch = make_batch(73, shape=(12,), masked=False)
+    answer, route = listed(batch.teacher, batch.token_ids, 5), torch.arange(12) % 2
+    bare = fg.TopKLogProbs(answer.token_ids, answer.logprobs)
+    want = oracle.logits_of(batch.teacher).log_softmax(-1).gather(-1, batch.token_ids[:, None])[:, 0]
+
+    for function in (fg.gopd_loss, fg.reference.gopd_loss):
+        for other, known in ((batch.teacher, True), (answer, True), (bare, False)):
+            seen = []
+
+            def scale(stats, seen=seen):
+                seen.append((stats.index, stats.teacher_logprobs))
+                return torch.full_like(stats.student_logprobs, 1.25)
+
+            models = batch.student, [answer, other], batch.ref
+            options = {"estimator": "topk", "k": 5 if other is batch.teacher else None, "teacher_index": route}
+            function(*models, batch.token_ids, reward_scale_fn=scale, **options)
+            assert len(seen) == (2 if function is fg.gopd_loss else 1)
+            for index, found in seen:
+                assert (found is not None) == known
+                if known:
+                    assert_close(found, want[index], 1e-12)
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_it_costs_no_gemm_more(backend, k):
     batch = make_batch(68, shape=(N,), vocab=(V,) * 3, hidden=(H,) * 3, dtype=torch.float32, masked=False)

@@ -163,11 +163,14 @@ class TopK(Estimator):
         """(C,) one of the :class:`TokenStats`; None for all tokens where a model's scores are a server's for some."""
         problem, tail = self.problem, self.problem.options.tail
         model, _, what = name.partition("_")
+        given = (None, problem.teacher_topk, problem.ref_topk)[MODELS.index(model)] if model in MODELS else None
         if what == "logprobs":
+            own = (None, problem.teacher_logprobs, problem.ref_logprobs)[MODELS.index(model)]
+            if given is not None and own is None:
+                return None
             return model_logprobs(problem.has, chunk.statistics, chunk.tokens)[MODELS.index(model)]
         if what == "entropy":
             alone = (scored, support.teacher_alone, support.ref_alone)[MODELS.index(model)]
-            given = (None, problem.teacher_topk, problem.ref_topk)[MODELS.index(model)]
             return None if alone is None or given is not None else entropy(alone)
         if tail == "sampled":  # its support has a token more, where that lies outside
             return None
