@@ -255,6 +255,16 @@ def test_grpo_of_random_options(kind, sequences, beta, low, high, delta, correct
     compare(loss, want, inputs, dense, 1e-10)
 
 
+def test_a_kl_beyond_the_range_of_float32_is_inf_and_not_nan() -> None:
+    given, arguments = batch(torch.float32, ref_per_token_logps=True)
+    live = arguments["attention_mask"].bool()
+    module = liger.LigerFusedLinearGRPOLoss(0.1)
+    low = torch.where(torch.arange(V) == arguments["selected_token_ids"][0, 0], -200.0, 0.0)
+    arguments["ref_per_token_logps"] = torch.zeros(B, T).masked_fill(~live, torch.nan)
+    loss, (kl, _) = module(*leaves(given[:2]), bias=low, **arguments)
+    assert loss == kl == torch.inf
+
+
 def test_grpo_metrics() -> None:
     given, arguments = batch(torch.float64, old_per_token_logps=True, ref_per_token_logps=True)
     _, (kl, clipped) = liger.LigerFusedLinearGRPOLoss(0.1)(*given[:2], bias=given[2], **arguments)

@@ -174,6 +174,18 @@ def _where(chosen: Tensor, a: float, b: float, like: Tensor) -> Tensor:
     return like.new_full(chosen.shape, b).masked_fill(chosen, a)
 
 
+class _Valued(torch.autograd.Function):
+    """The gradient of one loss with the value of another; a difference of the two would be NaN where they are inf."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Tokens:
     """What is known of each token: (B, T), or (C,) of the tokens of a chunk. Masked entries are finite.
@@ -341,8 +353,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             )
             assert out.student_logprobs is not None
             losses, kl, clipped = self._token_losses(out.student_logprobs, tokens)
-            # the value of one, the gradient of the other
-            loss = (losses * weights).sum() + (out.loss - out.loss.detach())
+            loss = _Valued.apply(out.loss, (losses * weights).sum())  # type: ignore[no-untyped-call]
         count = tokens.live.sum().clamp_min(1)
         shares = [x.detach() * tokens.live for x in (kl, clipped) if x is not None]
         return loss, tuple([x.sum() / count for x in shares])
