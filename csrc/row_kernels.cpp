@@ -693,7 +693,8 @@ GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float
     vf u = {}, value;
     if constexpr (Models > 1) u = target_logits<Models>(b, k, c.maximum);
     if constexpr (T == Term::token) value = c.token * p;
-    if constexpr (T == Term::none) value = p * (c.divergence * (z - c.mean) + c.token);
+    // a mask of the smallest float times a weight above 1 is infinite, its p is 0
+    if constexpr (T == Term::none) value = c.divergence * (p * (z - c.mean)) + c.token * p;
     if constexpr (T == Term::reverse_kl || T == Term::mixed) {
       vf d = (z - u) - c.mean;
       if (!Clean) d = bounded(d, limit);

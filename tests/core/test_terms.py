@@ -306,6 +306,20 @@ def test_finite_masks(backend, model, mask):
             assert_all_close(grads, want_grads, 3e-5)
 
 
+@pytest.mark.parametrize("objective", [{"estimator": "sampled"}, {"estimator": "full"}, {"estimator": "topk", "k": 3}],
+                         ids=lambda x: x["estimator"])  # fmt: skip
+def test_a_weight_above_1_and_a_mask_of_the_smallest_float(backend, objective):
+    """Their product is infinite, times a probability of 0: also in the gradient of token_logprobs' entropy."""
+    batch = make_batch(11, shape=(5,), kinds=("logits", "linear", "linear"), dtype=torch.float32, masked=False)
+    with torch.no_grad():
+        batch.student.logits[:, 10:] = torch.finfo(torch.float32).min
+    batch.token_ids.remainder_(10)
+    _, (gradient,) = run(batch, backend=backend, entropy_weight=30.0, **objective)
+    assert torch.isfinite(gradient).all()
+    _, entropy = fg.token_logprobs(batch.student, batch.token_ids, return_entropy=True, backend=backend)
+    assert torch.isfinite(torch.autograd.grad(30 * entropy.sum(), batch.leaves)[0]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["linear", "logits"])
 @pytest.mark.parametrize("options", [
