@@ -1058,6 +1058,7 @@ N = 5
 PER_TOKEN = {"reward_scale": torch.tensor([0.0, 1.0, 1.25, 0.5, 2.0])}
 FUNCTION = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 1 + stats.teacher_entropy - stats.student_entropy}
 DIVERGENCES = {"reward_scale": 1.0, "reward_scale_fn": lambda stats: 2 * (stats.kl_teacher - stats.kl_ref).sigmoid()}
+HOOK = {"advantage_fn": lambda stats: stats.advantages * stats.student_entropy + stats.teacher_entropy}
 SAMPLED_OPTIONS = [
     {"baseline": "expected"},
     {"old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2), "clip_dual": 3.0},
@@ -1074,12 +1075,14 @@ SAMPLED_OPTIONS = [
         "rollout_mask": {"token_ratio": (0.5, 2.0)},
     },
     {"rollout_logprobs": torch.full((N,), -3.0), "trust_region": {"token_ratio": (0.5, 2.0)}, "loss_max": 1.0},
-    {"advantage_fn": lambda stats: stats.advantages * stats.student_entropy + stats.teacher_entropy},
+    HOOK,
     {"advantage_clip": 0.5, "logprob_min": -4.0},
     {"sft_labels": torch.tensor([1, -100, 3, 4, 0])},
     FUNCTION,
     {"baseline": "expected", **DIVERGENCES},
     {"token_weight": torch.tensor([0.0, 1.0, 1e4, 0.5, 2.0])},
+    {"entropy_weight": 0.3, "old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2)},
+    {"entropy_weight": 0.3, "kl_ref": "k3", "sft_labels": torch.tensor([1, -100, 3, 4, 0])},
 ]
 OTHER_OPTIONS = [
     {"estimator": "full", "sft_labels": torch.tensor([1, -100, 3, 4, 0]), "sft_weight": 0.5},
@@ -1099,6 +1102,14 @@ OTHER_OPTIONS = [
     {"estimator": "full", **DIVERGENCES},
     {"estimator": "full", "divergence": "jsd", "reduction": "none", **FUNCTION},
     {"estimator": "topk", "k": 7, **DIVERGENCES},
+    {"estimator": "topk", "k": 7, "entropy_weight": 0.3},
+    {
+        "estimator": "full",
+        "entropy_weight": 0.3,
+        "kl_ref": "exact",
+        "sft_labels": torch.tensor([1, -100, 3, 4, 0]),
+        "sft_temperature": 2.0,
+    },
 ]
 
 
@@ -1129,11 +1140,26 @@ def test_every_option_is_what_plain_pytorch_makes_of_it(kind: str, routed: bool,
     assert backend.launches() > before
 
 
+@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=str)
+def test_the_cross_entropy_is_what_plain_pytorch_makes_of_it(terms: dict[str, float]) -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(n, 24, generator=generator).to(DEVICE).requires_grad_() for n in (N, 150)]
+    labels = torch.tensor([3, -100, 4, 140, 77], device=DEVICE)
+    results = []
+    for name in ("torch", "triton"):
+        loss = fg.linear_nll(fg.LinearHead(*leaves), labels, backend=name, chunk_size=3, **terms)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 2e-5 * a.norm()
+
+
 EXPONENTIALS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped ratios": {"old_logprobs": torch.full((N,), -3.0), "clip": (0.2, 0.2), "clip_dual": 3.0},
     "importance": {"old_logprobs": torch.full((N,), -3.0), "rollout_logprobs": torch.full((N,), -2.5)},
-    "a hook": SAMPLED_OPTIONS[4],
+    "a hook": HOOK,
     "bounds": {"advantage_clip": 0.5, "logprob_min": -4.0},
     "lambda per token": PER_TOKEN,
     "mask": {"mask": torch.tensor([1, 0, 1, 1, 1])},
