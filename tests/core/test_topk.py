@@ -485,13 +485,11 @@ def test_a_lower_bound_of_the_frozen_models_logprobs(backend_dtype, source, obje
     options = {"estimator": "topk", "tail": tail, "logprob_min": -3.0, **divergence}
     options["reward_scale"] = per_token(SHAPE, backend_dtype.dtype) if lam == "tensor" else lam
     if source in ("teacher", "both"):
-        batch = with_scores(batch, source)
-        if tail == "sampled":
-            models = {name: getattr(batch, name) for name in ("teacher", "ref")}
-            batch = batch.replaced(**{
-                name: fg.TopKLogProbs(x.token_ids, x.logprobs, per_token(SHAPE, backend_dtype.dtype) - 5)
-                for name, x in models.items() if isinstance(x, fg.TopKLogProbs)
-            })  # fmt: skip
+        heads, batch = batch, with_scores(batch, source)
+        for name in ("teacher", "ref") if source == "both" else ("teacher",):
+            own = fg.token_logprobs(getattr(heads, name), batch.token_ids, backend="torch")
+            sent = getattr(batch, name)
+            batch = batch.replaced(**{name: fg.TopKLogProbs(sent.token_ids, sent.logprobs, own)})
         if source == "teacher" and lam == 0.0:
             options["k"] = 5  # the reference, a head, is asked
     elif source == "ids":
