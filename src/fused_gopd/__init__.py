@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from .heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
     from .loss import GOPDLoss, gopd_loss, linear_nll, selected_logprobs, token_logprobs, token_topk
     from .metrics import Metrics
-    from .options import TokenStats
     from .output import GOPDOutput
     from .shards import VocabShard
     from .targets import LogLinear, Mixture
+    from .token_stats import TokenStats
 else:
     # The names above are imported at their first use, so that the command line starts without PyTorch.
     _HOMES = {
@@ -23,7 +23,7 @@ else:
         "Metrics": "metrics",
         "Mixture": "targets",
         "TokenLogProbs": "heads",
-        "TokenStats": "options",
+        "TokenStats": "token_stats",
         "TopKLogProbs": "heads",
         "VocabShard": "shards",
         "gopd_loss": "loss",

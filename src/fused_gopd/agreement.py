@@ -18,7 +18,8 @@ from torch import Tensor
 from .checks import refuse
 from .heads import LinearHead, Logits, TopKLogProbs
 from .options import ARGUMENTS as ARGUMENT_NAMES
-from .options import RULES, Agree
+from .options import RULES
+from .rules import Agree
 from .shards import VocabShard
 from .targets import Composite, Frozen, members
 from .tokens import TokenRows

@@ -12,13 +12,15 @@ from . import autograd, compiled, hints  # noqa: F401
 from .checks import require_reverse_mode
 from .heads import Head
 from .nll import NLLCall, prepare_nll
-from .options import OPTIONS, PARAMETERS, RULES, LossCall, checked_options, refuse_unknown
+from .option_checks import checked_options
+from .options import OPTIONS, PARAMETERS, RULES, LossCall
 from .output import GOPDOutput
 from .prepare import prepare
 from .report import report
 from .scoring import prepare_scoring, topk_tokens
 from .signatures import called_as
 from .targets import Frozen
+from .values import refuse_unknown
 
 
 def _gopd_loss(call: LossCall) -> GOPDOutput:

@@ -17,7 +17,8 @@ from .models import joint_vocab_size, with_logits_dtype, zero_masked
 from .objective.divergences import ForwardKL
 from .objective.reductions import token_weights
 from .objective.supervised import NLL
-from .options import DEFAULTS, LossOptions, Reduction, checked
+from .option_checks import checked
+from .options import DEFAULTS, LossOptions, Reduction
 from .plan import chunk_sizes, gradient_waits, tensor_per_token
 from .prepare import check_lengths, check_no_host_sync, check_normalizer, live_labels, live_token_weight
 from .problem import Problem, Route
@@ -25,10 +26,9 @@ from .records import record
 from .rowops import RowOps, select_backend
 from .rowops.torch import accumulation_dtype
 from .tokens import check_cu_seqlens, check_mask, host_sync_forbidden, live_rows
-from .values import number_that
+from .values import number_that, require_not_negative
 
 _SMOOTHING = number_that(lambda x: 0 <= x <= 1, "be between 0 and 1")
-_NOT_NEGATIVE = number_that(lambda x: x >= 0, "not be negative")
 
 
 @record(frozen=True, eq=False, repr=False)
@@ -74,7 +74,7 @@ def prepare_nll(call: NLLCall, ops: RowOps | None = None, weight_gradient: bool 
     require_reverse_mode("linear_nll", head)
     nll = NLL(
         label_smoothing=_SMOOTHING("label_smoothing", call.label_smoothing),
-        z_loss=_NOT_NEGATIVE("z_loss", call.z_loss),
+        z_loss=require_not_negative("z_loss", call.z_loss),
     )
     options = _options(**{name: getattr(call, name) for name in _OPTIONS})
     if options.grad_filter and not isinstance(head, LinearHead):

@@ -1,8 +1,8 @@
 """Every argument of :func:`fused_gopd.gopd_loss`, once: name, type, default, rule and one line of help.
 
 :class:`LossOptions` are the Python values that stay the same from batch to batch, :class:`LossCall` is one call: these
-options, the models and the tensors of a batch. :func:`checked` applies the rules of the fields. What follows from
-several arguments together (shapes, devices, which models are needed) is checked in :mod:`fused_gopd.prepare`.
+options, the models and the tensors of a batch. Their rules, and those of several options together, are applied in
+:mod:`fused_gopd.option_checks`; shapes, devices and which models are needed in :mod:`fused_gopd.prepare`.
 
 This module and those that it imports do without PyTorch: the command line shows and checks options before it computes.
 """
@@ -10,27 +10,29 @@ This module and those that it imports do without PyTorch: the command line shows
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import printing
-from .objective.divergences import DIVERGENCES, make
+from .objective.divergences import DIVERGENCES
 from .objective.rollout_statistics import cap, of_sequences, statistic_bounds
-from .records import ComputedWhenRead, none, record
+from .records import record
 from .rowops import BACKENDS
+from .rules import Agree, Rule, batch, option
+from .token_stats import AdvantageFn, RewardScaleFn
 from .values import (
     bounds,
     epsilons,
     is_tensor,
     number_that,
-    one_of,
     require_count,
     require_dtype,
     require_flag,
     require_function,
+    require_not_negative,
     require_number,
+    require_positive,
 )
 
 if TYPE_CHECKING:
@@ -73,112 +75,6 @@ class _BackendNames(Collection[str]):
         return 1 + len(BACKENDS)
 
 
-@dataclass(frozen=True, repr=False, kw_only=True)
-class TokenStats(ComputedWhenRead):
-    """What an ``advantage_fn`` or a ``reward_scale_fn`` gets of C tokens.
-
-    Vectors (C,), detached, float32 (float64 for float64 inputs). For a ``reward_scale_fn`` of ``full``, and of a
-    ``baseline``, they are made from the chunk's logits when they are first read: one pass over the logits of a model
-    for its log-probs and its entropy, one over those of two models for a divergence. They can then be read inside the
-    function only. Ranks that share a vocabulary have to read the same ones in the same order.
-
-    Attributes:
-        index: int64 flat positions in the token shape, to line up tensors of one's own: ``mine.reshape(-1)[index]``.
-        advantages: A = lambda log q + (1 - lambda) log r - log p, of the old log p if given; 0 where it is not finite;
-            None without a teacher and a reference, and for a ``reward_scale_fn``.
-        student_logprobs, teacher_logprobs, ref_logprobs: of the sampled token, at least ``logprob_min`` where that is
-            given (teacher and reference); None for a model that has cancelled, and for one that is TopKLogProbs (but
-            with ``tail="sampled"``). Without ``token_ids`` they raise. Each model is normalised over its own support;
-            for an ``advantage_fn`` with ``baseline="expected"`` all are over the joint one.
-        old_logprobs: as given, or None.
-        student_entropy: in nats.
-        teacher_entropy, ref_entropy: None where log-probs are computed elsewhere (for any of several teachers), and
-            for an ``advantage_fn`` with ``baseline="expected"``.
-        reward_scale: lambda, a float or (C,). What a ``reward_scale_fn`` is to return: there it raises.
-        kl_teacher, kl_ref: KL(p || q) and KL(p || r), for a ``reward_scale_fn``: exact over the joint support of the
-            two models in ``full`` and with a baseline; in ``topk`` over the tokens of the support and the tail, as
-            ``GOPDOutput.kl`` is; None with ``tail="sampled"`` and in ``sampled``, which never has two models' logits
-            together.
-
-    A log-prob may be -inf: it is for the function to say what such a token's advantage, or lambda, is.
-    """
-
-    index: Tensor
-    advantages: Tensor | None
-    student_logprobs: Tensor
-    teacher_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
-    student_entropy: Tensor
-    teacher_entropy: Tensor | None
-    ref_entropy: Tensor | None
-    reward_scale: float | Tensor
-    kl_teacher: Tensor | None = field(default_factory=none)
-    kl_ref: Tensor | None = field(default_factory=none)
-
-    def __repr__(self) -> str:
-        return printing.lines(self, unread="not read yet")
-
-
-TokenFn = Callable[[TokenStats], "Tensor"]
-AdvantageFn = TokenFn
-RewardScaleFn = TokenFn
-
-
-# ------------------------------------------------------------------------------------------------------------- rules
-
-
-class Agree(enum.Enum):
-    """How ranks that share a vocabulary agree in an argument, or in a field of a model."""
-
-    OPTION = "a Python value, the same on all ranks"
-    NUMBERS = "a number or a tensor, the same in every entry"
-    TOKENS = "a number or a tensor, the same at every live token"
-    ROUNDED = "a tensor, the same at every live token but for rounding: layers below may sum in another order"
-    GIVEN = "given on all ranks or on none: a function, or a rank's own rows of a weight"
-    MODELS = "a model or a list of them, field by field"
-    SHARD = "the same cut of the vocabulary"
-    OWN = "each rank's own affair"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What holds for one argument, whatever the others are.
-
-    Attributes:
-        help: one line.
-        agree: how ranks that share a vocabulary agree in it.
-        of: the estimators that have the option; empty for all of them.
-        needs: the argument without which the option has nothing to act on, and ``because``, the end of that sentence.
-        choices: the strings that it may be.
-        parameter: whether it is the parameter of some divergences; the classes that name it have its range.
-        check: (name, value) -> the value in its normal form; raises TypeError or ValueError.
-        held: whether :class:`fused_gopd.GOPDLoss` holds it, and whether its ``forward`` takes it: ``per_batch``.
-    """
-
-    help: str
-    agree: Agree = Agree.OPTION
-    of: tuple[Estimator, ...] = ()
-    needs: str | None = None
-    because: str = ""
-    choices: Collection[str] = ()
-    parameter: bool = False
-    check: Callable[[str, Any], Any] | None = None
-    held: bool = True
-    per_batch: bool = False
-
-
-def _option(help: str, **rule: Any) -> dict[str, Rule]:
-    """The metadata of a field that holds a Python value."""
-    return {"rule": Rule(help=help, **rule)}
-
-
-def _batch(help: str, agree: Agree, **rule: Any) -> dict[str, Rule]:
-    """The metadata of a field that holds the models or tensors of a batch."""
-    return {"rule": Rule(**{"help": help, "agree": agree, "held": False, "per_batch": True, **rule})}
-
-
-_NOT_NEGATIVE = number_that(lambda x: x >= 0, "not be negative")
 _RATIOS = {"of": ("sampled",), "needs": "old_logprobs"}
 _RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do"}
 _ROLLOUT = {"of": ESTIMATORS, "needs": "rollout_logprobs"}
@@ -195,18 +91,18 @@ class LossOptions:
 
     estimator: Estimator = field(
         default="sampled",
-        metadata=_option(
+        metadata=option(
             "'sampled' (policy gradient), 'full' (exact divergence) or 'topk' (K tokens a position).",
             choices=ESTIMATORS,
         ),
     )
     divergence: str = field(
         default="reverse_kl",
-        metadata=_option("Divergence of 'full' and 'topk' between student and target.", choices=DIVERGENCES),
+        metadata=option("Divergence of 'full' and 'topk' between student and target.", choices=DIVERGENCES),
     )
     beta: float = field(
         default=0.5,
-        metadata=_option(
+        metadata=option(
             "Share of the target in the mixture of divergence='jsd'; 0 is the forward KL, 1 the reverse KL.",
             parameter=True,
             check=require_number,
@@ -214,7 +110,7 @@ class LossOptions:
     )
     alpha: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Of divergence='alpha', default 0.5; 0 is the reverse KL, 1 the forward KL.",
             parameter=True,
             check=require_number,
@@ -222,7 +118,7 @@ class LossOptions:
     )
     skew: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Of 'skew_kl' and 'skew_reverse_kl', default 0.1: the share of the distribution itself in the mixture.",
             parameter=True,
             check=require_number,
@@ -230,7 +126,7 @@ class LossOptions:
     )
     k: int | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Tokens of each position for 'topk'.",
             of=("topk",),
             check=lambda name, value: require_count(name, value, least=0),
@@ -238,22 +134,22 @@ class LossOptions:
     )
     support: Support = field(
         default="teacher",
-        metadata=_option("Whose largest tokens 'topk' takes.", of=("topk",), choices=SUPPORTS),
+        metadata=option("Whose largest tokens 'topk' takes.", of=("topk",), choices=SUPPORTS),
     )
     tail: Tail = field(
         default="bucket",
-        metadata=_option("What 'topk' does with the mass outside its tokens.", of=("topk",), choices=TAILS),
+        metadata=option("What 'topk' does with the mass outside its tokens.", of=("topk",), choices=TAILS),
     )
     reduction: Reduction = field(
-        default="token-mean", metadata=_option("How token losses become the loss.", choices=REDUCTIONS)
+        default="token-mean", metadata=option("How token losses become the loss.", choices=REDUCTIONS)
     )
     clip: tuple[float, float] | None = field(
         default=None,
-        metadata=_option("(epsilon_low, epsilon_high) of PPO's clipped ratio.", **_RATIOS, check=epsilons),
+        metadata=option("(epsilon_low, epsilon_high) of PPO's clipped ratio.", **_RATIOS, check=epsilons),
     )
     clip_dual: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Token losses of negative advantages are at most -A times this, above 1.",
             **_RATIOS,
             check=number_that(lambda x: x > 1, "be above 1"),
@@ -261,7 +157,7 @@ class LossOptions:
     )
     ratio: Ratio = field(
         default="token",
-        metadata=_option(
+        metadata=option(
             "Ratio of a 'token', mean of a 'sequence' (GSPO-token; 'sequence-mean': GSPO), 'detached' (CISPO), 'none'.",
             **_RATIOS,
             choices=RATIOS,
@@ -269,23 +165,23 @@ class LossOptions:
     )
     log_ratio_max: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Bound on the magnitude of log p - log p_old and of the log of importance weights.",
             of=ESTIMATORS,
-            check=number_that(lambda x: x > 0, "be positive"),
+            check=require_positive,
         ),
     )
     loss_max: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Bound on the magnitude of token losses before weights; no gradient where it is in force.",
             of=ESTIMATORS,
-            check=number_that(lambda x: x > 0, "be positive"),
+            check=require_positive,
         ),
     )
     advantage_policy: AdvantagePolicy = field(
         default="old",
-        metadata=_option(
+        metadata=option(
             "Whether A is relative to the 'old' policy or to the 'current' one.",
             of=("sampled",),
             needs="old_logprobs",
@@ -295,7 +191,7 @@ class LossOptions:
     )
     rollout_is: RolloutIS = field(
         default="token",
-        metadata=_option(
+        metadata=option(
             "Importance weights p_old / p_rollout of a token, a 'sequence' (product), its 'geometric' mean, or 'none'.",
             **_ROLLOUT,
             choices=ROLLOUT_IS,
@@ -303,11 +199,11 @@ class LossOptions:
     )
     rollout_is_cap: float | tuple[float, float] | None = field(
         default=None,
-        metadata=_option("Upper bound of the importance weights, or (low, high).", **_ROLLOUT, check=cap),
+        metadata=option("Upper bound of the importance weights, or (low, high).", **_ROLLOUT, check=cap),
     )
     rollout_mask: _StatisticBounds | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Tokens have weight 0 where a statistic of p_old and p_rollout is outside (low, high).",
             **_ROLLOUT,
             check=statistic_bounds,
@@ -315,18 +211,18 @@ class LossOptions:
     )
     trust_region: _StatisticBounds | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Tokens have weight 0 where a statistic of p and p_rollout is above high and A > 0, below low and A < 0.",
             **{**_ROLLOUT, "of": ("sampled",)},
             check=statistic_bounds,
         ),
     )
     advantage_clip: float | tuple[float, float] | None = field(
-        default=None, metadata=_option("Bound on an advantage's magnitude.", of=("sampled",), check=bounds)
+        default=None, metadata=option("Bound on an advantage's magnitude.", of=("sampled",), check=bounds)
     )
     logprob_min: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Teacher's and reference's log-probs are at least this.",
             of=("sampled", "topk"),
             check=number_that(lambda x: x < 0, "be negative, as log-probs are"),
@@ -334,32 +230,32 @@ class LossOptions:
     )
     baseline: Baseline = field(
         default="none",
-        metadata=_option("'expected' makes the mean of 'sampled' advantages 0.", of=("sampled",), choices=BASELINES),
+        metadata=option("'expected' makes the mean of 'sampled' advantages 0.", of=("sampled",), choices=BASELINES),
     )
     sft_weight: float = field(
         default=1.0,
-        metadata=_option(
+        metadata=option(
             "Weight of the supervised term.",
             needs="sft_labels",
             because="without them there is no supervised term to weigh",
-            check=_NOT_NEGATIVE,
+            check=require_not_negative,
         ),
     )
     sft_temperature: float | None = field(
         default=None,
-        metadata=_option(
+        metadata=option(
             "Temperature of the supervised term; default the student's.",
             needs="sft_labels",
             because="without them there is no supervised term that could have a temperature",
-            check=number_that(lambda x: x > 0, "be positive"),
+            check=require_positive,
         ),
     )
     entropy_weight: float = field(
-        default=0.0, metadata=_option("Weight of the student's entropy, a bonus.", check=require_number)
+        default=0.0, metadata=option("Weight of the student's entropy, a bonus.", check=require_number)
     )
     kl_ref: KLRef = field(
         default="none",
-        metadata=_option(
+        metadata=option(
             "A KL penalty to the reference: 'k1', 'k2' or 'k3' of the sampled token ('sampled'), 'exact' ('full').",
             of=("sampled", "full"),
             choices=KL_REFS,
@@ -367,34 +263,34 @@ class LossOptions:
     )
     kl_ref_weight: float = field(
         default=1.0,
-        metadata=_option(
+        metadata=option(
             "Weight of the KL penalty to the reference.",
             of=("sampled", "full"),
-            check=_NOT_NEGATIVE,
+            check=require_not_negative,
         ),
     )
     score_cancelled: bool = field(
         default=False,
-        metadata=_option("Also score the model that lambda cancels, for its log-probs.", check=require_flag),
+        metadata=option("Also score the model that lambda cancels, for its log-probs.", check=require_flag),
     )
     vocab_size: int | None = field(
-        default=None, metadata=_option("Joint vocabulary; default the smallest of the models.")
+        default=None, metadata=option("Joint vocabulary; default the smallest of the models.")
     )
     chunk_size: int | None = field(
-        default=None, metadata=_option("Tokens per chunk; default from a memory budget.", check=require_count)
+        default=None, metadata=option("Tokens per chunk; default from a memory budget.", check=require_count)
     )
     chunk_dtype: torch.dtype | None = field(
-        default=None, metadata=_option("Dtype of a chunk's logits; default float32.", check=require_dtype)
+        default=None, metadata=option("Dtype of a chunk's logits; default float32.", check=require_dtype)
     )
     grad_filter: float = field(
         default=0.0,
-        metadata=_option(
-            "Vocabulary entries with smaller logit gradients are left out of the products.", check=_NOT_NEGATIVE
+        metadata=option(
+            "Vocabulary entries with smaller logit gradients are left out of the products.", check=require_not_negative
         ),
     )
     store_exponentials: bool = field(
         default=False,
-        metadata=_option(
+        metadata=option(
             "The student's product writes the logit gradient itself; Triton, not yet run on a GPU.",
             of=("sampled",),
             check=require_flag,
@@ -402,7 +298,7 @@ class LossOptions:
     )
     backend: str = field(
         default="auto",
-        metadata=_option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=_BackendNames()),
+        metadata=option("'auto', 'torch', 'native' or 'triton'.", agree=Agree.OWN, choices=_BackendNames()),
     )
 
     @property
@@ -455,26 +351,26 @@ class LossOptions:
 class LossCall(LossOptions):
     """One call of :func:`fused_gopd.gopd_loss`: the models, the tensors of a batch and the options."""
 
-    student: Head = field(metadata=_batch("Model whose tensors receive gradients.", Agree.MODELS))
-    teacher: Frozen | Sequence[Frozen] | None = field(metadata=_batch("Teacher, or a list of them.", Agree.MODELS))
+    student: Head = field(metadata=batch("Model whose tensors receive gradients.", Agree.MODELS))
+    teacher: Frozen | Sequence[Frozen] | None = field(metadata=batch("Teacher, or a list of them.", Agree.MODELS))
     ref: Frozen | Sequence[Frozen] | None = field(
-        default=None, metadata=_batch("Reference, or one for each teacher.", Agree.MODELS)
+        default=None, metadata=batch("Reference, or one for each teacher.", Agree.MODELS)
     )
-    token_ids: Tensor | None = field(default=None, metadata=_batch("(...) sampled tokens.", Agree.TOKENS))
+    token_ids: Tensor | None = field(default=None, metadata=batch("(...) sampled tokens.", Agree.TOKENS))
     _: KW_ONLY
     teacher_index: Tensor | None = field(
-        default=None, metadata=_batch("(...) or (B,) which teacher of the list.", Agree.TOKENS)
+        default=None, metadata=batch("(...) or (B,) which teacher of the list.", Agree.TOKENS)
     )
-    mask: Tensor | None = field(default=None, metadata=_batch("(...) the live tokens.", Agree.NUMBERS))
+    mask: Tensor | None = field(default=None, metadata=batch("(...) the live tokens.", Agree.NUMBERS))
     cu_seqlens: Tensor | None = field(
-        default=None, metadata=_batch("(B + 1,) bounds of packed sequences.", Agree.NUMBERS)
+        default=None, metadata=batch("(B + 1,) bounds of packed sequences.", Agree.NUMBERS)
     )
     reward_scale: float | Tensor = field(
-        default=1.0, metadata=_batch("lambda; all but 1 need a reference.", Agree.TOKENS, held=True)
+        default=1.0, metadata=batch("lambda; all but 1 need a reference.", Agree.TOKENS, held=True)
     )
     reward_scale_fn: RewardScaleFn | None = field(
         default=None,
-        metadata=_batch(
+        metadata=batch(
             "lambda of each token, from TokenStats, in place of reward_scale.",
             Agree.GIVEN,
             check=require_function,
@@ -483,7 +379,7 @@ class LossCall(LossOptions):
     )
     forward_weight: float | Tensor | None = field(
         default=None,
-        metadata=_batch(
+        metadata=batch(
             "Of divergence='mixed', default 0.5: the forward KL's weight, a number or one per token or sequence.",
             Agree.TOKENS,
             parameter=True,
@@ -493,33 +389,33 @@ class LossCall(LossOptions):
     )
     token_weight: Tensor | None = field(
         default=None,
-        metadata=_batch("Factor of each token's loss, not negative, one per token or sequence.", Agree.TOKENS),
+        metadata=batch("Factor of each token's loss, not negative, one per token or sequence.", Agree.TOKENS),
     )
     normalizer: float | Tensor | None = field(
-        default=None, metadata=_batch("Divisor of the means, over all ranks.", Agree.NUMBERS)
+        default=None, metadata=batch("Divisor of the means, over all ranks.", Agree.NUMBERS)
     )
     sequence_lengths: Tensor | None = field(
-        default=None, metadata=_batch("(B,) live tokens of each sequence, over all ranks.", Agree.NUMBERS)
+        default=None, metadata=batch("(B,) live tokens of each sequence, over all ranks.", Agree.NUMBERS)
     )
     old_logprobs: Tensor | None = field(
         default=None,
-        metadata=_batch("(...) under the policy of the previous update.", Agree.ROUNDED),
+        metadata=batch("(...) under the policy of the previous update.", Agree.ROUNDED),
     )
     rollout_logprobs: Tensor | None = field(
-        default=None, metadata=_batch("(...) under the engine that sampled.", Agree.ROUNDED)
+        default=None, metadata=batch("(...) under the engine that sampled.", Agree.ROUNDED)
     )
     support_ids: Tensor | None = field(
         default=None,
-        metadata=_batch("(..., K) token ids of the support, -1 for none.", Agree.TOKENS, of=("topk",)),
+        metadata=batch("(..., K) token ids of the support, -1 for none.", Agree.TOKENS, of=("topk",)),
     )
     advantage_fn: AdvantageFn | None = field(
         default=None,
-        metadata=_batch(
+        metadata=batch(
             "Advantages of one's own, from TokenStats.", Agree.GIVEN, of=("sampled",), check=require_function, held=True
         ),
     )
     sft_labels: Tensor | None = field(
-        default=None, metadata=_batch("(...) labels of the supervised term, -100 for none.", Agree.TOKENS)
+        default=None, metadata=batch("(...) labels of the supervised term, -100 for none.", Agree.TOKENS)
     )
 
     __repr__ = printing.lines
@@ -532,155 +428,9 @@ RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields
 OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(LossOptions))
 ARGUMENTS: tuple[str, ...] = (*(name for name in RULES if name not in OPTIONS), *OPTIONS)
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(LossCall)}
+PARAMETERS: tuple[str, ...] = tuple(name for name, rule in RULES.items() if rule.parameter)  # of divergences
 
 
 def options_of(estimator: Estimator) -> tuple[str, ...]:
     """The names of the options that this estimator has and others may not have."""
     return tuple(name for name in OPTIONS if estimator in RULES[name].of)
-
-
-# ------------------------------------------------------------------------------------------------- applying the rules
-
-_DEFAULTS = tuple((name, DEFAULTS[name]) for name in OPTIONS)
-_BATCH_RULES = tuple((name, rule) for name, rule in RULES.items() if name not in OPTIONS and (rule.of or rule.check))
-PARAMETERS = tuple(name for name, rule in RULES.items() if rule.parameter)
-_UNKNOWN = object()
-
-
-def checked(options: LossOptions) -> LossOptions:
-    """The options in their normal form, each checked by its rule.
-
-    Of a :class:`LossCall` also what an option needs; where there is no batch yet, that is taken to be given. An error
-    carries the argument's name as ``option``.
-    """
-    given = vars(options)
-    values = {name: given[name] for name in OPTIONS}
-    estimator, name = options.estimator, "estimator"
-    try:
-        one_of(name, estimator, ESTIMATORS)
-        for name, default in _DEFAULTS:
-            if values[name] is not default:
-                values[name] = _checked(name, values[name], default, options)
-        if isinstance(options, LossCall):
-            for name, rule in _BATCH_RULES:
-                if given[name] is not None:
-                    if rule.check is not None:
-                        rule.check(name, given[name])
-                    _require_estimator(name, rule, estimator)
-            name = "old_logprobs"
-            if given[name] is not None and estimator != "sampled" and given["rollout_logprobs"] is None:
-                raise ValueError(
-                    f"old_logprobs is an option of estimator='sampled', or needs rollout_logprobs, got "
-                    f"estimator={estimator!r}"
-                )
-        name = "divergence"
-        if estimator == "sampled" and values[name] != "reverse_kl":
-            raise ValueError(
-                f"divergence={values[name]!r} needs estimator='full' or 'topk'; "
-                "'sampled' estimates the reverse KL alone"
-            )
-        for name in PARAMETERS:
-            _check_parameter(name, given.get(name), values["divergence"])
-        _normalise_divergence(values, given)
-        if values["kl_ref"] == "none":
-            if values["kl_ref_weight"] != DEFAULTS["kl_ref_weight"]:
-                name = "kl_ref_weight"
-                raise ValueError("kl_ref_weight needs kl_ref: there is no KL penalty to weigh")
-        else:
-            name = "kl_ref"
-            if (values["kl_ref"] == "exact") != (estimator == "full"):
-                wanted = "'exact'" if estimator == "full" else "'k1', 'k2' or 'k3'"
-                raise ValueError(f"kl_ref must be {wanted} with estimator={estimator!r}, got {values['kl_ref']!r}")
-            if values["baseline"] != "none":
-                raise ValueError("kl_ref needs the reference scored alone, and baseline='expected' scores it jointly")
-        if values["tail"] == "sampled":
-            name = "tail"
-            if values["divergence"] != "reverse_kl":
-                raise ValueError(
-                    f"tail='sampled' needs divergence='reverse_kl', got divergence={values['divergence']!r}: all "
-                    "others need the target's normaliser over the whole vocabulary"
-                )
-        elif values["k"] == 0:
-            name = "k"
-            raise ValueError("k must be at least 1, got 0: tail='sampled' alone can do without a support")
-        name = "rollout_is"
-        if values[name] == "none":
-            if values["rollout_is_cap"] is not None:
-                raise ValueError("rollout_is_cap bounds importance weights, and rollout_is='none' makes all of them 1")
-            if values["rollout_mask"] is None and values["trust_region"] is None:
-                raise ValueError("rollout_is='none' needs rollout_mask or trust_region: alone it makes all weights 1")
-        name = "ratio"
-        for clip, ratios in (("clip", ("none",)), ("clip_dual", ("none", "detached"))):
-            if values[name] in ratios and values[clip] is not None:
-                raise ValueError(f"{clip} has nothing to act on with ratio={values[name]!r}")
-    except (TypeError, ValueError) as error:
-        error.option = name  # type: ignore[union-attr]
-        raise
-    return LossOptions(**values)
-
-
-def checked_options(**options: Any) -> LossOptions:
-    """Keyword arguments in their normal form, before there is a batch.
-
-    What an option needs of the batch is taken to be given. An error carries the argument's name as ``option``.
-    """
-    refuse_unknown(options, (*OPTIONS, *PARAMETERS), "an option of the loss")
-    needed = {RULES[name].needs for name, value in options.items() if value not in (None, DEFAULTS[name])} - {None}
-    no_model: Any = None
-    batch: dict[str, Any] = {name: _UNKNOWN for name in needed if name is not None}
-    return checked(LossCall(no_model, None, **batch, **options))
-
-
-def _checked(name: str, value: Any, default: Any, options: LossOptions) -> Any:
-    """The normal form of a value that is not the default itself."""
-    rule = RULES[name]
-    if rule.choices:
-        one_of(name, value, rule.choices)
-    if rule.check is not None:
-        value = rule.check(name, value)
-    if value == default:
-        return value
-    _require_estimator(name, rule, options.estimator)
-    if rule.needs is not None and getattr(options, rule.needs, _UNKNOWN) is None:
-        raise ValueError(f"{name} needs {rule.needs}: {rule.because}")
-    return value
-
-
-def _require_estimator(name: str, rule: Rule, estimator: Estimator) -> None:
-    if rule.of and estimator not in rule.of:
-        own = " or ".join(map(repr, rule.of))
-        raise ValueError(f"{name} is an option of estimator={own}, got estimator={estimator!r}")
-
-
-def _check_parameter(name: str, value: Any, divergence: str) -> None:
-    """Raise where a parameter belongs to another divergence, or is a number outside the range of this one."""
-    if value is None or value is DEFAULTS[name] or (not is_tensor(value) and value == DEFAULTS[name]):
-        return
-    own = DIVERGENCES[divergence].parameter
-    if own is None or own.option != name:
-        owners = [d.name for d in DIVERGENCES.values() if d.parameter is not None and d.parameter.option == name]
-        shown = "a tensor" if is_tensor(value) else value
-        raise ValueError(
-            f"{name} is an option of divergence={' or '.join(map(repr, owners))}, got {name}={shown} with "
-            f"divergence={divergence!r}"
-        )
-    if not is_tensor(value):
-        own.check(float(value))
-
-
-def _normalise_divergence(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """At an end of its parameter's range a divergence is another one."""
-    name = values["divergence"]
-    if DIVERGENCES[name].parameter is None:
-        return
-    made = make(name, **{option: given.get(option) for option in PARAMETERS})
-    if made.name != name:
-        values["divergence"] = made.name
-        values |= {option: DEFAULTS[option] for option in PARAMETERS if option in values}
-
-
-def refuse_unknown(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
-    """Raise TypeError for the first name that is not allowed; ``what`` says what it is not, with its article."""
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        raise TypeError(f"{unknown[0]} is not {what}; expected one of {', '.join(sorted(allowed))}")

@@ -35,7 +35,8 @@ from .models import (
     with_logits_dtype,
 )
 from .objective.rollout_statistics import of_sequences
-from .options import DEFAULTS, LossCall, LossOptions, checked
+from .option_checks import checked
+from .options import DEFAULTS, LossCall, LossOptions
 from .problem import Combined
 from .rowops import FROZEN
 from .server_scores import check_topk

@@ -13,10 +13,11 @@ from .agreement import Agreement
 from .heads import Head, Source
 from .objective.divergences import Divergence
 from .objective.supervised import NLL
-from .options import AdvantageFn, LossOptions, RewardScaleFn
+from .options import LossOptions
 from .records import record
 from .rowops import RowOps
 from .shards import VocabShard
+from .token_stats import AdvantageFn, RewardScaleFn
 from .tokens import LiveSequences, Sequences, TokenRows
 
 

@@ -27,7 +27,7 @@ from .objective.rollout import importance, inside_trust_region
 from .objective.supervised import label_report
 from .objective.target import bounded, mix
 from .objective.token_functions import call_function
-from .options import LossCall, TokenStats
+from .options import LossCall
 from .output import GOPDOutput
 from .prepare import prepare
 from .problem import Combined, Problem, Route
@@ -35,6 +35,7 @@ from .report import output_of
 from .rowops import FROZEN
 from .rowops.torch import TorchRowOps
 from .signatures import called_as
+from .token_stats import TokenStats
 
 __all__ = ["gopd_loss", "linear_nll"]
 

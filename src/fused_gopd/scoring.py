@@ -18,7 +18,8 @@ from .loop.chunking import chunk_size_for
 from .models import frozen_heads, joint_vocab_size, zero_masked
 from .objective import combination
 from .objective.divergences import ReverseKL
-from .options import DEFAULTS, LossOptions, checked
+from .option_checks import checked
+from .options import DEFAULTS, LossOptions
 from .problem import Combined, Problem, Route
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def number_that(holds: Callable[[float], bool], must_be: str) -> Callable[[str, 
     return check
 
 
+require_positive = number_that(lambda x: x > 0, "be positive")
+require_not_negative = number_that(lambda x: x >= 0, "not be negative")
+
+
 def require_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
@@ -100,3 +104,10 @@ def bounds(name: str, value: object) -> tuple[float, float]:
     if low >= high:
         raise ValueError(f"{name} must be a positive number or a pair with low < high, got {value!r}")
     return low, high
+
+
+def refuse_unknown(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    """Raise TypeError for the first name that is not allowed; ``what`` says what it is not, with its article."""
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise TypeError(f"{unknown[0]} is not {what}; expected one of {', '.join(sorted(allowed))}")

@@ -12,12 +12,12 @@ ROOT = Path(fused_gopd.__file__).parent
 # A module imports from its own line and from the lines above it.
 LAYERS = (
     "private",
-    "checks dynamo hooks installing printing records signatures values",
+    "checks dynamo hooks installing printing records rules signatures token_stats values",
     "shards",
     "heads",
     "targets",
     "rowops objective options tokens",
-    "agreement hints server_scores",
+    "agreement hints option_checks server_scores",
     "problem",
     "loop",
     "autograd",

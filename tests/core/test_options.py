@@ -12,7 +12,8 @@ import pytest
 
 import fused_gopd as fg
 from builders import make_batch
-from fused_gopd.options import ARGUMENTS, DEFAULTS, ESTIMATORS, RULES, LossCall, LossOptions, checked
+from fused_gopd.option_checks import checked
+from fused_gopd.options import ARGUMENTS, DEFAULTS, ESTIMATORS, RULES, LossCall, LossOptions
 from fused_gopd.signatures import called_as
 
 FUNCTIONS = pytest.mark.parametrize("function", [fg.gopd_loss, fg.reference.gopd_loss], ids=["fused", "reference"])

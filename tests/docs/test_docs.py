@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 import fused_gopd as fg
 from fused_gopd.cli import app, bench, reproduce
 from fused_gopd.cli.distill import options
-from fused_gopd.options import TokenStats
+from fused_gopd.token_stats import TokenStats
 from pages import FENCE, ROOT, fences, read_pages
 
 PAGES = read_pages("README.md", "CONTRIBUTING.md", "tests/*.md", "benchmarks/*.md", "examples/*.md", "docs/**/*.md")

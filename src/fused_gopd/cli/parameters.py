@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from ..options import RULES, checked_options
+from ..option_checks import checked_options
+from ..options import RULES
 
 
 def flag(name: str) -> str:

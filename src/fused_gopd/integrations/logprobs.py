@@ -14,11 +14,12 @@ from torch import Tensor
 from ..checks import require_device, require_float, require_logprobs, require_shape
 from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
 from ..objective.rollout import importance, inside_trust_region
-from ..options import RULES, LossCall, LossOptions, checked, options_of, refuse_unknown
+from ..option_checks import checked
+from ..options import RULES, LossCall, LossOptions, options_of
 from ..output import GOPDOutput
 from ..plan import check_corrections
 from ..tokens import LiveSequences, Sequences, TokenRows, check_cu_seqlens, check_mask
-from ..values import require_number
+from ..values import refuse_unknown, require_number
 
 __all__ = ["advantages", "metric_sums", "named_metrics", "sampled_loss"]
 

@@ -27,7 +27,8 @@ import fused_gopd as fg
 
 from ..checks import require_mask
 from ..installing import packages
-from ..options import DEFAULTS, PARAMETERS, checked_options
+from ..option_checks import checked_options
+from ..options import DEFAULTS, PARAMETERS
 from ..tokens import Sequences
 from ..values import one_of
 from . import needs

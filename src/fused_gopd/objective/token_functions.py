@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import TokenFn, TokenStats
+from ..token_stats import TokenFn, TokenStats
 
 # What each of them gives, in words.
 _GIVES = {"advantage_fn": "advantage", "reward_scale_fn": "lambda"}

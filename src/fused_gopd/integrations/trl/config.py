@@ -11,7 +11,8 @@ from trl import DistillationConfig, GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ...objective.divergences import divergence_of
-from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES, checked_options
+from ...option_checks import checked_options
+from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES
 from ...values import one_of, require_count, require_number
 
 # losses of GRPOTrainer in which the ratio is a detached factor of A log p

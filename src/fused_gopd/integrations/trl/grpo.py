@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from ... import distributed
-from ...options import AdvantageFn, RewardScaleFn
+from ...token_stats import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch

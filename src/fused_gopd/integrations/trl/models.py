@@ -18,8 +18,8 @@ from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 from ... import Metrics, distributed, gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
-from ...options import AdvantageFn, RewardScaleFn
 from ...output import GOPDOutput
+from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
 from ..hub import require_model
 from ..modules import require_separate

@@ -14,7 +14,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ... import distributed, token_logprobs
-from ...options import AdvantageFn, RewardScaleFn
+from ...token_stats import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from .batch import Batch
 from .checks import Model

@@ -16,10 +16,10 @@ from ...objective.policy import PolicyTerm
 from ...objective.rollout import inside_trust_region
 from ...objective.statistics import entropy, frozen_alone
 from ...objective.token_functions import call_function
-from ...options import AdvantageFn, TokenStats
 from ...problem import Combined, Problem
 from ...rowops import GradientWeights, Policy, PolicyStat, Stat
 from ...rowops.torch import rows_of
+from ...token_stats import AdvantageFn, TokenStats
 from .base import (
     EVERY,
     Chunk,

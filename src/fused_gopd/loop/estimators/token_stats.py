@@ -12,10 +12,10 @@ from ...objective.divergences import ReverseKL, kl_to_target
 from ...objective.layout import TokenRow
 from ...objective.statistics import entropy, token_logprob
 from ...objective.token_functions import call_function
-from ...options import TokenStats
 from ...problem import Problem
 from ...rowops import ModelRows, RowProblem, Stat, sums
 from ...rowops.torch import rows_of
+from ...token_stats import TokenStats
 from ..vocab_parallel import statistics_of
 
 MODELS = ("student", "teacher", "ref")
