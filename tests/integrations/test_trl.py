@@ -461,6 +461,22 @@ def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
     assert (out.teacher_logprobs[(batch.teacher_index == 1)[:, None] & (batch.mask != 0)] == -2).all()
 
 
+def test_a_scorer_may_return_a_target_of_several_models(tmp_path: Path) -> None:
+    """Also as one of the teachers, whose weights of its prompts are spread over the batch."""
+
+    def scorer(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.LogLinear:
+        scores = [fg.TokenLogProbs(torch.full(completion_mask.shape, -x)) for x in (2.0, 1.0, 4.0)]
+        return fg.LogLinear(scores, [1.0, 1.0, torch.full(completion_mask.shape[:1], -0.5)])  # -2 - 1 + 2
+
+    data = prompts(domain=["a", "b"] * 4)
+    teachers = {"a": model(1), "b": scorer}
+    run = trainer(tmp_path, teacher=teachers, route_column="domain", data=data, estimator="sampled")
+    batch = Batch.from_trl(run._prepare_inputs([data[i] for i in range(4)]))
+    out = run._loss(run.model, batch)
+    assert (out.teacher_logprobs[(batch.teacher_index == 1)[:, None] & (batch.mask != 0)] == -1).all()
+    trainer(tmp_path, teacher=scorer, estimator="sampled").train()
+
+
 # ----------------------------------------------------------------------------------------------- lambda, steps, resume
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ...heads import LinearHead, Source, TokenLogProbs, TopKLogProbs
+from ...heads import LinearHead, TokenLogProbs, TopKLogProbs
+from ...targets import Frozen, LogLinear, Mixture
+
+if TYPE_CHECKING:
+    from ...heads import Source
 
 # keys of TRL's batches that are arguments of multimodal models' forward
 _MULTIMODAL = (
@@ -67,7 +71,7 @@ class Batch:
             yield self.take(slice(start, start + size))
 
 
-def spread(source: Source, rows: Tensor, n: int) -> Source:
+def spread(source: Frozen, rows: Tensor, n: int) -> Frozen:
     """Scatter scores of the sequences ``rows`` into a batch of n sequences; the others get placeholders."""
 
     def put(x: Tensor, empty: int) -> Tensor:
@@ -75,6 +79,9 @@ def spread(source: Source, rows: Tensor, n: int) -> Source:
         whole[rows.to(x.device)] = x[: len(rows)]
         return whole
 
+    if isinstance(source, (LogLinear, Mixture)):
+        weights = [put(x, 0) if isinstance(x, Tensor) and x.ndim else x for x in source.weights]
+        return type(source)([cast("Source", spread(x, rows, n)) for x in source.models], weights)
     if isinstance(source, LinearHead):
         return replace(source, hidden=put(source.hidden, 0))
     if isinstance(source, TopKLogProbs):

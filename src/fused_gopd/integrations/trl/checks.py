@@ -14,8 +14,9 @@ from trl.trainer.utils import get_config_model_id
 
 from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from ...targets import Frozen
 
-Scorer = Callable[[Tensor, Tensor, Tensor], Source]
+Scorer = Callable[[Tensor, Tensor, Tensor], Frozen]
 """A function that scores: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
 
 Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask and the token

@@ -16,9 +16,10 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 
 from ... import Metrics, distributed, gopd_loss
-from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
+from ...heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
 from ...output import GOPDOutput
+from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
 from ..hub import require_model
@@ -327,14 +328,14 @@ class ScoringMixin:
                 return at(hidden)
             return distributed.through_head(embeddings, hidden, lambda given: at(given.hidden))
 
-    def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Source:
+    def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
         """Score a batch with a frozen model or a scorer."""
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
             hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
             return self._frozen_head(unwrapped, hidden, gathered)
         scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask)
-        if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits)):
+        if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits, LogLinear, Mixture)):
             raise TypeError(
                 f"the scorer {name} must return fused_gopd.TokenLogProbs or TopKLogProbs, got {type(scored).__name__}"
             )
@@ -345,7 +346,7 @@ class ScoringMixin:
             return TopKLogProbs(**{name: x.to(device) for name, x in scored.tensors.items()})
         return scored
 
-    def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Source | list[Source], Tensor | None]:
+    def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Frozen | list[Frozen], Tensor | None]:
         """Score each sequence with its teacher. Returns scores by teacher, and the teacher of each sequence, (B,)."""
         index = batch.teacher_index
         if index is None:
@@ -366,8 +367,8 @@ class ScoringMixin:
         """The loss of a batch. To be called inside the forward of the student's wrapper."""
         scale = self.reward_scale
         needs_ref = scale != 1 or self.args._penalty is not None
-        teacher: Source | list[Source] | None = None
-        ref: Source | None = None
+        teacher: Frozen | list[Frozen] | None = None
+        ref: Frozen | None = None
         index = None
         with ExitStack() as gathered, self.accelerator.autocast():
             with torch.no_grad():

@@ -33,8 +33,9 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         model: the student: a model, a PEFT model, or a path.
         teacher: a model, its path, or a scorer, a function ``(input_ids, attention_mask, completion_mask)`` that
             returns :class:`fused_gopd.TokenLogProbs` or :class:`fused_gopd.TopKLogProbs` of the completions' shape
-            (B, K); or a dict from route to one of these, where ``args.route_column`` names the route of each prompt. A
-            teacher only runs on the prompts that are routed to it.
+            (B, K), or a :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture` of TokenLogProbs; or a dict from
+            route to one of these, where ``args.route_column`` names the route of each prompt. A teacher only runs on
+            the prompts that are routed to it.
         args: a :class:`GOPDConfig`.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
             as in TRL.
