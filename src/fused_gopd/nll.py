@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +15,8 @@ from .models import joint_vocab_size, with_logits_dtype, zero_masked
 from .objective.divergences import ForwardKL
 from .objective.reductions import token_weights
 from .objective.supervised import NLL
-from .option_checks import checked
-from .options import DEFAULTS, LossOptions, Reduction
+from .option_checks import checked_once
+from .options import DEFAULTS, Reduction
 from .plan import chunk_sizes, gradient_waits, tensor_per_token
 from .prepare import check_lengths, check_no_host_sync, check_normalizer, live_labels, live_token_weight
 from .problem import Problem, Route
@@ -76,7 +74,7 @@ def prepare_nll(call: NLLCall, ops: RowOps | None = None, weight_gradient: bool 
         label_smoothing=_SMOOTHING("label_smoothing", call.label_smoothing),
         z_loss=require_not_negative("z_loss", call.z_loss),
     )
-    options = _options(**{name: getattr(call, name) for name in _OPTIONS})
+    options = checked_once(**{name: getattr(call, name) for name in _OPTIONS})
     if options.grad_filter and not isinstance(head, LinearHead):
         raise ValueError("grad_filter needs a LinearHead: with Logits there is no GEMM to save")
     options = with_logits_dtype(options, dtype, {"head": head})
@@ -138,16 +136,3 @@ def prepare_nll(call: NLLCall, ops: RowOps | None = None, weight_gradient: bool 
 
 _UNIFORM = ForwardKL()
 _OPTIONS = ("reduction", "vocab_size", "chunk_size", "chunk_dtype", "grad_filter", "backend")
-
-
-def _options(**options: Any) -> LossOptions:
-    """The options in their normal form, checked once for each set of values."""
-    try:
-        return _checked(**options)
-    except TypeError:  # not hashable, or wrong: the check says which
-        return checked(LossOptions(**options))
-
-
-@functools.lru_cache(typed=True)
-def _checked(**options: Any) -> LossOptions:
-    return checked(LossOptions(**options))

@@ -5,6 +5,7 @@ Imported without PyTorch, as the options are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,19 @@ def checked(options: LossOptions) -> LossOptions:
         error.option = name  # type: ignore[union-attr]
         raise
     return normal
+
+
+def checked_once(**options: Any) -> LossOptions:
+    """:func:`checked` of keyword arguments, kept for each set of values that has been seen."""
+    try:
+        return _kept(**options)
+    except TypeError:  # not hashable, or wrong: the check says which
+        return checked(LossOptions(**options))
+
+
+@functools.lru_cache(typed=True)
+def _kept(**options: Any) -> LossOptions:
+    return checked(LossOptions(**options))
 
 
 def checked_options(**options: Any) -> LossOptions:

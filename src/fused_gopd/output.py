@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import printing
 from .metrics import WITH_DEVIATION, Metrics
+from .objective.kl_estimates import KL_ESTIMATES
 from .records import ComputedWhenRead, none
 from .tokens import widest
 from .values import one_of
@@ -130,7 +131,7 @@ def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
     def k3(name: str, other: Tensor | None, among: Tensor) -> None:
         if p is not None and other is not None:
             d = other.to(dtype) - p.to(dtype)
-            add(name, (torch.expm1(d) - d).clamp_min(0), among & ~torch.isneginf(p) & ~torch.isneginf(other))
+            add(name, KL_ESTIMATES["k3"](d).clamp_min(0), among & ~torch.isneginf(p) & ~torch.isneginf(other))
 
     if q is not None and r is not None:
         add("reward", q - r, has_q & has_r & ~torch.isneginf(q) & ~torch.isneginf(r))

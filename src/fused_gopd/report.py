@@ -11,11 +11,11 @@ from torch import Tensor
 from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.divergences import ReverseKL, divergence_value, kl_to_target
+from .objective.kl_estimates import KL_ESTIMATES
 from .objective.layout import TokenRow, statistics_rows
 from .objective.policy import advantage
 from .objective.statistics import entropy
 from .objective.supervised import label_report
-from .objective.terms import KL_ESTIMATES
 from .output import GOPDOutput
 from .problem import Problem
 from .rowops import PolicyStat, Stat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from .loop.chunking import chunk_size_for
 from .models import frozen_heads, joint_vocab_size, zero_masked
 from .objective import combination
 from .objective.divergences import ReverseKL
-from .option_checks import checked
+from .option_checks import checked_once
 from .options import DEFAULTS, LossOptions
 from .problem import Combined, Problem, Route
 from .rowops import select_backend
@@ -33,17 +32,18 @@ def prepare_scoring(
     *,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
     selected: bool = False,
-    **options: Any,
 ) -> Problem:
-    """The problem of scoring ``token_ids``, or without them of a search; options are ``chunk_size`` and ``backend``.
+    """The problem of scoring ``token_ids``, or without them of a search.
 
     With ``selected`` there are several ids at each position, (..., K).
     """
     require_kind("head", head)
     function = "token_topk" if token_ids is None else "selected_logprobs" if selected else "token_logprobs"
     require_reverse_mode(function, head)
-    chosen = _options(**options)
+    chosen = checked_once(chunk_size=chunk_size, backend=backend)
     shape, device = head.token_shape, head.rows.device
     if token_ids is not None:
         require_integer("token_ids", token_ids)
@@ -111,19 +111,6 @@ def _problem(
 
 
 _DEFAULT, _NO_DIVERGENCE = LossOptions(), ReverseKL()
-
-
-def _options(chunk_size: Any = None, backend: Any = "auto") -> LossOptions:
-    """The options in their normal form, checked once for each pair of values."""
-    try:
-        return _checked(chunk_size, backend)
-    except TypeError:  # not hashable, or wrong: the check says which
-        return checked(LossOptions(chunk_size=chunk_size, backend=backend))
-
-
-@functools.lru_cache(typed=True)
-def _checked(chunk_size: Any, backend: Any) -> LossOptions:
-    return checked(LossOptions(chunk_size=chunk_size, backend=backend))
 
 
 def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..options import LossOptions
+from .kl_estimates import KL_ESTIMATES
 from .rollout_statistics import STATISTICS, Bounds, Level
 
 
@@ -71,4 +72,4 @@ def _statistic(name: str, behaviour: Tensor, rollout: Tensor, d: Tensor, over: O
         return over.reduce(level, d).exp()
     if kind == "difference":
         return behaviour.exp() - rollout.exp()
-    return over.reduce(level, d * d / 2 if kind == "k2" else d.expm1() - d)
+    return over.reduce(level, KL_ESTIMATES[kind](d))

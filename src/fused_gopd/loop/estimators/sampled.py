@@ -29,7 +29,6 @@ from .base import (
     model_logprobs,
     ones,
     reward_scale_of,
-    use_sums_as_they_are,
 )
 from .token_stats import MODELS, fill_reward_scale, known_of
 
@@ -81,7 +80,7 @@ class Sampled(Estimator):
         if self._by_rows:
             return
         if self._combined:
-            use_sums_as_they_are(chunk)
+            super().scored(chunk)
         problem, tokens = self.problem, chunk.tokens
         if problem.reward_scale_fn is not None and not problem.joint:  # where it is, lambda is known with the logits
             fill_reward_scale(

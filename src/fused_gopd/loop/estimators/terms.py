@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...objective import terms
 from ...objective.divergences import ReverseKL
+from ...objective.kl_estimates import KL_ESTIMATES, kl_estimate
 from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient, Term
 from ...objective.statistics import entropy, frozen_alone, token_logprob
@@ -113,7 +113,7 @@ class WithTerms(Estimator):
         options = inner.problem.options
         self._passes = [_PASSES[name](inner.problem) for name in options.passes]
         self._entropy = 0.0 if options.joint else options.entropy_weight
-        self._kl = terms.KL_ESTIMATES.get(options.kl_ref)
+        self._kl = options.kl_ref if options.kl_ref in KL_ESTIMATES else None
 
     @property
     def statistics_rows(self) -> int:
@@ -253,7 +253,7 @@ class WithTerms(Estimator):
         assert self._kl is not None
         student = model_logprobs((False, False), statistics[:STATISTICS, tokens])[0]
         ref = token_logprob(alone[1][Stat.LOGIT_STUDENT], alone[1][Stat.LOGSUM_STUDENT])
-        value, slope = terms.kl_estimate(self._kl, student, ref)
+        value, slope = kl_estimate(self._kl, student, ref)
         weight = self.problem.options.kl_ref_weight
         return weight * value, weight * slope
 
