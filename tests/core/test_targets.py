@@ -574,3 +574,24 @@ def test_beside_other_options(target, options, backend_dtype):
     want, want_grads = run(batch, reference.gopd_loss, **options)
     assert_close(out.token_loss, want.token_loss, backend_dtype.tolerance)
     assert_all_close(grads, want_grads, backend_dtype.tolerance)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *TOPK, BASELINE], ids=ids)
+@pytest.mark.parametrize("kind", [fg.LogLinear, fg.Mixture])
+def test_where_a_weight_is_0_the_model_does_not_matter(kind, objective, backend):
+    """NaN and -inf included."""
+    parts = several(70, dtype=torch.float32)
+    hidden = parts[2].hidden.clone()
+    hidden[:, ::2] = math.nan
+    logits = parts[1].logits.clone()
+    logits[:, ::2] = -math.inf
+    weight = torch.ones(SHAPE).index_fill(1, torch.tensor([0, 2, 4]), 0)
+    batch = make_batch(17, dtype=torch.float32)
+    results = [
+        run(batch.replaced(teacher=kind([parts[0], q, r], [0.7, weight, 0.5 * weight])), backend=backend,
+            reward_scale=1.25, **objective)
+        for q, r in ((parts[1], parts[2]), (like(parts[1], logits=logits), like(parts[2], hidden=hidden)))
+    ]  # fmt: skip
+    (want, want_grads), (out, grads) = results
+    assert_close(out.token_loss, want.token_loss, 1e-6)
+    assert_all_close(grads, want_grads, 1e-6)
