@@ -39,14 +39,20 @@ def heads_of(models: Sequence[Frozen | Combined | None]) -> list[Head]:
     return heads
 
 
+def cancelled_model(call: LossCall) -> str | None:
+    """ "teacher" or "ref", where lambda is a number that makes its coefficient 0."""
+    scale = call.reward_scale
+    if call.reward_scale_fn is not None or isinstance(scale, Tensor):
+        return None
+    return next((name for name, cancelled_at in FROZEN if scale == cancelled_at), None)
+
+
 def needed_models(call: LossCall) -> Models:
     """Teachers and references that lambda does not cancel or a KL penalty needs, as they are given."""
-    scale, every = call.reward_scale, isinstance(call.reward_scale, Tensor) or call.reward_scale_fn is not None
-    penalised = "ref" if call.kl_ref != "none" else None
-    return {
-        name: as_tuple(getattr(call, name)) if every or scale != cancelled_at or name == penalised else ()
-        for name, cancelled_at in FROZEN
-    }
+    unneeded = cancelled_model(call)
+    if unneeded == "ref" and call.kl_ref != "none":
+        unneeded = None
+    return {name: () if name == unneeded else as_tuple(getattr(call, name)) for name, _ in FROZEN}
 
 
 def dtype_of(call: LossCall) -> torch.dtype:

@@ -17,7 +17,7 @@ from .objective.reductions import token_weights
 from .objective.supervised import NLL
 from .option_checks import checked_once
 from .options import DEFAULTS, Reduction
-from .plan import chunk_sizes, gradient_waits, tensor_per_token
+from .plan import chunk_sizes, gradient_waits
 from .prepare import check_lengths, check_no_host_sync, check_normalizer, live_labels, live_token_weight
 from .problem import Problem, Route
 from .records import record
@@ -98,9 +98,7 @@ def prepare_nll(call: NLLCall, ops: RowOps | None = None, weight_gradient: bool 
     weights = rows.take(weights).contiguous() if weights.ndim else weights
     token_weight = call.token_weight
     if token_weight is not None:
-        token_weight = tensor_per_token("token_weight", token_weight, sequences, device)
-        token_weight = token_weight if rows.keep is None else token_weight.masked_fill(~live, 0)
-        token_weight = live_token_weight(rows.take(token_weight), dtype)
+        token_weight = live_token_weight(token_weight, sequences, rows, dtype, device)
         weights = weights * token_weight
     ids = live_labels(rows.take(labels), vocab_size, "labels")
     models: dict[str, Sequence[Source]] = {"student": (head,), "teacher": (), "ref": ()}

@@ -21,6 +21,7 @@ from .loop.chunking import chunk_size_for, frozen_chunk_size, logits_buffers
 from .loop.gemm import accumulates_low_precision
 from .models import (
     as_tuple,
+    cancelled_model,
     check_shards,
     check_sources,
     dtype_of,
@@ -52,7 +53,8 @@ class Plan:
     options: LossOptions  # in their normal form
     routes: int  # how many lists of one model each there are; 1 without a list of teachers
     vocab_size: int  # joint
-    cancelled: str | None  # "teacher" or "ref", where lambda is a number that cancels it
+    needed: tuple[str, ...]  # "teacher", "ref": given, and needed by the loss or a term
+    cancelled: str | None  # "teacher" or "ref", where lambda is a number that cancels it and nothing else scores it
     recomputes: bool
     slope_follows: bool
     kernel_importance: bool  # whether the row operation of a policy makes the importance weights
@@ -92,18 +94,13 @@ def _planned(call: LossCall) -> Plan:
     require_models(scale, given, call, options)
     _check_tokens(call, options, sequences, device)
     vocab_size = joint_vocab_size({"student": student, **frozen}, options.vocab_size)
-    cancelled = None
-    if call.reward_scale_fn is None and not isinstance(scale, Tensor):
-        cancelled = next((name for name, at in FROZEN if scale == at), None)
-    if cancelled == "ref" and options.estimator == "sampled" and options.kl_ref != "none":
-        cancelled = None  # its log-probs are there
-    needed = needed_models(call)
+    cancelled, needed = cancelled_model(call), needed_models(call)
     if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
     if options.joint or options.estimator == "topk":
         together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
-        unread = None if options.kl_ref == "exact" else cancelled
-        counting = {name: x for name, x in frozen.items() if unread is None or not name.startswith(unread)}
+        unread = tuple([name for name, models in needed.items() if not models])
+        counting = {name: x for name, x in frozen.items() if not name.startswith(unread)}
         check_shards(student, counting, together, vocab_size)
     if options.estimator == "topk":
         # a single model is shared by all routes
@@ -117,7 +114,9 @@ def _planned(call: LossCall) -> Plan:
         options=options,
         routes=count,
         vocab_size=vocab_size,
-        cancelled=cancelled,
+        needed=tuple([name for name, models in needed.items() if models]),
+        # a reference that a KL penalty of ``sampled`` needs is scored with the others
+        cancelled=None if options.estimator == "sampled" and cancelled and needed[cancelled] else cancelled,
         recomputes=recomputes_in_backward(call),
         slope_follows=slope_follows(call),
         kernel_importance=options.estimator == "sampled" and options.plain_importance,
@@ -129,14 +128,8 @@ def _planned(call: LossCall) -> Plan:
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
         combined=any(isinstance(model, Composite) for models in needed.values() for model in models),
-        has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and not _cancels_ref(call)),
+        has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
     )
-
-
-def _cancels_ref(call: LossCall) -> bool:
-    """Whether lambda cancels the reference, which a KL penalty may need all the same."""
-    scale = call.reward_scale
-    return call.reward_scale_fn is None and not isinstance(scale, Tensor) and scale == 1
 
 
 def _scores_tokens(models: Sequence[Frozen]) -> bool:
@@ -243,7 +236,7 @@ def reported_fields(call: LossCall) -> tuple[str, ...]:
         models = as_tuple(getattr(call, name))
         elsewhere = any(map(_without_sampled, models))
         counts = len(needed[name]) > 0
-        if name == "ref" and call.kl_ref == "exact" and _cancels_ref(call):
+        if name == "ref" == cancelled_model(call) and call.kl_ref == "exact":
             counts = False  # its row pass scores no sampled token
         known = known and not (elsewhere and counts)
         scored[name] = not elsewhere and (counts or (len(models) > 0 and call.score_cancelled))
@@ -348,14 +341,15 @@ _TOKEN_TENSORS: tuple[tuple[str, Callable[[str, object], None]], ...] = (
 
 def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, device: torch.device) -> None:
     """The tensors of the token shape, and the options that need them or sequences."""
-    if options.score_cancelled and call.token_ids is None:
-        raise ValueError("token_ids must be given for score_cancelled=True: it scores the sampled tokens")
-    if options.estimator == "sampled" and call.token_ids is None:
-        raise ValueError("token_ids must be given for estimator='sampled'")
-    if options.tail == "sampled" and call.token_ids is None:
-        raise ValueError("token_ids must be given for tail='sampled'")
-    if call.rollout_logprobs is not None and call.token_ids is None:
-        raise ValueError("token_ids must be given for rollout_logprobs, which are those of the sampled tokens")
+    need_ids = {
+        "score_cancelled=True: it scores the sampled tokens": options.score_cancelled,
+        "estimator='sampled'": options.estimator == "sampled",
+        "tail='sampled'": options.tail == "sampled",
+        "rollout_logprobs, which are those of the sampled tokens": call.rollout_logprobs is not None,
+    }
+    for what, needs in need_ids.items():
+        if needs and call.token_ids is None:
+            raise ValueError(f"token_ids must be given for {what}")
     check_corrections(call, options, sequences)
     support = call.support_ids
     if support is not None:

@@ -73,9 +73,12 @@ def live_labels(labels: Tensor, vocab_size: int, name: str = "sft_labels") -> Te
     return live.masked_fill(live == IGNORE, -1)
 
 
-def live_token_weight(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n,) token_weight of the live tokens."""
-    weight = live.to(dtype).contiguous()
+def live_token_weight(
+    given: Tensor, sequences: Sequences, rows: TokenRows, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(n,) token_weight of the live tokens, from one per token or sequence."""
+    each = tensor_per_token("token_weight", given, sequences, device)
+    weight = rows.take(each if rows.keep is None else each.masked_fill(~rows.keep, 0)).to(dtype).contiguous()
     wrong = ~((weight >= 0) & weight.isfinite())
     refuse(wrong, weight, ValueError, "token_weight must be finite and not negative where not masked")
     return weight
@@ -256,8 +259,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if keep is not None:
         student = zero_masked(student, keep)
         routed = {name: tuple(zero_masked(model, keep) for model in models) for name, models in routed.items()}
-    penalised = "ref" if options.kl_ref != "none" else None
-    needed: Models = {name: () if name == cancelled != penalised else models for name, models in routed.items()}
+    needed: Models = {name: models if name in plan.needed else () for name, models in routed.items()}
 
     def live(x: Tensor, masked: float = 0) -> Tensor:
         """(n, ...) of the live tokens; ``masked`` in the place of others where rows cannot be dropped."""
@@ -283,7 +285,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     weights = rows.take(weights).contiguous() if weights.ndim else weights
     token_weight = call.token_weight
     if token_weight is not None:
-        token_weight = live_token_weight(live(tensor_per_token("token_weight", token_weight, sequences, device)), dtype)
+        token_weight = live_token_weight(token_weight, sequences, rows, dtype, device)
         weights = weights * token_weight
     scale = live(scale, 1).to(dtype).contiguous() if isinstance(scale, Tensor) else scale
     if isinstance(forward_weight, Tensor):
