@@ -171,7 +171,9 @@ def require_models(
                 what = "with a reward_scale_fn" if follows else "when reward_scale is a tensor"
                 raise ValueError(f"{name} must be given {what}: any of its values may need it")
     elif scale != 0 and not given["teacher"]:
-        raise ValueError(f"teacher must be given for reward_scale={scale}: only reward_scale=0 does without it")
+        raise ValueError(
+            f"teacher must be given for reward_scale={scale}: only reward_scale=0, or an advantage_fn, does without it"
+        )
     elif scale != 1 and not given["ref"]:
         raise ValueError(f"ref must be given for reward_scale={scale}: only reward_scale=1 does without a reference")
 

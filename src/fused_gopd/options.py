@@ -78,7 +78,7 @@ class _BackendNames(Collection[str]):
 _RATIOS = {"of": ("sampled",), "needs": "old_logprobs"}
 _RATIOS |= {"because": "without them every ratio is 1 and there is nothing to do"}
 _ROLLOUT = {"of": ESTIMATORS, "needs": "rollout_logprobs"}
-_ROLLOUT |= {"because": "without them there is no importance weight"}
+_ROLLOUT |= {"because": "the log-probs under the engine that sampled, to which the policy is compared"}
 _StatisticBounds = Mapping[str, tuple[float | None, float | None]] | tuple[tuple[str, tuple[float, float]], ...]
 
 

@@ -30,7 +30,8 @@ def call_function(name: str, function: TokenFn, stats: TokenStats, dtype: torch.
     if value.shape != expected.shape or value.device != expected.device:
         raise ValueError(
             f"{name} must return one {_GIVES[name]} per token, shape {tuple(expected.shape)} on {expected.device}, "
-            f"got {tuple(value.shape)} on {value.device}"
+            f"got {tuple(value.shape)} on {value.device}: these are the chunk's live tokens, for which numbers of your "
+            "own are mine.reshape(-1)[stats.index]"
         )
     return value.detach().to(dtype)
 
