@@ -363,20 +363,24 @@ def _topk(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tensor]:
     for x, needed in used:
         inside = inside & ~((x == -math.inf) & needed)
 
-    def with_bucket(x: Tensor, unbounded: Tensor | None = None) -> Tensor:
-        """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside."""
+    def with_bucket(x: Tensor, unbounded: Tensor | None = None, mixture: Tensor | None = None) -> Tensor:
+        """log-probs of the tokens and of the bucket, or of the tokens over their mass; 0 where it is outside.
+
+        A light bucket is outside, but for one model of a ``mixture`` (n, 1): the others may have a bucket.
+        """
         listed, empty = x.masked_fill(~inside, 0), ~inside.any(1, keepdim=True)
         x = x.masked_fill(~inside, -math.inf)
         if p.options.tail == "renormalize":
             return (listed - x.masked_fill(empty, 0).logsumexp(1, keepdim=True)).masked_fill(~inside, 0)
         x = x if unbounded is None else unbounded.masked_fill(~inside, -math.inf)
         rest = 1 - x.exp().sum(1, keepdim=True)
-        return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), 1).log()), 1)
+        light = 1 if mixture is None else rest.clamp_min(0).where(mixture, 1)
+        return torch.cat((listed, rest.where(~(rest.detach() < 1e-6), light).log()), 1)
 
     def of_model(x: Tensor | None, parts: _Parts | None, unbounded: Tensor | None) -> Tensor | None:
         if x is None or parts is None:
             return None if x is None else with_bucket(x, unbounded)
-        own = parts.total([with_bucket(part) for part in parts.logprobs])
+        own = parts.total([with_bucket(part, mixture=parts.mixture) for part in parts.logprobs])
         if p.options.tail == "renormalize":  # a mixture is a model as a whole, as is what has a lower bound
             return with_bucket(x).where(parts.mixture | (p.options.logprob_min is not None), own)
         return torch.cat((x.masked_fill(~inside, 0), own[:, -1:]), 1)

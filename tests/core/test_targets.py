@@ -595,3 +595,27 @@ def test_where_a_weight_is_0_the_model_does_not_matter(kind, objective, backend)
     (want, want_grads), (out, grads) = results
     assert_close(out.token_loss, want.token_loss, 1e-6)
     assert_all_close(grads, want_grads, 1e-6)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop"])
+def test_a_mixture_has_a_bucket_where_one_of_its_models_has_none(tail):
+    """Fused and dense, against the formula: the bucket is that of the other model."""
+    g = generator(6)
+    z, x, y, q = (torch.randn(4, 7, generator=g, dtype=torch.float64) for _ in range(4))
+    y[:, 3:] -= 40
+    ids = torch.tensor([[0, 1, 2]]).expand(4, 3)
+    models = fg.Logits(z), fg.Logits(q), fg.Mixture([fg.Logits(x), fg.Logits(y)], [1.0, 0.5])
+    log_p, log_q, log_x, log_y = (a.log_softmax(1) for a in (z, q, x, y))
+
+    def outcomes(log_m: Tensor) -> Tensor:
+        return torch.cat((log_m[:, :3].exp(), log_m[:, 3:].exp().sum(1, keepdim=True)), 1)
+
+    u = 1.25 * outcomes(log_q).log() - 0.25 * (outcomes(log_x) + 0.5 * outcomes(log_y)).log()
+    log_t = u.log_softmax(1)
+    terms = log_t.exp() * (log_t - outcomes(log_p).log())
+    expected = terms[:, : 3 if tail == "drop" else 4].sum(1)
+    for function in (fg.gopd_loss, reference.gopd_loss):
+        out = function(
+            *models, estimator="topk", divergence="forward_kl", tail=tail, support_ids=ids, reward_scale=1.25
+        )
+        assert_close(out.token_loss, expected, 1e-12)
