@@ -67,7 +67,8 @@ class WithLabels(Estimator):
         return self._with_label(gradient, statistics, tokens, logprobs)
 
     def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
-        if gradient is not None:  # it has the term already
+        # a gradient that is given has the term already; that of GSPO has the upstream gradients of its whole sequence
+        if gradient is not None or self.problem.options.ratio != "sequence-mean":
             return super().weighted(statistics, gradient, *upstream)
         (each,) = upstream
         assert each is not None
