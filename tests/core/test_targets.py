@@ -597,6 +597,38 @@ def test_where_a_weight_is_0_the_model_does_not_matter(kind, objective, backend)
     assert_all_close(grads, want_grads, 1e-6)
 
 
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("options", [{"estimator": "full"}, {"estimator": "sampled", "baseline": "expected"}])
+@pytest.mark.parametrize("place", ["teacher", "ref"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_mask_in_a_model_of_negative_weight_leaves_the_digits_of_other_tokens(mask, options, place, backend):
+    """The sum's maximum is then 2.5e8 and more; log-probs of the sampled tokens are not relative to it."""
+    g = generator(5)
+    z, x, y = (torch.randn(3, 9, generator=g) for _ in range(3))
+    y[1, 4] = mask
+    ids = torch.tensor([1, 2, 3])
+    total = fg.LogLinear([fg.Logits(x), fg.Logits(y)], [1.25, -0.25])
+    models = {"teacher": fg.Logits(x), "ref": fg.Logits(x), place: total}
+    seen = []
+
+    def lam(stats: fg.TokenStats) -> Tensor:
+        x = stats.teacher_logprobs if place == "teacher" else stats.ref_logprobs
+        assert x is not None
+        seen.append(x)
+        return torch.full_like(x, 0.5)
+
+    expected = 1.25 * x.double().log_softmax(1) - 0.25 * y.double().log_softmax(1)
+    expected = expected.gather(1, ids[:, None])[:, 0].float()
+    for scale in ({"reward_scale": 0.5}, {"reward_scale_fn": lam}):
+        out = fg.gopd_loss(fg.Logits(z), **models, token_ids=ids, backend=backend, chunk_size=2, **scale, **options)
+        assert_close(getattr(out, f"{place}_logprobs"), expected, 1e-6)
+        p, q = (x.double().log_softmax(1).gather(1, ids[:, None])[:, 0].float() for x in (z, x))
+        if options["estimator"] == "full":  # a baseline of 1e8 is added to what it is of
+            assert_close(out.advantages, 0.5 * expected + 0.5 * q - p, 1e-6)
+    if options["estimator"] == "full":
+        assert_close(torch.cat(seen), expected, 1e-6)
+
+
 @pytest.mark.parametrize("tail", ["bucket", "drop"])
 def test_a_mixture_has_a_bucket_where_one_of_its_models_has_none(tail):
     """Fused and dense, against the formula: the bucket is that of the other model."""

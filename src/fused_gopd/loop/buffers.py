@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..heads import Head, LinearHead, Logits
 from ..objective import combination
+from ..objective.statistics import token_logprob
 from ..problem import Combined, FrozenModel, Problem
-from ..rowops import LogitTransform, ModelRows, RowProblem, sums
+from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, sums
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .chunking import balanced, row_stride
-from .vocab_parallel import statistics_of
+from .vocab_parallel import local_ids, statistics_of
 
 
 def columns(problem: Problem, head: FrozenModel) -> int:
@@ -75,6 +76,7 @@ class Buffers:
 
     Attributes:
         steps: the routes that have tokens, and how many tokens each takes at a time.
+        logprobs: (C,) of the sampled tokens under the models made of several, by slot, of the tokens loaded last.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -86,6 +88,7 @@ class Buffers:
         # by slot, head and number of tokens: a buffer, the product that fills it, how hidden states are read
         self._loaded: dict[tuple[str, int, int], tuple[ModelRows, gemm.Product, Reader]] = {}
         self._sums: dict[tuple[str, int], ModelRows] = {}  # by slot and number of tokens: those of several models
+        self.logprobs: dict[str, Tensor] = {}
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
         self._readers: dict[int, Reader] = {}  # by head
@@ -154,11 +157,16 @@ class Buffers:
         out, weights = self._sums[key].raw, model.weights_of(slice(start, stop))
         sizes, last = combination.absolute(weights), len(model.heads) - 1
         part = "part" if problem.joint else "student"  # whose buffer is free until its logits are needed
+        ids = None if problem.token_ids is None else local_ids(model.shard, problem.token_ids[start:stop])
+        logprobs: list[Tensor] = []
         for i, (head, weight) in enumerate(zip(model.heads, weights, strict=True)):
             assert head is not None
             rows = self.load(head, part, start, stop)
-            own, _ = statistics_of(problem.ops, head.shard, RowProblem(width, rows))
+            own, _ = statistics_of(problem.ops, head.shard, RowProblem(width, rows, token_ids=ids))
+            logprobs.append(token_logprob(own[Stat.LOGIT_STUDENT], own[Stat.LOGSUM_STUDENT]))
             sums.add(out, rows, width, own, weight, sizes, model.mixture, first=i == 0, last=i == last)
+        if ids is not None:
+            self.logprobs[slot] = combination.combined(logprobs, weights, model.mixture)
         return self._sums[key]
 
     def exponentials(self, start: int, stop: int) -> Tensor:

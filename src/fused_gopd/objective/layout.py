@@ -15,6 +15,9 @@ class TokenRow(enum.IntEnum):
     REPORTED_ADVANTAGE = len(Stat) + 1  # sampled: as the loss reports it, without the baseline
     TOPK_LOSS = len(Stat) + 2
     TOPK_KL = len(Stat) + 3
+    # of the sampled token, where models are taken together (not in topk) and any is made of several
+    TEACHER_LOGPROB = TOPK_LOSS
+    REF_LOGPROB = TOPK_KL
     GRADIENT_WEIGHT = len(Stat) + 4  # topk: of the logit gradient outside its token ids, see LogitGradient
     GRADIENT_ELSEWHERE = len(Stat) + 5
     LOGPROB_LABEL = len(Stat) + 6  # of the supervised term

@@ -18,8 +18,8 @@ from ...objective.logit_gradient import LogitGradient
 from ...objective.rollout import importance
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.topk import OnSupport, SumOnSupport
-from ...problem import Combined, Problem, Route
-from ...rowops import GradientWeights, RowProblem, Stat, sparse, sums
+from ...problem import Combined, FrozenModel, Problem, Route
+from ...rowops import FROZEN, GradientWeights, RowProblem, Stat, sparse, sums
 from ...rowops.torch import rows_of
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
@@ -131,7 +131,7 @@ class Estimator:
     def scored(self, chunk: Chunk) -> None:
         """The student's statistics are filled in: fill in what follows from them."""
         if self._combined:
-            use_sums_as_they_are(chunk)
+            use_sums_as_they_are(self.problem, chunk)
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -221,7 +221,7 @@ class Estimator:
         own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
         if joint and problem.reward_scale_fn is not None:
             rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
-            made = [name for name in rows if isinstance(getattr(route, name, None), Combined)]
+            made = {name: x for name, x in buffers.logprobs.items() if isinstance(getattr(route, name), Combined)}
             compute = OfLogits(problem, self._columns, rows, own_ids, made)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         return RowProblem(
@@ -264,13 +264,33 @@ class Estimator:
             out.copy_(merge_over_ranks(shard, own, ids)[0])
 
 
-def use_sums_as_they_are(chunk: Chunk) -> None:
-    """The normalisers of teacher and reference, where they are made of several models: none."""
-    route = chunk.route
-    if isinstance(route.teacher, Combined):
-        sums.as_it_is(chunk.own, Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER)
-    if isinstance(route.ref, Combined):
-        sums.as_it_is(chunk.own, Stat.MAX_REF, Stat.LOGSUM_REF)
+def use_sums_as_they_are(problem: Problem, chunk: Chunk) -> None:
+    """Teachers and references that are made of several models: they have no normaliser.
+
+    Their log-probs of the sampled tokens are the sums of their models' own: relative to the sum's maximum, which a mask
+    in a model of negative weight makes large, they would have its rounding.
+    """
+    scale = reward_scale_of(problem, chunk.statistics, chunk.tokens)
+    for (name, cancelled_at), there, stats in zip(FROZEN, problem.has, _OF_FROZEN, strict=True):
+        model: FrozenModel | None = getattr(chunk.route, name)
+        if not there or model is None:
+            continue
+        maximum, logsum, logit, row = stats
+        if isinstance(model, Combined):
+            sums.as_it_is(chunk.own, maximum, logsum)
+        if problem.token_ids is None:
+            continue
+        logprobs = token_logprob(chunk.own[logit], chunk.own[logsum])
+        if isinstance(model, Combined):
+            counts = logprobs.isfinite() & torch.as_tensor(scale != cancelled_at)
+            logprobs = chunk.buffers.logprobs[name].where(counts, logprobs)
+        chunk.statistics[row, chunk.tokens] = logprobs
+
+
+_OF_FROZEN = (
+    (Stat.MAX_TEACHER, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER, TokenRow.TEACHER_LOGPROB),
+    (Stat.MAX_REF, Stat.LOGSUM_REF, Stat.LOGIT_REF, TokenRow.REF_LOGPROB),
+)
 
 
 def reward_scale_of(problem: Problem, statistics: Tensor, tokens: slice) -> float | Tensor:
@@ -282,9 +302,12 @@ def reward_scale_of(problem: Problem, statistics: Tensor, tokens: slice) -> floa
 
 
 def model_logprobs(
-    has: tuple[bool, bool], statistics: Tensor, tokens: slice = EVERY
+    has: tuple[bool, bool], statistics: Tensor, tokens: slice = EVERY, combined: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there."""
+    """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there.
+
+    ``combined``: models are taken together, and any is made of several.
+    """
 
     def of(rows: Tensor, logit: int = Stat.LOGIT_STUDENT, logsum: int = Stat.LOGSUM_STUDENT) -> Tensor:
         return token_logprob(rows[logit, tokens], rows[logsum, tokens])
@@ -292,6 +315,9 @@ def model_logprobs(
     student, alone = of(statistics), frozen_alone(statistics)
     if alone is not None:
         return student, of(alone[0]) if has[0] else None, of(alone[1]) if has[1] else None
+    if combined:
+        teacher, ref = (statistics[row, tokens] for row in (TokenRow.TEACHER_LOGPROB, TokenRow.REF_LOGPROB))
+        return student, teacher if has[0] else None, ref if has[1] else None
     return (
         student,
         of(statistics, Stat.LOGIT_TEACHER, Stat.LOGSUM_TEACHER) if has[0] else None,

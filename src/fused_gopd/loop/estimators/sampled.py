@@ -116,7 +116,7 @@ class Sampled(Estimator):
         scale, expected = reward_scale_of(problem, statistics, tokens), None
         if problem.options.baseline == "expected":
             expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
-        student, teacher, ref = model_logprobs(problem.has, statistics, tokens)
+        student, teacher, ref = model_logprobs(problem.has, statistics, tokens, self._combined)
         return policy.advantages_of(
             self._rule,
             reward_scale=scale,

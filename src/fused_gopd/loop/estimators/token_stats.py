@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ...objective.layout import TokenRow
 from ...objective.statistics import entropy, token_logprob
 from ...objective.token_functions import call_function
 from ...problem import Problem
-from ...rowops import ModelRows, RowProblem, Stat, sums
+from ...rowops import ModelRows, RowProblem, Stat
 from ...rowops.torch import rows_of
 from ...token_stats import TokenStats
 from ..vocab_parallel import statistics_of
@@ -73,9 +73,9 @@ class OfLogits:
         columns: int,
         models: dict[str, ModelRows | None],
         token_ids: Tensor | None,
-        as_they_are: Collection[str],
+        logprobs: Mapping[str, Tensor],
     ) -> None:
-        self._as_they_are = as_they_are  # models whose rows are log-probs, not normalised: those made of several
+        self._logprobs = logprobs  # (C,) of the models made of several, which have no normaliser
         self._problem, self._columns, self._models = problem, columns, models
         self._token_ids = token_ids  # (C,) relative to the columns of this rank
         self._made: dict[str, Tensor] = {}  # (len(Stat), C) of each model alone
@@ -84,14 +84,13 @@ class OfLogits:
         if name.startswith("kl_"):
             return kl_to_target(self._statistics("student", name.removeprefix("kl_")))
         model, _, what = name.partition("_")
+        if what == "logprobs" and model in self._logprobs:
+            return self._logprobs[model].clone()
         if model not in self._made:
             self._made[model] = self._statistics(model)
         alone = self._made[model]
         if what == "entropy":
             return entropy(alone)
-        if model in self._as_they_are:
-            alone = alone.clone()
-            sums.as_it_is(alone, Stat.MAX_STUDENT, Stat.LOGSUM_STUDENT)
         return token_logprob(alone[Stat.LOGIT_STUDENT], alone[Stat.LOGSUM_STUDENT])
 
     def _statistics(self, model: str, target: str | None = None) -> Tensor:
