@@ -155,13 +155,7 @@ class Estimator:
         (each,) = upstream
         assert each is not None
         gradient = self.logit_gradient(statistics) if gradient is None else gradient
-        if self.problem.corrects:
-            each = self.weighed_later(statistics, each)
         return gradient.scaled(each.to(self.problem.dtype).contiguous())
-
-    def weighed_later(self, statistics: Tensor, upstream: Tensor) -> Tensor:
-        """(n,) upstream gradients times those importance weights that the logit gradient does not have."""
-        return upstream
 
     # --------------------------------------------------------------------------------------------------------- values
 

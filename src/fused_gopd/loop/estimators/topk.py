@@ -11,9 +11,10 @@ from torch import Tensor
 from ...objective import combination
 from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
+from ...objective.logit_gradient import LogitGradient
 from ...objective.statistics import entropy, merge, token_logprob
 from ...objective.topk import OnSupport, SumOnSupport, at_least, term, with_sampled
-from ...problem import Combined
+from ...problem import Combined, FrozenModel
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
 from ...shards import VocabShard
@@ -48,15 +49,14 @@ class TopK(Estimator):
         """
         problem, route, buffers, statistics = self.problem, chunk.route, chunk.buffers, chunk.statistics
         start, stop = chunk.start, chunk.stop
-        row_problem, ids, slot, k, tail = None, None, "student", problem.options.k, problem.options.tail
-        if k is None:
+        row_problem, ids, slot = None, None, "student"
+        sampled = None if problem.token_ids is None else problem.token_ids[start:stop]
+        if problem.options.k is None:
             assert problem.support_ids is not None
             ids = problem.support_ids[start:stop]
         if problem.options.support == "student":
             row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
-            assert k is not None
-            ids = topk_ids(problem.student, row_problem.student, row_problem.vocab_size, k)
-            ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
+            ids = self._largest(problem.student, row_problem.student, sampled)
         models: list[OnSupport | SumOnSupport | None] = []
         alone: list[Tensor | None] = []
         for head, given, logsum, logit in (
@@ -65,9 +65,7 @@ class TopK(Estimator):
         ):
             if isinstance(head, Combined):
                 if ids is None:
-                    assert k is not None
-                    ids = topk_ids(head, buffers.load(head, "other", start, stop), columns(problem, head), k)
-                    ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
+                    ids = self._largest(head, buffers.load(head, "other", start, stop), sampled)
                 on_sum, logprobs = self._sum_on_support(chunk, head, ids, slot)
                 statistics[logit, start:stop] = logprobs  # with a normaliser of 0
                 models.append(on_sum)
@@ -75,10 +73,7 @@ class TopK(Estimator):
             elif head is not None:
                 rows = buffers.load(head, slot, start, stop, writable=True)
                 if ids is None:
-                    assert k is not None
-                    ids = topk_ids(head, rows, columns(problem, head), k)
-                    ids = self._with_sampled(chunk, ids) if tail == "sampled" else ids
-                sampled = rows_of(problem.token_ids, chunk.tokens)
+                    ids = self._largest(head, rows, sampled)
                 own_sampled = None if sampled is None else local_ids(head.shard, sampled)
                 whole = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
                 scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
@@ -103,9 +98,15 @@ class TopK(Estimator):
             row_problem = self._row_problem(chunk, joint=False, writable=True)
         return Loaded(row_problem, Support(ids, models[0], models[1], alone[0], alone[1]))
 
-    def _with_sampled(self, chunk: Chunk, token_ids: Tensor) -> Tensor:
-        assert self.problem.token_ids is not None
-        return with_sampled(token_ids, self.problem.token_ids[chunk.tokens])
+    def _largest(self, head: FrozenModel, rows: ModelRows, sampled: Tensor | None) -> Tensor:
+        """(C, k) ids of a model's k largest logits; with ``tail="sampled"`` as ``with_sampled`` gives them."""
+        problem, k = self.problem, self.problem.options.k
+        assert k is not None
+        ids = topk_ids(head, rows, columns(problem, head), k)
+        if problem.options.tail != "sampled":
+            return ids
+        assert sampled is not None
+        return with_sampled(ids, sampled)
 
     def _sum_on_support(self, chunk: Chunk, model: Combined, ids: Tensor, slot: str) -> tuple[SumOnSupport, Tensor]:
         """A model made of several on the support, and its log-probs (C,) of the sampled tokens, one GEMM for each."""
@@ -153,7 +154,7 @@ class TopK(Estimator):
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
         if problem.corrects:
             _, factor = self.bounded(loss)
-            weights = None if self._weighs_later else self.importance(chunk.statistics, tokens)
+            weights = None if self._sequences_follow else self.importance(chunk.statistics, tokens)
             gradient = gradient.scaled(factor if weights is None else factor * weights)
         return Scored(scored, gradient, student.logprobs), extra
 
@@ -178,15 +179,17 @@ class TopK(Estimator):
         return term(tail, ReverseKL(), 1.0, support.token_ids, student=student, teacher=other, ref=None).kl
 
     @property
-    def _weighs_later(self) -> bool:
-        """Whether importance weights are those of whole sequences, from the current policy's log-probs."""
+    def _sequences_follow(self) -> bool:
+        """Whether importance weights are those of whole sequences under the current policy, known after all chunks."""
         problem = self.problem
         known = problem.rollout_logprobs is None or problem.importance is not None
         return not known and problem.options.sequence_importance is not None
 
-    def weighed_later(self, statistics: Tensor, upstream: Tensor) -> Tensor:
-        weights = self.importance(statistics) if self._weighs_later else None
-        return upstream if weights is None else upstream * weights
+    def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
+        weights = self.importance(statistics) if self.problem.corrects and self._sequences_follow else None
+        if weights is not None:  # the gradient was made before they were known
+            upstream = tuple([None if x is None else x * weights for x in upstream])
+        return super().weighted(statistics, gradient, *upstream)
 
     def values(self, statistics: Tensor) -> TokenValues:
         loss = statistics[TokenRow.TOPK_LOSS]
