@@ -1,11 +1,10 @@
 """The cost of each option of the loss relative to the plain call of its estimator, measured in one run.
 
 ``python -m benchmarks.features [--json FILE] [--device DEVICE] [--rounds N] [--only WORD,WORD] [--tokens N]
-[--cpu-time] [PAGE.md ...]`` prints the table and fills
-it in between ``<!-- features -->`` and ``<!-- /features -->`` of a page. Loss and gradients of hidden states and head,
-three models, the same chunk size everywhere. Each round times the plain call and the option one after the other; the
-result is the median of their ratios. ``--cpu-time`` takes the time that the process computes, on one thread: for a
-machine that others use.
+[--vocab N] [--hidden N] [--cpu-time] [PAGE.md ...]`` prints the table and fills it in between ``<!-- features -->`` and
+``<!-- /features -->`` of a page. Loss and gradients of hidden states and head, three models, the same chunk size
+everywhere. Each round times the plain call and the option one after the other; the result is the median of their
+ratios. ``--cpu-time`` takes the time that the process computes, on one thread: for a machine that others use.
 """
 
 from __future__ import annotations
@@ -195,13 +194,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="options whose name has one of these words")
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--hidden", type=int)
     parser.add_argument("--cpu-time", action="store_true")
     args = parse(parser, "json")
     tokens = args.tokens or TOKENS["cpu" if args.device == "cpu" else "gpu"]
     if args.cpu_time:
         torch.set_num_threads(1)
     (plain,) = [w for w in SUITES["record"].workloads(args.device) if w.job == "hidden-sampled"]
-    workload = replace(plain, tokens=tokens)
+    hidden = (args.hidden,) * 3 if args.hidden else plain.hidden
+    workload = replace(plain, tokens=tokens, vocab=args.vocab or plain.vocab, hidden=hidden)
     timed = cpu_milliseconds if args.cpu_time else milliseconds
     rows = measure(workload, args.rounds, [word for word in args.only.split(",") if word], timed)
     where = f"N={tokens}, H={workload.hidden[0] if workload.hidden else 0}, V={workload.vocab}, float32; "
