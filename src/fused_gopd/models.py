@@ -14,7 +14,7 @@ from .checks import require_device
 from .heads import Head, LinearHead, Logits, TokenLogProbs, TopKLogProbs, require_kind
 from .loop import gemm
 from .options import Estimator, LossCall, LossOptions
-from .problem import Combined
+from .problem import FlatComposite
 from .rowops import FROZEN
 from .rowops.torch import accumulation_dtype
 from .targets import Composite, Frozen, LogLinear, Mixture
@@ -26,11 +26,11 @@ def as_tuple(models: Any) -> tuple[Frozen, ...]:
     return () if models is None else tuple(models) if isinstance(models, (list, tuple)) else (models,)
 
 
-def heads_of(models: Sequence[Frozen | Combined | None]) -> list[Head]:
+def heads_of(models: Sequence[Frozen | FlatComposite | None]) -> list[Head]:
     """Those with a vocabulary axis, each of a model that is made of several but those with the weight 0."""
     heads: list[Head] = []
     for model in models:
-        if isinstance(model, Combined):
+        if isinstance(model, FlatComposite):
             heads += [head for head in model.heads if head is not None]
         elif isinstance(model, Composite):
             heads += heads_of([x for x, _ in model.weighed])
@@ -258,11 +258,11 @@ def zero_masked(model: Any, mask: Tensor) -> Any:
 def frozen_heads(
     models: Sequence[Frozen],
     cut: Callable[[Head], Head] | None = None,
-    combine: Callable[[Composite], Combined] | None = None,
+    flatten: Callable[[Composite], FlatComposite] | None = None,
 ) -> list[Any]:
     """The models with a vocabulary axis, one a route; detached, since only the student receives gradients.
 
-    A head each, a :class:`Combined` of ``combine``, or None.
+    A head each, a :class:`FlatComposite` of ``flatten``, or None.
     """
     heads: list[Any] = []
     for model in models:
@@ -273,8 +273,8 @@ def frozen_heads(
                     model = replace(model, **{name: x.detach() for name, x in tensors.items()})
                     break
             heads.append(model if cut is None else cut(model))
-        elif combine is not None and isinstance(model, Composite):
-            heads.append(combine(model))
+        elif flatten is not None and isinstance(model, Composite):
+            heads.append(flatten(model))
         else:
             heads.append(None)
     return heads

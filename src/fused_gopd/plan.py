@@ -38,7 +38,7 @@ from .models import (
 from .objective.rollout_statistics import of_sequences
 from .option_checks import checked
 from .options import DEFAULTS, LossCall, LossOptions
-from .problem import Combined
+from .problem import FlatComposite
 from .rowops import FROZEN
 from .server_scores import check_topk
 from .targets import Composite, Frozen, LogLinear, Mixture
@@ -65,7 +65,7 @@ class Plan:
     chunk_sizes: tuple[int, int | None] | None  # see :func:`chunk_sizes`; None where a rank's columns decide
     dtype: torch.dtype  # of accumulation
     dtypes: set[torch.dtype]  # of the hidden states and logits of student and needed models
-    combined: bool  # whether a teacher or reference that is needed is made of several models
+    has_composite: bool  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
 
 
@@ -127,7 +127,7 @@ def _planned(call: LossCall) -> Plan:
         chunk_sizes=None if sharded else chunk_sizes(student, needed, options, vocab_size, dtype),
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
-        combined=any(isinstance(model, Composite) for models in needed.values() for model in models),
+        has_composite=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
     )
 
@@ -369,7 +369,7 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
 
 def chunk_sizes(
     student: Head,
-    frozen: Mapping[str, Sequence[Frozen | Combined | None]],  # those without a vocabulary axis have no buffer
+    frozen: Mapping[str, Sequence[Frozen | FlatComposite | None]],  # those without a vocabulary axis have no buffer
     options: LossOptions,
     vocab_size: int,
     dtype: torch.dtype,  # of accumulation
@@ -379,7 +379,9 @@ def chunk_sizes(
     heads = [[student], *map(heads_of, frozen.values())]
     joint = options.joint
     # a model that is made of several has a buffer for their sum; all such share one for the logits of one of them
-    made = [any(isinstance(x, (Composite, Combined)) and heads_of([x]) for x in models) for models in frozen.values()]
+    made = [
+        any(isinstance(x, (Composite, FlatComposite)) and heads_of([x]) for x in models) for models in frozen.values()
+    ]
     own = [any(isinstance(head, LinearHead) for head in x) for x in heads]
     linear = sum(map(max, own, [False, *made])) + (joint and any(made))
     two = options.support == "student" or (any(made) and options.estimator == "topk")

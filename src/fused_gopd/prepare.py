@@ -23,7 +23,7 @@ from .objective.rollout import importance
 from .objective.topk import with_sampled
 from .options import ARGUMENTS, LossCall, LossOptions, Reduction
 from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token, whole_sequences
-from .problem import Combined, Problem, Route
+from .problem import FlatComposite, Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
 from .targets import Composite, Frozen, Mixture
@@ -145,14 +145,16 @@ def _check_weight(model: Composite, weight: Tensor) -> None:
     refuse(wrong, weight, ValueError, f"weights of {type(model).__name__} must be {least} where not masked")
 
 
-def _scorable(models: Sequence[Frozen], combine: Callable[[Composite], Combined]) -> tuple[Source | Combined, ...]:
+def _scorable(
+    models: Sequence[Frozen], flatten: Callable[[Composite], FlatComposite]
+) -> tuple[Source | FlatComposite, ...]:
     """Models that lambda cancels, as :func:`fused_gopd.scoring.logprobs_under` takes them."""
-    return tuple([combine(model) if isinstance(model, Composite) else model for model in models])
+    return tuple([flatten(model) if isinstance(model, Composite) else model for model in models])
 
 
 def _weights_of(models: Sequence[object]) -> Tensor | None:
     """The weights of routes' models that are tensors, as one vector."""
-    made = [weight for model in models if isinstance(model, Combined) for weight in model.weights]
+    made = [weight for model in models if isinstance(model, FlatComposite) for weight in model.weights]
     tensors = [weight for weight in made if isinstance(weight, Tensor)]
     return torch.cat(tensors) if tensors else None
 
@@ -317,7 +319,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
             return head.part(call.student.shard.within(vocab_size))
         return head
 
-    def combine(model: Composite) -> Combined:
+    def flatten(model: Composite) -> FlatComposite:
         """A model made of several on the live tokens, without those that have the weight 0."""
         heads, scores, weights = [], [], []
         for part, weight in model.weighed:
@@ -329,11 +331,11 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
                 weight = live(each, 1).to(dtype).contiguous()
                 _check_weight(model, weight)
             weights.append(weight)
-        return Combined(
+        return FlatComposite(
             heads=tuple(heads), logprobs=tuple(scores), weights=tuple(weights), mixture=isinstance(model, Mixture)
         )
 
-    heads = {name: frozen_heads(x, cut if plan.sharded else None, combine) for name, x in needed.items()}
+    heads = {name: frozen_heads(x, cut if plan.sharded else None, flatten) for name, x in needed.items()}
     agreed_ids = support_ids  # those of a server are compared with its scores
     if support_ids is None:
         support_ids = server.token_ids
@@ -385,7 +387,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         vocab_size=vocab_size,
         reward_scale=scale if call.reward_scale_fn is None else None,
         reward_scale_fn=call.reward_scale_fn,
-        combined=plan.combined,
+        has_composite=plan.has_composite,
         has=plan.has,
         token_ids=ids,
         old_logprobs=old,
@@ -404,7 +406,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         recomputes=plan.recomputes,
         width=plan.width,
         reported=plan.reported,
-        cancelled=((cancelled, _scorable(routed[cancelled], combine)),)
+        cancelled=((cancelled, _scorable(routed[cancelled], flatten)),)
         if cancelled and options.score_cancelled and scored[cancelled]
         else (),
         agreement=agreement,

@@ -22,8 +22,8 @@ from .tokens import LiveSequences, Sequences, TokenRows
 
 
 @record(frozen=True, eq=False, kw_only=True)
-class Combined:
-    """A :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture`, without the models that have the weight 0.
+class FlatComposite:
+    """A :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture` of live tokens, without models of weight 0.
 
     Every model has a head, detached and cut to this rank's columns, or log-probs of the sampled tokens.
     """
@@ -43,7 +43,7 @@ class Combined:
         return [weight[tokens] if isinstance(weight, Tensor) else weight for weight in self.weights]
 
 
-FrozenModel = Head | Combined
+FrozenModel = Head | FlatComposite
 
 
 @record(frozen=True, eq=False, kw_only=True)
@@ -75,7 +75,7 @@ class Problem:
     # tensor: (n,), in ``dtype``; None: what a reward_scale_fn has returned, in the statistics (TokenRow.REWARD_SCALE)
     reward_scale: float | Tensor | None = 1.0
     reward_scale_fn: RewardScaleFn | None = None
-    combined: bool = False  # whether a teacher or reference that is needed is made of several models
+    has_composite: bool = False  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)
@@ -97,7 +97,7 @@ class Problem:
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label
     reported: tuple[str, ...] = ()  # the vectors of the output that are not None
     cancelled: tuple[
-        tuple[str, tuple[Source | Combined, ...]], ...
+        tuple[str, tuple[Source | FlatComposite, ...]], ...
     ] = ()  # "teacher" or "ref" given, not needed; one a route
     agreement: Agreement | None = None  # where ranks share a vocabulary
     ops: RowOps

@@ -20,7 +20,7 @@ from .loop.estimators.token_stats import COMPUTED, computed_by
 from .loop.gemm import without_autocast
 from .models import named_models
 from .nll import NLLCall, prepare_nll
-from .objective.combination import combined
+from .objective.combination import combine
 from .objective.divergences import OneRound, Outcomes, ReverseKL
 from .objective.policy import advantage, advantages_of, rule_of
 from .objective.rollout import importance, inside_trust_region
@@ -30,7 +30,7 @@ from .objective.token_functions import call_function
 from .options import LossCall
 from .output import GOPDOutput
 from .prepare import prepare
-from .problem import Combined, Problem, Route
+from .problem import FlatComposite, Problem, Route
 from .report import output_of
 from .rowops import FROZEN
 from .rowops.torch import TorchRowOps
@@ -91,45 +91,55 @@ def _logits(p: Problem, head: Head, start: int, stop: int) -> Tensor:
     return flat[start:stop] if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop])
 
 
+def _route_logits(p: Problem, head: Head, route: Route) -> Tensor:
+    """(n, V) logits of a route's tokens under one of its models."""
+    return _logits(p, head, route.start, route.stop)
+
+
+def _route_logprobs(p: Problem, head: Head, route: Route) -> Tensor:
+    """Likewise log-probs, each model normalised over its own support."""
+    return _own_log_softmax(_route_logits(p, head, route))
+
+
 def _frozen_logits(p: Problem, name: str) -> Tensor | None:
     """(n, V) logits of the teachers or references, each token under that of its route; None where there is none."""
     heads = [(getattr(route, name), route) for route in p.routes]
     if any(head is None for head, _ in heads):
         return None
-    parts = [
-        _sum(p, head, route) if isinstance(head, Combined) else _logits(p, head, route.start, route.stop)
-        for head, route in heads
-    ]
+    parts = []
+    for head, route in heads:
+        composite = isinstance(head, FlatComposite)
+        parts.append((_composite_logprobs if composite else _route_logits)(p, head, route))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _sum(p: Problem, model: Combined, route: Route) -> Tensor:
+def _composite_logprobs(p: Problem, model: FlatComposite, route: Route) -> Tensor:
     """(stop - start, V) log-probs of a route's model that is made of several, not normalised."""
-    logprobs = [_own_log_softmax(_logits(p, x, route.start, route.stop)) for x in model.heads if x is not None]
+    logprobs = [_route_logprobs(p, x, route) for x in model.heads if x is not None]
     weights = [w[:, None] if isinstance(w, Tensor) else w for w in model.weights_of(slice(route.start, route.stop))]
-    return combined(logprobs, weights, model.mixture)
+    return combine(logprobs, weights, model.mixture)
 
 
-def _sum_scores(p: Problem, model: Combined, route: Route) -> Tensor:
+def _composite_scores(p: Problem, model: FlatComposite, route: Route) -> Tensor:
     """log-probs of a route's sampled tokens under its model that is made of several."""
     tokens, own = slice(route.start, route.stop), []
     assert p.token_ids is not None
     for head, given in zip(model.heads, model.logprobs, strict=True):
         if head is not None:
-            log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
+            log_p = _route_logprobs(p, head, route)
             own.append(_gather(log_p, p.token_ids[tokens]))
         elif given is not None:
             own.append(given[tokens])
-    return combined(own, model.weights_of(tokens), model.mixture)
+    return combine(own, model.weights_of(tokens), model.mixture)
 
 
-def _is_sum(p: Problem, name: str, like: Tensor) -> Tensor | None:
+def _is_composite(p: Problem, name: str, like: Tensor) -> Tensor | None:
     """(n, 1) bool, the tokens whose model is made of several; None where there is none."""
-    if not p.combined:
+    if not p.has_composite:
         return None
     out = torch.zeros_like(like[:, :1], dtype=torch.bool)
     for route in p.routes:
-        out[route.start : route.stop] = isinstance(getattr(route, name), Combined)
+        out[route.start : route.stop] = isinstance(getattr(route, name), FlatComposite)
     return out
 
 
@@ -141,10 +151,10 @@ def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]
     scores, entropies = [], []
     for route in p.routes:
         head, tokens = getattr(route, name), slice(route.start, route.stop)
-        if isinstance(head, Combined):
-            scores.append(_sum_scores(p, head, route))
+        if isinstance(head, FlatComposite):
+            scores.append(_composite_scores(p, head, route))
         elif head is not None:
-            log_p = _own_log_softmax(_logits(p, head, route.start, route.stop))
+            log_p = _route_logprobs(p, head, route)
             scores.append(_gather(log_p, p.token_ids[tokens]))
             entropies.append(_entropy(log_p))
         elif given is not None:
@@ -156,12 +166,12 @@ def _frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]
 
 def _cancelled_scores(p: Problem, model: object, route: Route) -> Tensor:
     """log-probs of a route's sampled tokens under a model that lambda cancels."""
-    if isinstance(model, Combined):
-        return _sum_scores(p, model, route)
+    if isinstance(model, FlatComposite):
+        return _composite_scores(p, model, route)
     if isinstance(model, TokenLogProbs):
         return p.rows.take(model.logprobs, route.start, route.stop).to(p.dtype)
     assert p.token_ids is not None
-    log_p = _own_log_softmax(_logits(p, model, route.start, route.stop))  # type: ignore[arg-type]
+    log_p = _route_logprobs(p, model, route)  # type: ignore[arg-type]
     return _gather(log_p, p.token_ids[route.start : route.stop])
 
 
@@ -184,10 +194,10 @@ def _full(
             return None
         if isinstance(column, Tensor) and support is not None:
             other = other.masked_fill(column == cancelled_at, 0)
-        logp, as_it_is = _log_softmax(other, support), _is_sum(p, name, other)
-        if as_it_is is None:
+        logp, composite = _log_softmax(other, support), _is_composite(p, name, other)
+        if composite is None:
             return logp
-        return logp.where(~as_it_is, other if support is None else other.masked_fill(~support, -math.inf))
+        return logp.where(~composite, other if support is None else other.masked_fill(~support, -math.inf))
 
     def inside(x: Tensor) -> Tensor:
         """0 outside the support, before any arithmetic that would make a NaN there."""
@@ -232,7 +242,7 @@ class _Parts(NamedTuple):
 
     def total(self, logprobs: list[Tensor]) -> Tensor:
         """(n, ...) from values of each model."""
-        logs, probabilities = (combined(logprobs, self.weights, mixture) for mixture in (False, True))
+        logs, probabilities = (combine(logprobs, self.weights, mixture) for mixture in (False, True))
         return probabilities.where(self.mixture, logs)
 
     def all_of(self, each: list[Tensor]) -> Tensor:
@@ -262,14 +272,14 @@ class _OnSupport(NamedTuple):
 
 def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts | None:
     """The models that a route's teacher or reference is made of, on the tokens of topk; ``given`` is that of others."""
-    if given is None or not p.combined:
+    if given is None or not p.has_composite:
         return None
     routes = [(getattr(route, name), slice(route.start, route.stop)) for route in p.routes]
-    count = max([len(model.heads) if isinstance(model, Combined) else 1 for model, _ in routes])
+    count = max([len(model.heads) if isinstance(model, FlatComposite) else 1 for model, _ in routes])
     logprobs, weights = (torch.full_like(given, -math.inf).repeat(count, 1, 1) for _ in range(2))
     weights, mixture = torch.zeros_like(weights[:, :, :1]), torch.zeros_like(given[:, :1], dtype=torch.bool)
     for model, tokens in routes:
-        if not isinstance(model, Combined):
+        if not isinstance(model, FlatComposite):
             logprobs[0, tokens], weights[0, tokens] = given[tokens], 1
             continue
         mixture[tokens] = model.mixture
@@ -303,8 +313,8 @@ def _on_support(p: Problem, log_p: Tensor) -> _OnSupport:
         for (name, cancelled_at), given in zip(FROZEN, (p.teacher_topk, p.ref_topk), strict=True):
             head = getattr(route, name)
             if head is not None:
-                made = isinstance(head, Combined)
-                log_m = _sum(p, head, route) if made else _own_log_softmax(_logits(p, head, route.start, route.stop))
+                composite = isinstance(head, FlatComposite)
+                log_m = (_composite_logprobs if composite else _route_logprobs)(p, head, route)
                 ids = largest(log_m, tokens) if ids is None else ids
                 scores.append(_at(log_m, ids))
                 counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
@@ -469,7 +479,7 @@ def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
     for name, _ in FROZEN:
         values[f"{name}_logprobs"] = _frozen_scores(p, name)[0]
         z_m = _frozen_logits(p, name)
-        one_by_one = not p.options.joint and any(isinstance(getattr(route, name), Combined) for route in p.routes)
+        one_by_one = not p.options.joint and any(isinstance(getattr(route, name), FlatComposite) for route in p.routes)
         if z_m is not None and not one_by_one:
             values[f"{name}_entropy"] = _entropy(_own_log_softmax(z_m))
         if support is not None and p.options.tail != "sampled":
@@ -550,12 +560,12 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(inside.exp().masked_fill(outside, 0) * inside).sum(-1)
 
 
-def _exact_kl(z: Tensor, z_r: Tensor, as_it_is: Tensor | None) -> Tensor:
+def _exact_kl(z: Tensor, z_r: Tensor, composite: Tensor | None) -> Tensor:
     """KL(p || r) over the joint support; a sum of several models is not normalised."""
     support = (z != -math.inf) & (z_r != -math.inf)
     log_p, log_r = (_log_softmax(x, support).masked_fill(~support, 0) for x in (z, z_r))
-    if as_it_is is not None:
-        log_r = log_r.where(~as_it_is, z_r.masked_fill(~support, 0))
+    if composite is not None:
+        log_r = log_r.where(~composite, z_r.masked_fill(~support, 0))
     return (log_p.exp().masked_fill(~support, 0) * (log_p - log_r)).sum(1)
 
 
@@ -654,7 +664,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
         with torch.no_grad():
             z_r = _frozen_logits(p, "ref")
             assert z_r is not None
-        penalty = _exact_kl(z, z_r, _is_sum(p, "ref", z_r))
+        penalty = _exact_kl(z, z_r, _is_composite(p, "ref", z_r))
         vectors["kl_ref"] = penalty.detach()
         token_loss = token_loss + options.kl_ref_weight * penalty
     elif options.kl_ref != "none":

@@ -55,7 +55,7 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         rows=rows,
         reward_scale=scale,
         has=has,
-        combined=problem.combined and problem.joint,
+        joint_composite=problem.has_composite and problem.joint,
         joint=problem.options.joint,
         estimator=problem.options.estimator,
         logprob_min=problem.options.logprob_min,
@@ -79,7 +79,7 @@ class _Fields(NamedTuple):
     rows: TokenRows
     reward_scale: float | Tensor  # tensor: (n,)
     has: tuple[bool, bool]
-    combined: bool  # whether models are taken together, and any is made of several
+    joint_composite: bool  # whether models are taken together, and any is made of several
     joint: bool
     estimator: str
     logprob_min: float | None
@@ -116,7 +116,7 @@ class _Fields(NamedTuple):
             return row != 0 if name == "clipped" else row
         if corrections is not None and name in ("importance", "clipped"):
             return corrections[0] if name == "importance" else corrections[1] != 0
-        logprobs = model_logprobs(self.has, statistics, combined=self.combined)
+        logprobs = model_logprobs(self.has, statistics, joint_composite=self.joint_composite)
         if name == "advantages":
             student, *frozen = logprobs
             if self.logprob_min is not None:

@@ -19,7 +19,7 @@ from .objective import combination
 from .objective.divergences import ReverseKL
 from .option_checks import checked_once
 from .options import DEFAULTS, LossOptions
-from .problem import Combined, Problem, Route
+from .problem import FlatComposite, Problem, Route
 from .rowops import select_backend
 from .rowops.torch import accumulation_dtype
 from .tokens import Sequences, TokenRows, check_mask, live_entries, live_rows, live_token_ids
@@ -126,17 +126,17 @@ def topk_tokens(head: Head, k: int, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logprobs_under(models: Sequence[Source | Combined], problem: Problem) -> Tensor:
+def logprobs_under(models: Sequence[Source | FlatComposite], problem: Problem) -> Tensor:
     """log-probs (n,) of a loss's sampled tokens under models, one a route, that the loss itself does not need."""
     out = torch.zeros(problem.rows.count, dtype=problem.dtype, device=problem.device)
     for model, route in zip(models, problem.routes, strict=True):
         cut = slice(route.start, route.stop)
-        if isinstance(model, Combined):
+        if isinstance(model, FlatComposite):
             parts = (
                 _logprobs_of_route(head, problem, route) if given is None else given[cut]
                 for head, given in zip(model.heads, model.logprobs, strict=True)
             )
-            out[cut] = combination.combined(list(parts), model.weights_of(cut), model.mixture)
+            out[cut] = combination.combine(list(parts), model.weights_of(cut), model.mixture)
         else:
             out[cut] = _logprobs_of_route(model, problem, route)
     return out

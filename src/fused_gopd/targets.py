@@ -96,8 +96,8 @@ class Composite:
 class LogLinear(Composite):
     """A target whose log-probs are sum_i w_i log q_i of several frozen models; in the place of a teacher or reference.
 
-    It is used as it is, not divided by its sum over the vocabulary: with models q, r and weights lambda, 1 - lambda it
-    is what ``teacher=q, ref=r, reward_scale=lambda`` computes.
+    It is not normalised, that is not divided by its sum over the vocabulary: with models q, r and weights lambda,
+    1 - lambda it is what ``teacher=q, ref=r, reward_scale=lambda`` computes.
 
     Args:
         models: LinearHead, Logits or, for ``sampled``, TokenLogProbs of one token shape. Hidden sizes, vocabulary sizes

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..agreement import Agreement
 from ..heads import LinearHead, Logits
 from ..objective.divergences import Divergence
-from ..problem import Combined, Problem, Route
+from ..problem import FlatComposite, Problem, Route
 from ..tokens import Sequences, TokenRows
 
-_FLATTENED = (Problem, Route, Combined, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
+_FLATTENED = (Problem, Route, FlatComposite, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
 _FORWARD_ONLY: dict[str, Any] = {
     "agreement": None,
     "mask": None,

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..heads import Head, LinearHead, Logits
 from ..objective import combination
 from ..objective.statistics import token_logprob
-from ..problem import Combined, FrozenModel, Problem
-from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, sums
+from ..problem import FlatComposite, FrozenModel, Problem
+from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, composite
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .chunking import balanced, row_stride
@@ -35,7 +35,7 @@ def with_gemm_dtype_weights(problem: Problem) -> Problem:
     rounded: dict[tuple[object, ...], Tensor] = {}  # models and routes may share a weight
 
     def of(head: Any) -> Any:
-        if isinstance(head, Combined):
+        if isinstance(head, FlatComposite):
             return replace(head, heads=tuple([of(x) for x in head.heads]))
         if not isinstance(head, LinearHead) or head.weight.dtype == head.hidden.dtype:
             return head
@@ -87,7 +87,7 @@ class Buffers:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         # by slot, head and number of tokens: a buffer, the product that fills it, how hidden states are read
         self._loaded: dict[tuple[str, int, int], tuple[ModelRows, gemm.Product, Reader]] = {}
-        self._sums: dict[tuple[str, int], ModelRows] = {}  # by slot and number of tokens: those of several models
+        self._composites: dict[tuple[str, int], ModelRows] = {}  # by slot and number of tokens: those of several models
         self.logprobs: dict[str, Tensor] = {}
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
@@ -129,8 +129,8 @@ class Buffers:
         if self._whole_chunk is not None and slot == "student":
             return self._part(start, stop)
         tokens = stop - start
-        if isinstance(head, Combined):
-            return self._sum(head, slot, start, stop)
+        if isinstance(head, FlatComposite):
+            return self._composite(head, slot, start, stop)
         if isinstance(head, Logits):
             raw, width = self.reader(head)(start, stop), columns(self._problem, head)
             if writable:
@@ -148,14 +148,14 @@ class Buffers:
         product(read(start, stop))
         return rows
 
-    def _sum(self, model: Combined, slot: str, start: int, stop: int) -> ModelRows:
+    def _composite(self, model: FlatComposite, slot: str, start: int, stop: int) -> ModelRows:
         """The log-probs of a model made of several: each is computed into one buffer, then added to the slot."""
         problem, tokens, width = self._problem, stop - start, columns(self._problem, model)
         key = (slot, tokens)
-        if key not in self._sums:
-            self._sums[key] = ModelRows(self._buffer(slot, problem.dtype, tokens, width), LogitTransform())
-        out, weights = self._sums[key].raw, model.weights_of(slice(start, stop))
-        sizes, last = combination.absolute(weights), len(model.heads) - 1
+        if key not in self._composites:
+            self._composites[key] = ModelRows(self._buffer(slot, problem.dtype, tokens, width), LogitTransform())
+        out, weights = self._composites[key].raw, model.weights_of(slice(start, stop))
+        total_weight, last = combination.absolute_sum(weights), len(model.heads) - 1
         part = "part" if problem.joint else "student"  # whose buffer is free until its logits are needed
         ids = None if problem.token_ids is None else local_ids(model.shard, problem.token_ids[start:stop])
         logprobs: list[Tensor] = []
@@ -164,10 +164,10 @@ class Buffers:
             rows = self.load(head, part, start, stop)
             own, _ = statistics_of(problem.ops, head.shard, RowProblem(width, rows, token_ids=ids))
             logprobs.append(token_logprob(own[Stat.LOGIT_STUDENT], own[Stat.LOGSUM_STUDENT]))
-            sums.add(out, rows, width, own, weight, sizes, model.mixture, first=i == 0, last=i == last)
+            composite.add(out, rows, width, own, weight, total_weight, model.mixture, first=i == 0, last=i == last)
         if ids is not None:
-            self.logprobs[slot] = combination.combined(logprobs, weights, model.mixture)
-        return self._sums[key]
+            self.logprobs[slot] = combination.combine(logprobs, weights, model.mixture)
+        return self._composites[key]
 
     def exponentials(self, start: int, stop: int) -> Tensor:
         """(C, V) bfloat16 for the student's exponentials, in the place of its logits."""

@@ -16,7 +16,7 @@ def plus_(
     total: Tensor | None,  # of the models before, written in place; None for the first
     logprobs: Tensor,  # of the next one; overwritten
     weight: float | Tensor,  # tensor: broadcasts against logprobs
-    sizes: float | Tensor,  # the sum of the absolute weights of all models
+    total_weight: float | Tensor,  # the sum of the absolute weights of all models
     mixture: bool,
 ) -> Tensor:
     """``total`` and one more model. Where its weight is 0 its log-prob does not matter, NaN and -inf included.
@@ -31,25 +31,25 @@ def plus_(
             logprobs.add_(math.log(weight))
         return logprobs if total is None else torch.logaddexp(total, logprobs, out=total)
     lowest = torch.finfo(logprobs.dtype).min / 4
-    if _all_above(logprobs, lowest, sizes):
+    if _all_above(logprobs, lowest, total_weight):
         logprobs.mul_(weight)
     else:
         outside = logprobs == -torch.inf
-        if isinstance(sizes, Tensor):
-            torch.maximum(logprobs, lowest / sizes.clamp_min(1), out=logprobs)
+        if isinstance(total_weight, Tensor):
+            torch.maximum(logprobs, lowest / total_weight.clamp_min(1), out=logprobs)
         else:
-            logprobs.clamp_min_(lowest / max(sizes, 1.0))
+            logprobs.clamp_min_(lowest / max(total_weight, 1.0))
         logprobs.mul_(weight).masked_fill_(outside, -torch.inf)
     if isinstance(weight, Tensor):
         logprobs.masked_fill_(weight == 0, 0)
     return logprobs if total is None else total.add_(logprobs)
 
 
-def _all_above(x: Tensor, bound: float, sizes: float | Tensor) -> bool:
+def _all_above(x: Tensor, bound: float, total_weight: float | Tensor) -> bool:
     """Whether no entry has to be masked or clamped; asked on a CPU alone, where it is a tenth of the work."""
     if not x.is_cpu or not x.numel():
         return False
-    largest = float(sizes.max()) if isinstance(sizes, Tensor) else sizes
+    largest = float(total_weight.max()) if isinstance(total_weight, Tensor) else total_weight
     return bool(x.amin() > bound / max(largest, 1.0))  # False of NaN
 
 
@@ -66,16 +66,16 @@ def finished_(total: Tensor) -> Tensor:
     return total.masked_fill_((total < limits.min * _MASK).logical_and_(total != -torch.inf), limits.min)
 
 
-def combined(logprobs: Sequence[Tensor], weights: Sequence[float | Tensor], mixture: bool) -> Tensor:
+def combine(logprobs: Sequence[Tensor], weights: Sequence[float | Tensor], mixture: bool) -> Tensor:
     """The sum of all models at once."""
-    sizes, total = absolute(weights), None
+    total_weight, total = absolute_sum(weights), None
     for x, weight in zip(logprobs, weights, strict=True):
-        total = plus_(total, x.clone(), weight, sizes, mixture)
+        total = plus_(total, x.clone(), weight, total_weight, mixture)
     assert total is not None
     return finished_(total)
 
 
-def absolute(weights: Sequence[float | Tensor]) -> float | Tensor:
+def absolute_sum(weights: Sequence[float | Tensor]) -> float | Tensor:
     """The sum of the absolute weights."""
     total: float | Tensor = 0.0
     for weight in weights:

@@ -47,7 +47,7 @@ class OnSupport:
 
 
 @dataclass(frozen=True)
-class SumOnSupport:
+class CompositeOnSupport:
     """A model made of several on the tokens of a support S: the sum of their log-probs, or of their probabilities."""
 
     logprobs: Tensor  # (C, K)
@@ -57,21 +57,21 @@ class SumOnSupport:
     unbounded: Tensor | None = None  # (C, K) log-probs without a lower bound, where there is one
 
     @classmethod
-    def of(cls, models: Sequence[OnSupport], weights: Sequence[float | Tensor], mixture: bool) -> SumOnSupport:
+    def of(cls, models: Sequence[OnSupport], weights: Sequence[float | Tensor], mixture: bool) -> CompositeOnSupport:
         """``weights`` that are tensors are (C,)."""
         columns = tuple([weight[:, None] if isinstance(weight, Tensor) else weight for weight in weights])
-        logprobs = combination.combined([model.logprobs for model in models], columns, mixture)
+        logprobs = combination.combine([model.logprobs for model in models], columns, mixture)
         return cls(logprobs, tuple(models), columns, mixture)
 
     @property
     def rest(self) -> Tensor:
         """(C,) of the models' masses outside S."""
         rests = [model.rest[:, None] for model in self.models if model.rest is not None]
-        return combination.combined(rests, self.weights, self.mixture)[:, 0]
+        return combination.combine(rests, self.weights, self.mixture)[:, 0]
 
     def log_rest(self, inside: Tensor) -> Tensor:
         """(C, 1) of the models' masses outside S, each a number as one of a token."""
-        return combination.combined([model.log_rest(inside) for model in self.models], self.weights, self.mixture)
+        return combination.combine([model.log_rest(inside) for model in self.models], self.weights, self.mixture)
 
     def is_light(self, inside: Tensor) -> Tensor:
         """(C, 1) bool, whether a model that counts has too little mass outside S; of a mixture, whether all have."""
@@ -84,12 +84,12 @@ class SumOnSupport:
         """log-probs over the mass inside S: of each model, or of all as a whole: a mixture, or with a lower bound."""
         if self.mixture or self.unbounded is not None:
             return _over_mass(self, inside)
-        return combination.combined([_over_mass(model, inside) for model in self.models], self.weights, self.mixture)
+        return combination.combine([_over_mass(model, inside) for model in self.models], self.weights, self.mixture)
 
 
 def at_least(
-    model: OnSupport | SumOnSupport | None, lowest: float, token_ids: Tensor
-) -> OnSupport | SumOnSupport | None:
+    model: OnSupport | CompositeOnSupport | None, lowest: float, token_ids: Tensor
+) -> OnSupport | CompositeOnSupport | None:
     """The model with log-probs of at least ``lowest`` for the tokens (C, K) of S; its mass outside S is as it was."""
     if model is None:
         return None
@@ -120,8 +120,8 @@ def _outcomes(
     tail: Tail,
     scale: float | Tensor,
     student: OnSupport,
-    teacher: OnSupport | SumOnSupport | None,
-    ref: OnSupport | SumOnSupport | None,
+    teacher: OnSupport | CompositeOnSupport | None,
+    ref: OnSupport | CompositeOnSupport | None,
 ) -> _Outcomes:
     inside = ~(
         torch.isneginf(student.logprobs)
@@ -137,12 +137,14 @@ def _outcomes(
             continue
         rest = model.log_rest(inside)
         bad = torch.isnan(rest)  # NaN is not light: it reaches the loss
-        light = model.is_light(inside) if isinstance(model, SumOnSupport) else rest < _LIGHTEST
+        light = model.is_light(inside) if isinstance(model, CompositeOnSupport) else rest < _LIGHTEST
         if cancelled_at is not None and isinstance(scale, Tensor):
             bad, light = bad & (scale != cancelled_at), light & (scale != cancelled_at)
         has_nan, bucket = has_nan | bad, bucket & ~light
         if tail == "renormalize":
-            models.append(model.over_mass(inside) if isinstance(model, SumOnSupport) else _over_mass(model, inside))
+            models.append(
+                model.over_mass(inside) if isinstance(model, CompositeOnSupport) else _over_mass(model, inside)
+            )
         else:
             models.append(torch.cat((model.logprobs, rest), 1))
     if tail != "renormalize":
@@ -165,7 +167,7 @@ def _outcomes(
     )
 
 
-def _over_mass(model: OnSupport | SumOnSupport, inside: Tensor) -> Tensor:
+def _over_mass(model: OnSupport | CompositeOnSupport, inside: Tensor) -> Tensor:
     """log-probs over the mass inside S."""
     return model.logprobs - _log_mass(model.logprobs, inside)
 
@@ -187,8 +189,8 @@ def sampled_term(
     token_ids: Tensor,  # (C, 1 + K) of with_sampled
     *,
     student: OnSupport,
-    teacher: OnSupport | SumOnSupport | None,  # None where it has cancelled
-    ref: OnSupport | SumOnSupport | None,
+    teacher: OnSupport | CompositeOnSupport | None,  # None where it has cancelled
+    ref: OnSupport | CompositeOnSupport | None,
 ) -> Term:
     """The reverse KL, exact on S, and by the score function where the sampled token y lies outside S.
 
@@ -236,8 +238,8 @@ def term(
     token_ids: Tensor,  # (C, K) int64, -1 for none
     *,
     student: OnSupport,
-    teacher: OnSupport | SumOnSupport | None,  # None where it has cancelled
-    ref: OnSupport | SumOnSupport | None,
+    teacher: OnSupport | CompositeOnSupport | None,  # None where it has cancelled
+    ref: OnSupport | CompositeOnSupport | None,
 ) -> Term:
     """A divergence over the tokens of S, one outcome each, and the rest of the vocabulary.
 

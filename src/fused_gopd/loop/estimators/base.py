@@ -17,9 +17,9 @@ from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient
 from ...objective.rollout import importance
 from ...objective.statistics import entropy, frozen_alone, token_logprob
-from ...objective.topk import OnSupport, SumOnSupport
-from ...problem import Combined, FrozenModel, Problem, Route
-from ...rowops import FROZEN, GradientWeights, RowProblem, Stat, sparse, sums
+from ...objective.topk import CompositeOnSupport, OnSupport
+from ...problem import FlatComposite, FrozenModel, Problem, Route
+from ...rowops import FROZEN, GradientWeights, RowProblem, Stat, composite, sparse
 from ...rowops.torch import rows_of
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
@@ -56,8 +56,8 @@ class Support(NamedTuple):
     """The token ids of a topk chunk, and the frozen models there."""
 
     token_ids: Tensor  # (C, K) int64 over the whole vocabulary, -1 for none
-    teacher: OnSupport | SumOnSupport | None
-    ref: OnSupport | SumOnSupport | None
+    teacher: OnSupport | CompositeOnSupport | None
+    ref: OnSupport | CompositeOnSupport | None
     teacher_alone: Tensor | None  # (len(Stat), C) statistics, None where the scores are a server's or several models'
     ref_alone: Tensor | None
 
@@ -92,7 +92,7 @@ class Estimator:
         self.problem = problem
         self._columns = columns(problem, problem.student)
         # whether row operations take a sum of several models for one
-        self._combined = problem.combined and problem.joint
+        self._joint_composite = problem.has_composite and problem.joint
 
     @property
     def statistics_rows(self) -> int:
@@ -130,8 +130,8 @@ class Estimator:
 
     def scored(self, chunk: Chunk) -> None:
         """The student's statistics are filled in: fill in what follows from them."""
-        if self._combined:
-            use_sums_as_they_are(self.problem, chunk)
+        if self._joint_composite:
+            fill_composite_statistics(self.problem, chunk)
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -215,7 +215,7 @@ class Estimator:
         own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
         if joint and problem.reward_scale_fn is not None:
             rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
-            made = {name: x for name, x in buffers.logprobs.items() if isinstance(getattr(route, name), Combined)}
+            made = {name: x for name, x in buffers.logprobs.items() if isinstance(getattr(route, name), FlatComposite)}
             compute = OfLogits(problem, self._columns, rows, own_ids, made)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         return RowProblem(
@@ -228,7 +228,7 @@ class Estimator:
             divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
 
-    def _score_combined(self, chunk: Chunk, model: Combined, out: Tensor) -> None:
+    def _score_composite(self, chunk: Chunk, model: FlatComposite, out: Tensor) -> None:
         """Statistics of a model made of several, as those of log-probs that are given: with a normaliser of 0."""
         own, scores = torch.empty_like(out), []
         for head, given in zip(model.heads, model.logprobs, strict=True):
@@ -238,7 +238,7 @@ class Estimator:
             else:
                 assert given is not None
                 scores.append(given[chunk.tokens])
-        out[Stat.LOGIT_STUDENT] = combination.combined(scores, model.weights_of(chunk.tokens), model.mixture)
+        out[Stat.LOGIT_STUDENT] = combination.combine(scores, model.weights_of(chunk.tokens), model.mixture)
 
     def _score_alone(self, chunk: Chunk, head: Head, out: Tensor) -> None:
         """Statistics (len(Stat), C) of one model, forward only; from hidden states where the backend can."""
@@ -258,11 +258,11 @@ class Estimator:
             out.copy_(merge_over_ranks(shard, own, ids)[0])
 
 
-def use_sums_as_they_are(problem: Problem, chunk: Chunk) -> None:
-    """Teachers and references that are made of several models: they have no normaliser.
+def fill_composite_statistics(problem: Problem, chunk: Chunk) -> None:
+    """Statistics of teachers and references where any is made of several models, which has no normaliser.
 
-    Their log-probs of the sampled tokens are the sums of their models' own: relative to the sum's maximum, which a mask
-    in a model of negative weight makes large, they would have its rounding.
+    Its log-prob of a sampled token is the weighted sum of its models' own, not that of its row: relative to the row's
+    maximum, which a mask in a model of negative weight makes large, it would have its rounding.
     """
     scale = reward_scale_of(problem, chunk.statistics, chunk.tokens)
     for (name, cancelled_at), there, stats in zip(FROZEN, problem.has, _OF_FROZEN, strict=True):
@@ -270,12 +270,12 @@ def use_sums_as_they_are(problem: Problem, chunk: Chunk) -> None:
         if not there or model is None:
             continue
         maximum, logsum, logit, row = stats
-        if isinstance(model, Combined):
-            sums.as_it_is(chunk.own, maximum, logsum)
+        if isinstance(model, FlatComposite):
+            composite.drop_normaliser(chunk.own, maximum, logsum)
         if problem.token_ids is None:
             continue
         logprobs = token_logprob(chunk.own[logit], chunk.own[logsum])
-        if isinstance(model, Combined):
+        if isinstance(model, FlatComposite):
             counts = logprobs.isfinite() & torch.as_tensor(scale != cancelled_at)
             logprobs = chunk.buffers.logprobs[name].where(counts, logprobs)
         chunk.statistics[row, chunk.tokens] = logprobs
@@ -296,11 +296,11 @@ def reward_scale_of(problem: Problem, statistics: Tensor, tokens: slice) -> floa
 
 
 def model_logprobs(
-    has: tuple[bool, bool], statistics: Tensor, tokens: slice = EVERY, combined: bool = False
+    has: tuple[bool, bool], statistics: Tensor, tokens: slice = EVERY, joint_composite: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log-probs of the sampled tokens under student, teacher and reference; None for a model that is not there.
 
-    ``combined``: models are taken together, and any is made of several.
+    ``joint_composite``: models are taken together, and any is made of several.
     """
 
     def of(rows: Tensor, logit: int = Stat.LOGIT_STUDENT, logsum: int = Stat.LOGSUM_STUDENT) -> Tensor:
@@ -309,7 +309,7 @@ def model_logprobs(
     student, alone = of(statistics), frozen_alone(statistics)
     if alone is not None:
         return student, of(alone[0]) if has[0] else None, of(alone[1]) if has[1] else None
-    if combined:
+    if joint_composite:
         teacher, ref = (statistics[row, tokens] for row in (TokenRow.TEACHER_LOGPROB, TokenRow.REF_LOGPROB))
         return student, teacher if has[0] else None, ref if has[1] else None
     return (

@@ -16,7 +16,7 @@ from ...objective.policy import PolicyTerm
 from ...objective.rollout import inside_trust_region
 from ...objective.statistics import entropy, frozen_alone
 from ...objective.token_functions import call_function
-from ...problem import Combined, Problem
+from ...problem import FlatComposite, Problem
 from ...rowops import GradientWeights, Policy, PolicyStat, Stat
 from ...rowops.torch import rows_of
 from ...token_stats import AdvantageFn, TokenStats
@@ -59,8 +59,8 @@ class Sampled(Estimator):
             return
         models = ((route.teacher, problem.teacher_logprobs), (route.ref, problem.ref_logprobs))
         for (head, given), out in zip(models, alone, strict=True):
-            if isinstance(head, Combined):
-                self._score_combined(chunk, head, out)
+            if isinstance(head, FlatComposite):
+                self._score_composite(chunk, head, out)
             elif head is not None:
                 self._score_alone(chunk, head, out)
             elif given is not None:
@@ -79,7 +79,7 @@ class Sampled(Estimator):
     def scored(self, chunk: Chunk) -> None:
         if self._by_rows:
             return
-        if self._combined:
+        if self._joint_composite:
             super().scored(chunk)
         problem, tokens = self.problem, chunk.tokens
         if problem.reward_scale_fn is not None and not problem.joint:  # where it is, lambda is known with the logits
@@ -103,8 +103,8 @@ class Sampled(Estimator):
             return None
         i = MODELS.index(model) - 1
         given = (problem.teacher_logprobs, problem.ref_logprobs)[i]
-        if isinstance((chunk.route.teacher, chunk.route.ref)[i], Combined):  # of its models there is one log-prob each
-            return None
+        if isinstance((chunk.route.teacher, chunk.route.ref)[i], FlatComposite):
+            return None  # of its models there is one log-prob each
         return entropy(alone[i]) if problem.has[i] and given is None else None
 
     def _advantages(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class Sampled(Estimator):
         scale, expected = reward_scale_of(problem, statistics, tokens), None
         if problem.options.baseline == "expected":
             expected = divergence_value(ReverseKL(), scale, statistics[:, tokens], problem.has)
-        student, teacher, ref = model_logprobs(problem.has, statistics, tokens, self._combined)
+        student, teacher, ref = model_logprobs(problem.has, statistics, tokens, self._joint_composite)
         return policy.advantages_of(
             self._rule,
             reward_scale=scale,

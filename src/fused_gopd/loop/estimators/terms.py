@@ -19,8 +19,8 @@ from ...objective.layout import STATISTICS, TokenRow
 from ...objective.logit_gradient import LogitGradient, Term
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.supervised import supervised
-from ...problem import Combined, Problem
-from ...rowops import Beside, GradientWeights, RowProblem, Stat, sums
+from ...problem import FlatComposite, Problem
+from ...rowops import Beside, GradientWeights, RowProblem, Stat, composite
 from ..vocab_parallel import local_ids, statistics_of
 from .base import EVERY, Chunk, Estimator, Loaded, Scored, TokenValues, model_logprobs
 
@@ -156,8 +156,8 @@ class WithTerms(Estimator):
             for i, (term, own) in enumerate(zip(self._passes, loaded.row_problem.beside.problems, strict=True)):
                 out = self._of(i, chunk.statistics, tokens)
                 statistics_of(problem.ops, problem.student.shard, own, out=out)
-                if isinstance(term, _ExactKL) and isinstance(chunk.route.ref, Combined):
-                    sums.as_it_is(out, Stat.MAX_REF, Stat.LOGSUM_REF)
+                if isinstance(term, _ExactKL) and isinstance(chunk.route.ref, FlatComposite):
+                    composite.drop_normaliser(out, Stat.MAX_REF, Stat.LOGSUM_REF)
                 if isinstance(term, _Labels):
                     chunk.statistics[TokenRow.LOGPROB_LABEL, tokens] = term.logprobs(out)
         scored, extra = self._inner.statistics(self._own(chunk), loaded, *extra_rows)

@@ -13,8 +13,8 @@ from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
 from ...objective.logit_gradient import LogitGradient
 from ...objective.statistics import entropy, merge, token_logprob
-from ...objective.topk import OnSupport, SumOnSupport, at_least, term, with_sampled
-from ...problem import Combined, FrozenModel
+from ...objective.topk import CompositeOnSupport, OnSupport, at_least, term, with_sampled
+from ...problem import FlatComposite, FrozenModel
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
 from ...shards import VocabShard
@@ -57,18 +57,18 @@ class TopK(Estimator):
         if problem.options.support == "student":
             row_problem, slot = self._row_problem(chunk, joint=False, writable=True), "other"
             ids = self._largest(problem.student, row_problem.student, sampled)
-        models: list[OnSupport | SumOnSupport | None] = []
+        models: list[OnSupport | CompositeOnSupport | None] = []
         alone: list[Tensor | None] = []
         for head, given, logsum, logit in (
             (route.teacher, problem.teacher_topk, Stat.LOGSUM_TEACHER, Stat.LOGIT_TEACHER),
             (route.ref, problem.ref_topk, Stat.LOGSUM_REF, Stat.LOGIT_REF),
         ):
-            if isinstance(head, Combined):
+            if isinstance(head, FlatComposite):
                 if ids is None:
                     ids = self._largest(head, buffers.load(head, "other", start, stop), sampled)
-                on_sum, logprobs = self._sum_on_support(chunk, head, ids, slot)
+                on_composite, logprobs = self._composite_on_support(chunk, head, ids, slot)
                 statistics[logit, start:stop] = logprobs  # with a normaliser of 0
-                models.append(on_sum)
+                models.append(on_composite)
                 alone.append(None)
             elif head is not None:
                 rows = buffers.load(head, slot, start, stop, writable=True)
@@ -108,7 +108,9 @@ class TopK(Estimator):
         assert sampled is not None
         return with_sampled(ids, sampled)
 
-    def _sum_on_support(self, chunk: Chunk, model: Combined, ids: Tensor, slot: str) -> tuple[SumOnSupport, Tensor]:
+    def _composite_on_support(
+        self, chunk: Chunk, model: FlatComposite, ids: Tensor, slot: str
+    ) -> tuple[CompositeOnSupport, Tensor]:
         """A model made of several on the support, and its log-probs (C,) of the sampled tokens, one GEMM for each."""
         problem, sampled = self.problem, rows_of(self.problem.token_ids, chunk.tokens)
         models, logprobs, weights = [], [], model.weights_of(chunk.tokens)
@@ -120,8 +122,8 @@ class TopK(Estimator):
             scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
             models.append(on_support)
             logprobs.append(token_logprob(scored[Stat.LOGIT_STUDENT], scored[Stat.LOGSUM_STUDENT]))
-        on_sum = SumOnSupport.of(models, weights, model.mixture)
-        return on_sum, combination.combined(logprobs, weights, model.mixture)
+        on_composite = CompositeOnSupport.of(models, weights, model.mixture)
+        return on_composite, combination.combine(logprobs, weights, model.mixture)
 
     def recompute(self, chunk: Chunk) -> RowProblem:
         return self._row_problem(chunk, joint=False)

@@ -1,4 +1,4 @@
-"""Rows of several models added to one, in plain PyTorch for every backend: what a LogLinear or Mixture needs."""
+"""Logits of a LogLinear or Mixture: those of several models added to one, in plain PyTorch for every backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add(
     vocab_size: int,  # V
     statistics: Tensor,  # (len(Stat), C) of that model alone
     weight: float | Tensor,  # tensor: (C,)
-    sizes: float | Tensor,  # likewise, see combination.plus_
+    total_weight: float | Tensor,  # likewise, see combination.plus_
     mixture: bool,
     *,
     first: bool,  # nothing is in out
@@ -41,14 +41,14 @@ def add(
         total = out[rows, :vocab_size]
         logprobs = torch.sub(z, maxima[rows], out=total if scratch is None else scratch[: rows.stop - start])
         logprobs.sub_(logsums[rows])
-        w, size = (x[rows, None] if isinstance(x, Tensor) else x for x in (weight, sizes))
-        combination.plus_(None if first else total, logprobs, w, size, mixture)
+        w, total_w = (x[rows, None] if isinstance(x, Tensor) else x for x in (weight, total_weight))
+        combination.plus_(None if first else total, logprobs, w, total_w, mixture)
         if last:
             combination.finished_(total)
 
 
-def as_it_is(statistics: Tensor, maximum: int, logsum: int) -> None:
-    """A model's normaliser made that of numbers which are log-probs as they are: log q = q' + its maximum.
+def drop_normaliser(statistics: Tensor, maximum: int, logsum: int) -> None:
+    """Set a model's log-normaliser to minus its maximum, so that its logits are the log-probs. In place.
 
     A row without support or with NaN keeps its own.
     """
