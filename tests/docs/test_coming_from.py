@@ -561,82 +561,6 @@ def _(d):
     return token_mean(torch.where(advantages < 0, torch.minimum(plain, -advantages * 3), plain), d.m)
 
 
-# -------------------------------------------------------------------------------------------- importance weights
-
-
-def importance(d: SimpleNamespace, level: str = "token") -> Tensor:
-    """Of tokens (B, T), or of sequences (B, 1): the product of the tokens' or its geometric mean."""
-    difference = (d.old - d.rollout) * d.m
-    if level == "token":
-        return difference.exp()
-    total = difference.sum(-1, keepdim=True)
-    return (total if level == "sequence" else total / d.m.sum(-1, keepdim=True).clamp_min(1)).exp()
-
-
-def inside(d: SimpleNamespace, weights: Tensor, low: float, high: float) -> Tensor:
-    """Where weights are inside of bounds, of which some live tokens are outside."""
-    kept = (weights >= low) & (weights <= high)
-    assert not kept.expand(d.B, d.T)[d.mask].all()
-    assert kept.expand(d.B, d.T)[d.mask].any()
-    return kept.double()
-
-
-@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM')
-def _(d):
-    weights = importance(d, "sequence")
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * weights * inside(d, weights, 0, 3), d.m)
-
-
-@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"token_mask"`, 0.5 to 2')
-@row("NeMo-RL", '`ClippedPGLossFn`, `"icepop"`, 0.5 to 2')
-def _(d):
-    weights = importance(d)
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * weights * inside(d, weights, 0.5, 2), d.m)
-
-
-@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"token_truncate"`, 0.5 to 2')
-@row("NeMo-RL", '`ClippedPGLossFn`, `"tis"`, 0.5 to 2')
-def _(d):
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d).clamp(0.5, 2), d.m)
-
-
-@row("TRL", '`GRPOConfig(loss_type="bnpo")`, vLLM, `"sequence_truncate"`, to 3')
-def _(d):
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d, "sequence").clamp(max=3), d.m)
-
-
-@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="token"`, `rollout_is_threshold=2`')
-def _(d):
-    return token_mean(dual(d, 0.2, 3) * importance(d).clamp(max=2), d.m)
-
-
-@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="token"`, `rollout_is_threshold="0.5_2.0"`')
-def _(d):
-    weights = importance(d)
-    return token_mean(dual(d, 0.2, 3) * weights * inside(d, weights, 0.5, 2), d.m)
-
-
-@row("verl", '`policy_loss.loss_mode="vanilla"`, `rollout_is="sequence"`, `rollout_is_threshold=2`')
-def _(d):
-    return token_mean(dual(d, 0.2, 3) * importance(d, "sequence").clamp(max=2), d.m)
-
-
-@row("NeMo-RL", '`ClippedPGLossFn`, `"seq-mask-tis"`, 0.5 to 1.2')
-def _(d):
-    kept = inside(d, importance(d, "geometric"), 0.5, 1.2)
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * importance(d) * kept, d.m)
-
-
-@row("NeMo-RL", "`ClippedPGLossFn`, sequence level, `use_importance_sampling_correction=True`")
-def _(d):
-    return mean_of_means(gspo(d) * importance(d, "sequence"), d.m, live(d.m))
-
-
-@row("NeMo-RL", "`ClippedPGLossFn`, `use_importance_sampling_correction=True`")
-def _(d):
-    return token_mean(ppo(d, d.adv, 0.2, 0.2) * (d.old - d.rollout).exp(), d.m)
-
-
 @row("slime", "`--use-opd`, rewards of 0, `--opd-kl-coef 1`")
 def _(d):
     return mean_of_means(ppo(d, d.lq - d.old, 0.2, 0.28), d.m, d.B)
@@ -650,8 +574,3 @@ def _(d):
 @row("slime", "`--eps-clip-c 3`")
 def _(d):
     return mean_of_means(dual(d, 0.2, 3), d.m, d.B)
-
-
-@row("slime", "`--use-tis`, `--tis-clip 2`")
-def _(d):
-    return mean_of_means(ppo(d, d.adv, 0.2, 0.2) * (d.old - d.rollout).exp().clamp(0, 2), d.m, d.B)

@@ -107,11 +107,6 @@ def divergence(d: SimpleNamespace) -> Tensor:
     return (d.p.exp() * (d.p - d.q)).sum(-1)
 
 
-def topk_forward(d: SimpleNamespace) -> Tensor:
-    log_t, ids = d.q.topk(4)
-    return (log_t.exp() * (log_t - d.p.gather(-1, ids))).sum(-1).clamp(-0.5, 0.5)
-
-
 def geometric(d: SimpleNamespace) -> Tensor:
     return over(d.r, d).exp()
 
@@ -129,7 +124,6 @@ FORMULAS: dict[str, list[Callable[[SimpleNamespace], Tensor]]] = {
         lambda d: token_mean(ppo(d) * summed(d.r, d).exp() * inside(summed(d.r, d).exp(), None, 1.2), d),
         lambda d: token_mean(ppo(d) * d.r.exp().clamp(max=3.0) * opsm(d, d.rollout, 0.05), d),
         lambda d: token_mean(ppo(d) * opsm(d, d.old, 0.05), d),
-        lambda d: token_mean(-(d.lp - d.old).exp().clamp(max=1.2).detach() * d.adv * d.lp, d),
         lambda d: token_mean(gspo(d, d.lq - d.old), d),
         lambda d: token_mean(divergence(d) * (d.lp - d.rollout).detach().clamp(-20, 20).exp().clamp(max=2.0), d),
     ],
@@ -149,11 +143,9 @@ FORMULAS: dict[str, list[Callable[[SimpleNamespace], Tensor]]] = {
         lambda d: rejecting(d, inside(largest(k2(d.r), d), None, 0.8)),
         lambda d: rejecting(d, inside(largest(k3(d.r), d), None, 0.8)),
         lambda d: token_mean(-d.adv * d.lp * (d.lp - d.rollout).detach().exp().clamp(max=1.5), d),
-        lambda d: token_mean(-(d.lp - d.old).exp().clamp(0.8, 1.2).detach() * d.adv * d.lp, d),
-        lambda d: token_mean(ppo(d, -(d.lp - d.lq).detach().clamp(-10, 10), c=3.0), d),
-        lambda d: token_mean(topk_forward(d), d),
     ],
     "NeMo-RL": [
+        lambda d: token_mean(ppo(d) * d.r.exp(), d),
         lambda d: token_mean(ppo(d) * d.r.exp().clamp(0.0, 1.5), d),
         lambda d: token_mean(ppo(d) * d.r.exp().clamp(0.8, 1.5), d),
         lambda d: token_mean(ppo(d) * d.r.exp() * inside(d.r.exp(), 0.7, 1.5), d),
