@@ -520,6 +520,9 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | N
         if s.ratio != "sequence-mean":
             mean = mean.detach() + own - own.detach()
         log_ratio = torch.where(nothing, 0, mean)
+    gone = torch.zeros_like(nothing) if weights is None else weights == 0
+    # no gradient into what may be infinite: times 0 it is NaN
+    log_ratio = torch.where(gone, log_ratio.detach(), log_ratio)
     clipped = torch.zeros_like(nothing)
     if s.log_ratio_max is not None:
         clipped = log_ratio.detach().abs() > s.log_ratio_max
@@ -529,7 +532,7 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | N
     inside_clip = ratio.clamp(1 - low, 1 + high)
     if s.ratio == "detached":
         # no gradient where p = 0, as for the other ratios; nor is there an infinite loss
-        at_most = torch.where(torch.isneginf(lp), torch.finfo(lp.dtype).min, lp)
+        at_most = torch.where(torch.isneginf(lp), torch.finfo(lp.dtype).min, torch.where(gone, lp.detach(), lp))
         loss, clipped = -advantages * inside_clip.detach() * at_most, clipped | (inside_clip != ratio)
     else:
         unclipped = -advantages * ratio
@@ -540,7 +543,7 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | N
     if s.loss_max is not None:
         clipped = clipped | (loss.detach().abs() > s.loss_max)
         loss = loss.clamp(-s.loss_max, s.loss_max)
-    loss = torch.where(nothing, 0, loss)
+    loss = torch.where(nothing | gone, 0, loss)
     return loss if weights is None else loss * torch.where(nothing, 0, weights), clipped
 
 

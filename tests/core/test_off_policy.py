@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -24,6 +25,7 @@ from builders import (
     widened,
 )
 from combinations import product_on_float64
+from fused_gopd import reference
 from fused_gopd.objective.policy import advantages_of, policy_term, rule_of, sequence_log_ratio
 from fused_gopd.options import LossOptions
 
@@ -245,3 +247,36 @@ def test_half_precision_gradients_survive_a_large_importance_weight(backend, red
     for got, want in zip(gradient(batch), gradient(wide), strict=True):
         assert got.isfinite().all()
         assert_close(got, want, 2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rollout_mask": {"token_ratio": (0.5, 2.0)}},
+        {"rollout_mask": {"token_ratio": (0.5, 2.0)}, "advantage_fn": lambda stats: stats.advantages},
+        {"trust_region": {"token_ratio": (None, 2.0)}, "rollout_is": "none", "rollout_mask": {"token_k3": (None, 1e5)}},
+    ],
+)
+@pytest.mark.parametrize("ratio", ["token", "detached"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("which", ["torch", "native", "dense"])
+def test_a_token_of_weight_0_adds_nothing_though_its_ratio_overflows(options, ratio, reduction, which):
+    """An engine's -9999 for a log-prob that it does not know: what a mask is for."""
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    function = reference.gopd_loss if which == "dense" else functools.partial(fg.gopd_loss, backend=which)
+    out = function(
+        fg.Logits(logits),
+        fg.TokenLogProbs(torch.tensor([-1.0, -3.0, -2.0])),
+        None,
+        torch.tensor([1, 2, 3]),
+        old_logprobs=torch.tensor([-9999.0, -2.0, -1.0]),
+        rollout_logprobs=torch.tensor([-9.0, -2.0, -1.2]),
+        ratio=ratio,
+        reduction=reduction,
+        **options,
+    )
+    out.loss.sum().backward()
+    assert out.token_loss[0] == 0
+    assert (logits.grad[0] == 0).all()
+    assert (out.token_loss[1:] != 0).all()
+    assert (logits.grad[1:] != 0).all()

@@ -203,8 +203,8 @@ def policy_term(
     if importance is not None:
         loss = loss * importance
         slope = None if slope is None else slope * importance
-    # A = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
-    nothing = adv == 0
+    # A = 0 or w = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
+    nothing = adv == 0 if importance is None else (adv == 0) | (importance == 0)
     loss = loss.masked_fill(nothing, 0)
     slope = loss if slope is None else slope.masked_fill(nothing, 0)
     if rule.ratio != "sequence-mean":  # log p = -inf has no derivative to follow

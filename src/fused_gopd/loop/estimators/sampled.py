@@ -164,7 +164,7 @@ class Sampled(Estimator):
             terms = problem.ops.policy(self._policy(statistics, tokens), statistics[: len(Stat), tokens])
             if problem.importance is not None:
                 weights = problem.importance[tokens]
-                terms[: PolicyStat.ADVANTAGE] *= weights  # loss and slope
+                terms[: PolicyStat.ADVANTAGE].mul_(weights).masked_fill_(weights == 0, 0)  # loss and slope
                 terms[PolicyStat.IMPORTANCE] = weights
             return terms
         options, old = problem.options, rows_of(problem.old_logprobs, tokens)
@@ -196,9 +196,14 @@ class Sampled(Estimator):
             return GradientWeights(token=ones(self.problem, chunk))
         if not self._by_rows:
             return None  # the slope would have to be applied to logits that are written already
+        rule = self._policy(chunk.statistics, chunk.tokens)
         if self.problem.importance is not None:
-            token_weights = token_weights * self.problem.importance[chunk.tokens]
-        return GradientWeights(token=token_weights, policy=self._policy(chunk.statistics, chunk.tokens))
+            weights = self.problem.importance[chunk.tokens]
+            assert rule.old_logprobs is not None
+            # a ratio that overflows times a weight of 0 would be NaN
+            rule = replace(rule, old_logprobs=rule.old_logprobs.masked_fill(weights == 0, 0))
+            token_weights = token_weights * weights
+        return GradientWeights(token=token_weights, policy=rule)
 
     def slope(self, chunk: Chunk) -> Tensor | None:
         return -self._terms(chunk.statistics, chunk.tokens)[PolicyStat.DLOGPROB]
