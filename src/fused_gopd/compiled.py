@@ -36,7 +36,6 @@ from .plan import recomputes_in_backward, reported_fields
 from .prepare import prepare
 from .problem import Problem
 from .report import report
-from .rowops import Stat
 from .rowops.torch import accumulation_dtype
 from .scoring import prepare_scoring, topk_tokens
 from .shards import VocabShard
@@ -347,7 +346,7 @@ def _loss_shapes(packed: Sequence[Any]) -> _Shapes:
         dtype=dtype_of(call),
         reported=reported_fields(call),
         recomputes=recomputes_in_backward(call),
-        statistics=statistics_rows(call.estimator, call.joint) + len(Stat) * len(call.passes),
+        statistics=statistics_rows(call.estimator, call.joint, len(call.passes)),
         width=support_width(call) if call.estimator == "topk" else None,
     )
 

@@ -65,6 +65,7 @@ class Plan:
     chunk_sizes: tuple[int, int | None] | None  # see :func:`chunk_sizes`; None where a rank's columns decide
     dtype: torch.dtype  # of accumulation
     dtypes: set[torch.dtype]  # of the hidden states and logits of student and needed models
+    has_terms: bool  # beside the loss, see :func:`has_terms`
     has_composite: bool  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
 
@@ -127,6 +128,7 @@ def _planned(call: LossCall) -> Plan:
         chunk_sizes=None if sharded else chunk_sizes(student, needed, options, vocab_size, dtype),
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
+        has_terms=has_terms(call),
         has_composite=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
     )
@@ -182,8 +184,12 @@ def recomputes_in_backward(call: LossCall) -> bool:
     if call.reduction == "none" or whole_sequences(call) is not None:
         return True
     factors = (call.old_logprobs, call.rollout_logprobs, call.advantage_fn, call.sft_labels, call.token_weight)
-    terms = call.entropy_weight != 0 or call.kl_ref != "none"
-    return gradient_waits(call.student, terms or any(x is not None for x in factors))
+    return gradient_waits(call.student, has_terms(call) or any(x is not None for x in factors))
+
+
+def has_terms(call: LossCall) -> bool:
+    """Whether there are terms beside the loss, but for labels at the student's temperature."""
+    return call.entropy_weight != 0 or call.kl_ref != "none" or call.sft_temperature is not None
 
 
 def gradient_waits(student: Head, factors: bool) -> bool:
@@ -312,7 +318,7 @@ def tensor_per_token(
     raise ValueError(f"{name} must be {alternative}a tensor of {_shapes(sequences)}, got shape {tuple(value.shape)}")
 
 
-def check_corrections(call: LossCall, options: LossOptions, sequences: Sequences) -> None:
+def check_ratios(call: LossCall, options: LossOptions, sequences: Sequences) -> None:
     """What options of ratios and importance weights need of the batch."""
     name = whole_sequences(call) or (None if call.rollout_logprobs is None else options.sequence_importance)
     if name is not None and not sequences.known:
@@ -350,7 +356,7 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
     for what, needs in need_ids.items():
         if needs and call.token_ids is None:
             raise ValueError(f"token_ids must be given for {what}")
-    check_corrections(call, options, sequences)
+    check_ratios(call, options, sequences)
     support = call.support_ids
     if support is not None:
         require_integer("support_ids", support)

@@ -91,7 +91,8 @@ class Problem:
     weights: Tensor  # () or (n,), loss = sum of weights times token losses; with reduction "none" each of them
     advantage_fn: AdvantageFn | None = None
     advantages: Tensor | None = None  # (2, n) as the gradient uses them and as they are reported, where already known
-    corrects: bool = False  # whether token losses of full and topk have importance weights or ``loss_max``
+    has_loss_factors: bool = False  # whether there are importance weights or ``loss_max``: of full and topk factors
+    has_terms: bool = False  # whether there are terms beside the loss but for labels at the student's temperature
     slope_follows: bool = False  # whether PyTorch makes a factor of the logit gradient from the chunk's statistics
     recomputes: bool  # whether gradients are computed in the backward, from recomputed logits
     width: int = 0  # tokens that a position of topk has at most: those of its support, and a label

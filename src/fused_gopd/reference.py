@@ -645,7 +645,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             lowest = -math.inf if options.logprob_min is None else options.logprob_min
             others = (None if x is None else x.clamp_min(lowest) for x in (lq, lr))
             vectors["advantages"], _ = advantage(_scale(p), lp.detach(), *others)
-    if options.estimator != "sampled" and p.corrects:
+    if options.estimator != "sampled" and p.has_loss_factors:
         if options.loss_max is not None:
             vectors["clipped"] = token_loss.detach().abs() > options.loss_max
             token_loss = token_loss.clamp(-options.loss_max, options.loss_max)

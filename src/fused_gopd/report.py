@@ -12,13 +12,13 @@ from .autograd import functorch
 from .loop.estimators.base import TokenValues, model_logprobs
 from .objective.divergences import ReverseKL, divergence_value, kl_to_target
 from .objective.kl_estimates import KL_ESTIMATES
-from .objective.layout import TokenRow, statistics_rows
+from .objective.layout import TokenRow, pass_rows, statistics_rows
 from .objective.policy import advantage
 from .objective.statistics import entropy
 from .objective.supervised import label_report
 from .output import GOPDOutput
 from .problem import Problem
-from .rowops import PolicyStat, Stat
+from .rowops import PolicyStat
 from .scoring import logprobs_under
 from .tokens import TokenRows, host_sync_forbidden
 
@@ -41,12 +41,11 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
     for name, models in problem.cancelled:
         known[f"{name}_logprobs"] = rows.scatter(logprobs_under(models, problem))
     has, options, of_kl_ref = problem.has, problem.options, None
-    if options.entropy_weight or options.kl_ref != "none" or options.sft_temperature is not None:
+    if problem.has_terms:
         # rows of the terms beside the loss are left out; a KL estimate needs the reference whatever lambda is
         rows_of_loss = statistics_rows(options.estimator, options.joint)
         if options.kl_ref == "exact":
-            start = rows_of_loss + len(Stat) * options.passes.index("kl_ref")
-            of_kl_ref = statistics[start : start + len(Stat)]
+            of_kl_ref = statistics[pass_rows(rows_of_loss, options.passes.index("kl_ref"))]
         statistics = statistics[:rows_of_loss]
         has = has[0], has[1] or options.kl_ref in KL_ESTIMATES
     fields = _Fields(
@@ -97,7 +96,7 @@ class _Fields(NamedTuple):
 
     def _vector(self, name: str) -> Tensor | None:
         """(n,) of the live tokens."""
-        statistics, policy, corrections = self.statistics, self.values.policy, self.values.corrections
+        statistics, policy, loss_factors = self.statistics, self.values.policy, self.values.loss_factors
         if name == "token_loss":
             return self.values.loss
         if name == "entropy":
@@ -114,8 +113,8 @@ class _Fields(NamedTuple):
         if policy is not None and name in _OF_POLICY:
             row = policy[_OF_POLICY[name]]
             return row != 0 if name == "clipped" else row
-        if corrections is not None and name in ("importance", "clipped"):
-            return corrections[0] if name == "importance" else corrections[1] != 0
+        if loss_factors is not None and name in ("importance", "clipped"):
+            return loss_factors[0] if name == "importance" else loss_factors[1] != 0
         logprobs = model_logprobs(self.has, statistics, joint_composite=self.joint_composite)
         if name == "advantages":
             student, *frozen = logprobs

@@ -36,8 +36,8 @@ class _Transformed(torch.autograd.Function):
     def forward(spec: Spec, requires: RequiresGrad, make: MakeEstimator, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs, values, statistics, entries = core.forward(unflatten(spec, tensors), make, requires)
         empty = statistics.new_empty(0)
-        policy, corrections = (None, None) if values is None else values[1:]
-        reported = (empty if x is None else x for x in (policy, corrections))
+        policy, loss_factors = (None, None) if values is None else values[1:]
+        reported = (empty if x is None else x for x in (policy, loss_factors))
         return (*reported, statistics, *(entries or (empty, empty)), *outputs)
 
     @staticmethod
@@ -96,6 +96,6 @@ def transformed(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ..
     spec = flatten(dataclasses.replace(problem, mask=None, cancelled=()), tensors)
     requires = RequiresGrad(*(t is not None and t.requires_grad for t in core.student_tensors(problem.student)))
     apply: Any = _Transformed.apply
-    policy, corrections, statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
-    values = TokenValues(outputs[0].detach(), *(x if x.ndim == 2 else None for x in (policy, corrections)))
+    policy, loss_factors, statistics, _, _, *outputs = apply(spec, requires, make, *tensors)
+    values = TokenValues(outputs[0].detach(), *(x if x.ndim == 2 else None for x in (policy, loss_factors)))
     return tuple(outputs), values, statistics

@@ -17,7 +17,7 @@ from ..objective.rollout import importance, inside_trust_region
 from ..option_checks import checked
 from ..options import RULES, LossCall, LossOptions, options_of
 from ..output import GOPDOutput
-from ..plan import check_corrections
+from ..plan import check_ratios
 from ..tokens import LiveSequences, Sequences, TokenRows, check_cu_seqlens, check_mask
 from ..values import refuse_unknown, require_number
 
@@ -149,7 +149,7 @@ def sampled_loss(
     no_head: Any = None
     call = LossCall(no_head, None, old_logprobs=old, rollout_logprobs=rollout, **options)
     chosen = checked(call)
-    check_corrections(call, chosen, sequences)
+    check_ratios(call, chosen, sequences)
     known = logprobs("student_logprobs", student_logprobs)
     assert known is not None
     nothing = torch.full_like(known, torch.nan)

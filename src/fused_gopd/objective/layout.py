@@ -27,9 +27,19 @@ class TokenRow(enum.IntEnum):
 STATISTICS = len(Stat) + len(TokenRow)
 
 
-def statistics_rows(estimator: str, joint: bool) -> int:
-    """Rows of the statistics of all tokens: where models are scored one by one, each frozen one has some of its own."""
-    return STATISTICS + 2 * len(Stat) if estimator == "sampled" and not joint else STATISTICS
+def statistics_rows(estimator: str, joint: bool, passes: int = 0) -> int:
+    """Rows of the statistics of all tokens, with ``passes`` terms beside the loss that have a row pass of their own.
+
+    Where models are scored one by one, each frozen one has some of its own.
+    """
+    alone = 2 if estimator == "sampled" and not joint else 0
+    return STATISTICS + (alone + passes) * len(Stat)
+
+
+def pass_rows(before: int, i: int) -> slice:
+    """Those of the i-th such term, which come after the ``before`` rows of the estimator."""
+    start = before + i * len(Stat)
+    return slice(start, start + len(Stat))
 
 
 def merged_statistics(

@@ -26,6 +26,6 @@ def estimator_of(problem: Problem) -> Estimator:
     estimator = _ESTIMATORS[options.estimator](problem)
     if problem.labels is not None and options.sft_temperature is None:
         estimator = WithLabels(estimator)
-    if options.entropy_weight or options.kl_ref != "none" or options.sft_temperature is not None:
+    if problem.has_terms:
         estimator = WithTerms(estimator)
     return estimator

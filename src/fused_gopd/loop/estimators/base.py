@@ -82,7 +82,7 @@ class TokenValues(NamedTuple):
 
     loss: Tensor
     policy: Tensor | None = None  # (len(PolicyStat), n) of ``sampled``
-    corrections: Tensor | None = None  # (2, n) of the others: importance weights, and 1 where the loss is bounded
+    loss_factors: Tensor | None = None  # (2, n) of the others: importance weights, and 1 where ``loss_max`` is in force
 
 
 class Estimator:
@@ -170,7 +170,7 @@ class Estimator:
         loss = values.loss.clone() if values.loss._is_view() else values.loss
         return (loss,), values
 
-    # ---------------------------------------------------------------------------------------------------- corrections
+    # ---------------------------------------------------------------------------------- importance weights and loss_max
 
     def importance(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor | None:
         """(C,) detached weights of tokens that another policy has sampled; None where there are no such log-probs.
@@ -193,13 +193,13 @@ class Estimator:
             return loss, torch.ones_like(loss)
         return loss.clamp(-most, most), (~(loss.abs() > most)).to(loss.dtype)
 
-    def corrected(self, loss: Tensor, statistics: Tensor) -> TokenValues:
+    def with_loss_factors(self, loss: Tensor, statistics: Tensor) -> TokenValues:
         """The values of all tokens from their losses (n,) without ``loss_max`` and importance weights."""
         loss, inside = self.bounded(loss)
         weights = self.importance(statistics)
         if weights is None:
             weights = torch.ones_like(loss)
-        return TokenValues(loss * weights, corrections=torch.stack((weights, 1 - inside)))
+        return TokenValues(loss * weights, loss_factors=torch.stack((weights, 1 - inside)))
 
     # -------------------------------------------------------------------------------------------------------- helpers
 

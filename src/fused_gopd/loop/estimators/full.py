@@ -35,7 +35,7 @@ class Full(Estimator):
         return GradientWeights(divergence=token_weights)
 
     def slope(self, chunk: Chunk) -> Tensor | None:
-        return self._factor(chunk.statistics, chunk.tokens) if self.problem.corrects else None
+        return self._factor(chunk.statistics, chunk.tokens) if self.problem.has_loss_factors else None
 
     def _factor(self, statistics: Tensor, tokens: slice) -> Tensor:
         """(C,) the importance weight, 0 where the loss is bounded."""
@@ -49,7 +49,7 @@ class Full(Estimator):
         return problem.ops.losses(problem.divergence.rows(tokens), scale, problem.has, own)
 
     def logit_gradient(self, statistics: Tensor, tokens: slice = EVERY) -> LogitGradient:
-        if self.problem.corrects:
+        if self.problem.has_loss_factors:
             return LogitGradient(divergence=self._factor(statistics, tokens))
         return LogitGradient(divergence=torch.ones_like(statistics[0, tokens]))
 
@@ -59,4 +59,4 @@ class Full(Estimator):
         if scale is None:
             scale = statistics[TokenRow.REWARD_SCALE]
         loss = problem.ops.losses(problem.divergence, scale, problem.has, own)
-        return self.corrected(loss, statistics) if problem.corrects else TokenValues(loss)
+        return self.with_loss_factors(loss, statistics) if problem.has_loss_factors else TokenValues(loss)

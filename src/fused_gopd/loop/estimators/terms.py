@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...objective.divergences import ReverseKL
 from ...objective.kl_estimates import KL_ESTIMATES, kl_estimate
-from ...objective.layout import STATISTICS, TokenRow
+from ...objective.layout import STATISTICS, TokenRow, pass_rows, statistics_rows
 from ...objective.logit_gradient import LogitGradient, Term
 from ...objective.statistics import entropy, frozen_alone, token_logprob
 from ...objective.supervised import supervised
@@ -117,7 +117,8 @@ class WithTerms(Estimator):
 
     @property
     def statistics_rows(self) -> int:
-        return self._rows + len(self._passes) * len(Stat)
+        options = self.problem.options
+        return statistics_rows(options.estimator, options.joint, len(self._passes))
 
     @property
     def gradient_with_statistics(self) -> bool:
@@ -129,8 +130,7 @@ class WithTerms(Estimator):
 
     def _of(self, i: int, statistics: Tensor, tokens: slice = EVERY) -> Tensor:
         """(len(Stat), C) statistics of a pass."""
-        start = self._rows + i * len(Stat)
-        return statistics[start : start + len(Stat), tokens]
+        return statistics[pass_rows(self._rows, i), tokens]
 
     def score_frozen(self, chunk: Chunk) -> None:
         self._inner.score_frozen(self._own(chunk))

@@ -154,7 +154,7 @@ class TopK(Estimator):
         )
         chunk.statistics[TokenRow.TOPK_LOSS, tokens] = loss
         chunk.statistics[TokenRow.TOPK_KL, tokens] = kl
-        if problem.corrects:
+        if problem.has_loss_factors:
             _, factor = self.bounded(loss)
             weights = None if self._sequences_follow else self.importance(chunk.statistics, tokens)
             gradient = gradient.scaled(factor if weights is None else factor * weights)
@@ -188,14 +188,14 @@ class TopK(Estimator):
         return not known and problem.options.sequence_importance is not None
 
     def weighted(self, statistics: Tensor, gradient: LogitGradient | None, *upstream: Tensor | None) -> LogitGradient:
-        weights = self.importance(statistics) if self.problem.corrects and self._sequences_follow else None
+        weights = self.importance(statistics) if self.problem.has_loss_factors and self._sequences_follow else None
         if weights is not None:  # the gradient was made before they were known
             upstream = tuple([None if x is None else x * weights for x in upstream])
         return super().weighted(statistics, gradient, *upstream)
 
     def values(self, statistics: Tensor) -> TokenValues:
         loss = statistics[TokenRow.TOPK_LOSS]
-        return self.corrected(loss, statistics) if self.problem.corrects else TokenValues(loss)
+        return self.with_loss_factors(loss, statistics) if self.problem.has_loss_factors else TokenValues(loss)
 
 
 def statistics_on_support(
