@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-# Metrics that have a standard deviation: ``name + "_std"``, from the sum of squares in ``name + "_squared"``.
-WITH_DEVIATION = ("advantage", "importance")
+
+def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
+    return (squares - mean * mean).clamp_min(0).sqrt()
+
+
+def _effective_share(mean: Tensor, squares: Tensor) -> Tensor:
+    return mean.square() / squares
+
+
+# Metrics that are made of the mean of another one and of the mean of its squares, which is summed as that + "_squared".
+_DERIVED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "advantage_std": ("advantage", _deviation),
+    "importance_std": ("importance", _deviation),
+    "effective_sample_size": ("importance", _effective_share),
+}
+WITH_SQUARES = frozenset(of for of, _ in _DERIVED.values())
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -46,7 +60,7 @@ class Metrics(Mapping[str, Tensor]):
 
     def __init__(self, names: tuple[str, ...], sums: Tensor) -> None:
         self._names = names
-        self.sums = sums  # (len(names), 2): sum and count; of the square too where there is a deviation
+        self.sums = sums  # (len(names), 2): sum and count
 
     def __add__(self, other: Metrics | int) -> Metrics:
         if isinstance(other, int) and other == 0:  # where sum() starts
@@ -74,23 +88,26 @@ class Metrics(Mapping[str, Tensor]):
             raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
         if name == "tokens":
             return self.sums[self._names.index(name), 0]
-        if name.removesuffix("_std") in WITH_DEVIATION and name.endswith("_std") and name[:-4] in self._names:
-            mean = self._mean(name[:-4])
-            return (self._mean(name[:-4] + "_squared") - mean * mean).clamp_min(0).sqrt()
-        if name == "effective_sample_size" and "importance" in self._names:
-            return self._mean("importance").square() / self._mean("importance_squared")
+        of, function = _DERIVED.get(name, (name, None))
+        if function is not None and of in self._names:
+            return function(self._mean(of), self._mean(of + "_squared"))
         if name not in self._names or name.endswith("_squared"):
             raise KeyError(f"no metric {name!r}; there are {', '.join(self)}")
         return self._mean(name)
 
     def __iter__(self) -> Iterator[str]:
         for name in self._names:
-            yield name.removesuffix("_squared") + "_std" if name.endswith("_squared") else name
-            if name == "importance_squared":
-                yield "effective_sample_size"
+            if name.endswith("_squared"):
+                yield from (made for made, (of, _) in _DERIVED.items() if name == of + "_squared")
+            else:
+                yield name
 
     def __len__(self) -> int:
-        return len(self._names) + ("importance" in self._names)
+        return sum(1 for _ in self)
+
+    def _totals(self) -> dict[str, Tensor]:
+        """Sums over tokens, 0-d tensors on the device, of those that are means over tokens."""
+        return {k: x for k, x in zip(self._names, self.sums[:, 0], strict=True) if not k.endswith("_squared")}
 
     def to_dict(self) -> dict[str, float]:
         """All of them as Python floats, in one read from the device; NaN where nothing was counted."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import printing
-from .metrics import WITH_DEVIATION, Metrics
+from .metrics import WITH_SQUARES, Metrics
 from .objective.kl_estimates import KL_ESTIMATES
 from .records import ComputedWhenRead, none
 from .tokens import widest
@@ -111,7 +111,7 @@ def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
     def add(name: str, values: Tensor, among: Tensor = live) -> None:
         wide = torch.where(among, values, torch.zeros_like(values)).to(dtype)
         entries[name] = torch.stack((wide.sum(), among.sum().to(dtype)))
-        if name in WITH_DEVIATION:
+        if name in WITH_SQUARES:
             entries[name + "_squared"] = torch.stack(((wide * wide).sum(), among.sum().to(dtype)))
 
     add("tokens", live.to(dtype))

@@ -200,6 +200,4 @@ def named_metrics(out: GOPDOutput, prefix: str = "") -> dict[str, Tensor]:
 
 def metric_sums(out: GOPDOutput) -> dict[str, Tensor]:
     """The same as sums over the live tokens, for frameworks that divide by a global count of their own."""
-    metrics = out.metrics()
-    sums = dict(zip((k for k in metrics if k != "effective_sample_size"), metrics.sums[:, 0], strict=True))
-    return {k: v for k, v in sums.items() if k not in ("tokens", "loss", "entropy") and not k.endswith("_std")}
+    return {k: v for k, v in out.metrics()._totals().items() if k not in ("tokens", "loss", "entropy")}
