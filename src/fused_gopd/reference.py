@@ -478,9 +478,9 @@ def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
     support = _on_support(p, log_p) if p.options.estimator == "topk" else None
     for name, _ in FROZEN:
         values[f"{name}_logprobs"] = _frozen_scores(p, name)[0]
-        z_m = _frozen_logits(p, name)
         one_by_one = not p.options.joint and any(isinstance(getattr(route, name), FlatComposite) for route in p.routes)
-        if z_m is not None and not one_by_one:
+        z_m = None if one_by_one else _frozen_logits(p, name)  # models scored one by one may be given as log-probs
+        if z_m is not None:
             values[f"{name}_entropy"] = _entropy(_own_log_softmax(z_m))
         if support is not None and p.options.tail != "sampled":
             parts = support.parts[name == "ref"]
@@ -512,7 +512,7 @@ def _policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | N
         bounds, T = p.sequences.cu_seqlens, p.sequences.shape[1:].numel()
         starts = [i * T for i in range(p.sequences.count + 1)] if bounds is None else bounds.tolist()
         live = torch.arange(p.rows.shape.numel(), device=lp.device) if p.rows.index is None else p.rows.index
-        mean = torch.zeros_like(own)
+        mean = 0 * own  # of own also where no token is live: so that the loss has a gradient
         for start, stop in itertools.pairwise(starts if s.ratio != "none" else []):
             inside = (live >= start) & (live < stop)
             if inside.any():

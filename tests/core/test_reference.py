@@ -121,3 +121,24 @@ def test_score_cancelled_has_nothing_to_score_where_the_model_is_not_given(loss)
     out = loss(batch.student, batch.teacher, None, batch.token_ids, score_cancelled=True)
     assert out.ref_logprobs is None
     assert out.teacher_logprobs is not None
+
+
+def test_lambda_of_a_function_beside_log_probs_in_a_sum_of_models():
+    """A sum whose models are scored one by one has no logits."""
+    g = torch.Generator().manual_seed(3)
+    z, x, y = (torch.randn(5, 9, generator=g, dtype=torch.float64) for _ in range(3))
+    ids, given = torch.arange(5), -torch.rand(5, generator=g, dtype=torch.float64)
+    log_p, log_x, log_y = (a.log_softmax(1).gather(1, ids[:, None])[:, 0] for a in (z, x, y))
+    total = fg.LogLinear([fg.Logits(x), fg.TokenLogProbs(given)], [0.5, 0.25])
+    for function in (fg.reference.gopd_loss, fg.gopd_loss):
+        out = function(fg.Logits(z), total, fg.Logits(y), ids, reward_scale_fn=lambda s: 1 + s.teacher_logprobs)
+        lam = 1 + 0.5 * log_x + 0.25 * given
+        torch.testing.assert_close(out.advantages, lam * (lam - 1) + (1 - lam) * log_y - log_p)
+
+
+def test_gspo_without_a_live_token_has_a_gradient():
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    options = {"old_logprobs": torch.zeros(2, 3), "ratio": "sequence-mean", "mask": torch.zeros(2, 3)}
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    out = fg.reference.gopd_loss(fg.Logits(logits), fg.Logits(logits.detach()), None, ids, reduction="none", **options)
+    assert (torch.autograd.grad(out.loss.sum(), logits)[0] == 0).all()
