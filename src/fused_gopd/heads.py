@@ -333,6 +333,8 @@ def require_kind(name: str, value: object, *more: type) -> None:
         message += f"; wrap it: fg.Logits(x), or from hidden states fg.LinearHead(hidden, weight){scores}"
     elif isinstance(getattr(value, "logits", None), Tensor):  # what models of transformers return
         message += "; wrap its logits: fg.Logits(x.logits)"
+    elif TopKLogProbs in more:  # a teacher or reference
+        message += "; several: a list of them with teacher_index, or fg.LogLinear, fg.Mixture"
     raise TypeError(message)
 
 

@@ -24,7 +24,8 @@ def call_function(name: str, function: TokenFn, stats: TokenStats, dtype: torch.
         vars(stats)["_compute"] = _too_late
     expected = stats.index
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must return a torch.Tensor, got {type(value).__name__}")
+        why = ": a field of TokenStats is None where there is no such model or number" if value is None else ""
+        raise TypeError(f"{name} must return a torch.Tensor, got {type(value).__name__}{why}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must return a float tensor, got {value.dtype}")
     if value.shape != expected.shape or value.device != expected.device:
