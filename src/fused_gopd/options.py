@@ -335,7 +335,7 @@ class LossOptions:
 
     @property
     def sequence_importance(self) -> str | None:
-        """The option that makes importance weights depend on whole sequences, as a call has it."""
+        """The option that makes importance weights depend on whole sequences, as in a call; None without one."""
         if self.rollout_is in ("sequence", "geometric"):
             return f"rollout_is={self.rollout_is!r}"
         if self.rollout_mask is not None and of_sequences(self.rollout_mask):

@@ -201,9 +201,9 @@ def gradient_waits(student: Head, factors: bool) -> bool:
 
 
 def whole_sequences(call: LossCall) -> str | None:
-    """The option that needs the current policy's log-probs of whole sequences, which are there after all chunks.
+    """The option that needs the current policy's log-probs of whole sequences, written as in a call; None without one.
 
-    As a call has it. Importance weights are known before the loop where there are old log-probs.
+    These log-probs are known after the last chunk. With old log-probs importance weights do not need them.
     """
     if call.ratio in ("sequence", "sequence-mean"):
         return f"ratio={call.ratio!r}"

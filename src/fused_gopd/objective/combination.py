@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of the largest float. Less than this is what a mask of the smallest float has become, divided by the weights.
+# Entries below this fraction of the smallest float are masks: models have the smallest float there, times a weight.
 _MASK = 1e-3
 
 
@@ -54,10 +54,10 @@ def _all_above(x: Tensor, bound: float, total_weight: float | Tensor) -> bool:
 
 
 def finished_(total: Tensor) -> Tensor:
-    """The sum of all models: a mask of the smallest float is one again, so that it equals that of a model alone.
+    """The sum of all models, in place: entries that are masks are set to the smallest float, as in one model alone.
 
-    Where weights made it a large positive number, that is small beside the largest float: their difference is finite.
-    In place.
+    Large positive entries, which are masks times a negative weight, are clamped, so that differences of two models are
+    finite.
     """
     limits = torch.finfo(total.dtype)
     total.clamp_max_(limits.max * limits.eps / 8)

@@ -107,10 +107,10 @@ class LogitGradient:
         return replace(self, weight=self.weight + weight, values=values, max_abs_elsewhere=elsewhere)
 
     def with_entropy(self, weight: Tensor, entropies: Tensor, logprobs: Tensor | None) -> LogitGradient:
-        """This gradient plus weight p (log p + H), which of a single model is the divergence's.
+        """This gradient plus weight p (log p + H): the row operation's divergence of a single model, which is -H.
 
         Args:
-            weight: (n,), of -H.
+            weight: (n,) of -H; takes the place of the divergence's weight.
             entropies: (n,) H.
             logprobs: (n, K) log p of token_ids, where there are values.
         """

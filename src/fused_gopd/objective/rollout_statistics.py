@@ -15,8 +15,8 @@ from ..values import require_number
 Level = Literal["token", "sum", "mean", "max", "min"]
 Bounds = tuple[tuple[str, tuple[float, float]], ...]  # statistic, (low, high)
 
-# What a token, or its sequence, can be masked by: how it is taken over the sequence, and of what. A ratio's sum and
-# mean are those of its logarithm: the product of the ratios, and their geometric mean.
+# Name of the statistic -> (how it is reduced over the sequence, of which number of a token). Sum and mean of a ratio
+# are taken of its logarithm: the product of the ratios, and their geometric mean.
 STATISTICS: dict[str, tuple[Level, str]] = {
     "token_ratio": ("token", "ratio"),
     "sequence_ratio": ("sum", "ratio"),

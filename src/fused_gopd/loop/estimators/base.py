@@ -175,7 +175,7 @@ class Estimator:
     def importance(self, statistics: Tensor, tokens: slice = EVERY) -> Tensor | None:
         """(C,) detached weights of tokens that another policy has sampled; None where there are no such log-probs.
 
-        Those of whole sequences, without old log-probs, are there for all tokens at once alone.
+        Without old log-probs, weights of whole sequences can be computed for all tokens at once only.
         """
         problem = self.problem
         if problem.importance is not None:
@@ -187,14 +187,14 @@ class Estimator:
         return importance(problem.options, behaviour, rollout, problem.over_sequences)
 
     def bounded(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Token losses (C,) within ``loss_max``, and 1 where they are so by themselves, else 0."""
+        """Token losses (C,) clamped to ``loss_max`` in magnitude, and 1 where that changes nothing, else 0."""
         most = self.problem.options.loss_max
         if most is None:
             return loss, torch.ones_like(loss)
         return loss.clamp(-most, most), (~(loss.abs() > most)).to(loss.dtype)
 
     def with_loss_factors(self, loss: Tensor, statistics: Tensor) -> TokenValues:
-        """The values of all tokens from their losses (n,) without ``loss_max`` and importance weights."""
+        """The values of all tokens: losses (n,) clamped to ``loss_max``, then times their importance weights."""
         loss, inside = self.bounded(loss)
         weights = self.importance(statistics)
         if weights is None:
