@@ -248,7 +248,7 @@ def test_an_advantage_of_ones_own_and_a_penalty_need_no_teacher(backend):
     mine = torch.randn(batch.token_ids.shape, generator=generator(1))
     options = {"advantage_fn": lambda s: mine.reshape(-1)[s.index], "mask": batch.mask, "backend": backend}
     got = fg.gopd_loss(batch.student, None, batch.ref, batch.token_ids, kl_ref="k3", kl_ref_weight=0.1, **options)
-    log_p = fg.reference.logits_of(batch.student, 37, torch.float32).log_softmax(-1)
+    log_p = fg.reference.models.logits_of(batch.student, 37, torch.float32).log_softmax(-1)
     lp = log_p.gather(-1, batch.token_ids[..., None])[..., 0]
     d = fg.token_logprobs(batch.ref, batch.token_ids).detach() - lp
     want = -mine * torch.exp(lp - lp.detach()) + 0.1 * (torch.exp(d) - 1 - d)
