@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import require_device, require_float, require_logprobs, require_shape
 from ..objective.policy import PolicyTerm, advantages_of, policy_term, rule_of, sequence_log_ratio
-from ..objective.rollout import importance, inside_trust_region
+from ..objective.rollout import importance, in_trust_region
 from ..option_checks import checked
 from ..options import RULES, LossCall, LossOptions, options_of
 from ..output import GOPDOutput
@@ -72,8 +72,7 @@ def token_losses(
     weights = None
     if rollout is not None:
         weights = importance(options, known if old is None else old, rollout, over)
-        if options.trust_region is not None:
-            weights = weights * inside_trust_region(options, advantages, known, rollout, over)
+        weights = in_trust_region(options, weights, advantages, known, rollout, over)
     term = policy_term(rule_of(options), advantages, known, old, weights, log_ratio)
     # value term.loss and derivative term.dlogprob; where log p is -inf the difference would be NaN
     step = torch.where(torch.isneginf(known), 0, student - known)

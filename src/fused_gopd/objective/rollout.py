@@ -44,17 +44,21 @@ def importance(options: LossOptions, behaviour: Tensor, rollout: Tensor, over: O
     return weight
 
 
-def inside_trust_region(
-    options: LossOptions, advantages: Tensor, student: Tensor, rollout: Tensor, over: OverSequences
+def in_trust_region(
+    options: LossOptions, weights: Tensor, advantages: Tensor, student: Tensor, rollout: Tensor, over: OverSequences
 ) -> Tensor:
-    """Whether a token is kept (n,): the current p against the policy that sampled, bounded above where A > 0 and below
-    where A < 0, the directions in which the gradient would move it further.
+    """The weights (n,), 0 where a statistic of the current p and the policy that sampled is outside the trust region.
+
+    It is bounded above where A > 0 and below where A < 0, the directions in which the gradient would move it further.
     """
-    d, kept = _log_ratio(student, rollout), torch.ones_like(student, dtype=torch.bool)
+    if options.trust_region is None:
+        return weights
+    d = _log_ratio(student, rollout)
     for name, (low, high) in _pairs(options.trust_region):
         x = _statistic(name, student, rollout, d, over)
-        kept = kept & ~(((advantages > 0) & (x > high)) | ((advantages < 0) & (x < low)))
-    return kept
+        outside = ((advantages > 0) & (x > high)) | ((advantages < 0) & (x < low))
+        weights = weights.masked_fill(outside, 0)
+    return weights
 
 
 def _log_ratio(behaviour: Tensor, rollout: Tensor) -> Tensor:

@@ -214,7 +214,8 @@ def sampled_term(
     loss = bounded(terms.sum(1))
     # NaN in a model that counts, which is in the mass outside S where it is in none of the tokens
     has_nan = torch.zeros_like(outside[:, 0])
-    for model, cancelled_at in ((student, None), (teacher, 0.0), (ref, 1.0)):
+    frozen = zip((teacher, ref), (at for _, at in FROZEN), strict=True)
+    for model, cancelled_at in ((student, None), *frozen):
         if model is not None and model.rest is not None:
             bad = torch.isnan(model.rest)
             if cancelled_at is not None and isinstance(reward_scale, Tensor):

@@ -18,7 +18,7 @@ from ..models import named_models
 from ..nll import NLLCall, prepare_nll
 from ..objective.divergences import ReverseKL
 from ..objective.policy import advantage
-from ..objective.rollout import inside_trust_region
+from ..objective.rollout import in_trust_region
 from ..objective.supervised import label_report
 from ..objective.token_functions import call_function
 from ..options import LossCall
@@ -126,10 +126,8 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
                 expected = token_loss.detach() if options.joint else None
                 known = lr if p.has[1] else None  # lambda may cancel the reference of a KL penalty
                 advantages, reported = sampled_advantages(p, lp.detach(), lq, known, (entropy, *entropies), expected)
-                if weights is not None and options.trust_region is not None:
-                    assert p.rollout_logprobs is not None
-                    region = inside_trust_region(options, advantages, lp, p.rollout_logprobs, p.over_sequences)
-                    weights = weights.masked_fill(~region, 0)
+                if weights is not None and p.rollout_logprobs is not None:
+                    weights = in_trust_region(options, weights, advantages, lp, p.rollout_logprobs, p.over_sequences)
                 value, _ = policy_loss(p, lp, reported, weights)
             token_loss, vectors["clipped"] = policy_loss(p, lp, advantages, weights)
             vectors["advantages"] = advantages

@@ -13,7 +13,7 @@ from ...objective.divergences import ReverseKL, divergence_value
 from ...objective.layout import TokenRow, statistics_rows
 from ...objective.logit_gradient import LogitGradient
 from ...objective.policy import PolicyTerm
-from ...objective.rollout import inside_trust_region
+from ...objective.rollout import in_trust_region
 from ...objective.statistics import entropy, frozen_alone
 from ...objective.token_functions import call_function
 from ...problem import FlatComposite, Problem
@@ -172,12 +172,9 @@ class Sampled(Estimator):
         if options.ratio in ("sequence", "sequence-mean"):
             log_ratio = policy.sequence_log_ratio(student, old, self._mean_over_sequences)
         importance = None if problem.rollout_logprobs is None else self.importance(statistics, tokens)
-        if options.trust_region is not None:
-            rollout, used_advantages = rows_of(problem.rollout_logprobs, tokens), statistics[TokenRow.ADVANTAGE, tokens]
-            assert importance is not None
-            assert rollout is not None
-            inside = inside_trust_region(options, used_advantages, student, rollout, problem.over_sequences)
-            importance = importance.masked_fill(~inside, 0)
+        if importance is not None and problem.rollout_logprobs is not None:
+            rollout, advantages = problem.rollout_logprobs[tokens], statistics[TokenRow.ADVANTAGE, tokens]
+            importance = in_trust_region(options, importance, advantages, student, rollout, problem.over_sequences)
 
         def term(row: TokenRow) -> PolicyTerm:
             return policy.policy_term(self._rule, statistics[row, tokens], student, old, importance, log_ratio)
