@@ -17,7 +17,7 @@ from .options import Estimator, LossCall, LossOptions
 from .problem import FlatComposite
 from .rowops import FROZEN
 from .rowops.torch import accumulation_dtype
-from .targets import Composite, Frozen, LogLinear, Mixture
+from .targets import Composite, Frozen
 
 Models = dict[str, tuple[Frozen, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
 
@@ -238,7 +238,7 @@ def with_logits_dtype(options: LossOptions, default: torch.dtype, models: Mappin
 
 def zero_masked(model: Any, mask: Tensor) -> Any:
     """The model with zeros at masked tokens, so that a NaN there reaches no result; where rows cannot be dropped."""
-    if isinstance(model, (LogLinear, Mixture)):
+    if isinstance(model, Composite):
         return type(model)([zero_masked(x, mask) for x in model.models], model.weights)
     masked = ~mask
     if isinstance(model, LinearHead):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...heads import LinearHead, TokenLogProbs, TopKLogProbs
-from ...targets import Frozen, LogLinear, Mixture
+from ...targets import Composite, Frozen
 
 if TYPE_CHECKING:
     from ...heads import Source
@@ -79,7 +79,7 @@ def spread(source: Frozen, rows: Tensor, n: int) -> Frozen:
         whole[rows.to(x.device)] = x[: len(rows)]
         return whole
 
-    if isinstance(source, (LogLinear, Mixture)):
+    if isinstance(source, Composite):
         weights = [put(x, 0) if isinstance(x, Tensor) and x.ndim else x for x in source.weights]
         return type(source)([cast("Source", spread(x, rows, n)) for x in source.models], weights)
     if isinstance(source, LinearHead):
