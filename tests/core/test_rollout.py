@@ -286,3 +286,18 @@ def test_under_torch_func():
         out, want = run(batch, reward_scale=1.25, **options)
         assert_all_close(grads, want, 1e-12)
         assert seen["importance"].shape == out.importance.shape
+
+
+@pytest.mark.parametrize(
+    "options", [{"estimator": "full"}, {"baseline": "expected"}, {"estimator": "topk", "k": 2}, {}]
+)
+def test_without_old_log_probs_p_is_that_of_the_joint_support_where_models_are_taken_together(options, backend):
+    """docs/off-policy.md: where the teacher has -inf, old log-probs make the weight."""
+    z, q = torch.tensor([[1.0, 0.0, 2.0, 0.5]]), torch.tensor([[0.0, 1.0, -math.inf, 0.5]])
+    ids, own = torch.tensor([1]), z.log_softmax(1)[:, 1]
+    taken_together = "baseline" in options or options.get("estimator") == "full"
+    joint = z.masked_fill(q == -math.inf, -math.inf).log_softmax(1)[:, 1] if taken_together else own
+    for old, want in ((None, (joint - own).exp()), (own, torch.ones(1))):
+        models = fg.Logits(z), fg.Logits(q), None
+        out = fg.gopd_loss(*models, ids, rollout_logprobs=own, old_logprobs=old, backend=backend, **options)
+        torch.testing.assert_close(out.importance, want)
