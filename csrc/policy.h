@@ -72,7 +72,7 @@ __attribute__((noinline)) inline PolicyTerm policy_term(const Policy& policy, co
     importance = at_most(__builtin_expf(log_weight), rule.importance_cap);
     loss *= importance;
   }
-  if (advantage == 0.0f) loss = 0.0f;  // whatever it is multiplied by
+  if (advantage == 0.0f || importance == 0.0f) loss = 0.0f;  // whatever it is multiplied by
   const bool clipped = flat || over;
   return {loss, clipped || student == -kInf ? 0.0f : loss, advantage, clipped ? 1.0f : 0.0f, importance};
 }

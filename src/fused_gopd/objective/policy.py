@@ -53,7 +53,7 @@ def evaluate(policy: Policy, student: Tensor) -> PolicyTerm:
         importance = (behaviour - policy.rollout_logprobs).masked_fill(torch.isneginf(behaviour), 0).exp()
         if policy.rule.rollout_is_cap is not None:
             importance = importance.clamp_max(policy.rule.rollout_is_cap)
-    return policy_term(policy.rule, used, student, policy.old_logprobs, importance, masks=False)
+    return policy_term(policy.rule, used, student, policy.old_logprobs, importance)
 
 
 def advantage(
@@ -151,7 +151,6 @@ def policy_term(
     old: Tensor | None,
     importance: Tensor | None,  # (C,) the detached weight w
     log_ratio: Tensor | None = None,  # (C,) sequence_log_ratio, in place of the token's own
-    masks: bool = True,  # whether a weight of 0 is that of a masked token; kernels have no masks, their 0 is rounding
 ) -> PolicyTerm:
     """-A rho w with rho = p / p_old and w the importance weight of the rollout, clipped as the rule says.
 
@@ -206,7 +205,7 @@ def policy_term(
         slope = None if slope is None else slope * importance
     # A = 0 or w = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
     nothing = adv == 0
-    if importance is not None and masks:
+    if importance is not None:
         nothing = nothing | (importance == 0)
     loss = loss.masked_fill(nothing, 0)
     slope = loss if slope is None else slope.masked_fill(nothing, 0)

@@ -110,8 +110,8 @@ def policy_term(
         importance = tl.exp(tl.where(behaviour == float("-inf"), 0.0, log_weight))
         importance = tl.where(importance > importance_cap, importance_cap, importance)
         loss = loss * importance
-    # A = 0 is no loss, whatever it is multiplied by
-    loss = tl.where(advantage == 0.0, 0.0, loss)
+    # A = 0 or a weight of 0 is no loss, whatever it is multiplied by
+    loss = tl.where((advantage == 0.0) | (importance == 0.0), 0.0, loss)
     dlogprob = tl.where(clipped | (student == float("-inf")), 0.0, loss)
     return loss, dlogprob, advantage, clipped, importance
 
