@@ -28,6 +28,7 @@ from ranks import run_on_ranks
 transformers = pytest.importorskip("transformers")
 
 import model_families  # noqa: E402
+from fused_gopd.integrations.checkpoint import load_head  # noqa: E402
 from fused_gopd.integrations.transformers import head_of, last_hidden_state, patch_lm_head  # noqa: E402
 from fused_gopd.integrations.transformers.transform import remember_transform  # noqa: E402
 
@@ -123,7 +124,10 @@ def tiny(name: str, auto: type) -> nn.Module:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}: {error}")
 
 
-@pytest.fixture(params=[*model_families.CAUSAL, *(f"{name} with a tower" for name in model_families.WITH_TOWER)])
+@pytest.fixture(
+    scope="module",
+    params=[*model_families.CAUSAL, *(f"{name} with a tower" for name in model_families.WITH_TOWER)],
+)
 def family(request: pytest.FixtureRequest) -> nn.Module:
     name, _, tower = request.param.partition(" ")
     auto = transformers.AutoModelForImageTextToText if tower else transformers.AutoModelForCausalLM
@@ -149,6 +153,20 @@ def test_the_head_of_a_family_on_its_states_is_its_logits(family):
     assert_close(dense(head), want, 1e-6)
     assert asked == transform_of(head)
     assert_has_its_configs_numbers(family.config.get_text_config(), *asked)
+
+
+def test_the_head_of_a_family_is_read_from_its_checkpoint_alone(family, tmp_path):
+    family.save_pretrained(tmp_path)
+    if family.config.model_type == "shieldgemma2":  # transformers 5.23 does not find its tensors again, either
+        with pytest.raises(ValueError, match=r"has no tensor for lm_head\.weight or model\.language_model\.embed"):
+            load_head(tmp_path)
+        return
+    hidden = torch.randn(2, family.get_output_embeddings().weight.shape[1])
+    want, got = head_of(family, hidden), load_head(tmp_path)(hidden)
+    assert torch.equal(got.weight, want.weight)
+    assert (got.bias is None) == (want.bias is None)
+    assert got.bias is None or torch.equal(got.bias, want.bias)
+    assert transform_of(got) == transform_of(want)
 
 
 @pytest.mark.parametrize("name", model_families.REFUSED)
