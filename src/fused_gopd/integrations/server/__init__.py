@@ -155,21 +155,7 @@ class ServerTeacher:
             TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k) with those of the tokens themselves;
             float32, on input_ids' device.
         """
-        _require_masks(input_ids, attention_mask, completion_mask)
-        mask, attended = completion_mask.bool().cpu(), attention_mask.bool().cpu()
-        ids = input_ids.cpu()
-        # (B, K) position of each of the last K tokens in its sequence without padding
-        place = (attended.cumsum(1) - 1)[:, ids.shape[1] - mask.shape[1] :]
-        rows = mask.any(1).nonzero().flatten().tolist()
-        wanted = [place[row][mask[row]].tolist() for row in rows]
-        for row, positions in zip(rows, wanted, strict=True):
-            if positions[0] == 0:
-                raise ValueError(
-                    f"completion_mask wants the first token of sequence {row}, for which a server has no log-prob: "
-                    "begin the sequence with a prompt, or a beginning-of-sequence token"
-                )
-        # tokens after the last one to score are not sent: they do not affect its log-prob
-        sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
+        mask, sequences, wanted = sequences_to_score(input_ids, attention_mask, completion_mask)
         answers = self.score(sequences, [w[0] for w in wanted])
         found = [(one, n - w[0]) for one, w in zip(answers, wanted, strict=True) for n in w]
         own = torch.zeros(mask.shape)
@@ -191,6 +177,22 @@ class ServerTeacher:
             start: for each sequence the position of the first token to score; at least 1, since the first token has
                 no log-prob.
         """
+        token_ids, first = self._checked_sequences(sequences, start)
+        requests = [
+            self._scoring_request(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
+            for i in range(0, len(token_ids), self.batch_size)
+        ]
+
+        answers = self._connection.request_all(
+            [self._http_request(request) for request in requests],
+            lambda which, answer: self._scored(answer, requests[which]),
+        )
+        return [one for answer in answers for one in answer]
+
+    def _checked_sequences(
+        self, sequences: Sequence[Sequence[int]], start: Sequence[int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Sequences and positions as lists of ints; raises for what no server scores, or this one has no room for."""
         if len(sequences) != len(start):
             raise ValueError(f"start must have one entry per sequence, got {len(start)} for {len(sequences)}")
         token_ids = [[_index(f"sequences[{i}]", x) for x in ids] for i, ids in enumerate(sequences)]
@@ -207,16 +209,7 @@ class ServerTeacher:
                     f"max_model_len={self.max_model_len} with the one that it generates: start the server with a "
                     "longer context, or make prompts and completions shorter"
                 )
-        requests = [
-            self._scoring_request(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
-            for i in range(0, len(token_ids), self.batch_size)
-        ]
-
-        answers = self._connection.request_all(
-            [self._http_request(request) for request in requests],
-            lambda which, answer: self._scored(answer, requests[which]),
-        )
-        return [one for answer in answers for one in answer]
+        return token_ids, first
 
     def _scoring_request(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> ScoringRequest:
         return ScoringRequest(self.model, sequences, start, self.top_k or 0, texts)
@@ -294,6 +287,10 @@ class ServerTeacher:
         ((positions,),) = self._connection.request_all(
             [self._http_request(request)], lambda _, a: self._positions(a, request)
         )
+        self._compare_texts(tokenizer, ids, positions)
+
+    def _compare_texts(self, tokenizer: Any, ids: list[int], positions: Sequence[Position]) -> None:
+        """Raise where the server's text of a token is not the student's; ``positions`` are of ``ids[1:]``."""
         texts = [(i, p.text, tokenizer.decode([i])) for i, p in zip(ids[1:], positions, strict=True)]
         for token_id, theirs, ours in texts:
             if theirs is not None and not _same_text(theirs, ours):
@@ -306,8 +303,37 @@ class ServerTeacher:
             warnings.warn(
                 f"{self.base_url} does not tell the texts of tokens: that its tokenizer is the student's was not "
                 "checked",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+def sequences_to_score(
+    input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """What a scorer sends of a batch: sequences without padding, and which of their tokens it wants scored.
+
+    Tokens after the last one to score are left out, because they do not affect its log-prob, and so are sequences
+    without one to score.
+
+    Returns:
+        completion_mask as bool (B, K) on the CPU; for each sequence with a token to score, in their order, its ids, and
+        the positions of these tokens in it. These positions one after another are the mask's ones in row-major order.
+    """
+    _require_masks(input_ids, attention_mask, completion_mask)
+    mask, attended = completion_mask.bool().cpu(), attention_mask.bool().cpu()
+    ids = input_ids.cpu()
+    # (B, K) position of each of the last K tokens in its sequence without padding
+    place = (attended.cumsum(1) - 1)[:, ids.shape[1] - mask.shape[1] :]
+    rows = mask.any(1).nonzero().flatten().tolist()
+    wanted = [place[row][mask[row]].tolist() for row in rows]
+    for row, positions in zip(rows, wanted, strict=True):
+        if positions[0] == 0:
+            raise ValueError(
+                f"completion_mask wants the first token of sequence {row}, for which a server has no log-prob: "
+                "begin the sequence with a prompt, or a beginning-of-sequence token"
+            )
+    sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
+    return mask, sequences, wanted
 
 
 def _index(name: str, value: Any) -> int:

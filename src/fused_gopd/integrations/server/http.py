@@ -12,6 +12,7 @@ import contextlib
 import email.utils
 import html
 import importlib
+import inspect
 import json
 import logging
 import random
@@ -19,7 +20,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -46,6 +47,10 @@ _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 class TeacherServerError(RuntimeError):
     """The teacher's server cannot be reached, refuses a request, or sends an unexpected answer."""
+
+
+class LostAnswerError(Exception):
+    """An answer that is not there, or not whole, because its server stopped meanwhile: the request is repeated."""
 
 
 class Request(NamedTuple):
@@ -173,16 +178,17 @@ class Connection:
     def close(self) -> None:
         self._closed = True
 
-    def request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
+    def request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T | Awaitable[T]]) -> list[T]:
         """``read(index, answer)`` of the answer to each request, with ``max_concurrency`` requests at a time.
 
+        What ``read`` returns is awaited if it can be. Where it raises :class:`LostAnswerError` the request is repeated.
         The first failure cancels the other requests. So does an interrupt, which does not wait for them.
         """
         if self._closed:
             raise TeacherServerError(f"the connection to {self.base_url} is closed")
         return _in_thread(self._request_all(requests, read)) if requests else []
 
-    async def _request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T]) -> list[T]:
+    async def _request_all(self, requests: Sequence[Request], read: Callable[[int, Any], T | Awaitable[T]]) -> list[T]:
         limits = httpx.Limits(max_connections=self.max_concurrency, max_keepalive_connections=self.max_concurrency)
         # an explicit transport: without one the client uses all proxies of the environment
         transport = httpx.AsyncHTTPTransport(verify=self._tls, limits=limits, proxy=self._proxy)
@@ -192,7 +198,7 @@ class Connection:
 
             async def answer_to(i: int, request: Request) -> T:
                 async with under_way:
-                    return read(i, await self._request(client, request))
+                    return await self._request(client, request, partial(read, i))
 
             tasks = [asyncio.create_task(answer_to(i, request)) for i, request in enumerate(requests)]
             try:
@@ -202,8 +208,8 @@ class Connection:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _request(self, client: Any, request: Request) -> Any:
-        """Send a request, with retries, and return its answer."""
+    async def _request(self, client: Any, request: Request, read: Callable[[Any], T | Awaitable[T]]) -> T:
+        """Send a request, with retries, and return what ``read`` makes of its answer."""
         where, started, attempt = self.base_url + request.path, time.monotonic(), 0
         while True:
             asked_to_wait = None
@@ -221,12 +227,19 @@ class Connection:
             else:
                 status = response.status_code
                 if status < 300:
-                    self._note_answer()
-                    return self._json(response, where)
-                failure = f"status {status}: {self._message(response)}"
-                if status not in _TOO_BUSY and status < 500:
-                    raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}")
-                asked_to_wait = _retry_after(response.headers.get("Retry-After"))
+                    try:
+                        read_from = read(self._json(response, where))
+                        found: T = await read_from if inspect.isawaitable(read_from) else read_from
+                    except LostAnswerError as error:
+                        failure = str(error)
+                    else:
+                        self._note_answer()
+                        return found
+                else:
+                    failure = f"status {status}: {self._message(response)}"
+                    if status not in _TOO_BUSY and status < 500:
+                        raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}")
+                    asked_to_wait = _retry_after(response.headers.get("Retry-After"))
             left = started + self.patience - time.monotonic()
             if attempt >= self.retries and left <= 0:
                 raise self._no_answer(where, attempt + 1, failure)
