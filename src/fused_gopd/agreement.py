@@ -39,6 +39,7 @@ FIELDS: dict[str, Agree] = {
     "softcap": Agree.OPTION,
     "temperature": Agree.OPTION,
     "shard": Agree.SHARD,
+    "vocab_map": Agree.OPTION,
 }
 
 _MODELS = tuple(name for name, rule in ARGUMENTS.items() if rule is Agree.MODELS)

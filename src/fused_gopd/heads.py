@@ -17,6 +17,7 @@ from torch import Tensor
 from . import printing, shards
 from .checks import require_float, require_integer
 from .shards import VocabShard
+from .vocab_maps import refuse_vocab_map, require_vocab_map
 
 
 def _require_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
@@ -83,6 +84,8 @@ class LinearHead:
         temperature: the sampling temperature; all log-probs are those of the tempered distribution.
         shard: the part of a vocabulary-parallel head that ``weight`` and ``bias`` are; see
             :class:`fused_gopd.VocabShard`. A DTensor weight with placement ``Shard(0)`` brings its own.
+        vocab_map: (V_student,) int64, for a teacher or reference with another vocabulary than the student's: the row of
+            ``weight`` that is each token of the student, -1 where there is none; no row twice. See the page on targets.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what was found.
@@ -95,6 +98,7 @@ class LinearHead:
     softcap: float | None = None
     temperature: float = 1.0
     shard: VocabShard | None = None
+    vocab_map: Tensor | None = None
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class LinearHead:
         softcap: float | None = None,
         temperature: float = 1.0,
         shard: VocabShard | None = None,
+        vocab_map: Tensor | None = None,
     ) -> None:
         hidden, weight, bias, shard = shards.from_dtensors(hidden, weight, bias, shard)
         require_float("hidden", hidden)
@@ -135,6 +140,8 @@ class LinearHead:
                 raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
             if bias.device != weight.device:
                 raise ValueError(f"bias must be on weight's device {weight.device}, got {bias.device}")
+        if vocab_map is not None:
+            require_vocab_map(vocab_map, shard is not None, weight.device)
         _require_transform(logit_scale, softcap, temperature)
         for name, value in (
             ("hidden", hidden),
@@ -144,6 +151,7 @@ class LinearHead:
             ("softcap", None if softcap is None else float(softcap)),
             ("temperature", float(temperature)),
             ("shard", shard),
+            ("vocab_map", vocab_map),
         ):
             object.__setattr__(self, name, value)
 
@@ -163,8 +171,15 @@ class LinearHead:
 
     @property
     def vocab_size(self) -> int:
-        """Of all ranks that share it."""
+        """Of all ranks that share it; with a ``vocab_map`` the student's."""
+        if self.vocab_map is not None:
+            return self.vocab_map.shape[0]
         return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
+
+    @property
+    def own_size(self) -> int:
+        """How many logits a token has here, whatever they are mapped to."""
+        return self.weight.shape[0]
 
     def part(self, shard: VocabShard) -> LinearHead:
         """The columns of a whole head that a shard holds; no copy."""
@@ -178,7 +193,8 @@ class LinearHead:
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = {"hidden": self.hidden, "weight": self.weight}
-        return named if self.bias is None else {**named, "bias": self.bias}
+        named = named if self.bias is None else {**named, "bias": self.bias}
+        return named if self.vocab_map is None else {**named, "vocab_map": self.vocab_map}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,6 +205,7 @@ class Logits:
         logits: (..., V) float32, bfloat16, float16 or float64. As the student, gradients flow to it.
         logit_scale, softcap, temperature: as in :class:`LinearHead`.
         shard: the columns of a vocabulary-parallel head's logits that these are, or None.
+        vocab_map: as in :class:`LinearHead`, the column of ``logits`` that is each token of the student.
     """
 
     logits: Tensor
@@ -196,6 +213,7 @@ class Logits:
     softcap: float | None = None
     temperature: float = 1.0
     shard: VocabShard | None = None
+    vocab_map: Tensor | None = None
 
     def __init__(
         self,
@@ -205,6 +223,7 @@ class Logits:
         softcap: float | None = None,
         temperature: float = 1.0,
         shard: VocabShard | None = None,
+        vocab_map: Tensor | None = None,
     ) -> None:
         if shards.is_dtensor(logits):
             raise TypeError("logits is a DTensor: pass logits.to_local() and the VocabShard of its columns as shard")
@@ -212,9 +231,12 @@ class Logits:
         if logits.ndim < 1 or (logits.shape[-1] == 0 and shard is None):
             raise ValueError(f"logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}")
         _require_shard("logits", shard, logits.shape[-1])
+        if vocab_map is not None:
+            require_vocab_map(vocab_map, shard is not None, logits.device)
         _require_transform(logit_scale, softcap, temperature)
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "shard", shard)
+        object.__setattr__(self, "vocab_map", vocab_map)
         object.__setattr__(self, "logit_scale", float(logit_scale))
         object.__setattr__(self, "softcap", None if softcap is None else float(softcap))
         object.__setattr__(self, "temperature", float(temperature))
@@ -230,8 +252,15 @@ class Logits:
 
     @property
     def vocab_size(self) -> int:
-        """Of all ranks that share it."""
+        """Of all ranks that share it; with a ``vocab_map`` the student's."""
+        if self.vocab_map is not None:
+            return self.vocab_map.shape[0]
         return self.logits.shape[-1] if self.shard is None else self.shard.vocab_size
+
+    @property
+    def own_size(self) -> int:
+        """How many logits a token has here, whatever they are mapped to."""
+        return self.logits.shape[-1]
 
     def part(self, shard: VocabShard) -> Logits:
         """The columns of whole logits that a shard holds; no copy."""
@@ -242,7 +271,9 @@ class Logits:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"logits": self.logits}
+        return (
+            {"logits": self.logits} if self.vocab_map is None else {"logits": self.logits, "vocab_map": self.vocab_map}
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -325,6 +356,8 @@ def require_kind(name: str, value: object, *more: type) -> None:
     """Raise TypeError unless value is a LinearHead, Logits or one of ``more``; of a tensor it says how to wrap it."""
     kinds = (LinearHead, Logits, *more)
     if isinstance(value, kinds):
+        if not more and getattr(value, "vocab_map", None) is not None:
+            refuse_vocab_map(name, value)
         return
     *first, last = (kind.__name__ for kind in kinds)
     message = f"{name} must be a {', '.join(first)} or {last}, got {type(value).__name__}"

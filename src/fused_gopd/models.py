@@ -18,6 +18,7 @@ from .problem import FlatComposite
 from .rowops import FROZEN
 from .rowops.torch import accumulation_dtype
 from .targets import Composite, Frozen
+from .vocab_maps import refuse_vocab_map
 
 Models = dict[str, tuple[Frozen, ...]]  # "teacher" and "ref", one model for each route; none where none is needed
 
@@ -75,6 +76,8 @@ _USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}
 
 def require_source(name: str, value: object, estimator: Estimator) -> None:
     if isinstance(value, (LinearHead, Logits)):
+        if name == "student" and value.vocab_map is not None:
+            refuse_vocab_map(name, value)
         return
     kind, user = type(value).__name__, _USERS.get(type(value))
     if name == "student" and user is not None:

@@ -66,6 +66,7 @@ class Plan:
     dtype: torch.dtype  # of accumulation
     dtypes: set[torch.dtype]  # of the hidden states and logits of student and needed models
     has_terms: bool  # beside the loss, see :func:`has_terms`
+    has_map: bool  # whether a frozen model has a vocab_map
     has_composite: bool  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
 
@@ -111,6 +112,9 @@ def _planned(call: LossCall) -> Plan:
     options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
     sharded = any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models)
+    mapped = [name for name, model in frozen.items() if getattr(model, "vocab_map", None) is not None]
+    if mapped and sharded:
+        raise ValueError(f"{mapped[0]} has a vocab_map, which needs whole heads: a model of this call has a shard")
     return Plan(
         options=options,
         routes=count,
@@ -129,6 +133,7 @@ def _planned(call: LossCall) -> Plan:
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
         has_terms=has_terms(call),
+        has_map=bool(mapped),
         has_composite=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
     )
@@ -373,6 +378,9 @@ def _check_tokens(call: LossCall, options: LossOptions, sequences: Sequences, de
 # -------------------------------------------------------------------------------------------------------- chunk sizes
 
 
+_COMPOSITES = (Composite, FlatComposite)
+
+
 def chunk_sizes(
     student: Head,
     frozen: Mapping[str, Sequence[Frozen | FlatComposite | None]],  # those without a vocabulary axis have no buffer
@@ -385,10 +393,8 @@ def chunk_sizes(
     heads = [[student], *map(heads_of, frozen.values())]
     joint = options.joint
     # a model that is made of several has a buffer for their sum; all such share one for the logits of one of them
-    made = [
-        any(isinstance(x, (Composite, FlatComposite)) and heads_of([x]) for x in models) for models in frozen.values()
-    ]
-    own = [any(isinstance(head, LinearHead) for head in x) for x in heads]
+    made = [any(isinstance(x, _COMPOSITES) and heads_of([x]) for x in models) for models in frozen.values()]
+    own = [any(isinstance(head, LinearHead) or head.vocab_map is not None for head in x) for x in heads]
     linear = sum(map(max, own, [False, *made])) + (joint and any(made))
     two = options.support == "student" or (any(made) and options.estimator == "topk")
     if weight_gradient is None:
@@ -399,6 +405,9 @@ def chunk_sizes(
         buffers += min(2, len(options.passes))  # a sum of gradients, and one more to be added
         # of the rank that has the most: all of them go through the same chunks
         widest = max([vocab_size if x.shard is None else x.shard.largest for x in itertools.chain(*heads)])
+        # a model that is not taken together with the student has all its own logits in a buffer
+        alone = [x for models in frozen.values() for x in models if not joint or isinstance(x, _COMPOSITES)]
+        widest = max([widest, *[x.own_size for x in heads_of(alone) if x.vocab_map is not None]])
         # stored exponentials are widened where products with them want float32
         stored = options.store_exponentials and accumulates_low_precision(student.rows)
         element_bytes = 2 if stored else options.logits_dtype(dtype).itemsize
@@ -469,9 +478,10 @@ def _append(key: list[Any], value: Any) -> bool:
         weight = value.weight
         key += (kind, *_meta(value.hidden), *_meta(weight), weight.requires_grad, None if bias is None else _meta(bias))
         key.append(value.softcap is None)  # store_exponentials has none
+        key.append(None if value.vocab_map is None else _meta(value.vocab_map))
         return value.shard is None
     if kind is Logits:
-        key += (kind, *_meta(value.logits))
+        key += (kind, *_meta(value.logits), None if value.vocab_map is None else _meta(value.vocab_map))
         return value.shard is None
     if kind is TokenLogProbs:
         key += (kind, *_meta(value.logprobs))

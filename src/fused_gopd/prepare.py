@@ -39,6 +39,7 @@ from .tokens import (
     live_token_ids,
 )
 from .values import require_number
+from .vocab_maps import check_rows
 
 # ------------------------------------------------------------------------------------------------------------- routes
 
@@ -251,6 +252,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if host_sync_forbidden(device):
         functions = call.advantage_fn, call.reward_scale_fn
         check_no_host_sync(mask is not None, route is not None, options, *functions, whole_sequences(call))
+    if plan.has_map:
+        given = named_models("teacher", call.teacher) | named_models("ref", call.ref)
+        check_rows(named_members(given), vocab_size)
     rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
     # a single model is shared by all routes
     routed: Models = {
@@ -311,8 +315,12 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
             _sampled_logprobs(needed[name], rows, slices, dtype, device) for name in ("teacher", "ref")
         )
 
+    cuts = plan.sharded or plan.has_map
+
     def cut(head: Head) -> Head:
         """The columns of the joint vocabulary that this rank computes."""
+        if head.vocab_map is not None:
+            return replace(head, vocab_map=head.vocab_map[:vocab_size])
         if head.shard is not None:
             return replace(head, shard=head.shard.within(vocab_size))
         if call.student.shard is not None and (options.joint or options.estimator == "topk"):
@@ -323,7 +331,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         """A model made of several on the live tokens, without those that have the weight 0."""
         heads, scores, weights = [], [], []
         for part, weight in model.weighed:
-            heads += frozen_heads([part], cut if plan.sharded else None)
+            heads += frozen_heads([part], cut if cuts else None)
             scores.append(logprobs("", part.logprobs, False) if isinstance(part, TokenLogProbs) else None)
             if isinstance(weight, Tensor):
                 each = number_per_token("weights", weight, sequences, device)
@@ -335,7 +343,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
             heads=tuple(heads), logprobs=tuple(scores), weights=tuple(weights), mixture=isinstance(model, Mixture)
         )
 
-    heads = {name: frozen_heads(x, cut if plan.sharded else None, flatten) for name, x in needed.items()}
+    heads = {name: frozen_heads(x, cut if cuts else None, flatten) for name, x in needed.items()}
     agreed_ids = support_ids  # those of a server are compared with its scores
     if support_ids is None:
         support_ids = server.token_ids
@@ -388,6 +396,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         reward_scale=scale if call.reward_scale_fn is None else None,
         reward_scale_fn=call.reward_scale_fn,
         has_composite=plan.has_composite,
+        has_map=plan.has_map,
         has_terms=plan.has_terms,
         has=plan.has,
         token_ids=ids,

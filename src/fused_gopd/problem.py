@@ -76,6 +76,7 @@ class Problem:
     reward_scale: float | Tensor | None = 1.0
     reward_scale_fn: RewardScaleFn | None = None
     has_composite: bool = False  # whether a teacher or reference that is needed is made of several models
+    has_map: bool = False  # whether a frozen model has a vocab_map
     has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)

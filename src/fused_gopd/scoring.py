@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from .agreement import Agreement, agreement_of, shared_by
 from .checks import require_device, require_entries, require_integer, require_reverse_mode, require_shape
 from .heads import Head, LinearHead, Source, TokenLogProbs, require_kind
 from .loop.chunking import chunk_size_for
+from .loop.vocab_parallel import own_ids
 from .models import frozen_heads, joint_vocab_size, zero_masked
 from .objective import combination
 from .objective.divergences import ReverseKL
@@ -154,6 +156,10 @@ def _logprobs_of_route(model: Source | None, problem: Problem, route: Route) -> 
         rows = TokenRows(rows.shape, rows.index[route.start : route.stop])
     if head.shard is not None:
         head = replace(head, shard=head.shard.within(problem.vocab_size))
-    size, backend = problem.chunk_size, problem.options.backend
-    alone = _problem(head, rows, ids[route.start : route.stop], problem.vocab_size, size, backend)
-    return autograd.token_logprobs(alone)[0]
+    size, backend, vocab_size = problem.chunk_size, problem.options.backend, problem.vocab_size
+    ids, outside = ids[route.start : route.stop], None
+    if head.vocab_map is not None:
+        ids, vocab_size = own_ids(head, ids), head.own_size
+        head, outside, ids = replace(head, vocab_map=None), ids < 0, ids.clamp_min(0)
+    logprobs = autograd.token_logprobs(_problem(head, rows, ids, vocab_size, size, backend))[0]
+    return logprobs if outside is None else logprobs.masked_fill(outside, -math.inf)

@@ -12,7 +12,7 @@ ROOT = Path(fused_gopd.__file__).parent
 # A module imports from its own line and from the lines above it.
 LAYERS = (
     "private",
-    "checks dynamo hooks installing printing records rules signatures token_stats values",
+    "checks dynamo hooks installing printing records rules signatures token_stats values vocab_maps",
     "shards",
     "heads",
     "targets",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, composite
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .chunking import balanced, row_stride
-from .vocab_parallel import local_ids, statistics_of
+from .vocab_parallel import local_ids, no_logit_, own_ids, statistics_of
 
 
 def columns(problem: Problem, head: FrozenModel) -> int:
-    """Number of vocabulary entries whose logits this rank computes for a model."""
+    """Number of vocabulary entries whose logits this rank computes for a model; with a map all that it has itself."""
+    if problem.has_map and not isinstance(head, FlatComposite) and head.vocab_map is not None:
+        return head.own_size
     return problem.vocab_size if head.shard is None else head.shard.count
 
 
@@ -69,6 +72,13 @@ def _keeping(read: Reader) -> Reader:
     return kept
 
 
+class MappedRows(NamedTuple):
+    """The rows of a head that are the student's tokens."""
+
+    rows: Tensor  # (V,) int64, that of some other token where there is none
+    bias: Tensor  # (V,) of these rows, -inf where there is none
+
+
 class Buffers:
     """Logits buffers by slot ("student", "teacher", "ref", "other", "part") and dtype, allocated on first use.
 
@@ -93,7 +103,13 @@ class Buffers:
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
         self._readers: dict[int, Reader] = {}  # by head
         heads = [head for route in problem.routes for head in (route.teacher, route.ref) if head is not None]
+        self._maps: dict[int, MappedRows] = {}  # by head
         self._stride = row_stride(max([columns(problem, head) for head in (problem.student, *heads)]))
+        if problem.has_map:
+            own = [x for model in heads if isinstance(model, FlatComposite) for x in model.heads if x is not None]
+            own += [] if problem.joint else [x for x in heads if not isinstance(x, FlatComposite)]
+            widths = [columns(problem, x) for x in (problem.student, *own)]
+            self._stride = row_stride(max([*widths, columns(problem, problem.student)]))
 
     def load_whole_chunk(self, start: int, stop: int) -> Tensor:
         """Compute the student's logits of tokens [start, stop) once; ``load`` then returns views of them.
@@ -121,16 +137,21 @@ class Buffers:
             self._readers[id(head)] = reader
         return reader
 
-    def load(self, head: FrozenModel, slot: str, start: int, stop: int, writable: bool = False) -> ModelRows:
+    def load(
+        self, head: FrozenModel, slot: str, start: int, stop: int, writable: bool = False, joint: bool = False
+    ) -> ModelRows:
         """The raw logits of tokens [start, stop) of a model, computed into the buffer of a slot.
 
-        ``Logits`` are returned as a view of the caller's tensor, or as a copy where they are to be ``writable``.
+        ``Logits`` are returned as a view of the caller's tensor, or as a copy where they are to be ``writable``. A head
+        with a vocab_map has its own logits, or those of the student's tokens where they are taken ``joint``.
         """
         if self._whole_chunk is not None and slot == "student":
             return self._part(start, stop)
         tokens = stop - start
         if isinstance(head, FlatComposite):
             return self._composite(head, slot, start, stop)
+        if joint and head.vocab_map is not None:
+            return self._mapped(head, slot, start, stop)
         if isinstance(head, Logits):
             raw, width = self.reader(head)(start, stop), columns(self._problem, head)
             if writable:
@@ -148,6 +169,37 @@ class Buffers:
         product(read(start, stop))
         return rows
 
+    def map_of(self, head: Head) -> MappedRows:
+        """The rows of a head with a vocab_map, made once for all chunks."""
+        if id(head) not in self._maps:
+            assert head.vocab_map is not None
+            missing = head.vocab_map < 0
+            # a row that is some token: a NaN in one that is none must not show
+            index = torch.where(missing, head.vocab_map.amax(), head.vocab_map)
+            bias = None if isinstance(head, Logits) or head.bias is None else head.bias[index]
+            if bias is None:
+                bias = torch.zeros(index.shape, dtype=self._problem.dtype, device=index.device)
+            self._maps[id(head)] = MappedRows(index, bias.masked_fill(missing, -math.inf))
+        return self._maps[id(head)]
+
+    def _mapped(self, head: Head, slot: str, start: int, stop: int) -> ModelRows:
+        """The raw logits of the student's tokens under a head that has other rows for them, -inf where it has none."""
+        key, (index, bias) = (slot, id(head), stop - start), self.map_of(head)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            dtype = self._problem.options.chunk_dtype or accumulation_dtype(head.rows)
+            dtype = head.rows.dtype if isinstance(head, Logits) else dtype
+            out = self._buffer(slot, dtype, stop - start, index.shape[0])
+            rows, read = ModelRows(out, replace(transform_of(head), bias=bias)), self.reader(head)
+            if isinstance(head, LinearHead):
+                loaded = rows, gemm.logits_of_rows_into(out, head.weight, index), read
+            else:
+                loaded = rows, lambda logits: torch.index_select(logits, 1, index, out=out), read
+            self._loaded[key] = loaded
+        rows, product, read = loaded
+        product(read(start, stop))
+        return rows
+
     def _composite(self, model: FlatComposite, slot: str, start: int, stop: int) -> ModelRows:
         """The log-probs of a model made of several: each is computed into one buffer, then added to the slot."""
         problem, tokens, width = self._problem, stop - start, columns(self._problem, model)
@@ -161,10 +213,20 @@ class Buffers:
         logprobs: list[Tensor] = []
         for i, (head, weight) in enumerate(zip(model.heads, weights, strict=True)):
             assert head is not None
-            rows = self.load(head, part, start, stop)
-            own, _ = statistics_of(problem.ops, head.shard, RowProblem(width, rows, token_ids=ids))
-            logprobs.append(token_logprob(own[Stat.LOGIT_STUDENT], own[Stat.LOGSUM_STUDENT]))
-            composite.add(out, rows, width, own, weight, total_weight, model.mixture, first=i == 0, last=i == last)
+            rows, index, own_width, own = self.load(head, part, start, stop), None, width, ids
+            if head.vocab_map is not None:
+                own_width, own = head.own_size, None if ids is None else own_ids(head, ids)
+            scored, _ = statistics_of(problem.ops, head.shard, RowProblem(own_width, rows, token_ids=own))
+            if head.vocab_map is not None:
+                index, bias = self.map_of(head)
+                rows = replace(rows, transform=replace(rows.transform, bias=bias))
+                if own is not None:
+                    no_logit_(scored, own)
+            logprobs.append(token_logprob(scored[Stat.LOGIT_STUDENT], scored[Stat.LOGSUM_STUDENT]))
+            first = i == 0
+            composite.add(
+                out, rows, width, scored, weight, total_weight, model.mixture, first=first, last=i == last, index=index
+            )
         if ids is not None:
             self.logprobs[slot] = combination.combine(logprobs, weights, model.mixture)
         return self._composites[key]

@@ -74,6 +74,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _LOW_PRECISION else x
 
 
+# Elements of selected rows of a weight that are copied at once: a GPU would rather have few launches.
+_SELECTED = {"cpu": BLOCK_ELEMENTS, "gpu": 1 << 26}
+
+
 class Libraries(NamedTuple):
     """Whether float32 matrices on a CPU are better multiplied by oneDNN than by MKL."""
 
@@ -159,6 +163,25 @@ def logits_into(
     return functools.partial(_logits_by_blocks, weight=weight, out=out, onednn=onednn)
 
 
+def logits_of_rows_into(out: Tensor, weight: Tensor, rows: Tensor) -> Product:  # (C, V), (rows, H), (V,) int64
+    """out = hidden @ weight[rows].T, of whose weight a block at a time is copied."""
+    kind = "cpu" if weight.is_cpu else "gpu"
+    step = max(1, _SELECTED[kind] // max(out.shape[0], weight.shape[1]))
+    buffer = weight.new_empty(min(step, rows.shape[0]), weight.shape[1])
+    blocks = [
+        (part, buffer[: part.shape[0]], columns)
+        for part, columns in zip(torch.split(rows, step), torch.split(out, step, 1), strict=True)
+    ]
+    products = [logits_into(columns, block) for _, block, columns in blocks]
+
+    def product(hidden: Tensor) -> None:
+        for (part, block, _), multiply in zip(blocks, products, strict=True):
+            torch.index_select(weight, 0, part, out=block)
+            multiply(hidden)
+
+    return product
+
+
 def _logits_by_blocks(hidden: Tensor, weight: Tensor, out: Tensor, onednn: bool) -> None:
     wide_hidden = _wide(hidden)
     for columns, block in _wide_blocks(weight, max(hidden.shape)):
@@ -238,8 +261,6 @@ def add_dweight_(
     return accumulator
 
 
-# Elements of the weight that selected_products copies at once: a GPU would rather have few launches.
-_SELECTED = {"cpu": BLOCK_ELEMENTS, "gpu": 1 << 26}
 # Above this share of the vocabulary the products over all of it are the faster ones: selecting copies its operands.
 _MOST_SELECTED = 0.5
 

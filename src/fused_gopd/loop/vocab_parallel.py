@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import agreement
 from ..checks import refuse
+from ..heads import Head
 from ..objective.divergences import Divergence
 from ..objective.layout import merged_statistics
 from ..objective.statistics import merge
-from ..problem import FrozenModel, Problem
+from ..problem import FlatComposite, FrozenModel, Problem
 from ..rowops import ModelRows, RowOps, RowProblem, Stat, sparse
 from ..rowops.torch import accumulation_dtype
 from ..shards import VocabShard
+from ..vocab_maps import tokens_of_rows
 
 # Slices and loops, not lists: an index that is a list would be copied to the device, a host sync.
 _LOGSUMS = slice(Stat.LOGSUM_STUDENT, Stat.LOGSUM_TARGET + 1)
@@ -27,6 +30,20 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 def local_ids(shard: VocabShard | None, token_ids: Tensor) -> Tensor:
     """Token ids relative to the columns that this rank computes, -1 for those of other ranks."""
     return token_ids if shard is None else shard.local(token_ids)
+
+
+def own_ids(head: Head, token_ids: Tensor) -> Tensor:
+    """Token ids as columns of a model's own logits, -1 for those that it has no logit of, or another rank has."""
+    vocab_map, shard = head.vocab_map, head.shard
+    if vocab_map is None:
+        return token_ids if shard is None else shard.local(token_ids)
+    return vocab_map[token_ids.clamp_min(0)].masked_fill(token_ids < 0, -1)
+
+
+def no_logit_(statistics: Tensor, token_ids: Tensor) -> Tensor:
+    """A model's statistics (len(Stat), C) with the log-prob -inf for sampled tokens (C,) of :func:`own_ids` at -1."""
+    statistics[_LOGITS].masked_fill_(token_ids < 0, -math.inf)
+    return statistics
 
 
 def own_statistics(ops: RowOps, row_problem: RowProblem, out: Tensor | None = None) -> Tensor:
@@ -50,7 +67,7 @@ def merge_over_ranks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Statistics of all ranks' columns, and of each extra row the largest value of any rank. One collective."""
     if token_ids is not None:
-        own[_LOGITS].masked_fill_(token_ids < 0, -math.inf)
+        no_logit_(own, token_ids)
     sent = merged_statistics(has, divergence, token_ids is not None)
     gathered = shard.gather(torch.cat((torch.stack([own[stat] for stat in sent]), *extra_rows)))
     parts = own.new_zeros((gathered.shape[0], *own.shape))
@@ -107,6 +124,8 @@ def topk_ids(head: FrozenModel, rows: ModelRows, columns: int, k: int) -> Tensor
     """Ids (C, k) of the k largest logits over the whole vocabulary, the largest first; one collective if shared."""
     if not k:
         return rows.raw.new_empty(rows.raw.shape[0], 0, dtype=torch.int64)
+    if not isinstance(head, FlatComposite) and head.vocab_map is not None:
+        return _mapped_topk(head.vocab_map, rows, columns, k)
     ids = sparse.top(rows, columns, k)
     if head.shard is None:
         return ids
@@ -118,6 +137,17 @@ def topk_ids(head: FrozenModel, rows: ModelRows, columns: int, k: int) -> Tensor
     gathered = head.shard.gather(torch.stack((logits, ids.to(bits).view(logits.dtype))))  # (ranks, 2, C, k)
     logits, numbers = gathered.permute(1, 2, 0, 3).flatten(2).unbind(0)
     return numbers.contiguous().view(bits).gather(1, logits.topk(k).indices).to(torch.int64)
+
+
+def _mapped_topk(vocab_map: Tensor, rows: ModelRows, columns: int, k: int) -> Tensor:
+    """The student's tokens (C, k) that are the largest logits of a model with a map, -1 where there are fewer."""
+    tokens = tokens_of_rows(vocab_map, columns)
+    bias = rows.transform.bias
+    if bias is None:
+        bias = torch.zeros(columns, dtype=accumulation_dtype(rows.raw), device=tokens.device)
+    bias = bias[:columns].masked_fill(tokens < 0, -math.inf)
+    ids = sparse.top(replace(rows, transform=replace(rows.transform, bias=bias)), columns, k)
+    return tokens[ids.clamp_min(0)].masked_fill(ids < 0, -1)
 
 
 def require_agreement(

@@ -24,7 +24,7 @@ from ..objective.token_functions import call_function
 from ..options import LossCall
 from ..output import GOPDOutput
 from ..prepare import prepare
-from ..problem import FlatComposite, Problem
+from ..problem import Problem
 from ..report import output_of
 from ..rowops import FROZEN
 from ..rowops.torch import TorchRowOps
@@ -41,6 +41,7 @@ from .models import (
     logprobs_at,
     own_log_softmax,
     reward_scale_of,
+    route_entropies,
 )
 from .sampled import importance_weights, kl_estimate, policy_loss, sampled_advantages
 from .topk import on_support, sampled_tail_loss, topk_loss
@@ -60,10 +61,9 @@ def _with_reward_scale(p: Problem, z: Tensor) -> Problem:
     support = on_support(p, log_p) if p.options.estimator == "topk" else None
     for name, _ in FROZEN:
         values[f"{name}_logprobs"] = frozen_scores(p, name)[0]
-        one_by_one = not p.options.joint and any(isinstance(getattr(route, name), FlatComposite) for route in p.routes)
-        z_m = None if one_by_one else frozen_logits(p, name)  # models scored one by one may be given as log-probs
-        if z_m is not None:
-            values[f"{name}_entropy"] = entropy_of(own_log_softmax(z_m))
+        z_m = frozen_logits(p, name) if p.options.joint else None
+        own = route_entropies(p, name) if z_m is None else entropy_of(own_log_softmax(z_m))
+        values[f"{name}_entropy"] = own
         if support is not None and p.options.tail != "sampled":
             parts = support.parts[name == "ref"]
             alone = support._replace(teacher=getattr(support, name), ref=None, parts=(parts, None))

@@ -59,19 +59,34 @@ def gathered(logp: Tensor, ids: Tensor) -> Tensor:
 
 
 def logits(p: Problem, head: Head, start: int, stop: int) -> Tensor:
-    """(stop - start, V) logits of live tokens."""
-    flat = logits_of(head, p.vocab_size, p.dtype).reshape(-1, p.vocab_size)
+    """(stop - start, V) logits of live tokens; of a head with a vocab_map all its own."""
+    width = p.vocab_size if head.vocab_map is None else head.own_size
+    flat = logits_of(head, width, p.dtype).reshape(-1, width)
     return flat[start:stop] if p.rows.index is None else flat.index_select(0, p.rows.index[start:stop])
+
+
+def of_tokens(head: Head, own: Tensor) -> Tensor:
+    """A head's logits or log-probs (n, rows) as those of the student's tokens (n, V), -inf where it has no row."""
+    rows = head.vocab_map
+    return own if rows is None else own[:, rows.clamp_min(0)].masked_fill(rows < 0, -math.inf)
 
 
 def _route_logits(p: Problem, head: Head, route: Route) -> Tensor:
     """(n, V) logits of a route's tokens under one of its models."""
-    return logits(p, head, route.start, route.stop)
+    return of_tokens(head, logits(p, head, route.start, route.stop))
 
 
 def route_logprobs(p: Problem, head: Head, route: Route) -> Tensor:
-    """Likewise log-probs, each model normalised over its own support."""
-    return own_log_softmax(_route_logits(p, head, route))
+    """Likewise log-probs, each model normalised over its own support, in its own vocabulary."""
+    return of_tokens(head, own_log_softmax(logits(p, head, route.start, route.stop)))
+
+
+def route_entropies(p: Problem, name: str) -> Tensor | None:
+    """(n,) of the teachers or references, each alone; None where one is made of several models, or given as scores."""
+    heads = [(getattr(route, name), route) for route in p.routes]
+    if any(head is None or isinstance(head, FlatComposite) for head, _ in heads):
+        return None
+    return torch.cat([entropy_of(own_log_softmax(logits(p, head, x.start, x.stop))) for head, x in heads])
 
 
 def frozen_logits(p: Problem, name: str) -> Tensor | None:
@@ -127,8 +142,8 @@ def frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]:
         if isinstance(head, FlatComposite):
             scores.append(_composite_scores(p, head, route))
         elif head is not None:
-            log_p = route_logprobs(p, head, route)
-            scores.append(gathered(log_p, p.token_ids[tokens]))
+            log_p = own_log_softmax(logits(p, head, route.start, route.stop))
+            scores.append(gathered(of_tokens(head, log_p), p.token_ids[tokens]))
             entropies.append(entropy_of(log_p))
         elif given is not None:
             scores.append(given[route.start : route.stop])

@@ -13,7 +13,15 @@ from ..objective.divergences import Outcomes
 from ..objective.target import bounded, mix
 from ..problem import FlatComposite, Problem
 from ..rowops import FROZEN
-from .models import composite_logprobs, logits, logprobs_at, own_log_softmax, reward_scale_of, route_logprobs
+from .models import (
+    composite_logprobs,
+    logits,
+    logprobs_at,
+    of_tokens,
+    own_log_softmax,
+    reward_scale_of,
+    route_logprobs,
+)
 
 
 class _Parts(NamedTuple):
@@ -69,7 +77,7 @@ def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts |
         for i, (head, weight) in enumerate(zip(model.heads, model.weights_of(tokens), strict=True)):
             assert head is not None
             own = own_log_softmax(logits(p, head, tokens.start, tokens.stop))
-            logprobs[i, tokens] = logprobs_at(own, ids[tokens])
+            logprobs[i, tokens] = logprobs_at(of_tokens(head, own), ids[tokens])
             weights[i, tokens] = weight[:, None] if isinstance(weight, Tensor) else weight
     return _Parts(list(logprobs), list(weights), mixture)
 

@@ -26,6 +26,7 @@ def add(
     *,
     first: bool,  # nothing is in out
     last: bool,  # no other model follows
+    index: Tensor | None = None,  # (V,) int64, the columns of a model that has others; the bias is that of these
 ) -> None:
     """out := out and the log-probs of one more model, each relative to its own maximum and normaliser."""
     transform, count = model.transform, model.raw.shape[0]
@@ -37,7 +38,8 @@ def add(
     logsums = logsums.masked_fill(logsums == -math.inf, 0)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        z = transformed(model.raw[rows, :vocab_size], transform, bias, out.dtype)
+        raw = model.raw[rows, :vocab_size] if index is None else model.raw[rows].index_select(1, index)
+        z = transformed(raw, transform, bias, out.dtype)
         total = out[rows, :vocab_size]
         logprobs = torch.sub(z, maxima[rows], out=total if scratch is None else scratch[: rows.stop - start])
         logprobs.sub_(logsums[rows])

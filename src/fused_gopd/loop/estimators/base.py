@@ -22,7 +22,7 @@ from ...problem import FlatComposite, FrozenModel, Problem, Route
 from ...rowops import FROZEN, GradientWeights, RowProblem, Stat, composite, sparse
 from ...rowops.torch import rows_of
 from ..buffers import Buffers, columns, transform_of
-from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, statistics_of
+from ..vocab_parallel import local_ids, merge_over_ranks, no_logit_, own_ids, own_statistics, statistics_of
 from .token_stats import OfLogits, fill_reward_scale
 
 EVERY = slice(None)
@@ -210,8 +210,8 @@ class Estimator:
         ids, student = problem.token_ids, problem.student
         teacher, ref = (route.teacher, route.ref if problem.has[1] else None) if joint else (None, None)
         student_rows = buffers.load(student, "student", start, stop, writable)
-        teacher_rows = None if teacher is None else buffers.load(teacher, "teacher", start, stop)
-        ref_rows = None if ref is None else buffers.load(ref, "ref", start, stop)
+        teacher_rows = None if teacher is None else buffers.load(teacher, "teacher", start, stop, joint=True)
+        ref_rows = None if ref is None else buffers.load(ref, "ref", start, stop, joint=True)
         own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
         if joint and problem.reward_scale_fn is not None:
             rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
@@ -244,7 +244,7 @@ class Estimator:
         """Statistics (len(Stat), C) of one model, forward only; from hidden states where the backend can."""
         ops, start, stop, shard = self.problem.ops, chunk.start, chunk.stop, head.shard
         assert self.problem.token_ids is not None
-        ids, width = local_ids(shard, self.problem.token_ids[start:stop]), columns(self.problem, head)
+        ids, width = own_ids(head, self.problem.token_ids[start:stop]), columns(self.problem, head)
         to, own = out if shard is None else None, None
         if isinstance(head, LinearHead) and width:
             hidden = chunk.buffers.reader(head)(start, stop)
@@ -256,6 +256,8 @@ class Estimator:
             )
         if shard is not None:
             out.copy_(merge_over_ranks(shard, own, ids)[0])
+        elif head.vocab_map is not None:
+            no_logit_(own, ids)
 
 
 def fill_composite_statistics(problem: Problem, chunk: Chunk) -> None:

@@ -63,7 +63,7 @@ class _ExactKL(_Pass):
         ref, head = loaded.ref, chunk.route.ref
         if ref is None:
             assert head is not None
-            ref = chunk.buffers.load(head, "ref", chunk.start, chunk.stop)
+            ref = chunk.buffers.load(head, "ref", chunk.start, chunk.stop, joint=True)
         return RowProblem(loaded.vocab_size, loaded.student, ref=ref, reward_scale=0.0, divergence=ReverseKL())
 
     def gradient(self, statistics: Tensor, tokens: slice) -> LogitGradient:

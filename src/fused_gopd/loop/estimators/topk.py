@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...heads import Head
 from ...objective import combination
 from ...objective.divergences import ReverseKL
 from ...objective.layout import TokenRow
@@ -17,9 +18,8 @@ from ...objective.topk import CompositeOnSupport, OnSupport, at_least, term, wit
 from ...problem import FlatComposite, FrozenModel
 from ...rowops import LogitTransform, ModelRows, RowOps, RowProblem, Stat, sparse
 from ...rowops.torch import TorchRowOps, rows_of
-from ...shards import VocabShard
 from ..buffers import columns
-from ..vocab_parallel import local_ids, merge_over_ranks, own_statistics, topk_ids
+from ..vocab_parallel import merge_over_ranks, no_logit_, own_ids, own_statistics, topk_ids
 from .base import (
     Chunk,
     Estimator,
@@ -74,9 +74,9 @@ class TopK(Estimator):
                 rows = buffers.load(head, slot, start, stop, writable=True)
                 if ids is None:
                     ids = self._largest(head, rows, sampled)
-                own_sampled = None if sampled is None else local_ids(head.shard, sampled)
+                own_sampled = None if sampled is None else own_ids(head, sampled)
                 whole = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
-                scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
+                scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head)
                 statistics[logsum, start:stop] = scored[Stat.LOGSUM_STUDENT]
                 statistics[logit, start:stop] = scored[Stat.LOGIT_STUDENT]
                 models.append(on_support)
@@ -117,9 +117,9 @@ class TopK(Estimator):
         for head in model.heads:
             assert head is not None
             rows = chunk.buffers.load(head, slot, chunk.start, chunk.stop, writable=True)
-            own_sampled = None if sampled is None else local_ids(head.shard, sampled)
+            own_sampled = None if sampled is None else own_ids(head, sampled)
             whole = RowProblem(columns(problem, head), rows, token_ids=own_sampled)
-            scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head.shard)
+            scored, on_support, _ = statistics_on_support(problem.ops, whole, ids, sampled, head)
             models.append(on_support)
             logprobs.append(token_logprob(scored[Stat.LOGIT_STUDENT], scored[Stat.LOGSUM_STUDENT]))
         on_composite = CompositeOnSupport.of(models, weights, model.mixture)
@@ -133,7 +133,7 @@ class TopK(Estimator):
         assert support is not None
         sampled = rows_of(problem.token_ids, tokens)
         scored, student, extra = statistics_on_support(
-            problem.ops, row_problem, support.token_ids, sampled, problem.student.shard, *extra_rows
+            problem.ops, row_problem, support.token_ids, sampled, problem.student, *extra_rows
         )
         for stat in _STUDENT_STATS:  # those of teacher and reference are there already
             chunk.own[stat] = scored[stat]
@@ -203,7 +203,7 @@ def statistics_on_support(
     alone: RowProblem,  # one model's logits, writable
     token_ids: Tensor,  # (C, K) over the whole vocabulary, like the next
     sampled: Tensor | None,  # (C,)
-    shard: VocabShard | None = None,
+    head: Head,  # that model
     *extra_rows: Tensor,
 ) -> tuple[Tensor, OnSupport, list[Tensor]]:
     """Statistics of one model, its log-probs on the support and that of the rest of the vocabulary.
@@ -212,11 +212,13 @@ def statistics_on_support(
     logarithm makes a large one where the rest is light.
     """
     model = alone.student
-    own_ids = local_ids(shard, token_ids)
-    logits = sparse.logits_at(model, own_ids)
-    with sparse.hidden(model, own_ids):
+    here, shard = own_ids(head, token_ids), head.shard
+    logits = sparse.logits_at(model, here)
+    with sparse.hidden(model, here):
         rest = own_statistics(ops, alone)
     extra = list(extra_rows)
+    if head.vocab_map is not None and alone.token_ids is not None:
+        no_logit_(rest, alone.token_ids)
     if shard is not None:
         rest, (merged, *extra) = merge_over_ranks(shard, rest, alone.token_ids, logits.T, *extra_rows)
         logits = merged.T.contiguous()
