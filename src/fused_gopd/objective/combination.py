@@ -18,6 +18,7 @@ def plus_(
     weight: float | Tensor,  # tensor: broadcasts against logprobs
     total_weight: float | Tensor,  # the sum of the absolute weights of all models
     mixture: bool,
+    logsums: Tensor | float = 0.0,  # the log-probs' normalisers, not subtracted yet; tensor: broadcasts against them
 ) -> Tensor:
     """``total`` and one more model. Where its weight is 0 its log-prob does not matter, NaN and -inf included.
 
@@ -26,12 +27,16 @@ def plus_(
     """
     if mixture:
         if isinstance(weight, Tensor):
-            logprobs.add_(weight.log()).masked_fill_(weight == 0, -torch.inf)
+            logprobs.add_(weight.log() - logsums).masked_fill_(weight == 0, -torch.inf)
         else:
-            logprobs.add_(math.log(weight))
+            logprobs.add_(math.log(weight) - logsums)
         return logprobs if total is None else torch.logaddexp(total, logprobs, out=total)
+    if isinstance(logsums, Tensor):
+        logprobs.sub_(logsums)
     lowest = torch.finfo(logprobs.dtype).min / 4
     if _all_above(logprobs, lowest, total_weight):
+        if total is not None and not isinstance(weight, Tensor):
+            return total.add_(logprobs, alpha=weight)
         logprobs.mul_(weight)
     else:
         outside = logprobs == -torch.inf
@@ -53,14 +58,15 @@ def _all_above(x: Tensor, bound: float, total_weight: float | Tensor) -> bool:
     return bool(x.amin() > bound / max(largest, 1.0))  # False of NaN
 
 
-def finished_(total: Tensor) -> Tensor:
+def finished_(total: Tensor, mixture: bool) -> Tensor:
     """The sum of all models, in place: entries that are masks are set to the smallest float, as in one model alone.
 
     Large positive entries, which are masks times a negative weight, are clamped, so that differences of two models are
-    finite.
+    finite. A mixture has none.
     """
     limits = torch.finfo(total.dtype)
-    total.clamp_max_(limits.max * limits.eps / 8)
+    if not mixture:
+        total.clamp_max_(limits.max * limits.eps / 8)
     if _all_above(total, limits.min * _MASK, 1.0):
         return total
     return total.masked_fill_((total < limits.min * _MASK).logical_and_(total != -torch.inf), limits.min)
@@ -72,7 +78,7 @@ def combine(logprobs: Sequence[Tensor], weights: Sequence[float | Tensor], mixtu
     for x, weight in zip(logprobs, weights, strict=True):
         total = plus_(total, x.clone(), weight, total_weight, mixture)
     assert total is not None
-    return finished_(total)
+    return finished_(total, mixture)
 
 
 def absolute_sum(weights: Sequence[float | Tensor]) -> float | Tensor:

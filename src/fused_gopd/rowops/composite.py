@@ -42,11 +42,10 @@ def add(
         z = transformed(raw, transform, bias, out.dtype)
         total = out[rows, :vocab_size]
         logprobs = torch.sub(z, maxima[rows], out=total if scratch is None else scratch[: rows.stop - start])
-        logprobs.sub_(logsums[rows])
         w, total_w = (x[rows, None] if isinstance(x, Tensor) else x for x in (weight, total_weight))
-        combination.plus_(None if first else total, logprobs, w, total_w, mixture)
+        combination.plus_(None if first else total, logprobs, w, total_w, mixture, logsums[rows])
         if last:
-            combination.finished_(total)
+            combination.finished_(total, mixture)
 
 
 def drop_normaliser(statistics: Tensor, maximum: int, logsum: int) -> None:
