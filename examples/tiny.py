@@ -44,8 +44,8 @@ def serve(path: str) -> str:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
     class Handler(BaseHTTPRequestHandler):
-        def answer(self, content: object) -> None:
-            self.send_response(200)
+        def answer(self, content: object, status: int = 200) -> None:
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 
@@ -53,8 +53,12 @@ def serve(path: str) -> str:
             self.answer({"data": [{"id": path, "max_model_len": 4096}]})
 
         def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != "/v1/completions":
+                self.answer({"error": {"message": "there is no such endpoint"}}, 404)
+                return
             choices = []
-            for i, ids in enumerate(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]):
+            for i, ids in enumerate(body["prompt"]):
                 with torch.no_grad():
                     logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
                 scored = [(t, float(row[t]), tokenizer.decode([t])) for t, row in zip(ids[1:], logprobs, strict=False)]

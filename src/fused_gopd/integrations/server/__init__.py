@@ -8,9 +8,11 @@ answers, ``http`` sends the requests. ``docs/integrations/server.md`` has the re
 from __future__ import annotations
 
 import json
+import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,21 +21,57 @@ from torch import Tensor
 from ...checks import require_integer, require_mask
 from ...heads import TokenLogProbs, TopKLogProbs
 from ...values import one_of, require_count, require_number
-from .formats import FORMATS, Position, ScoredSequence, ScoringRequest, UnexpectedAnswer, scored
-from .http import Connection, Request, TeacherServerError
+from .formats import FORMATS, Format, Ids, Position, ScoredSequence, ScoringRequest, UnexpectedAnswer, scored
+from .http import Connection, Request, TeacherServerError, is_refusal
 
 Api = Literal["vllm", "sglang", "openai"]
 
-__all__ = ["ScoredSequence", "ServerTeacher", "TeacherServerError"]
+__all__ = ["Capabilities", "ScoredSequence", "ServerTeacher", "TeacherServerError"]
 
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice: 1 and 2."
 _PROBE_IDS = [1, 2, 3]
+# of positions whose likeliest token is another, the odds of the two show the temperature
+_TEMPERATURE_IDS = [1, 2, 3, 4, 5, 6, 7, 8]
+# Odds as rounded to bfloat16 at logits below 32: two roundings of 0.06. Those that differ by less show no temperature.
+_ROUNDED_ODDS = 0.13
 
 
 def _same_text(theirs: str, ours: str) -> bool:
     """Whether two texts may be the same token's, ignoring marks of a leading space and incomplete characters."""
     plain = theirs.replace("▁", " ").replace("Ġ", " ").strip()
     return "\ufffd" in theirs or "\ufffd" in ours or plain == ours.strip()
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a server gives, as was found when the teacher was made.
+
+    Attributes:
+        endpoint: the path of the requests.
+        texts: whether it makes the text of each candidate, which takes its time and is not read.
+        requested_ids: whether it scores tokens that the caller names: ``"position"``, of each position its own;
+            ``"sequence"``, all at all positions, so that an answer grows with the square of the length; or None.
+        top_k: the number of likeliest tokens that it was asked for, and listed.
+        temperature: of the log-probs.
+        max_model_len: the longest sequence, with one token that it generates; None where it does not tell.
+    """
+
+    endpoint: str
+    texts: bool
+    requested_ids: Ids | None
+    top_k: int | None
+    temperature: float
+    max_model_len: int | None
+
+    def __str__(self) -> str:
+        requested = {"position": "of each position", "sequence": "one list a sequence", None: "none"}
+        parts = [
+            f"{self.endpoint} {'with' if self.texts else 'without'} the texts of candidates",
+            f"requested tokens: {requested[self.requested_ids]}",
+            f"likeliest tokens: {'not asked for' if self.top_k is None else self.top_k}",
+            f"temperature {self.temperature:g}",
+        ]
+        return ", ".join(parts + ([] if self.max_model_len is None else [f"at most {self.max_model_len} tokens"]))
 
 
 class ServerTeacher:
@@ -43,7 +81,7 @@ class ServerTeacher:
     tokens and of enough likeliest ones, and with a ``tokenizer`` whether its tokens are the student's. So errors are
     found before the training starts.
 
-    The log-probs are those of temperature 1. A student that is trained at another temperature needs a local teacher.
+    What the server gives is then in the attribute ``capabilities``.
 
     Args:
         base_url: of the server, such as ``http://10.0.0.7:8000``; a trailing ``/v1`` is removed. A user name and
@@ -59,7 +97,7 @@ class ServerTeacher:
             may restart. Not in the constructor: the address of a server that never answered is probably wrong.
         backoff: seconds of the first of these waits.
         max_concurrency: simultaneous requests of this process.
-        batch_size: sequences in one request.
+        batch_size: sequences in one request; vLLM's ``/inference/v1/generate`` takes one.
         api_key: sent as ``Authorization: Bearer``, without surrounding whitespace. No message contains it.
         headers: more headers, whose values no message contains either.
         proxy: the address of a proxy for all requests, or False for none. By default the environment's
@@ -68,13 +106,14 @@ class ServerTeacher:
         tokenizer: the student's, to compare; any object with ``encode(text, add_special_tokens=False)`` and ``decode``.
         extra_body: fields to add to each request; a field whose value is None is removed.
         vocab_size: of the student; a likeliest token beyond it is an error here, and otherwise in the loss.
+        temperature: of the log-probs. Whether the server returns those is checked; vLLM 0.32 and SGLang 0.5.23 return
+            those of temperature 1 whatever is asked, and are refused with another. The attribute of this name is what
+            callers compare with the student's.
 
     Raises:
         ValueError, TypeError: an invalid argument.
         TeacherServerError: naming the server, the request, the answer, and what to do.
     """
-
-    temperature = 1.0  # of the log-probs; callers compare it with the student's
 
     def __init__(
         self,
@@ -95,6 +134,7 @@ class ServerTeacher:
         tokenizer: Any = None,
         extra_body: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
+        temperature: float = 1.0,
     ) -> None:
         if not isinstance(model, str) or not model:
             raise ValueError(f"model must be the name under which the server has the model, got {model!r}")
@@ -103,6 +143,9 @@ class ServerTeacher:
         self.vocab_size = None if vocab_size is None else require_count("vocab_size", vocab_size)
         if require_number("patience", patience) < 0:
             raise ValueError(f"patience must be at least 0 seconds, got {patience}")
+        if not 0 < require_number("temperature", temperature) < math.inf:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = float(temperature)
         self.model, self.api = model, api
         self.batch_size = require_count("batch_size", batch_size)
         self.extra_body = dict(extra_body or {})
@@ -111,7 +154,7 @@ class ServerTeacher:
         except (TypeError, ValueError) as error:
             raise ValueError(f"extra_body must be what JSON can have: {error}") from None
         self.max_model_len: int | None = None  # where the server tells it
-        self._format = FORMATS[api]
+        self._format = FORMATS[api][-1]
         self._connection = Connection(
             base_url,
             api_key=api_key,
@@ -125,7 +168,18 @@ class ServerTeacher:
         )
         self.base_url = self._connection.base_url
         self._check_model()
+        self._format = self._find_format()
         self._probe(tokenizer)
+        if self.temperature != 1:
+            self._check_temperature()
+        self.capabilities = Capabilities(
+            endpoint=self._format.path,
+            texts=self._format.texts,
+            requested_ids=self._format.requested_ids,
+            top_k=self.top_k,
+            temperature=self.temperature,
+            max_model_len=self.max_model_len,
+        )
         self._connection.patience = patience
 
     def close(self) -> None:
@@ -141,48 +195,75 @@ class ServerTeacher:
     # ------------------------------------------------------------------------------------------------------- scoring
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        token_ids: Tensor | None = None,
     ) -> TokenLogProbs | TopKLogProbs:
-        """Score the last K tokens of each sequence.
+        """Score the last K tokens of each sequence, and with ``token_ids`` those at each position.
 
         Args:
             input_ids: (B, T) integer, prompts and completions, padded on any side.
             attention_mask: (B, T), 0 at padding.
             completion_mask: (B, K), K <= T: which of the last K tokens to score. The others have log-prob 0 (and id
                 -1), and sequences without one to score are not sent.
+            token_ids: (B, K, k) integer, -1 for none: tokens to score at each of the last K positions, such as the
+                student's likeliest; for a teacher without ``top_k``.
 
         Returns:
-            TokenLogProbs (B, K), or with ``top_k`` TopKLogProbs (B, K, top_k) with those of the tokens themselves;
-            float32, on input_ids' device.
+            TokenLogProbs (B, K), or TopKLogProbs (B, K, top_k), or of ``token_ids`` (B, K, k), with the log-probs of
+            the tokens themselves; float32, on input_ids' device.
         """
         mask, sequences, wanted = sequences_to_score(input_ids, attention_mask, completion_mask)
-        answers = self.score(sequences, [w[0] for w in wanted])
+        if token_ids is not None:
+            require_integer("token_ids", token_ids)
+            if token_ids.ndim != 3 or token_ids.shape[:2] != mask.shape:
+                raise ValueError(
+                    f"token_ids must have shape {(*mask.shape, 'k')}, k tokens for each position of completion_mask, "
+                    f"got {tuple(token_ids.shape)}"
+                )
+        asked = None if token_ids is None else _by_position(token_ids, mask)
+        answers = self.score(sequences, [w[0] for w in wanted], asked)
         found = [(one, n - w[0]) for one, w in zip(answers, wanted, strict=True) for n in w]
         own = torch.zeros(mask.shape)
         own[mask] = torch.tensor([one.logprobs[n] for one, n in found])
-        if self.top_k is None:
+        width = self.top_k if token_ids is None else token_ids.shape[2]
+        if width is None:
             return TokenLogProbs(own.to(input_ids.device))
-        top_ids = torch.full((*mask.shape, self.top_k), -1)
+        top_ids = torch.full((*mask.shape, width), -1)
         top = torch.zeros(top_ids.shape)
         if found:
             top_ids[mask] = torch.tensor([one.top_ids[n] for one, n in found])
             top[mask] = torch.tensor([one.top_logprobs[n] for one, n in found])
         return TopKLogProbs(*(x.to(input_ids.device) for x in (top_ids, top, own)))
 
-    def score(self, sequences: Sequence[Sequence[int]], start: Sequence[int]) -> list[ScoredSequence]:
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        start: Sequence[int],
+        token_ids: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> list[ScoredSequence]:
         """Log-probs of the tokens of each sequence from a position on.
 
         Args:
             sequences: token ids, without padding.
             start: for each sequence the position of the first token to score; at least 1, since the first token has
                 no log-prob.
+            token_ids: for each sequence and each position from ``start`` on, the tokens to score there; -1 for none.
         """
-        token_ids, first = self._checked_sequences(sequences, start)
-        requests = [
-            self._scoring_request(token_ids[i : i + self.batch_size], first[i : i + self.batch_size])
-            for i in range(0, len(token_ids), self.batch_size)
-        ]
+        tokens, first = self._checked_sequences(sequences, start)
+        requested = None if token_ids is None else self._checked_requested(token_ids, tokens, first)
+        size = 1 if self._format.single else self.batch_size
+        parts = [slice(i, i + size) for i in range(0, len(tokens), size)]
+        return self._ask(
+            [
+                self._scoring_request(tokens[part], first[part], None if requested is None else requested[part])
+                for part in parts
+            ]
+        )
 
+    def _ask(self, requests: Sequence[ScoringRequest]) -> list[ScoredSequence]:
         answers = self._connection.request_all(
             [self._http_request(request) for request in requests],
             lambda which, answer: self._scored(answer, requests[which]),
@@ -211,8 +292,40 @@ class ServerTeacher:
                 )
         return token_ids, first
 
-    def _scoring_request(self, sequences: list[list[int]], start: list[int], texts: bool = False) -> ScoringRequest:
-        return ScoringRequest(self.model, sequences, start, self.top_k or 0, texts)
+    def _checked_requested(
+        self, token_ids: Sequence[Sequence[Sequence[int]]], sequences: list[list[int]], start: list[int]
+    ) -> list[list[list[int]]]:
+        self.require_requested_ids()
+        for i, (asked, ids, first) in enumerate(zip(token_ids, sequences, start, strict=True)):
+            if len(asked) != len(ids) - first:
+                raise ValueError(
+                    f"token_ids[{i}] must have the tokens of {len(ids) - first} positions, those of its sequence from "
+                    f"start[{i}]={first} on, got {len(asked)}"
+                )
+        return [[list(map(operator.index, x)) for x in one] for one in token_ids]
+
+    def require_requested_ids(self, k: int | None = None) -> None:
+        """Raise unless the server scores tokens that the caller names, ``k`` of them at each position if given."""
+        if self.top_k is not None:
+            raise ValueError(
+                f"top_k={self.top_k} has the server list tokens of its own, and token_ids (support='student') are "
+                "others: make the teacher without top_k"
+            )
+        if self._format.requested_ids is None:
+            raise TeacherServerError(
+                f"{self.base_url} does not score tokens that are named to it (support='student', token_ids), only its "
+                f"likeliest (support='teacher', top_k): {_MORE_IDS[self.api]}. It gives: {self.capabilities}"
+            )
+        if k is not None:
+            ids = [list(range(k))] * (len(_PROBE_IDS) - 1)
+            self.score([_PROBE_IDS], [1], [ids])
+
+    def _scoring_request(
+        self, sequences: list[list[int]], start: list[int], requested: list[list[list[int]]] | None = None
+    ) -> ScoringRequest:
+        return ScoringRequest(
+            self.model, sequences, start, self.top_k or 0, requested=requested, temperature=self.temperature
+        )
 
     def _http_request(self, request: ScoringRequest) -> Request:
         body = {**self._format.body(request), **self.extra_body}
@@ -243,7 +356,8 @@ class ServerTeacher:
         advice = f"; for a larger top_k {self._format.more_top}" if "must list" in found else ""
         return TeacherServerError(
             f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; {asked}, got: "
-            f"{self._connection.secrets.shown(found)}{advice}"
+            f"{self._connection.secrets.shown(found)}{advice}",
+            status=200,
         )
 
     def _advice(self, status: int) -> str:
@@ -277,13 +391,54 @@ class ServerTeacher:
         length = cards[self.model].get("max_model_len")
         self.max_model_len = length if type(length) is int and length > 0 else None
 
+    def _find_format(self) -> Format:
+        """The best of the forms of requests that the server answers; a wrong last one is found by the next probe."""
+        *better, last = FORMATS[self.api]
+        for form in better:
+            named = [[2, 4], [3, 5]] if form.requested_ids else None
+            request = ScoringRequest(self.model, [_PROBE_IDS], [1], 0, requested=None if named is None else [named])
+            self._format = form
+            try:
+                self._ask([request])
+            except TeacherServerError as error:
+                if error.status is None or not is_refusal(error.status):
+                    raise
+            else:
+                return form
+        return last
+
+    def _check_temperature(self) -> None:
+        """Raise unless the odds of two tokens are those of the temperature: log q_T(a)/q_T(b) = log q(a)/q(b) / T."""
+        at_one = odds = 0.0
+        asked = ScoringRequest(self.model, [_TEMPERATURE_IDS], [1], self.top_k or 1)
+        (one,), (other,) = (self._ask([asked._replace(temperature=t)]) for t in (1.0, self.temperature))
+        for n in range(len(_TEMPERATURE_IDS) - 1):
+            # of the likeliest token to the given one
+            pair = [scores.top_logprobs[n][0] - scores.logprobs[n] for scores in (one, other)]
+            if math.inf > pair[0] > at_one:
+                at_one, odds = pair
+        wanted = at_one / self.temperature
+        if abs(wanted - at_one) <= 2 * _ROUNDED_ODDS:
+            raise TeacherServerError(
+                f"{self.base_url} cannot be asked for temperature={self.temperature:g}: whether it returns those "
+                "log-probs does not show in the ones of a few tokens, whose probabilities are nearly equal. Sample the "
+                "student at temperature 1, or use a teacher that runs here"
+            )
+        if not abs(odds - wanted) <= _ROUNDED_ODDS * max(1.0, 1 / self.temperature):
+            raise TeacherServerError(
+                f"{self.base_url} does not return log-probs of temperature={self.temperature:g}: the log-odds of two "
+                f"tokens should go from {at_one:.3f} to {wanted:.3f}, and went to {odds:.3f}. vLLM and SGLang score "
+                "given tokens at temperature 1, whatever --logprobs-mode is: sample the student at temperature 1, or "
+                "use a teacher whose head is here"
+            )
+
     def _probe(self, tokenizer: Any) -> None:
         """Score a few tokens as in training, and compare the server's texts of tokens with the student's."""
         self.score([_PROBE_IDS], [1])
         if tokenizer is None:
             return
         ids = list(tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
-        request = self._scoring_request([ids], [1], texts=True)
+        request = self._scoring_request([ids], [1])._replace(texts=True)
         ((positions,),) = self._connection.request_all(
             [self._http_request(request)], lambda _, a: self._positions(a, request)
         )
@@ -334,6 +489,24 @@ def sequences_to_score(
             )
     sequences = [ids[row][attended[row]][: w[-1] + 1].tolist() for row, w in zip(rows, wanted, strict=True)]
     return mask, sequences, wanted
+
+
+_MORE_IDS = {
+    "vllm": "start vLLM, 0.32 or newer, with --enable-scale-out and its V2 model runner",
+    "sglang": "SGLang must know token_ids_logprob",
+    "openai": "the protocol has none; api='vllm' and 'sglang' may",
+}
+
+
+def _by_position(token_ids: Tensor, wanted: Tensor) -> list[list[list[int]]]:
+    """The tokens (B, K, k) to score in each sequence with a wanted token, from the first of these to the last."""
+    found = []
+    for row, keep in zip(token_ids.cpu(), wanted, strict=True):
+        there = keep.nonzero().flatten().tolist()
+        if there:
+            span = slice(there[0], there[-1] + 1)
+            found.append([ids if k else [] for ids, k in zip(row[span].tolist(), keep[span].tolist(), strict=True)])
+    return found
 
 
 def _index(name: str, value: Any) -> int:

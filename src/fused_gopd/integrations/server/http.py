@@ -40,13 +40,22 @@ logger = logging.getLogger(__name__)
 _LONGEST_BACKOFF = 30.0
 _LONGEST_RETRY_AFTER = 600.0
 _TOO_BUSY = (408, 425, 429)
+_NOT_IMPLEMENTED = 501
 # RFC 9110: the characters of a header's name
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 class TeacherServerError(RuntimeError):
-    """The teacher's server cannot be reached, refuses a request, or sends an unexpected answer."""
+    """The teacher's server cannot be reached, refuses a request, or sends an unexpected answer.
+
+    Attributes:
+        status: of the last HTTP answer; None where there was none, or nothing was asked.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class LostAnswerError(Exception):
@@ -212,7 +221,7 @@ class Connection:
         """Send a request, with retries, and return what ``read`` makes of its answer."""
         where, started, attempt = self.base_url + request.path, time.monotonic(), 0
         while True:
-            asked_to_wait = None
+            asked_to_wait = status = None
             try:
                 response = await client.request(request.method, request.path, json=request.body)
             except httpx.TimeoutException as error:
@@ -237,12 +246,12 @@ class Connection:
                         return found
                 else:
                     failure = f"status {status}: {self._message(response)}"
-                    if status not in _TOO_BUSY and status < 500:
-                        raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}")
+                    if is_refusal(status):
+                        raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}", status)
                     asked_to_wait = _retry_after(response.headers.get("Retry-After"))
             left = started + self.patience - time.monotonic()
             if attempt >= self.retries and left <= 0:
-                raise self._no_answer(where, attempt + 1, failure)
+                raise self._no_answer(where, attempt + 1, failure, status)
             pause = self._pause(attempt, asked_to_wait)
             if asked_to_wait is None and attempt >= self.retries:
                 pause = min(pause, left)  # so that the last attempt is at the end of patience
@@ -250,12 +259,13 @@ class Connection:
             await asyncio.sleep(pause)
             attempt += 1
 
-    def _no_answer(self, where: str, attempts: int, failure: str) -> TeacherServerError:
+    def _no_answer(self, where: str, attempts: int, failure: str, status: int | None) -> TeacherServerError:
         proxy = "" if self._proxy is None else f", through the proxy {redacted(str(self._proxy.url))}"
         return TeacherServerError(
             f"no answer from {where}{proxy} in {attempts} attempts; the last: {failure}. Is the server up and "
             "reachable from here? Where it is slow, raise timeout or lower batch_size and max_concurrency; where it "
-            "restarts now and then, raise retries or patience"
+            "restarts now and then, raise retries or patience",
+            status,
         )
 
     def _pause(self, attempt: int, asked_to_wait: float | None) -> float:
@@ -292,7 +302,8 @@ class Connection:
             raise TeacherServerError(
                 f"{where} answered with status {response.status_code} and something that is not JSON: "
                 f"{self.secrets.shown(_text(response), 200)!r}. Is base_url that of the model's server, or of a proxy "
-                "in front of it?"
+                "in front of it?",
+                response.status_code,
             ) from None
 
     def _message(self, response: Any) -> str:
@@ -316,6 +327,11 @@ class Connection:
         if status == 407:
             return ": it is a proxy that wants a user name and password (proxy=)"
         return self._own_advice(status)
+
+
+def is_refusal(status: int) -> bool:
+    """Whether a server that answers so will not do what is asked, rather than being busy or down."""
+    return status not in _TOO_BUSY and (status < 500 or status == _NOT_IMPLEMENTED)
 
 
 def _secrets_in_userinfo(userinfo: tuple[str, str] | None) -> list[str]:
