@@ -54,6 +54,17 @@ WITH_TOWER = [
     "video_llava", "vipllava",
 ]
 # fmt: on
+# those in which more than a norm is between the last layer and the head, or none: norms after each layer, a
+# transform before the head, states in several streams
+# fmt: off
+NO_FINAL_NORM = {
+    "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "blt", "camembert", "data2vec-text",
+    "deepseek_v4", "electra", "ernie", "gemma3n_text", "git", "hy_v4", "inkling2", "inkling2_text", "inkling_text",
+    "marian", "megatron-bert", "minicpm3", "modernbert-decoder", "mvp", "openai-gpt", "plbart", "qwen4_exp",
+    "qwen4_exp_text", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
+    "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}
+# fmt: on
 
 # where a config has one of these, this is its tiny value
 _TINY: dict[str, Any] = {

@@ -155,18 +155,33 @@ def test_the_head_of_a_family_on_its_states_is_its_logits(family):
     assert_has_its_configs_numbers(family.config.get_text_config(), *asked)
 
 
+@torch.no_grad()
 def test_the_head_of_a_family_is_read_from_its_checkpoint_alone(family, tmp_path):
     family.save_pretrained(tmp_path)
     if family.config.model_type == "shieldgemma2":  # transformers 5.23 does not find its tensors again, either
         with pytest.raises(ValueError, match=r"has no tensor for lm_head\.weight or model\.language_model\.embed"):
             load_head(tmp_path)
         return
-    hidden = torch.randn(2, family.get_output_embeddings().weight.shape[1])
+    inputs = {"token_type_ids": torch.ones_like(IDS)} if family.config.model_type == "paligemma" else {}
+    layers = [m[-1] for m in family.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outputs: list[Tensor] = []
+    hooks = [
+        m.register_forward_hook(lambda _, __, made: outputs.append(made if isinstance(made, Tensor) else made[0]))
+        for m in layers
+    ]
+    hidden = last_hidden_state(family, IDS, **inputs)
+    for hook in hooks:
+        hook.remove()
     want, got = head_of(family, hidden), load_head(tmp_path)(hidden)
     assert torch.equal(got.weight, want.weight)
     assert (got.bias is None) == (want.bias is None)
     assert got.bias is None or torch.equal(got.bias, want.bias)
     assert transform_of(got) == transform_of(want)
+    if family.config.model_type in model_families.NO_FINAL_NORM:
+        with pytest.raises(TypeError, match="between its last layer and its head is no norm, or more than one"):
+            load_head(tmp_path, norm=True)
+    else:
+        assert_close(load_head(tmp_path, norm=True)(outputs[-1]).hidden, hidden, 1e-6)
 
 
 @pytest.mark.parametrize("name", model_families.REFUSED)

@@ -34,13 +34,17 @@ with needs(__name__, "transformers", "safetensors", install=partial(packages, "t
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.utils.hub import cached_file
 
+    from .hub import is_folder, require_model
     from .transformers import head_of
     from .transformers.causal import find_head
+    from .transformers.final_norm import find_final_norm
 
 __all__ = ["CheckpointHead", "load_head"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,10 +134,13 @@ def load_head(
 
     Args:
         path: a folder that ``save_pretrained`` wrote, or that was downloaded: ``config.json`` and
-            ``model.safetensors``, or its index and those shards that have the head. Other shards may be missing.
+            ``model.safetensors``, or its index and those shards that have the head. Other shards may be missing. Or a
+            name on the hub, of which these files are downloaded; or a GGUF file, whose head is dequantised to float32
+            if it is quantised (needs gguf).
         device: where to put the tensors. The default is the CPU, where they are views of the mapped file: pages are
             read when they are used.
-        norm: whether the hidden states are those before the model's final norm, which is then applied to them.
+        norm: whether the hidden states are the outputs of the last layer, before the final norm. The model's own norm
+            is then applied to them; its code has shown that nothing else is done in between.
         trust_remote_code: whether code of the folder may run, as in ``from_pretrained``.
 
     Returns:
@@ -142,53 +149,84 @@ def load_head(
     Raises:
         ValueError: no such folder; one of an adapter; one without safetensors (pickled weights are not read); a file
             that is damaged; tensors that are missing or of another shape; code of the folder, unless trusted.
-        TypeError: a model without a linear head, as for ``head_of``; a quantised head.
+        TypeError: a model without a linear head, as for ``head_of``; a quantised head; with ``norm``, a family in which
+            more than a norm is between the last layer and the head, or none.
         RuntimeError: the model changes its logits in a way that no :class:`fused_gopd.LinearHead` does.
     """
-    source = str(path)
-    folder = Path(path).expanduser()
-    config = _config(folder, trust_remote_code)
-    model = _without_weights(config, folder, trust_remote_code)
-    file = _Folder(folder, model)
+    file: _Tensors | _Gguf
+    if str(path).endswith(".gguf"):
+        if norm:
+            raise ValueError(
+                f"norm must be False for a GGUF file, whose norms are stored in other forms, got {path}: take the "
+                "folder of the same model"
+            )
+        config, model, file = _of_gguf(Path(path).expanduser())
+    else:
+        place = _Place(str(path))
+        config = _config(place, trust_remote_code)
+        model = _without_weights(config, place.name, trust_remote_code)
+        file = _Tensors(place, model)
     head = find_head(model).head
     file.fill(head)
     final_norm = None
     if norm:
-        raise NotImplementedError("norm=True: the next commit")
+        final_norm = find_final_norm(model)
+        file.fill(final_norm)
     with torch.no_grad():
         found = head_of(model, torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype))  # type: ignore
-    to = partial(Tensor.to, device="cpu" if device is None else device)
+    if isinstance(file, _Gguf):
+        file.require(found)
+    device = "cpu" if device is None else device
     return CheckpointHead(
-        weight=to(found.weight.detach()),
-        bias=None if found.bias is None else to(found.bias.detach()),
+        weight=found.weight.detach().to(device),
+        bias=None if found.bias is None else found.bias.detach().to(device),
         logit_scale=found.logit_scale,
         softcap=found.softcap,
-        final_norm=None if final_norm is None else final_norm.to(device="cpu" if device is None else device),
-        source=source,
+        final_norm=None if final_norm is None else final_norm.to(device),
+        source=str(path),
         config=json.dumps(config.to_diff_dict(), sort_keys=True, default=str),
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder, or a name on the hub, and its files."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        require_model("path", self.name)
+
+    def file(self, name: str) -> Path | None:
+        """A file, downloaded from the hub if it is there; None if there is none."""
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        found = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
 
 
 # ------------------------------------------------------------------------------------------ the model, without weights
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    if not folder.is_dir():
-        raise ValueError(f"path must be the folder of a model, with config.json and safetensors: there is no {folder}")
-    if (folder / "adapter_config.json").is_file():
+def _config(place: _Place, trust_remote_code: bool) -> Any:
+    if place.file("adapter_config.json") is not None:
         raise ValueError(
-            f"{folder} is the folder of an adapter: give that of its base model if the adapter leaves the head alone, "
-            "or else merge it, model.merge_and_unload().save_pretrained(folder)"
+            f"{place.name} is an adapter: give its base model if the adapter leaves the head alone, or else merge it, "
+            "model.merge_and_unload().save_pretrained(folder)"
         )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"path must be the folder of a model: {folder} has no config.json")
+    if place.file("config.json") is None:
+        raise ValueError(f"path must be a model's folder: {place.name} has no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            str(Path(place.name).expanduser()) if is_folder("path", place.name) else place.name,
+            trust_remote_code=trust_remote_code,
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the config of {folder} cannot be read: {error}") from error
+        raise ValueError(f"the config of {place.name} cannot be read: {error}") from error
 
 
-def _without_weights(config: Any, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def _without_weights(config: Any, source: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a config on the meta device."""
     own = getattr(config, "auto_map", None) or {}
     names = config.architectures or []
@@ -203,7 +241,7 @@ def _without_weights(config: Any, folder: Path, trust_remote_code: bool) -> PreT
             if type(config) in auto._model_mapping:
                 return auto.from_config(config)  # type: ignore
     raise TypeError(
-        f"{folder} must be a causal language model, got model_type {config.model_type!r}, architectures {names}, which "
+        f"{source} must be a causal language model, got model_type {config.model_type!r}, architectures {names}, which "
         f"transformers {transformers.__version__} does not have"
     )
 
@@ -211,12 +249,12 @@ def _without_weights(config: Any, folder: Path, trust_remote_code: bool) -> PreT
 # -------------------------------------------------------------------------------------------------------------- tensors
 
 
-class _Folder:
-    """The tensors of a folder by the names that the model has for them."""
+class _Tensors:
+    """The tensors of a checkpoint by the names that the model has for them."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        self.folder, self.model = folder, model
-        self.stored = self._files()  # the checkpoint's name -> the file that has it
+    def __init__(self, place: _Place, model: PreTrainedModel) -> None:
+        self.place, self.model = place, model
+        self.stored = self._files()  # the checkpoint's name -> the name of the file that has it
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.aliases: dict[int, list[str]] = {}  # of a parameter: tied ones have several
         for name, parameter in parameters.items():
@@ -230,20 +268,20 @@ class _Folder:
             if converted:
                 self.converted.add(name)
 
-    def _files(self) -> dict[str, Path]:
-        index, single = self.folder / _INDEX, self.folder / _WEIGHTS
-        if index.is_file():
+    def _files(self) -> dict[str, str]:
+        index = self.place.file(_INDEX)
+        if index is not None:
             try:
-                found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self.folder / str(file) for name, file in found.items()}
+                return {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from None
-        if not single.is_file():
-            pickled = sorted(x.name for x in self.folder.glob("*.bin"))
-            also = f", but {pickled[0]}, which is pickled and not read: save it anew, model.save_pretrained(folder)"
-            raise ValueError(f"{self.folder} has neither {_WEIGHTS} nor {_INDEX}{also if pickled else ''}")
+        single = self.place.file(_WEIGHTS)
+        if single is None:
+            pickled = next((x for x in _PICKLED if self.place.file(x) is not None), None)
+            also = f", but {pickled}, which is pickled and not read: save it anew, model.save_pretrained(folder)"
+            raise ValueError(f"{self.place.name} has neither {_WEIGHTS} nor {_INDEX}{also if pickled else ''}")
         with _opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
+            return dict.fromkeys(file.keys(), _WEIGHTS)
 
     def fill(self, module: nn.Module) -> None:
         """Give a module on the meta device its stored parameters, in their own dtype."""
@@ -260,15 +298,17 @@ class _Folder:
         name = next((name for name in names if name in self.names), None)
         if name is None:
             raise ValueError(
-                f"{self.folder} has no tensor for {' or '.join(names)}: is it the folder of a part of the model, of "
-                "another model, or one with a quantised head?"
+                f"{self.place.name} has no tensor for {' or '.join(names)}: is it a part of the model, another model, "
+                "or one with a quantised head?"
             )
         stored = self.names[name]
         if name in self.converted:
-            raise ValueError(f"{self.folder} has {stored}, from which transformers makes {name}: that is not done here")
-        path = self.stored[stored]
-        if not path.is_file():
-            raise ValueError(f"{self.folder} has no {path.name}, which holds {stored} according to {_INDEX}")
+            raise ValueError(f"{self.place.name} has {stored}, of which transformers makes {name}: not done here")
+        path = self.place.file(self.stored[stored])
+        if path is None:
+            raise ValueError(
+                f"{self.place.name} has no {self.stored[stored]}, which holds {stored} according to {_INDEX}"
+            )
         with _opened(path) as file:
             try:
                 tensor: Tensor = file.get_tensor(stored)
@@ -303,3 +343,72 @@ def _renaming(model: PreTrainedModel, known: dict[str, Tensor]) -> Callable[[str
         return name, converter is not None
 
     return rename
+
+
+# ----------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def _of_gguf(path: Path) -> tuple[Any, PreTrainedModel, _Gguf]:
+    if not path.is_file():
+        raise ValueError(f"path must be a model: there is no file {path}")
+    with needs(__name__, "gguf", install=partial(packages, "gguf>=0.17")):
+        import gguf
+    try:
+        # a copy-on-write mapping: PyTorch has no tensors that cannot be written
+        reader = gguf.GGUFReader(path, "c")
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged, or of a model that is not known: {error}") from error
+    file = _Gguf(path, gguf, reader)
+    rows = file.weight.data.shape[0]
+    config.get_text_config().vocab_size = rows  # the file has the tokenizer's, without padding
+    model = _without_weights(config, str(path), False)
+    return config, model, file
+
+
+class _Gguf:
+    """The head's tensors of a GGUF file."""
+
+    def __init__(self, path: Path, gguf: Any, reader: Any) -> None:
+        self.path, self.gguf, self.reader = path, gguf, reader
+        self.tensors = {x.name: x for x in reader.tensors}
+        found = self.tensors.get("output.weight", self.tensors.get("token_embd.weight"))
+        if found is None:
+            raise ValueError(
+                f"{path} has neither output.weight nor token_embd.weight: of a split model, take that part"
+            )
+        self.weight = found
+
+    def fill(self, head: nn.Module) -> None:
+        given = {"weight": self.weight, "bias": self.tensors.get("output.bias")}
+        for name, parameter in list(head.named_parameters()):
+            stored = given.get(name)
+            if stored is None:
+                raise ValueError(f"{self.path} has no output.{name}, which the head of the model has")
+            tensor = self._tensor(stored)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{stored.name} of {self.path} must be {tuple(parameter.shape)}, as its metadata say, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            setattr(head, name, nn.Parameter(tensor, requires_grad=False))
+
+    def _tensor(self, stored: Any) -> Tensor:
+        plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        dtype = plain.get(stored.tensor_type.name)
+        if dtype is not None:
+            return torch.from_numpy(stored.data.view("uint8")).view(dtype)
+        try:
+            return torch.from_numpy(self.gguf.dequantize(stored.data, stored.tensor_type))
+        except NotImplementedError:
+            raise TypeError(
+                f"{stored.name} of {self.path} is quantised to {stored.tensor_type.name}, which gguf cannot dequantise"
+            ) from None
+
+    def require(self, head: LinearHead) -> None:
+        """Raise if the metadata have another factor or softcap than the config that transformers makes of them."""
+        for key, field in self.reader.fields.items():
+            name, known = key.rpartition(".")[2], {"logit_scale": head.logit_scale}
+            known["final_logit_softcapping"] = head.softcap or 0.0
+            if name in known and abs(float(field.contents()) - known[name]) > 1e-6 * known[name]:
+                raise ValueError(f"{self.path} has {key} {field.contents()}, which transformers reads as {known[name]}")

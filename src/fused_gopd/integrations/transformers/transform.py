@@ -161,7 +161,7 @@ def _record(location: HeadLocation, forward: Callable[[], Any], body: bool) -> t
                 for name, child in list(module._modules.items()):
                     if child is not None and child is not recorder and all(child is not x for x in location.path):
                         replaced.append((module, name, child))
-                        module._modules[name] = _SkippedModule(child, recorder, hidden)  # type: ignore[assignment]
+                        module._modules[name] = SkippedModule(child, recorder, hidden)  # type: ignore[assignment]
         with unpatched():
             output = forward()
     finally:
@@ -219,7 +219,7 @@ class _BodyOutput:
         return 1
 
 
-class _SkippedModule:
+class SkippedModule:
     """Replaces a module that is not on the path to the head: it does not run before the head, and runs after it.
 
     Attributes are those of the module: parameters, dtype, config, methods. A skipped body returns hidden states, a
@@ -235,7 +235,7 @@ class _SkippedModule:
 
     def _skipped(self, x: Any) -> Any:
         if isinstance(x, nn.Module):
-            return _SkippedModule(x, self.__dict__["recorder"], self.__dict__["hidden"])
+            return type(self)(x, self.__dict__["recorder"], self.__dict__["hidden"])
         return x
 
     def __getattr__(self, name: str) -> Any:
