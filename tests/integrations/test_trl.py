@@ -448,6 +448,34 @@ def test_a_scorer_is_the_teacher_whose_log_probs_it_tells(tmp_path: Path) -> Non
     assert_same(served, exact, 1e-6)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "sampled"])
+@pytest.mark.parametrize("routed", [False, True], ids=["one teacher", "two"])
+def test_a_scorer_is_asked_about_the_student_s_tokens(tmp_path: Path, tail: str, routed: bool) -> None:
+    """The weights after training are those of teachers that are here; a reference that is a scorer is asked too."""
+
+    def asked(source: Any) -> Any:
+        def scorer(
+            input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, token_ids: Tensor
+        ) -> fg.TopKLogProbs:
+            with torch.no_grad():
+                logits = source(input_ids=input_ids, attention_mask=attention_mask).logits
+            head = fg.Logits(logits[:, -completion_mask.shape[1] - 1 : -1])
+            own = fg.token_logprobs(head, input_ids[:, -completion_mask.shape[1] :])
+            return fg.TopKLogProbs(token_ids, fg.selected_logprobs(head, token_ids), own)
+
+        return scorer
+
+    teachers, ref = {"a": model(1, hidden=48).eval(), "b": model(3).eval()}, model(2).eval()
+    options: dict[str, Any] = {"estimator": "topk", "k": 4, "support": "student", "tail": tail, "reward_scale": 1.25}
+    if routed:
+        options |= {"route_column": "domain", "data": prompts(domain=["a", "b"] * 4)}
+    given = teachers if routed else teachers["a"]
+    served = {route: asked(x) for route, x in teachers.items()} if routed else asked(teachers["a"])
+    local = trained(tmp_path, teacher=given, ref_model=ref, **SGD, **options)
+    assert_same(trained(tmp_path, teacher=served, ref_model=ref, **SGD, **options), local, 1e-6)
+    assert_same(trained(tmp_path, teacher=served, ref_model=asked(ref), **SGD, **options), local, 1e-6)
+
+
 def test_scorers_may_be_some_of_the_teachers(tmp_path: Path) -> None:
     def scorer(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TokenLogProbs:
         assert input_ids.shape == attention_mask.shape
@@ -1029,8 +1057,22 @@ class Served:
     def __init__(self, top_k: int | None = None) -> None:
         self.top_k = top_k
 
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.TokenLogProbs:
+        raise AssertionError("nothing was sampled yet")
+
+
+class Asked(Served):
+    """A scorer that takes tokens to score, as ServerTeacher does."""
+
     def __call__(self, *_: Tensor) -> fg.TokenLogProbs:
         raise AssertionError("nothing was sampled yet")
+
+    def require_requested_ids(self, k: int) -> None:
+        if self.top_k is not None:
+            raise ValueError(f"make the teacher without top_k, got {k}")
+
+
+STUDENTS = {"estimator": "topk", "k": 8, "support": "student"}
 
 
 def never(*_: Any, **__: Any) -> None:
@@ -1064,7 +1106,13 @@ def never(*_: Any, **__: Any) -> None:
         ({"teacher": Served(8), "estimator": "topk", "k": 16}, r"TopKLogProbs have their own K=\[8\], got k=16"),
         ({"teacher": Served(), "estimator": "topk"}, "teacher is TokenLogProbs, which estimator='sampled' alone"),
         ({"teacher": Served(8), "estimator": "sampled"}, "teacher is TopKLogProbs"),
-        ({"teacher": Served(8), "estimator": "topk", "k": 8, "support": "student"}, "support='student' needs a Linear"),
+        ({"teacher": Served(8), **STUDENTS}, "support='student' needs a Linear"),
+        ({"teacher": Asked(8), **STUDENTS}, "teacher: make the teacher without"),
+        ({"teacher": Asked(), "estimator": "topk", "support": "student"}, "k must be given for support='student'"),
+        (
+            {"teacher": {**dict.fromkeys(PROMPTS, "x"), "a": Asked()}, "route_column": "prompt", **STUDENTS},
+            r"support='student' has teacher\['a'\] score the student's tokens elsewhere, and teacher\['[^']*'\] here",
+        ),
         (
             {"ref_model": Served(8), "reward_scale": 1.25, "estimator": "topk", "k": 8},
             "ref is TopKLogProbs, which goes with a teacher that is TopKLogProbs too",

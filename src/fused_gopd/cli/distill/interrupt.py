@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -83,6 +84,7 @@ class Interrupt(TrainerCallback):
 class _Scorer:
     def __init__(self, teacher: Any, interrupt: Interrupt) -> None:
         self._teacher, self._interrupt = teacher, interrupt
+        self.__signature__ = inspect.signature(teacher)  # what it takes, not what this class does
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._teacher, name)  # its attributes temperature and top_k

@@ -40,6 +40,7 @@ class Batch:
     multimodal: dict[str, Any]
     teacher_index: Tensor | None  # (B,) on the CPU
     old_logprobs: Tensor | None  # (B, K)
+    asked_ids: Tensor | None = None  # (B, K, k) tokens that scorers are asked about
 
     @classmethod
     def from_trl(cls, inputs: Mapping[str, Any]) -> Batch:

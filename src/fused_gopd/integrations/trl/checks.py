@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
@@ -16,11 +17,12 @@ from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...targets import Frozen
 
-Scorer = Callable[[Tensor, Tensor, Tensor], Frozen]
+Scorer = Callable[..., Frozen]
 """A function that scores: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
 
 Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask and the token
-shape of the result are (B, K).
+shape of the result are (B, K). With ``support="student"`` one that takes a fourth argument gets ``token_ids``
+(B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
 """
 Model = str | nn.Module | Scorer
 """A path or hub name, a model, or a scorer."""
@@ -42,6 +44,11 @@ def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[
     return dict(teacher)
 
 
+def named(routes: Mapping[Any, Model]) -> dict[str, Model]:
+    """The teachers by what messages call them."""
+    return {"teacher" if route is None else f"teacher[{route!r}]": model for route, model in routes.items()}
+
+
 def check_kind(name: str, model: object, temperature: float) -> None:
     """Raise for what is no model, path or scorer, and for a scorer of another temperature than the completions'."""
     if isinstance(model, (str, nn.Module)):
@@ -54,6 +61,44 @@ def check_kind(name: str, model: object, temperature: float) -> None:
             f"{name} returns log-probs of temperature {own}, and completions are sampled at temperature={temperature}: "
             f"sample at {own}, or use a model that runs here"
         )
+
+
+def takes_token_ids(model: object) -> bool:
+    """Whether it is a scorer with a fourth argument, for tokens to score."""
+    if isinstance(model, (str, nn.Module)) or not callable(model):
+        return False
+    try:
+        inspect.signature(model).bind(None, None, None, None)
+    except (TypeError, ValueError):  # it takes fewer, or does not say what it takes
+        return False
+    return True
+
+
+def scores_students_tokens(options: Mapping[str, Any], teachers: Mapping[str, Model]) -> bool:
+    """Whether the teachers are scorers that get the student's likeliest tokens. ``teachers`` are by their names."""
+    if options["estimator"] != "topk" or options.get("support") != "student":
+        return False
+    taking = [name for name, model in teachers.items() if takes_token_ids(model)]
+    if taking and len(taking) < len(teachers):
+        other = next(name for name in teachers if name not in taking)
+        raise TypeError(
+            f"support='student' has {taking[0]} score the student's tokens elsewhere, and {other} here: give teachers "
+            "of one kind, or support='teacher'"
+        )
+    if taking and not options.get("k"):
+        raise ValueError("k must be given for support='student': how many of its tokens the teacher scores")
+    return bool(taking)
+
+
+def check_scored_tokens(teachers: Mapping[str, Model | None], k: int) -> None:
+    """Raise where a server does not score k tokens that are named to it."""
+    for name, model in teachers.items():
+        require = getattr(model, "require_requested_ids", None)  # of a ServerTeacher
+        if require is not None:
+            try:
+                require(k)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: Any) -> None:
@@ -84,7 +129,9 @@ def dry_run(
     if "clip" in options:
         options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
     dtype = options.get("chunk_dtype")
-    counts = [_top_k(model, options) or 0 for model in (*routes.values(), ref_model)]
+    asked = scores_students_tokens(options, named(routes))
+    options |= {"support": "teacher"} if asked else {}  # what scorers are asked about is what they list
+    counts = [_top_k(model, options, asked) or 0 for model in (*routes.values(), ref_model)]
     vocabulary = max(8, options.get("k") or 0, *counts)
     head: LinearHead | Logits = Logits(torch.zeros(1, 1, vocabulary, device=device))
     if dtype is not None:  # its check depends on the device of hidden states
@@ -96,7 +143,7 @@ def dry_run(
         """A stand-in for the model's scores of one token: a head, its log-prob, or uniform log-probs of k tokens."""
         if isinstance(model, (str, nn.Module)):
             return head
-        k = _top_k(model, options)
+        k = _top_k(model, options, asked)
         if k is None:
             return TokenLogProbs(torch.full((1, 1), -1.0, device=device))
         top_ids = torch.arange(k, device=device)[None, None]
@@ -109,15 +156,16 @@ def dry_run(
         gopd_loss(head, trial_source(model), ref, token_ids, reward_scale=1.25, **options)
 
 
-def _top_k(model: Model | None, options: Mapping[str, Any]) -> int | None:
-    """Number of likeliest tokens per position that a scorer returns; None if it returns the sampled tokens' log-probs.
+def _top_k(model: Model | None, options: Mapping[str, Any], asked: bool) -> int | None:
+    """Number of tokens per position that a scorer returns; None if it returns the sampled tokens' log-probs.
 
-    Its attribute ``top_k`` if it has one, as a server's scorer; otherwise the value that the options need.
+    Its attribute ``top_k`` if it has one, as a server's scorer, and is not asked about tokens; otherwise the value that
+    the options need.
     """
     if model is None or isinstance(model, (str, nn.Module)):
         return None
-    asked = (options.get("k") or 1) if options["estimator"] == "topk" else None
-    return cast("int | None", getattr(model, "top_k", asked))
+    needed = (options.get("k") or 1) if options["estimator"] == "topk" else None
+    return needed if asked and takes_token_ids(model) else cast("int | None", getattr(model, "top_k", needed))
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

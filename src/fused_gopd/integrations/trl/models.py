@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,7 +16,7 @@ from transformers.utils.logging import get_logger
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 
-from ... import Metrics, distributed, gopd_loss
+from ... import Metrics, distributed, gopd_loss, token_topk
 from ...heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from ...hooks import qualified_name
 from ...output import GOPDOutput
@@ -32,14 +33,18 @@ from .checks import (
     Model,
     check_kind,
     check_routes,
+    check_scored_tokens,
     check_tokenizers,
     check_vocabulary,
     check_weights,
     dry_run,
     find_tokenizer,
+    named,
     positions_of,
     require_route,
     routes_of,
+    scores_students_tokens,
+    takes_token_ids,
     tokenizer_of,
 )
 from .config import Options
@@ -112,8 +117,8 @@ class ScoringMixin:
     ) -> None:
         """Raise for every error that can be found before the student is loaded."""
         routes = routes_of(teacher, args.route_column)
-        named = {"teacher" if route is None else f"teacher[{route!r}]": model for route, model in routes.items()}
-        for name, model in named.items():
+        teachers = named(routes)
+        for name, model in teachers.items():
             check_kind(name, model, cast("Any", args).temperature)
         if getattr(args, "teacher_model_init_kwargs", None) and not any(isinstance(x, str) for x in routes.values()):
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path")
@@ -132,7 +137,7 @@ class ScoringMixin:
                 'training: pass its path, a copy of it, or, for a student with a PEFT adapter, "base"'
             )
         if isinstance(student, nn.Module):
-            for name, source in {**named, "ref_model": ref_model}.items():
+            for name, source in {**teachers, "ref_model": ref_model}.items():
                 if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
                     _require_separate(name, source, student)
         if args.route_column is not None:
@@ -142,12 +147,15 @@ class ScoringMixin:
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
         dry_run(self._options, routes, ref_model, cast("Any", args).device)
+        self._asks_about_student = scores_students_tokens(self._options, teachers)
+        if self._asks_about_student:
+            check_scored_tokens({**teachers, "ref_model": cast("Any", ref_model)}, self._options["k"])
         init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
-        for name, source in {"model": student, **named, "ref_model": ref_model}.items():
+        for name, source in {"model": student, **teachers, "ref_model": ref_model}.items():
             if isinstance(source, str) and (name, source) != ("ref_model", "base"):
-                require_model(name, source, teacher_init if name in named else init)
+                require_model(name, source, teacher_init if name in teachers else init)
         self._reward_scale_fn = reward_scale_fn
-        self._card_sources = [(name, card.name_of(model)) for name, model in named.items()]
+        self._card_sources = [(name, card.name_of(model)) for name, model in teachers.items()]
         reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
         self._card_sources.append(("reference", reference))
         self._gopd_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
@@ -334,7 +342,8 @@ class ScoringMixin:
             unwrapped = self.accelerator.unwrap_model(model)
             hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
             return self._frozen_head(unwrapped, hidden, gathered)
-        scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask)
+        asked = () if batch.asked_ids is None or not takes_token_ids(model) else (batch.asked_ids,)
+        scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask, *asked)
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits, LogLinear, Mixture)):
             raise TypeError(
                 f"the scorer {name} must return fused_gopd.TokenLogProbs or TopKLogProbs, got {type(scored).__name__}"
@@ -370,7 +379,13 @@ class ScoringMixin:
         teacher: Frozen | list[Frozen] | None = None
         ref: Frozen | None = None
         index = None
+        own = {**self._options, **options}
+        hidden = None
         with ExitStack() as gathered, self.accelerator.autocast():
+            if self._asks_about_student and scale != 0:
+                hidden = self._hidden(student, batch)
+                batch = replace(batch, asked_ids=self._likeliest(student, hidden, batch))
+                own["support"] = "teacher"  # what scorers are asked about is what they list
             with torch.no_grad():
                 # models that lambda cancels are not run
                 if scale != 0:
@@ -390,9 +405,18 @@ class ScoringMixin:
                 **({"reward_scale_fn": scale} if callable(scale) else {"reward_scale": scale}),
                 old_logprobs=batch.old_logprobs,
                 vocab_size=self._vocab_size,
-                **{**self._options, **options},
+                **own,
             )
-            return self._at_head(student, self._hidden(student, batch), loss)
+            return self._at_head(student, self._hidden(student, batch) if hidden is None else hidden, loss)
+
+    @torch.no_grad()
+    def _likeliest(self, student: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+        """(B, K, k) likeliest tokens of the student, -1 where the mask is 0."""
+        chosen = {name: getattr(self.args, name) for name in ("k", "chunk_size", "backend")}
+        ids, _ = self._at_head(
+            student, hidden.detach(), partial(token_topk, mask=batch.mask, vocab_size=self._vocab_size, **chosen)
+        )
+        return ids
 
     # --------------------------------------------------------------------------------------------- the dataset's routes
 
