@@ -217,13 +217,22 @@ def test_smollm2_is_the_model_of_the_demo(
     assert_same_weights(tmp_path / "run" / "model", whole() / "model")
 
 
-@pytest.mark.parametrize("estimator", [["--estimator", "sampled"], ["--estimator", "topk", "--k", "4"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ["--estimator", "sampled"],
+        ["--estimator", "topk", "--k", "4"],
+        ["--estimator", "topk", "--k", "4", "--support", "student", "--tail", "sampled"],
+    ],
+    ids=" ".join,
+)
 def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: list[str]
 ) -> None:
-    for server in served(files, monkeypatch):
+    for server in served(files, monkeypatch, "vllm-ids" if "student" in estimator else "vllm"):
         remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
-        invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
+        output = invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
+        assert "the teacher's server: /" in output
     invoke(*small(files, tmp_path / "local", *estimator, steps=2))
     local = weights(tmp_path / "local" / "model")
     for name, value in weights(tmp_path / "remote" / "model").items():
@@ -231,7 +240,7 @@ def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
         assert (value - local[name]).abs().mean() < 1e-4, name
 
 
-def served(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def served(files: Files, monkeypatch: pytest.MonkeyPatch, api: str = "vllm") -> Iterator[Any]:
     """The teacher behind a server of vLLM's format."""
     pytest.importorskip("httpx")
     import test_server
@@ -245,7 +254,7 @@ def served(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         def logprobs(self, ids: list[int]) -> list[list[float]]:
             return torch.log_softmax(teacher(torch.tensor([ids])).logits[0], -1).tolist()
 
-    for server in test_server.serve("vllm"):
+    for server in test_server.serve(api):
         server.model = Served()
         yield server
 
@@ -257,7 +266,7 @@ def test_a_server_that_goes_away_ends_the_run_with_its_message(
     given: dict[str, Any] = {}
 
     class Gone:
-        temperature, top_k = 1.0, None
+        temperature, top_k, capabilities = 1.0, None, "little"
 
         def __init__(self, url: str, model: str, **options: Any) -> None:
             given.update(options, url=url)
@@ -278,6 +287,24 @@ def test_a_server_that_goes_away_ends_the_run_with_its_message(
     assert (given["url"], given["patience"]) == ("http://h", 8.0)  # no password is kept
     invoke("--resume", "--output", str(tmp_path / "run"), "--teacher-server", "http://user:hunter2@i", code=1)
     assert given["url"] == "http://user:hunter2@i"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--temperature", "0.7"], "does not return log-probs of temperature=0.7"),
+        (["--estimator", "topk", "--k", "4", "--support", "student"], "does not score tokens that are named to it"),
+    ],
+    ids=["temperature", "support"],
+)
+def test_what_a_server_does_not_give_is_said_before_a_model_is_loaded(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
+) -> None:
+    for server in served(files, monkeypatch):
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
+        output = invoke(*small(files, tmp_path / "run", *remote, *more), code=2)
+    assert said in " ".join(output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_neither_key_nor_password_is_written_or_shown(
@@ -536,7 +563,7 @@ def _given(files: Files) -> dict[str, Any]:
     said: dict[str, Any] = dict.fromkeys(options.RunOptions.names(), "")
     said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
     said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
-    said |= dict.fromkeys(PARAMETERS)
+    said |= dict.fromkeys(("support", "tail", *PARAMETERS))
     said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
     return said | {
         "temperature": 1.0,
@@ -710,10 +737,6 @@ WRONG: dict[str, tuple[Change, str]] = {
     "server and full": (
         lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--estimator", "full"],
         "full needs the teacher's whole vocabulary",
-    ),
-    "server and temperature": (
-        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--temperature", "0.7"],
-        "must be 1 with --teacher-server",
     ),
     "no address": (
         lambda f: ["--teacher-server", "localhost", "--teacher-server-model", "t"],

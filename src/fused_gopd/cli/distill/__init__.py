@@ -101,6 +101,8 @@ def distill(
     ] = "",
     divergence: Annotated[str, typer.Option(help=help_of("divergence"), rich_help_panel=_LOSS)] = "reverse_kl",
     k: Annotated[int | None, typer.Option("--k", min=1, help=help_of("k"), rich_help_panel=_LOSS)] = None,
+    support: Annotated[str | None, typer.Option(help=help_of("support"), rich_help_panel=_LOSS)] = None,
+    tail: Annotated[str | None, typer.Option(help=help_of("tail"), rich_help_panel=_LOSS)] = None,
     beta: Annotated[float | None, typer.Option(help=help_of("beta"), rich_help_panel=_LOSS)] = None,
     alpha: Annotated[float | None, typer.Option(help=help_of("alpha"), rich_help_panel=_LOSS)] = None,
     skew: Annotated[float | None, typer.Option(help=help_of("skew"), rich_help_panel=_LOSS)] = None,

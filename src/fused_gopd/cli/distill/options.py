@@ -55,7 +55,9 @@ class RunOptions:
     dtype: str
     seed: int
     save_every: int
-    # parameters of divergences; a run that was started without them is resumed without them
+    # a run that was started without these is resumed without them
+    support: str | None = None
+    tail: str | None = None
     beta: float | None = None
     alpha: float | None = None
     skew: float | None = None
@@ -83,7 +85,8 @@ class RunOptions:
 
     def loss_options(self) -> dict[str, Any]:
         """Those that are options of the loss, as far as they are given."""
-        values = {name: getattr(self, name) for name in ("estimator", "divergence", "k", *PARAMETERS)}
+        names = ("estimator", "divergence", "k", "support", "tail", *PARAMETERS)
+        values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     def routes(self) -> dict[str | None, str]:
@@ -263,8 +266,6 @@ def _check_server(options: RunOptions) -> None:
         raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
     if options.estimator == "full":
         raise _wrong("--estimator", "full needs the teacher's whole vocabulary: a server gives sampled or topk")
-    if options.temperature != 1:
-        raise _wrong("--temperature", "must be 1 with --teacher-server, whose log-probs are those of temperature 1")
     if options.route_column:
         raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
 

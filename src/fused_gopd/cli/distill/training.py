@@ -210,19 +210,24 @@ class DistillationRun:
         server = importlib.import_module("fused_gopd.integrations.server")
         self._expected_errors = (server.TeacherServerError,)
         try:
-            return server.ServerTeacher(
+            teacher = server.ServerTeacher(
                 self._server_url or options.teacher_server,
                 options.teacher_server_model,
                 api=options.teacher_server_api,
-                top_k=options.k,
+                top_k=None if options.support == "student" else options.k,
                 timeout=options.teacher_server_timeout,
                 patience=options.teacher_server_patience,
                 api_key=self._server_key,
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
+                temperature=options.temperature,
             )
+            if options.support == "student":
+                teacher.require_requested_ids(options.k)
         except (ValueError, ImportError, server.TeacherServerError) as error:
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
+        self.say(f"the teacher's server: {teacher.capabilities}")
+        return teacher
 
     def _config(self) -> Any:
         options, gpu = self.options, torch.cuda.is_available()
