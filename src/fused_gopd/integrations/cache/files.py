@@ -1,0 +1,244 @@
+"""The folder of a cache: files of one sequence each, written atomically, checked when they are read, and their size.
+
+::
+
+    CACHE/teacher-cache.json                    the version of this format
+    CACHE/<model>/model.json                    the model, its settings, the names under which it was used
+    CACHE/<model>/<2 digits>/<62 digits>.safetensors      one sequence
+
+``<model>`` is a hash of fingerprint and settings, the digits of a file are the hash of the sequence's token ids and of
+the positions that are scored. A file has the tensors ``ids`` (T,) int32, the sequence without padding; ``positions``
+(N,) int32, the places in it of the scored tokens; and their scores: ``hidden`` (N, H), the states that predict them, or
+``logprobs`` (N,), or ``token_ids`` (N, K), ``logprobs`` (N, K) and ``sampled_logprobs`` (N,). Its metadata has a
+CRC-32 over names, dtypes, shapes and bytes of all tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1
+Scores = dict[str, Tensor]
+
+_MARK, _MODEL, _LOCK = "teacher-cache.json", "model.json", "teacher-cache.lock"
+_FOLDER, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{62}\.safetensors")
+_ABANDONED = 3600  # seconds after which a temporary file is that of a process that was killed
+
+
+class Damaged(Exception):
+    """A file is not as it was written; the message says in what."""
+
+
+def digest(*parts: bytes) -> str:
+    """SHA-256 of byte strings with their lengths, so that no two lists of them have one text."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little") + part)
+    return hashed.hexdigest()
+
+
+def key_of(ids: Tensor, positions: Tensor) -> str:
+    """The name of a sequence: a hash of its token ids (T,) and of the positions (N,) that are scored."""
+    return digest(*(x.to(torch.int64).contiguous().numpy().tobytes() for x in (ids, positions)))
+
+
+def _checksum(tensors: Scores) -> str:
+    value = 0
+    for name, x in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), value)
+        data: Any = x.contiguous().view(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(data, value)
+    return f"{value:08x}"
+
+
+def encoded(tensors: Scores) -> bytes:
+    """The content of a file."""
+    return save(tensors, {"format": str(FORMAT), "crc32": _checksum(tensors)})
+
+
+class Folder:
+    """The folder of a cache.
+
+    Files are only added, replaced as a whole (``os.replace``) and removed, so that a reader has a complete file or
+    none, whatever other processes do. Symbolic links are followed; nothing but the files of the format is ever removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the folder, or open it; raises for a folder with other files."""
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"path must be a folder, got the file {path}")
+        mark = path / _MARK
+        if mark.exists():
+            try:
+                found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"path must be a teacher's cache, and {mark} is damaged: choose another one") from None
+            if found != FORMAT:
+                raise ValueError(
+                    f"path must be a cache of format {FORMAT}, and {path} has format {found}, of another version of "
+                    "this package: choose another one"
+                )
+            return
+        foreign = sorted(x.name for x in path.iterdir())[:3] if path.exists() else []
+        if any(not name.startswith(f".{_MARK}.") for name in foreign):  # another process may be creating it
+            raise ValueError(
+                f"path must be a teacher's cache, or a new or empty folder; {path} has other files ({foreign[0]}, ...)"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        _replace(mark, json.dumps({"format": FORMAT}).encode())
+
+    # ------------------------------------------------------------------------------------------------------ sequences
+
+    def file(self, model: str, key: str) -> Path:
+        return self.path / model / key[:2] / f"{key[2:]}.safetensors"
+
+    def read(self, path: Path) -> Scores | None:
+        """The tensors of a file; None if there is none. Marks it as used.
+
+        Raises:
+            Damaged: the file is not as it was written.
+        """
+        try:
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+            raise Damaged(str(error)) from None
+        if metadata.get("crc32") != _checksum(tensors):
+            raise Damaged("it has other bytes than were written: their checksum differs")
+        with suppress(OSError):  # a folder that may only be read
+            os.utime(path)
+        return tensors
+
+    def write(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+
+    # --------------------------------------------------------------------------------------------------------- models
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The content of every ``model.json``, by the name of its folder."""
+        found = {}
+        for file in sorted(self.path.glob(f"*/{_MODEL}")):
+            if _FOLDER.fullmatch(file.parent.name):
+                try:
+                    found[file.parent.name] = dict(json.loads(file.read_text(encoding="utf-8")))
+                except (ValueError, TypeError, OSError):
+                    raise Damaged(f"{file} cannot be read as JSON: remove it, and it is written again") from None
+        return found
+
+    def describe(self, model: str, description: dict[str, Any]) -> None:
+        """Write ``model.json`` unless it says the same."""
+        path, content = self.path / model / _MODEL, json.dumps(description, indent=2, sort_keys=True).encode()
+        with suppress(OSError):
+            if path.read_bytes() == content:
+                return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+
+    # ----------------------------------------------------------------------------------------------------------- size
+
+    def usage(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of each file; removes temporary files of processes that were killed."""
+        found = []
+        now = time.time()
+        for folder in _subfolders(self.path):
+            for shard in _subfolders(folder) if _FOLDER.fullmatch(folder.name) else ():
+                with os.scandir(shard) as entries:
+                    for entry in entries:
+                        with suppress(FileNotFoundError):  # removed by another process
+                            status = entry.stat()
+                            if _FILE.fullmatch(entry.name):
+                                found.append((status.st_mtime, status.st_size, Path(entry.path)))
+                            elif entry.name.startswith(".") and now - status.st_mtime > _ABANDONED:
+                                os.unlink(entry.path)
+        return found
+
+    def make_room(self, size: int, max_bytes: int) -> tuple[int, int]:
+        """Where ``size`` more bytes would be above ``max_bytes``, remove the least recently used files, down to 0.9.
+
+        Returns how many were removed, and the bytes that are left: more than wanted where a process holds the files.
+        """
+        files = sorted(self.usage())
+        total = sum(used for _, used, _ in files)
+        count = 0
+        if total + size > max_bytes:
+            with self._unheld() as removable:
+                for _, used, path in files if removable else ():
+                    if total + size <= max_bytes * 9 // 10:
+                        break
+                    path.unlink(missing_ok=True)
+                    total, count = total - used, count + 1
+        return count, total
+
+    # ----------------------------------------------------------------------------------------------------------- lock
+
+    def hold(self) -> IO[bytes] | None:
+        """Keep all files for as long as the returned file is open; None where the folder has no locks."""
+        file = self._lock_file()
+        if file is not None and fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH)
+        return file
+
+    @contextmanager
+    def _unheld(self) -> Iterator[bool]:
+        """Whether no process holds the files; none begins to in the meantime."""
+        file = self._lock_file()
+        free = True
+        if file is not None and fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+            except OSError:  # a file system without locks
+                pass
+        try:
+            yield free
+        finally:
+            if file is not None:
+                file.close()
+
+    def _lock_file(self) -> IO[bytes] | None:
+        try:
+            return (self.path / _LOCK).open("ab")
+        except OSError:  # a folder that may only be read
+            return None
+
+
+def _subfolders(path: Path) -> list[Path]:
+    with os.scandir(path) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file atomically."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

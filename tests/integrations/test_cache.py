@@ -1,0 +1,395 @@
+"""Scores on disk: they are what the teacher said, of the sequence and the model that were asked for, or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
+
+import fused_gopd as fg  # noqa: E402
+from fused_gopd.integrations.cache import TeacherCache, TeacherCacheError, fingerprint  # noqa: E402
+from fused_gopd.integrations.transformers import head_of, last_hidden_state  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+VOCAB, K = 64, 5
+
+
+def model(seed: int = 0, **config: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = transformers.Qwen3Config(
+        vocab_size=VOCAB, num_key_value_heads=2, head_dim=16, initializer_range=0.2, **{**sizes, **config}
+    )
+    return transformers.Qwen3ForCausalLM(made).eval()
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Three sequences of 10, 7 and 8 tokens: padded nowhere, on the left, and on the right of the answer."""
+    torch.manual_seed(seed)
+    ids, attention, mask = torch.randint(VOCAB, (3, 10)), torch.ones(3, 10).long(), torch.ones(3, K).long()
+    attention[1, :3] = 0
+    attention[2, 8:] = mask[2, 3:] = 0
+    return ids, attention, mask
+
+
+class Scorer:
+    """A scorer of log-probs, or of top-k with those of the tokens; counts the sequences that it is asked for."""
+
+    fingerprint = "a scorer"
+
+    def __init__(self, teacher: Any, top_k: int | None = None) -> None:
+        self.teacher, self.top_k, self.asked = teacher, top_k, 0
+
+    def __call__(self, ids: Tensor, attention: Tensor, mask: Tensor) -> Any:
+        self.asked += len(ids)
+        keep = mask.shape[1]
+        with torch.no_grad():
+            head = head_of(self.teacher, last_hidden_state(self.teacher, ids, attention, keep=keep))
+            own = fg.token_logprobs(head, ids[:, -keep:]) * mask
+        if self.top_k is None:
+            return fg.TokenLogProbs(own)
+        return fg.TopKLogProbs(*fg.token_topk(head, self.top_k), own)
+
+
+def assert_same(found: Any, expected: Any, mask: Tensor) -> None:
+    assert type(found) is type(expected)
+    for name, x in found.tensors.items():
+        y = expected.tensors[name]
+        if name not in ("weight", "bias"):
+            x, y = x[mask.bool()], y[mask.bool()]
+        assert torch.equal(x, y), name
+
+
+# ------------------------------------------------------------------------------------------------- what is given back
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk", "hidden", "hidden from a scorer"])
+def test_scores_from_disk_are_those_of_the_teacher(kind: str, tmp_path: Path) -> None:
+    teacher = model()
+    scorer: Any = Scorer(teacher, top_k=4 if kind == "topk" else None)
+    given: Any = teacher if kind == "hidden" else scorer
+    if kind == "hidden from a scorer":
+
+        def given(ids: Tensor, attention: Tensor, mask: Tensor) -> fg.LinearHead:
+            scorer.asked += len(ids)
+            return head_of(teacher, last_hidden_state(teacher, ids, attention, keep=mask.shape[1]).detach())
+
+        given.fingerprint = "states"  # type: ignore[attr-defined]
+    expected = given(*batch()) if kind != "hidden" else head_of(teacher, _states(teacher))
+    scorer.asked = 0
+    cache = TeacherCache(tmp_path)
+    for _ in range(2):
+        assert_same(cache.scorer(given)(*batch()), expected, batch()[2])
+    assert cache.stats() == {"hits": 3, "misses": 3, "damaged": 0, "removed": 0, "unwritten": 0}
+    # one more of a scorer: the second time, to see that it is the same
+    assert scorer.asked == (0 if kind == "hidden" else 4)
+    if "hidden" not in kind:
+        assert_same(TeacherCache(tmp_path).scorer()(*batch()), expected, batch()[2])
+
+
+@torch.no_grad()
+def _states(teacher: Any) -> Tensor:
+    ids, attention, mask = batch()
+    return last_hidden_state(teacher, ids, attention, keep=mask.shape[1])
+
+
+def test_padding_and_neighbours_do_not_matter_and_tokens_do(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    cached = TeacherCache(tmp_path).scorer(scorer)
+    expected = cached(*batch()).logprobs
+    ids, attention, mask = batch()
+    wider = [torch.nn.functional.pad(x, (2, 0)) for x in (ids, attention)]
+    scorer.asked = 0
+    assert torch.equal(cached(*wider, mask).logprobs, expected)
+    longer = [torch.nn.functional.pad(x, (0, 2)) for x in batch()]  # the last K + 2 tokens
+    assert torch.equal(cached(*longer).logprobs[:, :K], expected)
+    alone = [x[2:] for x in batch()]
+    assert torch.equal(cached(*alone).logprobs, expected[2:])
+    assert scorer.asked == 1  # to see that it is the same
+    ids[0, 2] += 1
+    fewer = mask.clone()
+    fewer[1, 0] = 0
+    cached(ids, attention, mask)
+    cached(ids, attention, fewer)  # other positions are other scores
+    assert scorer.asked == 3
+
+
+def test_a_sequence_that_is_there_twice_is_asked_for_once(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    ids, attention, mask = (torch.cat([x, x]) for x in batch())
+    scores = TeacherCache(tmp_path).scorer(scorer)(ids, attention, mask).logprobs
+    assert scorer.asked == 3
+    assert torch.equal(scores[:3], scores[3:])
+
+
+def test_lists_of_different_lengths_are_filled_up(tmp_path: Path) -> None:
+    teacher = model()
+    of = {3: [x[:1] for x in batch()], 4: [x[1:] for x in batch()]}
+    cache = TeacherCache(tmp_path)
+    for k, part in of.items():
+        scorer = Scorer(teacher, top_k=k)
+        del scorer.top_k  # a scorer that does not say how many
+        scorer.top_k = k
+        cached = cache.scorer(lambda *args, scorer=scorer: scorer(*args), name="lists", revision="1")
+        cached(*part)
+    scores = cache.scorer(name="lists")(*batch())
+    assert scores.token_ids.shape == (3, K, 4)
+    assert bool((scores.token_ids[0, :, 3] == -1).all())
+    assert bool((scores.token_ids[1] >= 0).all())
+
+
+# ------------------------------------------------------------------------------------------------ which model's scores
+
+
+def test_a_model_that_changed_is_another_one(tmp_path: Path) -> None:
+    teacher, same = model(), model()
+    assert fingerprint(teacher) == fingerprint(same)
+    prints = {fingerprint(teacher)}
+    weight = teacher.lm_head.weight.data
+
+    def swap(x: Tensor, a: int, b: int) -> None:
+        x[a], x[b] = x[b].clone(), x[a].clone()
+
+    for change in (
+        lambda: weight[3, 5].add_(1e-6),
+        lambda: swap(weight, 3, 4),
+        lambda: swap(weight.T, 0, 31),
+        lambda: teacher.model.norm.weight.data.mul_(1.5),
+        lambda: setattr(teacher.config, "rms_norm_eps", 1e-3),
+        lambda: teacher.to(torch.bfloat16),
+    ):
+        change()
+        prints.add(fingerprint(teacher))
+    assert len(prints) == 7
+    same.config._name_or_path = "elsewhere"
+    assert fingerprint(same) in prints
+
+
+def test_a_changed_model_misses(tmp_path: Path) -> None:
+    teacher, cache = model(), TeacherCache(tmp_path)
+    cache.scorer(teacher, name="t")(*batch())
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    cache.scorer(teacher, name="t")(*batch())
+    assert cache.stats()["hits"] == 0
+    assert len(cache) == 6
+    with torch.autocast("cpu", torch.bfloat16):  # its states are bfloat16 now
+        assert cache.scorer(teacher, name="t")(*batch()).hidden.dtype == torch.bfloat16
+    assert len(cache) == 9
+    with pytest.raises(TeacherCacheError, match="must have the scores of one model called 't'; it has"):
+        cache.scorer(name="t")
+
+
+def test_a_scorer_is_known_by_its_fingerprint_and_the_revision(tmp_path: Path) -> None:
+    cache, scorer = TeacherCache(tmp_path), Scorer(model())
+    cache.scorer(scorer, revision="1")(*batch())
+    cache.scorer(scorer, revision="2")(*batch())
+    cache.scorer(Scorer(model(), top_k=3), revision="1")(*batch())
+    assert cache.stats()["misses"] == 9
+    with pytest.raises(TypeError, match="revision must be given for a scorer without an attribute fingerprint"):
+        cache.scorer(lambda *args: scorer(*args))
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_scorer_with_other_scores_than_before_is_an_error(top_k: int | None, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path)
+    cache.scorer(Scorer(model(), top_k))(*batch())
+    with pytest.raises(TeacherCacheError, match=r"is not the teacher whose scores .* log-probs of one sequence differ"):
+        cache.scorer(Scorer(model(seed=1), top_k))(*batch())
+
+
+def test_the_head_of_another_model_is_an_error(tmp_path: Path) -> None:
+    teacher, cache = model(), TeacherCache(tmp_path)
+    expected = cache.scorer(teacher, name="teacher")(*batch())
+
+    def head(of: Any) -> Callable[..., fg.LinearHead]:
+        return lambda hidden, temperature=1.0: head_of(of, hidden, temperature=temperature)
+
+    found = cache.scorer(name="teacher", head=head(teacher), temperature=0.5)(*batch())
+    assert_same(found, expected, batch()[2])
+    assert found.temperature == 0.5
+    with pytest.raises(TeacherCacheError, match="head must be the head of 'teacher'"):
+        cache.scorer(name="teacher", head=head(model(1)))(*batch())
+    with pytest.raises(TeacherCacheError, match="hidden states of 'teacher', which need its head: give head="):
+        cache.scorer(name="teacher")(*batch())
+
+
+# ------------------------------------------------------------------------------------------------------ without teacher
+
+
+def test_without_a_teacher_a_missing_sequence_is_named(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path)
+    with pytest.raises(TeacherCacheError, match="it has none"):
+        cache.scorer(name="teacher")
+    cache.scorer(Scorer(model()), name="teacher")(*batch())
+    ids, attention, mask = batch()
+    ids[1, 9] = (ids[1, 9] + 1) % VOCAB
+    first = ", ".join(map(str, ids[1, 3:].tolist()))
+    with pytest.raises(TeacherCacheError, match=rf"1 of 3 sequences .* 'teacher' .*sequence 1 .*7 tokens \[{first}\]"):
+        cache.scorer()(ids, attention, mask)
+    with pytest.raises(TeacherCacheError, match=r"one model called 'other'; it has .*, teacher "):
+        cache.scorer(name="other")
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def damage(path: Path, how: str, other: Path) -> None:
+    content = path.read_bytes()
+    if how.startswith("flipped"):
+        at = {"first": 9, "middle": len(content) // 2, "last": len(content) - 1}[how.split()[1]]
+        content = content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+    elif how == "truncated":
+        content = content[:-7]
+    elif how == "longer":
+        content += b"\0"
+    elif how == "of another sequence":
+        content = other.read_bytes()
+    else:
+        content = {"empty": b"", "text": b"hello", "zeros": bytes(len(content))}[how]
+    path.write_bytes(content)
+
+
+HOW = ["flipped first", "flipped middle", "flipped last", "truncated", "longer", "empty", "text", "zeros"]
+
+
+@pytest.mark.parametrize("how", [*HOW, "of another sequence"])
+def test_damage_is_found_named_and_never_scored(how: str, tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    expected = TeacherCache(tmp_path).scorer(scorer)(*batch()).logprobs
+    path, other, _ = sorted(tmp_path.glob("*/*/*.safetensors"))
+    damage(path, how, other)
+    with pytest.raises(TeacherCacheError, match=rf"{path.name} is damaged \(.*there is no teacher"):
+        TeacherCache(tmp_path).scorer()(*batch())
+    cache = TeacherCache(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{path.name} is damaged \(.*scored again, and the file replaced"):
+        found = cache.scorer(scorer)(*batch()).logprobs
+    assert torch.equal(found, expected)
+    assert cache.stats()["misses"] == 1
+    assert torch.equal(TeacherCache(tmp_path).scorer()(*batch()).logprobs, expected)
+
+
+def test_every_byte_of_a_file_is_covered(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    one = [x[1:2] for x in batch()]
+    expected = TeacherCache(tmp_path).scorer(scorer)(*one).logprobs
+    (path,) = tmp_path.glob("*/*/*.safetensors")
+    content = path.read_bytes()
+    cached = TeacherCache(tmp_path).scorer()
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x21]) + content[at + 1 :])
+        try:
+            assert torch.equal(cached(*one).logprobs, expected)  # a byte of the metadata that nothing reads
+        except TeacherCacheError:
+            continue
+        assert at < 8 + int.from_bytes(content[:8], "little"), at  # none of the scores'
+
+
+def test_files_are_read_by_safetensors_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    teacher = model()
+    TeacherCache(tmp_path).scorer(teacher, name="teacher")(*[x[1:2] for x in batch()])
+    (path,) = tmp_path.glob("*/*/*.safetensors")
+    found = load_file(path)
+    assert found["ids"].tolist() == batch()[0][1, 3:].tolist()
+    assert found["positions"].tolist() == [2, 3, 4, 5, 6]
+    torch.testing.assert_close(found["hidden"], _states(teacher)[1])
+    description = json.loads((path.parent.parent / "model.json").read_text())
+    assert description["names"] == ["teacher"]
+    assert description["fingerprint"] == fingerprint(teacher)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"path must be a teacher's cache.*other files \(thesis.tex"):
+        TeacherCache(tmp_path)
+    with pytest.raises(ValueError, match="path must be a folder, got the file"):
+        TeacherCache(tmp_path / "thesis.tex")
+    TeacherCache(tmp_path / "new")
+    for content, message in (('{"format": 99}', "has format 99"), ("x", "is damaged")):
+        (tmp_path / "new" / "teacher-cache.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            TeacherCache(tmp_path / "new")
+
+
+# ---------------------------------------------------------------------------------------------------------------- size
+
+
+def test_the_least_recently_used_sequences_make_room(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    TeacherCache(tmp_path).scorer(scorer)(*batch())
+    a, b, c = (path for _, path in sorted((p.stat().st_size, p) for p in tmp_path.glob("*/*/*.safetensors")))
+    size = TeacherCache(tmp_path).nbytes
+    for age, path in ((300, a), (100, b), (200, c)):
+        os.utime(path, (time.time() - age,) * 2)
+    cache = TeacherCache(tmp_path, max_bytes=size + 10)
+    for seed in range(1, 20):
+        cache.scorer(scorer)(*batch(seed))
+        # each process looks at the size before it has written a sixteenth more
+        assert cache.nbytes <= cache.max_bytes
+        if seed == 1:
+            assert not a.exists()
+    assert cache.stats()["removed"] > 30
+    assert cache.nbytes > size / 2
+    assert cache.stats()["unwritten"] == 0
+
+
+def test_what_was_just_read_is_not_what_is_removed(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    kept = TeacherCache(tmp_path).scorer(scorer)(*batch()).logprobs
+    for path in tmp_path.glob("*/*/*.safetensors"):
+        os.utime(path, (1, 1))
+    cache = TeacherCache(tmp_path, max_bytes=int(2.5 * TeacherCache(tmp_path).nbytes))
+    cached = cache.scorer(scorer)
+    for seed in range(1, 10):
+        cached(*batch(seed))
+        time.sleep(0.01)  # clocks of file systems are coarse
+        assert torch.equal(cached(*batch()).logprobs, kept)
+    assert cache.stats()["misses"] == 27
+
+
+def test_a_scorer_without_a_teacher_loses_nothing(tmp_path: Path) -> None:
+    scorer = Scorer(model())
+    expected = TeacherCache(tmp_path).scorer(scorer)(*batch()).logprobs
+    offline = TeacherCache(tmp_path).scorer()
+    cache = TeacherCache(tmp_path, max_bytes=TeacherCache(tmp_path).nbytes + 10)
+    with pytest.warns(UserWarning, match="is full .*a scorer without a teacher is open"):
+        cache.scorer(scorer)(*batch(1))
+    assert cache.stats()["unwritten"] == 3
+    assert torch.equal(offline(*batch()).logprobs, expected)
+    del offline
+    cache.scorer(scorer)(*batch(1))
+    assert cache.stats()["removed"] == 3
+
+
+def test_a_sequence_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, max_bytes=100)
+    with pytest.warns(UserWarning, match="a sequence alone has more"):
+        cache.scorer(Scorer(model()))(*batch())
+    assert len(cache) == 0
+
+
+def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, scorer = TeacherCache(tmp_path), Scorer(model())
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match=r"cannot be written to .*\(No space left on device"):
+        found = cache.scorer(scorer)(*batch())
+    assert torch.equal(found.logprobs, scorer(*batch()).logprobs)
+    assert cache.stats()["unwritten"] == 3
+    assert not list(tmp_path.glob("*/*/*"))  # no part of a file
