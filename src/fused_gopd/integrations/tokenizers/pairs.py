@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ...checks import require_integer, require_mask
 from .alignment import Alignment
-from .vocabulary import Vocabulary, rows_of
+from .vocabulary import Vocabulary, encode, rows_of
+
+
+def texts_of(prompts: Sequence[Any]) -> list[str]:
+    """The texts of prompts: they themselves, or the contents of their messages."""
+    found = []
+    for prompt in prompts:
+        contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+        found += [content for content in contents if isinstance(content, str)]
+    return found
 
 
 class TokenizerPair:
@@ -47,6 +56,44 @@ class TokenizerPair:
     def vocab_map(self, size: int | None = None) -> Tensor:
         """(V,) int64, as :func:`vocab_map_of`."""
         return rows_of(self._ours, self._theirs, size)
+
+    def common(self, texts: Sequence[str]) -> dict[str, float]:
+        """What the two have in common, as fractions.
+
+        Args:
+            texts: of what the student will write, such as answers or prompts; without texts only ``vocabulary``.
+
+        Returns:
+            ``vocabulary``: of the student's tokens, those that the other one has. Of the student's tokens in the texts:
+            ``tokens`` those in spans, ``single`` those that are a span alone, ``states`` those before which both have a
+            boundary; ``bytes`` in spans.
+        """
+        mapped = self.vocab_map() >= 0
+        found = {"vocabulary": float(mapped.float().mean())}
+        ids = encode(self._ours.tokenizer, [text for text in texts if text])
+        if not ids:
+            return found
+        width = max(len(x) for x in ids)
+        token_ids = torch.tensor([x + [0] * (width - len(x)) for x in ids])
+        mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in ids])
+        aligned = self.align(["x"] * len(ids), token_ids, mask)
+        spans, states = aligned.counts(mask), aligned.counts(mask, states=True)
+        found["tokens"] = spans["aligned_tokens"] / spans["tokens"]
+        found["single"] = spans["single_tokens"] / spans["tokens"]
+        found["states"] = states["aligned_tokens"] / spans["tokens"]
+        return found | {"bytes": spans["aligned_bytes"] / max(spans["bytes"], 1)}
+
+    def describe(self, texts: Sequence[str]) -> str:
+        """What :meth:`common` found, as a sentence."""
+        found = {name: f"{100 * x:.1f} %" for name, x in self.common(texts).items()}
+        told = f"The tokenizer of {self.name} has {found['vocabulary']} of the student's tokens"
+        if "tokens" not in found:
+            return told + "."
+        return (
+            f"{told}. Of those in {len(texts)} prompts {found['tokens']} are in spans of the same bytes (for "
+            f"'sampled'), {found['single']} alone in one; {found['states']} begin where a token of both begins (for "
+            "'full' and 'topk')."
+        )
 
     def align(
         self,

@@ -94,7 +94,7 @@ def token_bytes(tokenizer: Any, name: str = "the model") -> list[bytes | None]:
     for i in tokenizer.all_special_ids:
         if 0 <= i < len(table):
             table[i] = None
-    ids = _encode(tokenizer, [_PROBE])[0]
+    ids = encode(tokenizer, [_PROBE])[0]
     spelled = b"".join(table[i] or b"" for i in ids)
     if spelled.removeprefix(b" ") != _PROBE.encode():
         raise ValueError(
@@ -104,7 +104,7 @@ def token_bytes(tokenizer: Any, name: str = "the model") -> list[bytes | None]:
     return table
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts that contain no special token, even where they spell one."""
     if not texts:
         return []
@@ -125,7 +125,7 @@ class Vocabulary:
         self.turn_end = _turn_end(tokenizer)
         ends = [self.turn_end, tokenizer.eos_token_id, *(terminators or ())]
         self.terminators = [i for i in dict.fromkeys(ends) if i is not None]
-        first = self.spelled(_encode(tokenizer, ["x"])[0])
+        first = self.spelled(encode(tokenizer, ["x"])[0])
         self._puts_space = first == b" x"
 
     def spelled(self, ids: Sequence[int]) -> bytes:
@@ -137,13 +137,13 @@ class Vocabulary:
 
     def continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that go on with a text before them: without the space that SentencePiece puts in front."""
-        found = _encode(self.tokenizer, texts)
+        found = encode(self.tokenizer, texts)
         if not self._puts_space:
             return found
         open_ = [n for n, ids in enumerate(found) if self.spelled(ids) != texts[n].encode()]
         for sentinel in _SENTINELS:
             front = b" " + sentinel.encode()
-            tried = _encode(self.tokenizer, [sentinel + texts[n] for n in open_])
+            tried = encode(self.tokenizer, [sentinel + texts[n] for n in open_])
             left = []
             for n, ids in zip(open_, tried, strict=True):
                 cut = next((j for j in range(len(ids)) if self.spelled(ids[:j]) == front), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...heads import LinearHead, TokenLogProbs, TopKLogProbs
 from ...targets import Composite, Frozen
+from ..tokenizers import Alignment
 
 if TYPE_CHECKING:
     from ...heads import Source
@@ -36,32 +37,36 @@ class Batch:
     attention_mask: Tensor  # (B, P + K)
     token_ids: Tensor  # (B, K)
     completion_mask: Tensor  # (B, K)
-    mask: Tensor  # (B, K), the completion mask without tokens that tools wrote
+    mask: Tensor  # (B, K), the completion mask without tokens that tools wrote or that a model cannot score
     multimodal: dict[str, Any]
     teacher_index: Tensor | None  # (B,) on the CPU
     old_logprobs: Tensor | None  # (B, K)
     asked_ids: Tensor | None = None  # (B, K, k) tokens that scorers are asked about
+    aligned: dict[str, Alignment] = field(default_factory=dict)  # by model, for those with a tokenizer of their own
 
     @classmethod
     def from_trl(cls, inputs: Mapping[str, Any]) -> Batch:
         """From the dict that TRL's trainers pass around."""
-        completion_mask = inputs["completion_mask"]
+        mask = completion_mask = inputs["completion_mask"]
+        for name in ("tool_mask", _ALIGNED_MASK):
+            mask = mask * inputs[name] if name in inputs else mask
         return cls(
             input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             attention_mask=torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
             token_ids=inputs["completion_ids"],
             completion_mask=completion_mask,
-            mask=completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask,
+            mask=mask,
             multimodal={name: inputs[name] for name in _MULTIMODAL if inputs.get(name) is not None},
             teacher_index=inputs.get("teacher_index"),
             old_logprobs=inputs.get("old_logprobs"),
+            aligned=_aligned_in(inputs),
         )
 
     def take(self, rows: Tensor | slice) -> Batch:
         """Select sequences. Not for multimodal batches, which may have several images per sequence."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         taken: dict[str, Any] = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
-        return replace(self, **taken)
+        return replace(self, **taken, aligned={name: x.take(rows) for name, x in self.aligned.items()})
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most ``size`` sequences; a multimodal batch stays whole."""
@@ -70,6 +75,24 @@ class Batch:
             return
         for start in range(0, len(self.token_ids), size):
             yield self.take(slice(start, start + size))
+
+
+_ALIGNED, _ALIGNED_MASK = "aligned/", "aligned_mask"
+
+
+def flat(aligned: Mapping[str, Alignment], mask: Tensor) -> dict[str, Tensor]:
+    """Alignments, and the mask of tokens that all models can score, as entries of TRL's dict of tensors."""
+    named = {f"{_ALIGNED}{name}/{f.name}": getattr(x, f.name) for name, x in aligned.items() for f in fields(x)}
+    return {**named, _ALIGNED_MASK: mask}
+
+
+def _aligned_in(inputs: Mapping[str, Any]) -> dict[str, Alignment]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, x in inputs.items():
+        if key.startswith(_ALIGNED):
+            name, _, part = key.removeprefix(_ALIGNED).rpartition("/")
+            found.setdefault(name, {})[part] = x
+    return {name: Alignment(**parts) for name, parts in found.items()}
 
 
 def spread(source: Frozen, rows: Tensor, n: int) -> Frozen:

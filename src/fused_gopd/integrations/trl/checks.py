@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...targets import Frozen
+from ..tokenizers import TokenizerPair
 
 Scorer = Callable[..., Frozen]
 """A function that scores: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
@@ -44,9 +45,14 @@ def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[
     return dict(teacher)
 
 
+def teacher_name(route: Any) -> str:
+    """What messages call the teacher of a route; the single teacher has the route None."""
+    return "teacher" if route is None else f"teacher[{route!r}]"
+
+
 def named(routes: Mapping[Any, Model]) -> dict[str, Model]:
     """The teachers by what messages call them."""
-    return {"teacher" if route is None else f"teacher[{route!r}]": model for route, model in routes.items()}
+    return {teacher_name(route): model for route, model in routes.items()}
 
 
 def check_kind(name: str, model: object, temperature: float) -> None:
@@ -174,17 +180,34 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def check_tokenizers(name: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """Raise where an id that both tokenizers have stands for different tokens."""
+def check_tokenizers(
+    name: str, student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, **cross: Any
+) -> TokenizerPair | None:
+    """Raise where an id that both tokenizers have stands for different tokens, unless other tokenizers are meant.
+
+    Args:
+        name: whose tokenizer ``other`` is.
+        cross: ``cross_tokenizer=True`` says that other tokenizers are meant; what else there is are arguments of
+            :class:`fused_gopd.integrations.tokenizers.TokenizerPair`.
+
+    Returns:
+        None where all ids that both have are the same tokens; with ``cross_tokenizer`` the pair of other tokenizers,
+        which says what they have in common.
+    """
+    meant = cross.pop("cross_tokenizer", False)
     ours = {i: token for token, i in student.get_vocab().items()}
     theirs = {i: token for token, i in other.get_vocab().items()}
     different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+    if different and meant:
+        return TokenizerPair(student, other, name=name, **cross)
     if different:
         shown = ", ".join(f"{i}: {ours[i]!r} and {theirs[i]!r}" for i in different[:3])
         raise ValueError(
             f"the tokenizers of the student and of {name} differ at {len(different)} ids that both have ({shown}): "
-            "log-probs of one are not those of the other's tokens. Use models of one tokenizer"
+            "log-probs of one are not those of the other's tokens. Use models of one tokenizer, or have texts compared "
+            "in place of ids: cross_tokenizer=True in GOPDConfig, --cross-tokenizer of `fused-gopd distill`"
         )
+    return None
 
 
 def positions_of(config: Any) -> int | None:

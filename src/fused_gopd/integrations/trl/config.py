@@ -111,6 +111,10 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         baseline, clip, advantage_clip: of ``sampled``. logprob_min: of ``sampled`` and ``topk``.
         num_iterations: optimizer steps on each batch of completions. Above 1 the student differs from the policy that
             sampled, and ``sampled`` has a ratio to clip.
+        cross_tokenizer: teachers and the reference may have tokenizers of their own: they read the texts of prompts and
+            completions by their own templates and tokenizers. By default another tokenizer is an error.
+        span_credit: with it and ``sampled``, which of the student's tokens get the log-ratio of a span of several:
+            ``"spread"`` (the default), an equal part each, or ``"last"``, the last one all.
         route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
         chunk_size, chunk_dtype, grad_filter, backend: the computation. ``chunk_dtype``, ``"bfloat16"`` or
             ``"float16"``, is the dtype of a chunk's logits, on a CUDA GPU where all models compute in that dtype.
@@ -138,6 +142,16 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     reduction: str = _option("reduction")
     clip: list[float] | None = field(default=None, metadata=_help(RULES["clip"].help))
     num_iterations: int = field(default=1, metadata=_help("Optimizer steps on each batch of completions."))
+    cross_tokenizer: bool = field(
+        default=False,
+        metadata=_help("Teachers and reference may have tokenizers of their own: texts are compared."),
+    )
+    span_credit: str | None = field(
+        default=None,
+        metadata=_help(
+            "Of cross_tokenizer with 'sampled': 'spread' (default) or 'last', the tokens that a span trains."
+        ),
+    )
     chunk_dtype: str | None = field(
         default=None, metadata=_help("Dtype of the chunk's logits: 'bfloat16' or 'float16'; default float32.")
     )
@@ -160,7 +174,27 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
             )
         super().__post_init__()
         self._check_chunk_dtype()
+        self._check_tokenizers()
         checked_options(**self._loss_options())
+
+    def _check_tokenizers(self) -> None:
+        if self.span_credit is not None:
+            one_of("span_credit", self.span_credit, ("spread", "last"))
+            if not self.cross_tokenizer or self.estimator != "sampled":
+                raise ValueError(
+                    f"span_credit={self.span_credit!r} is an option of cross_tokenizer=True with estimator='sampled', "
+                    f"got cross_tokenizer={self.cross_tokenizer} and estimator={self.estimator!r}"
+                )
+        if self.cross_tokenizer and self.estimator == "sampled" and self.baseline != "none":
+            raise ValueError(
+                f"baseline must be 'none' with cross_tokenizer=True, got {self.baseline!r}: it needs the teacher's "
+                "distribution over the student's tokens, where there are log-probs of spans"
+            )
+        if self.cross_tokenizer and self.tail == "sampled":
+            raise ValueError(
+                "tail='sampled' needs the teacher's log-prob of each sampled token, and with cross_tokenizer=True some "
+                "are no tokens of the teacher's: use another tail"
+            )
 
     def _check_chunk_dtype(self) -> None:
         if self.chunk_dtype is None:

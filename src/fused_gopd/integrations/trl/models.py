@@ -25,10 +25,11 @@ from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
 from ..hub import require_model
 from ..modules import require_separate
+from ..tokenizers.pairs import texts_of
 from ..transformers import head_of, last_hidden_state
 from ..transformers.states import require_head
 from . import card
-from .batch import Batch, spread
+from .batch import Batch, flat, spread
 from .checks import (
     Model,
     check_kind,
@@ -45,12 +46,16 @@ from .checks import (
     routes_of,
     scores_students_tokens,
     takes_token_ids,
+    teacher_name,
     tokenizer_of,
 )
 from .config import Options
+from .cross import CrossTokenizer, as_batch
 
 logger = get_logger(__name__)
 
+# prompts of which is told how much two tokenizers have in common
+_SHOWN_PROMPTS = 64
 # metrics that TRL itself logs
 _LOGGED = ("tokens", "loss", "entropy")
 T = TypeVar("T")
@@ -148,6 +153,11 @@ class ScoringMixin:
             self._options["advantage_fn"] = advantage_fn
         dry_run(self._options, routes, ref_model, cast("Any", args).device)
         self._asks_about_student = scores_students_tokens(self._options, teachers)
+        if self._asks_about_student and getattr(args, "cross_tokenizer", False):
+            raise ValueError(
+                "support='student' names the student's tokens to a scorer, which has others with cross_tokenizer=True: "
+                "use support='teacher'"
+            )
         if self._asks_about_student:
             check_scored_tokens({**teachers, "ref_model": cast("Any", ref_model)}, self._options["k"])
         init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
@@ -168,7 +178,7 @@ class ScoringMixin:
         if self._is_vlm and len(routes) > 1:
             raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
         self._routes = {route: i for i, route in enumerate(routes)}
-        names = ["teacher" if route is None else f"teacher[{route!r}]" for route in routes]
+        names = [teacher_name(route) for route in routes]
         if isinstance(teacher_processing_class, Mapping):
             for route in teacher_processing_class:
                 require_route(routes, "teacher_processing_class", route)
@@ -176,10 +186,14 @@ class ScoringMixin:
         else:
             tokenizers = [teacher_processing_class] * len(routes)
         prepared: dict[int, Any] = {}
+        if self._is_vlm and getattr(self.args, "cross_tokenizer", False):
+            raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
         student = cast("Any", self.model)
         with _without_cast(student.get_output_embeddings()):
             require_head(student)
         sizes = [self._vocabulary(self.model)]
+        credit = getattr(self.args, "span_credit", None) or "spread"
+        self._cross = CrossTokenizer(sizes[0], self._options, credit)
         self._positions = {"the student": positions_of(self.model.config)}
         init = getattr(self.args, "teacher_model_init_kwargs", None)
         self._teachers: list[Any] = [None] * len(names)
@@ -224,25 +238,43 @@ class ScoringMixin:
     ) -> Any:
         """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
         if not isinstance(source, (str, nn.Module)):
+            own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
+            if own is not None:
+                self._compare_tokenizers(name, own)
+            elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+                raise ValueError(
+                    f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
+                    "give the scorer an attribute tokenizer"
+                )
             return source
         if isinstance(source, nn.Module):
             _require_separate(name, source, self.accelerator.unwrap_model(self.model))
         if isinstance(source, nn.Module) and id(source) in prepared:
-            return prepared[id(source)]
+            before, prepared_model = prepared[id(source)]
+            if before in self._cross.pairs:
+                self._cross.pairs[name] = self._cross.pairs[before]
+            self._positions[name] = self._positions[before]
+            return prepared_model
         model = source if isinstance(source, nn.Module) else self._load(name, source, init)
         require_head(model)
-        size = self._vocabulary(model)
-        check_vocabulary(name, size, sizes[0], self._tokenizer)
         trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
         found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(source, model, **trust)
         if found is not None:
-            check_tokenizers(name, self._tokenizer, found)
+            self._compare_tokenizers(name, found)
+        elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+            raise ValueError(
+                f"cross_tokenizer=True needs the tokenizer of {name}, which is not saved with it: pass "
+                "teacher_processing_class, or save it in the model's folder"
+            )
         elif name != "ref_model" and self.accelerator.is_main_process:
             logger.warning(
                 f"The tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
                 "teacher_processing_class to compare the tokens."
             )
-        sizes.append(size)
+        if name not in self._cross.pairs:
+            size = self._vocabulary(model)
+            check_vocabulary(name, size, sizes[0], self._tokenizer)
+            sizes.append(size)
         self._positions[name] = positions_of(model.config)
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)
@@ -251,8 +283,27 @@ class ScoringMixin:
             model = prepare_fsdp(model, self.accelerator)
         else:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        prepared[id(source)] = model
+        prepared[id(source)] = name, model
         return model
+
+    def _compare_tokenizers(self, name: str, other: Any) -> None:
+        """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` keep the pair, and say so."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        pair = check_tokenizers(
+            name,
+            self._tokenizer,
+            other,
+            cross_tokenizer=getattr(self.args, "cross_tokenizer", False),
+            terminators=ends if isinstance(ends, list) else None if ends is None else [ends],
+            chat_template_kwargs=getattr(self, "chat_template_kwargs", None),
+        )
+        if pair is None:
+            return
+        self._cross.pairs[name] = pair
+        if self.accelerator.is_main_process:
+            data = cast("Any", self).train_dataset
+            prompts = data[:_SHOWN_PROMPTS]["prompt"] if hasattr(data, "__len__") else []
+            logger.warning(pair.describe(texts_of(prompts)))
 
     def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
         options = dict(init or {})
@@ -277,8 +328,10 @@ class ScoringMixin:
     def _check_positions(self, batch: Batch) -> None:
         """Raise for a sequence longer than a model's positions, where its scores are meaningless. Needs a host sync."""
         limits = {name: positions for name, positions in self._positions.items() if positions is not None}
-        longest = int(batch.attention_mask.sum(dim=1).max())
+        read = {name: aligned.attention_mask for name, aligned in batch.aligned.items()}
+        lengths = {name: int(read.get(name, batch.attention_mask).sum(dim=1).max()) for name in limits}
         for name, positions in limits.items():
+            longest = lengths[name]
             if longest > positions:
                 raise ValueError(
                     f"a prompt and its completion have {longest} tokens, and {name} has {positions} positions "
@@ -337,7 +390,15 @@ class ScoringMixin:
             return distributed.through_head(embeddings, hidden, lambda given: at(given.hidden))
 
     def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
-        """Score a batch with a frozen model or a scorer."""
+        """Score a batch with a frozen model or a scorer, at the student's tokens."""
+        aligned = batch.aligned.get(name)
+        if aligned is None:
+            return self._score_own(name, model, batch, gathered)
+        scored = self._score_own(name, model, as_batch(aligned), gathered)
+        return self._cross.carry(name, scored, aligned, batch.old_logprobs)
+
+    def _score_own(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
+        """Score the tokens of a batch with the model that they belong to."""
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
             hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
@@ -368,7 +429,7 @@ class ScoringMixin:
             if len(rows) or (shared and isinstance(model, nn.Module)):
                 part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
                 used.append(i)
-                source = self._score(f"teacher[{route!r}]", model, part, gathered)
+                source = self._score(teacher_name(route), model, part, gathered)
                 sources.append(spread(source, rows, len(index)))
         return sources, torch.bucketize(index, torch.tensor(used)).to(batch.token_ids.device)
 
@@ -417,6 +478,28 @@ class ScoringMixin:
             student, hidden.detach(), partial(token_topk, mask=batch.mask, vocab_size=self._vocab_size, **chosen)
         )
         return ids
+
+    # ----------------------------------------------------------------------------------------- tokenizers of their own
+
+    def _align(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Add to a batch what models with a tokenizer of their own read of it, and mask what they cannot score."""
+        batch = Batch.from_trl(output)
+        everywhere = torch.ones(len(inputs), dtype=torch.bool)
+        index = everywhere.long() - 1 if batch.teacher_index is None else batch.teacher_index
+        scored = {teacher_name(route): index == i for route, i in self._routes.items()}
+        scored["ref_model"] = everywhere
+        prompts = [example["prompt"] for example in inputs]
+        aligned, mask = self._cross.align(prompts, batch.token_ids, batch.mask, scored)
+        output.update(flat(aligned, mask))
+        nbytes = next(iter(aligned.values())).nbytes
+        for one in aligned.values():
+            nbytes = torch.maximum(nbytes, one.nbytes)
+        counts = [mask.sum(), batch.mask.sum(), (mask * nbytes).sum(), (batch.mask * nbytes).sum()]
+        tokens, of, size, of_size = self.accelerator.reduce(torch.stack(counts).double(), reduction="sum").tolist()
+        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["gopd/aligned_tokens"].append(tokens / max(of, 1))
+        metrics["gopd/aligned_bytes"].append(size / max(of_size, 1))
 
     # --------------------------------------------------------------------------------------------- the dataset's routes
 

@@ -46,7 +46,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             :class:`fused_gopd.TokenStats`, the ``reward_scale_fn`` of :func:`fused_gopd.gopd_loss`.
         advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
-            tokenizer. By default the one that is saved with the teacher.
+            tokenizer. By default the one that is saved with the teacher, or a scorer's attribute ``tokenizer``. Another
+            one than the student's needs ``args.cross_tokenizer``.
 
     Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
     log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
@@ -94,6 +95,11 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         self._validate(
             model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
         )
+        if args.cross_tokenizer and trainer_arguments.get("tools"):
+            raise ValueError(
+                "cross_tokenizer=True has no place for tools: their results are written with the student's template "
+                "into the completions"
+            )
         self.num_iterations = args.num_iterations
         if self.num_iterations > 1 and not hasattr(train_dataset, "__len__"):
             raise ValueError(
@@ -127,11 +133,13 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
         if self.args.route_column is not None:
             output["teacher_index"] = self._routes_in(inputs)
+        if self._cross.pairs:
+            self._align(inputs, output)
         batch = Batch.from_trl(output)
         self._check_positions(batch)
         # in the whole generation batch, as num_items_in_batch
         output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
-        if self.num_iterations > 1 and self.args.estimator == "sampled":
+        if self.args.estimator == "sampled" and (self.num_iterations > 1 or self._cross.pairs):
             output["old_logprobs"] = self._logprobs(batch)
         return output
 
