@@ -773,7 +773,8 @@ def lengths(completions: list[str], **_: Any) -> list[float]:
 
 def grpo(folder: Path, **arguments: Any) -> Any:
     plain = {"num_generations": 2, "beta": 0.0, "kind": GRPOGOPDConfig, "max_completion_length": 6}
-    own = {name: arguments.pop(name) for name in ("ref_model", "teacher", "reward_funcs") if name in arguments}
+    names = ("ref_model", "teacher", "reward_funcs", "peft_config")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
     return GRPOGOPDTrainer(
         model(0),
         args=config(folder, **{**plain, **arguments}),

@@ -16,6 +16,7 @@ from torch import nn
 
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
+from ..adapters import adapter_path
 
 Lines = list[tuple[str, str]]
 
@@ -29,6 +30,9 @@ def name_of(model: Any) -> str:
     if isinstance(model, nn.Module):
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         return name_of(name) if name else type(model).__name__
+    adapter = adapter_path(model)
+    if adapter is not None:
+        return f"the student's base with the adapter {name_of(adapter)}"
     if isinstance(model, str):
         return Path(model).name if Path(model).expanduser().is_dir() else model
     return f"a scorer, {getattr(model, '__name__', type(model).__name__)}"

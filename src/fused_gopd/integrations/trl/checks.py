@@ -26,7 +26,7 @@ shape of the result are (B, K). With ``support="student"`` one that takes a four
 (B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
 """
 Model = str | nn.Module | Scorer
-"""A path or hub name, a model, or a scorer."""
+"""A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; a model; a scorer."""
 
 
 def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[Any, Model]:

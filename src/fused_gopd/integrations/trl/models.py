@@ -23,6 +23,7 @@ from ...output import GOPDOutput
 from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
+from ..adapters import adapter_path, require_adapter, with_adapter
 from ..hub import require_model
 from ..modules import require_separate
 from ..tokenizers.pairs import texts_of
@@ -125,8 +126,9 @@ class ScoringMixin:
         teachers = named(routes)
         for name, model in teachers.items():
             check_kind(name, model, cast("Any", args).temperature)
-        if getattr(args, "teacher_model_init_kwargs", None) and not any(isinstance(x, str) for x in routes.values()):
-            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path")
+        loaded = any(isinstance(x, str) and adapter_path(x) is None for x in routes.values())
+        if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
+            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
         scale = f"reward_scale={args.reward_scale}"
         if args.reward_scale_end is not None:
             scale += f" to reward_scale_end={args.reward_scale_end}"
@@ -162,7 +164,11 @@ class ScoringMixin:
             check_scored_tokens({**teachers, "ref_model": cast("Any", ref_model)}, self._options["k"])
         init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
         for name, source in {"model": student, **teachers, "ref_model": ref_model}.items():
-            if isinstance(source, str) and (name, source) != ("ref_model", "base"):
+            path = adapter_path(source)
+            if path is not None and name != "model":
+                require_model(name, path)
+                require_adapter(name, path)
+            elif isinstance(source, str) and (name, source) != ("ref_model", "base"):
                 require_model(name, source, teacher_init if name in teachers else init)
         self._reward_scale_fn = reward_scale_fn
         self._card_sources = [(name, card.name_of(model)) for name, model in teachers.items()]
@@ -255,10 +261,16 @@ class ScoringMixin:
                 self._cross.pairs[name] = self._cross.pairs[before]
             self._positions[name] = self._positions[before]
             return prepared_model
-        model = source if isinstance(source, nn.Module) else self._load(name, source, init)
+        adapter = adapter_path(source)
+        if adapter is not None:
+            model = self._with_adapter(name, adapter)
+        else:
+            model = source if isinstance(source, nn.Module) else self._load(name, source, init)
         require_head(model)
         trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
-        found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(source, model, **trust)
+        found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(adapter or source, model, **trust)
+        if found is None and adapter is not None:
+            found = self._tokenizer  # the base's
         if found is not None:
             self._compare_tokenizers(name, found)
         elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
@@ -304,6 +316,15 @@ class ScoringMixin:
             data = cast("Any", self).train_dataset
             prompts = data[:_SHOWN_PROMPTS]["prompt"] if hasattr(data, "__len__") else []
             logger.warning(pair.describe(texts_of(prompts)))
+
+    def _with_adapter(self, name: str, path: str) -> nn.Module:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            sharding = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"{name} is an adapter on the student's base, whose parameters {sharding} gathers in the student's "
+                "forward alone: pass the path of a whole model (merge_and_unload), or train without sharding"
+            )
+        return with_adapter(name, self.accelerator.unwrap_model(self.model), path)
 
     def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
         options = dict(init or {})
