@@ -27,9 +27,9 @@ from .http import Connection, Request, TeacherServerError, is_refusal
 
 Api = Literal["vllm", "sglang", "openai"]
 
-__all__ = ["Capabilities", "ScoredSequence", "ServerTeacher", "TeacherServerError"]
+__all__ = ["Capabilities", "HiddenStateTeacher", "ScoredSequence", "ServerTeacher", "TeacherServerError"]
 
-_PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice: 1 and 2."
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog, twice: 1 and 2."
 _PROBE_IDS = [1, 2, 3]
 # of positions whose likeliest token is another, the odds of the two show the temperature
 _TEMPERATURE_IDS = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -55,6 +55,7 @@ class Capabilities:
         top_k: the number of likeliest tokens that it was asked for, and listed.
         temperature: of the log-probs.
         max_model_len: the longest sequence, with one token that it generates; None where it does not tell.
+        states: of :class:`HiddenStateTeacher`, the hidden states that it sends, in words; else None.
     """
 
     endpoint: str
@@ -63,6 +64,7 @@ class Capabilities:
     top_k: int | None
     temperature: float
     max_model_len: int | None
+    states: str | None = None
 
     def __str__(self) -> str:
         requested = {"position": "of each position", "sequence": "one list a sequence", None: "none"}
@@ -72,6 +74,8 @@ class Capabilities:
             f"likeliest tokens: {'not asked for' if self.top_k is None else self.top_k}",
             f"temperature {self.temperature:g}",
         ]
+        if self.states is not None:
+            parts = [f"{self.endpoint} with {self.states}", f"temperature {self.temperature:g}"]
         return ", ".join(parts + ([] if self.max_model_len is None else [f"at most {self.max_model_len} tokens"]))
 
 
@@ -438,7 +442,7 @@ class ServerTeacher:
         self.score([_PROBE_IDS], [1])
         if tokenizer is None:
             return
-        ids = list(tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
+        ids = list(tokenizer.encode(PROBE_TEXT, add_special_tokens=False))
         request = self._scoring_request([ids], [1])._replace(texts=True)
         ((positions,),) = self._connection.request_all(
             [self._http_request(request)], lambda _, a: self._positions(a, request)
@@ -498,3 +502,11 @@ def _dumped(answer: Any) -> str:
         return json.dumps(answer)
     except RecursionError:
         return "thousands of lists within each other"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HiddenStateTeacher":  # needs transformers, for the head
+        from .states import HiddenStateTeacher
+
+        return HiddenStateTeacher
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
