@@ -240,6 +240,29 @@ def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
         assert (value - local[name]).abs().mean() < 1e-4, name
 
 
+def test_a_server_of_hidden_states_teaches_what_the_local_teacher_does(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("httpx")
+    import test_server
+    import test_server_states
+
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(files.math).eval(), make_tokenizer()
+    monkeypatch.setattr(test_server, "word", lambda token_id: tokenizer.decode([token_id]))
+    options = ["--temperature", "0.8", "--ref", "student", "--reward-scale", "1.25"]
+    for server in test_server_states.serve("vllm", tmp_path, monkeypatch, model=teacher):
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher", "--teacher-server-head"]
+        remote += [files.math, "--teacher-server-states", str(server.folder)]
+        output = invoke(*small(files, tmp_path / "remote", *remote, *options, steps=2))
+        assert "/v1/completions with hidden states from before the final norm, float32, in files of" in output
+        assert "full" in output
+    invoke(*small(files, tmp_path / "local", *options, steps=2))
+    local = weights(tmp_path / "local" / "model")
+    for name, value in weights(tmp_path / "remote" / "model").items():
+        # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
+        assert (value - local[name]).abs().mean() < 1e-4, name
+
+
 def served(files: Files, monkeypatch: pytest.MonkeyPatch, api: str = "vllm") -> Iterator[Any]:
     """The teacher behind a server of vLLM's format."""
     pytest.importorskip("httpx")
@@ -737,6 +760,18 @@ WRONG: dict[str, tuple[Change, str]] = {
     "server and full": (
         lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--estimator", "full"],
         "full needs the teacher's whole vocabulary",
+    ),
+    "head that is not there": (
+        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--teacher-server-head", "/no/where"],
+        "--teacher-server-head: there is no folder /no/where",
+    ),
+    "head without states": (
+        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--teacher-server-head", f.math],
+        "--teacher-server-states: must be given",
+    ),
+    "states without head": (
+        lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--teacher-server-states", f.math],
+        "--teacher-server-states: needs --teacher-server-head",
     ),
     "no address": (
         lambda f: ["--teacher-server", "localhost", "--teacher-server-model", "t"],

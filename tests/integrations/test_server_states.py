@@ -61,7 +61,7 @@ class Engine:
 
     def __init__(self, model: Any, folder: Path) -> None:
         self.model, self.folder = model, folder
-        self.layers = (LAYERS,)
+        self.layers = (model.config.num_hidden_layers,)
         self.change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None  # of a file before it is written
         self.count = 0
         self.lock = threading.Lock()
@@ -143,12 +143,15 @@ class Running(Server):
         return HiddenStateTeacher(self.url, "teacher", **given)
 
 
-def serve(api: str, folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Iterator[Running]:
+def serve(
+    api: str, folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32, model: Any = None
+) -> Iterator[Running]:
+    """A server of a model, by default of a small Llama."""
     for name, answer in {"vllm with states": vllm_answer, "sglang with states": sglang_answer}.items():
         monkeypatch.setitem(test_server.ANSWERS, name, answer)
     monkeypatch.setattr(states, "_VISIBLE", 0.2)
     (folder / "shared").mkdir()
-    model = llama(1, dtype)
+    model = llama(1, dtype) if model is None else model
     model.save_pretrained(folder / "teacher")
     with Running(api, model, folder / "shared") as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -158,17 +161,17 @@ def serve(api: str, folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.
 
 @pytest.fixture(params=["vllm", "sglang"])
 def server(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    yield from serve(request.param, tmp_path, monkeypatch, torch.float32)
+    yield from serve(request.param, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    yield from serve("vllm", tmp_path, monkeypatch, torch.float32)
+    yield from serve("vllm", tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    yield from serve("sglang", tmp_path, monkeypatch, torch.float32)
+    yield from serve("sglang", tmp_path, monkeypatch)
 
 
 PROMPT_MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])

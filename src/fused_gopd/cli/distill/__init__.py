@@ -47,6 +47,20 @@ def distill(
         str, typer.Option(help="The name under which it serves the teacher.", rich_help_panel=_SERVER)
     ] = "",
     teacher_server_api: Annotated[str, typer.Option(help="vllm, sglang or openai.", rich_help_panel=_SERVER)] = "vllm",
+    teacher_server_head: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="The teacher's folder: its head is read, and the server sends hidden states.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "",
+    teacher_server_states: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER", help="Where vLLM writes hidden states, as this machine sees it.", rich_help_panel=_SERVER
+        ),
+    ] = "",
     teacher_server_timeout: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to wait for its answer.", rich_help_panel=_SERVER)
     ] = 120.0,
@@ -96,7 +110,7 @@ def distill(
     estimator: Annotated[
         str,
         typer.Option(
-            help=f"{help_of('estimator')} Default: full; sampled with --teacher-server.", rich_help_panel=_LOSS
+            help=f"{help_of('estimator')} Default: full; sampled with --teacher-server alone.", rich_help_panel=_LOSS
         ),
     ] = "",
     divergence: Annotated[str, typer.Option(help=help_of("divergence"), rich_help_panel=_LOSS)] = "reverse_kl",
@@ -173,7 +187,7 @@ def distill(
     else:
         options = for_new_run(output, given)
     if not options.teacher_server:
-        for name in ("api", "timeout", "patience", "key"):
+        for name in ("api", "head", "states", "timeout", "patience", "key"):
             if _was_given(context, f"teacher_server_{name}", environment=False):
                 raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
     use_patient_threads()

@@ -20,7 +20,14 @@ from ..parameters import check_loss_options, flag, require_finite, require_one_o
 
 FILE = "distill.json"
 # options that may differ when a run is resumed
-_MAY_CHANGE = ("steps", "save_every", "teacher_server", "teacher_server_timeout", "teacher_server_patience")
+_MAY_CHANGE = (
+    "steps",
+    "save_every",
+    "teacher_server",
+    "teacher_server_timeout",
+    "teacher_server_patience",
+    "teacher_server_states",
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class RunOptions:
     alpha: float | None = None
     skew: float | None = None
     forward_weight: float | None = None
+    # of a teacher's server, likewise
+    teacher_server_head: str = ""
+    teacher_server_states: str = ""
 
     @staticmethod
     def names() -> set[str]:
@@ -71,12 +81,13 @@ class RunOptions:
     def from_command(given: dict[str, Any]) -> RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
         values = dict(given)
-        for name in ("student", "ref", "prompts"):
+        for name in ("student", "ref", "prompts", "teacher_server_head", "teacher_server_states"):
             if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
                 values[name] = _absolute(values[name])
         routes = [_route(entry) for entry in values["teacher"]]
         values["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
-        values["estimator"] = values["estimator"] or ("sampled" if values["teacher_server"] else "full")
+        only_scores = values["teacher_server"] and not values["teacher_server_head"]
+        values["estimator"] = values["estimator"] or ("sampled" if only_scores else "full")
         if values["learning_rate"] is None:
             values["learning_rate"] = 1e-4 if values["lora"] else 1e-5
         if values["lora"] and values["lora_alpha"] is None:
@@ -110,6 +121,8 @@ class RunOptions:
         """Files and folders that the run reads, by the names that messages use."""
         places = {role: Path(place).expanduser() for role, place in with_bases(self.roles()).items()}
         folders = {role: folder for role, folder in places.items() if folder.is_dir()}
+        if self.teacher_server_head:
+            folders["the folder of the teacher's head"] = Path(self.teacher_server_head)
         return {"the file of the prompts": Path(self.prompts), **folders}
 
 
@@ -264,10 +277,32 @@ def _check_server(options: RunOptions) -> None:
     require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang", "openai"))
     if not options.teacher_server_model:
         raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
-    if options.estimator == "full":
-        raise _wrong("--estimator", "full needs the teacher's whole vocabulary: a server gives sampled or topk")
+    _check_head(options)
+    if options.estimator == "full" and not options.teacher_server_head:
+        raise _wrong(
+            "--estimator",
+            "full needs the teacher's whole vocabulary: a server gives sampled or topk, or with --teacher-server-head "
+            "hidden states",
+        )
     if options.route_column:
         raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
+
+
+def _check_head(options: RunOptions) -> None:
+    """Check the options of a server that sends hidden states."""
+    head, states = options.teacher_server_head, options.teacher_server_states
+    if head and not Path(head).is_dir():
+        raise _wrong("--teacher-server-head", f"there is no folder {head}")
+    if states and not head:
+        raise _wrong("--teacher-server-states", "needs --teacher-server-head, the teacher's folder")
+    if not head:
+        return
+    require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang"))
+    if bool(states) != (options.teacher_server_api == "vllm"):
+        what = "must be given: the folder into which vLLM writes hidden states" if not states else "is vLLM's"
+        raise _wrong("--teacher-server-states", what)
+    if states and not Path(states).is_dir():
+        raise _wrong("--teacher-server-states", f"there is no folder {states}")
 
 
 def _check_model(option: str, name: str) -> None:

@@ -210,21 +210,26 @@ class DistillationRun:
         server = importlib.import_module("fused_gopd.integrations.server")
         self._expected_errors = (server.TeacherServerError,)
         try:
-            teacher = server.ServerTeacher(
-                self._server_url or options.teacher_server,
-                options.teacher_server_model,
-                api=options.teacher_server_api,
-                top_k=None if options.support == "student" else options.k,
-                timeout=options.teacher_server_timeout,
-                patience=options.teacher_server_patience,
-                api_key=self._server_key,
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                temperature=options.temperature,
-            )
-            if options.support == "student":
-                teacher.require_requested_ids(options.k)
-        except (ValueError, ImportError, server.TeacherServerError) as error:
+            given = (self._server_url or options.teacher_server, options.teacher_server_model)
+            common = {
+                "api": options.teacher_server_api,
+                "timeout": options.teacher_server_timeout,
+                "patience": options.teacher_server_patience,
+                "api_key": self._server_key,
+                "tokenizer": tokenizer,
+                "temperature": options.temperature,
+            }
+            if options.teacher_server_head:
+                states = options.teacher_server_states or None
+                teacher = server.HiddenStateTeacher(
+                    *given, head=options.teacher_server_head, states_dir=states, **common
+                )
+            else:
+                top_k = None if options.support == "student" else options.k
+                teacher = server.ServerTeacher(*given, top_k=top_k, vocab_size=vocab_size, **common)
+                if options.support == "student":
+                    teacher.require_requested_ids(options.k)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:  # TeacherServerError is a RuntimeError
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
         self.say(f"the teacher's server: {teacher.capabilities}")
         return teacher

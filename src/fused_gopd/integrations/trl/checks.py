@@ -19,11 +19,11 @@ from ...targets import Frozen
 from ..tokenizers import TokenizerPair
 
 Scorer = Callable[..., Frozen]
-"""A function that scores: ``(input_ids, attention_mask, completion_mask) -> TokenLogProbs | TopKLogProbs``.
+"""A function that scores: ``(input_ids, attention_mask, completion_mask)`` to log-probs or a head of hidden states.
 
-Ids and mask are (B, P + K), prompts padded on the left and completions on the right; the completion mask and the token
-shape of the result are (B, K). With ``support="student"`` one that takes a fourth argument gets ``token_ids``
-(B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
+Ids and mask are (B, P + K), prompts padded on the left and completions on the right. The completion mask and the token
+shape of the result, a TokenLogProbs, TopKLogProbs or LinearHead, are (B, K). With ``support="student"`` a scorer that
+takes a fourth argument gets ``token_ids`` (B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
 """
 Model = str | nn.Module | Scorer
 """A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; a model; a scorer."""
@@ -147,7 +147,7 @@ def dry_run(
 
     def trial_source(model: Model) -> Source:
         """A stand-in for the model's scores of one token: a head, its log-prob, or uniform log-probs of k tokens."""
-        if isinstance(model, (str, nn.Module)):
+        if isinstance(model, (str, nn.Module)) or head_of_scorer(model) is not None:
             return head
         k = _top_k(model, options, asked)
         if k is None:
@@ -162,13 +162,18 @@ def dry_run(
         gopd_loss(head, trial_source(model), ref, token_ids, reward_scale=1.25, **options)
 
 
+def head_of_scorer(scorer: object) -> Any:
+    """The attribute ``head`` of a scorer that returns hidden states; None of one that returns log-probs."""
+    return getattr(scorer, "head", None)
+
+
 def _top_k(model: Model | None, options: Mapping[str, Any], asked: bool) -> int | None:
     """Number of tokens per position that a scorer returns; None if it returns the sampled tokens' log-probs.
 
     Its attribute ``top_k`` if it has one, as a server's scorer, and is not asked about tokens; otherwise the value that
     the options need.
     """
-    if model is None or isinstance(model, (str, nn.Module)):
+    if model is None or isinstance(model, (str, nn.Module)) or head_of_scorer(model) is not None:
         return None
     needed = (options.get("k") or 1) if options["estimator"] == "topk" else None
     return needed if asked and takes_token_ids(model) else cast("int | None", getattr(model, "top_k", needed))

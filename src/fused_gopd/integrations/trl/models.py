@@ -41,6 +41,7 @@ from .checks import (
     check_weights,
     dry_run,
     find_tokenizer,
+    head_of_scorer,
     named,
     positions_of,
     require_route,
@@ -252,6 +253,10 @@ class ScoringMixin:
                     f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
                     "give the scorer an attribute tokenizer"
                 )
+            head = head_of_scorer(source)
+            if head is not None and name not in self._cross.pairs:
+                check_vocabulary(name, head.vocab_size, sizes[0], self._tokenizer)
+                sizes.append(head.vocab_size)
             return source
         if isinstance(source, nn.Module):
             _require_separate(name, source, self.accelerator.unwrap_model(self.model))
@@ -428,7 +433,8 @@ class ScoringMixin:
         scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask, *asked)
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits, LogLinear, Mixture)):
             raise TypeError(
-                f"the scorer {name} must return fused_gopd.TokenLogProbs or TopKLogProbs, got {type(scored).__name__}"
+                f"the scorer {name} must return fused_gopd.TokenLogProbs, TopKLogProbs or LinearHead, got "
+                f"{type(scored).__name__}"
             )
         device = batch.token_ids.device
         if isinstance(scored, TokenLogProbs):
