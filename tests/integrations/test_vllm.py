@@ -52,7 +52,7 @@ STARTING = 300.0  # seconds: vLLM needs 15 on two idle cores
 class Files:
     """A student and a teacher, float32, with one tokenizer; and prompts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, positions: int = 128) -> None:
         self.folder = folder
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,7 +74,7 @@ class Files:
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 head_dim=32,
-                max_position_embeddings=128,
+                max_position_embeddings=positions,
                 tie_word_embeddings=False,
                 initializer_range=0.3,
                 bos_token_id=None,
@@ -95,20 +95,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 class Server:
     """vLLM on a port of 127.0.0.1 that was free."""
 
-    def __init__(self, model: str, log: Path) -> None:
+    def __init__(
+        self, model: str, log: Path, *options: str, dtype: str = "float32", path: Path | None = None, length: int = 128
+    ) -> None:
+        """``path`` has modules for the server to import; ``length`` is that of the longest sequence."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._log, self._model = log, model
+        self._options = ["--dtype", dtype, "--max-model-len", str(length), *options]
+        self._environment = {} if path is None else {"PYTHONPATH": str(path)}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         command = [str(VLLM), "serve", self._model, "--served-model-name", "teacher", "--api-key", "a-key"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "128", "--max-logprobs", str(TOP_K), "--max-num-seqs", "8"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"]
+        command += ["--max-logprobs", str(TOP_K), "--max-num-seqs", "8", *self._options]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment |= self._environment
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True, stdin=subprocess.DEVNULL
