@@ -31,8 +31,9 @@ from torch import Tensor
 from ...heads import LinearHead
 from ...loss import token_logprobs
 from ...values import require_number
+from ..batches import sequences_to_score
 from ..checkpoint import CheckpointHead, load_head
-from . import PROBE_TEXT, ServerTeacher, sequences_to_score
+from . import PROBE_TEXT, ServerTeacher
 from .formats import FORMATS, Format, Position, ScoringRequest, UnexpectedAnswer, scored
 from .http import LostAnswerError, Request, TeacherServerError
 
@@ -144,6 +145,9 @@ class HiddenStateTeacher(ServerTeacher):
             hidden[mask] = torch.cat(parts).to(hidden.dtype)
         self.head = _on(self.head, input_ids.device)
         return self.head(hidden.to(input_ids.device), temperature=self.temperature)
+
+    def require_requested_ids(self, k: int | None = None) -> None:
+        """Nothing is required: the head here scores any tokens."""
 
     # ------------------------------------------------------------------------------------------- requests and answers
 
