@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,19 +213,28 @@ def test_a_scorer_with_other_scores_than_before_is_an_error(top_k: int | None, t
 
 
 def test_the_head_of_another_model_is_an_error(tmp_path: Path) -> None:
-    teacher, cache = model(), TeacherCache(tmp_path)
+    teacher, cache = model(), TeacherCache(tmp_path / "cache")
     expected = cache.scorer(teacher, name="teacher")(*batch())
-
-    def head(of: Any) -> Callable[..., fg.LinearHead]:
-        return lambda hidden, temperature=1.0: head_of(of, hidden, temperature=temperature)
-
-    found = cache.scorer(name="teacher", head=head(teacher), temperature=0.5)(*batch())
+    places = {name: tmp_path / name for name in ("teacher", "other")}
+    teacher.save_pretrained(places["teacher"])
+    model(1).save_pretrained(places["other"])
+    found = cache.scorer(name="teacher", head=places["teacher"], temperature=0.5)(*batch())
     assert_same(found, expected, batch()[2])
     assert found.temperature == 0.5
     with pytest.raises(TeacherCacheError, match="head must be the head of 'teacher'"):
-        cache.scorer(name="teacher", head=head(model(1)))(*batch())
+        cache.scorer(name="teacher", head=places["other"])(*batch())
     with pytest.raises(TeacherCacheError, match="hidden states of 'teacher', which need its head: give head="):
         cache.scorer(name="teacher")(*batch())
+    with pytest.raises(TypeError, match="head must be a path, or what load_head returns, got function"):
+        cache.scorer(name="teacher", head=lambda hidden: hidden)
+
+
+def test_a_head_of_16_bits_is_that_of_a_model_that_was_loaded_in_32(tmp_path: Path) -> None:
+    model().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.float32)
+    cache = TeacherCache(tmp_path / "cache")
+    expected = cache.scorer(teacher, name="teacher")(*batch())
+    assert_same(cache.scorer(head=tmp_path / "teacher")(*batch()), expected, batch()[2])
 
 
 # ------------------------------------------------------------------------------------------------------ without teacher
@@ -393,3 +405,167 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(found.logprobs, scorer(*batch()).logprobs)
     assert cache.stats()["unwritten"] == 3
     assert not list(tmp_path.glob("*/*/*"))  # no part of a file
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def score_forever(path: Path, max_bytes: int | None) -> None:
+    scorer = Scorer(model())
+    cached = TeacherCache(path, max_bytes=max_bytes).scorer(scorer)
+    for i in itertools.count():
+        cached(*batch(i % 30))
+
+
+@pytest.mark.parametrize("max_bytes", [None, 30_000])
+def test_processes_share_a_cache_and_may_be_killed_at_any_time(max_bytes: int | None, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    torch.manual_seed(0)
+    scorer = Scorer(model())
+    expected = [scorer(*batch(i)).logprobs for i in range(30)]
+    for _ in range(2):
+        others = [context.Process(target=score_forever, args=(tmp_path, max_bytes)) for _ in range(2)]
+        for process in others:
+            process.start()
+        cache = TeacherCache(tmp_path, max_bytes=max_bytes)
+        cached = cache.scorer(scorer)
+        for i in range(30):
+            assert torch.equal(cached(*batch(i)).logprobs, expected[i])
+        for process in others:
+            assert process.is_alive()
+            process.kill()
+            process.join()
+        assert (cache.stats()["damaged"], cache.stats()["unwritten"]) == (0, 0)
+    cache = TeacherCache(tmp_path)
+    if max_bytes is None:
+        offline = cache.scorer()
+        for i in range(30):
+            assert torch.equal(offline(*batch(i)).logprobs, expected[i])
+    else:
+        assert cache.nbytes <= max_bytes * (1 + 3 / 16)
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+
+
+@pytest.fixture
+def trl() -> Any:
+    pytest.importorskip("trl", minversion="1.16")
+    import test_trl
+
+    return test_trl
+
+
+def silenced(made: Any) -> Any:
+    """A model with its weights whose body cannot run."""
+
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("the body ran")
+
+    made.model.forward = run
+    return made
+
+
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"estimator": "topk", "k": 8}, {"route_column": "domain"}])
+def test_a_run_with_teacher_and_reference_from_the_cache_is_the_live_run(
+    options: dict[str, Any], trl: Any, tmp_path: Path
+) -> None:
+    data = trl.prompts(domain=["a", "b"] * 4)
+
+    def run(how: Callable[[Any], Any], **more: Any) -> Any:
+        teacher, ref = how(trl.model(1, hidden=48)), how(trl.model(2))
+        routed: Any = {"a": teacher, "b": how(trl.model(3))} if "route_column" in options else teacher
+        made = trl.trainer(
+            tmp_path,
+            teacher=routed,
+            ref_model=ref,
+            data=data,
+            reward_scale=1.25,
+            max_steps=4,
+            **trl.SGD,
+            **options,
+            **more,
+        )
+        made.train()
+        return made
+
+    live = run(lambda x: x)
+    filling = run(lambda x: x, teacher_cache=str(tmp_path / "cache"))
+    filled = run(silenced, teacher_cache=str(tmp_path / "cache"))
+    for other in (filling, filled):
+        trl.assert_same(trl.weights(live), trl.weights(other), 1e-5)
+    assert filled._cache.stats()["misses"] == 0
+    assert filling._cache.stats()["misses"] > 0
+    assert filled.state.log_history[0]["gopd/cache_hits"] == 1
+
+
+def test_the_base_of_an_adapter_is_cached_too(trl: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def run(**more: Any) -> Any:
+        made = trl.trainer(tmp_path, ref_model="base", reward_scale=1.25, peft_config=lora, **trl.SGD, **more)
+        made.train()
+        return made
+
+    live, filling, filled = run(), *(run(teacher_cache=str(tmp_path / "cache")) for _ in range(2))
+    trl.assert_same(trl.weights(live), trl.weights(filled), 1e-5)
+    assert filling._cache.stats()["hits"] == 0
+    assert filled._cache.stats()["misses"] == 0
+    assert len(filled._cache.models()) == 2
+
+
+def resumable(path: str, killed: bool) -> None:
+    from transformers import TrainerCallback
+
+    import test_trl as trl
+
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if killed and state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "teacher_cache": f"{path}/cache"}
+    run = trl.trainer(Path(path), ref_model=trl.model(2), reward_scale=1.25, callbacks=[Killed()], **trl.SGD, **options)
+    run.train(resume_from_checkpoint=None if killed else True)
+    torch.save(trl.weights(run), f"{path}/weights")
+
+
+def test_a_killed_run_resumes_with_what_it_had_scored(trl: Any, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=resumable, args=(str(tmp_path), True))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    before = len(TeacherCache(tmp_path / "cache"))
+    assert before == 2 * 3 * 4  # of two models, three steps of four sequences
+    resumable(str(tmp_path), False)
+    expected = trl.trained(tmp_path / "live", ref_model=trl.model(2), reward_scale=1.25, max_steps=6, **trl.SGD)
+    trl.assert_same(expected, torch.load(tmp_path / "weights"), 1e-5)
+    # the third step was scored before: it is not scored again
+    assert len(TeacherCache(tmp_path / "cache")) == 2 * 6 * 4
+
+
+def test_what_the_trainer_cannot_cache_is_refused(trl: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="teacher_cache stores what models here compute, and teacher is a scorer"):
+        trl.trainer(tmp_path, teacher=lambda *_: None, estimator="sampled", teacher_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="teacher_cache_max_bytes needs teacher_cache"):
+        trl.trainer(tmp_path, teacher_cache_max_bytes=10)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="path must be a folder"):
+        trl.trainer(tmp_path, teacher_cache=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_a_cached_scorer_is_a_teacher_of_the_trainer(estimator: str, trl: Any, tmp_path: Path) -> None:
+    teacher, cache = trl.model(1, hidden=48), TeacherCache(tmp_path / "cache")
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = {"estimator": estimator, **trl.SGD}
+    live = trl.trained(tmp_path, teacher=teacher, **options)
+    if estimator == "full":
+        trl.trained(tmp_path, teacher=teacher, teacher_cache=str(tmp_path / "cache"), **options)
+        cached = cache.scorer(head=tmp_path / "teacher")
+    else:
+        scorer = Scorer(teacher)
+        trl.assert_same(live, trl.trained(tmp_path, teacher=cache.scorer(scorer), **options), 1e-5)
+        cached = TeacherCache(tmp_path / "cache").scorer()
+    trl.assert_same(live, trl.trained(tmp_path, teacher=cached, **options), 1e-5)

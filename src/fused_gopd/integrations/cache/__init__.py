@@ -35,9 +35,6 @@ _EMPTY = {"token_ids": -1}
 # nats of log-probs, and the share of the states' norm. Both are several times what the order of sums makes in bfloat16.
 _SAME_LOGPROBS, _SAME_STATES = 0.2, 0.1
 
-Head = Callable[..., LinearHead]
-"""A function ``(hidden, temperature=...) -> LinearHead``, such as ``load_head(path)``."""
-
 
 class TeacherCacheError(RuntimeError):
     """Scores are missing, damaged, or of another teacher; the message says which, and what to do."""
@@ -98,7 +95,7 @@ class TeacherCache:
         *,
         name: str | None = None,
         revision: str | None = None,
-        head: Head | None = None,
+        head: Any = None,
         temperature: float = 1.0,
     ) -> CachedTeacher:
         """A scorer that looks here first, and asks the teacher for the sequences that are missing.
@@ -111,9 +108,10 @@ class TeacherCache:
             revision: what tells weights of one name apart, such as a commit. A model in this process is known by its
                 weights; of a scorer they cannot be seen, and scores of another revision are not found. Required for a
                 scorer that has no attribute ``fingerprint``.
-            head: where hidden states are stored and the teacher is None: ``load_head(path)``, or another function
-                ``(hidden, temperature=...) -> LinearHead``. A head of another model is an error.
-            temperature: of the head on stored hidden states.
+            head: for hidden states without a teacher: the path of the teacher's folder, of which only the head is read,
+                or what :func:`fused_gopd.integrations.checkpoint.load_head` read. The head of another model is an
+                error.
+            temperature: of that head, or of a model's.
 
         Raises:
             TypeError, ValueError: a wrong argument.
@@ -318,6 +316,23 @@ class StoredModel:
         )
 
 
+class StoredStates:
+    """The hidden states of a model in this process; autocast changes them, so that each dtype has its own."""
+
+    def __init__(self, cache: TeacherCache, name: str, fingerprint: str) -> None:
+        self._cache, self._name, self._fingerprint = cache, name, fingerprint
+        self._by_autocast: dict[str, StoredModel] = {}
+
+    def now(self, device: torch.device) -> StoredModel:
+        """Those under the current autocast of a device."""
+        on = torch.is_autocast_enabled(device.type)
+        autocast = str(torch.get_autocast_dtype(device.type)) if on else "none"
+        if autocast not in self._by_autocast:
+            settings = {"scores": "hidden", "autocast": autocast}
+            self._by_autocast[autocast] = StoredModel(self._cache, self._name, self._fingerprint, settings)
+        return self._by_autocast[autocast]
+
+
 def _on_disk(name: str, x: Tensor) -> Tensor:
     """A score as a file has it: on the CPU, ids in 32 bits."""
     return x.detach().to("cpu", torch.int32 if name == "token_ids" else x.dtype).contiguous()
@@ -332,7 +347,7 @@ class CachedTeacher:
         teacher: Any,
         name: str | None,
         revision: str | None,
-        head: Head | None,
+        head: Any,
         temperature: float,
     ) -> None:
         for argument, value in (("name", name), ("revision", revision)):
@@ -340,32 +355,34 @@ class CachedTeacher:
                 raise TypeError(f"{argument} must be a text, got {value!r}")
         if require_number("temperature", temperature) <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if head is not None and not callable(head):
-            raise TypeError(f"head must be a function (hidden, temperature=...) -> LinearHead, got {type(head)}")
-        self.cache, self._teacher, self._temperature = cache, teacher, temperature
-        self._head: Head | None = head
-        self._stored: dict[str, StoredModel] = {}  # by the dtype of autocast
+        if head is not None and teacher is not None:
+            raise TypeError("head is for hidden states without a teacher: a teacher brings its own")
+        self.cache, self._teacher = cache, teacher
+        self._on: Callable[[Tensor], LinearHead] | None = None  # the head, on hidden states
+        self._states: StoredStates | None = None
         self._known_weight: Tensor | None = None
         self._checked = teacher is None or isinstance(teacher, nn.Module)
         self._lock = None
+        attributes: dict[str, Any]  # what trainers look at
         if teacher is None:
             if revision is not None:
                 raise TypeError("revision is that of a teacher: without one, scores are found by name")
             self._lock = cache._folder.hold()  # as long as this object lives
-            stored = self._find(name)
-            self._name, self._stored["any"] = stored.name, stored
-            settings = stored.description["settings"]
+            self._stored = self._find(name)
+            self._name = self._stored.name
+            attributes = dict(self._stored.description["settings"])
+            if head is not None:
+                self._on = _OnCheckpoint(head, temperature)
+                attributes |= {"head": self._on.head, "temperature": temperature}
         elif isinstance(teacher, nn.Module):
             from .. import transformers
 
-            if head is not None:
-                raise TypeError("head is for a scorer or for no teacher: a model has its own")
             if revision is not None:
                 raise TypeError("revision is for a scorer: a model in this process is known by its weights")
             self._name = name or _name_of(teacher)
-            self._fingerprint = fingerprint(teacher)
-            self._head = partial(transformers.head_of, teacher)
-            settings = {"scores": "hidden"}
+            self._states = StoredStates(cache, self._name, fingerprint(teacher))
+            self._on = partial(transformers.head_of, teacher, temperature=temperature)
+            attributes = {"temperature": temperature}
         elif callable(teacher):
             own = getattr(teacher, "fingerprint", None)
             if own is None and revision is None:
@@ -374,19 +391,14 @@ class CachedTeacher:
                     "cannot be seen, and scores of others would be taken for theirs. A commit or a date does"
                 )
             self._name = name or str(getattr(teacher, "model", None) or type(teacher).__name__)
-            self._fingerprint = json.dumps([own, revision])
-            settings = {x: getattr(teacher, x) for x in ("temperature", "top_k") if hasattr(teacher, x)}
-            if self._head is None:
-                self._head = getattr(teacher, "head", None)
+            attributes = {x: getattr(teacher, x) for x in ("temperature", "top_k") if hasattr(teacher, x)}
+            self._stored = StoredModel(cache, self._name, json.dumps([own, revision]), attributes)
+            attributes |= {"head": teacher.head} if hasattr(teacher, "head") else {}
         else:
             raise TypeError(f"teacher must be a model, a scorer or None, got {type(teacher).__name__}")
-        self._settings = settings
-        # what the trainer compares with its own, where the scorer has it
-        for attribute in ("temperature", "top_k"):
-            if attribute in settings:
-                setattr(self, attribute, settings[attribute])
-        if settings.get("scores") == "hidden":
-            self.temperature = temperature
+        for attribute in ("temperature", "top_k", "head"):
+            if attribute in attributes:
+                setattr(self, attribute, attributes[attribute])
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
@@ -406,23 +418,11 @@ class CachedTeacher:
                 not the one whose scores are stored.
         """
         batch = input_ids, attention_mask, completion_mask
-        stored = self._stored_model(input_ids.device)
+        stored = self._stored if self._states is None else self._states.now(input_ids.device)
         ask = None if self._teacher is None else partial(self._ask, batch)
         if not self._checked:
             self._compare(stored, batch)
         return self._scores(stored.lookup(*batch, ask), stored)
-
-    def _stored_model(self, device: torch.device) -> StoredModel:
-        if self._teacher is None:
-            return self._stored["any"]
-        # autocast changes the states of a model; a scorer's are made elsewhere
-        autocast = "none"
-        if isinstance(self._teacher, nn.Module) and torch.is_autocast_enabled(device.type):
-            autocast = str(torch.get_autocast_dtype(device.type))
-        if autocast not in self._stored:
-            settings = {**self._settings, "autocast": autocast}
-            self._stored[autocast] = StoredModel(self.cache, self._name, self._fingerprint, settings)
-        return self._stored[autocast]
 
     @torch.no_grad()
     def _ask(self, batch: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> files.Scores:
@@ -434,7 +434,7 @@ class CachedTeacher:
             return {"hidden": last_hidden_state(self._teacher, ids, attention, keep=wanted.shape[1])}
         scored = self._teacher(ids, attention, wanted)
         if isinstance(scored, LinearHead):
-            self._head = self._head or _like(scored)
+            self._on = partial(_like, scored)
             return {"hidden": scored.hidden}
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs)):
             raise TypeError(
@@ -466,12 +466,12 @@ class CachedTeacher:
             return TopKLogProbs(scores["token_ids"], scores["logprobs"], scores.get("sampled_logprobs"))
         if "logprobs" in scores:
             return TokenLogProbs(scores["logprobs"])
-        if self._head is None:
+        if self._on is None:
             raise TeacherCacheError(
-                f"{self.cache.path} has hidden states of {self._name!r}, which need its head: give head="
-                "load_head(path), from fused_gopd.integrations.checkpoint"
+                f"{self.cache.path} has hidden states of {self._name!r}, which need its head: give head=, the path of "
+                "its folder"
             )
-        head = self._head(scores["hidden"], temperature=self._temperature)
+        head = self._on(scores["hidden"])
         self._check_head(head, stored)
         return head
 
@@ -507,13 +507,30 @@ class CachedTeacher:
         return StoredModel(self.cache, called, x["fingerprint"], x["settings"])
 
 
-def _like(head: LinearHead) -> Head:
-    """The head of a scorer, on other states."""
+def _like(head: LinearHead, hidden: Tensor) -> LinearHead:
+    """The head of a scorer on other states; its temperature is the scorer's."""
+    return replace(head, hidden=hidden)
 
-    def on(hidden: Tensor, temperature: float = 1.0) -> LinearHead:
-        return replace(head, hidden=hidden)  # its temperature is the scorer's
 
-    return on
+class _OnCheckpoint:
+    """A head of a checkpoint on states, where they are; in float32 for states of a model that was loaded so."""
+
+    def __init__(self, head: Any, temperature: float) -> None:
+        from ..checkpoint import CheckpointHead, load_head
+
+        if not isinstance(head, (str, Path, CheckpointHead)):
+            raise TypeError(f"head must be a path, or what load_head returns, got {type(head).__name__}")
+        self.head = head if isinstance(head, CheckpointHead) else load_head(head)
+        if self.head.final_norm is not None:
+            raise ValueError("head must be without the final norm (norm=False): states are stored after it")
+        self._temperature = temperature
+
+    def __call__(self, hidden: Tensor) -> LinearHead:
+        wider = torch.promote_types(self.head.weight.dtype, hidden.dtype)
+        if (self.head.weight.dtype, self.head.weight.device) != (wider, hidden.device):
+            bias = None if self.head.bias is None else self.head.bias.to(hidden.device)
+            self.head = replace(self.head, weight=self.head.weight.to(hidden.device, wider), bias=bias)
+        return self.head(hidden, temperature=self._temperature)
 
 
 def _name_of(model: Any) -> str:

@@ -15,8 +15,10 @@ CRC-32 over names, dtypes, shapes and bytes of all tensors.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import time
@@ -40,7 +42,8 @@ except ImportError:  # Windows
 FORMAT = 1
 Scores = dict[str, Tensor]
 
-_MARK, _MODEL, _LOCK = "teacher-cache.json", "model.json", "teacher-cache.lock"
+_MARK, _MODEL = "teacher-cache.json", "model.json"
+_HELD, _REMOVING = "teacher-cache.held", "teacher-cache.removing"  # locks
 _FOLDER, _FILE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{62}\.safetensors")
 _ABANDONED = 3600  # seconds after which a temporary file is that of a process that was killed
 
@@ -197,36 +200,42 @@ class Folder:
     # ----------------------------------------------------------------------------------------------------------- lock
 
     def hold(self) -> IO[bytes] | None:
-        """Keep all files for as long as the returned file is open; None where the folder has no locks."""
-        file = self._lock_file()
-        if file is not None and fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_SH)
-        return file
+        """Keep all files for as long as the returned file is open; None where nothing can be locked."""
+        return self._locked(_HELD, "LOCK_SH")
 
     @contextmanager
     def _unheld(self) -> Iterator[bool]:
-        """Whether no process holds the files; none begins to in the meantime."""
-        file = self._lock_file()
-        free = True
-        if file is not None and fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
-            except OSError:  # a file system without locks
-                pass
+        """Whether no process holds the files; none begins to in the meantime, and one process at a time removes."""
+        removing = self._locked(_REMOVING, "LOCK_EX")
+        try:
+            held = self._locked(_HELD, "LOCK_EX", "LOCK_NB")
+        except BlockingIOError:
+            held, free = None, False
+        else:
+            free = True
         try:
             yield free
         finally:
-            if file is not None:
-                file.close()
+            for file in (held, removing):
+                if file is not None:
+                    file.close()
 
-    def _lock_file(self) -> IO[bytes] | None:
+    def _locked(self, name: str, *flags: str) -> IO[bytes] | None:
+        """A file with a lock, which ends when it is closed; None on Windows, and where nothing can be locked."""
+        if fcntl is None:
+            return None
         try:
-            return (self.path / _LOCK).open("ab")
+            file = (self.path / name).open("ab")
         except OSError:  # a folder that may only be read
             return None
+        try:
+            fcntl.flock(file, functools.reduce(operator.or_, (getattr(fcntl, flag) for flag in flags)))
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            pass
+        return file
 
 
 def _subfolders(path: Path) -> list[Path]:

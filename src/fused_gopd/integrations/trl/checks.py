@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...targets import Frozen
+from ..cache import CachedTeacher, TeacherCache
 from ..tokenizers import TokenizerPair
 
 Scorer = Callable[..., Frozen]
@@ -67,6 +68,19 @@ def check_kind(name: str, model: object, temperature: float) -> None:
             f"{name} returns log-probs of temperature {own}, and completions are sampled at temperature={temperature}: "
             f"sample at {own}, or use a model that runs here"
         )
+
+
+def open_cache(args: Any, models: Mapping[str, Model | None]) -> TeacherCache | None:
+    """The cache of ``args``; raises for a scorer, whose weights the trainer cannot see."""
+    if args.teacher_cache is None:
+        return None
+    for name, model in models.items():
+        if model is not None and not isinstance(model, (str, nn.Module, CachedTeacher)):
+            raise TypeError(
+                f"teacher_cache stores what models here compute, and {name} is a scorer: give "
+                "TeacherCache(path).scorer(scorer) in its place (fused_gopd.integrations.cache)"
+            )
+    return TeacherCache(args.teacher_cache, max_bytes=args.teacher_cache_max_bytes)
 
 
 def takes_token_ids(model: object) -> bool:

@@ -46,11 +46,23 @@ class Options:
     route_column: str | None = field(
         default=None, metadata=_help("Column of the dataset that names the teacher of each prompt.")
     )
+    teacher_cache: str | None = field(
+        default=None, metadata=_help("Folder for the hidden states of teachers and reference, to be read again.")
+    )
+    teacher_cache_max_bytes: int | None = field(
+        default=None, metadata=_help("The size that teacher_cache may have; default no limit.")
+    )
     baseline: str = _option("baseline")
     advantage_clip: float | None = _option("advantage_clip")
     logprob_min: float | None = _option("logprob_min")
     chunk_size: int | None = _option("chunk_size")
     backend: str = _option("backend")
+
+    def _check_cache(self) -> None:
+        if self.teacher_cache_max_bytes is not None:
+            require_count("teacher_cache_max_bytes", self.teacher_cache_max_bytes)
+            if self.teacher_cache is None:
+                raise ValueError("teacher_cache_max_bytes needs teacher_cache, the folder whose size it bounds")
 
     def _check_reward_scale(self) -> None:
         require_number("reward_scale", self.reward_scale)
@@ -116,6 +128,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         span_credit: with it and ``sampled``, which of the student's tokens get the log-ratio of a span of several:
             ``"spread"`` (the default), an equal part each, or ``"last"``, the last one all.
         route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
+        teacher_cache, teacher_cache_max_bytes: a folder for the hidden states of teachers and reference, a
+            :class:`fused_gopd.integrations.cache.TeacherCache`. A sequence that was scored before is read from there.
         chunk_size, chunk_dtype, grad_filter, backend: the computation. ``chunk_dtype``, ``"bfloat16"`` or
             ``"float16"``, is the dtype of a chunk's logits, on a CUDA GPU where all models compute in that dtype.
 
@@ -158,6 +172,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     grad_filter: float = _option("grad_filter")
 
     def __post_init__(self) -> None:
+        self._check_cache()
         self._check_reward_scale()
         # a trainer needs one number
         one_of("reduction", self.reduction, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
@@ -245,6 +260,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
 
     Args:
         reward_scale, reward_scale_end, reward_scale_steps, route_column: as in :class:`GOPDConfig`.
+        teacher_cache, teacher_cache_max_bytes: as in :class:`GOPDConfig`.
         baseline, advantage_clip, logprob_min, chunk_size, backend: as in :class:`GOPDConfig`.
         outcome_weight: factor on the advantage of the rewards; 0 trains on G-OPD alone.
         gopd_weight: factor on the G-OPD advantage of each token.
@@ -262,6 +278,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self._check_cache()
         self._check_reward_scale()
         require_number("outcome_weight", self.outcome_weight)
         require_number("gopd_weight", self.gopd_weight)

@@ -24,6 +24,7 @@ from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
 from ..adapters import adapter_path, require_adapter, with_adapter
+from ..cache import StoredStates, fingerprint
 from ..hub import require_model
 from ..modules import require_separate
 from ..tokenizers.pairs import texts_of
@@ -43,6 +44,7 @@ from .checks import (
     find_tokenizer,
     head_of_scorer,
     named,
+    open_cache,
     positions_of,
     require_route,
     routes_of,
@@ -154,6 +156,8 @@ class ScoringMixin:
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
+        self._cache_logged: dict[str, int] = {}
+        self._cache = open_cache(args, {**teachers, "ref_model": cast("Any", ref_model)})
         dry_run(self._options, routes, ref_model, cast("Any", args).device)
         self._asks_about_student = scores_students_tokens(self._options, teachers)
         if self._asks_about_student and getattr(args, "cross_tokenizer", False):
@@ -195,6 +199,7 @@ class ScoringMixin:
         prepared: dict[int, Any] = {}
         if self._is_vlm and getattr(self.args, "cross_tokenizer", False):
             raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
+        self._stored: dict[int | str, StoredStates] = {}  # by the id of a model, or "base"
         student = cast("Any", self.model)
         with _without_cast(student.get_output_embeddings()):
             require_head(student)
@@ -222,6 +227,7 @@ class ScoringMixin:
                 logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
         elif isinstance(ref_model, str) and ref_model == "base":
             self._reference = "base"
+            self._store("ref_model", "base", self.model)
         elif ref_model is not None:
             init = self.args.model_init_kwargs
             self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
@@ -301,6 +307,7 @@ class ScoringMixin:
         else:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         prepared[id(source)] = name, model
+        self._store(name, id(model), model)
         return model
 
     def _compare_tokenizers(self, name: str, other: Any) -> None:
@@ -330,6 +337,22 @@ class ScoringMixin:
                 "forward alone: pass the path of a whole model (merge_and_unload), or train without sharding"
             )
         return with_adapter(name, self.accelerator.unwrap_model(self.model), path)
+
+    def _store(self, name: str, key: int | str, model: Any) -> None:
+        """Have the cache keep the states of a model; of ``"base"`` those of the student without its adapter."""
+        if self._cache is None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "teacher_cache needs whole models on every rank: under FSDP and DeepSpeed all ranks run a model "
+                "together, and some would find their sequences in the cache"
+            )
+        whole = self.accelerator.unwrap_model(model)
+        try:
+            known = fingerprint(whole, frozen=key == "base")
+        except ValueError as error:
+            raise ValueError(f"teacher_cache cannot tell {name} from other models: {error}") from None
+        self._stored[key] = StoredStates(self._cache, card.name_of(whole), known)
 
     def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
         options = dict(init or {})
@@ -392,6 +415,23 @@ class ScoringMixin:
         keep = batch.token_ids.shape[1]
         return last_hidden_state(model, batch.input_ids, batch.attention_mask, keep=keep, **batch.multimodal)
 
+    def _frozen_states(
+        self, key: int | str, model: Any, batch: Batch, gathered: ExitStack, run: Callable[[Batch], Tensor]
+    ) -> LinearHead:
+        """The head of a frozen model on its states: from the cache, or as far as they are not there from ``run``."""
+        stored = self._stored.get(key)
+        if stored is None or not bool(batch.completion_mask.any()):
+            return self._frozen_head(model, run(batch), gathered)
+        if batch.multimodal:
+            raise ValueError("teacher_cache finds scores by token ids, which do not tell one image from another")
+        device = batch.input_ids.device
+        masks = batch.attention_mask, batch.completion_mask
+        now = stored.now(device)
+        found = now.lookup(batch.input_ids, *masks, lambda rows: {"hidden": run(batch.take(rows.to(device)))})
+        head = self._frozen_head(model, found["hidden"], gathered)
+        now.remember_head(head)
+        return head
+
     def _head(self, model: nn.Module, hidden: Tensor) -> LinearHead:
         """A model's head, at the temperature at which completions are sampled."""
         return head_of(model, hidden, temperature=self.temperature)
@@ -427,8 +467,11 @@ class ScoringMixin:
         """Score the tokens of a batch with the model that they belong to."""
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
-            hidden = distributed.in_forward(model, partial(self._hidden, unwrapped, batch))
-            return self._frozen_head(unwrapped, hidden, gathered)
+
+            def run(part: Batch) -> Tensor:
+                return distributed.in_forward(model, partial(self._hidden, unwrapped, part))
+
+            return self._frozen_states(id(model), unwrapped, batch, gathered, run)
         asked = () if batch.asked_ids is None or not takes_token_ids(model) else (batch.asked_ids,)
         scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask, *asked)
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits, LogLinear, Mixture)):
@@ -480,7 +523,8 @@ class ScoringMixin:
                     teacher, index = self._score_teachers(batch, gathered)
                 if needs_ref and self._reference == "base":
                     with cast("Any", student).disable_adapter():
-                        ref = self._frozen_head(student, self._hidden(student, batch), gathered)
+                        run = partial(self._hidden, student)
+                        ref = self._frozen_states("base", student, batch, gathered, run)
                 elif needs_ref:
                     ref = self._score("ref_model", self._reference, batch, gathered)
             loss = partial(
@@ -562,6 +606,12 @@ class ScoringMixin:
         sums = _sums_by_name(self._gopd_metrics[mode])
         total = Metrics(tuple(sums), self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"))
         self._gopd_metrics[mode].clear()
+        if self._cache is not None:
+            now = self._cache.stats()
+            hits, misses = (now[name] - self._cache_logged.get(name, 0) for name in ("hits", "misses"))
+            self._cache_logged = now
+            if hits + misses:
+                self._metrics[mode]["gopd/cache_hits"].append(hits / (hits + misses))
         for name, value in total.to_dict().items():
             if name not in _LOGGED:
                 self._metrics[mode][f"gopd/{name}"].append(value)
