@@ -135,8 +135,10 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             and gradient have the expectation of ``full`` whatever S is, as long as S does not depend on that token.
             Without tokens in S (k=0) it is ``sampled``. TopKLogProbs have ``sampled_logprobs`` then.
             The student's log-probs have the full normaliser. A token of probability 0 under a model is not in S, unless
-            ``logprob_min`` is given: teacher's and reference's log-probs of the tokens of S are then at least that. A
-            position where S is empty has loss 0.
+            ``logprob_min`` is given: teacher's and reference's log-probs of the tokens of S are then at least that, and
+            the target is normalised with them, in ``"drop"`` without them. A position where S is empty has loss 0.
+        student_logprob_min: of ``tail="drop"``: the student's log-probs of the tokens of S are at least this. One that
+            this raises is a constant, without a gradient.
 
     Options of every estimator (docs/off-policy.md has the first six):
         rollout_logprobs: (...) log-probs under the engine that sampled. Token losses are multiplied by the detached

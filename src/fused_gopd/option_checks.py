@@ -160,6 +160,15 @@ def _tail(options: LossOptions) -> str | None:
     return None
 
 
+def _student_logprob_min(options: LossOptions) -> str | None:
+    if options.student_logprob_min is not None and options.tail != "drop":
+        return (
+            f"student_logprob_min needs tail='drop', got tail={options.tail!r}: with any other tail the student's "
+            "log-probs are those of a distribution"
+        )
+    return None
+
+
 def _k(options: LossOptions) -> str | None:
     if options.k == 0 and options.tail != "sampled":
         return "k must be at least 1, got 0: tail='sampled' alone can do without a support"
@@ -187,6 +196,7 @@ _TOGETHER: dict[str, Callable[[LossOptions], str | None]] = {
     "kl_ref_weight": _kl_ref_weight,
     "kl_ref": _kl_ref,
     "tail": _tail,
+    "student_logprob_min": _student_logprob_min,
     "k": _k,
     "rollout_is": _rollout_is,
     "ratio": _ratio,

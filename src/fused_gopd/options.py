@@ -228,6 +228,14 @@ class LossOptions:
             check=number_that(lambda x: x < 0, "be negative, as log-probs are"),
         ),
     )
+    student_logprob_min: float | None = field(
+        default=None,
+        metadata=option(
+            "The student's log-probs of the tokens of tail='drop' are at least this; no gradient where it is in force.",
+            of=("topk",),
+            check=number_that(lambda x: x < 0, "be negative, as log-probs are"),
+        ),
+    )
     baseline: Baseline = field(
         default="none",
         metadata=option("'expected' makes the mean of 'sampled' advantages 0.", of=("sampled",), choices=BASELINES),

@@ -135,6 +135,7 @@ OPTIONS = {
     "labels, topk": {"estimator": "topk", "k": 4, "reduction": "none"},
     "topk of ids": {"estimator": "topk", "support_ids": torch.randint(-1, 30, (2, 5, 4), generator=generator(5))},
     "topk and the sampled token": {"estimator": "topk", "k": 4, "tail": "sampled"},
+    "topk, bounds": {"estimator": "topk", "k": 4, "tail": "drop", "logprob_min": -5.0, "student_logprob_min": -3.0},
     "no support": {"estimator": "topk", "k": 0, "tail": "sampled", "reduction": "none"},
     "vocabulary": {**FULL, "vocab_size": 30},
     "normalizer": {"normalizer": 17},

@@ -421,6 +421,17 @@ CASES = {
     "logprob_min in full": (dict(logprob_min=-9.0, **FULL), ValueError, "logprob_min is an option of"),
     "logprob_min 0": ({"logprob_min": 0.0}, ValueError, "logprob_min must be negative.*got 0.0"),
     "logprob_min inf": ({"logprob_min": float("-inf")}, ValueError, "logprob_min must be finite"),
+    "student_logprob_min": ({"student_logprob_min": -9.0}, ValueError, "student_logprob_min is an option of"),
+    "student_logprob_min and its tail": (
+        {"estimator": "topk", "k": 3, "student_logprob_min": -9.0},
+        ValueError,
+        "student_logprob_min needs tail='drop', got tail='bucket'",
+    ),
+    "student_logprob_min 1": (
+        {"estimator": "topk", "k": 3, "tail": "drop", "student_logprob_min": 1.0},
+        ValueError,
+        "student_logprob_min must be negative.*got 1.0",
+    ),
     "baseline": ({"baseline": "mean"}, ValueError, "baseline must be one of 'none', 'expected', got 'mean'"),
     "baseline in full": (dict(baseline="expected", **FULL), ValueError, "baseline is an option of"),
     "baseline of scores": (

@@ -505,6 +505,65 @@ def test_a_lower_bound_of_the_frozen_models_logprobs(backend_dtype, source, obje
     assert_all_close(grads, want_grads, backend_dtype.tolerance)
 
 
+MORE_DIVERGENCES = (
+    *DIVERGENCES,
+    {"divergence": "mixed", "forward_weight": 0.7},
+    {"divergence": "mixed", "forward_weight": torch.linspace(0.1, 0.9, 15).reshape(SHAPE)},
+    {"divergence": "alpha", "alpha": 0.3},
+    {"divergence": "alpha", "alpha": 0.8},
+    {"divergence": "skew_reverse_kl", "skew": 0.2},
+)
+
+
+@pairwise(
+    backend_dtype=["torch-float64", "native-float32"],
+    source=["heads", "student", "ids", "both", "sum", "mixture"],
+    divergence=MORE_DIVERGENCES,
+    frozen=[None, -3.0],
+    lam=[0.0, 1.0, 1.25, "tensor"],
+)
+def test_a_lower_bound_of_the_students_logprobs(backend_dtype, source, divergence, frozen, lam):
+    """Of ``drop``: a token that is below it, one with probability 0 among them, is a constant."""
+    batch = make_batch(89, shape=SHAPE, kinds=("logits", "logits", "logits"), dtype=backend_dtype.dtype)
+    with torch.no_grad():
+        for model, start in ((batch.student, 0), (batch.teacher, 1), (batch.ref, 2)):
+            model.logits[:, start + 1, start::4] = -math.inf
+    options = {"estimator": "topk", "tail": "drop", "logprob_min": frozen, "student_logprob_min": -2.5, **divergence}
+    if isinstance(options.get("forward_weight"), torch.Tensor):
+        options["forward_weight"] = options["forward_weight"].to(backend_dtype.dtype)
+    options["reward_scale"] = per_token(SHAPE, backend_dtype.dtype) if lam == "tensor" else lam
+    if source == "both":
+        batch = with_scores(batch, source)
+    elif source == "ids":
+        options["support_ids"] = requested(SHAPE, 9)
+    else:
+        options |= {"k": 5, "support": "student" if source == "student" else "teacher"}
+    if source in ("sum", "mixture"):
+        made = fg.LogLinear if source == "sum" else fg.Mixture
+        batch = batch.replaced(teacher=made([batch.teacher, batch.ref], [1.5, 0.5]))
+    assert_same_as_oracle(batch, backend_dtype, **options)
+    got, grads = run(batch, fg.reference.gopd_loss, **options)
+    want, want_grads = run(batch, backend=backend_dtype.backend, chunk_size=4, **options)
+    assert_close(got.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close(grads, want_grads, backend_dtype.tolerance)
+    out = fg.gopd_loss(  # recomputed in the backward
+        *batch.models, batch.token_ids, mask=batch.mask, backend=backend_dtype.backend, reduction="none", **options
+    )
+    again = torch.autograd.grad(out.loss.sum() / batch.mask.sum(), batch.leaves)
+    assert_all_close(again, want_grads, backend_dtype.tolerance)
+
+
+def test_a_bound_of_the_student_that_is_in_force_nowhere_changes_no_bit(backend):
+    batch = make_batch(90, shape=SHAPE, dtype=torch.float32)
+    options = {"estimator": "topk", "k": 5, "tail": "drop", "reward_scale": 1.25, "backend": backend}
+    for divergence in MORE_DIVERGENCES:
+        (a, grads), (b, bounded) = (
+            run(batch, **options, **divergence, **x) for x in ({}, {"student_logprob_min": -1e3})
+        )
+        assert torch.equal(a.token_loss, b.token_loss)
+        assert all(map(torch.equal, grads, bounded))
+
+
 # --------------------------------------------------------------------------------------------------------- support_ids
 
 

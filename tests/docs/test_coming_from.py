@@ -343,6 +343,16 @@ def _(d):
     return token_mean(losses.clamp_min(0), d.m)
 
 
+@row("verl", '`loss_mode="forward_kl_topk"`, `log_prob_min_clamp=-3.0`, `loss_max_clamp=None`')
+def _(d):
+    log_p, log_q = (x.gather(-1, d.ids).clamp_min(-3.0) for x in (d.p, d.q))
+    raised = [(x == -3.0)[d.mask] for x in (log_p, log_q)]
+    assert all(x.any() and not x.all() for x in raised)
+    losses = forward(log_p, log_q)
+    assert (losses[d.mask] > 0).all()
+    return token_mean(losses.clamp_min(0), d.m)
+
+
 @row("verl", '`loss_mode="forward_kl_topk"`, `log_prob_min_clamp=None`, `loss_max_clamp=0.5`')
 def _(d):
     losses = forward(d.p.gather(-1, d.ids), d.q.gather(-1, d.ids))[d.mask]

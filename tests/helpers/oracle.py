@@ -182,6 +182,7 @@ def _topk_token(
     ``parts`` are the models with their weights of which teacher and reference are made, and whether as a mixture.
     """
     tail, k, lowest = top.get("tail", "bucket"), top.get("k"), top.get("logprob_min")
+    own_lowest = top.get("student_logprob_min")
     student = _all_scores(z)
     used = [(i, scores) for i, scores in enumerate(frozen) if scores is not None and lam != (0, 1)[i]]
     chooser = next(i for i in range(2) if frozen[i] is not None and (i or not top["teacher_gone"]))
@@ -198,7 +199,7 @@ def _topk_token(
         bounded = [(i, {v: _at_least(scores, v, lowest) for v in {*S, token}}) for i, scores in used]
         return _exact_and_sampled(student, bounded, lam, S, token), z.new_zeros(())
     counts = [t for t in S if all(lowest is not None or t in scores for _, scores in used)]
-    S = [token for token in counts if token in student]
+    S = [token for token in counts if own_lowest is not None or token in student]
     zero = z.new_zeros(())
     if not S and tail != "bucket":
         return zero, zero
@@ -217,8 +218,12 @@ def _topk_token(
         return bool(log[-1] == -math.inf)
 
     logs, lights = [of(student)], [light(of(student))]
+    if own_lowest is not None:
+        logs = [torch.cat((logs[0][:-1].clamp_min(own_lowest), logs[0][-1:]))]
+    unbounded = [*logs]
     for i, scores in used:
         if parts[i] is None:
+            unbounded.append(of(scores))
             logs.append(bounded(of(scores)))
             lights.append(light(logs[-1]))
             continue
@@ -227,11 +232,12 @@ def _topk_token(
         if tail == "renormalize" and not mixture and lowest is None:
             pairs = [(torch.cat((_log_normalise(x[:-1]), x[-1:])), w) for x, w in pairs]
         total = Made([x for x, _ in pairs], [[w] for _, w in pairs], mixture)
-        logs.append(bounded(total.total([x for x, _ in pairs], 0)))
+        unbounded.append(total.total([x for x, _ in pairs], 0))
+        logs.append(bounded(unbounded[-1]))
         lights.append((all if mixture else any)(light(x) for x, _ in pairs))
     bucket = tail != "renormalize" and not any(lights)
     if not bucket:
-        logs = [x[:-1] for x in logs]
+        logs, unbounded = [x[:-1] for x in logs], [x[:-1] for x in unbounded]
     if tail == "renormalize":
         as_they_are = [False, *(parts[i] is not None and not parts[i][1] and lowest is None for i, _ in used)]
         logs = [x if as_is else _log_normalise(x) for x, as_is in zip(logs, as_they_are, strict=True)]
@@ -243,6 +249,10 @@ def _topk_token(
     log_t = _in_range(_log_normalise(mixed))
     whole = _log_normalise(log_p)
     kl = (whole.exp() * (whole - log_t)).sum()
+    if tail == "drop" and lowest is not None:
+        there = torch.stack(unbounded[1:]).isfinite().all(0)
+        whole = _in_range(sum(w * x[there] for w, x in zip(weights, unbounded[1:], strict=True)))
+        log_t = _in_range(mixed - whole.logsumexp(0) if len(whole) else mixed)
     terms = divergence_terms(divergence, parameter, log_p, log_t, mixed)
     return (terms[:-1] if tail == "drop" and bucket else terms).sum(), kl
 

@@ -129,6 +129,16 @@ def test_the_command_line_selects_the_loss_and_its_options():
             InstantiationException,
             "tail must be one of 'bucket', 'drop', 'renormalize': the teacher's log-prob",
         ),
+        (
+            [f"{SECTION}.loss_mode=gopd_topk", f"{SECTION}.log_prob_min_clamp=-5"],
+            InstantiationException,
+            "log_prob_min_clamp must be None .* with tail=drop alone",
+        ),
+        (
+            [f"{SECTION}.loss_mode=gopd_topk", f"+{SECTION}.tail=drop", f"{SECTION}.log_prob_min_clamp=5"],
+            InstantiationException,
+            "logprob_min must be negative",
+        ),
         ([f"{SECTION}.loss_mode=gopd_topk", f"{SECTION}.use_task_rewards=true"], InstantiationException, "overwrite"),
         (
             [f"{SECTION}.loss_mode=gopd_topk", f"{SECTION}.use_policy_gradient=true"],
@@ -361,11 +371,30 @@ def test_topk_gradients_are_those_of_the_dense_formula(layout, divergence):
     assert_close(kl, want.kl[micro.mask].mean(), 1e-12)
 
 
+def verls_own_topk(micro: Micro, *overrides: str) -> dict[str, Tensor]:
+    own = [f"{SECTION}.loss_mode=forward_kl_topk", *overrides]
+    config = omega_conf_to_dataclass(config_of(*own).distillation)
+    return verl_losses.compute_topk_loss(actor_config(), config, micro.data, micro.logits[None], "thd")
+
+
 def test_verls_own_topk_loss_is_still_there():
-    micro = micro_batch(topk=5)
-    config = omega_conf_to_dataclass(config_of(f"{SECTION}.loss_mode=forward_kl_topk").distillation)
-    outputs = verl_losses.compute_topk_loss(actor_config(), config, micro.data, micro.logits[None], "thd")
-    assert "overlap_count" in outputs
+    assert "overlap_count" in verls_own_topk(micro_batch(topk=5))
+
+
+@pytest.mark.parametrize("clamp", ["null", -10, -3.5, -2.5])
+def test_the_forward_kl_of_drop_is_verls_own_with_its_clamp(clamp):
+    """Value and gradient, where the sum over the tokens is not negative or the gradient does not ask."""
+    micro, bound = micro_batch(topk=5), f"{SECTION}.log_prob_min_clamp={clamp}"
+    config = distillation_config(
+        f"{SECTION}.loss_mode=gopd_topk", f"+{SECTION}.divergence=forward_kl", f"+{SECTION}.tail=drop", bound
+    )
+    got = verl_losses.compute_topk_loss(actor_config(), config, micro.data, micro.logits[None], "thd")
+    want = verls_own_topk(micro, bound)["distillation_losses"]
+    live = plugin._response_rows(micro.data)[None]
+    losses = [torch.where(live, x, 0) for x in (got["distillation_losses"], want)]
+    assert_close(losses[0], losses[1].to(losses[0].dtype), 1e-6)
+    mine, theirs = (torch.autograd.grad(x.sum(), micro.logits)[0] for x in losses)
+    assert_close(mine, theirs.to(mine.dtype), 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- policy loss

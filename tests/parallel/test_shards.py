@@ -38,6 +38,7 @@ def _lambda_of(stats: fg.TokenStats) -> torch.Tensor:
 
 
 OF_STATISTICS: dict[str, Any] = {"reward_scale": 1.0, "reward_scale_fn": _lambda_of}
+BOUNDS = {"divergence": "jsd", "logprob_min": -6.0, "student_logprob_min": -5.0}
 # Options, and what differs from three linear heads that are all cut alike.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampled": ({}, {}),
@@ -73,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full, smaller joint vocabulary": ({"estimator": "full", "vocab_size": 800}, {}),
     "topk": ({"estimator": "topk", "k": 9}, {}),
     "topk of the student": ({"estimator": "topk", "k": 9, "support": "student", "tail": "drop"}, {}),
+    "topk, bounds": ({"estimator": "topk", "k": 9, "tail": "drop", **BOUNDS}, {}),
     "topk jsd": ({"estimator": "topk", "k": 9, "divergence": "jsd", "tail": "renormalize"}, {"ref": "whole"}),
     "topk skew": ({"estimator": "topk", "k": 9, "divergence": "skew_reverse_kl", "tail": "drop"}, {}),
     "topk forward, labels, none": (
@@ -696,6 +698,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ratio": ({"old_logprobs": OLD}, {"ratio": "sequence"}, "sequence on rank"),
     "advantage_clip": ({}, {"advantage_clip": 1}, "1.0 on rank"),
     "logprob_min": ({}, {"logprob_min": -9.0}, "-9.0 on rank"),
+    "student_logprob_min": (TOPK | {"tail": "drop"}, {"student_logprob_min": -9.0}, "-9.0 on rank"),
     "baseline": ({}, {"baseline": "expected"}, "expected on rank"),
     "advantage_fn": ({}, {"advantage_fn": lambda stats: stats.advantages}, "None on rank 0 and .*given on rank"),
     "reward_scale_fn": ({}, {"reward_scale_fn": lambda s: s.student_entropy}, "None on rank 0 and .*given on rank"),

@@ -69,7 +69,8 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
     """verl's ``distillation.distillation_loss`` with the options of ``gopd`` and ``gopd_topk``.
 
     Of verl's own fields, ``gopd`` uses ``clip_ratio_low`` and ``clip_ratio_high`` (null for no clip, with
-    ``use_policy_gradient=false``) and ``log_prob_min_clamp`` (as ``logprob_min``); ``gopd_topk`` uses ``topk``.
+    ``use_policy_gradient=false``) and ``log_prob_min_clamp`` (as ``logprob_min``). ``gopd_topk`` uses ``topk``, and
+    with ``tail=drop`` ``log_prob_min_clamp`` (as ``logprob_min`` and ``student_logprob_min``).
     """
 
     loss_mode: str = GOPD
@@ -115,7 +116,9 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
     def of_topk(self) -> dict[str, Any]:
         """The options of the topk estimator."""
         parameters = {name: getattr(self, name) for name in PARAMETERS if getattr(self, name) is not None}
-        return {"estimator": "topk", "divergence": self.divergence, "tail": self.tail, **parameters}
+        lowest = self.log_prob_min_clamp
+        bounds = {} if lowest is None else {"logprob_min": lowest, "student_logprob_min": lowest}
+        return {"estimator": "topk", "divergence": self.divergence, "tail": self.tail, **bounds, **parameters}
 
     def _refuse(self, name: str, default: object, fix: str) -> None:
         value = getattr(self, name)
@@ -135,6 +138,8 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
             self._refuse("loss_max_clamp", None, "a clamped loss has no gradient; advantage_clip bounds the advantage")
 
     def _check_topk(self) -> None:
+        if self.tail != "drop":
+            self._refuse("log_prob_min_clamp", None, "with tail=drop alone log-probs are not those of a distribution")
         checked_options(**self.of_topk)
         if self.tail == "sampled":
             raise ValueError(
@@ -144,7 +149,6 @@ class GOPDLossConfig(DistillationLossConfig):  # type: ignore[misc]
         self._refuse("reward_scale", 1, f"the reference's log-probs of the teacher's tokens are not sent; use {GOPD!r}")
         self._refuse("use_policy_gradient", False, "a detached divergence is no advantage, its expected gradient is 0")
         self._refuse("use_task_rewards", False, "verl's policy loss may overwrite the logits that the backward needs")
-        self._refuse("log_prob_min_clamp", None, "log-probs of a distribution are not clamped")
         for name, default in (("advantage_clip", None), ("ratio", "token"), ("clip_dual", 3.0)):
             self._refuse(name, default, f"only {GOPD!r} has it")
 

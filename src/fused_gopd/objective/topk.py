@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,12 +87,13 @@ class CompositeOnSupport:
         return combination.combine([_over_mass(model, inside) for model in self.models], self.weights, self.mixture)
 
 
-def at_least(
-    model: OnSupport | CompositeOnSupport | None, lowest: float, token_ids: Tensor
-) -> OnSupport | CompositeOnSupport | None:
+Model = TypeVar("Model", bound=OnSupport | CompositeOnSupport)
+
+
+def at_least(model: Model, lowest: float | None, token_ids: Tensor) -> Model:
     """The model with log-probs of at least ``lowest`` for the tokens (C, K) of S; its mass outside S is as it was."""
-    if model is None:
-        return None
+    if lowest is None:
+        return model
     logprobs = model.logprobs.clamp_min(lowest).masked_fill(token_ids < 0, -math.inf)
     return replace(model, logprobs=logprobs, unbounded=model.logprobs)
 
@@ -112,6 +113,7 @@ class _Outcomes(NamedTuple):
     bucket: Tensor  # (C, 1) bool, whether the bucket exists
     log_p: Tensor  # (C, K or K + 1), 0 where there is no outcome
     mixed: Tensor  # lambda log q + (1 - lambda) log r, likewise
+    unbounded: Tensor | None  # the same of log-probs without a lower bound, where ``drop`` has one; -inf for none
     log_rest: Tensor  # (C, 1) log of the student's mass outside S
     has_nan: Tensor  # (C,) bool: NaN anywhere in a model whose coefficient is not 0
 
@@ -130,10 +132,12 @@ def _outcomes(
     bucket = torch.full_like(inside[:, :1], tail != "renormalize")
     has_nan = torch.zeros_like(bucket)
     models: list[Tensor | None] = []
+    unbounded: list[Tensor | None] = []  # of teacher and reference
     frozen = zip((teacher, ref), (at for _, at in FROZEN), strict=True)
     for model, cancelled_at in ((student, None), *frozen):
         if model is None:
             models.append(None)
+            unbounded.append(None)
             continue
         rest = model.log_rest(inside)
         bad = torch.isnan(rest)  # NaN is not light: it reaches the loss
@@ -147,6 +151,9 @@ def _outcomes(
             )
         else:
             models.append(torch.cat((model.logprobs, rest), 1))
+        if model is not student:
+            own = model.logprobs if model.unbounded is None else model.unbounded
+            unbounded.append(torch.cat((own, rest), 1))
     if tail != "renormalize":
         inside = torch.cat((inside, bucket), 1)
 
@@ -157,11 +164,17 @@ def _outcomes(
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
     assert log_p is not None
     log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]])
+    whole = None
+    if tail == "drop" and any(x is not None and x.unbounded is not None for x in (teacher, ref)):
+        gone = ~inside | outside_support(scale, *unbounded)
+        whole = mix(scale, *(None if x is None else x.masked_fill(gone, 0) for x in unbounded))
+        whole = whole.masked_fill(gone, -math.inf)
     return _Outcomes(
         inside=inside,
         bucket=bucket,
         log_p=log_p,
         mixed=mix(scale, log_q, log_r),
+        unbounded=whole,
         log_rest=log_rest,
         has_nan=has_nan[:, 0],
     )
@@ -251,8 +264,13 @@ def term(
     drop         the same target, the bucket's term left out of the sums
     renormalize  p / P_S, q / Q_S, r / R_S in place of p, q, r
 
-    The target t is q^lambda r^(1 - lambda), normalised over the outcomes. With h~ and h0 of the divergence (see
-    ``divergences``), P the sum of p and A that of p h~ over what is summed, the gradient is
+    The target t is q^lambda r^(1 - lambda), normalised over the outcomes. With a lower bound of log q and log r its
+    normaliser in ``drop`` is that of the log-probs without the bound: tokens above it keep their t. A log-prob of the
+    student that its own bound has raised is a constant: that token is in the value, and in the gradient one of those
+    outside S.
+
+    With h~ and h0 of the divergence (see ``divergences``), P the sum of p and A that of p h~ over what is summed, the
+    gradient is
 
         in S             p (h~ - A + h0 (1 - P))
         outside S        p (h~_b - A) with the bucket's h~_b; p (-A - h0 P) where the bucket is not summed;
@@ -263,12 +281,20 @@ def term(
     scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
     x = _outcomes(tail, scale, student, teacher, ref)
     count = token_ids.shape[1]
-    log_t = x.mixed - origin_of(x.mixed.masked_fill(~x.inside, -math.inf).amax(1, keepdim=True))
-    log_t = bounded(log_t - _log_mass(log_t, x.inside)).masked_fill(~x.inside, 0)
+    whole = x.mixed.masked_fill(~x.inside, -math.inf) if x.unbounded is None else x.unbounded
+    top = whole.amax(1, keepdim=True)
+    origin = origin_of(top.masked_fill(torch.isneginf(top), 0))
+    normaliser = _log_mass(whole - origin, whole != -math.inf)
+    normaliser = normaliser.masked_fill(torch.isneginf(normaliser), 0)  # no token but for the bound
+    log_t = bounded((x.mixed - origin) - normaliser).masked_fill(~x.inside, 0)
     outcomes = Outcomes(x.log_p, log_t, x.mixed)
     summed = x.inside
     if tail == "drop":
         summed = torch.cat((x.inside[:, :count], torch.zeros_like(x.bucket)), 1)
+    own_logprobs, raised = student.logprobs, torch.zeros_like(x.inside[:, :count])
+    if student.unbounded is not None:
+        own_logprobs, raised = student.unbounded, x.inside[:, :count] & (student.unbounded < student.logprobs)
+    active = torch.cat((x.inside[:, :count] & ~raised, x.inside[:, count:]), 1)
 
     def total(terms: Tensor) -> Tensor:
         return torch.where(summed, terms, 0).sum(1, keepdim=True)
@@ -280,13 +306,15 @@ def term(
         missing = torch.zeros_like(missing)
     elif tail == "bucket":
         missing = missing.masked_fill(x.bucket, 0)
+    if student.unbounded is not None:
+        missing = missing + torch.where(raised, own_logprobs.exp(), 0).sum(1, keepdim=True)
     h0 = divergence.h0
     if tail == "drop" and not isinstance(h0, Tensor) and h0 < 0:
         # from p h itself: as a difference of p h~ and p a small product would lose its digits
         weighted, h0 = divergence.uncentred(outcomes), 0.0
     else:
         weighted = divergence.weighted(outcomes)
-    weighted = torch.where(x.inside, weighted, 0)
+    weighted = torch.where(active, weighted, 0)
     loss, A = total(divergence.terms(outcomes)), total(weighted)
     values = bounded(weighted - p * (A - h0 * missing))
     weight = -A - h0 * (1 - missing)
@@ -301,11 +329,13 @@ def term(
     weight = weight.masked_fill(~x.inside.any(1, keepdim=True), 0)
     # the existing outcomes as one distribution: without the bucket they do not sum to 1
     mass = _log_mass(x.log_p, x.inside)
+    if x.unbounded is not None:
+        log_t = log_t - _log_mass(log_t, x.inside)
     kl = torch.where(x.inside, (x.log_p - mass).exp() * (x.log_p - mass - log_t), 0).sum(1).clamp_min(0)
     weight = weight[:, 0].masked_fill(x.has_nan, math.nan)
     # a listed token that is excluded from S is one of the others
-    others = weight[:, None] * student.logprobs.exp()
-    values = torch.where(x.inside[:, :count], values[:, :count], others).masked_fill(x.has_nan[:, None], math.nan)
+    others = weight[:, None] * own_logprobs.exp()
+    values = torch.where(active[:, :count], values[:, :count], others).masked_fill(x.has_nan[:, None], math.nan)
     gradient = LogitGradient(
         weight=weight,
         token_ids=token_ids,

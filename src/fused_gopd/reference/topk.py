@@ -158,6 +158,9 @@ def topk_loss(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tens
     """Token loss and KL(p || target) over the tokens of the support, log-probs (n, K) each, and the bucket."""
     lam, (lq, lr) = reward_scale_of(p), support.bounded(p.options.logprob_min)
     lam = lam[:, None] if isinstance(lam, Tensor) else lam
+    raw_lp = lp
+    if p.options.student_logprob_min is not None:
+        lp = lp.clamp_min(p.options.student_logprob_min).masked_fill(support.token_ids < 0, -math.inf)
     every = torch.ones_like(lp[:, :1], dtype=torch.bool)
     used = [(x, every & (lam != at)) for x, (_, at) in zip((lq, lr), FROZEN, strict=True) if x is not None]
     inside = lp.detach() != -math.inf
@@ -190,10 +193,11 @@ def topk_loss(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tens
         return 1 - x.masked_fill(~inside, -math.inf).exp().sum(1, keepdim=True) < 1e-6
 
     raw = support.teacher, support.ref
-    log_p, log_q, log_r = (of_model(*x) for x in ((lp, None, None), *zip((lq, lr), support.parts, raw, strict=True)))
+    log_p, log_q, log_r = (of_model(*x) for x in ((lp, None, raw_lp), *zip((lq, lr), support.parts, raw, strict=True)))
     assert log_p is not None
+    as_they_are = [of_model(x, parts, None) for x, parts in zip(raw, support.parts, strict=True)]
     if p.options.tail != "renormalize":
-        bucket = every & ~is_light(lp.detach())
+        bucket = every & ~is_light(raw_lp.detach())
         for whole, parts, (_, at) in zip(raw, support.parts, FROZEN, strict=True):
             if whole is not None:
                 light = is_light(whole) if parts is None else parts.all_of([is_light(part) for part in parts.logprobs])
@@ -211,6 +215,13 @@ def topk_loss(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tens
     with torch.no_grad():  # the existing outcomes as one distribution
         whole = normalised(log_p)
         kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
+    if p.options.tail == "drop" and p.options.logprob_min is not None:  # normalised as without the bound
+        there = inside
+        for x, (_, at) in zip(as_they_are, FROZEN, strict=True):
+            there = there if x is None else there & ~((x == -math.inf) & (every & (lam != at)))
+        own = mix(lam, *(None if x is None else x.masked_fill(~there, 0) for x in as_they_are))
+        mass = own.masked_fill(~there, -math.inf).logsumexp(1, keepdim=True)
+        log_t = bounded(mixed - mass.masked_fill(mass == -math.inf, 0))
     counted = inside.clone()
     if p.options.tail == "drop":
         counted[:, -1] = False

@@ -140,15 +140,14 @@ class TopK(Estimator):
         if problem.reward_scale_fn is not None:
             compute = functools.partial(self._statistic, chunk, support, student, scored)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
-        lowest, ids, teacher, ref = problem.options.logprob_min, support.token_ids, support.teacher, support.ref
-        if lowest is not None:
-            teacher, ref = at_least(teacher, lowest, ids), at_least(ref, lowest, ids)
+        ids, lowest = support.token_ids, problem.options.logprob_min
+        teacher, ref = (None if x is None else at_least(x, lowest, ids) for x in (support.teacher, support.ref))
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
             reward_scale_of(problem, chunk.statistics, tokens),
             ids,
-            student=student,
+            student=at_least(student, problem.options.student_logprob_min, ids),
             teacher=teacher,
             ref=ref,
         )
