@@ -217,8 +217,9 @@ def topk_loss(p: Problem, lp: Tensor, support: _OnSupport) -> tuple[Tensor, Tens
         kl = torch.where(inside, whole.exp() * (whole - log_t), 0).sum(1)
     if p.options.tail == "drop" and p.options.logprob_min is not None:  # normalised as without the bound
         there = inside
-        for x, (_, at) in zip(as_they_are, FROZEN, strict=True):
-            there = there if x is None else there & ~((x == -math.inf) & (every & (lam != at)))
+        for own_logprobs, (_, at) in zip(as_they_are, FROZEN, strict=True):
+            if own_logprobs is not None:
+                there = there & ~((own_logprobs == -math.inf) & (every & (lam != at)))
         own = mix(lam, *(None if x is None else x.masked_fill(~there, 0) for x in as_they_are))
         mass = own.masked_fill(~there, -math.inf).logsumexp(1, keepdim=True)
         log_t = bounded(mixed - mass.masked_fill(mass == -math.inf, 0))
