@@ -79,6 +79,20 @@ def distill(
             envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.", rich_help_panel=_SERVER
         ),
     ] = "",
+    teacher_server_tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="With --cross-tokenizer: a folder or hub name that has its tokenizer.", rich_help_panel=_SERVER
+        ),
+    ] = "",
+    cross_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--cross-tokenizer",
+            help="Teacher and reference may have tokenizers of their own: texts are compared in place of ids.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = False,
     ref: Annotated[
         str,
         typer.Option(

@@ -55,6 +55,7 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         ("reference", reference),
         ("λ (reward scale)", f"{options.reward_scale:g}"),
         ("estimator", card.describe_loss(options)),
+        *([("tokenizers", "of each model its own")] if options.cross_tokenizer else []),
         ("data", with_digest(inputs.PROMPTS, f"{prompts} prompts, {Path(options.prompts).name}")),
         ("trained", f"{trained}, learning rate {options.learning_rate:g}"),
         ("steps", f"{steps} of {options.batch_size * options.accumulation} answers"),

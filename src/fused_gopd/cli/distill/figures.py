@@ -26,6 +26,8 @@ NAMES = {
     "gopd/kl_target": "kl_target",
     "gopd/advantage": "advantage",
     "gopd/reward_scale": "reward_scale",
+    "gopd/aligned_tokens": "aligned_tokens",
+    "gopd/aligned_bytes": "aligned_bytes",
     "entropy": "entropy",
     "completions/mean_length": "length",
     "completions/clipped_ratio": "truncated",

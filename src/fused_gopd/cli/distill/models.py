@@ -23,6 +23,7 @@ class Model:
     name: str
     vocab: int
     positions: int | None  # None: not limited
+    own_tokenizer: Any = None  # where it is not the student's
 
 
 def read(option: str, name: str, path: str) -> Model:
@@ -124,8 +125,8 @@ def check_prompts(
 
     ``rows`` are the row numbers in the file of the dataset's rows.
     """
-    student = models[0]
-    limited = [(model.positions, model) for model in models if model.positions is not None]
+    student, *foreign = models[0], *(model for model in models if model.own_tokenizer is not None)
+    limited = [(x.positions, x) for x in models if x.positions is not None and x not in foreign]
     positions, shortest = min(limited, key=lambda pair: pair[0], default=(None, student))
     if positions is not None and positions <= new_tokens:
         raise typer.BadParameter(
@@ -134,6 +135,14 @@ def check_prompts(
         )
     long: list[str] = []
     for row, prompt in zip(rows, dataset["prompt"], strict=True):
+        for model in foreign:
+            read = len(_encoded(prompt, model.own_tokenizer, f"{path}, row {row}", model.name))
+            if model.positions is not None and read + new_tokens > model.positions:
+                raise typer.BadParameter(
+                    f"{path} has prompts that are too long: row {row} of {read} tokens of {model.name} "
+                    f"({model.option}), which has {model.positions} positions, with --max-new-tokens {new_tokens}",
+                    param_hint="--prompts",
+                )
         ids = _encoded(prompt, tokenizer, f"{path}, row {row}")
         if max(ids) >= student.vocab:
             raise typer.BadParameter(
@@ -153,7 +162,7 @@ def check_prompts(
         )
 
 
-def _encoded(prompt: Any, tokenizer: Any, where: str) -> list[int]:
+def _encoded(prompt: Any, tokenizer: Any, where: str, whose: str = "the student") -> list[int]:
     """The token ids of a prompt, made as the trainer makes them."""
     try:
         if isinstance(prompt, str):
@@ -163,10 +172,10 @@ def _encoded(prompt: Any, tokenizer: Any, where: str) -> list[int]:
                 "input_ids"
             ]
     except Exception as error:  # templates may raise any exception
-        what = "the student's tokenizer" if isinstance(prompt, str) else "the student's chat template"
+        what = "tokenizer" if isinstance(prompt, str) else "chat template"
         raise typer.BadParameter(
-            f"{where}, is not taken by {what}: {first_line(error)}", param_hint="--prompts"
+            f"{where}, is not taken by {whose}'s {what}: {first_line(error)}", param_hint="--prompts"
         ) from None
     if not ids:
-        raise typer.BadParameter(f"{where}, has no tokens for the student's tokenizer", param_hint="--prompts")
+        raise typer.BadParameter(f"{where}, has no tokens for {whose}'s tokenizer", param_hint="--prompts")
     return list(ids)

@@ -72,6 +72,8 @@ class RunOptions:
     # of a teacher's server, likewise
     teacher_server_head: str = ""
     teacher_server_states: str = ""
+    cross_tokenizer: bool = False
+    teacher_server_tokenizer: str = ""
 
     @staticmethod
     def names() -> set[str]:
@@ -81,7 +83,8 @@ class RunOptions:
     def from_command(given: dict[str, Any]) -> RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
         values = dict(given)
-        for name in ("student", "ref", "prompts", "teacher_server_head", "teacher_server_states"):
+        folders = ("teacher_server_head", "teacher_server_states", "teacher_server_tokenizer")
+        for name in ("student", "ref", "prompts", *folders):
             if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
                 values[name] = _absolute(values[name])
         routes = [_route(entry) for entry in values["teacher"]]
@@ -109,9 +112,15 @@ class RunOptions:
         found = {"the student": self.student}
         for route, model in self.routes().items():
             found["the teacher" if route is None else f"the teacher of {route}"] = model
+        if self.server_tokenizer():
+            found["the teacher's tokenizer"] = self.server_tokenizer()
         if self.ref not in ("", "student") and self.reward_scale != 1:
             found["the reference"] = self.ref
         return found
+
+    def server_tokenizer(self) -> str:
+        """With ``cross_tokenizer`` the folder or hub name that has the tokenizer of the server's teacher."""
+        return (self.teacher_server_tokenizer or self.teacher_server_head) if self.cross_tokenizer else ""
 
     def models(self) -> list[str]:
         """Folders and hub names of the models that this process loads."""
@@ -255,8 +264,9 @@ def _check_teachers(options: RunOptions) -> None:
     if options.teacher_server:
         _check_server(options)
         return
-    if options.teacher_server_model:
-        raise _wrong("--teacher-server-model", "is an option of --teacher-server")
+    for name in ("model", "tokenizer"):
+        if getattr(options, f"teacher_server_{name}"):
+            raise _wrong(f"--teacher-server-{name}", "is an option of --teacher-server")
     routes = options.routes()
     if len(routes) < len(options.teacher):
         raise _wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")
@@ -286,6 +296,17 @@ def _check_server(options: RunOptions) -> None:
         )
     if options.route_column:
         raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
+    if options.cross_tokenizer and not options.server_tokenizer():
+        raise _wrong(
+            "--teacher-server-tokenizer",
+            "must be given with --cross-tokenizer: the folder or hub name of the model behind the server, for its "
+            "tokenizer (--teacher-server-head has it)",
+        )
+    if options.teacher_server_tokenizer and not options.cross_tokenizer:
+        raise _wrong("--teacher-server-tokenizer", "is an option of --cross-tokenizer")
+    if options.cross_tokenizer and options.support == "student":
+        raise _wrong("--support", "student names the student's tokens, and the server has others (--cross-tokenizer)")
+    _check_model("--teacher-server-tokenizer", options.teacher_server_tokenizer)
 
 
 def _check_head(options: RunOptions) -> None:

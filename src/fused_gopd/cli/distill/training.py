@@ -6,6 +6,7 @@ import importlib
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class DistillationRun:
         self.display = figures.Display(Console(), options.steps)
         self.say = self.display.say
         self.checkpoints = checkpoints.Checkpoints(folder)
+        self._server_tokenizer: Any = None  # of a teacher behind a server, where it may be another
         self._expected_errors: tuple[type[Exception], ...] = ()  # shown by their message, without a traceback
         low = (options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
         self._frozen_dtype = "bfloat16" if low else "float32"  # of frozen weights, and of the matrix products
@@ -140,15 +142,27 @@ class DistillationRun:
             for option, name in [("--student", options.student), *self._frozen_models()]
         ]
         tokenizer = models.read_tokenizer("--student", options.student, self._local(options.student))
-        for model in known[1:]:
+        for n, model in enumerate(known[1:], 1):
             if model.name != options.student:
                 other = models.read_tokenizer(model.option, model.name, self._local(model.name))
-                try:
-                    check_tokenizers(model.name, tokenizer, other)
-                except ValueError as error:
-                    raise typer.BadParameter(str(error), param_hint=model.option) from None
-        models.check_sizes(known, tokenizer, options.k)
+                if self._is_other(model.option, model.name, tokenizer, other):
+                    known[n] = replace(model, own_tokenizer=other)
+        if name := options.server_tokenizer():
+            option = "--teacher-server-tokenizer"
+            other = models.read_tokenizer(option, name, self._local(name))
+            self._server_tokenizer = other
+            if self._is_other(option, name, tokenizer, other):
+                known.append(models.Model(option, name, len(other), None, other))
+        models.check_sizes([model for model in known if model.own_tokenizer is None], tokenizer, options.k)
         return known, tokenizer
+
+    def _is_other(self, option: str, name: str, tokenizer: Any, other: Any) -> bool:
+        """Whether a model's tokenizer is not the student's; raises unless such are meant."""
+        try:
+            pair = check_tokenizers(name, tokenizer, other, cross_tokenizer=self.options.cross_tokenizer)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from None
+        return pair is not None
 
     def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
         """Fingerprints of the prompts and models; a resumed run compares them with those that it was started with."""
@@ -216,7 +230,7 @@ class DistillationRun:
                 "timeout": options.teacher_server_timeout,
                 "patience": options.teacher_server_patience,
                 "api_key": self._server_key,
-                "tokenizer": tokenizer,
+                "tokenizer": self._server_tokenizer or tokenizer,
                 "temperature": options.temperature,
             }
             if options.teacher_server_head:
@@ -226,7 +240,8 @@ class DistillationRun:
                 )
             else:
                 top_k = None if options.support == "student" else options.k
-                teacher = server.ServerTeacher(*given, top_k=top_k, vocab_size=vocab_size, **common)
+                known_size = None if self._server_tokenizer else vocab_size
+                teacher = server.ServerTeacher(*given, top_k=top_k, vocab_size=known_size, **common)
                 if options.support == "student":
                     teacher.require_requested_ids(options.k)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:  # TeacherServerError is a RuntimeError
@@ -242,6 +257,7 @@ class DistillationRun:
                 reward_scale=options.reward_scale,
                 **options.loss_options(),
                 route_column=_ROUTE if options.route_column else None,
+                cross_tokenizer=options.cross_tokenizer,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,
                 gradient_accumulation_steps=options.accumulation,
@@ -299,6 +315,7 @@ class DistillationRun:
             train_dataset=dataset,
             processing_class=tokenizer,
             ref_model=self._reference(),
+            teacher_processing_class=self._server_tokenizer,
             peft_config=adapter,
         )
         trainer.remove_callback(PrinterCallback)

@@ -149,6 +149,7 @@ def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | Non
         *sources,
         ("λ (reward scale)", scale),
         ("loss", describe_loss(args)),
+        *([("tokenizers", "of each model its own")] if getattr(args, "cross_tokenizer", False) else []),
         ("data", ", ".join(data) or "a stream"),
         ("optimizer steps", str(trainer.state.global_step)),
         ("seed", str(args.seed)),

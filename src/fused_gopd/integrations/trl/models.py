@@ -58,7 +58,7 @@ from .cross import CrossTokenizer, as_batch
 
 logger = get_logger(__name__)
 
-# prompts of which is told how much two tokenizers have in common
+# of so many prompts it is said how much two tokenizers have in common
 _SHOWN_PROMPTS = 64
 # metrics that TRL itself logs
 _LOGGED = ("tokens", "loss", "entropy")
