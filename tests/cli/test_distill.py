@@ -129,6 +129,33 @@ def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> 
     assert "library_name: peft" in (adapter / "README.md").read_text()
 
 
+def test_adapters_on_the_students_base_are_the_teachers_that_they_would_be_merged(files: Files, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapters, merged = [], []
+    for seed, route in enumerate(("math", "code")):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(files.student)
+        made = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        made.save_pretrained(tmp_path / route)
+        whole = made.merge_and_unload()
+        whole.save_pretrained(tmp_path / f"{route}-merged")
+        make_tokenizer().save_pretrained(tmp_path / f"{route}-merged")
+        adapters += ["--teacher", f"{route}=adapter:{tmp_path / route}"]
+        merged += ["--teacher", f"{route}={tmp_path / route}-merged"]
+    found = []
+    for name, teachers in (("adapters", adapters), ("merged", merged)):
+        routed = ["--prompts", files.routed, "--prompt-column", "messages", "--route-column", "domain"]
+        invoke(*small(files, tmp_path / name, "--lora", "2", *routed, *teachers, steps=2))
+        found.append(weights(tmp_path / name / "model"))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], rtol=1e-4, atol=1e-5)
+    text = (tmp_path / "adapters" / "model" / "README.md").read_text()
+    assert "| teacher of math | the student's base with the adapter math, sha256 " in text
+    read = json.loads((tmp_path / "adapters" / "inputs.json").read_text())
+    assert "adapter_model.safetensors" in str(read)
+    assert "the base of" not in str(read)
+
+
 def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Whole) -> None:
     text = (whole() / "model" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\nlibrary_name: transformers\n")
@@ -684,6 +711,19 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda f: ["--prompts", f.write("types.jsonl", [_named(1), _named("a")])],
         "types.jsonl has fields of messages that are of one type in some rows and of another in others",
     ),
+    "an adapter beside a student without one": (
+        lambda f: ["--teacher", "adapter:" + f.adapter()],
+        "adapter is an adapter on the student's base, which only --lora leaves as it is",
+    ),
+    "a model for an adapter": (
+        lambda f: ["--lora", "2", "--teacher", f"adapter:{f.math}"],
+        "--teacher: must be adapter: and a PEFT adapter, and",
+    ),
+    "an adapter of another base": (
+        lambda f: ["--lora", "2", "--teacher", "adapter:" + f.adapter("someone/else")],
+        "is an adapter of someone/else, and the student's base is",
+    ),
+    "an adapter for a student": (lambda f: ["--student", "adapter:" + f.adapter()], "--student: must be a model, got"),
     "links to nowhere": (
         lambda f: ["--teacher", f.damaged("model.safetensors", "nowhere")],
         "'{damaged}' cannot be loaded: {damaged}/model.safetensors is a link to nowhere, which is not there",

@@ -66,6 +66,14 @@ class Files:
         routed[1]["domain"] = "code"
         self.routed = self.write("routed.jsonl", routed)
 
+    def adapter(self, base: str = "") -> str:
+        """The configuration of an adapter."""
+        folder = self.folder / "adapter"
+        folder.mkdir(exist_ok=True)
+        config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": base or self.student}
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return str(folder)
+
     def changed(self, **configuration: Any) -> str:
         """A model of another shape, with the others' tokenizer."""
         return make_model(self.folder / "changed", 5, make_tokenizer(), **configuration)

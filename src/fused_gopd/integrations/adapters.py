@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from ..hooks import isinstance_if_imported
 from ..installing import packages
 from . import needs
-
-PREFIX = "adapter:"
-
-
-def adapter_path(source: object) -> str | None:
-    """The folder or hub name in ``"adapter:PATH"``; None for every other model."""
-    return source.removeprefix(PREFIX) if isinstance(source, str) and source.startswith(PREFIX) else None
+from .hub import ADAPTER
 
 
 def _place(path: str) -> str:
@@ -49,7 +43,7 @@ def require_adapter(name: str, path: str, base: str = "") -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(_place(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{name} must be {PREFIX} and a PEFT adapter, and {path} is none: {error}") from None
+        raise ValueError(f"{name} must be {ADAPTER} and a PEFT adapter, and {path} is none: {error}") from None
     own = str(config.base_model_name_or_path or "")
     if base and own and Path(own).name != Path(base).name:
         raise ValueError(

@@ -9,6 +9,13 @@ from typing import Any
 # arguments of from_pretrained that the functions of the hub share
 _WHERE = ("revision", "cache_dir")
 _FILES = ("config.json", "adapter_config.json")
+# before the path of an adapter on the student's base, in the place of a model's path
+ADAPTER = "adapter:"
+
+
+def adapter_path(source: object) -> str | None:
+    """The folder or hub name in ``"adapter:PATH"``; None for every other model."""
+    return source.removeprefix(ADAPTER) if isinstance(source, str) and source.startswith(ADAPTER) else None
 
 
 def is_folder(argument: str, name: str) -> bool:

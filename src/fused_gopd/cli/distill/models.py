@@ -11,6 +11,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import create_model_from_path
 
+from ...integrations.adapters import require_adapter
 from ...integrations.hub import require_model
 from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
 
@@ -45,6 +46,15 @@ def read(option: str, name: str, path: str) -> Model:
         return Model(option, name, config.get_text_config().vocab_size, positions_of(config))
     except Exception as error:  # damaged files make transformers raise many types of exceptions
         raise typer.BadParameter(_unloadable(name, path, error), param_hint=option) from None
+
+
+def read_adapter(option: str, path: str, base: str) -> None:
+    """Raise for what is no adapter on the base; both are folders or hub names."""
+    try:
+        require_model(option, path)
+        require_adapter(option, path, base)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
 
 
 def _load(option: str, path: str) -> Any:

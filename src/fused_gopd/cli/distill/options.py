@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ... import installing
-from ...integrations.hub import is_folder
+from ...integrations.hub import ADAPTER, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, require_finite, require_one_of, require_packages
@@ -123,8 +123,8 @@ class RunOptions:
         return (self.teacher_server_tokenizer or self.teacher_server_head) if self.cross_tokenizer else ""
 
     def models(self) -> list[str]:
-        """Folders and hub names of the models that this process loads."""
-        return list(self.roles().values())
+        """Folders and hub names of the models and adapters that this process loads."""
+        return [adapter_path(name) or name for name in self.roles().values()]
 
     def reads(self) -> dict[str, Path]:
         """Files and folders that the run reads, by the names that messages use."""
@@ -136,9 +136,11 @@ class RunOptions:
 
 
 def with_bases(places: Mapping[str, str]) -> dict[str, str]:
-    """The models, and for each PEFT adapter among them also its base model."""
-    found = dict(places)
+    """The models, and for each PEFT adapter among them also its base model, if that is not the student's."""
+    found = {role: adapter_path(place) or place for role, place in places.items()}
     for role, place in places.items():
+        if adapter_path(place) is not None:
+            continue
         try:
             text = (Path(place).expanduser() / "adapter_config.json").read_text(encoding="utf-8")
             found[f"the base of {role}"] = str(json.loads(text)["base_model_name_or_path"])
@@ -148,6 +150,9 @@ def with_bases(places: Mapping[str, str]) -> dict[str, str]:
 
 
 def _absolute(name: str) -> str:
+    adapter = adapter_path(name)
+    if adapter is not None:
+        return ADAPTER + _absolute(adapter)
     return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
 
 
@@ -254,7 +259,7 @@ def check(options: RunOptions) -> None:
     if not Path(options.prompts).is_file():
         raise _wrong("--prompts", f"there is no file {options.prompts}")
     for option, name in (("--student", options.student), ("--ref", options.ref)):
-        _check_model(option, name)
+        _check_model(option, name, options.lora)
     _check_packages(options)
 
 
@@ -280,7 +285,7 @@ def _check_teachers(options: RunOptions) -> None:
             else f"must be given: which column of the prompts says {' or '.join(map(repr, routes))}?",
         )
     for model in routes.values():
-        _check_model("--teacher", model)
+        _check_model("--teacher", model, options.lora)
 
 
 def _check_server(options: RunOptions) -> None:
@@ -326,7 +331,14 @@ def _check_head(options: RunOptions) -> None:
         raise _wrong("--teacher-server-states", f"there is no folder {states}")
 
 
-def _check_model(option: str, name: str) -> None:
+def _check_model(option: str, name: str, lora: int) -> None:
+    adapter = adapter_path(name)
+    if adapter is not None:
+        if option == "--student":
+            raise _wrong(option, f"must be a model, got {name}: an adapter is on the student's base")
+        if not lora:
+            raise _wrong(option, f"{name} is an adapter on the student's base, which only --lora leaves as it is")
+        name = adapter
     if name not in ("", "student", "smollm2"):
         try:
             is_folder(option, name)

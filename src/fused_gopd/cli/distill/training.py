@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from ...integrations.hub import adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
@@ -137,10 +138,13 @@ class DistillationRun:
     def _read_models(self) -> tuple[list[models.Model], Any]:
         """The models' sizes, the student's first, and the student's tokenizer; raises where models do not match."""
         options = self.options
-        known = [
-            models.read(option, name, self._local(name))
-            for option, name in [("--student", options.student), *self._frozen_models()]
-        ]
+        known = [models.read("--student", options.student, self._local(options.student))]
+        for option, name in self._frozen_models():
+            adapter = adapter_path(name)
+            if adapter is None:
+                known.append(models.read(option, name, self._local(name)))
+            else:
+                models.read_adapter(option, adapter, self._local(options.student))
         tokenizer = models.read_tokenizer("--student", options.student, self._local(options.student))
         for n, model in enumerate(known[1:], 1):
             if model.name != options.student:
@@ -251,6 +255,7 @@ class DistillationRun:
 
     def _config(self) -> Any:
         options, gpu = self.options, torch.cuda.is_available()
+        loaded = any(adapter_path(model) is None for model in options.routes().values())
         try:
             return GOPDConfig(
                 output_dir=str(self.checkpoints.partial),
@@ -271,7 +276,7 @@ class DistillationRun:
                 gradient_checkpointing=gpu,
                 # trained weights are float32, whatever the dtype of the products
                 model_init_kwargs={"dtype": self._frozen_dtype if options.lora else "float32"},
-                teacher_model_init_kwargs=None if options.teacher_server else {"dtype": self._frozen_dtype},
+                teacher_model_init_kwargs={"dtype": self._frozen_dtype} if loaded else None,
                 shuffle_dataset=False,
                 logging_steps=1,
                 save_strategy="steps",
@@ -322,13 +327,15 @@ class DistillationRun:
         return trainer
 
     def _reference(self) -> Any:
-        """None, ``"base"`` (the student without its adapter), or a model."""
+        """None, ``"base"`` (the student without its adapter), ``"adapter:PATH"``, or a model."""
         options = self.options
         if options.reward_scale == 1:
             return None
         if options.ref == "student" and options.lora:
             return "base"
         name = options.student if options.ref == "student" else options.ref
+        if adapter_path(name) is not None:
+            return name
         return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen_dtype))
 
     def _train(self, trainer: Any, interrupt: Interrupt) -> None:

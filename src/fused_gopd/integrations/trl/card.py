@@ -16,7 +16,7 @@ from torch import nn
 
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
-from ..adapters import adapter_path
+from ..hub import adapter_path
 
 Lines = list[tuple[str, str]]
 

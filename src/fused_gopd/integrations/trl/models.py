@@ -23,9 +23,9 @@ from ...output import GOPDOutput
 from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
-from ..adapters import adapter_path, require_adapter, with_adapter
+from ..adapters import require_adapter, with_adapter
 from ..cache import StoredStates, fingerprint
-from ..hub import require_model
+from ..hub import adapter_path, require_model
 from ..modules import require_separate
 from ..tokenizers.pairs import texts_of
 from ..transformers import head_of, last_hidden_state
@@ -131,7 +131,9 @@ class ScoringMixin:
             check_kind(name, model, cast("Any", args).temperature)
         loaded = any(isinstance(x, str) and adapter_path(x) is None for x in routes.values())
         if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
-            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
+            raise ValueError(
+                "teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path of a model"
+            )
         scale = f"reward_scale={args.reward_scale}"
         if args.reward_scale_end is not None:
             scale += f" to reward_scale_end={args.reward_scale_end}"
