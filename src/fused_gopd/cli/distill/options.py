@@ -311,7 +311,7 @@ def _check_server(options: RunOptions) -> None:
         raise _wrong("--teacher-server-tokenizer", "is an option of --cross-tokenizer")
     if options.cross_tokenizer and options.support == "student":
         raise _wrong("--support", "student names the student's tokens, and the server has others (--cross-tokenizer)")
-    _check_model("--teacher-server-tokenizer", options.teacher_server_tokenizer)
+    _check_model("--teacher-server-tokenizer", options.teacher_server_tokenizer, options.lora)
 
 
 def _check_head(options: RunOptions) -> None:
