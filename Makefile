@@ -141,7 +141,7 @@ test-liger: build/liger
 	touch $@
 
 test-server: $(VENV)/.test .venv-server/.ready
-	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_states.py
+	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/integrations/test_vllm*.py
 
 # The peers are not part of what the tests install.
 $(VENV)/.bench: $(VENV)/.test

@@ -196,6 +196,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.under_way = self.most_under_way = 0
         self.answer = ANSWERS[api]
+        self.moved = ""  # where requests for the models are sent on to
         self.refusals = {"/inference/v1/generate": 403}  # of vLLM without --enable-scale-out
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -226,6 +227,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.headers.append(dict(self.headers))
+        if self.server.moved:
+            self.send(307, b"", {"Location": self.server.moved + self.path})
+            return
         self.send(200, self.server.cards)
 
     def do_POST(self) -> None:
@@ -263,6 +267,16 @@ def slow(seconds: float) -> Callable[[Handler, Any], Any]:
 
 
 def hang_up(handler: Handler, answer: Any) -> None:
+    handler.close_connection = True
+
+
+def cut(handler: Handler, answer: Any) -> None:
+    """Half of the body that was announced, and the end of the connection."""
+    data = json.dumps(answer).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data[: len(data) // 2])
     handler.close_connection = True
 
 
@@ -624,6 +638,29 @@ def test_order_is_kept_whatever_the_order_of_the_answers(any_server: Server) -> 
         assert one.logprobs == pytest.approx([rows[0][ids[1]], rows[1][ids[2]]])
 
 
+@pytest.mark.parametrize("api", ["vllm", "vllm-ids"])  # two sequences in a request, and one
+def test_under_all_faults_at_once_each_sequence_has_its_own_scores(api: str) -> None:
+    """200 at once, with 40 faults among the requests and as many answers out of turn."""
+    generator = torch.Generator().manual_seed(3)
+    sequences = torch.randint(V, (200, 12), generator=generator).tolist()
+    faults = [
+        status(429, {"message": "slow down"}),
+        status(500, {"message": "oh"}),
+        hang_up,
+        cut,
+        status(503, b"<html>busy</html>"),
+        status(200, b"no gzip", {"Content-Encoding": "gzip"}),
+    ]
+    for server in serve(api):
+        with server.teacher(max_concurrency=50, retries=20, batch_size=2) as teacher:
+            server.faults = [each for n in range(40) for each in (faults[n % len(faults)], slow(0.002 * (n % 5)))]
+            found = teacher.score(sequences, [4] * 200)
+        assert not server.faults
+        for ids, one in zip(sequences, found, strict=True):
+            rows = server.model.logprobs(ids)
+            assert one.logprobs == pytest.approx([rows[t - 1][ids[t]] for t in range(4, 12)], abs=1e-5)
+
+
 def test_no_more_requests_than_allowed_are_under_way(vllm: Server) -> None:
     with vllm.teacher(batch_size=2, max_concurrency=3) as teacher:
         vllm.bodies.clear()
@@ -655,10 +692,11 @@ def test_the_training_s_random_numbers_are_left_alone(vllm: Server) -> None:
         status(503, b"<html>busy</html>"),
         status(429, {"message": "slow down"}),
         hang_up,
+        cut,
         slow(0.6),
         status(200, b"no gzip", {"Content-Encoding": "gzip"}),
     ],
-    ids=["500", "503", "429", "hung up", "slow", "broken compression"],
+    ids=["500", "503", "429", "hung up", "cut", "slow", "broken compression"],
 )
 def test_what_may_pass_is_asked_again(vllm: Server, fault: Callable[[Handler, Any], Any]) -> None:
     with vllm.teacher(timeout=0.3, retries=2) as teacher:
@@ -1203,6 +1241,70 @@ def test_what_a_server_repeats_is_not_shown(vllm: Server, fault: Callable[[Handl
                 teacher.score([[1, 2]], [1])
         assert_hidden(error)
         assert "user" not in str(error.value)
+
+
+AUTHORISATIONS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "key": lambda url: {"base_url": url, "api_key": SECRET},
+    "header": lambda url: {"base_url": url, "headers": {"X-Key": SECRET}},
+    "password": lambda url: {"base_url": url.replace("//", f"//user:{quote(SECRET, safe='')}@")},
+    "proxy": lambda url: {"base_url": url, "proxy": url.replace("//", f"//user:{quote(SECRET, safe='')}@")},
+}
+ENCODED = b64encode(f"user:{SECRET}".encode()).decode()
+
+
+def assert_nowhere(text: str) -> None:
+    for form in (SECRET, json.dumps(SECRET)[1:-1], repr(SECRET)[1:-1], quote(SECRET, safe=""), "hunter", ENCODED):
+        assert form not in text
+
+
+@pytest.mark.parametrize("authorisation", AUTHORISATIONS)
+@pytest.mark.parametrize("fault", ["none", "refused", "away", "not JSON", "another answer"])
+def test_no_log_and_no_traceback_with_its_locals_has_a_secret(
+    vllm: Server, caplog: pytest.LogCaptureFixture, authorisation: str, fault: str
+) -> None:
+    """Neither in what loggers of the libraries say, nor in each frame's variables, which pytest and rich can show."""
+    faults = {
+        "none": [],
+        "refused": [status(400, {"message": "no"})],
+        "away": [hang_up] * 3,
+        "not JSON": [status(200, b"<html>")],
+        "another answer": [lambda handler, right: {"choices": 3}],
+    }
+    errors: list[BaseException] = []
+    with caplog.at_level(0):
+        for at_start in (True, False):
+            vllm.faults = list(faults[fault]) if at_start else []
+            try:
+                options = {**AUTHORISATIONS[authorisation](vllm.url), "model": "teacher", "retries": 2, "backoff": 0.01}
+                with ServerTeacher(**options) as teacher:
+                    options.clear()
+                    vllm.faults = list(faults[fault])
+                    teacher.score([[1, 2]], [1])
+                    shown = [repr(x) + str(x) for x in (teacher, teacher.capabilities, teacher._connection)]
+                    shown += [repr(vars(teacher)), repr(vars(teacher._connection))]
+                    assert_nowhere("".join(shown))
+            except TeacherServerError as error:
+                options.clear()  # this frame's own
+                errors.append(error)
+    assert len(errors) == (0 if fault == "none" else 2)
+    for error in errors:
+        assert_nowhere("".join(traceback.TracebackException.from_exception(error, capture_locals=True).format()))
+    assert any(record.name.startswith("http") for record in caplog.records)
+    assert_nowhere("".join(f"{record.getMessage()} {record.args}" for record in caplog.records))
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_no_other_host_gets_a_request(vllm: Server, openai: Server, code: int) -> None:
+    with vllm.teacher(api_key=SECRET) as teacher:
+        openai.headers.clear()
+        vllm.faults = [status(code, b"", {"Location": openai.url + "/v1/completions"})]
+        with pytest.raises(TeacherServerError, match=rf"refused, status {code}: .*redirects to {openai.url}"):
+            teacher.score([[1, 2]], [1])
+    vllm.moved = openai.url
+    with pytest.raises(TeacherServerError, match=r"/v1/models refused, status 307"):
+        vllm.teacher(api_key=SECRET)
+    assert not openai.headers
+    assert not openai.bodies
 
 
 def test_user_and_password_of_an_address_are_sent_and_not_kept_in_it(vllm: Server) -> None:

@@ -253,10 +253,13 @@ def test_a_trainer_learns_what_it_learns_from_the_model_here(
 
 
 def distill(files: Files, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from fused_gopd.cli import app; app()", "distill"]
-    command += ["--student", files.student, "--ref", "student", "--reward-scale", "1.25", "--output", str(output)]
-    command += ["--prompts", files.prompts, "--batch-size", "4", "--max-new-tokens", "12", "--learning-rate", "1e-3"]
-    command += ["--seed", "3", *arguments]
+    given = ["--student", files.student, "--ref", "student", "--reward-scale", "1.25", "--output", str(output)]
+    given += ["--prompts", files.prompts, "--batch-size", "4", "--max-new-tokens", "12", "--learning-rate", "1e-3"]
+    return distill_command(*given, "--seed", "3", *arguments)
+
+
+def distill_command(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from fused_gopd.cli import app; app()", "distill", *arguments]
     environment = {**os.environ, "TEACHER_API_KEY": "a-key", "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

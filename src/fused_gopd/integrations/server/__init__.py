@@ -171,6 +171,7 @@ class ServerTeacher:
             max_concurrency=max_concurrency,
             advice=self._advice,
         )
+        del api_key, headers, proxy, base_url  # so that no traceback that shows this frame's variables has them
         self.base_url = self._connection.base_url
         self._check_model()
         self._format = self._find_format()

@@ -93,6 +93,13 @@ def _written_forms(value: str) -> set[str]:
     return {value, *escaped, base64.b64encode(value.encode()).decode()}
 
 
+class _Own:
+    """Headers, and user name and password, in an object that shows none of them."""
+
+    def __init__(self, headers: dict[str, str], userinfo: tuple[str, str] | None) -> None:
+        self.headers, self.userinfo = headers, userinfo
+
+
 def bearer(api_key: object) -> str:
     """The key without surrounding whitespace, such as the line end of a file."""
     if not isinstance(api_key, str):
@@ -151,7 +158,7 @@ class Connection:
         max_concurrency: int,
         advice: Callable[[int], str],  # advice for a refusal, by its status
     ) -> None:
-        self.base_url, self._userinfo = split_userinfo("base_url", base_url)
+        self.base_url, userinfo = split_userinfo("base_url", base_url)
         for name, seconds in (("timeout", timeout), ("backoff", backoff)):
             if require_number(name, seconds) <= 0:
                 raise ValueError(f"{name} must be positive seconds, got {seconds}")
@@ -162,18 +169,19 @@ class Connection:
         self._own_advice = advice
         self.patience = 0.0  # seconds after its first failure during which a request is repeated beyond retries
         key = None if api_key is None else bearer(api_key)
-        self._headers = checked_headers(headers, key)
-        if self._userinfo is not None and any(name.lower() == "authorization" for name in self._headers):
+        checked = checked_headers(headers, key)
+        if userinfo is not None and any(name.lower() == "authorization" for name in checked):
             raise ValueError("base_url has a user name and api_key or headers an authorisation: give one of them")
         try:
             httpx.URL(self.base_url)
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"base_url must be an address, got {self.base_url!r} ({error})") from None
+        self._own = _Own(checked, userinfo)
         self._proxy, proxy_userinfo = _proxy_of(self.base_url, proxy)
         self.secrets = Secrets(
             [
-                *_secrets_in_headers(self._headers),
-                *_secrets_in_userinfo(self._userinfo),
+                *_secrets_in_headers(checked),
+                *_secrets_in_userinfo(userinfo),
                 *_secrets_in_userinfo(proxy_userinfo),
             ]
         )
@@ -201,9 +209,15 @@ class Connection:
         limits = httpx.Limits(max_connections=self.max_concurrency, max_keepalive_connections=self.max_concurrency)
         # an explicit transport: without one the client uses all proxies of the environment
         transport = httpx.AsyncHTTPTransport(verify=self._tls, limits=limits, proxy=self._proxy)
-        options = {"headers": self._headers, "auth": self._userinfo, "timeout": self.timeout}
         under_way = asyncio.Semaphore(self.max_concurrency)
-        async with httpx.AsyncClient(base_url=self.base_url, transport=transport, **options) as client:
+        client = httpx.AsyncClient(
+            base_url=self.base_url,
+            transport=transport,
+            headers=self._own.headers,  # no variable has them, which a traceback may show
+            auth=self._own.userinfo,
+            timeout=self.timeout,
+        )
+        async with client:
 
             async def answer_to(i: int, request: Request) -> T:
                 async with under_way:
