@@ -151,7 +151,7 @@ OTHERS = {  # of other programs
     "docs/coming-from.md": None,
     "docs/off-policy.md": None,
     "docs/integrations/README.md": None,
-    "docs/integrations/server.md": {"--no-enable-prefix-caching"},
+    "docs/integrations/server.md": {"--logprobs-mode", "--no-enable-prefix-caching"},
 }
 
 
@@ -173,6 +173,7 @@ def test_the_parts_of_a_distill_command_go_together(tmp_path: Path, monkeypatch:
     spans = re.findall(r"`(--[\w-]+ [^`]+)`", FENCE.sub("", PAGES["docs/distill.md"]))
     assert len(spans) > 5
     needs = {"--save": "--lora 8", "--teacher": "", "--teacher-server": "", "--ref": "--reward-scale 1.25"}
+    needs["--support"] = "--estimator topk --k 20"
     server = next(span for span in spans if span.startswith("--teacher-server "))
     for span in [*spans, f"{server} --estimator topk --k 20"]:
         rest = f"{span} {needs.get(span.split(' ')[0], '')}"
