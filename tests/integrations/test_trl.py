@@ -1101,7 +1101,7 @@ def never(*_: Any, **__: Any) -> None:
         ({"reward_scale_fn": lambda step: 1.0, "ref_model": "r", "reward_scale": 1.25}, "reward_scale_fn .*1.25"),
         ({"reward_scale_fn": lambda step: 1.0, "ref_model": "r", "reward_scale_end": 1.5}, "reward_scale_fn .*1.5"),
         ({"chunk_dtype": "bfloat16"}, "chunk_dtype=torch.bfloat16 is for bfloat16 and float16 heads on a CUDA GPU"),
-        ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a path"),
+        ({"teacher": lambda *_: None, "teacher_model_init_kwargs": {"dtype": "auto"}}, "no teacher is a model's path"),
         ({"teacher": Served(), "estimator": "sampled", "temperature": 0.6}, "teacher returns log-probs of temperature"),
         ({"ref_model": Served(), "reward_scale": 1.25, "temperature": 0.6}, "ref_model returns log-probs of"),
         ({"teacher": Served(8), "estimator": "topk", "k": 16}, r"TopKLogProbs have their own K=\[8\], got k=16"),
@@ -1280,5 +1280,5 @@ def test_empty_completions_are_named(tmp_path: Path) -> None:
 
 def test_a_scorer_that_returns_something_else_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, teacher=lambda *_: torch.zeros(2, 6), estimator="sampled")
-    with pytest.raises(TypeError, match=r"the scorer teacher must return fused_gopd.TokenLogProbs .* got Tensor"):
+    with pytest.raises(TypeError, match=r"the scorer teacher must return fused_gopd.TokenLogProbs.* got Tensor"):
         run.train()
