@@ -112,9 +112,6 @@ def _planned(call: LossCall) -> Plan:
     options = with_logits_dtype(options, dtype, {"student": student, **frozen})
     models = (student, *frozen.values())
     sharded = any(isinstance(model, (LinearHead, Logits)) and model.shard is not None for model in models)
-    mapped = [name for name, model in frozen.items() if getattr(model, "vocab_map", None) is not None]
-    if mapped and sharded:
-        raise ValueError(f"{mapped[0]} has a vocab_map, which needs whole heads: a model of this call has a shard")
     return Plan(
         options=options,
         routes=count,
@@ -133,7 +130,7 @@ def _planned(call: LossCall) -> Plan:
         dtype=dtype,
         dtypes={x.rows.dtype for x in heads_of([student, *needed["teacher"], *needed["ref"]])},
         has_terms=has_terms(call),
-        has_map=bool(mapped),
+        has_map=any(getattr(model, "vocab_map", None) is not None for model in frozen.values()),
         has_composite=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
     )

@@ -316,6 +316,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         )
 
     cuts = plan.sharded or plan.has_map
+    together = None  # the columns of this rank of all models that are taken together
+    if call.student.shard is not None and (options.joint or options.estimator == "topk"):
+        together = call.student.shard.within(vocab_size)
 
     def cut(head: Head) -> Head:
         """The columns of the joint vocabulary that this rank computes."""
@@ -323,9 +326,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
             return replace(head, vocab_map=head.vocab_map[:vocab_size])
         if head.shard is not None:
             return replace(head, shard=head.shard.within(vocab_size))
-        if call.student.shard is not None and (options.joint or options.estimator == "topk"):
-            return head.part(call.student.shard.within(vocab_size))
-        return head
+        return head if together is None else head.part(together)
 
     def flatten(model: Composite) -> FlatComposite:
         """A model made of several on the live tokens, without those that have the weight 0."""
@@ -340,7 +341,11 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
                 _check_weight(model, weight)
             weights.append(weight)
         return FlatComposite(
-            heads=tuple(heads), logprobs=tuple(scores), weights=tuple(weights), mixture=isinstance(model, Mixture)
+            heads=tuple(heads),
+            logprobs=tuple(scores),
+            weights=tuple(weights),
+            mixture=isinstance(model, Mixture),
+            shard=together,
         )
 
     heads = {name: frozen_heads(x, cut if cuts else None, flatten) for name, x in needed.items()}

@@ -32,11 +32,7 @@ class FlatComposite:
     logprobs: tuple[Tensor | None, ...]  # (n,)
     weights: tuple[float | Tensor, ...]  # tensor: (n,)
     mixture: bool
-
-    @property
-    def shard(self) -> VocabShard | None:
-        """The columns of this rank, which are those of all heads."""
-        return next((head.shard for head in self.heads if head is not None), None)
+    shard: VocabShard | None = None  # the columns of this rank where models are taken together
 
     def weights_of(self, tokens: slice) -> list[float | Tensor]:
         """Those of some of the tokens, tensors as (C,)."""

@@ -26,7 +26,13 @@ from builders import (
     widened,
 )
 from combinations import pairwise
+from costs import Memory, gemm_flops
 from fused_gopd import reference
+from fused_gopd.loop import gemm
+from fused_gopd.loop.chunking import chunk_size_for
+from fused_gopd.options import LossCall
+from fused_gopd.plan import plan_of
+from fused_gopd.vocab_maps import tokens_of_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,3 +213,313 @@ def test_models_taken_together_are_those_of_permuted_rows(backend_dtype, objecti
     for name in ("token_loss", "advantages", "teacher_logprobs", "ref_logprobs", "student_logprobs", "entropy", "kl"):
         if getattr(want, name) is not None:
             assert_close(getattr(out, name), getattr(want, name), backend_dtype.tolerance, name)
+
+
+# ----------------------------------------------------------------------------------------------- what it does not touch
+
+
+def plain(batch: Batch, **options: Any) -> tuple[Any, list[Tensor]]:
+    return run(batch, reward_scale=1.25, **options)
+
+
+EVERY = ({"estimator": "full"}, *TOPK, {"estimator": "sampled"}, *JOINT)
+every = pytest.mark.parametrize("objective", EVERY, ids=lambda x: " ".join(map(str, x.values())))
+
+
+@every
+def test_a_map_of_every_token_to_itself_changes_nothing(objective) -> None:
+    """But for rows behind the student's, which count where a model is normalised over its own vocabulary."""
+    batch = make_batch(3)
+
+    def with_map(head: fg.LinearHead) -> fg.LinearHead:
+        return like(head, vocab_map=torch.arange(V))
+
+    mapped = batch.replaced(teacher=with_map(batch.teacher), ref=with_map(batch.ref))
+    (out, grads), (want, want_grads) = plain(mapped, **objective), plain(batch, **objective)
+    assert_close(out.token_loss, want.token_loss, 1e-12)
+    assert_all_close(grads, want_grads, 1e-12)
+
+
+@pytest.mark.parametrize("backend_dtype", ["torch-float64", "native-float32"], indirect=True)
+@every
+@pytest.mark.parametrize("models", ["both", "log-linear"])
+def test_any_size_of_chunks(backend_dtype, objective, models, monkeypatch) -> None:
+    batch = with_models((MODELS | SUMS)[models], backend_dtype.dtype)
+    want, want_grads = plain(batch, backend=backend_dtype.backend, **objective)
+    monkeypatch.setattr(gemm, "_SELECTED", {"cpu": 40})  # blocks of a few rows of the weight
+    for size in (1, 3):
+        out, grads = plain(batch, backend=backend_dtype.backend, chunk_size=size, **objective)
+        assert_close(out.token_loss, want.token_loss, backend_dtype.tolerance)
+        assert_all_close(grads, want_grads, backend_dtype.tolerance)
+
+
+@every
+def test_masked_tokens_and_rows_that_are_no_token_reach_nothing(objective) -> None:
+    batch = with_models(MODELS["both"], torch.float64)
+    want, want_grads = plain(batch, **objective)
+    teacher, masked = batch.teacher, ~batch.mask
+    joint = objective["estimator"] == "full" or "baseline" in objective
+    weight = teacher.weight
+    if joint:  # a row that counts in no model's normaliser is not read
+        weight = weight.clone()
+        weight[~torch.isin(torch.arange(len(weight)), teacher.vocab_map)] = math.nan
+    broken = like(teacher, weight=weight, hidden=teacher.hidden.masked_fill(masked[..., None], math.nan))
+    out, grads = plain(batch.replaced(teacher=broken), **objective)
+    assert torch.equal(out.token_loss, want.token_loss)
+    assert all(map(torch.equal, grads, want_grads))
+
+
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, *TOPK[:2], {"estimator": "sampled"}], ids=str)
+def test_each_token_under_the_teacher_of_its_route(objective) -> None:
+    batch = with_models(MODELS["both"], torch.float64)
+    teachers = [batch.teacher, linear_head(21, SHAPE, V, 4, torch.float64), smaller(22, torch.float64)]
+    index = torch.tensor([[0, 1, 2, 1, 0], [2, 2, 0, 1, 1]])
+    out, grads = plain(batch.replaced(teacher=teachers), teacher_index=index, **objective)
+    total = [torch.zeros_like(x) for x in grads]
+    live = batch.mask.sum()
+    for i, teacher in enumerate(teachers):
+        own = batch.replaced(teacher=teacher, mask=batch.mask & (index == i))
+        want, want_grads = plain(own, **objective, normalizer=live)
+        assert_close(out.token_loss[own.mask], want.token_loss[own.mask], 1e-12)
+        total = [a + b for a, b in zip(total, want_grads, strict=True)]
+    assert_all_close(grads, total, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+def test_low_precision(dtype, objective, backend) -> None:
+    """The same bits of hidden states and weights in float64: products of the two are exact in float32, sums are not."""
+    batch = with_models(MODELS["both"], dtype)
+    out, _ = plain(batch, backend=backend, **objective)
+    wide = batch.replaced(**{name: widened(getattr(batch, name)) for name in ("student", "teacher", "ref")})
+    want, _ = plain(wide, **objective)
+    assert_close(out.token_loss, want.token_loss, 2e-5)
+
+
+def test_float32_master_weights_of_a_mapped_teacher() -> None:
+    batch = with_models(MODELS["both"], torch.bfloat16)
+    master = like(batch.teacher, weight=batch.teacher.weight.float())
+    for objective in ({"estimator": "full"}, TOPK[0]):
+        out, want = (plain(x, **objective)[0] for x in (batch.replaced(teacher=master), batch))
+        assert torch.equal(out.token_loss, want.token_loss)
+
+
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+def test_compiled_and_eager_give_the_same_bits(objective) -> None:
+    torch._dynamo.reset()
+    batch = with_models(SUMS["log-linear"], torch.float32)
+
+    def call(student: Any, teacher: Any, ref: Any, ids: Tensor, mask: Tensor) -> Any:
+        return fg.gopd_loss(student, teacher, ref, ids, mask=mask, reward_scale=1.25, **objective)
+
+    want, want_grads = run(batch, lambda *x, mask: call(*x, mask))
+    got, grads = run(batch, lambda *x, mask: torch.compile(call, fullgraph=True, backend="aot_eager")(*x, mask))
+    assert torch.equal(got.token_loss, want.token_loss)
+    assert all(map(torch.equal, grads, want_grads))
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ what the page says
+
+
+def test_the_students_logits_outside_have_no_gradient_of_full() -> None:
+    batch = with_models(MODELS["both"], torch.float64)
+    outside = (batch.teacher.vocab_map < 0) | (batch.ref.vocab_map < 0)
+    assert 0 < outside.sum() < V
+    logits = batch.student.hidden.detach() @ batch.student.weight.detach().T
+    for objective in ({"estimator": "full"}, {"estimator": "full", "divergence": "jsd"}):
+        student = fg.Logits(logits.clone().requires_grad_())
+        _, (gradient,) = plain(batch.replaced(student=student), **objective)
+        assert torch.equal(gradient[..., outside], torch.zeros_like(gradient[..., outside]))
+        assert gradient.sum(-1).abs().max() < 1e-15  # nor has the mass inside
+    student = fg.Logits(logits.clone().requires_grad_())
+    _, (gradient,) = plain(batch.replaced(student=student), estimator="topk", k=5)
+    assert (gradient[..., outside].abs().sum(-1) > 0)[batch.mask].all()
+
+
+def test_the_mass_in_common_follows_from_the_outputs() -> None:
+    batch = with_models(MODELS["larger"], torch.float64)
+    rows, student, teacher = batch.teacher.vocab_map, batch.student, batch.teacher
+    ids = (rows >= 0).nonzero()[:, 0][:10].reshape(SHAPE)
+    out = fg.gopd_loss(student, teacher, token_ids=ids, estimator="full")
+    p = oracle.logits_of(widened(student)).softmax(-1)
+    q = oracle.logits_of(widened(teacher)).softmax(-1)
+    ours = (fg.token_logprobs(student, ids) - out.student_logprobs).exp()
+    assert_close(ours, p[..., rows >= 0].sum(-1), 1e-12)
+    own = like(teacher, vocab_map=None)
+    theirs = (fg.token_logprobs(own, rows[ids]) - out.teacher_logprobs).exp()
+    assert_close(theirs, q[..., rows[rows >= 0]].sum(-1), 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"old_logprobs": torch.full(SHAPE, -2.0).double()}, {"baseline": "expected"}])
+def test_a_sampled_token_without_a_row_adds_nothing(options) -> None:
+    batch = with_models(MODELS["larger"], torch.float64).replaced(ref=None, mask=None)
+    rows = batch.teacher.vocab_map
+    ids = torch.randint(V, SHAPE, generator=generator(3))
+    there = rows[ids] >= 0
+    assert 0 < there.sum() < there.numel()
+    out, grads = run(batch.replaced(token_ids=ids), **options)
+    assert torch.equal(out.token_loss[~there], torch.zeros(int((~there).sum()), dtype=torch.float64))
+    total = there.numel()
+    want, want_grads = run(batch.replaced(token_ids=ids, mask=there), normalizer=total, **options)
+    assert_close(out.token_loss[there], want.token_loss[there], 1e-12)
+    assert_all_close(grads, want_grads, 1e-12)
+
+
+def test_scores_of_a_server_by_its_own_ids() -> None:
+    """The inverse of a map for the ids of :class:`fused_gopd.TopKLogProbs`."""
+    batch = with_models(MODELS["larger"], torch.float64).replaced(ref=None)
+    rows, own = batch.teacher.vocab_map, like(batch.teacher, vocab_map=None)
+    ids, logprobs = fg.token_topk(own, 12)
+    ours = tokens_of_rows(rows, own.own_size)[ids]
+    assert (ours < 0).any()
+    listed = fg.TopKLogProbs(ours, logprobs)
+    out, grads = run(batch.replaced(teacher=listed), estimator="topk")
+    want, want_grads = run(batch, estimator="topk", support_ids=ours)
+    assert_close(out.token_loss, want.token_loss, 1e-10)  # the rest as 1 minus a sum
+    assert_all_close(grads, want_grads, 1e-10)
+
+
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("models", ["both", "log-linear"])
+def test_functions_of_the_caller_and_cancelled_models(objective, models) -> None:
+    batch = with_models((MODELS | SUMS)[models], torch.float64)
+    seen: list[dict[str, Any]] = []
+
+    def scale(stats: Any) -> Tensor:
+        names = ["teacher_logprobs", "ref_logprobs", "ref_entropy", "student_entropy"]
+        names += [] if objective["estimator"] == "sampled" else ["kl_teacher", "kl_ref"]
+        seen.append({name: getattr(stats, name) for name in names})
+        return torch.linspace(-1, 2, len(stats.index), dtype=torch.float64)
+
+    for f in (None, reference.gopd_loss):
+        run(batch, f, reward_scale_fn=scale, **objective)
+    for name in seen[0]:
+        got, want = (x[name].masked_fill(x[name].isinf(), 0) for x in seen)
+        assert_close(got, want, 1e-12, name)
+    for lam, name in ((1.0, "ref_logprobs"), (0.0, "teacher_logprobs")):
+        out, want = (
+            run(batch, f, reward_scale=lam, score_cancelled=True, **objective)[0] for f in (None, reference.gopd_loss)
+        )
+        assert_close(getattr(out, name), getattr(want, name), 1e-12, name)
+
+
+# ------------------------------------------------------------------------------------------------------ memory and work
+
+
+def large(dtype: torch.dtype) -> Batch:
+    shape, size, width = (64,), 4096, 512
+    rows = torch.randperm(size, generator=generator(1))[:3000]
+    batch = make_batch(5, shape=shape, vocab=(3000, size, 3000), hidden=(16, width, 16), dtype=dtype, masked=False)
+    return batch.replaced(teacher=like(batch.teacher, vocab_map=rows.masked_fill(rows < 500, -1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+def test_no_copy_of_the_weight(objective, dtype, monkeypatch) -> None:
+    """Blocks of it, of 2^20 elements and no more: here of 64 rows."""
+    monkeypatch.setattr(gemm, "_SELECTED", {"cpu": 64 * 512})
+    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 64 * 512)
+    batch = large(dtype)
+    call = lambda: run(batch, reward_scale=1.25, chunk_size=16, **objective)  # noqa: E731
+    call()
+    weight, logits = batch.teacher.weight, 16 * 4096 * 4
+    unmapped = Memory(lambda: run(batch.replaced(teacher=batch.ref), chunk_size=16, **objective)).peak
+    assert Memory(call).peak - unmapped < 2 * logits < weight.nbytes // 4
+
+
+def test_products_over_the_common_rows_alone() -> None:
+    """``full`` multiplies with as many rows as the student has; ``topk`` and ``sampled`` with all of the teacher's."""
+    batch = large(torch.float32)
+    N, (rows, width) = 64, batch.teacher.weight.shape
+    student = 2 * N * 3000 * 16
+    for objective, count in (({"estimator": "full"}, 3000), (TOPK[0], rows), ({"estimator": "sampled"}, rows)):
+        work = gemm_flops(lambda o=objective: run(batch.replaced(ref=None), **o))
+        assert work == 3 * student + 2 * N * count * width
+
+
+def test_chunks_have_room_for_the_rows_of_a_model_alone() -> None:
+    teacher = fg.LinearHead(torch.zeros(1, 4), torch.zeros(8 * 32_000, 4), vocab_map=torch.arange(32_000))
+    student = fg.LinearHead(torch.zeros(1, 4), torch.zeros(32_000, 4, requires_grad=True))
+
+    def size(teacher: Any, **options: Any) -> int:
+        call = LossCall(student, teacher, token_ids=torch.zeros(1, dtype=torch.int64), **options)
+        chunks = plan_of(call).chunk_sizes
+        assert chunks is not None
+        return chunks[0]
+
+    plain_teacher = fg.LinearHead(torch.zeros(1, 4), torch.zeros(32_000, 4))
+    assert size(teacher, estimator="full") == size(plain_teacher, estimator="full")
+    wide = fg.LinearHead(torch.zeros(1, 4), torch.zeros(8 * 32_000, 4))
+    for options in ({"estimator": "topk", "k": 4}, {"estimator": "sampled"}):
+        assert size(teacher, **options) == chunk_size_for(8 * 32_000, 1, "cpu")
+    both = fg.LogLinear([teacher, plain_teacher])
+    assert size(both, estimator="full") == chunk_size_for(8 * 32_000, 3, "cpu")
+    assert wide.own_size == teacher.own_size
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def of(rows: Any, size: int = 50, **options: Any) -> Any:
+    teacher = fg.LinearHead(torch.zeros(*SHAPE, 3), torch.zeros(size, 3), vocab_map=rows)
+    student = fg.LinearHead(torch.zeros(*SHAPE, 3), torch.zeros(V, 3))
+    return fg.gopd_loss(student, teacher, token_ids=torch.zeros(SHAPE, dtype=torch.int64), estimator="full", **options)
+
+
+def test_wrong_maps() -> None:
+    right = torch.arange(V)
+    of(right)
+    for rows, error, message in (
+        ([1], TypeError, "vocab_map must be a torch.Tensor or None, got list"),
+        (right.int(), TypeError, "vocab_map must be int64, got torch.int32"),
+        (right.double(), TypeError, "vocab_map must be int64, got torch.float64"),
+        (right[None], ValueError, r"vocab_map must have shape \(V,\), one entry .*, got \(1, 37\)"),
+        (right[:0], ValueError, r"vocab_map must have shape \(V,\), .*, got \(0,\)"),
+        (right.to("meta"), ValueError, "vocab_map must be on the model's device cpu, got meta"),
+        (right + 14, IndexError, r"teacher.vocab_map must be in \[0, 50\), the rows of that model, .*, got 50"),
+        (right - 2, IndexError, r"teacher.vocab_map must be in \[0, 50\), .* or -1 for none, got -2"),
+        (right.clamp_min(1), ValueError, "teacher.vocab_map must have no row twice, which would count twice, got 1"),
+        (right * 0 - 1, ValueError, "teacher.vocab_map must have a row for at least one of the 37 tokens of the joint"),
+    ):
+        with pytest.raises(error, match=message):
+            of(rows)
+    with pytest.raises(ValueError, match=r"at least one of the 5 tokens of the joint vocabulary, all are -1"):
+        of(right.masked_fill(right < 5, -1), vocab_size=5)
+
+
+def test_names_of_models_in_a_list_or_a_sum() -> None:
+    batch = with_models(MODELS["both"], torch.float64)
+    wrong = like(batch.teacher, vocab_map=batch.teacher.vocab_map.clamp_min(0))
+    call = lambda teacher, **options: run(batch.replaced(teacher=teacher), estimator="full", **options)  # noqa: E731
+    index = torch.zeros(SHAPE, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"teacher\[1\].models\[0\].vocab_map must have no row twice"):
+        call([batch.teacher, fg.LogLinear([wrong])], teacher_index=index)
+    with pytest.raises(ValueError, match=r"ref.vocab_map must have no row twice"):
+        run(batch.replaced(ref=wrong), estimator="full", reward_scale=2.0)
+
+
+def test_a_map_is_of_a_frozen_model() -> None:
+    batch = with_models(MODELS["larger"], torch.float64)
+    head = batch.teacher
+    for name, call in (
+        ("student", lambda: fg.gopd_loss(head, head, token_ids=batch.token_ids)),
+        ("student", lambda: reference.gopd_loss(head, head, token_ids=batch.token_ids)),
+        ("head", lambda: fg.token_logprobs(head, batch.token_ids)),
+        ("head", lambda: fg.token_topk(head, 3)),
+        ("head", lambda: fg.selected_logprobs(head, batch.token_ids[..., None])),
+        ("head", lambda: fg.linear_nll(head, batch.token_ids)),
+        ("student", lambda: torch.compile(fg.gopd_loss, backend="eager")(head, head, token_ids=batch.token_ids)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has a vocab_map, which says of a teacher or reference"):
+            call()
+
+
+def test_a_map_shows_and_follows_the_tokens() -> None:
+    head = larger(1, torch.float64)
+    assert "vocab_map: (37,) int64" in repr(head)
+    assert head[:, 1:].vocab_map is head.vocab_map
+    assert (head.vocab_size, head.own_size) == (V, 61)
+    logits = logits_head(1, SHAPE, 50, torch.float64, vocab_map=vocab_map(1, 50))
+    assert (logits.vocab_size, logits.own_size) == (V, 50)
+    assert set(logits.tensors) == {"logits", "vocab_map"}

@@ -108,6 +108,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "baseline, sum of whole models": ({"baseline": "expected"}, {"made": fg.LogLinear, "teacher": "whole"}),
     "topk of a mixture": ({"estimator": "topk", "k": 9}, {"made": fg.Mixture}),
     "topk of a sum": ({"estimator": "topk", "k": 9, "tail": "renormalize"}, {"made": fg.LogLinear, "teacher": "whole"}),
+    "full, a map": ({"estimator": "full"}, {"teacher": "whole", "map": True}),
+    "full jsd, sums of maps": ({"estimator": "full", "divergence": "jsd"}, {"made": fg.LogLinear, "map": True}),
+    "baseline, a map": ({"baseline": "expected"}, {"teacher": "whole", "map": True}),
+    "sampled, a map": ({}, {"teacher": "whole", "map": True}),
+    "topk, a map": ({"estimator": "topk", "k": 9}, {"teacher": "whole", "map": True}),
+    "topk of sums of maps": ({"estimator": "topk", "k": 9}, {"made": fg.Mixture, "map": True}),
     "nothing live": ({"estimator": "full"}, {"nothing": True}),
     "filtered": ({"estimator": "full", "grad_filter": 1e-12}, {}),
 }
@@ -116,8 +122,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def _case(name: str, dtype: torch.dtype) -> tuple[Batch, dict[str, Any], dict[str, str]]:
     options, changes = (dict(x) for x in CASES[name])
     cuts = {model: changes.pop(model, "alike") for model in ("student", "teacher", "ref")}
-    nothing, made = changes.pop("nothing", False), changes.pop("made", None)
+    nothing, made, mapped = changes.pop("nothing", False), changes.pop("made", None), changes.pop("map", False)
     batch = make_batch(3, shape=SHAPE, vocab=(V, V, V), hidden=(32, 24, 16), dtype=dtype, **changes)
+    if mapped:
+        size = 1500
+        rows = torch.randperm(size, generator=generator(9))[:V]
+        rows = rows.masked_fill(rows < 300, -1)
+        known = (rows >= 0).nonzero()[:, 0]  # other tokens have a log-prob of -inf
+        batch.token_ids.copy_(known[batch.token_ids % len(known)])
+        batch = batch.replaced(teacher=linear_head(32, SHAPE, size, 8, dtype, bias=True, vocab_map=rows))
     if made is not None:
         third = linear_head(31, SHAPE, V, 8, dtype, bias=True, softcap=5.0)
         weights = torch.rand(SHAPE, generator=generator(8)).to(dtype).masked_fill(batch.token_ids % 3 == 0, 0)
@@ -155,6 +168,8 @@ def _local(head: Any, shard: fg.VocabShard) -> Any:
     """This rank's part of a whole head, with two rows of padding where there are any."""
     if isinstance(head, (fg.LogLinear, fg.Mixture)):
         return type(head)([_local(x, shard) for x in head.models], head.weights)
+    if head.vocab_map is not None:  # whole on every rank
+        return head
     cut = slice(shard.start, shard.stop + 2 if shard.count else shard.stop)
     own = {k: x.detach() for k, x in head.tensors.items()}
     if isinstance(head, fg.Logits):
@@ -636,6 +651,10 @@ def _bad_bounds() -> None:
             _values(sharded.replaced(teacher=other), options)
         with pytest.raises(ValueError, match=r"teacher has a shard and student has none"):
             _values(sharded.replaced(student=batch.student), options)
+    rows = torch.arange(batch.teacher.own_size)
+    for part in (sharded.teacher, fg.Logits(torch.zeros(1, shard.count), shard=shard)):
+        with pytest.raises(ValueError, match="vocab_map needs the whole head, and this one has a shard"):
+            dataclasses.replace(part, vocab_map=rows)
     with pytest.raises(ValueError, match="the dense reference takes whole heads"):
         fg.reference.gopd_loss(*sharded.models, sharded.token_ids, reward_scale=1.25)
     rows = max(b - a for a, b in shard.bounds)

@@ -102,14 +102,15 @@ class Buffers:
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
         self._whole_chunk: tuple[int, ModelRows] | None = None  # first token and student logits of a whole chunk
         self._readers: dict[int, Reader] = {}  # by head
-        heads = [head for route in problem.routes for head in (route.teacher, route.ref) if head is not None]
         self._maps: dict[int, MappedRows] = {}  # by head
-        self._stride = row_stride(max([columns(problem, head) for head in (problem.student, *heads)]))
-        if problem.has_map:
-            own = [x for model in heads if isinstance(model, FlatComposite) for x in model.heads if x is not None]
-            own += [] if problem.joint else [x for x in heads if not isinstance(x, FlatComposite)]
-            widths = [columns(problem, x) for x in (problem.student, *own)]
-            self._stride = row_stride(max([*widths, columns(problem, problem.student)]))
+        widths = [columns(problem, problem.student)]
+        for route in problem.routes:
+            for model in (route.teacher, route.ref):
+                if isinstance(model, FlatComposite):
+                    widths += [columns(problem, head) for head in model.heads if head is not None]
+                elif model is not None and (model.vocab_map is None or not problem.joint):
+                    widths.append(columns(problem, model))
+        self._stride = row_stride(max(widths))
 
     def load_whole_chunk(self, start: int, stop: int) -> Tensor:
         """Compute the student's logits of tokens [start, stop) once; ``load`` then returns views of them.
@@ -173,9 +174,11 @@ class Buffers:
         """The rows of a head with a vocab_map, made once for all chunks."""
         if id(head) not in self._maps:
             assert head.vocab_map is not None
-            missing = head.vocab_map < 0
+            shard, whole = self._problem.student.shard, head.vocab_map
+            own = whole if shard is None else whole[shard.start : shard.stop]
+            missing = own < 0
             # a row that is some token: a NaN in one that is none must not show
-            index = torch.where(missing, head.vocab_map.amax(), head.vocab_map)
+            index = torch.where(missing, whole.amax(), own)
             bias = None if isinstance(head, Logits) or head.bias is None else head.bias[index]
             if bias is None:
                 bias = torch.zeros(index.shape, dtype=self._problem.dtype, device=index.device)
@@ -215,7 +218,8 @@ class Buffers:
             assert head is not None
             rows, index, own_width, own = self.load(head, part, start, stop), None, width, ids
             if head.vocab_map is not None:
-                own_width, own = head.own_size, None if ids is None else own_ids(head, ids)
+                own = None if problem.token_ids is None else own_ids(head, problem.token_ids[start:stop])
+                own_width = head.own_size
             scored, _ = statistics_of(problem.ops, head.shard, RowProblem(own_width, rows, token_ids=own))
             if head.vocab_map is not None:
                 index, bias = self.map_of(head)

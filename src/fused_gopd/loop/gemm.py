@@ -168,6 +168,8 @@ def logits_of_rows_into(out: Tensor, weight: Tensor, rows: Tensor) -> Product:  
     kind = "cpu" if weight.is_cpu else "gpu"
     step = max(1, _SELECTED[kind] // max(out.shape[0], weight.shape[1]))
     buffer = weight.new_empty(min(step, rows.shape[0]), weight.shape[1])
+    if not rows.shape[0]:
+        return lambda hidden: None
     blocks = [
         (part, buffer[: part.shape[0]], columns)
         for part, columns in zip(torch.split(rows, step), torch.split(out, step, 1), strict=True)

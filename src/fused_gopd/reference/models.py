@@ -142,8 +142,9 @@ def frozen_scores(p: Problem, name: str) -> tuple[Tensor | None, Tensor | None]:
         if isinstance(head, FlatComposite):
             scores.append(_composite_scores(p, head, route))
         elif head is not None:
-            log_p = own_log_softmax(logits(p, head, route.start, route.stop))
-            scores.append(gathered(of_tokens(head, log_p), p.token_ids[tokens]))
+            own = logits(p, head, route.start, route.stop)
+            log_p = own_log_softmax(of_tokens(head, own) if p.options.joint else own)
+            scores.append(gathered(log_p if p.options.joint else of_tokens(head, log_p), p.token_ids[tokens]))
             entropies.append(entropy_of(log_p))
         elif given is not None:
             scores.append(given[route.start : route.stop])
