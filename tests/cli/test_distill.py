@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -288,6 +289,58 @@ def test_a_server_of_hidden_states_teaches_what_the_local_teacher_does(
     for name, value in weights(tmp_path / "remote" / "model").items():
         # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
         assert (value - local[name]).abs().mean() < 1e-4, name
+
+
+def test_a_run_from_the_cache_is_the_run_without(
+    files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ["--teacher", files.math, "--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-gib", "1"]
+    output = invoke(*small(files, tmp_path / "filling", *cache))
+    # teacher and reference score four steps of four answers
+    assert f"{tmp_path / 'cache'}: 0 sequences were there, 32 were not; " in output
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        invoke(*small(files, tmp_path / "filled", *cache), code=130)
+    output = invoke("--resume", "--output", str(tmp_path / "filled"))
+    assert ": 8 sequences were there, 0 were not; " in output  # those of the fourth step
+    for run in ("filling", "filled"):
+        assert_same_weights(whole() / "model", tmp_path / run / "model")
+    for path in (tmp_path / "cache").glob("*/*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"):
+        invoke(*small(files, tmp_path / "damaged", *cache))
+    assert_same_weights(whole() / "model", tmp_path / "damaged" / "model")
+
+
+def test_a_served_teacher_is_asked_once_for_what_the_cache_keeps(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uniform = torch.full((len(make_tokenizer()),), -math.log(len(make_tokenizer()))).tolist()
+    for server in served(files, monkeypatch):
+        remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
+        remote += ["--teacher-cache", str(tmp_path / "cache")]
+        said = [invoke(*small(files, tmp_path / run, *remote, steps=2)) for run in ("filling", "filled")]
+        assert ["0 sequences were there, 16 were not" in x for x in said] == [True, False]
+        assert "16 sequences were there, 0 were not" in said[1]
+        assert_same_weights(tmp_path / "filling" / "model", tmp_path / "filled" / "model")
+        monkeypatch.setattr(type(server.model), "logprobs", lambda _, ids: [uniform] * len(ids))
+        output = runner.invoke(app, ["distill", *small(files, tmp_path / "other", *remote, steps=2)]).output
+        assert "'teacher' is not the teacher whose scores" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--teacher-cache-gib", "1"], "is an option of --teacher-cache"),
+        (["--teacher-cache", "cache", "--teacher-cache-gib", "0"], "must be positive"),
+        (["--teacher-cache", "{files}"], "must be a teacher's cache, or a new or empty folder"),
+    ],
+    ids=str,
+)
+def test_a_cache_that_is_none_is_refused(files: Files, tmp_path: Path, arguments: list[str], said: str) -> None:
+    given = ["--teacher", files.math, *(x.format(files=files.folder) for x in arguments)]
+    assert said in " ".join(invoke(*small(files, tmp_path / "run", *given), code=2).replace("│", "").split())
+    assert not (tmp_path / "run").exists()
 
 
 def served(files: Files, monkeypatch: pytest.MonkeyPatch, api: str = "vllm") -> Iterator[Any]:

@@ -100,6 +100,18 @@ def distill(
             rich_help_panel=_MODELS,
         ),
     ] = "",
+    teacher_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keeps what teachers and reference computed, for runs that sample the same answers.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = "",
+    teacher_cache_gib: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="GIB", help="The size that it may have. Default: any.", rich_help_panel=_MODELS),
+    ] = None,
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help="A .jsonl or .parquet file, one prompt a row.", rich_help_panel=_PROMPTS)
     ] = "",

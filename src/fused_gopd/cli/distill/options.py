@@ -27,6 +27,8 @@ _MAY_CHANGE = (
     "teacher_server_timeout",
     "teacher_server_patience",
     "teacher_server_states",
+    "teacher_cache",
+    "teacher_cache_gib",
 )
 
 
@@ -74,6 +76,8 @@ class RunOptions:
     teacher_server_states: str = ""
     cross_tokenizer: bool = False
     teacher_server_tokenizer: str = ""
+    teacher_cache: str = ""
+    teacher_cache_gib: float | None = None
 
     @staticmethod
     def names() -> set[str]:
@@ -87,6 +91,8 @@ class RunOptions:
         for name in ("student", "ref", "prompts", *folders):
             if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
                 values[name] = _absolute(values[name])
+        if values["teacher_cache"]:
+            values["teacher_cache"] = str(Path(values["teacher_cache"]).expanduser().resolve())
         routes = [_route(entry) for entry in values["teacher"]]
         values["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
         only_scores = values["teacher_server"] and not values["teacher_server_head"]
@@ -102,6 +108,15 @@ class RunOptions:
         names = ("estimator", "divergence", "k", "support", "tail", *PARAMETERS)
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """Those of the cache as :class:`GOPDConfig` has them; the size in bytes."""
+        gib = self.teacher_cache_gib
+        return {
+            "teacher_cache": self.teacher_cache or None,
+            "teacher_cache_max_bytes": None if gib is None else int(gib * 2**30),
+        }
 
     def routes(self) -> dict[str | None, str]:
         """The local teachers by route; a single teacher has the route None. Empty for a teacher behind a server."""
@@ -250,6 +265,7 @@ def check(options: RunOptions) -> None:
     if options.save == "adapter" and not options.lora:
         raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
     _check_teachers(options)
+    _check_cache(options)
     if options.reward_scale != 1 and not options.ref:
         raise _wrong(
             "--ref",
@@ -329,6 +345,17 @@ def _check_head(options: RunOptions) -> None:
         raise _wrong("--teacher-server-states", what)
     if states and not Path(states).is_dir():
         raise _wrong("--teacher-server-states", f"there is no folder {states}")
+
+
+def _check_cache(options: RunOptions) -> None:
+    if options.teacher_cache_gib is not None:
+        if not options.teacher_cache:
+            raise _wrong("--teacher-cache-gib", "is an option of --teacher-cache")
+        require_finite("teacher_cache_gib", options.teacher_cache_gib)
+        if options.teacher_cache_gib == 0:
+            raise _wrong("--teacher-cache-gib", "must be positive")
+    if options.teacher_cache and options.teacher_server and options.support == "student":
+        raise _wrong("--teacher-cache", "has no use with --support student, whose tokens are others at every step")
 
 
 def _check_model(option: str, name: str, lora: int) -> None:

@@ -91,6 +91,7 @@ class DistillationRun:
         self.checkpoints.find(self.say)
         done = self.checkpoints.done
         data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
+        cache = self._cache()
         known, tokenizer = self._read_models()
         dataset = self._dataset(data, tokenizer, known)
         self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
@@ -100,6 +101,7 @@ class DistillationRun:
         interrupt = Interrupt(self.say)
         if options.teacher_server:
             teacher = interrupt.scorer(teacher)
+            teacher = teacher if cache is None else cache.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             trainer = self._trainer(config, dataset, tokenizer, teacher)
             durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
@@ -112,9 +114,30 @@ class DistillationRun:
                 trainer.add_callback(callback)
             with self.display.running(done):
                 self._train(trainer, interrupt)
+        self._describe_cache(cache, trainer)
         return self._end(trainer, tokenizer, record, len(data.prompts))
 
     # ---------------------------------------------------------------------------------------------- before any model
+
+    def _cache(self) -> Any:
+        """The cache of a teacher's scores, or None."""
+        options = self.options.cache_options
+        if options["teacher_cache"] is None:
+            return None
+        cache = importlib.import_module("fused_gopd.integrations.cache")
+        self._expected_errors = (cache.TeacherCacheError,)
+        try:
+            return cache.TeacherCache(options["teacher_cache"], max_bytes=options["teacher_cache_max_bytes"])
+        except ValueError as error:
+            raise typer.BadParameter(str(error).removeprefix("path "), param_hint="--teacher-cache") from None
+        except OSError as error:
+            raise typer.BadParameter(f"cannot be used: {error}", param_hint="--teacher-cache") from None
+
+    def _describe_cache(self, cache: Any, trainer: Any) -> None:
+        if cache is None:
+            return
+        found, scored = (cache.stats()[name] + trainer._cache.stats()[name] for name in ("hits", "misses"))
+        self.say(f"{cache.path}: {found} sequences were there, {scored} were not; {cache.nbytes / 2**20:,.1f} MiB")
 
     def _route_names(self) -> list[str]:
         return [route for route in self.options.routes() if route is not None]
@@ -226,7 +249,7 @@ class DistillationRun:
             routes = {route: self._local(model) for route, model in options.routes().items()}
             return routes.get(None, routes)
         server = importlib.import_module("fused_gopd.integrations.server")
-        self._expected_errors = (server.TeacherServerError,)
+        self._expected_errors += (server.TeacherServerError,)
         try:
             given = (self._server_url or options.teacher_server, options.teacher_server_model)
             common = {
@@ -277,6 +300,7 @@ class DistillationRun:
                 # trained weights are float32, whatever the dtype of the products
                 model_init_kwargs={"dtype": self._frozen_dtype if options.lora else "float32"},
                 teacher_model_init_kwargs={"dtype": self._frozen_dtype} if loaded else None,
+                **options.cache_options,
                 shuffle_dataset=False,
                 logging_steps=1,
                 save_strategy="steps",

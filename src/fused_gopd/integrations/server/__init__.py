@@ -7,6 +7,7 @@ answers, ``http`` sends the requests. ``docs/integrations/server.md`` has the re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -187,6 +188,15 @@ class ServerTeacher:
             max_model_len=self.max_model_len,
         )
         self._connection.patience = patience
+
+    @property
+    def fingerprint(self) -> str:
+        """What a cache of scores knows this teacher by: a hash of the kind, ``api``, ``model`` and ``extra_body``.
+
+        It does not tell weights apart that the server had under one name: ``TeacherCache.scorer(revision=...)`` does.
+        """
+        known = [type(self).__name__, self.api, self.model, self.extra_body]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def close(self) -> None:
         """Refuse further requests."""
