@@ -140,7 +140,7 @@ test-liger: build/liger
 		mkdir -p $$folder && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA
 	touch $@
 
-test-server: $(VENV)/.test .venv-server/.ready
+test-server: $(VENV)/.demo $(VENV)/.test .venv-server/.ready
 	OMP_NUM_THREADS=1 FUSED_GOPD_VLLM=.venv-server/bin/vllm $(BIN)/python -m pytest tests/integrations/test_vllm*.py
 
 # The peers are not part of what the tests install.

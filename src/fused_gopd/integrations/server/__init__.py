@@ -102,8 +102,9 @@ class ServerTeacher:
         patience: seconds after its first failure for which a request is repeated beyond ``retries``, so that a server
             may restart. Not in the constructor: the address of a server that never answered is probably wrong.
         backoff: seconds of the first of these waits.
-        max_concurrency: simultaneous requests of this process.
-        batch_size: sequences in one request; vLLM's ``/inference/v1/generate`` takes one.
+        max_concurrency: simultaneous requests of this process, of ``batch_size`` sequences each.
+        batch_size: sequences in one request; in the place of each are so many requests at vLLM's
+            ``/inference/v1/generate``, which takes one sequence.
         api_key: sent as ``Authorization: Bearer``, without surrounding whitespace. No message contains it.
         headers: more headers, whose values no message contains either.
         proxy: the address of a proxy for all requests, or False for none. By default the environment's
@@ -176,6 +177,8 @@ class ServerTeacher:
         self.base_url = self._connection.base_url
         self._check_model()
         self._format = self._find_format()
+        if self._format.single:
+            self._connection.max_concurrency *= self.batch_size
         self._probe(tokenizer)
         if self.temperature != 1:
             self._check_temperature()
