@@ -38,7 +38,10 @@ def distill(
     ] = "",
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="Likewise; several as ROUTE=MODEL, by the prompts' --route-column.", rich_help_panel=_MODELS),
+        typer.Option(
+            help="Likewise, or adapter:PATH; several as ROUTE=MODEL, by the prompts' --route-column.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     teacher_server: Annotated[
         str, typer.Option(metavar="URL", help="A teacher behind an inference server.", rich_help_panel=_SERVER)
