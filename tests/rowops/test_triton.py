@@ -402,6 +402,23 @@ def test_minus_infinity_is_outside_the_support_of_all_models(ops: TritonRowOps, 
     assert statistics[Stat.LOGIT_STUDENT, 4] == -INF
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_bias_of_minus_infinity_is_no_entry(ops: TritonRowOps, divergence: str) -> None:
+    """Of a frozen model whose rows have no such token, through a softcap too."""
+    problem, biases = make(divergence), {}
+    for name, softcap in (("teacher", 4.0), ("ref", None)):
+        rows = getattr(problem, name)
+        bias = torch.randn(problem.vocab_size, device=DEVICE)
+        bias[torch.randperm(problem.vocab_size, device=DEVICE)[:70]] = -INF
+        biases[name] = dataclasses.replace(rows, transform=LogitTransform(0.5, softcap, 0.7, bias))
+    assert problem.token_ids is not None
+    problem = dataclasses.replace(problem, **biases)
+    statistics, gradient = check(ops, problem, separately=True)
+    outside = torch.stack([x.transform.bias.isneginf() for x in biases.values()]).any(0)
+    assert not gradient[:, outside].any()
+    assert torch.equal(statistics[Stat.LOGIT_STUDENT].isneginf(), outside[problem.token_ids])
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_only_very_negative_logits(ops: TritonRowOps, divergence: str) -> None:
     """A running maximum that starts at 0 would underflow every exponential."""
