@@ -115,7 +115,8 @@ def main() -> None:
     if args.json:
         write({**origin("cpu"), "rows": rows, "body": {"seconds": body, "hidden": hidden}}, args.json)
     where = f"A step of {SEQUENCES} sequences of {PROMPT} + {COMPLETION} tokens, of which {COMPLETION} are scored; "
-    where += f"bytes with headers, ids and positions; {device_name('cpu')}, one thread, the fastest of {args.rounds} steps, files in the page cache."
+    where += "bytes with headers, ids and positions; files in the page cache, the fastest of "
+    where += f"{args.rounds} steps; {device_name('cpu')}."
     publish("teacher-cache", f"{table(rows, body)}\n\n{where}\n", args.pages)
 
 
