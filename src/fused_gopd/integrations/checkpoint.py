@@ -255,6 +255,7 @@ class _Tensors:
     def __init__(self, place: _Place, model: PreTrainedModel) -> None:
         self.place, self.model = place, model
         self.stored = self._files()  # the checkpoint's name -> the name of the file that has it
+        model.tie_weights()  # releases before transformers 5.1 do not do so on the meta device
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.aliases: dict[int, list[str]] = {}  # of a parameter: tied ones have several
         for name, parameter in parameters.items():
