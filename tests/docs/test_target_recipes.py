@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from benchmarks.frozen_head import functions
 from torch import Tensor
 
 import fused_gopd as fg
@@ -92,3 +95,25 @@ def test_an_entropy_bonus_is_another_target(estimator):
     else:  # the bonus by its score function: A has b (0 - log p) more
         _, want = run(batch, reward_scale=lam, advantage_fn=lambda s: s.advantages - b * s.student_logprobs)
         assert_all_close(grads, want, 1e-11)
+
+
+@pytest.mark.parametrize("lam", [1.0, 1.25, -0.5])
+def test_the_expected_row_of_a_frozen_head(lam):
+    """Value and gradient of the forward KL, also after the hidden states have moved; masked tokens may be NaN."""
+    names = functions()
+    batch = make_batch(5, dtype=torch.float64)
+    student = dataclasses.replace(
+        batch.student, weight=batch.student.weight.detach(), logit_scale=0.7, temperature=1.6, bias=None, softcap=None
+    )
+    teacher, ref, mask = model(9, 6), model(10, 4), batch.mask
+    teacher.hidden[~mask] = float("nan")
+    kept = names["expected"](student, teacher, ref, mask=mask, reward_scale=lam)
+    log_t = (lam * log(teacher) + (1 - lam) * log(ref)).log_softmax(-1)
+    for shift in (0.0, 0.3):
+        hidden = (student.hidden.detach() + shift).requires_grad_()
+        moved = dataclasses.replace(student, hidden=hidden)
+        got = names["forward_kl"](moved, *kept, batch.token_ids, mask)
+        log_p = (hidden[mask] @ student.weight.T * (0.7 / 1.6)).log_softmax(-1)
+        want = (log_t[mask].exp() * (log_t[mask] - log_p)).sum(-1).mean()
+        assert_close(got, want, 1e-12)
+        assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (got, want)), 1e-12)
