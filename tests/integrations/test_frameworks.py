@@ -418,7 +418,7 @@ def nemo(request, monkeypatch) -> Iterator[Any]:
     batch: Callable[[dict[str, Any]], Any] = dict
     if request.param == "recorded":
         enums = {
-            "LossInputType": Enum("LossInputType", {"LOGPROB": "logprob"}),
+            "LossInputType": Enum("LossInputType", {"LOGPROB": "logprob", "LOGIT": "logit"}),
             "LossType": Enum("LossType", {"TOKEN_LEVEL": "token_level"}),
             "MetricNormalizer": Enum("MetricNormalizer", {"TOKENS": "tokens"}),
         }
@@ -480,6 +480,71 @@ def test_nemo_rl_makes_its_input_from_logits(monkeypatch):
     want = fg.reference.gopd_loss(fg.Logits(logits[:, :-1]), *scores, ids[:, 1:], **options).loss
     assert_close(loss.detach(), want.detach(), 1e-6)
     assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(want, logits)[0], 1e-6)
+
+
+def head(generator: torch.Generator, width: int, vocabulary: int = 11) -> Any:
+    checkpoint = pytest.importorskip("fused_gopd.integrations.checkpoint")
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    return checkpoint.CheckpointHead(weight, None, 1.0, None, None, "teachers/math", "{}")
+
+
+def nemo_states() -> tuple[dict[str, Any], Tensor, Any, Any]:
+    """Data with hidden states, the student's logits (B, S, V) and two heads; float64."""
+    generator = torch.Generator().manual_seed(0)
+    heads = head(generator, 5), head(generator, 3)
+    ids = torch.randint(11, (3, 7), generator=generator)
+    hidden = [torch.randn(3, 7, h.hidden_size, generator=generator, dtype=torch.float64) for h in heads]
+    hidden[0][:, 0] = torch.nan  # the first token is not predicted
+    data = {
+        "input_ids": ids,
+        "token_mask": (torch.arange(7).expand(3, 7) >= 3).double(),
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0]),
+        "teacher_hidden": hidden[0],
+        "ref_hidden": hidden[1],
+    }
+    logits = torch.randn(3, 7, 13, generator=generator, dtype=torch.float64).requires_grad_()  # two rows of padding
+    return data, logits, *heads
+
+
+def test_nemo_rls_full_loss_is_the_exact_divergence_to_hidden_states(nemo):
+    data, logits, teacher, ref = nemo_states()
+    loss_fn = nemo.adapter.GOPDFullLossFn(teacher, ref, reward_scale=1.25, temperature=0.8)
+    assert loss_fn.input_type.value == "logit"
+    loss, metrics = loss_fn(
+        logits=logits,
+        data=nemo.batch(data),
+        global_valid_seqs=torch.tensor(9),
+        global_valid_toks=torch.tensor(40),
+    )
+    p, q, r = (
+        x.log_softmax(-1)
+        for x in (
+            logits[:, :-1, :11],
+            data["teacher_hidden"][:, 1:] @ teacher.weight.T / 0.8,
+            data["ref_hidden"][:, 1:] @ ref.weight.T / 0.8,
+        )
+    )
+    mask = (data["token_mask"] * data["sample_mask"][:, None])[:, 1:]
+    want = ((p.exp() * (p - 1.25 * q + 0.25 * r)).sum(-1) * mask).sum() / 40
+    assert_close(loss.detach(), want.detach(), 1e-12, "loss")
+    (got,), (expected,) = (torch.autograd.grad(x, logits) for x in (loss, want))
+    assert_close(got, expected, 1e-12, "gradient")
+    assert metrics.keys() - {"num_valid_samples"} == loss_fn.metric_normalizations.keys()
+
+
+def test_nemo_rls_full_loss_is_told_what_is_missing(nemo):
+    data, logits, teacher, ref = nemo_states()
+    counts = torch.tensor(9), torch.tensor(40)
+    with pytest.raises(ValueError, match=r"reward_scale=1.25 needs .* pass ref_head"):
+        nemo.adapter.GOPDFullLossFn(teacher, reward_scale=1.25)
+    loss_fn = nemo.adapter.GOPDFullLossFn(teacher, ref, reward_scale=1.25)
+    with pytest.raises(
+        ValueError, match=r"logits must be whole, with the 11 columns .* got 6 .* without tensor parallelism"
+    ):
+        loss_fn(logits[..., :6], nemo.batch(data), *counts)
+    del data["ref_hidden"]
+    with pytest.raises(ValueError, match=r"data\['ref_hidden'\] must hold hidden states \(B, S, 3\)"):
+        loss_fn(logits, nemo.batch(data), *counts)
 
 
 def test_nemo_rls_wrong_options_are_refused_before_training(nemo):

@@ -12,11 +12,12 @@ softcap and removed rows, measured by the model's own code. ``docs/teachers.md``
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ class CheckpointHead:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    def to(self, device: torch.device | str) -> CheckpointHead:
+        """The head on a device; the same object if it is there."""
+        if self.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            final_norm=None if self.final_norm is None else copy.deepcopy(self.final_norm).to(device),
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:

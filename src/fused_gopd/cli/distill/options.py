@@ -145,7 +145,7 @@ class RunOptions:
         """Files and folders that the run reads, by the names that messages use."""
         places = {role: Path(place).expanduser() for role, place in with_bases(self.roles()).items()}
         folders = {role: folder for role, folder in places.items() if folder.is_dir()}
-        if self.teacher_server_head:
+        if Path(self.teacher_server_head or "-").is_dir():
             folders["the folder of the teacher's head"] = Path(self.teacher_server_head)
         return {"the file of the prompts": Path(self.prompts), **folders}
 
@@ -333,8 +333,7 @@ def _check_server(options: RunOptions) -> None:
 def _check_head(options: RunOptions) -> None:
     """Check the options of a server that sends hidden states."""
     head, states = options.teacher_server_head, options.teacher_server_states
-    if head and not Path(head).is_dir():
-        raise _wrong("--teacher-server-head", f"there is no folder {head}")
+    _check_model("--teacher-server-head", head)
     if states and not head:
         raise _wrong("--teacher-server-states", "needs --teacher-server-head, the teacher's folder")
     if not head:
@@ -343,8 +342,6 @@ def _check_head(options: RunOptions) -> None:
     if bool(states) != (options.teacher_server_api == "vllm"):
         what = "must be given: the folder into which vLLM writes hidden states" if not states else "is vLLM's"
         raise _wrong("--teacher-server-states", what)
-    if states and not Path(states).is_dir():
-        raise _wrong("--teacher-server-states", f"there is no folder {states}")
 
 
 def _check_cache(options: RunOptions) -> None:

@@ -8,7 +8,6 @@ a shared folder, SGLang puts them into its answer. ``docs/integrations/server.md
 from __future__ import annotations
 
 import asyncio
-import copy
 import dataclasses
 import errno
 import fcntl
@@ -143,7 +142,7 @@ class HiddenStateTeacher(ServerTeacher):
             # row-major order of the mask is the order of sequences and positions
             parts = [a.states[[n - w[0] for n in w], -1] for a, w in zip(answers, wanted, strict=True)]
             hidden[mask] = torch.cat(parts).to(hidden.dtype)
-        self.head = _on(self.head, input_ids.device)
+        self.head = self.head.to(input_ids.device)
         return self.head(hidden.to(input_ids.device), temperature=self.temperature)
 
     def require_requested_ids(self, k: int | None = None) -> None:
@@ -392,18 +391,6 @@ def _logprobs(answer: _Answer, ids: list[int], start: int) -> Tensor:
         return torch.tensor(scored(request, 0, cast("list[Position]", answer.positions), None).logprobs)
     except UnexpectedAnswer as error:
         raise TeacherServerError(f"the server's log-probs of the states' tokens: {error}") from None
-
-
-def _on(head: CheckpointHead, device: torch.device) -> CheckpointHead:
-    """The head on a device; the same object if it is there."""
-    if head.device == device:
-        return head
-    return dataclasses.replace(
-        head,
-        weight=head.weight.to(device),
-        bias=None if head.bias is None else head.bias.to(device),
-        final_norm=None if head.final_norm is None else copy.deepcopy(head.final_norm).to(device),
-    )
 
 
 def _layers(head: CheckpointHead) -> int | None:
