@@ -856,7 +856,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "head that is not there": (
         lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--teacher-server-head", "/no/where"],
-        "--teacher-server-head: there is no folder /no/where",
+        "--teacher-server-head: must be a model: there is no folder /no/where",
     ),
     "head without states": (
         lambda f: ["--teacher-server", "http://h", "--teacher-server-model", "t", "--teacher-server-head", f.math],

@@ -283,10 +283,30 @@ def test_what_the_server_sends_is_found_out_and_said(server: Running, caplog: py
             teacher.capabilities.states
             == f"hidden states from before the final norm, float32, in files of {server.folder}"
         )
-        assert teacher.head.final_norm is not None
     else:
         assert teacher.capabilities.states == "hidden states from after the final norm, numbers, in its answers"
-        assert teacher.head.final_norm is None
+    assert teacher.head.final_norm is None
+
+
+def test_a_cache_keeps_what_a_server_sent(server: Running, tmp_path: Path) -> None:
+    from fused_gopd.integrations.cache import TeacherCache
+
+    with server.states_teacher(temperature=0.8) as teacher:
+        cached = TeacherCache(tmp_path / "cache").scorer(teacher)
+        first = cached(*batch())
+        server.bodies.clear()
+        again = cached(*batch())
+        assert not server.bodies
+        direct = teacher(*batch())
+        hidden, wanted = direct.hidden, COMPLETION_MASK == 1
+        for found in (first, again):
+            assert torch.equal(found.hidden[wanted], hidden[wanted])
+            assert torch.equal(found.weight, direct.weight)
+            assert found.temperature == 0.8
+        # its attribute is the head of what it returns
+        torch.testing.assert_close(teacher.head(hidden, temperature=0.8).weight, direct.weight)
+        other = server.states_teacher(head=load_head(server.path, norm=server.own_api == "vllm"))
+        assert other.fingerprint == teacher.fingerprint
 
 
 def test_the_last_of_several_layers_is_taken(vllm: Running) -> None:

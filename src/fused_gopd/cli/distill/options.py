@@ -333,7 +333,7 @@ def _check_server(options: RunOptions) -> None:
 def _check_head(options: RunOptions) -> None:
     """Check the options of a server that sends hidden states."""
     head, states = options.teacher_server_head, options.teacher_server_states
-    _check_model("--teacher-server-head", head)
+    _check_model("--teacher-server-head", head, lora=0)
     if states and not head:
         raise _wrong("--teacher-server-states", "needs --teacher-server-head, the teacher's folder")
     if not head:

@@ -75,7 +75,7 @@ class HiddenStateTeacher(ServerTeacher):
             ``"vllm"`` or ``"sglang"``.
 
     Attributes:
-        head: the :class:`fused_gopd.integrations.checkpoint.CheckpointHead` in use.
+        head: the :class:`fused_gopd.integrations.checkpoint.CheckpointHead` of the states that a call returns.
         capabilities: what the server sends; its ``states`` says whether they are from before the final norm.
 
     Raises:
@@ -109,12 +109,14 @@ class HiddenStateTeacher(ServerTeacher):
         if require_number("temperature", temperature) <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self._given = head
-        self.head = load_head(head) if isinstance(head, (str, Path)) else head
-        if not isinstance(self.head, CheckpointHead):
+        # of the states as the server sends them: with the final norm where they are from before it
+        self._head = load_head(head) if isinstance(head, (str, Path)) else head
+        if not isinstance(self._head, CheckpointHead):
             raise TypeError(f"head must be a path, or what load_head returns, got {type(head).__name__}")
         self._folder = None if states_dir is None else _Folder(Path(states_dir))
         super().__init__(base_url, model, **options)
         self.temperature = float(temperature)
+        self.head = dataclasses.replace(self._head, final_norm=None)
         self.vocab_size = self.head.vocab_size
         self.capabilities = dataclasses.replace(self.capabilities, states=self._states, temperature=self.temperature)
 
@@ -134,7 +136,7 @@ class HiddenStateTeacher(ServerTeacher):
         """
         mask, sequences, wanted = sequences_to_score(input_ids, attention_mask, completion_mask)
         sequences, start = self._checked_sequences(sequences, [w[0] for w in wanted])
-        hidden = torch.zeros(*mask.shape, self.head.hidden_size, dtype=self.head.dtype)
+        hidden = torch.zeros(*mask.shape, self._head.hidden_size, dtype=self._head.dtype)
         if sequences:
             answers = self._ask_states(sequences, start)
             first = answers[0]
@@ -142,8 +144,13 @@ class HiddenStateTeacher(ServerTeacher):
             # row-major order of the mask is the order of sequences and positions
             parts = [a.states[[n - w[0] for n in w], -1] for a, w in zip(answers, wanted, strict=True)]
             hidden[mask] = torch.cat(parts).to(hidden.dtype)
-        self.head = self.head.to(input_ids.device)
-        return self.head(hidden.to(input_ids.device), temperature=self.temperature)
+        self._head = self._head.to(input_ids.device)
+        return self._head(hidden.to(input_ids.device), temperature=self.temperature)
+
+    @property
+    def fingerprint(self) -> str:
+        """What a cache of scores knows this teacher by: that of a :class:`ServerTeacher`, and its head's."""
+        return f"{super().fingerprint} {self._head.fingerprint}"
 
     def require_requested_ids(self, k: int | None = None) -> None:
         """Nothing is required: the head here scores any tokens."""
@@ -219,7 +226,7 @@ class HiddenStateTeacher(ServerTeacher):
         return torch.tensor(meta["hidden_states"][0], dtype=torch.float32)[:, None]
 
     def _checked_states(self, states: Tensor, ids: list[int]) -> Tensor:
-        expected = f"({len(ids)}, layers, {self.head.hidden_size})"
+        expected = f"({len(ids)}, layers, {self._head.hidden_size})"
         if states.ndim != 3 or not states.shape[1] or states.dtype not in _STATES:
             raise UnexpectedAnswer(f"hidden states must be floating {expected}, got {states.dtype} {states.shape}")
         if len(states) != len(ids):
@@ -227,10 +234,10 @@ class HiddenStateTeacher(ServerTeacher):
             if self.api == "sglang":
                 short = ": start SGLang with --disable-radix-cache --chunked-prefill-size -1, or it sends a part"
             raise UnexpectedAnswer(f"hidden states must be of {len(ids)} positions, got {len(states)}{short}")
-        if states.shape[2] != self.head.hidden_size:
+        if states.shape[2] != self._head.hidden_size:
             raise UnexpectedAnswer(
-                f"hidden states have {states.shape[2]} entries, and the head ({self.head.source}) takes "
-                f"{self.head.hidden_size}: it is another model's"
+                f"hidden states have {states.shape[2]} entries, and the head ({self._head.source}) takes "
+                f"{self._head.hidden_size}: it is another model's"
             )
         if not bool(states.isfinite().all()):
             raise UnexpectedAnswer("hidden states must be finite, and some are NaN or infinite")
@@ -252,15 +259,15 @@ class HiddenStateTeacher(ServerTeacher):
         """Find the head that turns the server's states into its own log-probs, and compare the texts of tokens."""
         texts = [] if tokenizer is None else list(tokenizer.encode(PROBE_TEXT, add_special_tokens=False))
         # low ids are often special tokens
-        ids = [*texts, *((300 + 7 * i) % self.head.vocab_size for i in range(48))]
+        ids = [*texts, *((300 + 7 * i) % self._head.vocab_size for i in range(48))]
         ids = ids[: max(2, (self.max_model_len or len(ids) + 1) - 1)]
         (answer,) = self._ask_states([ids], [1])
         logprobs = _logprobs(answer, ids, 1)
-        self.head = self._matching_head(answer.states, ids, logprobs)
+        self._head = self._matching_head(answer.states, ids, logprobs)
         if self._folder is not None:
             self._folder.is_shared = True
         where = "in its answers" if self._folder is None else f"in files of {self._folder.path}"
-        kind = "before" if self.head.final_norm is not None else "after"
+        kind = "before" if self._head.final_norm is not None else "after"
         dtype = str(answer.states.dtype).removeprefix("torch.")
         sent = "numbers" if self._folder is None else dtype
         self._states = f"hidden states from {kind} the final norm, {sent}, {where}"
@@ -272,11 +279,11 @@ class HiddenStateTeacher(ServerTeacher):
     def _heads(self) -> Iterator[CheckpointHead]:
         """The heads to try: the given one; for a path with the final norm too, which vLLM's states need."""
         if not isinstance(self._given, (str, Path)):
-            yield self.head
+            yield self._head
             return
         for norm in (True, False) if self.api == "vllm" else (False, True):
             if not norm:
-                yield self.head
+                yield self._head
                 continue
             try:
                 yield load_head(self._given, norm=True)
@@ -297,7 +304,7 @@ class HiddenStateTeacher(ServerTeacher):
         last = states[:, -1]
         found = min((_match(head, last, ids[1:], logprobs) for head in heads), key=lambda m: m.distance)
         message = (
-            f"the hidden states of {self.model!r} on {self.base_url}, with the head of {self.head.source}, must give "
+            f"the hidden states of {self.model!r} on {self.base_url}, with the head of {self._head.source}, must give "
             f"the server's own log-probs of the same tokens: they are off by {found.distance:.3g} on average (rounding "
             f"explains {found.rounding:.1g}; mean log-prob {found.here:.3f} here, {found.there:.3f} there)"
         )
@@ -312,15 +319,15 @@ class HiddenStateTeacher(ServerTeacher):
                         f"{message}. Those of entry {layer} of {states.shape[1]} layers do, and not those of the last"
                     )
         if not isinstance(self._given, (str, Path)):
-            norm = self.head.final_norm is None
+            norm = self._head.final_norm is None
             try:
-                other = load_head(self.head.source, norm=norm)
+                other = load_head(self._head.source, norm=norm)
             except (TypeError, ValueError, RuntimeError, NotImplementedError):
                 other = None
             if other is not None and _match(other, last, ids[1:], logprobs).fits:
                 where = "before" if norm else "after"
                 return f"{message}. They are from {where} the final norm: pass load_head(..., norm={norm}), or the path"
-        layers = _layers(self.head)
+        layers = _layers(self._head)
         count = "the model's number of layers" if layers is None else f"{layers}, the model's number of layers"
         norm_error = f". The final norm could not be applied: {self._no_norm}" if self._no_norm else ""
         return (
@@ -329,7 +336,7 @@ class HiddenStateTeacher(ServerTeacher):
         )
 
     def _require_match(self, states: Tensor, ids: list[int], logprobs: Tensor) -> None:
-        found = _match(self.head, states, ids, logprobs)
+        found = _match(self._head, states, ids, logprobs)
         if not found.fits:
             raise TeacherServerError(
                 f"the hidden states of {self.model!r} on {self.base_url} no longer give its own log-probs: they are "
