@@ -326,7 +326,7 @@ def test_the_tail_of_a_head_is_summed_and_not_1_minus_the_support(backend_dtype)
     model = ModelRows(raw.clone(), LogitTransform())
     problem = RowProblem(37, model, token_ids=batch.token_ids)
     ops = select_backend(backend_dtype.backend, raw.device, {backend_dtype.dtype})
-    statistics, on_support, _ = statistics_on_support(ops, problem, ids, batch.token_ids)
+    statistics, on_support, _ = statistics_on_support(ops, problem, ids, batch.token_ids, batch.teacher)
     assert torch.equal(model.raw, raw)  # hidden for a while, and back
     log_p = raw.double().log_softmax(-1)
     rest = log_p[:, 5:].logsumexp(-1)

@@ -285,6 +285,41 @@ def test_each_token_under_the_teacher_of_its_route(objective) -> None:
     assert_all_close(grads, total, 1e-12)
 
 
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+def test_recomputed_gradients_and_functional_ones(objective) -> None:
+    batch = with_models(MODELS["both"], torch.float64)
+    upstream = torch.linspace(-1, 2, 10, dtype=torch.float64).reshape(SHAPE)
+    found = []
+    for function in (fg.gopd_loss, reference.gopd_loss):
+        call = {"mask": batch.mask, "reward_scale": 1.25, "reduction": "none", **objective}
+        out = function(*batch.models, batch.token_ids, **call)
+        found.append(torch.autograd.grad(out.loss, batch.leaves, upstream))
+    assert_all_close(*found, 1e-12)
+
+    def loss(hidden: Tensor) -> Tensor:
+        student = like(batch.student, hidden=hidden)
+        call = {"mask": batch.mask, "reward_scale": 1.25, **objective}
+        return fg.gopd_loss(student, batch.teacher, batch.ref, batch.token_ids, **call).loss
+
+    _, (want, *_) = plain(batch, **objective)
+    assert_close(torch.func.grad(loss)(batch.student.hidden.detach()), want, 1e-12)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *TOPK], ids=lambda x: " ".join(map(str, x.values())))
+def test_a_student_may_have_a_bias_of_minus_infinity(objective, backend_dtype) -> None:
+    """Tokens that it never says, which is what a model that has no row for them is."""
+    dtype, wide = backend_dtype.dtype, spread(with_models(MODELS["both"], torch.float64))
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in wide.student.tensors.items()}
+    frozen = {name: fg.Logits(getattr(wide, name).logits.to(dtype)) for name in ("teacher", "ref")}
+    batch = wide.replaced(student=like(wide.student, **leaves), **frozen)
+    out, (hidden, weight, bias) = plain(batch, backend=backend_dtype.backend, **objective)
+    want, want_grads = expect(batch, reward_scale=1.25, **objective)
+    assert_close(out.token_loss, want.token_loss, backend_dtype.tolerance)
+    assert_all_close((hidden, weight, bias), want_grads, backend_dtype.tolerance)
+    assert not weight[V:].any()
+    assert not bias[V:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
 def test_low_precision(dtype, objective, backend) -> None:
