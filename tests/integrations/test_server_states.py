@@ -251,6 +251,11 @@ def test_padding_and_what_is_not_wanted_are_not_sent(server: Running) -> None:
     assert not any("text" in body for body in server.bodies)
 
 
+def test_log_probs_are_made_here(server: Running) -> None:
+    with server.states_teacher() as teacher, pytest.raises(TypeError, match="token_logprobs"):
+        teacher.score([[1, 2, 3]], [1])
+
+
 def test_nothing_wanted_asks_nothing(server: Running) -> None:
     ids, attended, wanted = batch()
     with server.states_teacher() as teacher:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fused_gopd as fg
 import test_vllm
-from fused_gopd.integrations.server import HiddenStateTeacher, ServerTeacher, TeacherServerError
+from fused_gopd.integrations.server import HiddenStateTeacher, ServerTeacher, TeacherServerError, states
 from fused_gopd.integrations.transformers import head_of
 from fused_gopd.integrations.trl import GOPDConfig, GOPDTrainer
 from test_vllm import SENTENCES, STARTING, Files, Server
@@ -123,14 +123,27 @@ def test_full_loss_is_that_of_the_model_here(files: Files, server: Server, tempe
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_hundreds_of_long_sequences_stay_in_their_rows(files: Files, server: Server) -> None:
-    """200 sequences of 512 tokens at once."""
+def test_hundreds_of_long_sequences_stay_in_their_rows(
+    files: Files, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 sequences of 512 tokens at once, and the bytes of their files."""
+    sizes = []
+    delete = states._Folder._delete
+
+    def counted(folder: Any, name: str) -> None:
+        sizes.append((folder.path / name).stat().st_size)
+        delete(folder, name)
+
+    monkeypatch.setattr(states._Folder, "_delete", counted)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, 320, (200, 512), generator=generator)
     ids[::3, :256] = ids[0, :256]  # a third of them share a prefix
     mask = torch.ones(200, 512, dtype=torch.int64)
     with states_teacher(server, files) as teacher:
+        sizes.clear()  # of the constructor's
         served = teacher(ids, mask, mask[:, 1:])
+    assert len(sizes) == 200
+    assert 4 * 64 + 8 <= sum(sizes) / (200 * 512) < 4 * 64 + 8 + 1  # float32 states and an id; the header
     model = AutoModelForCausalLM.from_pretrained(files.teacher).eval()
     with torch.no_grad():
         for row in range(0, 200, 20):

@@ -147,6 +147,12 @@ class HiddenStateTeacher(ServerTeacher):
         self._head = self._head.to(input_ids.device)
         return self._head(hidden.to(input_ids.device), temperature=self.temperature)
 
+    def score(self, *_: Any, **__: Any) -> Any:
+        """Not of this teacher: :func:`fused_gopd.token_logprobs` scores tokens with what a call returns."""
+        raise TypeError(
+            "a HiddenStateTeacher has no score(): fused_gopd.token_logprobs(teacher(...), token_ids) scores"
+        )
+
     @property
     def fingerprint(self) -> str:
         """What a cache of scores knows this teacher by: that of a :class:`ServerTeacher`, and its head's."""
@@ -293,10 +299,11 @@ class HiddenStateTeacher(ServerTeacher):
     def _matching_head(self, states: Tensor, ids: list[int], logprobs: Tensor) -> CheckpointHead:
         """The first head of which the states (n - 1, L, H) give the server's log-probs of ids[1:], (n - 1,)."""
         self._no_norm = ""
-        heads = list(self._heads())
-        for head in heads:
+        heads = []
+        for head in self._heads():
             if _match(head, states[:, -1], ids[1:], logprobs).fits:
                 return head
+            heads.append(head)
         raise TeacherServerError(self._mismatch(heads, states, ids, logprobs))
 
     def _mismatch(self, heads: list[CheckpointHead], states: Tensor, ids: list[int], logprobs: Tensor) -> str:
