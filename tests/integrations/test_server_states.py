@@ -251,6 +251,16 @@ def test_padding_and_what_is_not_wanted_are_not_sent(server: Running) -> None:
     assert not any("text" in body for body in server.bodies)
 
 
+def test_a_trainer_takes_it_for_every_estimator(server: Running) -> None:
+    checks = pytest.importorskip("fused_gopd.integrations.trl.checks")
+    with server.states_teacher(temperature=0.8) as teacher:
+        checks.check_kind("teacher", teacher, 0.8)
+        with pytest.raises(ValueError, match=r"sample at 0.8, or make it with temperature=1.0"):
+            checks.check_kind("teacher", teacher, 1.0)
+        for options in ({"estimator": "full"}, {"estimator": "sampled"}, {"estimator": "topk", "k": 4}):
+            checks.dry_run(options, {None: teacher}, teacher, torch.device("cpu"))
+
+
 def test_log_probs_are_made_here(server: Running) -> None:
     with server.states_teacher() as teacher, pytest.raises(TypeError, match="token_logprobs"):
         teacher.score([[1, 2, 3]], [1])

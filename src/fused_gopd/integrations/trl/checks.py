@@ -64,9 +64,12 @@ def check_kind(name: str, model: object, temperature: float) -> None:
         raise TypeError(f"{name} must be a model, its path, or a scorer, got {type(model).__name__}")
     own = getattr(model, "temperature", None)
     if own is not None and own != temperature:
+        other = "use a model that runs here"
+        if head_of_scorer(model) is not None:  # of hidden states any temperature can be had
+            other = f"make it with temperature={temperature}"
         raise ValueError(
             f"{name} returns log-probs of temperature {own}, and completions are sampled at temperature={temperature}: "
-            f"sample at {own}, or use a model that runs here"
+            f"sample at {own}, or {other}"
         )
 
 
