@@ -194,6 +194,41 @@ def test_a_changed_model_misses(tmp_path: Path) -> None:
         cache.scorer(name="t")
 
 
+def test_a_model_that_is_trained_meanwhile_misses(tmp_path: Path) -> None:
+    teacher, cache = model(), TeacherCache(tmp_path)
+    cached = cache.scorer(teacher, name="average")
+    before = cached(*batch()).hidden
+    with torch.no_grad():  # as a moving average of the student
+        for x, y in zip(teacher.parameters(), model(1).parameters(), strict=True):
+            x.lerp_(y, 0.1)
+    assert not torch.equal(cached(*batch()).hidden, before)
+    assert cache.stats()["hits"] == 0
+    assert torch.equal(cached(*batch()).hidden[0], _states(teacher)[0])
+    assert cache.stats()["hits"] == 3
+
+
+def test_all_names_of_a_model_are_known(tmp_path: Path) -> None:
+    teacher = model()
+    teacher.save_pretrained(tmp_path / "teacher")
+    for name in ("a", "b"):
+        TeacherCache(tmp_path / "cache").scorer(teacher, name=name)(*batch())
+    for name in ("a", "b"):
+        TeacherCache(tmp_path / "cache").scorer(name=name, head=tmp_path / "teacher")(*batch())
+
+
+def test_nan_is_not_kept(tmp_path: Path) -> None:
+    cache, scorer = TeacherCache(tmp_path), Scorer(model())
+
+    def broken(*args: Tensor) -> Any:
+        scores = scorer(*args)
+        scores.logprobs[1, 2] = torch.nan
+        return scores
+
+    with pytest.warns(UserWarning, match="have NaN: they are not kept"):
+        cache.scorer(broken, revision="1")(*batch())
+    assert len(cache) == 2
+
+
 def test_a_scorer_is_known_by_its_fingerprint_and_the_revision(tmp_path: Path) -> None:
     cache, scorer = TeacherCache(tmp_path), Scorer(model())
     cache.scorer(scorer, revision="1")(*batch())

@@ -139,6 +139,10 @@ class TeacherCache:
 
     def _write(self, path: Path, row: _Row, scores: files.Scores) -> None:
         """Keep the scores of a sequence. A full or read-only disk is a warning, since the run has the scores."""
+        if any(bool(x.isnan().any()) for x in scores.values() if x.is_floating_point()):
+            self._counts["unwritten"] += 1
+            self._warn(f"the teacher's scores of a sequence of {len(row.ids)} tokens have NaN: they are not kept")
+            return
         own = {"ids": row.ids.to(torch.int32), "positions": row.positions.to(torch.int32)}
         content = files.encoded({**own, **scores})
         try:
@@ -241,7 +245,11 @@ class StoredModel:
             mask = completion_mask.bool()
             for i, row in enumerate(asked):
                 found[row.key] = {name: x[i][mask[row.index].to(x.device)] for name, x in fresh.items()}
-            self._keep(asked, found)
+            for row in asked:
+                scores = {name: _on_disk(name, x) for name, x in found[row.key].items()}
+                cache._write(cache._folder.file(self.folder, row.key), row, scores)
+        if ask is not None and not self._described:
+            self._describe()
         return self._batch(rows, found, completion_mask.bool().cpu(), input_ids.device)
 
     def _read(self, row: _Row, offline: bool) -> files.Scores | None:
@@ -257,13 +265,6 @@ class StoredModel:
                 ) from None
             self.cache._warn(f"{path} is damaged ({error}): its sequence is scored again, and the file replaced")
             return None
-
-    def _keep(self, rows: list[_Row], found: dict[str, files.Scores]) -> None:
-        for row in rows:
-            scores = {name: _on_disk(name, x) for name, x in found[row.key].items()}
-            self.cache._write(self.cache._folder.file(self.folder, row.key), row, scores)
-        if not self._described:
-            self._describe()
 
     def _describe(self) -> None:
         """Write whose scores these are."""
@@ -293,6 +294,7 @@ class StoredModel:
                         "this name and revision has changed"
                     )
                 widest[name] = (tuple(map(max, shape, x.shape[1:])), dtype)  # lists of tokens may differ in length
+        places = {row.index: _places(mask[row.index], device) for row in rows}
         batch = {}
         for name, (shape, dtype) in widest.items():
             batch[name] = torch.full((*mask.shape, *shape), _EMPTY.get(name, 0), dtype=dtype, device=device)
@@ -300,7 +302,7 @@ class StoredModel:
                 x = found[row.key][name].to(device)
                 if x.shape[1:] != shape:
                     x = nn.functional.pad(x, (0, shape[0] - x.shape[1]), value=_EMPTY.get(name, 0))
-                batch[name][row.index, mask[row.index].to(device)] = x
+                batch[name][row.index, places[row.index]] = x
         if "token_ids" in batch:
             batch["token_ids"] = batch["token_ids"].long()
         return batch
@@ -317,20 +319,42 @@ class StoredModel:
 
 
 class StoredStates:
-    """The hidden states of a model in this process; autocast changes them, so that each dtype has its own."""
+    """The hidden states of a model in this process; under autocast they are others, with an entry of their own.
 
-    def __init__(self, cache: TeacherCache, name: str, fingerprint: str) -> None:
-        self._cache, self._name, self._fingerprint = cache, name, fingerprint
+    ``frozen``: only parameters that are not trained make the model, those of the base of a PEFT model.
+    """
+
+    def __init__(self, cache: TeacherCache, name: str, model: nn.Module, *, frozen: bool = False) -> None:
+        self._cache, self._name, self._model = cache, name, model
+        # looked at once: PEFT freezes an adapter while it is disabled
+        self._only = {name for name, x in model.named_parameters() if not x.requires_grad} if frozen else None
         self._by_autocast: dict[str, StoredModel] = {}
+        self._fingerprint, self._versions = fingerprint(model, only=self._only), self._counted()
+
+    def _counted(self) -> list[tuple[int, int]]:
+        """Where each weight is, and how often it was written in place: one of these changes where its values do."""
+        weights = (x for name, x in self._model.named_parameters() if self._only is None or name in self._only)
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
 
     def now(self, device: torch.device) -> StoredModel:
-        """Those under the current autocast of a device."""
+        """Those of the model as it is, under the current autocast of a device."""
+        versions = self._counted()
+        if versions != self._versions:  # moved, or trained in the meantime (a moving average of the student)
+            self._fingerprint, self._versions = fingerprint(self._model, only=self._only), versions
+            self._by_autocast.clear()
         on = torch.is_autocast_enabled(device.type)
         autocast = str(torch.get_autocast_dtype(device.type)) if on else "none"
         if autocast not in self._by_autocast:
             settings = {"scores": "hidden", "autocast": autocast}
             self._by_autocast[autocast] = StoredModel(self._cache, self._name, self._fingerprint, settings)
         return self._by_autocast[autocast]
+
+
+def _places(mask: Tensor, device: torch.device) -> slice | Tensor:
+    """The ones of a mask (K,): as a slice, whose copy is faster, where they are next to each other."""
+    ones = mask.nonzero().flatten()
+    first, last = int(ones[0]), int(ones[-1])
+    return slice(first, last + 1) if last - first + 1 == len(ones) else ones.to(device)
 
 
 def _on_disk(name: str, x: Tensor) -> Tensor:
@@ -380,7 +404,7 @@ class CachedTeacher:
             if revision is not None:
                 raise TypeError("revision is for a scorer: a model in this process is known by its weights")
             self._name = name or _name_of(teacher)
-            self._states = StoredStates(cache, self._name, fingerprint(teacher))
+            self._states = StoredStates(cache, self._name, teacher)
             self._on = partial(transformers.head_of, teacher, temperature=temperature)
             attributes = {"temperature": temperature}
         elif callable(teacher):

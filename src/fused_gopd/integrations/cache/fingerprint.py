@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _WITHOUT = (
 )
 
 
-def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
+def fingerprint(model: nn.Module, *, only: Container[str] | None = None) -> str:
     """A hash of class, config, and names, shapes, dtypes and values of all weights of a model.
 
     Each byte is read once: the 64-bit words of a weight are added along its rows, and along its columns, modulo 2^64,
@@ -34,15 +34,14 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
 
     Args:
         model: with its whole weights in this process.
-        frozen: only parameters that are not trained: of a PEFT model the base's.
+        only: the names of the parameters that make the model, where these are not all: of a PEFT model its base's.
 
     Raises:
         ValueError: weights that are not here (sharded, offloaded, on the meta device).
     """
-    if frozen:
-        weights: Iterable[tuple[str, Tensor]] = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    else:
-        weights = model.state_dict().items()
+    weights: Iterable[tuple[str, Tensor]] = model.state_dict().items()
+    if only is not None:
+        weights = [(name, x) for name, x in model.named_parameters() if name in only]
     parts = [_class_of(model).encode(), _config_of(model)]
     with torch.no_grad():
         for name, x in weights:

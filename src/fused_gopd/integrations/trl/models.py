@@ -24,7 +24,7 @@ from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
 from ..adapters import require_adapter, with_adapter
-from ..cache import StoredStates, fingerprint
+from ..cache import StoredStates
 from ..hub import adapter_path, require_model
 from ..modules import require_separate
 from ..tokenizers.pairs import texts_of
@@ -351,10 +351,9 @@ class ScoringMixin:
             )
         whole = self.accelerator.unwrap_model(model)
         try:
-            known = fingerprint(whole, frozen=key == "base")
+            self._stored[key] = StoredStates(self._cache, card.name_of(whole), whole, frozen=key == "base")
         except ValueError as error:
             raise ValueError(f"teacher_cache cannot tell {name} from other models: {error}") from None
-        self._stored[key] = StoredStates(self._cache, card.name_of(whole), known)
 
     def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
         options = dict(init or {})
