@@ -7,6 +7,7 @@ import fcntl
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -572,6 +573,28 @@ def test_what_makes_no_teacher_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         vllm.states_teacher(**options)
+
+
+def test_no_traceback_with_its_locals_has_a_key(vllm: Running) -> None:
+    options: dict[str, Any] = {"api": "vllm", "head": vllm.path, "states_dir": vllm.folder, "retries": 0}
+    errors: list[BaseException] = []
+    for wrong in ({"top_k": 3}, {"states_dir": None}, {"model": "another"}):
+        given = {"model": "teacher", **options, **wrong, "api_key": "s3cret-key"}
+        try:
+            HiddenStateTeacher(vllm.url, **given)
+        except (ValueError, TeacherServerError) as error:
+            given.clear()  # this frame's own
+            errors.append(error)
+    teacher = HiddenStateTeacher(vllm.url, "teacher", **options, api_key="s3cret-key")
+    assert "s3cret-key" not in repr(vars(teacher))
+    vllm.faults = [status(400, b"")] * 2
+    with pytest.raises(TeacherServerError) as refused:
+        teacher(*batch())
+    errors.append(refused.value)
+    assert len(errors) == 4
+    for error in errors:
+        text = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+        assert "s3cret-key" not in text.replace('api_key="s3cret-key"', "").replace('"api_key": "s3cret-key"', "")
 
 
 def test_a_refusal_and_a_key_are_those_of_any_server(vllm: Running) -> None:

@@ -251,26 +251,31 @@ class DistillationRun:
         server = importlib.import_module("fused_gopd.integrations.server")
         self._expected_errors += (server.TeacherServerError,)
         try:
-            given = (self._server_url or options.teacher_server, options.teacher_server_model)
-            common = {
-                "api": options.teacher_server_api,
-                "timeout": options.teacher_server_timeout,
-                "patience": options.teacher_server_patience,
-                "api_key": self._server_key,
-                "tokenizer": self._server_tokenizer or tokenizer,
-                "temperature": options.temperature,
-            }
             if options.teacher_server_head:
-                states = options.teacher_server_states or None
-                teacher = server.HiddenStateTeacher(
-                    *given, head=options.teacher_server_head, states_dir=states, **common
-                )
+                kind = server.HiddenStateTeacher
+                own: dict[str, Any] = {
+                    "head": options.teacher_server_head,
+                    "states_dir": options.teacher_server_states or None,
+                }
             else:
-                top_k = None if options.support == "student" else options.k
-                known_size = None if self._server_tokenizer else vocab_size
-                teacher = server.ServerTeacher(*given, top_k=top_k, vocab_size=known_size, **common)
-                if options.support == "student":
-                    teacher.require_requested_ids(options.k)
+                kind = server.ServerTeacher
+                own = {
+                    "top_k": None if options.support == "student" else options.k,
+                    "vocab_size": None if self._server_tokenizer else vocab_size,
+                }
+            teacher = kind(  # no variable has the key or the address's password, which a traceback may show
+                self._server_url or options.teacher_server,
+                options.teacher_server_model,
+                api=options.teacher_server_api,
+                timeout=options.teacher_server_timeout,
+                patience=options.teacher_server_patience,
+                api_key=self._server_key,
+                tokenizer=self._server_tokenizer or tokenizer,
+                temperature=options.temperature,
+                **own,
+            )
+            if options.support == "student":
+                teacher.require_requested_ids(options.k)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:  # TeacherServerError is a RuntimeError
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
         self.say(f"the teacher's server: {teacher.capabilities}")

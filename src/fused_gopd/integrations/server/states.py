@@ -55,6 +55,13 @@ class _Answer(NamedTuple):
     positions: list[Position] | None
 
 
+class _Held:
+    """Arguments in an object that shows none of them."""
+
+    def __init__(self, base_url: str, options: dict[str, Any]) -> None:
+        self.base_url, self.options = base_url, options
+
+
 class HiddenStateTeacher(ServerTeacher):
     """Gets last hidden states from an inference server, and has a copy of the teacher's head here.
 
@@ -93,12 +100,15 @@ class HiddenStateTeacher(ServerTeacher):
         temperature: float = 1.0,
         **options: Any,
     ) -> None:
-        api = options.get("api", "vllm")
+        # no variable of this frame has a key, which a traceback may show
+        held = _Held(base_url, options)
+        del base_url, options
+        api = held.options.get("api", "vllm")
         if api not in ("vllm", "sglang"):
             raise ValueError(f"api must be 'vllm' or 'sglang', which send hidden states, got {api!r}")
         for name in ("top_k", "batch_size", "vocab_size"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is an option of ServerTeacher, which gets log-probs, got {options[name]!r}")
+            if (given := held.options.get(name)) is not None:
+                raise ValueError(f"{name} is an option of ServerTeacher, which gets log-probs, got {given!r}")
         if (api == "vllm") != (states_dir is not None):
             raise ValueError(
                 "states_dir must be given: the folder in which vLLM writes hidden states (shared_storage_path of its "
@@ -114,7 +124,7 @@ class HiddenStateTeacher(ServerTeacher):
         if not isinstance(self._head, CheckpointHead):
             raise TypeError(f"head must be a path, or what load_head returns, got {type(head).__name__}")
         self._folder = None if states_dir is None else _Folder(Path(states_dir))
-        super().__init__(base_url, model, **options)
+        super().__init__(held.base_url, model, **held.options)
         self.temperature = float(temperature)
         self.head = dataclasses.replace(self._head, final_norm=None)
         self.vocab_size = self.head.vocab_size
