@@ -78,6 +78,7 @@ NAVIGATION = {
         "sft",
         "off-policy",
         "distill",
+        "tokenizers",
         "parallelism",
         "planning",
         "paper-settings",
@@ -98,7 +99,7 @@ NAVIGATION = {
 # Pages that are files of other folders, whose links are from there.
 ELSEWHERE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "examples": "examples/README.md"}
 # Modules all of whose public names the API reference must have.
-_INTEGRATIONS = "liger logprobs ms_swift nemo_rl prime_rl server skyrl slime transformers trl verl"
+_INTEGRATIONS = "liger logprobs ms_swift nemo_rl prime_rl server skyrl slime tokenizers transformers trl verl"
 PUBLIC = ["fused_gopd", "fused_gopd.distributed", "fused_gopd.reference"]
 PUBLIC += [f"fused_gopd.integrations.{name}" for name in _INTEGRATIONS.split()]
 

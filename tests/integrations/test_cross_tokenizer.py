@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import fused_gopd as fg
-from fused_gopd.integrations.tokenizers import token_bytes
+from fused_gopd.integrations.tokenizers import token_bytes, vocab_map_of
 from fused_gopd.integrations.trl import GOPDTrainer, check_tokenizers
 from fused_gopd.integrations.trl import models as trl_models
 from fused_gopd.integrations.trl.batch import Batch
@@ -209,7 +209,12 @@ def test_unaligned_tokens_are_not_counted_in_means(tmp_path: Path, monkeypatch: 
     calls = recording(made, monkeypatch)
     made.train()
     assert sum(int(call["mask"].sum()) for call in calls) == int(calls[0]["normalizer"])
-    assert made.state.log_history[0]["gopd/aligned_tokens"] < 1
+    logged = made.state.log_history[0]
+    assert logged["gopd/aligned_tokens"] < 1
+    size = len(tokenizer())
+    mapped = vocab_map_of(tokenizer(), other, size=size) >= 0
+    common = sum(int((mapped[call["token_ids"]] & call["mask"].bool()).sum()) for call in calls)
+    assert logged["gopd/common_tokens"] == pytest.approx(common / sum(int(call["mask"].sum()) for call in calls))
 
 
 def test_messages_are_rendered_by_each_models_template(tmp_path: Path) -> None:
@@ -279,6 +284,18 @@ def test_what_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
         tmp_path, "baseline must be 'none' with cross_tokenizer=True", estimator="sampled", baseline="expected", **cross
     )
     refused(tmp_path, "tail='sampled' needs", estimator="topk", k=3, tail="sampled", **cross)
+
+
+def test_tools_and_named_tokens_are_refused(tmp_path: Path) -> None:
+    def scorer(input_ids: Any, attention_mask: Any, completion_mask: Any, token_ids: Any) -> None:
+        raise AssertionError
+
+    options = {"estimator": "topk", "k": 3, "support": "student", "cross_tokenizer": True}
+    refused(tmp_path, "support='student' names the student's tokens to a scorer", teacher=scorer, **options)
+    with pytest.raises(ValueError, match="cross_tokenizer=True has no place for tools"):
+        GOPDTrainer(
+            own(1, 300), own(2, 300), config(tmp_path, cross_tokenizer=True), train_dataset=prompts(), tools=[print]
+        )
 
 
 def test_scores_without_a_place_are_refused(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ class CrossTokenizer:
             live = live & (~rows | (aligned.mask if self.sampled else aligned.state_mask))
         return found, live.to(mask.dtype)
 
+    def common(self, token_ids: Tensor) -> Tensor:
+        """(B, K) bool, the student's tokens that all these models have: those over which ``full`` compares."""
+        every = torch.stack([self._map(name, token_ids.device) >= 0 for name in self.pairs]).all(0)
+        return every[token_ids]
+
     def carry(self, name: str, scored: Frozen, aligned: Alignment, old_logprobs: Tensor | None) -> Frozen:
         """The scores of a model's own tokens, at the student's."""
         if self.sampled:
