@@ -11,7 +11,10 @@ fraction of held-out numbers that greedy decoding writes without a mistake.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
+import os
 import random
 import tempfile
 import time
@@ -20,10 +23,13 @@ from typing import Any
 
 import torch
 
+from .arguments import parse, publish
+from .run import origin, write
+
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 ONES_LIST = [*ONES.split(), "eighteen", "nineteen"]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-TEACHER_STEPS, STUDENT_STEPS, STEPS, BATCH, LENGTH = 600, 40, 60, 32, 24
+TEACHER_STEPS, STUDENT_STEPS, STEPS, BATCH, LENGTH = 600, 80, 60, 32, 24
 HELD_OUT, SEEDS = 100, (0,)
 RUNS: dict[str, dict[str, Any]] = {
     "sampled, spread": {"estimator": "sampled"},
@@ -152,7 +158,7 @@ def distil(
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             max_completion_length=LENGTH,
-            learning_rate=1e-3,
+            learning_rate=2e-4 if options["estimator"] == "sampled" else 1e-3,
             lr_scheduler_type="constant",
             seed=seed,
             use_cpu=True,
@@ -185,8 +191,6 @@ def distil(
 
 
 def measure(seed: int, names: list[str]) -> dict[str, Any]:
-    import copy
-
     numbers = random.Random(7).sample(range(10, 1000), 900)
     taught, asked = numbers[:450], numbers[450:]
     both = tokenizers_of_both()
@@ -225,8 +229,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Numbers in words, {HELD_OUT} held out; two Llamas of two layers, 64 wide. The teacher's reward is "
-        f"{first['teacher']:.2f}. Its tokenizer has {100 * common['vocabulary']:.0f} % of the student's tokens; of those "
-        f"in the held-out answers {100 * common['single']:.0f} % are a span alone, and before "
+        f"{first['teacher']:.2f}. Its tokenizer has {100 * common['vocabulary']:.0f} % of the student's tokens; of "
+        f"those in the held-out answers {100 * common['single']:.0f} % are a span alone, and before "
         f"{100 * common['states']:.0f} % both have a boundary. {STEPS} steps of {BATCH} answers; {result['device']}; "
         f"TRL {versions['trl']}, transformers {versions['transformers']}, torch {versions['torch']}.",
     ]

@@ -261,15 +261,26 @@ def test_spans_are_the_minimal_common_ones(kinds: Any, text: str) -> None:
 @EXAMPLES
 def test_any_ids_are_aligned_byte_for_byte(kinds: Any, data: st.DataObject) -> None:
     """Whatever is sampled, halves of characters and special tokens too: a span has the same bytes on both sides."""
-    ours, theirs = _table(kinds[0]), _table(kinds[1])
+    ours, theirs = list(_table(kinds[0])), _table(kinds[1])
+    pair = pair_of(*kinds)
+    for i, text in pair._ours.special_texts.items():
+        if text not in pair._theirs.special:
+            ours[i] = text.encode()  # the teacher reads it as text
     ids = data.draw(st.lists(st.integers(0, len(ours) - 1), min_size=1, max_size=12))
-    found = aligned(pair_of(*kinds), ids)
+    found = aligned(pair, ids)
     spans, other = found.spans[0].tolist(), found.other_spans[0].tolist()
+    if kinds[1] not in (pieces, mistral):  # whose spaces depend on what is before them
+        end = b"".join(ours[i] or b"" for i in ids).decode(errors="surrogateescape")
+        cut = len(end) - len(end.rstrip("".join(map(chr, range(0xDC80, 0xDD00)))))
+        free = [len(ours[i] or b"") for i, s in zip(ids, spans, strict=True) if s < 0 and ours[i] is not None]
+        assert sum(map(bool, free)) <= cut  # nothing is masked but a character that the end cuts
     for span in set(spans) - {-1}:
         mine = [i for i, s in zip(ids, spans, strict=True) if s == span]
         its = [i for i, s in zip(found.token_ids[0].tolist(), other, strict=True) if s == span]
         assert its
-        if None in [ours[i] for i in mine]:
+        if span == spans[-1] and ids[-1] in pair._ours.terminators:
+            assert len(mine) == len(its) == 1
+        elif None in [ours[i] for i in mine]:
             assert len(mine) == len(its) == 1  # a special token
             assert theirs[its[0]] is None
         else:
@@ -277,7 +288,18 @@ def test_any_ids_are_aligned_byte_for_byte(kinds: Any, data: st.DataObject) -> N
     counts = found.counts(torch.ones(1, len(ids)))
     assert counts["tokens"] == len(ids)
     assert counts["aligned_tokens"] == sum(s >= 0 for s in spans)
-    assert counts["bytes"] == sum(len(ours[i] or b"") for i in ids)
+    text = ids[:-1] if ids[-1] in pair._ours.terminators else ids  # the end of an answer has no bytes
+    assert counts["bytes"] == sum(len(ours[i] or b"") for i in text)
+
+
+def test_what_is_no_text_is_scored_byte_for_byte() -> None:
+    """Masked it would have no cost, and the student would learn to write it."""
+    the = chatty().encode("the", add_special_tokens=False)
+    half = _table(chatty).index(b"\xf0")
+    for kind in (plain, pieces, BytesTokenizer):
+        found = aligned(pair_of(chatty, kind), [*the, half, half, *the])
+        assert bool(found.mask.all())
+        assert b"".join(_table(kind)[i] for i in found.token_ids[0].tolist()) == b"the\xf0\xf0the"
 
 
 def test_a_character_that_was_not_finished_is_masked() -> None:
@@ -332,12 +354,13 @@ def test_the_end_of_an_answer_is_the_teachers_end() -> None:
 
 
 def test_a_special_token_within_an_answer() -> None:
-    """One that the teacher has by the same text is kept, another is masked, and text that spells one is text."""
+    """One that the teacher has by the same text is kept, another is read as text, and text that spells one is text."""
     start = chatty().convert_tokens_to_ids("<|im_start|>")
     the = chatty().encode("the", add_special_tokens=False)
     found = aligned(pair_of(chatty, plain), [*the, start, *the])
-    n = len(the)
-    assert found.mask[0].tolist() == [True] * n + [False] + [True] * n
+    assert bool(found.mask.all())
+    read = b"".join(_table(plain)[i] for i in found.token_ids[0].tolist())
+    assert read == b"the<|im_start|>the"
     other = PreTrainedTokenizerFast(tokenizer_object=_byte_level(300), eos_token="</s>")
     other.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     found = aligned(TokenizerPair(chatty(), other), [*the, start, *the])

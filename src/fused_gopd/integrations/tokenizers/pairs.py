@@ -128,7 +128,7 @@ class TokenizerPair:
         chats = {row: not isinstance(prompts[row], str) for row in wanted}
         fronts = {row: self._prompt_ids(prompts[row], row) for row in wanted}
         pieces = {row: self._pieces([ids[row][k] for k in places[row]], chats[row]) for row in wanted}
-        texts = [text for row in wanted for piece in pieces[row] for text in piece.texts()]
+        texts = [part for row in wanted for piece in pieces[row] for _, part in piece.parts() if isinstance(part, str)]
         encoded = iter(self._theirs.continuations(texts))
         found = {row: _joined(pieces[row], encoded, self._theirs) for row in wanted}
         return self._padded(completion_ids, places, fronts, found)
@@ -161,11 +161,13 @@ class TokenizerPair:
         ours, theirs = self._ours, self._theirs
         pieces: list[_Piece] = []
         for k, i in enumerate(ids):
+            text = ours.special_texts.get(i, "")
             piece = ours.bytes[i] if 0 <= i < len(ours.bytes) else None
             last = k == len(ids) - 1 and i in ours.terminators
+            if piece is None and text and text not in theirs.special and not last:
+                piece = text.encode()  # the other model reads it as text: to mask it would make it free
             if piece is None or last:
-                other = theirs.terminator(chat) if last else theirs.special.get(ours.special_texts.get(i, ""))
-                pieces.append(_Piece([k], [b""], other))
+                pieces.append(_Piece([k], [b""], theirs.terminator(chat) if last else theirs.special.get(text)))
             elif pieces and not pieces[-1].is_special:
                 pieces[-1].places.append(k)
                 pieces[-1].spelled.append(piece)
@@ -218,8 +220,8 @@ class _Piece:
     def is_special(self) -> bool:
         return self.spelled == [b""] and len(self.places) == 1
 
-    def stretches(self) -> Iterator[tuple[int, str]]:
-        """(first byte, text) of the parts that are UTF-8. A character of which only a part was sampled is in none."""
+    def parts(self) -> Iterator[tuple[int, str | bytes]]:
+        """(first byte, text) of what is UTF-8, and (first byte, bytes) of what is not."""
         data, begin = b"".join(self.spelled), 0
         while begin < len(data):
             try:
@@ -228,10 +230,16 @@ class _Piece:
             except UnicodeDecodeError as error:
                 if error.start:
                     yield begin, data[begin : begin + error.start].decode()
+                yield begin + error.start, data[begin + error.start : begin + error.end]
                 begin += error.end
 
-    def texts(self) -> list[str]:
-        return [] if self.is_special else [text for _, text in self.stretches()]
+    def is_cut(self, begin: int) -> bool:
+        """Whether the piece ends with a character that begins at a byte and of which more may have followed."""
+        try:
+            b"".join(self.spelled)[begin:].decode()
+        except UnicodeDecodeError as error:
+            return error.reason == "unexpected end of data"
+        return False
 
 
 @dataclass
@@ -261,16 +269,21 @@ def _joined(pieces: Sequence[_Piece], encoded: Iterator[list[int]], theirs: Voca
                 found.other_spans.append(count)
                 count += 1
             continue
-        ours = _boundaries(piece.spelled, 0)
-        for begin, text in piece.stretches():
-            ids = next(encoded)
-            count = _align_text(piece, ours, begin, text.encode(), ids, theirs, found, count)
+        ids: list[int] = []
+        for begin, part in piece.parts():
+            if isinstance(part, str):
+                ids += next(encoded)
+            elif piece is not pieces[-1] or not piece.is_cut(begin):
+                # byte for byte: masked, what is no text would cost nothing
+                ids += [theirs.single_bytes[byte] for byte in part if byte in theirs.single_bytes]
+        count = _align_text(piece, ids, theirs, found, count)
     return found
 
 
-def _boundaries(spelled: Sequence[bytes], begin: int) -> dict[int, int]:
+def _boundaries(spelled: Sequence[bytes]) -> dict[int, int]:
     """The token that begins at each byte, and behind the last byte their number; of tokens without bytes the first."""
     found: dict[int, int] = {}
+    begin = 0
     for n, piece in enumerate(spelled):
         found.setdefault(begin, n)
         begin += len(piece)
@@ -278,16 +291,7 @@ def _boundaries(spelled: Sequence[bytes], begin: int) -> dict[int, int]:
     return found
 
 
-def _align_text(
-    piece: _Piece,
-    ours: dict[int, int],
-    begin: int,
-    text: bytes,
-    ids: list[int],
-    theirs: Vocabulary,
-    found: _Found,
-    count: int,
-) -> int:
+def _align_text(piece: _Piece, ids: list[int], theirs: Vocabulary, found: _Found, count: int) -> int:
     """Align the other model's tokens of a text; returns the number of spans so far.
 
     Where its tokens spell something else than the text (a normaliser, a space put in front), what is equal at both ends
@@ -297,22 +301,22 @@ def _align_text(
     found.ids += ids
     found.other_spans += [-1] * len(ids)
     spelled = [theirs.bytes[i] or b"" for i in ids]
-    data = b"".join(spelled)
+    data, text = b"".join(spelled), b"".join(piece.spelled)
+    ours = _boundaries(piece.spelled)
     left = _common_prefix(data, text)
     right = min(_common_prefix(data[::-1], text[::-1]), min(len(data), len(text)) - left)
-    shift = begin + len(text) - len(data)  # from the other model's bytes to the student's, at the right end
+    shift = len(text) - len(data)  # from the other model's bytes to the student's, at the right end
     common: list[tuple[int, int, int, int]] = []  # byte and token of the student's, byte and token of the other's
-    for at, j in _boundaries(spelled, 0).items():
-        if at <= left and begin + at in ours:
-            common.append((begin + at, ours[begin + at], at, j))
+    for at, j in _boundaries(spelled).items():
+        if at <= left and at in ours:
+            common.append((at, ours[at], at, j))
         elif at >= len(data) - right and shift + at in ours:
             common.append((shift + at, ours[shift + at], at, j))
-    whole = b"".join(piece.spelled)
     for _, i, _, j in common:
         if i < len(piece.places) and j < len(ids) and piece.spelled[i]:
             found.states[piece.places[i]] = offset + j
     for (a, i, b, j), (c, k, d, m) in pairwise(common):
-        if c > a and whole[a:c] == data[b:d]:
+        if c > a and text[a:c] == data[b:d]:
             for place in piece.places[i:k]:
                 found.spans[place] = count
             found.other_spans[offset + j : offset + m] = [count] * (m - j)

@@ -122,6 +122,8 @@ class Vocabulary:
         named = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
         self.special_texts = {i: str(text) for i, text in {**named, **added}.items()}
         self.special = {text: i for i, text in self.special_texts.items()}
+        # the token of each byte, of those that have one
+        self.single_bytes = {piece[0]: i for piece, i in _canonical(self).items() if len(piece) == 1}
         self.turn_end = _turn_end(tokenizer)
         ends = [self.turn_end, tokenizer.eos_token_id, *(terminators or ())]
         self.terminators = [i for i in dict.fromkeys(ends) if i is not None]
