@@ -418,7 +418,8 @@ def test_a_scorer_without_a_teacher_loses_nothing(tmp_path: Path) -> None:
     assert torch.equal(offline(*batch()).logprobs, expected)
     del offline
     cache.scorer(scorer)(*batch(1))
-    assert cache.stats()["removed"] == 3
+    assert cache.stats()["unwritten"] == 3
+    assert cache.stats()["removed"] >= 2  # of which size depends on the order of their last uses
 
 
 def test_a_sequence_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
@@ -604,3 +605,11 @@ def test_a_cached_scorer_is_a_teacher_of_the_trainer(estimator: str, trl: Any, t
         trl.assert_same(live, trl.trained(tmp_path, teacher=cache.scorer(scorer), **options), 1e-5)
         cached = TeacherCache(tmp_path / "cache").scorer()
     trl.assert_same(live, trl.trained(tmp_path, teacher=cached, **options), 1e-5)
+
+
+def test_the_table_of_the_page_is_that_of_the_results() -> None:
+    root = Path(__file__).resolve().parents[2]
+    benchmark = pytest.importorskip("benchmarks.teacher_cache")
+    found = json.loads((root / "benchmarks" / "results" / "teacher-cache.json").read_text())
+    page = (root / "docs" / "teachers.md").read_text(encoding="utf-8")
+    assert benchmark.table(found["rows"], found["body"]["seconds"]) in page
