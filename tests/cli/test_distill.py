@@ -130,6 +130,16 @@ def test_an_adapter_is_merged_or_saved_by_itself(files: Files, whole: Whole) -> 
     assert "library_name: peft" in (adapter / "README.md").read_text()
 
 
+def test_a_teacher_that_cannot_be_the_one_that_was_meant_is_named(files: Files, tmp_path: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(files.math)
+    torch.nn.init.zeros_(teacher.lm_head.weight)
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    more = ["--teacher", str(tmp_path / "teacher"), "--batch-size", "8", "--max-new-tokens", "40"]
+    output = invoke(*small(files, tmp_path / "run", *more, steps=1))
+    assert "teacher gives every token the probability 1/" in output
+
+
 def test_adapters_on_the_students_base_are_the_teachers_that_they_would_be_merged(files: Files, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapters, merged = [], []

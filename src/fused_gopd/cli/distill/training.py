@@ -353,6 +353,7 @@ class DistillationRun:
             peft_config=adapter,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.warn = self.say
         return trainer
 
     def _reference(self) -> Any:

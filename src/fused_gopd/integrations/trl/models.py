@@ -23,6 +23,7 @@ from ...output import GOPDOutput
 from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ...values import require_number
+from .. import misfit
 from ..adapters import require_adapter, with_adapter
 from ..cache import StoredStates
 from ..hub import adapter_path, require_model
@@ -110,6 +111,8 @@ class ScoringMixin:
     _signature_columns: list[str]
     _tokenizer: PreTrainedTokenizerBase
     _is_vlm: bool
+    warn: Callable[[str], None] = staticmethod(logger.warning)
+    """Tells of a teacher or reference that cannot be the one that was meant."""
 
     # -------------------------------------------------------------------------------------------------- construction
 
@@ -233,6 +236,9 @@ class ScoringMixin:
         elif ref_model is not None:
             init = self.args.model_init_kwargs
             self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
+        # models that a first batch has not been compared with yet; those of another tokenizer score other tokens
+        known = [*names, *(["ref_model"] if self._reference not in (None, "base") else [])]
+        self._unchecked = set(known) - set(self._cross.pairs)
         self._vocab_size = min(sizes)
         self._sample_from_joint_vocabulary(sizes[0])
 
@@ -540,7 +546,34 @@ class ScoringMixin:
                 vocab_size=self._vocab_size,
                 **own,
             )
-            return self._at_head(student, self._hidden(student, batch) if hidden is None else hidden, loss)
+            out = self._at_head(student, self._hidden(student, batch) if hidden is None else hidden, loss)
+            self._name_misfits(out, teacher, ref, index, batch)
+            return out
+
+    def _name_misfits(
+        self, out: GOPDOutput, teacher: Frozen | list[Frozen] | None, ref: Frozen | None, index: Any, batch: Batch
+    ) -> None:
+        """Warn once of a teacher or reference that cannot be the one that was meant, by the first tokens it scored."""
+        if not self._unchecked or out.student_logprobs is None or batch.mask.numel() < misfit.LEAST_TOKENS:
+            return
+        every = torch.ones(len(batch.token_ids), dtype=torch.bool)
+        scored: list[tuple[str, Any, Tensor | None, Tensor]] = [("ref_model", ref, out.ref_logprobs, every)]
+        for route, i in self._routes.items():
+            rows = every if batch.teacher_index is None else batch.teacher_index == i
+            if teacher is not None and bool(rows.any()):
+                source = teacher[int(index[rows][0])] if isinstance(teacher, list) else teacher
+                scored.append((teacher_name(route), source, out.teacher_logprobs, rows))
+        for name, source, logprobs, rows in scored:
+            if name not in self._unchecked or logprobs is None:
+                continue
+            mask = batch.mask.bool() & rows.to(batch.mask.device)[:, None]
+            if int(mask.sum()) < misfit.LEAST_TOKENS:
+                continue
+            self._unchecked.remove(name)
+            shifted = misfit.shifts_of(source, batch.token_ids, self._vocab_size)
+            found = misfit.misfit_of(logprobs, out.student_logprobs, mask, self._vocab_size, shifted)
+            if found is not None and self.accelerator.is_main_process:
+                self.warn(f"{name} {found}")
 
     @torch.no_grad()
     def _likeliest(self, student: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
