@@ -134,9 +134,7 @@ class ScoringMixin:
             check_kind(name, model, cast("Any", args).temperature)
         loaded = any(isinstance(x, str) and adapter_path(x) is None for x in routes.values())
         if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
-            raise ValueError(
-                "teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a path of a model"
-            )
+            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
         scale = f"reward_scale={args.reward_scale}"
         if args.reward_scale_end is not None:
             scale += f" to reward_scale_end={args.reward_scale_end}"
