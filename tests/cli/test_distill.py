@@ -291,7 +291,11 @@ def test_a_server_of_hidden_states_teaches_what_the_local_teacher_does(
     for server in test_server_states.serve("vllm", tmp_path, monkeypatch, model=teacher):
         remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher", "--teacher-server-head"]
         remote += [files.math, "--teacher-server-states", str(server.folder)]
-        output = invoke(*small(files, tmp_path / "remote", *remote, *options, steps=2))
+        cache = ["--teacher-cache", str(tmp_path / "cache")]
+        output = invoke(*small(files, tmp_path / "remote", *remote, *options, *cache, steps=2))
+        cached = invoke(*small(files, tmp_path / "cached", *remote, *options, *cache, steps=2))
+        assert "16 sequences were there, 0 were not" in cached
+        assert_same_weights(tmp_path / "remote" / "model", tmp_path / "cached" / "model")
         assert "/v1/completions with hidden states from before the final norm, float32, in files of" in output
         assert "full" in output
     invoke(*small(files, tmp_path / "local", *options, steps=2))

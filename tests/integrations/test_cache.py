@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 import fused_gopd as fg  # noqa: E402
 from fused_gopd.integrations.cache import TeacherCache, TeacherCacheError, fingerprint  # noqa: E402
 from fused_gopd.integrations.transformers import head_of, last_hidden_state  # noqa: E402
+from ranks import run_on_ranks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, K = 64, 5
@@ -579,6 +580,28 @@ def test_a_killed_run_resumes_with_what_it_had_scored(trl: Any, tmp_path: Path) 
     trl.assert_same(expected, torch.load(tmp_path / "weights"), 1e-5)
     # the third step was scored before: it is not scored again
     assert len(TeacherCache(tmp_path / "cache")) == 2 * 6 * 4
+
+
+def _ranked(folder: str) -> list[tuple[dict[str, Tensor], dict[str, int] | None]]:
+    """On each rank: a live run, one that fills a cache, and one from it."""
+    import test_trl as trl
+
+    found = []
+    for cache in (None, f"{folder}/cache", f"{folder}/cache"):
+        options = {"ref_model": trl.model(2), "reward_scale": 1.25, "per_device_train_batch_size": 1, **trl.SGD}
+        run = trl.trainer(Path(folder), teacher_cache=cache, **options)
+        run.train()
+        found.append((trl.weights(run), run._cache and run._cache.stats()))
+    return found
+
+
+@pytest.mark.ranks
+def test_two_ranks_share_a_cache(trl: Any, tmp_path: Path) -> None:
+    for live, filling, filled in run_on_ranks("test_cache:_ranked", 2, str(tmp_path)):
+        trl.assert_same(live[0], filling[0], 1e-5)
+        trl.assert_same(live[0], filled[0], 1e-5)
+        assert filled[1]["misses"] == 0
+        assert filled[1]["hits"] > 0
 
 
 def test_what_the_trainer_cannot_cache_is_refused(trl: Any, tmp_path: Path) -> None:

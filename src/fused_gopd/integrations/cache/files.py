@@ -92,24 +92,26 @@ class Folder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"path must be a folder, got the file {path}")
         mark = path / _MARK
-        if mark.exists():
-            try:
-                found = json.loads(mark.read_text(encoding="utf-8"))["format"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"path must be a teacher's cache, and {mark} is damaged: choose another one") from None
-            if found != FORMAT:
+        foreign = sorted(x.name for x in path.iterdir()) if path.exists() else []
+        if not mark.exists():  # looked for after the others: another process that creates the cache writes it first
+            foreign = [name for name in foreign if not name.startswith(f".{_MARK}.")]
+            if foreign:
                 raise ValueError(
-                    f"path must be a cache of format {FORMAT}, and {path} has format {found}, of another version of "
-                    "this package: choose another one"
+                    f"path must be a teacher's cache, or a new or empty folder; {path} has other files "
+                    f"({foreign[0]}, ...)"
                 )
+            path.mkdir(parents=True, exist_ok=True)
+            _replace(mark, json.dumps({"format": FORMAT}).encode())
             return
-        foreign = sorted(x.name for x in path.iterdir())[:3] if path.exists() else []
-        if any(not name.startswith(f".{_MARK}.") for name in foreign):  # another process may be creating it
+        try:
+            found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"path must be a teacher's cache, and {mark} is damaged: choose another one") from None
+        if found != FORMAT:
             raise ValueError(
-                f"path must be a teacher's cache, or a new or empty folder; {path} has other files ({foreign[0]}, ...)"
+                f"path must be a cache of format {FORMAT}, and {path} has format {found}, of another version of this "
+                "package: choose another one"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        _replace(mark, json.dumps({"format": FORMAT}).encode())
 
     # ------------------------------------------------------------------------------------------------------ sequences
 
