@@ -35,7 +35,6 @@ from transformers.trainer_utils import set_seed  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer  # noqa: E402
 
 import fused_gopd as fg  # noqa: E402
-from fused_gopd.integrations.transformers import head_of, last_hidden_state  # noqa: E402
 from fused_gopd.integrations.trl import (  # noqa: E402
     GOPDConfig,
     GOPDTrainer,
@@ -507,47 +506,6 @@ def test_a_scorer_may_return_a_target_of_several_models(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- lambda, steps, resume
-
-
-class HiddenStates:
-    """A scorer that returns a model's hidden states with its head, as HiddenStateTeacher does."""
-
-    def __init__(self, source: Any, dtype: torch.dtype = torch.float32) -> None:
-        self.source, self.dtype = source.to(dtype), dtype
-        self.head = SimpleNamespace(vocab_size=VOCAB)
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> fg.LinearHead:
-        with torch.autocast("cpu", enabled=False):
-            hidden = last_hidden_state(self.source, input_ids, attention_mask, keep=completion_mask.shape[1])
-            return head_of(self.source, hidden)
-
-
-@pytest.mark.parametrize("estimator", [{"estimator": "full"}, {"estimator": "sampled"}, {"estimator": "topk", "k": 5}])
-def test_a_scorer_of_hidden_states_is_the_model(tmp_path: Path, estimator: dict[str, Any]) -> None:
-    """As the teacher, one of the teachers, and the reference."""
-    options = {**SGD, **estimator, "reward_scale": 1.25}
-    local = trained(tmp_path, teacher=model(1), ref_model=model(2), **options)
-    assert_same(
-        trained(tmp_path, teacher=HiddenStates(model(1)), ref_model=HiddenStates(model(2)), **options), local, 1e-6
-    )
-    routed = {"data": prompts(domain=["a", "b"] * 4), "route_column": "domain", **options}
-    local = trained(tmp_path, teacher={"a": model(1), "b": model(3)}, ref_model=model(2), **routed)
-    teachers = {"a": model(1), "b": HiddenStates(model(3))}
-    assert_same(trained(tmp_path, teacher=teachers, ref_model=model(2), **routed), local, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_may_be_of_another_dtype_than_the_student(tmp_path: Path, dtype: torch.dtype) -> None:
-    run = trainer(tmp_path, teacher=HiddenStates(model(1), dtype), estimator="full", bf16=True)
-    run.train()
-    assert all(bool(x.isfinite().all()) for x in run.model.state_dict().values())
-
-
-def test_a_scorer_of_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
-    scorer = HiddenStates(model(1))
-    scorer.head.vocab_size = 3
-    with pytest.raises(ValueError, match="teacher has 3 tokens"):
-        trainer(tmp_path, teacher=scorer, estimator="full")
 
 
 def test_lambda_moves_linearly_over_the_steps_that_are_given(tmp_path: Path) -> None:
