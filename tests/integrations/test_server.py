@@ -438,6 +438,8 @@ def test_named_tokens_of_another_shape_are_refused(naming_server: Server) -> Non
             teacher(*batch(), students_topk(2).float())
         with pytest.raises(ValueError, match=r"token_ids\[0\] must have the tokens of 2 positions.*got 1"):
             teacher.score([[1, 2, 3]], [1], [[[4]]])
+        with pytest.raises(ValueError, match="token_ids must have one entry per sequence, got 2 for 1"):
+            teacher.score([[1, 2, 3]], [1], [[[4], [5]]] * 2)
     with (
         naming_server.teacher(top_k=2) as teacher,
         pytest.raises(ValueError, match="make the teacher without top_k"),

@@ -315,6 +315,8 @@ class ServerTeacher:
         self, token_ids: Sequence[Sequence[Sequence[int]]], sequences: list[list[int]], start: list[int]
     ) -> list[list[list[int]]]:
         self.require_requested_ids()
+        if len(token_ids) != len(sequences):
+            raise ValueError(f"token_ids must have one entry per sequence, got {len(token_ids)} for {len(sequences)}")
         for i, (asked, ids, first) in enumerate(zip(token_ids, sequences, start, strict=True)):
             if len(asked) != len(ids) - first:
                 raise ValueError(
@@ -429,11 +431,20 @@ class ServerTeacher:
     def _check_temperature(self) -> None:
         """Raise unless the odds of two tokens are those of the temperature: log q_T(a)/q_T(b) = log q(a)/q(b) / T."""
         at_one = odds = 0.0
-        asked = ScoringRequest(self.model, [_TEMPERATURE_IDS], [1], self.top_k or 1)
+        positions = len(_TEMPERATURE_IDS) - 1
+        # in the form in which scores are asked for later
+        named = self.top_k is None and self._format.requested_ids is not None
+        asked = ScoringRequest(
+            self.model,
+            [_TEMPERATURE_IDS],
+            [1],
+            0 if named else self.top_k or 1,
+            requested=[[_TEMPERATURE_IDS] * positions] if named else None,
+        )
         (one,), (other,) = (self._ask([asked._replace(temperature=t)]) for t in (1.0, self.temperature))
-        for n in range(len(_TEMPERATURE_IDS) - 1):
+        for n in range(positions):
             # of the likeliest token to the given one
-            pair = [scores.top_logprobs[n][0] - scores.logprobs[n] for scores in (one, other)]
+            pair = [max(scores.top_logprobs[n]) - scores.logprobs[n] for scores in (one, other)]
             if math.inf > pair[0] > at_one:
                 at_one, odds = pair
         wanted = at_one / self.temperature
