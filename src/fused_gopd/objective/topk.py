@@ -90,10 +90,8 @@ class CompositeOnSupport:
 Model = TypeVar("Model", bound=OnSupport | CompositeOnSupport)
 
 
-def at_least(model: Model, lowest: float | None, token_ids: Tensor) -> Model:
+def at_least(model: Model, lowest: float, token_ids: Tensor) -> Model:
     """The model with log-probs of at least ``lowest`` for the tokens (C, K) of S; its mass outside S is as it was."""
-    if lowest is None:
-        return model
     logprobs = model.logprobs.clamp_min(lowest).masked_fill(token_ids < 0, -math.inf)
     return replace(model, logprobs=logprobs, unbounded=model.logprobs)
 
@@ -132,6 +130,7 @@ def _outcomes(
     bucket = torch.full_like(inside[:, :1], tail != "renormalize")
     has_nan = torch.zeros_like(bucket)
     models: list[Tensor | None] = []
+    keeps = tail == "drop" and any(x is not None and x.unbounded is not None for x in (teacher, ref))
     unbounded: list[Tensor | None] = []  # of teacher and reference
     frozen = zip((teacher, ref), (at for _, at in FROZEN), strict=True)
     for model, cancelled_at in ((student, None), *frozen):
@@ -151,7 +150,7 @@ def _outcomes(
             )
         else:
             models.append(torch.cat((model.logprobs, rest), 1))
-        if model is not student:
+        if keeps and model is not student:
             own = model.logprobs if model.unbounded is None else model.unbounded
             unbounded.append(torch.cat((own, rest), 1))
     if tail != "renormalize":
@@ -165,7 +164,7 @@ def _outcomes(
     assert log_p is not None
     log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]])
     whole = None
-    if tail == "drop" and any(x is not None and x.unbounded is not None for x in (teacher, ref)):
+    if keeps:
         gone = ~inside | outside_support(scale, *unbounded)
         whole = mix(scale, *(None if x is None else x.masked_fill(gone, 0) for x in unbounded))
         whole = whole.masked_fill(gone, -math.inf)
@@ -281,20 +280,23 @@ def term(
     scale = reward_scale[:, None] if isinstance(reward_scale, Tensor) else reward_scale
     x = _outcomes(tail, scale, student, teacher, ref)
     count = token_ids.shape[1]
-    whole = x.mixed.masked_fill(~x.inside, -math.inf) if x.unbounded is None else x.unbounded
-    top = whole.amax(1, keepdim=True)
-    origin = origin_of(top.masked_fill(torch.isneginf(top), 0))
-    normaliser = _log_mass(whole - origin, whole != -math.inf)
-    normaliser = normaliser.masked_fill(torch.isneginf(normaliser), 0)  # no token but for the bound
-    log_t = bounded((x.mixed - origin) - normaliser).masked_fill(~x.inside, 0)
+    if x.unbounded is None:
+        log_t = x.mixed - origin_of(x.mixed.masked_fill(~x.inside, -math.inf).amax(1, keepdim=True))
+        normaliser = _log_mass(log_t, x.inside)
+    else:  # 0 where there is no outcome but for the bound
+        none = torch.isneginf(x.unbounded).all(1, keepdim=True)
+        origin = origin_of(x.unbounded.amax(1, keepdim=True).masked_fill(none, 0))
+        log_t = x.mixed - origin
+        normaliser = _log_mass(x.unbounded - origin, x.unbounded != -math.inf).masked_fill(none, 0)
+    log_t = bounded(log_t - normaliser).masked_fill(~x.inside, 0)
     outcomes = Outcomes(x.log_p, log_t, x.mixed)
     summed = x.inside
     if tail == "drop":
         summed = torch.cat((x.inside[:, :count], torch.zeros_like(x.bucket)), 1)
-    own_logprobs, raised = student.logprobs, torch.zeros_like(x.inside[:, :count])
+    own_logprobs, active = student.logprobs, x.inside  # active: whose log-prob has a gradient
     if student.unbounded is not None:
-        own_logprobs, raised = student.unbounded, x.inside[:, :count] & (student.unbounded < student.logprobs)
-    active = torch.cat((x.inside[:, :count] & ~raised, x.inside[:, count:]), 1)
+        own_logprobs, raised = student.unbounded, student.unbounded < student.logprobs
+        active = torch.cat((x.inside[:, :count] & ~raised, x.inside[:, count:]), 1)
 
     def total(terms: Tensor) -> Tensor:
         return torch.where(summed, terms, 0).sum(1, keepdim=True)
@@ -307,6 +309,7 @@ def term(
     elif tail == "bucket":
         missing = missing.masked_fill(x.bucket, 0)
     if student.unbounded is not None:
+        raised = (x.inside & ~active)[:, :count]
         missing = missing + torch.where(raised, own_logprobs.exp(), 0).sum(1, keepdim=True)
     h0 = divergence.h0
     if tail == "drop" and not isinstance(h0, Tensor) and h0 < 0:

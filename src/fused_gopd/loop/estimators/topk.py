@@ -140,14 +140,18 @@ class TopK(Estimator):
         if problem.reward_scale_fn is not None:
             compute = functools.partial(self._statistic, chunk, support, student, scored)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
-        ids, lowest = support.token_ids, problem.options.logprob_min
-        teacher, ref = (None if x is None else at_least(x, lowest, ids) for x in (support.teacher, support.ref))
+        ids, teacher, ref, bounded = support.token_ids, support.teacher, support.ref, student
+        lowest, own_lowest = problem.options.logprob_min, problem.options.student_logprob_min
+        if lowest is not None:
+            teacher, ref = (None if x is None else at_least(x, lowest, ids) for x in (teacher, ref))
+        if own_lowest is not None:
+            bounded = at_least(student, own_lowest, ids)
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
             reward_scale_of(problem, chunk.statistics, tokens),
             ids,
-            student=at_least(student, problem.options.student_logprob_min, ids),
+            student=bounded,
             teacher=teacher,
             ref=ref,
         )
