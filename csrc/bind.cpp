@@ -258,6 +258,34 @@ NB_MODULE(_native, m) {
       "Write the token losses of C tokens. Arguments are the fields of Losses.");
 
   m.def(
+      "add",
+      [](const Model& model, int64_t rows, int64_t vocab, uintptr_t maximum, uintptr_t logsum, double weight,
+         uintptr_t weights, double total_weight, uintptr_t total_weights, bool mixture, bool first, bool last,
+         uintptr_t out, int64_t out_stride) {
+        const Addition addition{rows,
+                                vocab,
+                                model,
+                                pointer<const float>(maximum),
+                                pointer<const float>(logsum),
+                                weight,
+                                pointer<const float>(weights),
+                                total_weight,
+                                pointer<const float>(total_weights),
+                                mixture,
+                                first,
+                                last,
+                                pointer<float>(out),
+                                out_stride};
+        const Kernels& kernels = chosen_kernels();
+        nb::gil_scoped_release release;
+        add(kernels, addition, parallel_for);
+        ++launch_count;
+      },
+      nb::kw_only(), "model"_a, "rows"_a, "vocab"_a, "maximum"_a, "logsum"_a, "weight"_a, "weights"_a, "total_weight"_a,
+      "total_weights"_a, "mixture"_a, "first"_a, "last"_a, "out"_a, "out_stride"_a,
+      "Add the log-probs of one more model. Arguments are the fields of Addition.");
+
+  m.def(
       "vector_address",
       [](nb::handle x, int dtype, int64_t rows, bool any_stride) {
         return plain_vector(x, dtype, rows, any_stride).address;

@@ -32,17 +32,28 @@ void set_constants(Job& job, const double* x, size_t count) {
     job.mixture = {float(x[0]), float(x[1]), float(x[2]), x[3] != 0.0, float(x[4]), float(x[5]), float(x[6])};
 }
 
-void run(const Kernels& kernels, const Job& job, ParallelFor parallel_for) {
+namespace {
+
+template <class Work>
+void each_row(void (*row)(const Work&, int64_t), const Work& work, ParallelFor parallel_for) {
   struct Context {
-    const Kernels& kernels;
-    const Job& job;
-  } context{kernels, job};
+    void (*row)(const Work&, int64_t);
+    const Work& work;
+  } context{row, work};
   const auto part = [](int64_t first, int64_t last, void* address) {
     const Context& context = *static_cast<const Context*>(address);
-    for (int64_t row = first; row < last; ++row) context.kernels.row(context.job, row);
+    for (int64_t row = first; row < last; ++row) context.row(context.work, row);
   };
-  if (parallel_for == nullptr) return part(0, job.rows, &context);
-  if (parallel_for(0, job.rows, 1, part, &context) != 0) throw std::runtime_error("PyTorch's parallel_for failed");
+  if (parallel_for == nullptr) return part(0, work.rows, &context);
+  if (parallel_for(0, work.rows, 1, part, &context) != 0) throw std::runtime_error("PyTorch's parallel_for failed");
+}
+
+}  // namespace
+
+void run(const Kernels& kernels, const Job& job, ParallelFor parallel_for) { each_row(kernels.row, job, parallel_for); }
+
+void add(const Kernels& kernels, const Addition& addition, ParallelFor parallel_for) {
+  each_row(kernels.add, addition, parallel_for);
 }
 
 }  // namespace fused_gopd

@@ -905,6 +905,77 @@ void losses(const Losses& losses, int64_t rows, float* out) {
   for (int64_t row = 0; row < rows; ++row) out[row] = token_loss(losses, row);
 }
 
+// ---------------------------------------------------------------------------------------------------- sums of models
+
+// Entries below this are masks; so in objective/combination.py.
+constexpr float kMask = -kMaxFloat * 1e-3f;
+constexpr float kLargest = kMaxFloat * 0x1p-26f;
+
+// What is the same for all entries of a row.
+struct Added {
+  float maximum, shift;  // z - maximum + shift: the log-prob, in a mixture and its log-weight
+  float weight, lowest;  // of a sum of log-probs
+};
+
+// log(e^a + e^b); where one is NaN that.
+inline vf log_add(vf a, vf b) {
+  const vf high = max(a, b), low = min(a, b);
+  const vf sum = high + log(1.0f + exp(low - high));
+  return select((a == a) & (b == b), select(high == -kInf, high, sum), a + b);
+}
+
+template <bool Mixture>
+inline vf added(const Addition& addition, const Added& row, vf z, vf total) {
+  vf x = (z - row.maximum) + row.shift;
+  if constexpr (Mixture) {
+    if (row.weight == 0.0f) x = splat(-kInf);
+    if (!addition.first) x = log_add(total, x);
+  } else {
+    const vi outside = x == -kInf;
+    x = select(outside, x, max(splat(row.lowest), x) * row.weight);
+    if (row.weight == 0.0f) x = vf{};
+    if (!addition.first) x = total + x;
+  }
+  if (!addition.last) return x;
+  if constexpr (!Mixture) x = min(splat(kLargest), x);
+  return select((x < kMask) & (x != -kInf), splat(-kMaxFloat), x);
+}
+
+template <bool Mixture>
+void add_row(const Addition& addition, const Added& row, int64_t index) {
+  float* const out = addition.out + index * addition.out_stride;
+  alignas(64) float buffer[kBlock];
+  for (int64_t start = 0; start < addition.vocab; start += kBlock) {
+    const int n = addition.vocab - start < kBlock ? int(addition.vocab - start) : kBlock;
+    const float* const z = load_block(addition.model, index, start, n, buffer);
+    float* const to = out + start;
+    const int whole = n / W * W;
+    for (int k = 0; k < whole; k += W) {
+      __builtin_prefetch(to + k + kPrefetch, 1);
+      store(to + k, added<Mixture>(addition, row, load(z + k), load(to + k)));
+    }
+    if (whole == n) continue;
+    float tail[W] = {};
+    memcpy(tail, to + whole, (n - whole) * sizeof(float));
+    store(tail, added<Mixture>(addition, row, load(z + whole), load(tail)));
+    memcpy(to + whole, tail, (n - whole) * sizeof(float));
+  }
+}
+
+void add(const Addition& addition, int64_t index) {
+  const double weight = addition.weights != nullptr ? addition.weights[index] : addition.weight;
+  const double total = addition.total_weights != nullptr ? addition.total_weights[index] : addition.total_weight;
+  const float logsum = addition.logsum[index];
+  // a row without support has no normaliser: its entries are -inf
+  Added row{addition.maximum[index], logsum == -kInf ? 0.0f : -logsum, float(weight), 0.0f};
+  if (addition.mixture) {
+    row.shift += __builtin_logf(row.weight);
+    return add_row<true>(addition, row, index);
+  }
+  row.lowest = float(-0.25 * kMaxFloat / (total > 1.0 ? total : 1.0));
+  add_row<false>(addition, row, index);
+}
+
 void map(const char* function, float* values, int64_t n) {
   for (int64_t k = 0; k + W <= n; k += W) {
     const vf x = load(values + k);
@@ -920,6 +991,6 @@ void map(const char* function, float* values, int64_t n) {
 #define GOPD_STRING_OF(x) #x
 #define GOPD_STRING(x) GOPD_STRING_OF(x)
 const Kernels GOPD_KERNELS(GOPD_ISA) = {GOPD_STRING(GOPD_ISA), GOPD_ISA::compute_row, GOPD_ISA::policy,
-                                        GOPD_ISA::losses, GOPD_ISA::map};
+                                        GOPD_ISA::losses,      GOPD_ISA::add,         GOPD_ISA::map};
 
 }  // namespace fused_gopd

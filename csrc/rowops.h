@@ -128,6 +128,24 @@ struct Job {
   bool stream_out = false;  // store past the caches: for an out that is too large to be found there again
 };
 
+// The log-probs of one more model on top of a sum of models; fused_gopd/objective/combination.py has the formulas.
+struct Addition {
+  int64_t rows = 0;   // C
+  int64_t vocab = 0;  // V
+  Model model;
+  const float* maximum = nullptr;  // (C,) of the model's own rows, like the next
+  const float* logsum = nullptr;
+  double weight = 1.0;             // of every row, unless
+  const float* weights = nullptr;  // (C,) gives one per row
+  double total_weight = 1.0;       // the sum of the absolute weights of all models, likewise
+  const float* total_weights = nullptr;
+  bool mixture = false;
+  bool first = false;      // nothing is in out
+  bool last = false;       // no other model follows
+  float* out = nullptr;    // (C, >= V)
+  int64_t out_stride = 0;  // in elements
+};
+
 // Fills the mixture or alpha from their numbers in the order above; other divergences have none. Throws
 // std::invalid_argument where it is another number of them.
 void set_constants(Job& job, const double* constants, size_t count);
@@ -139,7 +157,8 @@ struct Kernels {
   // rows of PolicyStat (5, rows) from the student's statistics
   void (*policy)(const Policy& policy, const TokenScores& student, int64_t rows, float* out, int64_t out_stride);
   void (*losses)(const Losses& losses, int64_t rows, float* out);  // out is (rows,)
-  void (*map)(const char* function, float* values, int64_t n);     // exp, log or tanh in place, n a multiple of 16
+  void (*add)(const Addition& addition, int64_t row);
+  void (*map)(const char* function, float* values, int64_t n);  // exp, log or tanh in place, n a multiple of 16
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
@@ -157,5 +176,6 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
 // beginning to end, so the bits do not depend on the number of threads; fewer rows than threads leave threads idle,
 // which at chunks of hundreds of rows is rare.
 void run(const Kernels& kernels, const Job& job, ParallelFor parallel_for);
+void add(const Kernels& kernels, const Addition& addition, ParallelFor parallel_for);
 
 }  // namespace fused_gopd

@@ -32,8 +32,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fused_gopd.objective import combination
 from fused_gopd.objective.divergences import make as make_divergence
-from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat, SumTerm, composite
 from fused_gopd.rowops import native as native_backend
 from fused_gopd.rowops.torch import TorchRowOps
 
@@ -806,6 +807,60 @@ def test_widening_every_sixteen_bit_float():
         expected = raw[:, 0].float()
         expected[expected == -math.inf] = 0.0  # a row without support
         assert torch.equal(statistics[Stat.MAX_STUDENT].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+# ------------------------------------------------------------------------------------------------- sums of models
+
+
+def added(ops, models: list[ModelRows], weights: list, mixture: bool, vocab: int) -> Tensor:
+    """(C, V) the sum of the models, in a buffer with columns that nobody may touch."""
+    dtype = models[0].raw.dtype if models[0].raw.dtype == torch.float64 else torch.float32
+    wide = torch.full((models[0].raw.shape[0], vocab + 3), 55.0, dtype=dtype)
+    out, total_weight, last = wide[:, 1 : vocab + 1], combination.absolute_sum(weights), len(models) - 1
+    for i, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        term = SumTerm(weight, total_weight, mixture, first=i == 0, last=i == last)
+        composite.add(ops, out, model, vocab, ops.statistics(RowProblem(vocab, model)), term)
+    assert (wide[:, 0] == 55.0).all(), "wrote before the vocabulary"
+    assert (wide[:, vocab + 1 :] == 55.0).all(), "wrote past the vocabulary"
+    return out
+
+
+WEIGHTS = ([0.5, 0.25, 1.5], [torch.tensor([0.5, 0.0, 2.0, 1e-3, 1e4]), 1.0, torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0])])
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["numbers", "per row"])
+@pytest.mark.parametrize("mixture", [False, True], ids=["log-linear", "mixture"])
+def test_a_sum_of_models_agrees_with_float64(vocab, dtype, weights, mixture):
+    """A log-prob is off by a few roundings of the logit's distance to the maximum and of its own, times the weight."""
+    bias = torch.linspace(-1, 1, vocab + 2)
+    transforms = (PLAIN, LogitTransform(0.5, 4.0, 0.7), LogitTransform(bias=bias))
+    models = [make_rows(5, vocab, 90 + i, dtype=dtype, transform=t) for i, t in enumerate(transforms)]
+    if not mixture:
+        weights = [-weights[0], *weights[1:]]
+    wide = [ModelRows(m.raw.double(), m.transform) for m in models]
+    want = added(TRUTH, wide, [w.double() if isinstance(w, Tensor) else w for w in weights], mixture, vocab)
+    got = added(NATIVE, models, weights, mixture, vocab)
+    size = max(combination.absolute_sum(weights).max().item() if isinstance(weights[0], Tensor) else 1.0, 4.0)
+    assert_close(got, want, EPS * 4 * (4 + 40) * (1.0 if mixture else size), "sum")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["numbers", "per row"])
+@pytest.mark.parametrize("mixture", [False, True], ids=["log-linear", "mixture"])
+@pytest.mark.parametrize("vocab", [7, 1031])
+def test_a_sum_of_models_of_odd_logits_is_that_of_pytorch(vocab, mixture, weights):
+    """Masks of any size in one model or all, rows of NaN, of +inf and without support; weights of 0 and of 1e4."""
+    smallest = torch.finfo(torch.float32).min
+    for every in (False, True):
+        for fill in (-math.inf, -1e9, smallest, smallest / 3, -200.0, math.inf, math.nan):
+            models = [make_rows(5, vocab, 95 + i) for i in range(3)]
+            for model in models if every else models[1:2]:
+                model.raw[:, ::3] = fill
+                model.raw[3] = fill
+            own = weights if mixture else [weights[0], -weights[1], weights[2]]
+            got, want = (added(ops, models, own, mixture, vocab) for ops in (NATIVE, TRUTH))
+            assert_close(got, want, 2e-6 * want.double().abs().nan_to_num(0, 0, 0).clamp_min(10), f"{fill}, {every}")
 
 
 # --------------------------------------------------------------------------------- threads, machines, and sanitizers

@@ -14,7 +14,7 @@ from ..heads import Head, LinearHead, Logits
 from ..objective import combination
 from ..objective.statistics import token_logprob
 from ..problem import FlatComposite, FrozenModel, Problem
-from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, composite
+from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, SumTerm, composite
 from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .chunking import balanced, row_stride
@@ -227,10 +227,8 @@ class Buffers:
                 if own is not None:
                     no_logit_(scored, own)
             logprobs.append(token_logprob(scored[Stat.LOGIT_STUDENT], scored[Stat.LOGSUM_STUDENT]))
-            first = i == 0
-            composite.add(
-                out, rows, width, scored, weight, total_weight, model.mixture, first=first, last=i == last, index=index
-            )
+            term = SumTerm(weight, total_weight, model.mixture, first=i == 0, last=i == last)
+            composite.add(problem.ops, out, rows, width, scored, term, index)
         if ids is not None:
             self.logprobs[slot] = combination.combine(logprobs, weights, model.mixture)
         return self._composites[key]

@@ -259,6 +259,16 @@ class GradientWeights:
     policy: Policy | None = None
 
 
+class SumTerm(NamedTuple):
+    """One model of a LogLinear or Mixture whose log-probs are added up."""
+
+    weight: float | Tensor  # tensor: (C,), like the next
+    total_weight: float | Tensor  # the sum of the absolute weights of all models
+    mixture: bool
+    first: bool  # nothing is in the sum yet
+    last: bool  # no other model follows
+
+
 class LinearExponentials(NamedTuple):
     """What :meth:`RowOps.linear_exponentials` returns beside the exponentials E, with y = token.
 
@@ -382,6 +392,13 @@ class RowOps(Protocol):
         token. A row without support is 0. A row with NaN or +inf has a factor of NaN.
 
         Returns None where the backend has no such kernel for this input; the caller then takes the logits.
+        """
+
+    def add_logprobs(self, out: Tensor, model: ModelRows, vocab_size: int, statistics: Tensor, term: SumTerm) -> bool:
+        """out (C, >= V) := out and the log-probs of one more model of a LogLinear or Mixture.
+
+        ``statistics`` (len(Stat), C) are those of that model alone. Formulas: :mod:`fused_gopd.objective.combination`.
+        Returns False where the backend has no kernel; the caller then takes PyTorch.
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: dtype) -> Tensor:

@@ -29,6 +29,7 @@ from . import (
     RowDivergence,
     RowProblem,
     Stat,
+    SumTerm,
 )
 from .torch import scale_
 
@@ -199,6 +200,35 @@ class NativeRowOps:
         out: Tensor | None = None,
     ) -> LinearExponentials | None:
         return None
+
+    def add_logprobs(self, out: Tensor, model: ModelRows, vocab_size: int, statistics: Tensor, term: SumTerm) -> bool:
+        rows = model.raw.shape[0] if model.raw.dim() else 0
+        if out.dtype is not torch.float32:
+            raise TypeError(f"out must be torch.float32 for backend='native', got {out.dtype}")
+        alive: list[Tensor] = []
+        address, stride = _statistics("statistics", statistics, rows, alive)
+        out_address, out_stride = _out(out, rows, vocab_size)
+        weight, weights = _number_or_vector("weight", term.weight, rows, alive)
+        total_weight, total_weights = _number_or_vector("total_weight", term.total_weight, rows, alive)
+        _load().add(
+            model=_model("model", model, rows, vocab_size),
+            rows=rows,
+            vocab=vocab_size,
+            maximum=address + 4 * stride * Stat.MAX_STUDENT,
+            logsum=address + 4 * stride * Stat.LOGSUM_STUDENT,
+            weight=weight,
+            weights=weights,
+            total_weight=total_weight,
+            total_weights=total_weights,
+            mixture=term.mixture,
+            first=term.first,
+            last=term.last,
+            out=out_address,
+            out_stride=out_stride,
+        )
+        if not out.is_inference():
+            increment_version(out)
+        return True
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scale_(gradient, factor)
@@ -488,6 +518,11 @@ def _vector(name: str, x: Tensor, rows: int, alive: list[Tensor], dtype: int = 0
     x = _aligned(x)
     alive.append(x)
     return x.data_ptr()
+
+
+def _number_or_vector(name: str, x: float | Tensor, rows: int, alive: list[Tensor]) -> tuple[float, int]:
+    """A number of all rows and no address, or any number and the address of one (C,) float32 for each."""
+    return (1.0, _vector(name, x, rows, alive)) if isinstance(x, Tensor) else (x, 0)
 
 
 def _check_memory(name: str, x: Tensor, span: int) -> None:

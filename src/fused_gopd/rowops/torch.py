@@ -16,7 +16,17 @@ from ..objective.divergences import Divergence, OneRound, Outcomes, divergence_v
 from ..objective.policy import PolicyTerm, evaluate
 from ..objective.statistics import token_logprob
 from ..objective.target import bounded, mix, origin_of
-from . import GradientWeights, LinearExponentials, LogitTransform, ModelRows, Policy, RowDivergence, RowProblem, Stat
+from . import (
+    GradientWeights,
+    LinearExponentials,
+    LogitTransform,
+    ModelRows,
+    Policy,
+    RowDivergence,
+    RowProblem,
+    Stat,
+    SumTerm,
+)
 
 # Elements of one temporary. At 2^20 float32 a temporary is 4 MiB: about a dozen of them live at once, still far
 # below one chunk buffer of a 150k vocabulary, and small enough to stay in a CPU's last-level cache.
@@ -131,6 +141,9 @@ class TorchRowOps:
         out: Tensor | None = None,
     ) -> LinearExponentials | None:
         return None
+
+    def add_logprobs(self, out: Tensor, model: ModelRows, vocab_size: int, statistics: Tensor, term: SumTerm) -> bool:
+        return False
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scale_(gradient, factor)

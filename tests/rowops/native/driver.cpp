@@ -164,6 +164,16 @@ int main() {
 
         const Result first = compute(*all[0], job, out_bytes, true);
         for (const Kernels* kernels : all) {
+          std::unique_ptr<float[]> sum(new float[rows * vocab]());
+          const float own[] = {1.0f, 2.0f, -__builtin_huge_valf()};
+          const float weights[] = {0.0f, 0.5f, 2.0f};
+          Addition addition;
+          addition.rows = rows, addition.vocab = vocab, addition.model = job.student;
+          addition.maximum = addition.logsum = own;
+          addition.weights = addition.total_weights = variant % 3 == 0 ? weights : nullptr;
+          addition.mixture = variant % 2 == 0, addition.first = variant % 4 < 2, addition.last = variant % 5 < 2;
+          addition.out = sum.get(), addition.out_stride = vocab;
+          add(*kernels, addition, nullptr);
           const Result fused = compute(*kernels, job, out_bytes, true),
                        split = compute(*kernels, job, out_bytes, false);
           if (memcmp(fused.statistics.data(), split.statistics.data(), fused.statistics.size() * sizeof(float)) != 0)

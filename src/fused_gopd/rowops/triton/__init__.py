@@ -29,6 +29,7 @@ from .. import (
     RowDivergence,
     RowProblem,
     Stat,
+    SumTerm,
 )
 from ..torch import scale_
 
@@ -918,6 +919,9 @@ class TritonRowOps:
             ):  # fmt: skip
                 launch.run(hidden.device)
         return LinearExponentials(statistics, vectors[1], vectors[2])
+
+    def add_logprobs(self, out: Tensor, model: ModelRows, vocab_size: int, statistics: Tensor, term: SumTerm) -> bool:
+        return False
 
     def scale_(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return scaled(gradient, factor, dtype) if factor.dtype == torch.float32 else scale_(gradient, factor)
