@@ -1,7 +1,17 @@
 """Scores of teachers and references on disk, for sequences that are scored more than once.
 
 :class:`TeacherCache` is a folder, and :meth:`TeacherCache.scorer` a scorer that looks there before it asks a model or
-another scorer. ``docs/teachers.md`` says what this is useful for, :mod:`.files` has the format.
+another scorer. ``docs/teachers.md`` says what this is useful for. The folder has ::
+
+    teacher-cache.json                               the version of this format
+    MODEL/model.json                                 the model, its settings, the names under which it was used
+    MODEL/2 digits/62 digits.safetensors             one sequence
+
+``MODEL`` is a hash of fingerprint and settings, the digits of a file are the hash of the sequence's token ids and of
+the positions that are scored. A file has the tensors ``ids`` (T,) int32, the sequence without padding; ``positions``
+(N,) int32, the places in it of the scored tokens; and their scores: ``hidden`` (N, H), the states that predict them, or
+``logprobs`` (N,), or ``token_ids`` (N, K), ``logprobs`` (N, K) and ``sampled_logprobs`` (N,). Its metadata has a CRC-32
+over names, dtypes, shapes and bytes of all tensors.
 """
 
 from __future__ import annotations
@@ -139,7 +149,8 @@ class TeacherCache:
 
     def _write(self, path: Path, row: _Row, scores: files.Scores) -> None:
         """Keep the scores of a sequence. A full or read-only disk is a warning, since the run has the scores."""
-        if any(bool(x.isnan().any()) for x in scores.values() if x.is_floating_point()):
+        # a sum has NaN where a term has, and takes a fraction of the time
+        if any(bool(x.sum().isnan()) for x in scores.values() if x.is_floating_point()):
             self._counts["unwritten"] += 1
             self._warn(f"the teacher's scores of a sequence of {len(row.ids)} tokens have NaN: they are not kept")
             return

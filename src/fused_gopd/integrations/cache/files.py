@@ -1,16 +1,6 @@
 """The folder of a cache: files of one sequence each, written atomically, checked when they are read, and their size.
 
-::
-
-    CACHE/teacher-cache.json                    the version of this format
-    CACHE/<model>/model.json                    the model, its settings, the names under which it was used
-    CACHE/<model>/<2 digits>/<62 digits>.safetensors      one sequence
-
-``<model>`` is a hash of fingerprint and settings, the digits of a file are the hash of the sequence's token ids and of
-the positions that are scored. A file has the tensors ``ids`` (T,) int32, the sequence without padding; ``positions``
-(N,) int32, the places in it of the scored tokens; and their scores: ``hidden`` (N, H), the states that predict them, or
-``logprobs`` (N,), or ``token_ids`` (N, K), ``logprobs`` (N, K) and ``sampled_logprobs`` (N,). Its metadata has a
-CRC-32 over names, dtypes, shapes and bytes of all tensors.
+The package's docstring has the format.
 """
 
 from __future__ import annotations
