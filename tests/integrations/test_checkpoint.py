@@ -147,6 +147,11 @@ def _config(**changes: object):
         ),
         (_with("lm_head.weight", torch.zeros(61, 32, dtype=torch.int8)), TypeError, r"is quantised \(torch\.int8\)"),
         (_with("lm_head.weight", torch.zeros(61, 32).to(torch.float8_e4m3fn)), TypeError, "is quantised"),
+        (
+            _with("lm_head.qweight", torch.zeros(4, 61).int()),
+            TypeError,
+            "has lm_head.qweight, which lm_head of the model",
+        ),
         (_pickled, ValueError, r"but pytorch_model\.bin, which is pickled and not read: save it anew"),
         (_cut, ValueError, "cannot be read, it is damaged or no safetensors file"),
         (lambda folder: (folder / "config.json").unlink(), ValueError, r"has no config\.json"),
@@ -172,6 +177,16 @@ def test_a_folder_that_has_no_head_is_an_error(change, kind, message, tmp_path):
     change(tmp_path)
     with pytest.raises(kind, match=message):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_a_quantised_body_is_no_matter(method, tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    _without("model.layers.0.mlp.up_proj.weight")(tmp_path)
+    _with("model.layers.0.mlp.up_proj.qweight", torch.zeros(4, 48).int())(tmp_path)
+    _config(quantization_config={"quant_method": method, "bits": 4})(tmp_path)
+    assert torch.equal(load_head(tmp_path).weight, model.lm_head.weight)
 
 
 def test_a_path_that_is_no_folder_is_an_error(tmp_path):

@@ -299,6 +299,13 @@ class _Tensors:
     def fill(self, module: nn.Module) -> None:
         """Give a module on the meta device its stored parameters, in their own dtype."""
         (path,) = [name for name, m in self.model.named_modules() if m is module]
+        known = {f"{path}.{leaf}" for leaf, _ in module.named_parameters()}
+        more = next((name for name in self.names if name.startswith(f"{path}.") and name not in known), None)
+        if more is not None:  # scales, packed integers
+            raise TypeError(
+                f"{self.place.name} has {self.names[more]}, which {path} of the model has no place for: it is quantised, "
+                "or of another model; leave the head out of the quantisation (modules_to_not_convert=['lm_head'])"
+            )
         for leaf, parameter in list(module.named_parameters()):
             tensor = self._read(f"{path}.{leaf}", parameter)
             parent, _, last = leaf.rpartition(".")
