@@ -234,12 +234,19 @@ def test_accumulated_batches_are_one_big_batch(tmp_path: Path, reduction: str) -
 
 
 def _run(folder: Path, batch: int, lora: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and first log of a greedy run, so that what is sampled does not depend on the rank."""
+    """Weights and first log of a greedy run, so that what is sampled does not depend on the rank. With an adapter one
+    teacher is an adapter, too."""
+    first: Any = model(1)
+    if lora:
+        torch.manual_seed(8)
+        expert = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        peft.get_peft_model(model(0), expert).save_pretrained(folder / "expert")
+        first = f"adapter:{folder / 'expert'}"
     run = trainer(
         folder,
         ref_model=model(2),
         data=prompts(domain=["a", "b"] * 4),
-        teacher={"a": model(1), "b": model(3, hidden=48)},
+        teacher={"a": first, "b": model(3, hidden=48)},
         route_column="domain",
         reward_scale=1.25,
         **SGD,

@@ -303,8 +303,8 @@ class _Tensors:
         more = next((name for name in self.names if name.startswith(f"{path}.") and name not in known), None)
         if more is not None:  # scales, packed integers
             raise TypeError(
-                f"{self.place.name} has {self.names[more]}, which {path} of the model has no place for: it is quantised, "
-                "or of another model; leave the head out of the quantisation (modules_to_not_convert=['lm_head'])"
+                f"{self.place.name} has {self.names[more]}, which {path} of the model has no place for: it is "
+                "quantised, or of another model; leave the head out of it (modules_to_not_convert=['lm_head'])"
             )
         for leaf, parameter in list(module.named_parameters()):
             tensor = self._read(f"{path}.{leaf}", parameter)
