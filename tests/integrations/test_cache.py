@@ -195,17 +195,42 @@ def test_a_changed_model_misses(tmp_path: Path) -> None:
         cache.scorer(name="t")
 
 
-def test_a_model_that_is_trained_meanwhile_misses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [True, False], ids=["in place", "as TRL's SyncRefModelCallback"])
+def test_a_model_that_is_trained_meanwhile_misses(counted: bool, tmp_path: Path) -> None:
     teacher, cache = model(), TeacherCache(tmp_path)
     cached = cache.scorer(teacher, name="average")
     before = cached(*batch()).hidden
     with torch.no_grad():  # as a moving average of the student
         for x, y in zip(teacher.parameters(), model(1).parameters(), strict=True):
-            x.lerp_(y, 0.1)
+            (x if counted else x.data).lerp_(y, 0.1)
     assert not torch.equal(cached(*batch()).hidden, before)
     assert cache.stats()["hits"] == 0
     assert torch.equal(cached(*batch()).hidden[0], _states(teacher)[0])
     assert cache.stats()["hits"] == 3
+
+
+def test_adapters_of_one_model_are_other_models(tmp_path: Path) -> None:
+    """Their weights are all in the model, whichever is active, and an adapter's factor is in none of them."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(**options: Any) -> Any:
+        torch.manual_seed(3)
+        made = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options)
+        return peft.get_peft_model(model(), made).eval()
+
+    teacher, cache = adapted(), TeacherCache(tmp_path)
+    assert fingerprint(teacher) == fingerprint(adapted())
+    assert fingerprint(teacher) != fingerprint(adapted(lora_alpha=32))
+    teacher.add_adapter("b", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    cached = cache.scorer(teacher, name="t")
+    for active in ("default", "b"):
+        teacher.set_adapter(active)
+        for scorer in (cached, cache.scorer(teacher, name="t")):
+            assert torch.equal(scorer(*batch()).hidden[0], _states(teacher)[0])
+    with teacher.disable_adapter():
+        assert torch.equal(cached(*batch()).hidden[0], _states(teacher)[0])
+    assert len(cache) == 9
+    assert torch.equal(cached(*batch()).hidden[0], _states(teacher)[0])
 
 
 def test_all_names_of_a_model_are_known(tmp_path: Path) -> None:

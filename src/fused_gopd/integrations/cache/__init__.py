@@ -35,7 +35,7 @@ from ..batches import sequences_to_score
 
 with needs(__name__, "safetensors", install=partial(packages, "safetensors>=0.6")):
     from . import files
-from .fingerprint import fingerprint, head_fingerprint
+from .fingerprint import adapters_of, fingerprint, head_fingerprint, sample_of
 
 __all__ = ["CachedTeacher", "TeacherCache", "TeacherCacheError", "fingerprint"]
 
@@ -342,10 +342,14 @@ class StoredStates:
         self._by_autocast: dict[str, StoredModel] = {}
         self._fingerprint, self._versions = fingerprint(model, only=self._only), self._counted()
 
-    def _counted(self) -> list[tuple[int, int]]:
-        """Where each weight is, and how often it was written in place: one of these changes where its values do."""
-        weights = (x for name, x in self._model.named_parameters() if self._only is None or name in self._only)
-        return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
+    def _counted(self) -> list[Any]:
+        """What changes where a weight's values do: where it is, how often it was written in place, some of its values.
+
+        And which adapters are active, of a model with some; "base" is without any.
+        """
+        weights = [x for name, x in self._model.named_parameters() if self._only is None or name in self._only]
+        places = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights]
+        return [places, sample_of(weights), adapters_of(self._model) if self._only is None else ""]
 
     def now(self, device: torch.device) -> StoredModel:
         """Those of the model as it is, under the current autocast of a device."""
