@@ -156,6 +156,15 @@ def test_lists_of_different_lengths_are_filled_up(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ which model's scores
 
 
+def test_what_trainers_look_at_is_the_scorers(tmp_path: Path) -> None:
+    scorer = Scorer(model(), top_k=3)
+    scorer.temperature, scorer.tokenizer, scorer.head = 0.7, object(), object()
+    cached = TeacherCache(tmp_path).scorer(scorer)
+    for name in ("temperature", "top_k", "tokenizer", "head"):
+        assert getattr(cached, name) is getattr(scorer, name)
+    assert not hasattr(TeacherCache(tmp_path).scorer(lambda *args: scorer(*args), revision="1"), "top_k")
+
+
 def test_a_model_that_changed_is_another_one(tmp_path: Path) -> None:
     teacher, same = model(), model()
     assert fingerprint(teacher) == fingerprint(same)

@@ -432,10 +432,10 @@ class CachedTeacher:
             self._name = name or str(getattr(teacher, "model", None) or type(teacher).__name__)
             attributes = {x: getattr(teacher, x) for x in ("temperature", "top_k") if hasattr(teacher, x)}
             self._stored = StoredModel(cache, self._name, json.dumps([own, revision]), attributes)
-            attributes |= {"head": teacher.head} if hasattr(teacher, "head") else {}
+            attributes |= {x: getattr(teacher, x) for x in ("head", "tokenizer") if hasattr(teacher, x)}
         else:
             raise TypeError(f"teacher must be a model, a scorer or None, got {type(teacher).__name__}")
-        for attribute in ("temperature", "top_k", "head"):
+        for attribute in ("temperature", "top_k", "head", "tokenizer"):
             if attribute in attributes:
                 setattr(self, attribute, attributes[attribute])
 
