@@ -28,7 +28,6 @@ NAMES = {
     "gopd/reward_scale": "reward_scale",
     "gopd/aligned_tokens": "aligned_tokens",
     "gopd/aligned_bytes": "aligned_bytes",
-    "gopd/common_tokens": "common_tokens",
     "entropy": "entropy",
     "completions/mean_length": "length",
     "completions/clipped_ratio": "truncated",

@@ -66,13 +66,19 @@ class CrossTokenizer:
         for name, pair in self.pairs.items():
             rows = scored[name].to(live.device)[:, None]
             found[name] = aligned = pair.align(prompts, token_ids, live & rows)
-            live = live & (~rows | (aligned.mask if self.sampled else aligned.state_mask))
+            live = live & (~rows | self._usable(name, aligned, token_ids))
         return found, live.to(mask.dtype)
 
-    def common(self, token_ids: Tensor) -> Tensor:
-        """(B, K) bool, the student's tokens that all these models have: those over which ``full`` compares."""
-        every = torch.stack([self._map(name, token_ids.device) >= 0 for name in self.pairs]).all(0)
-        return every[token_ids]
+    def _usable(self, name: str, aligned: Alignment, token_ids: Tensor) -> Tensor:
+        """(B, K) bool, the tokens at which the model's scores are compared with the student's.
+
+        ``full`` compares p/p(C) over the common vocabulary C, whatever p(C) is. In the divergence over all tokens that
+        part has the weight p(C) (chain rule). A token sampled from p is in C with that probability, so that the others
+        are left out.
+        """
+        if self.sampled:
+            return aligned.mask
+        return aligned.state_mask & (self._map(name, token_ids.device) >= 0)[token_ids]
 
     def carry(self, name: str, scored: Frozen, aligned: Alignment, old_logprobs: Tensor | None) -> Frozen:
         """The scores of a model's own tokens, at the student's."""

@@ -603,9 +603,6 @@ class ScoringMixin:
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["gopd/aligned_tokens"].append(tokens / max(of, 1))
         metrics["gopd/aligned_bytes"].append(size / max(of_size, 1))
-        if not self._cross.sampled:
-            common = self.accelerator.reduce((mask * self._cross.common(batch.token_ids)).sum().double())
-            metrics["gopd/common_tokens"].append(float(common) / max(tokens, 1))
 
     # --------------------------------------------------------------------------------------------- the dataset's routes
 
