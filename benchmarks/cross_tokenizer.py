@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sampled, spread": {"estimator": "sampled"},
     "sampled, last": {"estimator": "sampled", "span_credit": "last"},
     "full": {"estimator": "full"},
+    "full, also where the token is not common": {"estimator": "full", "everywhere": True},
     "sampled, spread, λ = 1.25": {"estimator": "sampled", "reward_scale": 1.25},
 }
 
@@ -143,6 +144,7 @@ def distil(
 
     curve: list[tuple[int, float]] = []
     held_out = numbers[:HELD_OUT]
+    everywhere = options.pop("everywhere", False)
     data = Dataset.from_dict({"prompt": [question(n) for n in numbers[HELD_OUT:]]})
 
     class Watch(TrainerCallback):
@@ -181,6 +183,8 @@ def distil(
             ref_model=ref if options.get("reward_scale", 1) != 1 else None,
             callbacks=[Watch()],
         )
+        if everywhere:  # which the trainer does not do
+            cast("Any", trainer)._cross._usable = lambda name, aligned, token_ids: aligned.state_mask
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     kept = ("loss", "gopd/kl_teacher_k3", "gopd/kl_target", "gopd/aligned_tokens", "gopd/aligned_bytes")
