@@ -258,7 +258,7 @@ class ScoringMixin:
         """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
         if not isinstance(source, (str, nn.Module)):
             own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
-            if own is not None:
+            if isinstance(own, PreTrainedTokenizerBase):
                 self._compare_tokenizers(name, own)
             elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
                 raise ValueError(
