@@ -110,8 +110,8 @@ class ServerTeacher:
         proxy: the address of a proxy for all requests, or False for none. By default the environment's
             (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``), but none for a server on this machine or in
             a private network.
-        tokenizer: to compare with the server's: the student's, or, with ``cross_tokenizer`` of the trainer, the teacher's
-            own; any object with ``encode(text, add_special_tokens=False)`` and ``decode``.
+        tokenizer: to compare with the server's: the student's, or, with ``cross_tokenizer`` of the trainer, the
+            teacher's own; any object with ``encode(text, add_special_tokens=False)`` and ``decode``.
         extra_body: fields to add to each request; a field whose value is None is removed.
         vocab_size: of the student; a likeliest token beyond it is an error here, and otherwise in the loss.
         temperature: of the log-probs. Whether the server returns those is checked; vLLM 0.32 and SGLang 0.5.23 return
