@@ -680,7 +680,7 @@ def _given(files: Files) -> dict[str, Any]:
     said: dict[str, Any] = dict.fromkeys(options.RunOptions.names(), "")
     said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
     said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
-    said |= dict.fromkeys(("support", "tail", *PARAMETERS))
+    said |= dict.fromkeys(("support", "tail", "teacher_cache_gib", *PARAMETERS))
     said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
     return said | {
         "temperature": 1.0,
