@@ -8,6 +8,7 @@ answers, ``http`` sends the requests. ``docs/integrations/server.md`` has the re
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import operator
@@ -532,8 +533,6 @@ def _dumped(answer: Any) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "HiddenStateTeacher":  # needs transformers, for the head
-        from .states import HiddenStateTeacher
-
-        return HiddenStateTeacher
+    if name == "HiddenStateTeacher":  # needs transformers, for the head; its module imports this one
+        return getattr(importlib.import_module(".states", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
