@@ -99,11 +99,12 @@ def _planned(call: LossCall) -> Plan:
     cancelled, needed = cancelled_model(call), needed_models(call)
     if options.score_cancelled and cancelled and any(isinstance(x, TopKLogProbs) for x in given[cancelled].values()):
         raise TypeError(f"{cancelled} is TopKLogProbs, and score_cancelled=True needs a LinearHead or Logits")
+    unread = tuple([name for name, models in needed.items() if not models])
+    counting = {name: x for name, x in frozen.items() if not name.startswith(unread)}
     if options.joint or options.estimator == "topk":
         together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
-        unread = tuple([name for name, models in needed.items() if not models])
-        counting = {name: x for name, x in frozen.items() if not name.startswith(unread)}
         check_shards(student, counting, together, vocab_size)
+    _check_floor(counting, options, call)
     if options.estimator == "topk":
         # a single model is shared by all routes
         routed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
@@ -147,6 +148,26 @@ def _without_sampled(model: Frozen) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_floor(needed: Mapping[str, Any], options: LossOptions, call: LossCall) -> None:
+    """Raise where a token without a row would be worth more than one that a model finds unlikely."""
+    mapped = next((name for name, model in needed.items() if getattr(model, "vocab_map", None) is not None), None)
+    if mapped is None or options.joint or options.logprob_min is not None:
+        return
+    chosen = {
+        "estimator='sampled'": options.estimator == "sampled",
+        "tail='sampled'": options.tail == "sampled",
+        "support='student'": options.support == "student",
+        "support_ids": call.support_ids is not None,
+    }
+    what = next((name for name, is_chosen in chosen.items() if is_chosen), None)
+    if what is not None:
+        raise ValueError(
+            f"logprob_min must be given for {what}, since {mapped} has a vocab_map: a token without a row would add "
+            "nothing, where unlikely ones are penalised, and the student would learn to say such tokens. With "
+            "logprob_min=-20 it is as unlikely as that"
+        )
 
 
 def _check_exponentials(call: LossCall) -> None:

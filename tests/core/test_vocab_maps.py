@@ -37,8 +37,20 @@ from fused_gopd.vocab_maps import tokens_of_rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE, V = (2, 5), 37
-TOPK = tuple({"estimator": "topk", "k": 5, "tail": tail} for tail in ("bucket", "drop", "renormalize", "sampled"))
-STUDENTS = tuple({**o, "support": "student"} for o in TOPK)
+
+
+def floored(objective: dict[str, Any]) -> dict[str, Any]:
+    """With a ``logprob_min`` where the student chooses the tokens, which the teacher need not have."""
+    chosen = objective.get("support") == "student" or objective.get("tail") == "sampled"
+    return {**objective, "logprob_min": -9.0} if chosen or objective["estimator"] == "sampled" else objective
+
+
+EVERYWHERE = tuple(map(floored, OBJECTIVES))
+SAMPLED = floored({"estimator": "sampled"})
+TOPK = tuple(
+    floored({"estimator": "topk", "k": 5, "tail": tail}) for tail in ("bucket", "drop", "renormalize", "sampled")
+)
+STUDENTS = tuple(floored({**o, "support": "student"}) for o in TOPK)
 JOINT = (
     {"estimator": "sampled", "baseline": "expected", "advantage_clip": 0.5},
     {"estimator": "full", "kl_ref": "exact", "kl_ref_weight": 0.3},
@@ -149,7 +161,7 @@ def assert_same(batch: Batch, backend_dtype: Any, **options: Any) -> None:
 
 @pairwise(
     backend_dtype=("torch-float64", "native-float32"),
-    objective=(*OBJECTIVES, *TOPK, *STUDENTS),
+    objective=(*EVERYWHERE, *TOPK, *STUDENTS),
     models=tuple(MODELS),
     lam=(1.0, 1.25, 0.0),
 )
@@ -159,7 +171,7 @@ def test_value_and_gradient(backend_dtype, objective, models, lam) -> None:
 
 @pairwise(
     backend_dtype=("torch-float64", "native-float32"),
-    objective=[o for o in (*OBJECTIVES, *STUDENTS) if "k" not in o or "support" in o],
+    objective=[o for o in (*EVERYWHERE, *STUDENTS) if "k" not in o or "support" in o],
     models=tuple(SUMS),
 )
 def test_sums_of_models(backend_dtype, objective, models) -> None:
@@ -167,7 +179,7 @@ def test_sums_of_models(backend_dtype, objective, models) -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", [*OBJECTIVES, *TOPK, *STUDENTS, *JOINT], ids=lambda x: "-".join(map(str, x.values()))
+    "objective", [*EVERYWHERE, *TOPK, *STUDENTS, *JOINT], ids=lambda x: "-".join(map(str, x.values()))
 )
 @pytest.mark.parametrize("models", [*MODELS, *SUMS])
 def test_the_dense_reference_agrees(objective, models) -> None:
@@ -184,7 +196,7 @@ def test_the_dense_reference_agrees(objective, models) -> None:
 
 @pairwise(
     backend_dtype=("torch-float64", "native-float32"),
-    objective=[*(o for o in OBJECTIVES if o["estimator"] == "full"), *JOINT],
+    objective=[*(o for o in EVERYWHERE if o["estimator"] == "full"), *JOINT],
     models=tuple(MODELS),
     lam=(1.0, 1.7, 0.0, "tokens"),
 )
@@ -222,7 +234,7 @@ def plain(batch: Batch, **options: Any) -> tuple[Any, list[Tensor]]:
     return run(batch, reward_scale=1.25, **options)
 
 
-EVERY = ({"estimator": "full"}, *TOPK, {"estimator": "sampled"}, *JOINT)
+EVERY = ({"estimator": "full"}, *TOPK, SAMPLED, *JOINT)
 every = pytest.mark.parametrize("objective", EVERY, ids=lambda x: " ".join(map(str, x.values())))
 
 
@@ -269,7 +281,7 @@ def test_masked_tokens_and_rows_that_are_no_token_reach_nothing(objective) -> No
     assert all(map(torch.equal, grads, want_grads))
 
 
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, *TOPK[:2], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, *TOPK[:2], SAMPLED], ids=str)
 def test_each_token_under_the_teacher_of_its_route(objective) -> None:
     batch = with_models(MODELS["both"], torch.float64)
     teachers = [batch.teacher, linear_head(21, SHAPE, V, 4, torch.float64), smaller(22, torch.float64)]
@@ -285,7 +297,7 @@ def test_each_token_under_the_teacher_of_its_route(objective) -> None:
     assert_all_close(grads, total, 1e-12)
 
 
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], SAMPLED], ids=str)
 def test_recomputed_gradients_and_functional_ones(objective) -> None:
     batch = with_models(MODELS["both"], torch.float64)
     upstream = torch.linspace(-1, 2, 10, dtype=torch.float64).reshape(SHAPE)
@@ -305,7 +317,7 @@ def test_recomputed_gradients_and_functional_ones(objective) -> None:
     assert_close(torch.func.grad(loss)(batch.student.hidden.detach()), want, 1e-12)
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, *TOPK], ids=lambda x: " ".join(map(str, x.values())))
+@pytest.mark.parametrize("objective", [*EVERYWHERE, *TOPK], ids=lambda x: " ".join(map(str, x.values())))
 def test_a_student_may_have_a_bias_of_minus_infinity(objective, backend_dtype) -> None:
     """Tokens that it never says, which is what a model that has no row for them is."""
     dtype, wide = backend_dtype.dtype, spread(with_models(MODELS["both"], torch.float64))
@@ -321,7 +333,7 @@ def test_a_student_may_have_a_bias_of_minus_infinity(objective, backend_dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], SAMPLED], ids=str)
 def test_low_precision(dtype, objective, backend) -> None:
     """The same bits of hidden states and weights in float64: products of the two are exact in float32, sums are not."""
     batch = with_models(MODELS["both"], dtype)
@@ -339,7 +351,7 @@ def test_float32_master_weights_of_a_mapped_teacher() -> None:
         assert torch.equal(out.token_loss, want.token_loss)
 
 
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], SAMPLED], ids=str)
 def test_compiled_and_eager_give_the_same_bits(objective) -> None:
     torch._dynamo.reset()
     batch = with_models(SUMS["log-linear"], torch.float32)
@@ -386,19 +398,58 @@ def test_the_mass_in_common_follows_from_the_outputs() -> None:
     assert_close(theirs, q[..., rows[rows >= 0]].sum(-1), 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"old_logprobs": torch.full(SHAPE, -2.0).double()}, {"baseline": "expected"}])
-def test_a_sampled_token_without_a_row_adds_nothing(options) -> None:
-    batch = with_models(MODELS["larger"], torch.float64).replaced(ref=None, mask=None)
-    rows = batch.teacher.vocab_map
-    ids = torch.randint(V, SHAPE, generator=generator(3))
-    there = rows[ids] >= 0
-    assert 0 < there.sum() < there.numel()
-    out, grads = run(batch.replaced(token_ids=ids), **options)
-    assert torch.equal(out.token_loss[~there], torch.zeros(int((~there).sum()), dtype=torch.float64))
-    total = there.numel()
-    want, want_grads = run(batch.replaced(token_ids=ids, mask=there), normalizer=total, **options)
-    assert_close(out.token_loss[there], want.token_loss[there], 1e-12)
-    assert_all_close(grads, want_grads, 1e-12)
+def test_a_student_does_not_leave_what_the_teacher_knows() -> None:
+    """A sampled token without a row that adds nothing is better than one that the teacher finds unlikely."""
+    call = {"token_ids": torch.zeros(SHAPE, dtype=torch.int64)}
+    student, teacher = make_batch(0).student, larger(1, torch.float64)
+    for what, options in (
+        ("estimator='sampled'", {}),
+        ("tail='sampled'", {"estimator": "topk", "k": 3, "tail": "sampled"}),
+        ("support='student'", {"estimator": "topk", "k": 3, "support": "student"}),
+        ("support_ids", {"estimator": "topk", "support_ids": torch.zeros(*SHAPE, 1, dtype=torch.int64)}),
+    ):
+        message = f"logprob_min must be given for {what}, since teacher.* has a vocab_map"
+        for model in (teacher, fg.LogLinear([teacher])):
+            with pytest.raises(ValueError, match=message):
+                fg.gopd_loss(student, model, **call, **options)
+        fg.gopd_loss(student, teacher, **call, **options, logprob_min=-20.0)
+    fg.gopd_loss(student, student, teacher, **call)  # lambda cancels the reference
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "topk", "k": 20},
+        {"estimator": "sampled", "logprob_min": -20.0},
+        {"estimator": "topk", "k": 8, "tail": "sampled", "logprob_min": -20.0},
+    ],
+    ids=str,
+)
+def test_training_moves_mass_to_what_the_teacher_knows(options) -> None:
+    g = generator(0)
+    rows = torch.full((50,), -1)
+    rows[:30] = torch.randperm(70, generator=g)[:30]
+    logits, theirs = torch.randn(16, 50, generator=g), 3 * torch.randn(16, 70, generator=g)
+    logits[:, 30:] += 2
+    teacher, before = fg.Logits(theirs, vocab_map=rows), logits.softmax(-1)[:, :30].sum(-1).mean()
+
+    def trained(teacher: fg.Logits, logits: Tensor = logits, **options: Any) -> Tensor:
+        """The student's mass on the teacher's tokens."""
+        z = logits.clone().requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=0.1)
+        for _ in range(60):
+            ids = torch.multinomial(z.detach().softmax(-1), 1, generator=g)[:, 0]
+            fg.gopd_loss(fg.Logits(z), teacher, token_ids=ids, **options).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return z.detach().softmax(-1)[:, :30].sum(-1).mean()
+
+    assert trained(teacher, **options) > before + 0.2
+    if options["estimator"] == "sampled":  # why there has to be a bound
+        likely = logits + 3 * (rows >= 0)
+        unbounded = fg.Logits(5 * theirs[:, rows.clamp_min(0)].masked_fill(rows < 0, -math.inf))
+        start = likely.softmax(-1)[:, :30].sum(-1).mean()  # 0.79
+        assert trained(unbounded, likely, estimator="sampled") < start - 0.25  # 0.47
 
 
 def test_scores_of_a_server_by_its_own_ids() -> None:
@@ -410,12 +461,12 @@ def test_scores_of_a_server_by_its_own_ids() -> None:
     assert (ours < 0).any()
     listed = fg.TopKLogProbs(ours, logprobs)
     out, grads = run(batch.replaced(teacher=listed), estimator="topk")
-    want, want_grads = run(batch, estimator="topk", support_ids=ours)
+    want, want_grads = run(batch, estimator="topk", support_ids=ours, logprob_min=-1e4)
     assert_close(out.token_loss, want.token_loss, 1e-10)  # the rest as 1 minus a sum
     assert_all_close(grads, want_grads, 1e-10)
 
 
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], SAMPLED], ids=str)
 @pytest.mark.parametrize("models", ["both", "log-linear"])
 def test_functions_of_the_caller_and_cancelled_models(objective, models) -> None:
     batch = with_models((MODELS | SUMS)[models], torch.float64)
@@ -450,7 +501,7 @@ def large(dtype: torch.dtype) -> Batch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], {"estimator": "sampled"}], ids=str)
+@pytest.mark.parametrize("objective", [{"estimator": "full"}, TOPK[0], SAMPLED], ids=str)
 def test_no_copy_of_the_weight(objective, dtype, monkeypatch) -> None:
     """Blocks of it, of 2^20 elements and no more: here of 64 rows."""
     monkeypatch.setattr(gemm, "_SELECTED", {"cpu": 64 * 512})
@@ -468,7 +519,7 @@ def test_products_over_the_common_rows_alone() -> None:
     batch = large(torch.float32)
     N, (rows, width) = 64, batch.teacher.weight.shape
     student = 2 * N * 3000 * 16
-    for objective, count in (({"estimator": "full"}, 3000), (TOPK[0], rows), ({"estimator": "sampled"}, rows)):
+    for objective, count in (({"estimator": "full"}, 3000), (TOPK[0], rows), (SAMPLED, rows)):
         work = gemm_flops(lambda o=objective: run(batch.replaced(ref=None), **o))
         assert work == 3 * student + 2 * N * count * width
 
@@ -486,7 +537,7 @@ def test_chunks_have_room_for_the_rows_of_a_model_alone() -> None:
     plain_teacher = fg.LinearHead(torch.zeros(1, 4), torch.zeros(32_000, 4))
     assert size(teacher, estimator="full") == size(plain_teacher, estimator="full")
     wide = fg.LinearHead(torch.zeros(1, 4), torch.zeros(8 * 32_000, 4))
-    for options in ({"estimator": "topk", "k": 4}, {"estimator": "sampled"}):
+    for options in ({"estimator": "topk", "k": 4}, SAMPLED):
         assert size(teacher, **options) == chunk_size_for(8 * 32_000, 1, "cpu")
     both = fg.LogLinear([teacher, plain_teacher])
     assert size(both, estimator="full") == chunk_size_for(8 * 32_000, 3, "cpu")
