@@ -173,11 +173,11 @@ def test_the_parts_of_a_distill_command_go_together(tmp_path: Path, monkeypatch:
     spans = re.findall(r"`(--[\w-]+ [^`]+)`", FENCE.sub("", PAGES["docs/distill.md"]))
     assert len(spans) > 5
     needs = {"--save": "--lora 8", "--teacher": "", "--teacher-server": "", "--ref": "--reward-scale 1.25"}
-    needs["--support"] = "--estimator topk --k 20"
+    needs |= {"--support": "--estimator topk --k 20", "--teacher-cache-gib": "--teacher-cache C"}
     server = next(span for span in spans if span.startswith("--teacher-server "))
     for span in [*spans, f"{server} --estimator topk --k 20"]:
         rest = f"{span} {needs.get(span.split(' ')[0], '')}"
-        rest += "" if "--teacher" in span else " --teacher T"
+        rest += "" if re.search(r"--teacher(-server)? ", span) else " --teacher T"
         call(
             ["distill", "--student", "M", "--prompts", "p.jsonl", "--output", "run", *rest.split()],
             tmp_path,
