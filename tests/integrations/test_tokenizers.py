@@ -417,6 +417,11 @@ def test_vocab_map(kinds: Any) -> None:
     assert vocab_map_of(student, teacher, size=len(ours) + 3)[-3:].tolist() == [-1] * 3
 
 
+def test_how_much_real_vocabularies_have_in_common() -> None:
+    for teacher, part in ((deepseek, 0.831), (mistral, 0.423)):
+        assert pair_of(gpt2, teacher).common([])["vocabulary"] == pytest.approx(part, abs=1e-3)
+
+
 def test_roles_come_before_texts() -> None:
     rows = vocab_map_of(chatty(), pieces())
     end = chatty().convert_tokens_to_ids("<|im_end|>")

@@ -8,8 +8,8 @@ the vocabulary that both have. ``docs/tokenizers.md`` has the method.
 
 from __future__ import annotations
 
-from .alignment import Alignment, Credit
+from .alignment import Alignment
 from .pairs import TokenizerPair
 from .vocabulary import token_bytes, vocab_map_of
 
-__all__ = ["Alignment", "Credit", "TokenizerPair", "token_bytes", "vocab_map_of"]
+__all__ = ["Alignment", "TokenizerPair", "token_bytes", "vocab_map_of"]
