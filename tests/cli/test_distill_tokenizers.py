@@ -91,7 +91,7 @@ def server(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[A
 
 def test_a_server_gets_ids_of_its_own_tokenizer(files: dict[str, str], tmp_path: Path, server: Any) -> None:
     remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher", "--cross-tokenizer"]
-    remote += ["--teacher-server-tokenizer", files["teacher"]]
+    remote += ["--teacher-tokenizer", files["teacher"]]
     invoke(files, tmp_path / "remote", *remote, teacher=False)
     invoke(files, tmp_path / "local", "--cross-tokenizer", "--estimator", "sampled")
     local = weights(tmp_path / "local" / "model")
@@ -104,9 +104,9 @@ def test_mistakes_are_named(files: dict[str, str], tmp_path: Path) -> None:
     cases = {
         (): "--cross-tokenizer of `fused-gopd distill`",
         (
-            "--teacher-server-tokenizer",
+            "--teacher-tokenizer",
             files["teacher"],
-        ): "--teacher-server-tokenizer: is an option of --teacher-server",
+        ): "--teacher-tokenizer: is an option of --teacher-server",
         ("--teacher", files["short"], "--cross-tokenizer"): "(--teacher), which has 30 positions",
         ("--teacher", files["plain"], "--cross-tokenizer"): "is not taken by {plain}'s chat template",
     }
@@ -115,11 +115,11 @@ def test_mistakes_are_named(files: dict[str, str], tmp_path: Path) -> None:
         assert message.format(**files) in " ".join(output.split()), (options, output)
     remote = ["--teacher-server", "http://h", "--teacher-server-model", "t"]
     served = {
-        ("--cross-tokenizer",): "--teacher-server-tokenizer: must be given with --cross-tokenizer",
+        ("--cross-tokenizer",): "--teacher-tokenizer: must be given with --cross-tokenizer",
         (
-            "--teacher-server-tokenizer",
+            "--teacher-tokenizer",
             files["teacher"],
-        ): "--teacher-server-tokenizer: is an option of --cross-tokenizer",
+        ): "--teacher-tokenizer: is an option of --cross-tokenizer",
     }
     for n, (options, message) in enumerate(served.items()):
         output = invoke(files, tmp_path / f"s{n}", *remote, *options, teacher=False, code=2)

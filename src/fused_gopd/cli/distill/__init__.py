@@ -82,10 +82,11 @@ def distill(
             envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.", rich_help_panel=_SERVER
         ),
     ] = "",
-    teacher_server_tokenizer: Annotated[
+    teacher_tokenizer: Annotated[
         str,
         typer.Option(
-            help="With --cross-tokenizer: a folder or hub name that has its tokenizer.", rich_help_panel=_SERVER
+            help="With --cross-tokenizer: a folder or hub name that has the server's tokenizer.",
+            rich_help_panel=_SERVER,
         ),
     ] = "",
     cross_tokenizer: Annotated[

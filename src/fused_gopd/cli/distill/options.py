@@ -75,7 +75,7 @@ class RunOptions:
     teacher_server_head: str = ""
     teacher_server_states: str = ""
     cross_tokenizer: bool = False
-    teacher_server_tokenizer: str = ""
+    teacher_tokenizer: str = ""
     teacher_cache: str = ""
     teacher_cache_gib: float | None = None
 
@@ -87,7 +87,7 @@ class RunOptions:
     def from_command(given: dict[str, Any]) -> RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
         values = dict(given)
-        folders = ("teacher_server_head", "teacher_server_states", "teacher_server_tokenizer")
+        folders = ("teacher_server_head", "teacher_server_states", "teacher_tokenizer")
         for name in ("student", "ref", "prompts", *folders):
             if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
                 values[name] = _absolute(values[name])
@@ -135,7 +135,7 @@ class RunOptions:
 
     def server_tokenizer(self) -> str:
         """With ``cross_tokenizer`` the folder or hub name that has the tokenizer of the server's teacher."""
-        return (self.teacher_server_tokenizer or self.teacher_server_head) if self.cross_tokenizer else ""
+        return (self.teacher_tokenizer or self.teacher_server_head) if self.cross_tokenizer else ""
 
     def models(self) -> list[str]:
         """Folders and hub names of the models and adapters that this process loads."""
@@ -285,9 +285,10 @@ def _check_teachers(options: RunOptions) -> None:
     if options.teacher_server:
         _check_server(options)
         return
-    for name in ("model", "tokenizer"):
-        if getattr(options, f"teacher_server_{name}"):
-            raise _wrong(f"--teacher-server-{name}", "is an option of --teacher-server")
+    if options.teacher_server_model:
+        raise _wrong("--teacher-server-model", "is an option of --teacher-server")
+    if options.teacher_tokenizer:
+        raise _wrong("--teacher-tokenizer", "is an option of --teacher-server")
     routes = options.routes()
     if len(routes) < len(options.teacher):
         raise _wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")
@@ -319,15 +320,15 @@ def _check_server(options: RunOptions) -> None:
         raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
     if options.cross_tokenizer and not options.server_tokenizer():
         raise _wrong(
-            "--teacher-server-tokenizer",
+            "--teacher-tokenizer",
             "must be given with --cross-tokenizer: the folder or hub name of the model behind the server, for its "
             "tokenizer (--teacher-server-head has it)",
         )
-    if options.teacher_server_tokenizer and not options.cross_tokenizer:
-        raise _wrong("--teacher-server-tokenizer", "is an option of --cross-tokenizer")
+    if options.teacher_tokenizer and not options.cross_tokenizer:
+        raise _wrong("--teacher-tokenizer", "is an option of --cross-tokenizer")
     if options.cross_tokenizer and options.support == "student":
         raise _wrong("--support", "student names the student's tokens, and the server has others (--cross-tokenizer)")
-    _check_model("--teacher-server-tokenizer", options.teacher_server_tokenizer, options.lora)
+    _check_model("--teacher-tokenizer", options.teacher_tokenizer, options.lora)
 
 
 def _check_head(options: RunOptions) -> None:

@@ -175,7 +175,7 @@ class DistillationRun:
                 if self._is_other(model.option, model.name, tokenizer, other):
                     known[n] = replace(model, own_tokenizer=other)
         if name := options.server_tokenizer():
-            option = "--teacher-server-tokenizer"
+            option = "--teacher-tokenizer"
             other = models.read_tokenizer(option, name, self._local(name))
             self._server_tokenizer = other
             if self._is_other(option, name, tokenizer, other):
