@@ -609,3 +609,20 @@ def test_a_map_shows_and_follows_the_tokens() -> None:
     logits = logits_head(1, SHAPE, 50, torch.float64, vocab_map=vocab_map(1, 50))
     assert (logits.vocab_size, logits.own_size) == (V, 50)
     assert set(logits.tensors) == {"logits", "vocab_map"}
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop", "renormalize", "sampled"])
+def test_a_lower_bound_lists_no_token_that_the_teacher_does_not_have(tail: str) -> None:
+    """Of three tokens with a row the five likeliest are three, whatever log-prob the bound would give to others."""
+    batch = with_models(MODELS["larger"], torch.float64)
+    rows = torch.full((V,), -1)
+    rows[[3, 8, 30]] = torch.tensor([9, 1, 60])
+    teacher = like(batch.teacher, vocab_map=rows)
+    options = {"estimator": "topk", "tail": tail, "reward_scale": 1.25, "logprob_min": -2.0}
+    given = options | {"support_ids": rows.new_tensor([3, 8, 30]).expand(*SHAPE, 3)}
+    out, grads = run(batch.replaced(teacher=teacher), backend="torch", k=5, **options)
+    expected, wanted = run(batch.replaced(teacher=teacher), backend="torch", **given)
+    assert_close(out.token_loss, expected.token_loss, 1e-12)
+    assert_all_close(grads, wanted, 1e-12)
+    dense, _ = run(batch.replaced(teacher=teacher), reference.gopd_loss, k=5, **options)
+    assert_close(dense.token_loss, expected.token_loss, 1e-9)

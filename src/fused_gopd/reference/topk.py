@@ -85,8 +85,10 @@ def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts |
 def on_support(p: Problem, log_p: Tensor) -> _OnSupport:
     k, tail = p.options.k or 0, p.options.tail
 
-    def largest(log_m: Tensor, tokens: slice) -> Tensor:
-        ids = log_m.topk(k).indices
+    def largest(log_m: Tensor, tokens: slice, fewer: bool = False) -> Tensor:
+        """(n, k) ids; -1 where a model has ``fewer`` tokens, by its vocab_map."""
+        values, ids = log_m.topk(k)
+        ids = ids.masked_fill((values == -math.inf) & fewer, -1)
         if tail != "sampled":
             return ids
         assert p.token_ids is not None
@@ -106,7 +108,9 @@ def on_support(p: Problem, log_p: Tensor) -> _OnSupport:
             if head is not None:
                 composite = isinstance(head, FlatComposite)
                 log_m = (composite_logprobs if composite else route_logprobs)(p, head, route)
-                ids = largest(log_m, tokens) if ids is None else ids
+                if ids is None:
+                    fewer = not composite and head.vocab_map is not None
+                    ids = largest(log_m, tokens, fewer)
                 scores.append(logprobs_at(log_m, ids))
                 counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
                 has_nan[tokens] |= torch.isnan(log_m).any(1) & counts
