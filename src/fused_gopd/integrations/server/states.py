@@ -381,10 +381,12 @@ class _Match(NamedTuple):
 def _match(head: CheckpointHead, states: Tensor, ids: Sequence[int], logprobs: Tensor) -> _Match:
     """Compare the log-probs that (n, H) states give with the server's, (n,).
 
-    Both sides round, to the coarser dtype u of states and head: each state before and after the norm, with effect
-    u sqrt(sum (h w)^2) on the logit z = h.w, and the logits, with effects u |z| and u |log sum exp z|. Taken as
-    independent they make a standard deviation of a log-prob; the mean absolute difference may be 8 of them. Products in
-    float32 add an error that grows with sqrt(H).
+    Both sides round, to the coarser dtype of states and head, of unit roundoff u. A rounding of x is at most u |x|, its
+    standard deviation u |x| / sqrt(3). States and head are rounded four times, before and after the norm on both sides,
+    with effect sqrt(sum (h w)^2) on the logit z = h.w; the logits once, with effects |z| and |log sum exp z|. Products
+    in float32 add an error that grows with sqrt(H). Taken as independent they make the standard deviation s of a
+    log-prob. The mean absolute difference of n of them is 0.8 s, itself with deviation 0.6 s / sqrt(n): up to
+    (1 + 4 / sqrt(n)) s is rounding.
     """
     tokens = torch.tensor(ids, device=head.device)
     at_head = head(states.to(head.device, head.dtype))
@@ -397,7 +399,8 @@ def _match(head: CheckpointHead, states: Tensor, ids: Sequence[int], logprobs: T
     unit = max(torch.finfo(states.dtype).eps, torch.finfo(head.dtype).eps) / 2
     accumulated = _SMALLEST_FLOAT32 * math.sqrt(head.hidden_size) * spread
     total = here.abs() + z.abs()  # at least |log sum exp z|
-    deviation = (unit**2 * (z.square() + total.square() + 4 * spread.square()) + accumulated.square()).sqrt()
+    rounded = unit**2 / 3 * (z.square() + total.square() + 4 * spread.square())
+    deviation = (rounded + accumulated.square()).sqrt()
     finite = here.isfinite() & there.isfinite()
     if not bool(finite.any()):
         return _Match(math.inf, 0.0, float(here.mean()), float(there.mean()))
@@ -405,7 +408,8 @@ def _match(head: CheckpointHead, states: Tensor, ids: Sequence[int], logprobs: T
     # where one alone is minus infinity they are not of one model
     distance = distance if bool((here.isfinite() == there.isfinite()).all()) else torch.tensor(math.inf)
     means = (float(x[finite].mean()) for x in (here, there))
-    return _Match(float(distance), float(8 * deviation[finite].mean()), *means)
+    allowed = (1 + 4 / math.sqrt(int(finite.sum()))) * deviation[finite].mean()
+    return _Match(float(distance), float(allowed), *means)
 
 
 def _logprobs(answer: _Answer, ids: list[int], start: int) -> Tensor:
