@@ -754,6 +754,19 @@ def test_patience_ends(vllm: Server) -> None:
     assert len(vllm.faults) < 999
 
 
+def test_patience_begins_with_the_first_failure(vllm: Server) -> None:
+    """Not with the request, which may have waited in the server's queue for longer."""
+
+    def late(handler: Handler, answer: Any) -> Any:
+        time.sleep(0.5)
+        return status(503, b"")(handler, answer)
+
+    with vllm.teacher(retries=0, patience=0.4) as teacher:
+        vllm.faults = [late]
+        (scored,) = teacher.score([[1, 2]], [1])
+    assert scored.logprobs == pytest.approx([vllm.model.logprobs([1])[0][2]])
+
+
 def test_patience_is_for_a_server_that_has_answered() -> None:
     started = time.monotonic()
     with pytest.raises(TeacherServerError, match="in 2 attempts"):

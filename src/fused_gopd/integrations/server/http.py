@@ -233,7 +233,8 @@ class Connection:
 
     async def _request(self, client: Any, request: Request, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """Send a request, with retries, and return what ``read`` makes of its answer."""
-        where, started, attempt = self.base_url + request.path, time.monotonic(), 0
+        where, attempt = self.base_url + request.path, 0
+        patient_until: float | None = None  # from the first failure on: until then a request may have waited long
         while True:
             asked_to_wait = status = None
             try:
@@ -263,7 +264,9 @@ class Connection:
                     if is_refusal(status):
                         raise TeacherServerError(f"{where} refused, {failure}{self._advice(response)}", status)
                     asked_to_wait = _retry_after(response.headers.get("Retry-After"))
-            left = started + self.patience - time.monotonic()
+            now = time.monotonic()
+            patient_until = now + self.patience if patient_until is None else patient_until
+            left = patient_until - now
             if attempt >= self.retries and left <= 0:
                 raise self._no_answer(where, attempt + 1, failure, status)
             pause = self._pause(attempt, asked_to_wait)
