@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import fused_gopd as fg
-from fused_gopd.integrations.tokenizers import token_bytes, vocab_map_of
+from fused_gopd.integrations.tokenizers import TokenizerPair, token_bytes, vocab_map_of
 from fused_gopd.integrations.trl import GOPDTrainer, check_tokenizers
 from fused_gopd.integrations.trl import models as trl_models
 from fused_gopd.integrations.trl.batch import Batch
+from fused_gopd.integrations.trl.cross import CrossTokenizer
 from test_trl import SGD, assert_same, config, model, prompts, tokenizer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,6 +217,21 @@ def test_unaligned_tokens_are_not_counted_in_means(tmp_path: Path, monkeypatch: 
     used = torch.cat([call["token_ids"][call["mask"].bool()] for call in calls])
     assert bool(mapped[used].all())  # p(C) is the weight of a divergence over the common tokens C
     assert not bool(mapped.all())
+
+
+def test_each_model_reads_the_whole_completion() -> None:
+    """What the teacher cannot score is masked, and still in the text that the reference reads."""
+    same, other = tokenizer(), tokenizer("zzz yyy the number")
+    ids = torch.tensor([same("the cat sat on the mat")["input_ids"]])
+    mask, everywhere = torch.ones_like(ids), torch.ones(1, dtype=torch.bool)
+    cross = CrossTokenizer(len(same), {"estimator": "full"}, "spread")
+    cross.pairs = {"teacher": TokenizerPair(same, other), "ref_model": TokenizerPair(same, other)}
+    found, left = cross.align(["x"], ids, mask, {"teacher": everywhere, "ref_model": everywhere})
+    alone = cross.pairs["ref_model"].align(["x"], ids, mask)
+    assert 0 < int(left.sum()) < int(mask.sum())
+    for one in found.values():
+        assert torch.equal(one.input_ids, alone.input_ids)
+        assert torch.equal(one.states, alone.states)
 
 
 def test_messages_are_rendered_by_each_models_template(tmp_path: Path) -> None:

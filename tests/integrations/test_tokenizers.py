@@ -325,6 +325,9 @@ def test_what_a_normaliser_changes_is_masked() -> None:
     assert used.startswith(b"the")
     assert used.endswith(b" the")
     assert "ﬁ".encode() not in used
+    # in no span, but "full" uses the state before it: a scorer computes what completion_mask wants
+    assert found.states[0, spelled.index(b"\xef")] >= 0
+    assert found.completion_mask[0, found.states[0, found.state_mask[0]]].all()
 
 
 # ------------------------------------------------------------------------------------------ prompts and special tokens

@@ -26,7 +26,7 @@ class Alignment:
 
     input_ids: Tensor  # (B, P + M) the other model's: its prompts padded on the left, its completions on the right
     attention_mask: Tensor  # (B, P + M)
-    completion_mask: Tensor  # (B, M) 1 at its tokens that are in a span
+    completion_mask: Tensor  # (B, M) 1 at its tokens that are in a span, or whose states are a student token's
     spans: Tensor  # (B, K) the span of each of the student's tokens, counted from 0 in each sequence; -1: in none
     other_spans: Tensor  # (B, M) likewise of its tokens
     states: Tensor  # (B, K) which of its M tokens begins at the byte at which the student's begins; -1: none does

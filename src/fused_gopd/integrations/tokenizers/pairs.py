@@ -205,6 +205,9 @@ class TokenizerPair:
             out.states[row, at] = torch.tensor(one.states)
             out.nbytes[row, at] = torch.tensor(one.nbytes)
         out.completion_mask.copy_(out.other_spans >= 0)
+        at_row, at_place = (out.states >= 0).nonzero(as_tuple=True)
+        # a token in no span, too: the first one that a normaliser changed
+        out.completion_mask[at_row, out.states[at_row, at_place]] = 1
         return out.to(completion_ids.device)
 
 

@@ -61,11 +61,12 @@ class CrossTokenizer:
         Returns:
             The alignments by name, and (B, K) the mask without tokens that a model cannot score.
         """
-        live = mask.bool()
+        completions = live = mask.bool()
         found = {}
         for name, pair in self.pairs.items():
             rows = scored[name].to(live.device)[:, None]
-            found[name] = aligned = pair.align(prompts, token_ids, live & rows)
+            # whole completions: what another model cannot score is still part of the text
+            found[name] = aligned = pair.align(prompts, token_ids, completions & rows)
             live = live & (~rows | self._usable(name, aligned, token_ids))
         return found, live.to(mask.dtype)
 
