@@ -626,3 +626,24 @@ def test_a_lower_bound_lists_no_token_that_the_teacher_does_not_have(tail: str) 
     assert_all_close(grads, wanted, 1e-12)
     dense, _ = run(batch.replaced(teacher=teacher), reference.gopd_loss, k=5, **options)
     assert_close(dense.token_loss, expected.token_loss, 1e-9)
+
+
+def test_labels_beside_full_are_of_the_whole_vocabulary_or_refused(backend_dtype: Any) -> None:
+    """Over C a label without a row would add nothing, silently."""
+    batch = with_models(MODELS["larger"], backend_dtype.dtype)
+    labels = torch.arange(batch.token_ids.numel()).view(SHAPE) * 3
+    labels[0, 0] = int((batch.teacher.vocab_map < 0).nonzero()[0])
+    options = {"reward_scale": 1.25, "backend": backend_dtype.backend, "sft_labels": labels, "sft_weight": 0.5}
+    with pytest.raises(ValueError, match=r"sft_temperature must be given .* teacher has a vocab_map.*sft_temperature=1 "):
+        run(batch, estimator="full", **options)
+    with pytest.raises(ValueError, match="sft_temperature must be given for sft_labels and baseline='expected'"):
+        run(batch, estimator="sampled", baseline="expected", **options)
+    out, grads = run(batch, estimator="full", sft_temperature=1.0, **options)
+    alone, without = run(batch, estimator="full", reward_scale=1.25, backend=backend_dtype.backend)
+    wide = batch.replaced(student=widened(batch.student))
+    live = batch.mask.double() / batch.mask.sum()
+    logprobs = oracle.logits_of(wide.student).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    loss = -0.5 * (logprobs * live).sum()
+    assert_close(out.loss, alone.loss.double() + loss.detach(), backend_dtype.tolerance)
+    expected = [x.double() + y for x, y in zip(without, torch.autograd.grad(loss, wide.leaves), strict=True)]
+    assert_all_close(grads, expected, backend_dtype.tolerance)
