@@ -156,10 +156,10 @@ def _check_floor(needed: Mapping[str, Any], options: LossOptions, call: LossCall
     if mapped is None:
         return
     if options.joint and call.sft_labels is not None and options.sft_temperature is None:
-        what = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
+        together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
         raise ValueError(
-            f"sft_temperature must be given for sft_labels and {what}, since {mapped} has a vocab_map: the models are "
-            "compared over the tokens that all of them have, and a label without a row would add nothing. With "
+            f"sft_temperature must be given for sft_labels and {together}, since {mapped} has a vocab_map: the models "
+            "are compared over the tokens that all of them have, and a label without a row would add nothing. With "
             f"sft_temperature={call.student.temperature:g} labels are scored over all of the student's vocabulary"
         )
     if options.joint or options.logprob_min is not None:

@@ -634,7 +634,9 @@ def test_labels_beside_full_are_of_the_whole_vocabulary_or_refused(backend_dtype
     labels = torch.arange(batch.token_ids.numel()).view(SHAPE) * 3
     labels[0, 0] = int((batch.teacher.vocab_map < 0).nonzero()[0])
     options = {"reward_scale": 1.25, "backend": backend_dtype.backend, "sft_labels": labels, "sft_weight": 0.5}
-    with pytest.raises(ValueError, match=r"sft_temperature must be given .* teacher has a vocab_map.*sft_temperature=1 "):
+    with pytest.raises(
+        ValueError, match=r"sft_temperature must be given .* teacher has a vocab_map.*sft_temperature=1 "
+    ):
         run(batch, estimator="full", **options)
     with pytest.raises(ValueError, match="sft_temperature must be given for sft_labels and baseline='expected'"):
         run(batch, estimator="sampled", baseline="expected", **options)

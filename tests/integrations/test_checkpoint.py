@@ -72,6 +72,20 @@ def test_a_loss_from_states_and_a_head_alone_is_that_of_the_model(tmp_path):
     assert not head.weight.requires_grad
 
 
+@pytest.mark.parametrize("shards_left", [False, True])
+def test_a_single_file_comes_before_the_index_of_an_earlier_save(shards_left, tmp_path):
+    """save_pretrained leaves the index of sharded weights that were in the folder; from_pretrained does not read it."""
+    llama().save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = {file: file.read_bytes() for file in tmp_path.glob("model-*.safetensors")}
+    later = llama()
+    torch.nn.init.normal_(later.lm_head.weight)
+    later.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    for file, content in shards.items() if shards_left else ():
+        file.write_bytes(content)
+    assert torch.equal(load_head(tmp_path).weight, later.lm_head.weight)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_of_several_files_those_of_the_head_alone_are_read(tied, tmp_path):
     model = llama(tie_word_embeddings=tied).to(torch.bfloat16)
@@ -162,7 +176,9 @@ def _config(**changes: object):
             "is an adapter: give its base model",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            lambda folder: (
+                (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text("{}")
+            ),
             ValueError,
             r"index\.json is damaged: KeyError",
         ),

@@ -282,19 +282,19 @@ class _Tensors:
                 self.converted.add(name)
 
     def _files(self) -> dict[str, str]:
+        single = self.place.file(_WEIGHTS)  # first, as from_pretrained: an index of what was there before may be left
+        if single is not None:
+            with _opened(single) as file:
+                return dict.fromkeys(file.keys(), _WEIGHTS)
         index = self.place.file(_INDEX)
         if index is not None:
             try:
                 return {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from None
-        single = self.place.file(_WEIGHTS)
-        if single is None:
-            pickled = next((x for x in _PICKLED if self.place.file(x) is not None), None)
-            also = f", but {pickled}, which is pickled and not read: save it anew, model.save_pretrained(folder)"
-            raise ValueError(f"{self.place.name} has neither {_WEIGHTS} nor {_INDEX}{also if pickled else ''}")
-        with _opened(single) as file:
-            return dict.fromkeys(file.keys(), _WEIGHTS)
+        pickled = next((x for x in _PICKLED if self.place.file(x) is not None), None)
+        also = f", but {pickled}, which is pickled and not read: save it anew, model.save_pretrained(folder)"
+        raise ValueError(f"{self.place.name} has neither {_WEIGHTS} nor {_INDEX}{also if pickled else ''}")
 
     def fill(self, module: nn.Module) -> None:
         """Give a module on the meta device its stored parameters, in their own dtype."""

@@ -85,10 +85,13 @@ def _parts(p: Problem, name: str, ids: Tensor, given: Tensor | None) -> _Parts |
 def on_support(p: Problem, log_p: Tensor) -> _OnSupport:
     k, tail = p.options.k or 0, p.options.tail
 
-    def largest(log_m: Tensor, tokens: slice, fewer: bool = False) -> Tensor:
-        """(n, k) ids; -1 where a model has ``fewer`` tokens, by its vocab_map."""
-        values, ids = log_m.topk(k)
-        ids = ids.masked_fill((values == -math.inf) & fewer, -1)
+    def largest(log_m: Tensor, tokens: slice, vocab_map: Tensor | None = None) -> Tensor:
+        """(n, k) ids; -1 where a model has fewer tokens, by its vocab_map."""
+        none = None if vocab_map is None else vocab_map[: log_m.shape[1]] < 0
+        if none is not None:  # a token with a row comes first, whatever its log-prob
+            log_m = log_m.clamp_min(torch.finfo(log_m.dtype).min).masked_fill(none, -math.inf)
+        ids = log_m.topk(k).indices
+        ids = ids if none is None else ids.masked_fill(none[ids], -1)
         if tail != "sampled":
             return ids
         assert p.token_ids is not None
@@ -108,9 +111,7 @@ def on_support(p: Problem, log_p: Tensor) -> _OnSupport:
             if head is not None:
                 composite = isinstance(head, FlatComposite)
                 log_m = (composite_logprobs if composite else route_logprobs)(p, head, route)
-                if ids is None:
-                    fewer = not composite and head.vocab_map is not None
-                    ids = largest(log_m, tokens, fewer)
+                ids = largest(log_m, tokens, None if composite else head.vocab_map) if ids is None else ids
                 scores.append(logprobs_at(log_m, ids))
                 counts = p.reward_scale[tokens] != cancelled_at if isinstance(p.reward_scale, Tensor) else True
                 has_nan[tokens] |= torch.isnan(log_m).any(1) & counts
