@@ -656,6 +656,8 @@ def test_a_cached_scorer_is_a_teacher_of_the_trainer(estimator: str, trl: Any, t
     live = trl.trained(tmp_path, teacher=teacher, **options)
     if estimator == "full":
         trl.trained(tmp_path, teacher=teacher, teacher_cache=str(tmp_path / "cache"), **options)
+        trl.assert_same(live, trl.trained(tmp_path, teacher=cache.scorer(teacher), **options), 1e-5)
+        assert cache.stats()["misses"] == 0
         cached = cache.scorer(head=tmp_path / "teacher")
     else:
         scorer = Scorer(teacher)

@@ -421,7 +421,8 @@ class CachedTeacher:
             self._name = name or _name_of(teacher)
             self._states = StoredStates(cache, self._name, teacher)
             self._on = partial(transformers.head_of, teacher, temperature=temperature)
-            attributes = {"temperature": temperature}
+            weight = teacher.get_output_embeddings().weight  # type: ignore[operator]
+            attributes = {"temperature": temperature, "head": self._on(weight.new_zeros(1, weight.shape[1]))}
         elif callable(teacher):
             own = getattr(teacher, "fingerprint", None)
             if own is None and revision is None:
