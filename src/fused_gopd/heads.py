@@ -357,7 +357,7 @@ def require_kind(name: str, value: object, *more: type) -> None:
     kinds = (LinearHead, Logits, *more)
     if isinstance(value, kinds):
         if not more and getattr(value, "vocab_map", None) is not None:
-            refuse_vocab_map(name, value)
+            refuse_vocab_map(name)
         return
     *first, last = (kind.__name__ for kind in kinds)
     message = f"{name} must be a {', '.join(first)} or {last}, got {type(value).__name__}"

@@ -77,7 +77,7 @@ _USERS: dict[type, Estimator] = {TokenLogProbs: "sampled", TopKLogProbs: "topk"}
 def require_source(name: str, value: object, estimator: Estimator) -> None:
     if isinstance(value, (LinearHead, Logits)):
         if name == "student" and value.vocab_map is not None:
-            refuse_vocab_map(name, value)
+            refuse_vocab_map(name)
         return
     kind, user = type(value).__name__, _USERS.get(type(value))
     if name == "student" and user is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,14 +27,13 @@ def require_vocab_map(vocab_map: object, sharded: bool, device: torch.device) ->
         raise ValueError("vocab_map needs the whole head, and this one has a shard: some of its rows")
 
 
-def refuse_vocab_map(name: str, head: Any) -> None:
+def refuse_vocab_map(name: str) -> NoReturn:
     """Raise ValueError of a model with a map that is not a frozen one beside a student."""
-    if head.vocab_map is not None:
-        own = "" if name == "student" else ", and give the ids of its own vocabulary, vocab_map[token_ids]"
-        raise ValueError(
-            f"{name} has a vocab_map, which says of a teacher or reference what the student's tokens are in it: make "
-            f"{name} without it{own}"
-        )
+    own = "" if name == "student" else ", and give the ids of its own vocabulary, vocab_map[token_ids]"
+    raise ValueError(
+        f"{name} has a vocab_map, which says of a teacher or reference what the student's tokens are in it: make "
+        f"{name} without it{own}"
+    )
 
 
 def check_rows(models: Mapping[str, Any], vocab_size: int) -> None:
