@@ -43,6 +43,7 @@ from fused_gopd.integrations.trl import (  # noqa: E402
     card,
     patch_distillation_loss,
 )
+from fused_gopd.integrations.trl import loading as trl_loading  # noqa: E402
 from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
 from fused_gopd.integrations.trl.checks import check_vocabulary, positions_of  # noqa: E402
@@ -372,7 +373,7 @@ def test_models_that_lambda_cancels_in_all_steps_are_not_loaded(
 ) -> None:
     folder = str(tmp_path / "other")
     model(2).save_pretrained(folder)
-    monkeypatch.setattr(trl_models, "create_model_from_path", never)
+    monkeypatch.setattr(trl_loading, "create_model_from_path", never)
     trained(tmp_path, ref_model=folder, max_steps=1)
     trained(tmp_path, teacher=folder, ref_model=model(2), reward_scale=0.0, max_steps=1)
     with pytest.raises(AssertionError):

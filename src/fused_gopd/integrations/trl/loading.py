@@ -1,0 +1,350 @@
+"""The models of both trainers: the checks before anything is loaded, then loading, comparing and preparing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import get_logger
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path
+
+from ... import Metrics
+from ...hooks import qualified_name
+from ...token_stats import AdvantageFn, RewardScaleFn
+from ..adapters import require_adapter, with_adapter
+from ..cache import StoredStates
+from ..hub import adapter_path, require_model
+from ..modules import require_separate
+from ..tokenizers.pairs import texts_of
+from ..transformers.states import require_head
+from . import card
+from .checks import (
+    Model,
+    check_kind,
+    check_routes,
+    check_scored_tokens,
+    check_tokenizers,
+    check_vocabulary,
+    check_weights,
+    dry_run,
+    find_tokenizer,
+    head_of_scorer,
+    named,
+    open_cache,
+    positions_of,
+    require_route,
+    routes_of,
+    scores_students_tokens,
+    teacher_name,
+    tokenizer_of,
+)
+from .config import Options
+from .cross import CrossTokenizer
+
+logger = get_logger(__name__)
+
+# of so many prompts it is said how much two tokenizers have in common
+_SHOWN_PROMPTS = 64
+
+
+def _trains_all(student: nn.Module, source: nn.Module, peft_config: Any) -> bool:
+    """Whether training changes modules that the source shares with the student, as far as known before PEFT adapts it.
+
+    PEFT freezes the parameters and puts adapters into some modules. Only a source that shares all modules certainly
+    shares those too. Prompt tuning changes no module of the model.
+    """
+    if peft_config is None:
+        return True
+    whole = set(student.modules()) - {student} <= set(source.modules())  # without the root, which copy.copy replaces
+    return whole and not getattr(peft_config, "is_prompt_learning", False)
+
+
+def _require_separate(name: str, source: nn.Module, student: nn.Module) -> None:
+    base = ', or, for a student with a PEFT adapter, "base"' if name == "ref_model" else ""
+    require_separate(name, source, student, base)
+
+
+@contextmanager
+def without_cast(head: Any) -> Iterator[bool]:
+    """Restore the head's own forward. Yields whether GRPOTrainer had replaced it by one that computes in float32."""
+    cast_to_fp32 = qualified_name(vars(head).get("forward")).startswith("trl.trainer.grpo_trainer.")
+    replaced = vars(head).pop("forward") if cast_to_fp32 else None
+    try:
+        yield cast_to_fp32
+    finally:
+        if cast_to_fp32:
+            head.forward = replaced
+
+
+class LoadingMixin:
+    """Checks the arguments of a trainer, and sets up teachers, reference and cache."""
+
+    accelerator: Any
+    args: Any
+    model: Any
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    _tokenizer: PreTrainedTokenizerBase
+    _is_vlm: bool
+
+    def _validate(
+        self,
+        student: str | nn.Module,
+        peft_config: Any,
+        args: Options,
+        teacher: Model | Mapping[Any, Model],
+        ref_model: Model | None,
+        reward_scale_fn: Callable[[int], float | RewardScaleFn] | None,
+        advantage_fn: AdvantageFn | None,
+        datasets: dict[str, Any],
+    ) -> None:
+        """Raise for every error that can be found before the student is loaded."""
+        routes = routes_of(teacher, args.route_column)
+        teachers = named(routes)
+        for name, model in teachers.items():
+            check_kind(name, model, cast("Any", args).temperature)
+        loaded = any(isinstance(x, str) and adapter_path(x) is None for x in routes.values())
+        if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
+            raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
+        scale = f"reward_scale={args.reward_scale}"
+        if args.reward_scale_end is not None:
+            scale += f" to reward_scale_end={args.reward_scale_end}"
+        if reward_scale_fn is not None and args._needs_reference:
+            raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
+        if ref_model is not None:
+            check_kind("ref_model", ref_model, cast("Any", args).temperature)
+        elif reward_scale_fn is not None or args._needs_reference or args._penalty is not None:
+            what = scale if args._needs_reference else args._penalty
+            raise ValueError(
+                f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else what}: only "
+                "reward_scale=1 without a KL penalty does without a reference. It is usually the student before "
+                'training: pass its path, a copy of it, or, for a student with a PEFT adapter, "base"'
+            )
+        if isinstance(student, nn.Module):
+            for name, source in {**teachers, "ref_model": ref_model}.items():
+                if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
+                    _require_separate(name, source, student)
+        if args.route_column is not None:
+            for name, dataset in datasets.items():
+                check_routes(routes, args.route_column, name, dataset)
+        self._options = args._loss_options()
+        if advantage_fn is not None:
+            self._options["advantage_fn"] = advantage_fn
+        self._cache_logged: dict[str, int] = {}
+        self._cache = open_cache(args, {**teachers, "ref_model": cast("Any", ref_model)})
+        dry_run(self._options, routes, ref_model, cast("Any", args).device)
+        self._asks_about_student = scores_students_tokens(self._options, teachers)
+        if self._asks_about_student and getattr(args, "cross_tokenizer", False):
+            raise ValueError(
+                "support='student' names the student's tokens to a scorer, which has others with cross_tokenizer=True: "
+                "use support='teacher'"
+            )
+        if self._asks_about_student:
+            check_scored_tokens({**teachers, "ref_model": cast("Any", ref_model)}, self._options["k"])
+        init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
+        for name, source in {"model": student, **teachers, "ref_model": ref_model}.items():
+            path = adapter_path(source)
+            if path is not None and name != "model":
+                require_model(name, path)
+                require_adapter(name, path)
+            elif isinstance(source, str) and (name, source) != ("ref_model", "base"):
+                require_model(name, source, teacher_init if name in teachers else init)
+        self._reward_scale_fn = reward_scale_fn
+        self._card_sources = [(name, card.name_of(model)) for name, model in teachers.items()]
+        reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
+        self._card_sources.append(("reference", reference))
+        self._gopd_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
+
+    def _set_up_models(
+        self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
+    ) -> None:
+        """Load, check and prepare the frozen models, after the trainer's own construction."""
+        routes = routes_of(teacher, self.args.route_column)
+        if self._is_vlm and len(routes) > 1:
+            raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
+        self._routes = {route: i for i, route in enumerate(routes)}
+        names = [teacher_name(route) for route in routes]
+        if isinstance(teacher_processing_class, Mapping):
+            for route in teacher_processing_class:
+                require_route(routes, "teacher_processing_class", route)
+            tokenizers = [teacher_processing_class.get(route) for route in routes]
+        else:
+            tokenizers = [teacher_processing_class] * len(routes)
+        prepared: dict[int, Any] = {}
+        if self._is_vlm and getattr(self.args, "cross_tokenizer", False):
+            raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
+        self._stored: dict[int | str, StoredStates] = {}  # by the id of a model, or "base"
+        student = cast("Any", self.model)
+        with without_cast(student.get_output_embeddings()):
+            require_head(student)
+        sizes = [self._vocabulary(self.model)]
+        credit = getattr(self.args, "span_credit", None) or "spread"
+        self._cross = CrossTokenizer(sizes[0], self._options, credit)
+        self._positions = {"the student": positions_of(self.model.config)}
+        init = getattr(self.args, "teacher_model_init_kwargs", None)
+        self._teachers: list[Any] = [None] * len(names)
+        if self._differs_in_any_step_from(0):
+            self._teachers = [
+                self._frozen(name, source, init, tokenizer, prepared, sizes)
+                for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
+            ]
+        elif self.accelerator.is_main_process:
+            logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
+        self._reference: Any = None
+        if isinstance(ref_model, str) and ref_model == "base" and not hasattr(self.model, "disable_adapter"):
+            raise ValueError(
+                'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
+                "peft_config, or the path or a copy of the student before training"
+            )
+        if ref_model is not None and not (self._differs_in_any_step_from(1) or self.args._penalty is not None):
+            if self.accelerator.is_main_process:
+                logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
+        elif isinstance(ref_model, str) and ref_model == "base":
+            self._reference = "base"
+            self._store("ref_model", "base", self.model)
+        elif ref_model is not None:
+            init = self.args.model_init_kwargs
+            self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
+        # models that a first batch has not been compared with yet; those of another tokenizer score other tokens
+        known = [*names, *(["ref_model"] if self._reference not in (None, "base") else [])]
+        self._unchecked = set(known) - set(self._cross.pairs)
+        self._vocab_size = min(sizes)
+        self._sample_from_joint_vocabulary(sizes[0])
+
+    def _frozen(
+        self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]
+    ) -> Any:
+        """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
+        if not isinstance(source, (str, nn.Module)):
+            own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
+            if isinstance(own, PreTrainedTokenizerBase):
+                self._compare_tokenizers(name, own)
+            elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+                raise ValueError(
+                    f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
+                    "give the scorer an attribute tokenizer"
+                )
+            head = head_of_scorer(source)
+            if head is not None and name not in self._cross.pairs:
+                check_vocabulary(name, head.vocab_size, sizes[0], self._tokenizer)
+                sizes.append(head.vocab_size)
+            return source
+        if isinstance(source, nn.Module):
+            _require_separate(name, source, self.accelerator.unwrap_model(self.model))
+        if isinstance(source, nn.Module) and id(source) in prepared:
+            before, prepared_model = prepared[id(source)]
+            if before in self._cross.pairs:
+                self._cross.pairs[name] = self._cross.pairs[before]
+            self._positions[name] = self._positions[before]
+            return prepared_model
+        adapter = adapter_path(source)
+        if adapter is not None:
+            model = self._with_adapter(name, adapter)
+        else:
+            model = source if isinstance(source, nn.Module) else self._load(name, source, init)
+        require_head(model)
+        trust = {"trust_remote_code": getattr(self.args, "trust_remote_code", False)}
+        found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(adapter or source, model, **trust)
+        if found is None and adapter is not None:
+            found = self._tokenizer  # the base's
+        if found is not None:
+            self._compare_tokenizers(name, found)
+        elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+            raise ValueError(
+                f"cross_tokenizer=True needs the tokenizer of {name}, which is not saved with it: pass "
+                "teacher_processing_class, or save it in the model's folder"
+            )
+        elif name != "ref_model" and self.accelerator.is_main_process:
+            logger.warning(
+                f"The tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
+                "teacher_processing_class to compare the tokens."
+            )
+        if name not in self._cross.pairs:
+            size = self._vocabulary(model)
+            check_vocabulary(name, size, sizes[0], self._tokenizer)
+            sizes.append(size)
+        self._positions[name] = positions_of(model.config)
+        if self.is_deepspeed_enabled:
+            model = prepare_deepspeed(model, self.accelerator)
+        elif self.is_fsdp_enabled:
+            # as GRPOTrainer does for its reference: accelerate neither shards nor moves models in evaluation mode
+            model = prepare_fsdp(model, self.accelerator)
+        else:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        prepared[id(source)] = name, model
+        self._store(name, id(model), model)
+        return model
+
+    def _compare_tokenizers(self, name: str, other: Any) -> None:
+        """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` keep the pair, and say so."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        pair = check_tokenizers(
+            name,
+            self._tokenizer,
+            other,
+            cross_tokenizer=getattr(self.args, "cross_tokenizer", False),
+            terminators=ends if isinstance(ends, list) else None if ends is None else [ends],
+            chat_template_kwargs=getattr(self, "chat_template_kwargs", None),
+        )
+        if pair is None:
+            return
+        self._cross.pairs[name] = pair
+        if self.accelerator.is_main_process:
+            data = cast("Any", self).train_dataset
+            prompts = data[:_SHOWN_PROMPTS]["prompt"] if hasattr(data, "__len__") else []
+            logger.warning(pair.describe(texts_of(prompts)))
+
+    def _with_adapter(self, name: str, path: str) -> nn.Module:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            sharding = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"{name} is an adapter on the student's base, whose parameters {sharding} gathers in the student's "
+                "forward alone: pass the path of a whole model (merge_and_unload), or train without sharding"
+            )
+        return with_adapter(name, self.accelerator.unwrap_model(self.model), path)
+
+    def _store(self, name: str, key: int | str, model: Any) -> None:
+        """Have the cache keep the states of a model; of ``"base"`` those of the student without its adapter."""
+        if self._cache is None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "teacher_cache needs whole models on every rank: under FSDP and DeepSpeed all ranks run a model "
+                "together, and some would find their sequences in the cache"
+            )
+        whole = self.accelerator.unwrap_model(model)
+        try:
+            self._stored[key] = StoredStates(self._cache, card.name_of(whole), whole, frozen=key == "base")
+        except ValueError as error:
+            raise ValueError(f"teacher_cache cannot tell {name} from other models: {error}") from None
+
+    def _load(self, name: str, path: str, init: dict[str, Any] | None) -> nn.Module:
+        options = dict(init or {})
+        options.setdefault("trust_remote_code", getattr(self.args, "trust_remote_code", False))
+        if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            options["device_map"] = None  # as TRL does: "auto" would spread the model over the ranks' devices
+        model, found = create_model_from_path(path, output_loading_info=True, **options)
+        check_weights(f"{name} ({path})", found)
+        return cast("nn.Module", model)
+
+    @staticmethod
+    def _vocabulary(model: Any) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    def _sample_from_joint_vocabulary(self, student: int) -> None:
+        """Exclude rows past the smallest vocabulary from sampling: they are padding (152064 against 151936)."""
+        if student > self._vocab_size:
+            padding = list(range(self._vocab_size, student))
+            padding += self.generation_kwargs.get("suppress_tokens") or []
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = padding
+
+    def _differs_in_any_step_from(self, scale: float) -> bool:
+        """Whether lambda is another number in some step. A model that it cancels in all steps is not loaded."""
+        ends = {self.args.reward_scale, self.args.reward_scale_end} - {None}
+        return self._reward_scale_fn is not None or ends != {scale}

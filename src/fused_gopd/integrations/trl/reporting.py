@@ -1,0 +1,118 @@
+"""What a run of both trainers reports: metrics, the model card, and models that cannot be those that were meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import get_logger
+
+from ... import Metrics
+from ...output import GOPDOutput
+from ...targets import Frozen
+from .. import misfit
+from ..cache import TeacherCache
+from . import card
+from .batch import Batch
+from .checks import teacher_name
+
+logger = get_logger(__name__)
+
+# metrics that TRL itself logs
+_LOGGED = ("tokens", "loss", "entropy")
+
+
+class ReportingMixin:
+    """Logs the metrics of the loss beside TRL's, writes the model card, and warns."""
+
+    accelerator: Any
+    args: Any
+    model: Any
+    _metrics: Any
+    _gopd_metrics: dict[str, list[Metrics]]
+    _cache: TeacherCache | None
+    _cache_logged: dict[str, int]
+    _card_sources: list[tuple[str, str]]
+    _routes: dict[Any, int]
+    _unchecked: set[str]
+    _vocab_size: int
+    warn: Callable[[str], None] = staticmethod(logger.warning)
+    """Tells of a teacher or reference that cannot be the one that was meant."""
+
+    def _record(self, out: GOPDOutput) -> None:
+        """Keep the metrics of a batch until the next log."""
+        mode = "train" if self.model.training else "eval"
+        self._gopd_metrics[mode].append(out.metrics())
+        if not isinstance(out.reward_scale, Tensor):  # of one per token the mean is among the metrics
+            self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
+
+    def _log_gopd_metrics(self) -> None:
+        """Add the means over all tokens of all ranks since the last log to TRL's metrics, with one host sync."""
+        mode = "train" if self.model.training else "eval"
+        if not self._gopd_metrics[mode]:
+            return
+        sums = _sums_by_name(self._gopd_metrics[mode])
+        total = Metrics(tuple(sums), self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"))
+        self._gopd_metrics[mode].clear()
+        if self._cache is not None:
+            now = self._cache.stats()
+            hits, misses = (now[name] - self._cache_logged.get(name, 0) for name in ("hits", "misses"))
+            self._cache_logged = now
+            if hits + misses:
+                self._metrics[mode]["gopd/cache_hits"].append(hits / (hits + misses))
+        for name, value in total.to_dict().items():
+            if name not in _LOGGED:
+                self._metrics[mode][f"gopd/{name}"].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._log_gopd_metrics()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **_: Any
+    ) -> None:
+        """Write this package's card instead of TRL's, unless there is another card, or one that was edited."""
+        path = Path(self.args.output_dir) / "README.md"
+        if not cast("Any", self).is_world_process_zero() or (
+            path.exists() and not card.is_unchanged(path.read_text(encoding="utf-8"))
+        ):
+            return
+        text = card.of_trainer(self, self._card_sources, model_name or path.parent.name, dataset_name)
+        path.write_text(text, encoding="utf-8")
+
+    def _name_misfits(
+        self, out: GOPDOutput, teacher: Frozen | list[Frozen] | None, ref: Frozen | None, index: Any, batch: Batch
+    ) -> None:
+        """Warn once of a teacher or reference that cannot be the one that was meant, by the first tokens it scored."""
+        if not self._unchecked or out.student_logprobs is None or batch.mask.numel() < misfit.LEAST_TOKENS:
+            return
+        every = torch.ones(len(batch.token_ids), dtype=torch.bool)
+        scored: list[tuple[str, Any, Tensor | None, Tensor]] = [("ref_model", ref, out.ref_logprobs, every)]
+        for route, i in self._routes.items():
+            rows = every if batch.teacher_index is None else batch.teacher_index == i
+            if teacher is not None and bool(rows.any()):
+                source = teacher[int(index[rows][0])] if isinstance(teacher, list) else teacher
+                scored.append((teacher_name(route), source, out.teacher_logprobs, rows))
+        for name, source, logprobs, rows in scored:
+            if name not in self._unchecked or logprobs is None:
+                continue
+            mask = batch.mask.bool() & rows.to(batch.mask.device)[:, None]
+            if int(mask.sum()) < misfit.LEAST_TOKENS:
+                continue
+            self._unchecked.remove(name)
+            shifted = misfit.shifts_of(source, batch.token_ids, self._vocab_size)
+            found = misfit.misfit_of(logprobs, out.student_logprobs, mask, self._vocab_size, shifted)
+            if found is not None and self.accelerator.is_main_process:
+                self.warn(f"{name} {found}")
+
+
+def _sums_by_name(metrics: list[Metrics]) -> dict[str, Tensor]:
+    """Sums and counts by name. Steps in which lambda cancels a model lack the metrics that need it."""
+    total: dict[str, Tensor] = {}
+    for each in metrics:
+        for name, sums in zip(each._names, each.sums, strict=True):
+            total[name] = total[name] + sums if name in total else sums
+    return total
