@@ -245,9 +245,10 @@ def test_adapters_of_one_model_are_other_models(tmp_path: Path) -> None:
 def test_all_names_of_a_model_are_known(tmp_path: Path) -> None:
     teacher = model()
     teacher.save_pretrained(tmp_path / "teacher")
-    for name in ("a", "b"):
-        TeacherCache(tmp_path / "cache").scorer(teacher, name=name)(*batch())
-    for name in ("a", "b"):
+    made = [TeacherCache(tmp_path / "cache").scorer(teacher, name=name) for name in ("a", "b")]
+    for scorer in [*made, TeacherCache(tmp_path / "cache").scorer(teacher, name="c")]:
+        scorer(*batch())
+    for name in ("a", "b", "c"):
         TeacherCache(tmp_path / "cache").scorer(name=name, head=tmp_path / "teacher")(*batch())
 
 

@@ -279,6 +279,9 @@ class StoredModel:
 
     def _describe(self) -> None:
         """Write whose scores these are."""
+        # another process may have added its name since this object was made
+        there = self.cache.models().get(self.folder, {}).get("names", [])
+        self.description["names"] = sorted({*there, *self.description["names"]})
         try:
             self.cache._folder.describe(self.folder, self.description)
         except OSError as error:
