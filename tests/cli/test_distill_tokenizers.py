@@ -107,6 +107,7 @@ def test_mistakes_are_named(files: dict[str, str], tmp_path: Path) -> None:
             "--teacher-tokenizer",
             files["teacher"],
         ): "--teacher-tokenizer: is an option of --teacher-server",
+        ("--cross-tokenizer", "--estimator", "topk", "--k", "3", "--support", "student"): "and the teacher has others",
         ("--teacher", files["short"], "--cross-tokenizer"): "(--teacher), which has 30 positions",
         ("--teacher", files["plain"], "--cross-tokenizer"): "is not taken by {plain}'s chat template",
     }

@@ -83,6 +83,7 @@ def run(folder: Path, teacher: Any, ref: Any, other: Any, **options: Any) -> dic
         {"estimator": "sampled"},
         {"estimator": "full"},
         {"estimator": "topk", "k": 8},
+        {"estimator": "topk", "k": 8, "support": "student", "logprob_min": -20.0},
         {"estimator": "full", "beta": 0.5},
     ],
     ids=str,
@@ -301,13 +302,15 @@ def test_what_cannot_be_is_refused_before_training(tmp_path: Path) -> None:
         tmp_path, "baseline must be 'none' with cross_tokenizer=True", estimator="sampled", baseline="expected", **cross
     )
     refused(tmp_path, "tail='sampled' needs", estimator="topk", k=3, tail="sampled", **cross)
+    needed = "logprob_min must be given for support='student' with cross_tokenizer=True"
+    refused(tmp_path, needed, estimator="topk", k=3, support="student", **cross)
 
 
 def test_tools_and_named_tokens_are_refused(tmp_path: Path) -> None:
     def scorer(input_ids: Any, attention_mask: Any, completion_mask: Any, token_ids: Any) -> None:
         raise AssertionError
 
-    options = {"estimator": "topk", "k": 3, "support": "student", "cross_tokenizer": True}
+    options = {"estimator": "topk", "k": 3, "support": "student", "cross_tokenizer": True, "logprob_min": -20.0}
     refused(tmp_path, "support='student' names the student's tokens to a scorer", teacher=scorer, **options)
     with pytest.raises(ValueError, match="cross_tokenizer=True has no place for tools"):
         GOPDTrainer(

@@ -282,6 +282,8 @@ def check(options: RunOptions) -> None:
 def _check_teachers(options: RunOptions) -> None:
     if bool(options.teacher) == bool(options.teacher_server):
         raise _wrong("--teacher", "give either --teacher (or several) or --teacher-server")
+    if options.cross_tokenizer and options.support == "student":
+        raise _wrong("--support", "student names the student's tokens, and the teacher has others (--cross-tokenizer)")
     if options.teacher_server:
         _check_server(options)
         return
@@ -326,8 +328,6 @@ def _check_server(options: RunOptions) -> None:
         )
     if options.teacher_tokenizer and not options.cross_tokenizer:
         raise _wrong("--teacher-tokenizer", "is an option of --cross-tokenizer")
-    if options.cross_tokenizer and options.support == "student":
-        raise _wrong("--support", "student names the student's tokens, and the server has others (--cross-tokenizer)")
     _check_model("--teacher-tokenizer", options.teacher_tokenizer, options.lora)
 
 

@@ -205,6 +205,12 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
                 f"baseline must be 'none' with cross_tokenizer=True, got {self.baseline!r}: it needs the teacher's "
                 "distribution over the student's tokens, where there are log-probs of spans"
             )
+        if self.cross_tokenizer and self.support == "student" and self.logprob_min is None:
+            raise ValueError(
+                "logprob_min must be given for support='student' with cross_tokenizer=True: tokens of the student that "
+                "a teacher does not have would add nothing, where unlikely ones are penalised. With logprob_min=-20 "
+                "they are as unlikely as that"
+            )
         if self.cross_tokenizer and self.tail == "sampled":
             raise ValueError(
                 "tail='sampled' needs the teacher's log-prob of each sampled token, and with cross_tokenizer=True some "
