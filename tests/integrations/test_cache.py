@@ -325,6 +325,44 @@ def test_without_a_teacher_a_missing_sequence_is_named(tmp_path: Path) -> None:
         cache.scorer(name="other")
 
 
+def test_a_scorer_that_is_not_opened_holds_no_file(tmp_path: Path) -> None:
+    """While one is open nothing is removed, and the error's traceback keeps it alive."""
+    TeacherCache(tmp_path).scorer(Scorer(model()))(*batch())
+    with pytest.raises(TeacherCacheError) as kept:
+        TeacherCache(tmp_path).scorer(name="other")
+    full = TeacherCache(tmp_path, max_bytes=TeacherCache(tmp_path).nbytes + 10)
+    full.scorer(Scorer(model()))(*batch(1))
+    assert full.stats()["removed"] > 0
+    del kept
+
+
+@pytest.mark.parametrize("shape", [(3, K + 2), (1, K)])
+def test_scores_of_another_shape_are_an_error(shape: tuple[int, int], tmp_path: Path) -> None:
+    def scorer(*_: Tensor) -> fg.TokenLogProbs:
+        return fg.TokenLogProbs(-torch.ones(shape))
+
+    cache = TeacherCache(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"the scorer 'odd' must return TokenLogProbs .* \(3, {K}\) .* got \({shape[0]}, "
+    ):
+        cache.scorer(scorer, name="odd", revision="1")(*batch())
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"names": 3}', '{"names": [], "settings": {}, "fingerprint": "x"}']
+)
+def test_a_damaged_description_is_named(content: str, tmp_path: Path) -> None:
+    TeacherCache(tmp_path).scorer(Scorer(model()))(*batch())
+    (description,) = tmp_path.glob("*/model.json")
+    description.write_text(content)
+    for teacher in (None, Scorer(model())):
+        with pytest.raises(TeacherCacheError, match=r"model\.json is damaged: remove it, and it is written again"):
+            TeacherCache(tmp_path).scorer(teacher)
+    description.unlink()
+    assert TeacherCache(tmp_path).scorer(Scorer(model()))(*batch()).logprobs.shape == (3, K)
+
+
 # ------------------------------------------------------------------------------------------------------------- damage
 
 

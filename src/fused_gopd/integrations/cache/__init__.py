@@ -410,7 +410,12 @@ class CachedTeacher:
             if revision is not None:
                 raise TypeError("revision is that of a teacher: without one, scores are found by name")
             self._lock = cache._folder.hold()  # as long as this object lives
-            self._stored = self._find(name)
+            try:
+                self._stored = self._find(name)
+            except BaseException:
+                if self._lock is not None:  # not until the error's traceback is forgotten
+                    self._lock.close()
+                raise
             self._name = self._stored.name
             attributes = dict(self._stored.description["settings"])
             if head is not None:
@@ -476,14 +481,19 @@ class CachedTeacher:
 
             return {"hidden": last_hidden_state(self._teacher, ids, attention, keep=wanted.shape[1])}
         scored = self._teacher(ids, attention, wanted)
-        if isinstance(scored, LinearHead):
-            self._on = partial(_like, scored)
-            return {"hidden": scored.hidden}
-        if not isinstance(scored, (TokenLogProbs, TopKLogProbs)):
+        if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead)):
             raise TypeError(
                 "the scorer of a cache must return fused_gopd.TokenLogProbs, TopKLogProbs or LinearHead, got "
                 f"{type(scored).__name__}"
             )
+        if scored.token_shape != wanted.shape:
+            raise ValueError(
+                f"the scorer {self._name!r} must return {type(scored).__name__} of the token shape "
+                f"{tuple(wanted.shape)} of completion_mask, got {tuple(scored.token_shape)}"
+            )
+        if isinstance(scored, LinearHead):
+            self._on = partial(_like, scored)
+            return {"hidden": scored.hidden}
         return scored.tensors
 
     def _compare(self, stored: StoredModel, batch: tuple[Tensor, Tensor, Tensor]) -> None:

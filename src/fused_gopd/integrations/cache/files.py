@@ -140,9 +140,9 @@ class Folder:
         for file in sorted(self.path.glob(f"*/{_MODEL}")):
             if _FOLDER.fullmatch(file.parent.name):
                 try:
-                    found[file.parent.name] = dict(json.loads(file.read_text(encoding="utf-8")))
-                except (ValueError, TypeError, OSError):
-                    raise Damaged(f"{file} cannot be read as JSON: remove it, and it is written again") from None
+                    found[file.parent.name] = _description(json.loads(file.read_text(encoding="utf-8")))
+                except (ValueError, TypeError, KeyError, OSError):
+                    raise Damaged(f"{file} is damaged: remove it, and it is written again") from None
         return found
 
     def describe(self, model: str, description: dict[str, Any]) -> None:
@@ -228,6 +228,16 @@ class Folder:
         except OSError:  # a file system without locks
             pass
         return file
+
+
+def _description(found: Any) -> dict[str, Any]:
+    """The content of a ``model.json``; raises for another one."""
+    names, settings = found["names"], found["settings"]
+    if not isinstance(found["fingerprint"], str) or not isinstance(settings, dict):
+        raise TypeError
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError
+    return dict(found)
 
 
 def _subfolders(path: Path) -> list[Path]:
