@@ -104,7 +104,7 @@ def _planned(call: LossCall) -> Plan:
     if options.joint or options.estimator == "topk":
         together = "baseline='expected'" if options.estimator == "sampled" else f"estimator={options.estimator!r}"
         check_shards(student, counting, together, vocab_size)
-    _check_floor(counting, options, call)
+    _check_vocab_map(counting, options, call)
     if options.estimator == "topk":
         # a single model is shared by all routes
         routed = {name: x * (count if len(x) == 1 else 1) for name, x in needed.items()}
@@ -150,7 +150,7 @@ def _without_sampled(model: Frozen) -> bool:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_floor(needed: Mapping[str, Any], options: LossOptions, call: LossCall) -> None:
+def _check_vocab_map(needed: Mapping[str, Any], options: LossOptions, call: LossCall) -> None:
     """Raise where a token without a row would be worth more than one that a model finds unlikely, or be no label."""
     mapped = next((name for name, model in needed.items() if getattr(model, "vocab_map", None) is not None), None)
     if mapped is None:

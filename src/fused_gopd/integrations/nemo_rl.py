@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..checks import require_mask
 from ..heads import Logits
 from ..loss import gopd_loss
+from ..shards import is_dtensor
 from . import needs
 from .logprobs import ROLLOUT, check_options, metric_sums, require_reference, sampled_loss
 
@@ -166,7 +166,7 @@ class GOPDFullLossFn:
 
     def _frozen(self, name: str, logits: Tensor, data: Any) -> Any:
         head = self.heads[name]
-        if isinstance(logits, DTensor) or logits.shape[-1] < head.vocab_size:
+        if is_dtensor(logits) or logits.shape[-1] < head.vocab_size:
             raise ValueError(
                 f"logits must be whole, with the {head.vocab_size} columns of the head of {name} at least, got "
                 f"{logits.shape[-1]} columns in a {type(logits).__name__}: run without tensor parallelism"
