@@ -93,6 +93,11 @@ class LoadingMixin:
     _tokenizer: PreTrainedTokenizerBase
     _is_vlm: bool
 
+    @property
+    def _cross_tokenizer(self) -> bool:
+        """Whether models may have tokenizers of their own, an option of GOPDTrainer."""
+        return bool(getattr(self.args, "cross_tokenizer", False))
+
     def _validate(
         self,
         student: str | nn.Module,
@@ -177,7 +182,7 @@ class LoadingMixin:
         else:
             tokenizers = [teacher_processing_class] * len(routes)
         prepared: dict[int, Any] = {}
-        if self._is_vlm and getattr(self.args, "cross_tokenizer", False):
+        if self._is_vlm and self._cross_tokenizer:
             raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
         self._stored: dict[int | str, StoredStates] = {}  # by the id of a model, or "base"
         student = cast("Any", self.model)
@@ -225,7 +230,7 @@ class LoadingMixin:
             own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
             if isinstance(own, PreTrainedTokenizerBase):
                 self._compare_tokenizers(name, own)
-            elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+            elif name != "ref_model" and self._cross_tokenizer:
                 raise ValueError(
                     f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
                     "give the scorer an attribute tokenizer"
@@ -255,7 +260,7 @@ class LoadingMixin:
             found = self._tokenizer  # the base's
         if found is not None:
             self._compare_tokenizers(name, found)
-        elif name != "ref_model" and getattr(self.args, "cross_tokenizer", False):
+        elif name != "ref_model" and self._cross_tokenizer:
             raise ValueError(
                 f"cross_tokenizer=True needs the tokenizer of {name}, which is not saved with it: pass "
                 "teacher_processing_class, or save it in the model's folder"
@@ -288,7 +293,7 @@ class LoadingMixin:
             name,
             self._tokenizer,
             other,
-            cross_tokenizer=getattr(self.args, "cross_tokenizer", False),
+            cross_tokenizer=self._cross_tokenizer,
             terminators=ends if isinstance(ends, list) else None if ends is None else [ends],
             chat_template_kwargs=getattr(self, "chat_template_kwargs", None),
         )
