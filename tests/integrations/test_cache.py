@@ -298,6 +298,9 @@ def test_the_head_of_another_model_is_an_error(tmp_path: Path) -> None:
         cache.scorer(name="teacher")(*batch())
     with pytest.raises(TypeError, match="head must be a path, or what load_head returns, got function"):
         cache.scorer(name="teacher", head=lambda hidden: hidden)
+    for given in (None, Scorer(model())):
+        with pytest.raises(TypeError, match=r"temperature is that of a model, or of head; .*, got 0.5"):
+            cache.scorer(given, name="teacher", temperature=0.5)
 
 
 def test_a_head_of_16_bits_is_that_of_a_model_that_was_loaded_in_32(tmp_path: Path) -> None:

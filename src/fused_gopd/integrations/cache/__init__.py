@@ -121,7 +121,7 @@ class TeacherCache:
             head: for hidden states without a teacher: the path of the teacher's folder, of which only the head is read,
                 or what :func:`fused_gopd.integrations.checkpoint.load_head` read. The head of another model is an
                 error.
-            temperature: of that head, or of a model's.
+            temperature: of that head, or of a model's. A scorer has its own.
 
         Raises:
             TypeError, ValueError: a wrong argument.
@@ -399,6 +399,8 @@ class CachedTeacher:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if head is not None and teacher is not None:
             raise TypeError("head is for hidden states without a teacher: a teacher brings its own")
+        if temperature != 1 and head is None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"temperature is that of a model, or of head; scores have their own, got {temperature}")
         self.cache, self._teacher = cache, teacher
         self._on: Callable[[Tensor], LinearHead] | None = None  # the head, on hidden states
         self._states: StoredStates | None = None
