@@ -73,7 +73,7 @@ def test_what_is_not_run_is_little_and_has_a_reason() -> None:
         assert snippet.not_run.startswith(REASONS), f"{page}:{snippet.line}: {snippet.not_run}"
         for test in re.findall(r"tests/[\w/]+\.py", snippet.not_run):
             assert Path(page).name in (ROOT / test).read_text(encoding="utf-8"), f"{test} runs nothing of {page}"
-    assert len(NOT_RUN) <= 20
+    assert len(NOT_RUN) <= sum(map(len, SNIPPETS.values())) / 4
 
 
 def test_every_marker_is_above_a_fence_that_is_read() -> None:
