@@ -26,8 +26,9 @@ ROUTES = ["math", "code"] * 4
 
 def adapted(seed: int, base: nn.Module | None = None, **options: Any) -> Any:
     """A PEFT model with an adapter that has learned something."""
-    torch.manual_seed(seed)
-    made = peft.get_peft_model(model(0) if base is None else base, peft.LoraConfig(**{**LORA, **options}))
+    base = model(0) if base is None else base
+    torch.manual_seed(seed)  # after the base, which has a seed of its own
+    made = peft.get_peft_model(base, peft.LoraConfig(**{**LORA, **options}))
     with torch.no_grad():
         for p in made.parameters():
             if p.requires_grad:
