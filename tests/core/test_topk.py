@@ -806,3 +806,22 @@ def test_every_pair_of_ids_is_matched():
         other = torch.tensor([[1, 9, 3, 4]])[:, list(order)]
         found = _matched(ids, _Answer("ref", other, -other.double(), None))
         assert found.tolist() == [[-4.0, -1.0, -3.0, -math.inf]]
+
+
+def test_a_mask_below_the_bound_leaves_the_kl_its_digits(backend_dtype) -> None:
+    """With lambda > 1 a mask of the reference, -1e9, makes the normaliser without the bound 1e8."""
+    torch.manual_seed(0)
+    z, q, r = torch.randn(3, 2, 4, 12, dtype=torch.float64).to(backend_dtype.dtype)
+    r[..., 5] = -1e9 if backend_dtype.dtype != torch.float16 else -6e4
+    ids = torch.tensor([5, 1, 7, 2]).expand(2, 4, 4)
+    options = {"estimator": "topk", "tail": "drop", "support_ids": ids, "logprob_min": -4.0, "reward_scale": 1.25}
+    out = fg.gopd_loss(fg.Logits(z), fg.Logits(q), fg.Logits(r), backend=backend_dtype.backend, **options)
+    log_p, log_q, log_r = (x.double().log_softmax(-1).gather(-1, ids) for x in (z, q, r))
+    rests = [(1 - x.exp().sum(-1, keepdim=True)).log() for x in (log_p, log_q, log_r)]
+    log_p, log_q, log_r = (
+        torch.cat((x, rest), -1)
+        for x, rest in zip((log_p, log_q.clamp_min(-4), log_r.clamp_min(-4)), rests, strict=True)
+    )
+    log_t = (1.25 * log_q - 0.25 * log_r).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_t)).sum(-1)
+    assert_close(out.kl, expected, backend_dtype.tolerance)

@@ -332,8 +332,11 @@ def term(
     weight = weight.masked_fill(~x.inside.any(1, keepdim=True), 0)
     # the existing outcomes as one distribution: without the bucket they do not sum to 1
     mass = _log_mass(x.log_p, x.inside)
-    if x.unbounded is not None:
-        log_t = log_t - _log_mass(log_t, x.inside)
+    if (
+        x.unbounded is not None
+    ):  # not from log_t: the normaliser without the bound may be so large that no digit is left
+        own = x.mixed - origin_of(x.mixed.masked_fill(~x.inside, -math.inf).amax(1, keepdim=True))
+        log_t = (own - _log_mass(own, x.inside)).masked_fill(~x.inside, 0)
     kl = torch.where(x.inside, (x.log_p - mass).exp() * (x.log_p - mass - log_t), 0).sum(1).clamp_min(0)
     weight = weight[:, 0].masked_fill(x.has_nan, math.nan)
     # a listed token that is excluded from S is one of the others
