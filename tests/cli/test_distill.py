@@ -780,7 +780,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "an adapter beside a student without one": (
         lambda f: ["--teacher", "adapter:" + f.adapter()],
-        "adapter is an adapter on the student's base, which only --lora leaves as it is",
+        "adapter is an adapter on the student's base, which training all weights changes: give --lora",
     ),
     "a model for an adapter": (
         lambda f: ["--lora", "2", "--teacher", f"adapter:{f.math}"],

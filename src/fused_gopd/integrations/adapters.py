@@ -40,8 +40,13 @@ def require_adapter(name: str, path: str, base: str = "") -> Any:
     """
     with needs(__name__, "peft", install=partial(packages, "peft>=0.18")):
         from peft import PeftConfig
+    place = _place(path)
+    if Path(place).is_dir() and not Path(place, "adapter_config.json").is_file():  # peft would ask the hub, and wait
+        raise ValueError(
+            f"{name} must be {ADAPTER} and a PEFT adapter, and the folder {path} has no adapter_config.json"
+        )
     try:
-        config: Any = PeftConfig.from_pretrained(_place(path))
+        config: Any = PeftConfig.from_pretrained(place)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{name} must be {ADAPTER} and a PEFT adapter, and {path} is none: {error}") from None
     own = str(config.base_model_name_or_path or "")

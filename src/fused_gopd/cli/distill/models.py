@@ -65,7 +65,11 @@ def _load(option: str, path: str) -> Any:
             raise ValueError(f"{link} is a link to {link.readlink()}, which is not there")
     adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     if adapter and option != "--ref":
-        raise ValueError("it is a PEFT adapter: merge it into its base (merge_and_unload) and save that")
+        without = "; or with --lora, where it is one of the student's base, write adapter:FOLDER"
+        raise ValueError(
+            "it is a PEFT adapter: merge it into its base (merge_and_unload) and save that"
+            + (without if option == "--teacher" else "")
+        )
     if not adapter:
         config: Any = AutoConfig.from_pretrained(path)
         if not config.architectures:

@@ -362,7 +362,8 @@ def _check_model(option: str, name: str, lora: int) -> None:
         if option == "--student":
             raise _wrong(option, f"must be a model, got {name}: an adapter is on the student's base")
         if not lora:
-            raise _wrong(option, f"{name} is an adapter on the student's base, which only --lora leaves as it is")
+            what = f"{name} is an adapter on the student's base, which training all weights changes: give --lora"
+            raise _wrong(option, what)
         name = adapter
     if name not in ("", "student", "smollm2"):
         try:

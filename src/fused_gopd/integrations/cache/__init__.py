@@ -554,8 +554,8 @@ class CachedTeacher:
             what = "one model, give its name" if name is None else f"one model called {name!r}"
             has = "; ".join(f"{folder}, {' or '.join(x['names'])} {x['settings']}" for folder, x in models.items())
             raise TeacherCacheError(
-                f"without a teacher {self.cache.path} must have the scores of {what}; it has {has or 'none'}. The "
-                "name of a folder is unique"
+                f"without a teacher {self.cache.path} must have the scores of {what}; it has {has or 'none'}. A "
+                "folder's name, which stands first, may be given as name, too"
             )
         (x,) = found.values()
         called = name if name is not None and name in x["names"] else x["names"][0]

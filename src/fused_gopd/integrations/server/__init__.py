@@ -484,8 +484,10 @@ class ServerTeacher:
             if theirs is not None and not _same_text(theirs, ours):
                 raise TeacherServerError(
                     f"tokenizer must be that of {self.model!r} on {self.base_url}: token {token_id} is {ours!r} here "
-                    f"and {self._connection.secrets.shown(theirs)!r} there. Student and teacher must share a "
-                    "tokenizer; serve a teacher of the student's family"
+                    f"and {self._connection.secrets.shown(theirs)!r} there. Serve a teacher with the student's "
+                    "tokenizer, or have texts compared in place of ids: its own tokenizer here and "
+                    "cross_tokenizer=True in GOPDConfig, --cross-tokenizer and --teacher-tokenizer of `fused-gopd "
+                    "distill`"
                 )
         if all(theirs is None for _, theirs, _ in texts):
             warnings.warn(

@@ -91,8 +91,8 @@ class TokenizerPair:
             return told + "."
         return (
             f"{told}. Of those in {len(texts)} prompts {found['tokens']} are in spans of the same bytes (for "
-            f"'sampled'), {found['single']} alone in one; {found['states']} begin where a token of both begins (for "
-            "'full' and 'topk')."
+            f"'sampled'), {found['single']} in a span of their own; {found['states']} begin where a token of both "
+            "begins (for 'full' and 'topk')."
         )
 
     def align(

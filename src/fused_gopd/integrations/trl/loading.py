@@ -235,6 +235,11 @@ class LoadingMixin:
                     f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
                     "give the scorer an attribute tokenizer"
                 )
+            elif name != "ref_model" and hasattr(source, "tokenizer") and self.accelerator.is_main_process:
+                logger.warning(
+                    f"The tokenizer of {name} is not known: nothing shows that its ids are the student's. Make it with "
+                    "tokenizer=, or pass teacher_processing_class."
+                )
             head = head_of_scorer(source)
             if head is not None and name not in self._cross.pairs:
                 check_vocabulary(name, head.vocab_size, sizes[0], self._tokenizer)
