@@ -317,6 +317,9 @@ def test_a_run_from_the_cache_is_the_run_without(
         invoke(*small(files, tmp_path / "filled", *cache), code=130)
     output = invoke("--resume", "--output", str(tmp_path / "filled"))
     assert ": 8 sequences were there, 0 were not; " in output  # those of the fourth step
+    shutil.copytree(tmp_path / "filling", tmp_path / "without")
+    output = invoke("--resume", "--output", str(tmp_path / "without"), "--steps", "5", "--teacher-cache", "")
+    assert "sequences were there" not in output  # its size goes with it
     for run in ("filling", "filled"):
         assert_same_weights(whole() / "model", tmp_path / run / "model")
     for path in (tmp_path / "cache").glob("*/*/*.safetensors"):

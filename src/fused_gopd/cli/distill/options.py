@@ -201,6 +201,7 @@ def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iter
         given: the values of all parameters.
         from_command_line: the names of the parameters that the user gave.
     """
+    from_command_line = list(from_command_line)
     saved = asdict(_read(output))
     repeated = asdict(RunOptions.from_command({**saved, **{name: given[name] for name in from_command_line}}))
     for name in from_command_line:
@@ -212,6 +213,8 @@ def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iter
                 "another run",
                 param_hint=flag(name),
             )
+    if not saved["teacher_cache"] and "teacher_cache_gib" not in from_command_line:
+        saved["teacher_cache_gib"] = None  # goes with the cache
     options = RunOptions(**saved)
     check(options)
     return options
