@@ -189,6 +189,15 @@ def test_a_model_that_changed_is_another_one(tmp_path: Path) -> None:
     assert fingerprint(same) in prints
 
 
+def test_a_weight_that_is_a_part_of_a_buffer_is_the_same_weight() -> None:
+    teacher = model().bfloat16()
+    before = fingerprint(teacher)
+    for x in teacher.parameters():
+        buffer = torch.empty(x.numel() + 1, dtype=x.dtype)
+        x.data = buffer[1:].view_as(x).copy_(x.data)
+    assert fingerprint(teacher) == before
+
+
 def test_a_changed_model_misses(tmp_path: Path) -> None:
     teacher, cache = model(), TeacherCache(tmp_path)
     cache.scorer(teacher, name="t")(*batch())

@@ -138,7 +138,9 @@ def _without(values: Any) -> Any:
 def _sums(x: Tensor) -> bytes:
     """Sums of the 64-bit words of a tensor along its last dimension and along the others."""
     x = x.contiguous()
-    if x.ndim == 0 or x.shape[-1] * x.element_size() % 8 or x.storage_offset() * x.element_size() % 8:
+    if x.storage_offset() * x.element_size() % 8:  # of one buffer for several weights
+        x = x.clone()
+    if x.ndim == 0 or x.shape[-1] * x.element_size() % 8:
         flat = x.reshape(-1).view(torch.uint8)
         words = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)[None]
     else:
