@@ -401,7 +401,6 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         reward_scale=scale if call.reward_scale_fn is None else None,
         reward_scale_fn=call.reward_scale_fn,
         has_composite=plan.has_composite,
-        has_map=plan.has_map,
         has_terms=plan.has_terms,
         has=plan.has,
         token_ids=ids,

@@ -6,6 +6,8 @@ Vectors (n,) have one entry per live token, in the order of ``rows``. Made by :m
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ class FlatComposite:
     weights: tuple[float | Tensor, ...]  # tensor: (n,)
     mixture: bool
     shard: VocabShard | None = None  # the columns of this rank where models are taken together
+    vocab_map: ClassVar[None] = None  # its heads may have one; the sum has the student's tokens
 
     def weights_of(self, tokens: slice) -> list[float | Tensor]:
         """Those of some of the tokens, tensors as (C,)."""
@@ -72,7 +75,6 @@ class Problem:
     reward_scale: float | Tensor | None = 1.0
     reward_scale_fn: RewardScaleFn | None = None
     has_composite: bool = False  # whether a teacher or reference that is needed is made of several models
-    has_map: bool = False  # whether a frozen model has a vocab_map
     has: tuple[bool, bool] = (False, False)  # a teacher, a reference: heads, or log-probs of the sampled tokens
     token_ids: Tensor | None = None  # (n,) int64, the sampled tokens
     old_logprobs: Tensor | None = None  # (n,)

@@ -23,7 +23,7 @@ from .vocab_parallel import local_ids, no_logit_, own_ids, statistics_of
 
 def columns(problem: Problem, head: FrozenModel) -> int:
     """Number of vocabulary entries whose logits this rank computes for a model; with a map all that it has itself."""
-    if problem.has_map and not isinstance(head, FlatComposite) and head.vocab_map is not None:
+    if head.vocab_map is not None:
         return head.own_size
     return problem.vocab_size if head.shard is None else head.shard.count
 

@@ -14,7 +14,7 @@ from ..heads import Head
 from ..objective.divergences import Divergence
 from ..objective.layout import merged_statistics
 from ..objective.statistics import merge
-from ..problem import FlatComposite, FrozenModel, Problem
+from ..problem import FrozenModel, Problem
 from ..rowops import ModelRows, RowOps, RowProblem, Stat, sparse
 from ..rowops.torch import accumulation_dtype
 from ..shards import VocabShard
@@ -124,7 +124,7 @@ def topk_ids(head: FrozenModel, rows: ModelRows, columns: int, k: int) -> Tensor
     """Ids (C, k) of the k largest logits over the whole vocabulary, the largest first; one collective if shared."""
     if not k:
         return rows.raw.new_empty(rows.raw.shape[0], 0, dtype=torch.int64)
-    if not isinstance(head, FlatComposite) and head.vocab_map is not None:
+    if head.vocab_map is not None:
         return _mapped_topk(head.vocab_map, rows, columns, k)
     ids = sparse.top(rows, columns, k)
     if head.shard is None:
