@@ -1070,6 +1070,16 @@ class Served:
         raise AssertionError("nothing was sampled yet")
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_scorer_whose_tokenizer_is_not_known_is_warned_of(
+    tmp_path: Path, known: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Served, "tokenizer", tokenizer() if known else None, raising=False)
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, teacher=Served(), estimator="sampled")
+    assert ("nothing shows that its ids are the student's" in caplog.text) is not known
+
+
 class Asked(Served):
     """A scorer that takes tokens to score, as ServerTeacher does."""
 
