@@ -267,6 +267,10 @@ def test_another_tokenizer_is_an_error_that_names_the_option() -> None:
     assert 0.9 < common["vocabulary"] < 1
     assert common["tokens"] == common["bytes"] == 1
     assert common["single"] < 1
+    ids = same("the cat")["input_ids"] + same("numbers")["input_ids"]  # at most those that the other one has
+    had = [i for i in ids if same.convert_ids_to_tokens(i) in other.get_vocab()]
+    assert 0 < common["common"] <= len(had) / len(ids) < 1
+    assert common["common"] < common["states"]
     assert "The tokenizer of X has 9" in pair.describe(["the cat"])
 
 

@@ -66,7 +66,7 @@ class TokenizerPair:
         Returns:
             ``vocabulary``: of the student's tokens, those that the other one has. Of the student's tokens in the texts:
             ``tokens`` those in spans, ``single`` those that are a span alone, ``states`` those before which both have a
-            boundary; ``bytes`` in spans.
+            boundary, ``common`` those of them that the other one has, too; ``bytes`` in spans.
         """
         mapped = self.vocab_map() >= 0
         found = {"vocabulary": float(mapped.float().mean())}
@@ -78,9 +78,11 @@ class TokenizerPair:
         mask = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in ids])
         aligned = self.align(["x"] * len(ids), token_ids, mask)
         spans, states = aligned.counts(mask), aligned.counts(mask, states=True)
+        common = aligned.counts(mask * mapped[token_ids], states=True)
         found["tokens"] = spans["aligned_tokens"] / spans["tokens"]
         found["single"] = spans["single_tokens"] / spans["tokens"]
         found["states"] = states["aligned_tokens"] / spans["tokens"]
+        found["common"] = common["aligned_tokens"] / spans["tokens"]
         return found | {"bytes": spans["aligned_bytes"] / max(spans["bytes"], 1)}
 
     def describe(self, texts: Sequence[str]) -> str:
@@ -91,8 +93,8 @@ class TokenizerPair:
             return told + "."
         return (
             f"{told}. Of those in {len(texts)} prompts {found['tokens']} are in spans of the same bytes (for "
-            f"'sampled'), {found['single']} in a span of their own; {found['states']} begin where a token of both "
-            "begins (for 'full' and 'topk')."
+            f"'sampled'), {found['single']} in a span of their own; {found['common']} are tokens of both that begin "
+            "where a token of both begins (for 'full' and 'topk')."
         )
 
     def align(
