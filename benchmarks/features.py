@@ -94,6 +94,7 @@ def options(inputs: Inputs, plain: fg.GOPDOutput) -> dict[str, list[tuple[str, s
         ("topk", "`entropy_weight`", {"entropy_weight": 0.01}),
         ("topk", '`tail="sampled"`', {"tail": "sampled"}),
         ("topk", "`logprob_min`", {"logprob_min": -20.0}),
+        ("topk", "`student_logprob_min`", {"tail": "drop", "logprob_min": -20.0, "student_logprob_min": -20.0}),
         ("topk", f"`support_ids`, K = {K}", {"k": None, "support_ids": ids}),
         ("sampled", '`kl_ref="k3"`', {"kl_ref": "k3", "kl_ref_weight": 0.05}),
         ("sampled", "`advantage_fn`", {"advantage_fn": lambda stats: stats.advantages.tanh()}),
