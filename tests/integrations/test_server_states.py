@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,33 @@ def test_bfloat16_states_are_those_of_the_local_teacher(
             expected = alone[-count - 1 : -1][wanted[:count]]
             assert torch.equal(served.hidden[row][wanted], expected)
             assert served.hidden.dtype == torch.bfloat16
+
+
+def test_states_rounded_to_bfloat16_give_the_loss_within_their_rounding(vllm: Running) -> None:
+    """A float32 teacher whose states are sent in bfloat16, unit roundoff u = 2^-8, before the final norm.
+
+    A state y after the norm is off by 3 u |y| at most: x, the mean square of x, and the norm's output in x's dtype are
+    rounded. So logits are off by b = max_v 3 u sum_h |y_h W_vh|, log-probs by 2 b, token losses, where lambda weighs
+    log q, by 2 lambda b. The gradient of logit v is p_v times log-ratio minus its mean: off by 4 lambda b p_v.
+    """
+    edit(vllm, lambda tensors: tensors.update(hidden_states=tensors["hidden_states"].bfloat16()))
+    with vllm.states_teacher() as teacher:
+        served = teacher(*batch())
+    found, gradient = loss_and_gradient(served)
+    exact = local_head(vllm.engine.model)
+    expected, exact_gradient = loss_and_gradient(exact)
+    live = COMPLETION_MASK == 1
+    b = 1.01 * 3 * 2.0**-8 * (exact.hidden.abs() @ exact.weight.abs().T).amax(-1)  # (3, 5); 1 %: terms of u^2, float32
+    loss_off = (found.token_loss - expected.token_loss).abs()
+    assert (loss_off <= 2 * 1.25 * b)[live].all()
+    assert loss_off.max() > 1e-4  # the rounding is seen at all
+    student = local_head(llama(2))
+    reach = (student.hidden @ student.weight.T).softmax(-1) @ student.weight.abs()  # (3, 5, H)
+    bound = 4 * 1.25 * b[..., None] * reach / live.sum()
+    assert ((gradient - exact_gradient).abs() <= bound)[live].all()
+    # the bound is no more than what other states make: those of the position before
+    shifted = loss_and_gradient(replace(exact, hidden=exact.hidden.roll(1, 1)))[0].token_loss
+    assert ((shifted - expected.token_loss).abs() > 2 * 1.25 * b)[live].any()
 
 
 def test_padding_and_what_is_not_wanted_are_not_sent(server: Running) -> None:
