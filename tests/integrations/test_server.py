@@ -16,6 +16,7 @@ import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -1487,3 +1488,23 @@ def test_wrong_batches_are_named(vllm: Server) -> None:
         with pytest.raises(TeacherServerError, match=r"sequence 0 has 64 tokens.*max_model_len=64"):
             teacher.score([[1] * 64], [1])
     assert not vllm.bodies
+
+
+def test_the_figures_of_the_pages_are_those_of_the_results() -> None:
+    root = Path(__file__).resolve().parents[2]
+    benchmark = pytest.importorskip("benchmarks.served_teacher")
+    found = json.loads((root / "benchmarks" / "results" / "served-teacher.json").read_text())
+    page, teachers = (
+        (root / "docs" / name).read_text(encoding="utf-8") for name in ("integrations/server.md", "teachers.md")
+    )
+    assert benchmark.table_of_bytes(found) in page
+    assert benchmark.table_of_times(found) in page
+    measured, vocab = found["bytes"], found["vocab"]
+    states = measured["states"]
+    assert 0 <= states["file"] - (2 * states["hidden"] + 8) < 1  # the file's header
+    assert round(measured["topk"] / (benchmark.TOP_K + 1), -1) == 70  # "about 70", as the table of servers says
+    agree = f"{states['rounding']:.2f} on average at the start's tokens, where {states['distance']:.2f} was found"
+    assert agree in " ".join(page.split())
+    sizes = [f"{states['file'] + states['answer']:.0f} bytes, its 64 likeliest tokens as {measured['topk']:.0f}"]
+    sizes += [f"its log-prob as {measured['sampled']:.0f}; its logits would be {2 * vocab}"]
+    assert all(size in " ".join(teachers.split()) for size in sizes)
