@@ -186,7 +186,7 @@ def table_of_bytes(result: dict[str, Any]) -> str:
     found, vocab = result["bytes"], result["vocab"]
     states = found["states"]
     model = f"SmolLM2-135M (H = {states['hidden']}, V = {vocab}) in bfloat16"
-    answers = f"hidden states: {states['file']:.0f} in the file, {states['answer']:.0f} in the answer"
+    answers = f"hidden states: {states['file']:.1f} in the file, {states['answer']:.1f} in the answer"
     lines = [
         f"| {model}, {SEQUENCES} sequences of {LENGTH} tokens | bytes a token |",
         "|---|---:|",
