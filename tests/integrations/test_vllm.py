@@ -203,15 +203,13 @@ def test_scores_are_those_of_the_model_here(files: Files, server: Server, api: s
 ESTIMATORS: dict[str, dict[str, Any]] = {"sampled": {}, "topk": {"k": TOP_K}}
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_trainer_learns_what_it_learns_from_the_model_here(
-    files: Files, server: Server, tmp_path: Path, estimator: str
-) -> None:
+def assert_learns_as_from_the_model_here(files: Files, served: Any, output: Path, **options: Any) -> None:
+    """Two optimizer steps with a served teacher move the student's weights as two with the teacher in this process."""
+
     def trained(teacher: Any) -> dict[str, Tensor]:
         args = GOPDConfig(
-            output_dir=str(tmp_path),
-            estimator=estimator,
-            **ESTIMATORS[estimator],
+            output_dir=str(output),
+            **options,
             reward_scale=1.25,
             max_steps=2,
             per_device_train_batch_size=4,
@@ -227,22 +225,19 @@ def test_a_trainer_learns_what_it_learns_from_the_model_here(
             gradient_checkpointing=False,
             bf16=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(files.student, padding_side="left")
         trainer = GOPDTrainer(
             files.student,
             teacher,
             args,
             train_dataset=Dataset.from_dict({"prompt": list(SENTENCES) * 2}),
-            processing_class=tokenizer,
+            processing_class=AutoTokenizer.from_pretrained(files.student, padding_side="left"),
             ref_model=AutoModelForCausalLM.from_pretrained(files.student),
         )
         trainer.train()
         return dict(trainer.model.state_dict())
 
-    top_k = ESTIMATORS[estimator].get("k")
-    with ServerTeacher(server.url, "teacher", top_k=top_k, api_key="a-key") as teacher:
-        remote = trained(teacher)
-    local, before = trained(files.teacher), AutoModelForCausalLM.from_pretrained(files.student).state_dict()
+    remote, local = trained(served), trained(files.teacher)
+    before = AutoModelForCausalLM.from_pretrained(files.student).state_dict()
     for name, value in local.items():
         # SGD moves a weight by what is linear in the teacher's log-probs, whose rounding is a millionth of their
         # difference; and rounds it to float32 in each of two steps
@@ -250,6 +245,15 @@ def test_a_trainer_learns_what_it_learns_from_the_model_here(
         rounding = 2 * torch.finfo(torch.float32).eps * float(value.abs().max())
         assert moved > 10 * rounding, name
         assert float((remote[name] - value).abs().max()) <= 1e-4 * moved + rounding, name
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_trainer_learns_what_it_learns_from_the_model_here(
+    files: Files, server: Server, tmp_path: Path, estimator: str
+) -> None:
+    options = ESTIMATORS[estimator]
+    with ServerTeacher(server.url, "teacher", top_k=options.get("k"), api_key="a-key") as teacher:
+        assert_learns_as_from_the_model_here(files, teacher, tmp_path, estimator=estimator, **options)
 
 
 def distill(files: Files, output: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -18,15 +18,13 @@ from torch import Tensor
 pytest.importorskip("httpx")
 pytest.importorskip("trl")
 
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fused_gopd as fg
 import test_vllm
 from fused_gopd.integrations.server import HiddenStateTeacher, ServerTeacher, TeacherServerError, states
 from fused_gopd.integrations.transformers import head_of
-from fused_gopd.integrations.trl import GOPDConfig, GOPDTrainer
-from test_vllm import SENTENCES, STARTING, Files, Server
+from test_vllm import STARTING, Files, Server
 
 pytestmark = test_vllm.pytestmark
 
@@ -157,46 +155,9 @@ def test_hundreds_of_long_sequences_stay_in_their_rows(
 
 
 def test_a_trainer_learns_what_it_learns_from_the_model_here(files: Files, server: Server, tmp_path: Path) -> None:
-    def trained(teacher: Any) -> dict[str, Tensor]:
-        args = GOPDConfig(
-            output_dir=str(tmp_path),
-            estimator="full",
-            reward_scale=1.25,
-            temperature=0.8,
-            max_steps=2,
-            per_device_train_batch_size=4,
-            max_completion_length=12,
-            learning_rate=0.05,
-            optim="sgd",
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            seed=3,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            gradient_checkpointing=False,
-            bf16=False,
-        )
-        trainer = GOPDTrainer(
-            files.student,
-            teacher,
-            args,
-            train_dataset=Dataset.from_dict({"prompt": list(SENTENCES) * 2}),
-            processing_class=AutoTokenizer.from_pretrained(files.student, padding_side="left"),
-            ref_model=AutoModelForCausalLM.from_pretrained(files.student),
-        )
-        trainer.train()
-        return dict(trainer.model.state_dict())
-
+    options = {"estimator": "full", "temperature": 0.8}
     with states_teacher(server, files, temperature=0.8) as teacher:
-        remote = trained(teacher)
-    local, before = trained(files.teacher), AutoModelForCausalLM.from_pretrained(files.student).state_dict()
-    for name, value in local.items():
-        # as in test_vllm.py: a weight's move is linear in the teacher's log-probs, and rounded in each of two steps
-        moved = float((value - before[name]).abs().max())
-        rounding = 2 * torch.finfo(torch.float32).eps * float(value.abs().max())
-        assert moved > 10 * rounding, name
-        assert float((remote[name] - value).abs().max()) <= 1e-4 * moved + rounding, name
+        test_vllm.assert_learns_as_from_the_model_here(files, teacher, tmp_path, **options)
 
 
 def test_a_server_killed_in_the_middle_of_a_run_loses_nothing(files: Files, server: Server, tmp_path: Path) -> None:
