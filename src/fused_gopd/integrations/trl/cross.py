@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import token_logprobs
 from ...heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from ...targets import Frozen
+from ...vocab_maps import tokens_of_rows
 from ..tokenizers import Alignment, TokenizerPair
 from .batch import Batch
 
@@ -111,9 +112,7 @@ class CrossTokenizer:
     def _translated(self, name: str, scored: TopKLogProbs, aligned: Alignment) -> TopKLogProbs:
         """Lists of tokens with the student's ids; those that the student does not have are in the rest."""
         vocab_map = self._map(name, scored.token_ids.device)
-        ours = vocab_map.new_full((int(max(vocab_map.max(), scored.token_ids.max())) + 1,), -1)
-        known = vocab_map >= 0
-        ours[vocab_map[known]] = known.nonzero()[:, 0]
+        ours = tokens_of_rows(vocab_map, int(max(vocab_map.max(), scored.token_ids.max())) + 1)
         theirs = aligned.gather(scored.token_ids)
         ids = torch.where(theirs >= 0, ours[theirs.clamp(min=0)], -1)
         return TopKLogProbs(ids, aligned.gather(scored.logprobs))
