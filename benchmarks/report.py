@@ -22,7 +22,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_gopd.cli import pictures
+from fused_gopd import pictures
 
 from .arguments import edit, parse
 

@@ -100,7 +100,7 @@ NAVIGATION = {
 ELSEWHERE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md", "examples": "examples/README.md"}
 # Modules all of whose public names the API reference must have.
 _INTEGRATIONS = "liger logprobs ms_swift nemo_rl prime_rl server skyrl slime tokenizers transformers trl verl"
-PUBLIC = ["fused_gopd", "fused_gopd.distributed", "fused_gopd.reference"]
+PUBLIC = ["fused_gopd", "fused_gopd.distributed", "fused_gopd.html", "fused_gopd.reference"]
 PUBLIC += [f"fused_gopd.integrations.{name}" for name in _INTEGRATIONS.split()]
 
 

@@ -1,4 +1,4 @@
-"""One plot per claim, from the runs of a JSON file, drawn into a figure of ``fused_gopd.cli.pictures``."""
+"""One plot per claim, from the runs of a JSON file, drawn into a figure of ``fused_gopd.pictures``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import colorsys
 from collections.abc import Callable
 from typing import Any
 
-from fused_gopd.cli.pictures import BLUE, FAINT, GREEN, GREY, ORANGE, PAGE, PURPLE
+from fused_gopd.pictures import BLUE, FAINT, GREEN, GREY, ORANGE, PAGE, PURPLE
 
 from .verdicts import STRINGS, Runs, Score
 

@@ -191,7 +191,7 @@ def _picture(images: Path, claim: str) -> Path:
 
 def write(found: Found, markdown: Path, images: Path) -> None:
     """Write the page, and its plots into a folder next to it."""
-    from fused_gopd.cli.pictures import picture
+    from fused_gopd.pictures import picture
 
     from .pictures import PICTURES
 

@@ -12,7 +12,7 @@ ROOT = Path(fused_gopd.__file__).parent
 # A module imports from its own line and from the lines above it.
 LAYERS = (
     "private",
-    "checks dynamo hooks installing printing records rules signatures token_stats values vocab_maps",
+    "checks dynamo hooks installing pictures printing records rules signatures token_stats values vocab_maps",
     "shards",
     "heads",
     "targets",
@@ -23,6 +23,7 @@ LAYERS = (
     "autograd",
     "nll output metrics models plan prepare scoring report",
     "loss compiled graphs reference distributed",
+    "html",
     "integrations",
     "cli",
 )

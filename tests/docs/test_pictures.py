@@ -14,7 +14,7 @@ import pytest
 from benchmarks import report
 from benchmarks.reproduction import report as reproduction
 
-from fused_gopd.cli import pictures
+from fused_gopd import pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVING = ["eager-lean", "compile", "compile-chunked", "liger-chunked-jsd", "trl-divergence", "fused-triton"]

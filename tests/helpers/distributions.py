@@ -13,6 +13,13 @@ import zipfile
 from pathlib import Path
 
 LAB = ("results/", "reproduction/scale/", "kernels.py", "host.py", "wire.py", "gemm.py")  # of benchmarks/
+LIBRARY = {
+    "cli/bench.py",
+    "benchmarks/run.py",
+    "benchmarks/reproduction/runner.py",
+    "py.typed",
+    "html/report.html.jinja",
+}
 NEEDED = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc/bind.cpp", "csrc/rowops.h")
 
 
@@ -24,13 +31,15 @@ def check_wheel(file: Path) -> list[str]:
     package = [name.partition("/")[2] for name in names if name.startswith("fused_gopd/")]
     inside = re.compile(r"fused_gopd(-[^/]*\.dist-info)?/")
     found += [f"{name} is beside the package" for name in names if not inside.match(name)]
-    found += [f"{name} is not of a library" for name in package if not name.endswith((".py", ".so", "py.typed"))]
+    found += [
+        f"{name} is not of a library" for name in package if not name.endswith((".py", ".so", "py.typed", ".jinja"))
+    ]
     found += [f"{name} is of the lab" for name in package if name.startswith(tuple(f"benchmarks/{x}" for x in LAB))]
     extensions = [name for name in package if name.endswith(".so")]
     stable = "-abi3-" in file.name
     if len(extensions) != 1 or not extensions[0].startswith("_native.") or stable is not (".abi3." in extensions[0]):
         found.append(f"expected one _native, of the stable ABI: {stable}; found {extensions}")
-    if not {"cli/bench.py", "benchmarks/run.py", "benchmarks/reproduction/runner.py", "py.typed"} <= set(package):
+    if not set(package) >= LIBRARY:
         found.append("modules of the package are missing")
     relative = re.findall(r"""(?:\]\(|(?:src|srcset|href)=["'])((?!https?:|mailto:|#)[^)"'\s]+)""", metadata)
     found += [f"the README's link to {link} is relative" for link in relative]

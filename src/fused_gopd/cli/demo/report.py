@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..pictures import BLUE, GREY, MUTED, ORANGE, picture
+from ...pictures import BLUE, GREY, MUTED, ORANGE, picture
 from .compare import WAYS, Measured
 from .prompts import EXTRAPOLATION
 from .training import Evaluation
