@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+from ...integrations.trl.logs import row_of
 from ..durable import replace
 from ..progress import StepProgress
 
-# name in the trainer's logs -> name in metrics.jsonl
-NAMES = {
-    "loss": "loss",
-    "gopd/reward": "reward",
-    "gopd/kl_teacher": "kl_teacher",
-    "gopd/kl_teacher_k3": "kl_teacher_k3",
-    "gopd/kl_ref": "kl_ref",
-    "gopd/kl_ref_k3": "kl_ref_k3",
-    "gopd/kl_target": "kl_target",
-    "gopd/advantage": "advantage",
-    "gopd/reward_scale": "reward_scale",
-    "gopd/aligned_tokens": "aligned_tokens",
-    "gopd/aligned_bytes": "aligned_bytes",
-    "entropy": "entropy",
-    "completions/mean_length": "length",
-    "completions/clipped_ratio": "truncated",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "step_time": "seconds",
-}
 # KL(p || target) is what training lowers; the KL to the teacher may rise at λ > 1
 _SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
 # metric -> (estimate, title) to show instead where it is not computed: with `sampled`; q is the teacher
@@ -53,25 +33,15 @@ class Record:
     def __init__(self, path: Path, history: Iterable[Mapping[str, Any]]) -> None:
         """``history``: the trainer's logs up to the step after which the run continues."""
         self.path = path
-        self.rows = [_row(logs["step"], logs) for logs in history if "loss" in logs]
+        self.rows = [row_of(logs["step"], logs) for logs in history if "loss" in logs]
         replace(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-        row = _row(step, logs)
+        row = row_of(step, logs)
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row
-
-
-def _row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one step by the names of NAMES; NaN and infinity become null."""
-    row: dict[str, Any] = {"step": step}
-    for name, ours in NAMES.items():
-        if name in logs:
-            value = logs[name]
-            row[ours] = float(value) if value is not None and math.isfinite(value) else None
-    return row
 
 
 def summary(row: Mapping[str, Any]) -> str:
