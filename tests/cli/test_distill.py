@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from fused_gopd.cli.demo import smollm
 from fused_gopd.cli.distill import card, figures, inputs, options, training
 from fused_gopd.cli.distill import models as distill_models
 from fused_gopd.cli.distill.prompts import read
-from fused_gopd.options import PARAMETERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +108,7 @@ def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
 def test_ref_student_is_the_student_whatever_folders_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "student").mkdir()
     monkeypatch.chdir(tmp_path)
-    given = {**dict.fromkeys(options.RunOptions.names(), ""), "teacher": [], "lora": 0, "learning_rate": 1e-5}
+    given = asdict(options.RunOptions())
     found = [
         options.RunOptions.from_command({**given, "student": "student", "ref": ref}) for ref in ("student", "./student")
     ]
@@ -675,23 +675,14 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     assert "holds no run to go on with" in invoke("--resume", "--output", str(tmp_path), code=2)
     (tmp_path / options.FILE).write_text("{}")
     assert "distill.json has other values than were written" in invoke("--resume", "--output", str(tmp_path), code=2)
-    durable.write_sealed(tmp_path / options.FILE, {"student": "x"})
+    durable.write_sealed(tmp_path / options.FILE, {"student": "x", "new": 1})
     assert "is of another version of this package" in invoke("--resume", "--output", str(tmp_path), code=2)
 
 
 def _given(files: Files) -> dict[str, Any]:
-    said: dict[str, Any] = dict.fromkeys(options.RunOptions.names(), "")
-    said |= {"student": files.student, "teacher": [files.math], "prompts": files.prompts, "chat": True, "k": None}
-    said |= {"reward_scale": 1.0, "divergence": "reverse_kl", "lora": 0, "lora_alpha": None, "save": "merged"}
-    said |= dict.fromkeys(("support", "tail", "teacher_cache_gib", *PARAMETERS))
-    said |= {"steps": 4, "batch_size": 2, "accumulation": 1, "learning_rate": None, "max_new_tokens": 5}
-    return said | {
-        "temperature": 1.0,
-        "seed": 0,
-        "save_every": 50,
-        "teacher_server_timeout": 120.0,
-        "teacher_server_patience": 9.0,
-    }
+    """The options of a run, as the command gets them."""
+    said = {"student": files.student, "teacher": [files.math], "prompts": files.prompts}
+    return {**asdict(options.RunOptions()), **said, "steps": 4, "batch_size": 2, "max_new_tokens": 5}
 
 
 # -------------------------------------------------------------------------------- refused before any model

@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 
 from ..option_checks import checked_options
 from ..options import RULES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_options(kind: type) -> Callable[[F], F]:
+    """Give a command that takes ``**options`` the fields of a dataclass as parameters, for Typer.
+
+    They are between its positional and its keyword-only parameters, in which order --help shows them. The types of the
+    fields are ``Annotated[..., typer.Option(...)]``.
+    """
+
+    def decorate(command: F) -> F:
+        types = get_type_hints(kind, include_extras=True)
+        added = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if field.default is MISSING else field.default,  # of a list
+                annotation=types[field.name],
+            )
+            for field in fields(kind)
+        ]
+        own = [
+            parameter.replace(annotation=hint)
+            for parameter, hint in zip(
+                inspect.signature(command).parameters.values(),
+                get_type_hints(command, include_extras=True).values(),
+                strict=False,  # the last hint is that of what it returns
+            )
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        last = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        signature = inspect.Signature([*own[: len(own) - len(last)], *added, *last])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {name: x.annotation for name, x in signature.parameters.items()}
+        return command
+
+    return decorate
 
 
 def flag(name: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -16,79 +17,137 @@ from ... import installing
 from ...integrations.hub import ADAPTER, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
-from ..parameters import check_loss_options, flag, require_finite, require_one_of, require_packages
+from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
 
 FILE = "distill.json"
-# options that may differ when a run is resumed
-_MAY_CHANGE = (
-    "steps",
-    "save_every",
-    "teacher_server",
-    "teacher_server_timeout",
-    "teacher_server_patience",
-    "teacher_server_states",
-    "teacher_cache",
-    "teacher_cache_gib",
-)
 
 
-@dataclass(frozen=True)
+# ------------------------------------------------------------------------------------------------- marks of an option
+
+# may differ when a run is resumed
+MAY_CHANGE = object()
+# a file or folder, or the name of something that is none: made absolute where it exists
+PLACE = object()
+
+
+def _panel(title: str) -> Callable[..., Any]:
+    """``typer.Option`` in a panel of --help: a table of its own, so that a long name narrows its own panel alone."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+RUN, TRAINING, LOSS = _panel("The run"), _panel("Training"), _panel("The loss")
+MODELS, SERVER, PROMPTS = _panel("Models"), _panel("A teacher behind a server"), _panel("Prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The parameters of the command that define a run; paths are absolute."""
+    """The options that define a run, each in one place: its type, flag, help, marks and default.
 
-    student: str
-    teacher: list[str]
-    teacher_server: str
-    teacher_server_model: str
-    teacher_server_api: str
-    teacher_server_timeout: float
-    teacher_server_patience: float
-    ref: str
-    prompts: str
-    prompt_column: str
-    route_column: str
-    chat: bool
-    reward_scale: float
-    estimator: str
-    divergence: str
-    k: int | None
-    lora: int
-    lora_alpha: float | None
-    save: str
-    steps: int
-    batch_size: int
-    accumulation: int
-    learning_rate: float | None
-    max_new_tokens: int
-    temperature: float
-    dtype: str
-    seed: int
-    save_every: int
-    # a run that was started without these is resumed without them
-    support: str | None = None
-    tail: str | None = None
-    beta: float | None = None
-    alpha: float | None = None
-    skew: float | None = None
-    forward_weight: float | None = None
-    # of a teacher's server, likewise
-    teacher_server_head: str = ""
-    teacher_server_states: str = ""
-    cross_tokenizer: bool = False
-    teacher_tokenizer: str = ""
-    teacher_cache: str = ""
-    teacher_cache_gib: float | None = None
+    The command's parameters (:func:`fused_gopd.cli.parameters.with_options`), the keys of ``--config`` and the entries
+    of ``distill.json`` and ``run.yaml`` are these fields. A run that was started by a version without an option is
+    resumed with its default.
+    """
+
+    student: Annotated[str, MODELS(help="The model to train: a folder, a hub name, or smollm2."), PLACE] = ""
+    teacher: Annotated[
+        list[str], MODELS(help="Likewise, or adapter:PATH; several as ROUTE=MODEL, by the prompts' --route-column.")
+    ] = field(default_factory=list)
+    cross_tokenizer: Annotated[
+        bool,
+        MODELS(
+            "--cross-tokenizer",
+            help="Teacher and reference may have tokenizers of their own: texts are compared in place of ids.",
+        ),
+    ] = False
+    ref: Annotated[
+        str, MODELS(help="The reference: a model, or `student` as it is before training. Needed unless λ is 1."), PLACE
+    ] = ""
+    teacher_cache: Annotated[
+        str,
+        MODELS(
+            metavar="FOLDER", help="Keeps what teachers and reference computed, for runs that sample the same answers."
+        ),
+        MAY_CHANGE,
+    ] = ""
+    teacher_cache_gib: Annotated[
+        float | None, MODELS(min=0.0, metavar="GIB", help="The size that it may have. Default: any."), MAY_CHANGE
+    ] = None
+    teacher_server: Annotated[str, SERVER(metavar="URL", help="A teacher behind an inference server."), MAY_CHANGE] = ""
+    teacher_server_model: Annotated[str, SERVER(help="The name under which it serves the teacher.")] = ""
+    teacher_server_api: Annotated[str, SERVER(help="vllm, sglang or openai.")] = "vllm"
+    teacher_server_head: Annotated[
+        str,
+        SERVER(metavar="FOLDER", help="The teacher's folder: its head is read, and the server sends hidden states."),
+        PLACE,
+    ] = ""
+    teacher_server_states: Annotated[
+        str,
+        SERVER(metavar="FOLDER", help="Where vLLM writes hidden states, as this machine sees it."),
+        PLACE,
+        MAY_CHANGE,
+    ] = ""
+    teacher_server_timeout: Annotated[
+        float, SERVER(min=0.0, metavar="SECONDS", help="Seconds to wait for its answer."), MAY_CHANGE
+    ] = 120.0
+    teacher_server_patience: Annotated[
+        float,
+        SERVER(
+            min=0.0,
+            metavar="SECONDS",
+            help="Seconds to wait for it when it has answered and no longer does: a restart.",
+        ),
+        MAY_CHANGE,
+    ] = 600.0
+    teacher_tokenizer: Annotated[
+        str,
+        SERVER(help="With --cross-tokenizer: a folder or hub name that has the server's tokenizer."),
+        PLACE,
+    ] = ""
+    prompts: Annotated[str, PROMPTS(metavar="FILE", help="A .jsonl or .parquet file, one prompt a row."), PLACE] = ""
+    prompt_column: Annotated[
+        str, PROMPTS(help="Its column of texts or lists of messages. Default: prompt, or messages.")
+    ] = ""
+    route_column: Annotated[str, PROMPTS(help="Its column that names each prompt's teacher.")] = ""
+    chat: Annotated[bool, PROMPTS(help="Take texts for a user's messages, where the student has a chat template.")] = (
+        True
+    )
+    reward_scale: Annotated[float, LOSS(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")] = 1.0
+    estimator: Annotated[
+        str, LOSS(help=f"{help_of('estimator')} Default: full; sampled with --teacher-server alone.")
+    ] = ""
+    divergence: Annotated[str, LOSS(help=help_of("divergence"))] = "reverse_kl"
+    k: Annotated[int | None, LOSS("--k", min=1, help=help_of("k"))] = None
+    support: Annotated[str | None, LOSS(help=help_of("support"))] = None
+    tail: Annotated[str | None, LOSS(help=help_of("tail"))] = None
+    beta: Annotated[float | None, LOSS(help=help_of("beta"))] = None
+    alpha: Annotated[float | None, LOSS(help=help_of("alpha"))] = None
+    skew: Annotated[float | None, LOSS(help=help_of("skew"))] = None
+    forward_weight: Annotated[float | None, LOSS(help=help_of("forward_weight"))] = None
+    lora: Annotated[int, TRAINING(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0
+    lora_alpha: Annotated[float | None, TRAINING(min=0.0, help="Its alpha. Default: twice the rank.")] = None
+    steps: Annotated[int, TRAINING(min=1, help="Optimizer steps."), MAY_CHANGE] = 100
+    batch_size: Annotated[int, TRAINING(min=1, help="Answers in memory at once.")] = 8
+    accumulation: Annotated[int, TRAINING(min=1, help="Batches to one step.")] = 1
+    learning_rate: Annotated[float | None, TRAINING(min=0.0, help="Constant. Default: 1e-5; 1e-4 with --lora.")] = None
+    max_new_tokens: Annotated[int, TRAINING(min=1, help="Longest answer.")] = 256
+    temperature: Annotated[float, TRAINING(min=0.0, help="Of the answers and of the loss.")] = 1.0
+    dtype: Annotated[str, TRAINING(help="float32 or bfloat16. Default: bfloat16 on a GPU, float32 on a CPU.")] = ""
+    seed: Annotated[int, TRAINING(min=0, help="Of all random numbers.")] = 0
+    save: Annotated[str, RUN(help="With --lora: merged (a plain model) or adapter (the adapter alone).")] = "merged"
+    save_every: Annotated[int, RUN(min=1, metavar="STEPS", help="Steps between two checkpoints."), MAY_CHANGE] = 50
 
     @staticmethod
-    def names() -> set[str]:
-        return {field.name for field in fields(RunOptions)}
+    def names(mark: object = None) -> list[str]:
+        """The names of all options, or of those with a mark."""
+        types = get_type_hints(RunOptions, include_extras=True)
+        marked = {name: getattr(types[name], "__metadata__", ()) for name in (f.name for f in fields(RunOptions))}
+        return [name for name, marks in marked.items() if mark is None or mark in marks]
 
     @staticmethod
     def from_command(given: dict[str, Any]) -> RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
-        values = dict(given)
-        folders = ("teacher_server_head", "teacher_server_states", "teacher_tokenizer")
-        for name in ("student", "ref", "prompts", *folders):
+        values = {**given, "teacher": given.get("teacher") or []}
+        for name in RunOptions.names(PLACE):
             if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
                 values[name] = _absolute(values[name])
         if values["teacher_cache"]:
@@ -204,8 +263,9 @@ def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iter
     from_command_line = list(from_command_line)
     saved = asdict(_read(output))
     repeated = asdict(RunOptions.from_command({**saved, **{name: given[name] for name in from_command_line}}))
+    may_change = RunOptions.names(MAY_CHANGE)
     for name in from_command_line:
-        if name in _MAY_CHANGE:
+        if name in may_change:
             saved[name] = repeated[name]
         elif repeated[name] != saved[name]:
             raise typer.BadParameter(
