@@ -227,7 +227,8 @@ def test_each_model_reads_the_whole_completion() -> None:
     mask, everywhere = torch.ones_like(ids), torch.ones(1, dtype=torch.bool)
     cross = CrossTokenizer(len(same), {"estimator": "full"}, "spread")
     cross.pairs = {"teacher": TokenizerPair(same, other), "ref_model": TokenizerPair(same, other)}
-    found, left = cross.align(["x"], ids, mask, {"teacher": everywhere, "ref_model": everywhere})
+    read = {"teacher": ["x"], "ref_model": ["x"]}
+    found, left = cross.align(read, ids, mask, {"teacher": everywhere, "ref_model": everywhere})
     alone = cross.pairs["ref_model"].align(["x"], ids, mask)
     assert 0 < int(left.sum()) < int(mask.sum())
     for one in found.values():

@@ -29,6 +29,14 @@ _MULTIMODAL = (
 )
 
 
+@dataclass(frozen=True)
+class PromptIds:
+    """Token ids and mask, both (B, P), of prompts padded on the left."""
+
+    ids: Tensor
+    mask: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Completions as TRL pads them: prompts on the left, completions on the right."""
@@ -42,6 +50,7 @@ class Batch:
     teacher_index: Tensor | None  # (B,) on the CPU
     old_logprobs: Tensor | None  # (B, K)
     asked_ids: Tensor | None = None  # (B, K, k) tokens that scorers are asked about
+    prompts: dict[str, PromptIds] = field(default_factory=dict)  # by role, where they are not the student's
     aligned: dict[str, Alignment] = field(default_factory=dict)  # by model, for those with a tokenizer of their own
 
     @classmethod
@@ -59,14 +68,28 @@ class Batch:
             multimodal={name: inputs[name] for name in _MULTIMODAL if inputs.get(name) is not None},
             teacher_index=inputs.get("teacher_index"),
             old_logprobs=inputs.get("old_logprobs"),
+            prompts=_prompts_in(inputs),
             aligned=_aligned_in(inputs),
+        )
+
+    def read_by(self, role: str) -> Batch:
+        """The batch as the teachers (``"teacher"``) or the reference (``"ref_model"``) read it."""
+        prompt = self.prompts.get(role)
+        if prompt is None:
+            return self
+        return replace(
+            self,
+            input_ids=torch.cat([prompt.ids, self.token_ids], dim=1),
+            attention_mask=torch.cat([prompt.mask, self.completion_mask], dim=1),
+            prompts={},
         )
 
     def take(self, rows: Tensor | slice) -> Batch:
         """Select sequences. Not for multimodal batches, which may have several images per sequence."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         taken: dict[str, Any] = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
-        return replace(self, **taken, aligned={name: x.take(rows) for name, x in self.aligned.items()})
+        prompts = {role: PromptIds(x.ids[rows], x.mask[rows]) for role, x in self.prompts.items()}
+        return replace(self, **taken, prompts=prompts, aligned={name: x.take(rows) for name, x in self.aligned.items()})
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most ``size`` sequences; a multimodal batch stays whole."""
@@ -75,6 +98,19 @@ class Batch:
             return
         for start in range(0, len(self.token_ids), size):
             yield self.take(slice(start, start + size))
+
+
+_PROMPT = "prompt/"
+
+
+def flat_prompt(role: str, prompt: PromptIds) -> dict[str, Tensor]:
+    """The prompts of a role as entries of TRL's dict of tensors."""
+    return {f"{_PROMPT}{role}/{f.name}": getattr(prompt, f.name) for f in fields(prompt)}
+
+
+def _prompts_in(inputs: Mapping[str, Any]) -> dict[str, PromptIds]:
+    roles = {key.split("/")[1] for key in inputs if key.startswith(_PROMPT)}
+    return {role: PromptIds(*(inputs[f"{_PROMPT}{role}/{f.name}"] for f in fields(PromptIds))) for role in roles}
 
 
 _ALIGNED, _ALIGNED_MASK = "aligned/", "aligned_mask"

@@ -51,6 +51,11 @@ def teacher_name(route: Any) -> str:
     return "teacher" if route is None else f"teacher[{route!r}]"
 
 
+def role_of(name: str) -> str:
+    """The role of a model that messages call so: ``"teacher"`` or ``"ref_model"``."""
+    return "ref_model" if name == "ref_model" else "teacher"
+
+
 def named(routes: Mapping[Any, Model]) -> dict[str, Model]:
     """The teachers by what messages call them."""
     return {teacher_name(route): model for route, model in routes.items()}
@@ -130,10 +135,18 @@ def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: A
         for split, part in dataset.items():
             check_routes(routes, column, f"{name}[{split!r}]", part)
     elif hasattr(dataset, "unique"):
-        if column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r} (route_column), only {', '.join(dataset.column_names)}")
+        check_column("route_column", column, name, dataset)
         for route in dataset.unique(column):
             require_route(routes, f"column {column!r} of {name}", route)
+
+
+def check_column(option: str, column: str, name: str, dataset: Any) -> None:
+    """Raise for a dataset without a column that an option names; streamed datasets are checked batch by batch."""
+    if isinstance(dataset, Mapping):
+        for split, part in dataset.items():
+            check_column(option, column, f"{name}[{split!r}]", part)
+    elif hasattr(dataset, "unique") and column not in dataset.column_names:
+        raise ValueError(f"{name} has no column {column!r} ({option}), only {', '.join(dataset.column_names)}")
 
 
 def require_route(routes: Mapping[Any, object], where: str, route: object) -> None:

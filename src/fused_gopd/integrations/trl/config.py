@@ -46,6 +46,12 @@ class Options:
     route_column: str | None = field(
         default=None, metadata=_help("Column of the dataset that names the teacher of each prompt.")
     )
+    teacher_prompt_column: str | None = field(
+        default=None, metadata=_help("Column of the dataset that teachers read in place of the prompt.")
+    )
+    ref_prompt_column: str | None = field(
+        default=None, metadata=_help("Column of the dataset that the reference reads in place of the prompt.")
+    )
     teacher_cache: str | None = field(
         default=None, metadata=_help("Folder for the hidden states of teachers and reference, to be read again.")
     )
@@ -128,6 +134,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         span_credit: with it and ``sampled``, which of the student's tokens get the log-ratio of a span of several:
             ``"spread"`` (the default), an equal part each, or ``"last"``, the last one all.
         route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
+        teacher_prompt_column, ref_prompt_column: the column of the dataset, with texts or lists of messages, that
+            teachers, or the reference, read in place of ``prompt``. The completions are the student's own.
         teacher_cache, teacher_cache_max_bytes: a folder for the hidden states of teachers and reference, a
             :class:`fused_gopd.integrations.cache.TeacherCache`. A sequence that was scored before is read from there.
         chunk_size, chunk_dtype, grad_filter, backend: the computation. ``chunk_dtype``, ``"bfloat16"`` or
@@ -266,6 +274,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
 
     Args:
         reward_scale, reward_scale_end, reward_scale_steps, route_column: as in :class:`GOPDConfig`.
+        teacher_prompt_column, ref_prompt_column: as in :class:`GOPDConfig`.
         teacher_cache, teacher_cache_max_bytes: as in :class:`GOPDConfig`.
         baseline, advantage_clip, logprob_min, chunk_size, backend: as in :class:`GOPDConfig`.
         outcome_weight: factor on the advantage of the rewards; 0 trains on G-OPD alone.

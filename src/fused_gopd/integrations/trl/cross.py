@@ -50,12 +50,12 @@ class CrossTokenizer:
         return bool(self._options["estimator"] == "sampled")
 
     def align(
-        self, prompts: Sequence[Any], token_ids: Tensor, mask: Tensor, scored: Mapping[str, Tensor]
+        self, prompts: Mapping[str, Sequence[Any]], token_ids: Tensor, mask: Tensor, scored: Mapping[str, Tensor]
     ) -> tuple[dict[str, Alignment], Tensor]:
         """Align a batch.
 
         Args:
-            prompts: B texts or lists of messages.
+            prompts: for each name B texts or lists of messages.
             token_ids, mask: (B, K) the student's completions.
             scored: for each name the sequences (B,) bool that the model scores.
 
@@ -67,7 +67,7 @@ class CrossTokenizer:
         for name, pair in self.pairs.items():
             rows = scored[name].to(live.device)[:, None]
             # whole completions: what another model cannot score is still part of the text
-            found[name] = aligned = pair.align(prompts, token_ids, completions & rows)
+            found[name] = aligned = pair.align(prompts[name], token_ids, completions & rows)
             live = live & (~rows | self._usable(name, aligned, token_ids))
         return found, live.to(mask.dtype)
 

@@ -19,6 +19,7 @@ from .batch import Batch
 from .checks import Model
 from .config import GRPOGOPDConfig, resolve_config
 from .models import ScoringMixin
+from .prompts import PromptFn
 
 
 class GRPOGOPDMixin(ScoringMixin):
@@ -30,8 +31,8 @@ class GRPOGOPDMixin(ScoringMixin):
     all else are unchanged.
 
     Args:
-        teacher, ref_model, reward_scale_fn, advantage_fn, teacher_processing_class: as in :class:`GOPDTrainer`. The
-            reference of lambda is not the reference of GRPO's KL penalty (``beta``).
+        teacher, ref_model, reward_scale_fn, advantage_fn, teacher_prompt, ref_prompt, teacher_processing_class: as in
+            :class:`GOPDTrainer`. The reference of lambda is not the reference of GRPO's KL penalty (``beta``).
         reward_funcs: as in TRL; optional if ``args.outcome_weight`` is 0.
         args: a :class:`GRPOGOPDConfig`.
         others: as in TRL.
@@ -50,14 +51,17 @@ class GRPOGOPDMixin(ScoringMixin):
         ref_model: Model | None = None,
         reward_scale_fn: Callable[[int], float | RewardScaleFn] | None = None,
         advantage_fn: AdvantageFn | None = None,
+        teacher_prompt: PromptFn | Mapping[Any, PromptFn] | None = None,
+        ref_prompt: PromptFn | Mapping[Any, PromptFn] | None = None,
         teacher_processing_class: Any = None,
         **trainer_arguments: Any,
     ) -> None:
         args = resolve_config(GRPOGOPDConfig, args, model, "GRPO")
         datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
         peft_config = trainer_arguments.get("peft_config")
+        prompts = {"teacher": teacher_prompt, "ref_model": ref_prompt}
         self._validate(
-            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
+            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
         )
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
@@ -66,9 +70,10 @@ class GRPOGOPDMixin(ScoringMixin):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))  # type: ignore[misc]
-        index = None if self.args.route_column is None else self._routes_in(inputs)
+        readings = {**output, "teacher_index": None if self.args.route_column is None else self._routes_in(inputs)}
+        self._add_readings(inputs, readings)
         outcome = output["advantages"] * self.args.outcome_weight
-        batch = Batch.from_trl({**output, "teacher_index": index})
+        batch = Batch.from_trl(readings)
         self._check_positions(batch)
         gopd = self._gopd_advantages(batch)
         output["advantages"] = (outcome[:, None] if outcome.ndim == 1 else outcome) + self.args.gopd_weight * gopd

@@ -24,6 +24,7 @@ from ..transformers.states import require_head
 from . import card
 from .checks import (
     Model,
+    check_column,
     check_kind,
     check_routes,
     check_scored_tokens,
@@ -44,6 +45,7 @@ from .checks import (
 )
 from .config import Options
 from .cross import CrossTokenizer
+from .prompts import ARGUMENTS, OtherPrompt
 
 logger = get_logger(__name__)
 
@@ -108,6 +110,7 @@ class LoadingMixin:
         reward_scale_fn: Callable[[int], float | RewardScaleFn] | None,
         advantage_fn: AdvantageFn | None,
         datasets: dict[str, Any],
+        prompts: Mapping[str, Any],
     ) -> None:
         """Raise for every error that can be found before the student is loaded."""
         routes = routes_of(teacher, args.route_column)
@@ -138,6 +141,7 @@ class LoadingMixin:
         if args.route_column is not None:
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
+        self._set_up_prompts(args, routes, ref_model, datasets, prompts)
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
@@ -166,6 +170,27 @@ class LoadingMixin:
         self._card_sources.append(("reference", reference))
         self._gopd_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
 
+    def _set_up_prompts(
+        self,
+        args: Options,
+        routes: Mapping[Any, Model],
+        ref_model: Model | None,
+        datasets: dict[str, Any],
+        given: Mapping[str, Any],
+    ) -> None:
+        """Keep, by role, the prompts that are not the student's. ``given`` has the trainer's arguments by role."""
+        found = {
+            role: OtherPrompt(role, given[role], getattr(args, f"{argument}_column"), args.route_column, routes)
+            for role, argument in ARGUMENTS.items()
+        }
+        self._prompts = {role: prompt for role, prompt in found.items() if prompt}
+        if "ref_model" in self._prompts and ref_model is None:
+            raise ValueError(f"{ARGUMENTS['ref_model']} is what the reference reads, and no ref_model is given")
+        for prompt in self._prompts.values():
+            for name, dataset in datasets.items():
+                if prompt.column is not None:
+                    check_column(prompt.name, prompt.column, name, dataset)
+
     def _set_up_models(
         self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
     ) -> None:
@@ -181,6 +206,14 @@ class LoadingMixin:
             tokenizers = [teacher_processing_class.get(route) for route in routes]
         else:
             tokenizers = [teacher_processing_class] * len(routes)
+        for prompt in self._prompts.values():
+            if self._is_vlm:
+                raise ValueError(f"{prompt.name} is for texts, and the student reads images, too")
+            if getattr(self, "environment_factories", None) is not None:
+                raise ValueError(
+                    f"{prompt.name} knows the rows of the dataset, and not what an environment_factory adds to their "
+                    "prompts: give one of the two"
+                )
         prepared: dict[int, Any] = {}
         if self._is_vlm and self._cross_tokenizer:
             raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
@@ -216,6 +249,10 @@ class LoadingMixin:
         elif ref_model is not None:
             init = self.args.model_init_kwargs
             self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
+        if self._teachers[0] is None:
+            self._prompts.pop("teacher", None)
+        if self._reference is None:
+            self._prompts.pop("ref_model", None)
         # models that a first batch has not been compared with yet; those of another tokenizer score other tokens
         known = [*names, *(["ref_model"] if self._reference not in (None, "base") else [])]
         self._unchecked = set(known) - set(self._cross.pairs)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
 from ... import distributed, gopd_loss, token_topk
 from ...heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
@@ -19,8 +19,8 @@ from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import RewardScaleFn
 from ...values import require_number
 from ..transformers import head_of, last_hidden_state
-from .batch import Batch, flat, spread
-from .checks import require_route, takes_token_ids, teacher_name
+from .batch import Batch, PromptIds, flat, flat_prompt, spread
+from .checks import require_route, role_of, takes_token_ids, teacher_name
 from .cross import as_batch
 from .loading import LoadingMixin, without_cast
 from .reporting import ReportingMixin
@@ -39,9 +39,11 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         """Raise for a sequence longer than a model's positions, where its scores are meaningless. Needs a host sync."""
         limits = {name: positions for name, positions in self._positions.items() if positions is not None}
         read = {name: aligned.attention_mask for name, aligned in batch.aligned.items()}
-        lengths = {name: int(read.get(name, batch.attention_mask).sum(dim=1).max()) for name in limits}
+        for name, rows in self._rows_by_model(batch).items():
+            mask = batch.read_by(role_of(name)).attention_mask
+            read.setdefault(name, mask * rows.to(mask.device)[:, None])
         for name, positions in limits.items():
-            longest = lengths[name]
+            longest = int(read.get(name, batch.attention_mask).sum(dim=1).max())
             if longest > positions:
                 raise ValueError(
                     f"a prompt and its completion have {longest} tokens, and {name} has {positions} positions "
@@ -142,6 +144,7 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Frozen | list[Frozen], Tensor | None]:
         """Score each sequence with its teacher. Returns scores by teacher, and the teacher of each sequence, (B,)."""
+        batch = batch.read_by("teacher")
         index = batch.teacher_index
         if index is None:
             return self._score("teacher", self._teachers[0], batch, gathered), None
@@ -173,14 +176,15 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 own["support"] = "teacher"  # what scorers are asked about is what they list
             with torch.no_grad():
                 # models that lambda cancels are not run
+                for_ref = batch.read_by("ref_model")
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
                 if needs_ref and self._reference == "base":
                     with cast("Any", student).disable_adapter():
                         run = partial(self._hidden, student)
-                        ref = self._frozen_states("base", student, batch, gathered, run)
+                        ref = self._frozen_states("base", student, for_ref, gathered, run)
                 elif needs_ref:
-                    ref = self._score("ref_model", self._reference, batch, gathered)
+                    ref = self._score("ref_model", self._reference, for_ref, gathered)
             loss = partial(
                 gopd_loss,
                 teacher=teacher,
@@ -206,17 +210,53 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         )
         return ids
 
-    # ----------------------------------------------------------------------------------------- tokenizers of their own
+    # ----------------------------------------------------------------------------------------- what other models read
 
-    def _align(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+    def _rows_by_model(self, batch: Batch) -> dict[str, Tensor]:
+        """By the name of each teacher, and of the reference, the sequences (B,) bool that it scores."""
+        rows = len(batch.token_ids)
+        index = torch.zeros(rows, dtype=torch.int64) if batch.teacher_index is None else batch.teacher_index
+        scored = {teacher_name(route): index == i for route, i in self._routes.items()}
+        return {**scored, "ref_model": torch.ones(rows, dtype=torch.bool)}
+
+    def _add_readings(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Add to a batch what models read that have prompts, or tokenizers, of their own."""
+        prompts = {role: [prompt.of(row) for row in inputs] for role, prompt in self._prompts.items()}
+        for role, own in prompts.items():
+            output.update(flat_prompt(role, self._prompt_ids(role, own, Batch.from_trl(output), output)))
+        if self._cross.pairs:
+            self._align(inputs, prompts, output)
+
+    def _prompt_ids(self, role: str, prompts: list[Any], batch: Batch, output: dict[str, Any]) -> PromptIds:
+        """Prompts as the student's tokenizer and chat template encode them, padded on the left.
+
+        A model with a tokenizer of its own does not read these: its prompts may be no prompts for the student's.
+        """
+        ids = [row[mask.bool()].cpu() for row, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+        trainer = cast("Any", self)
+        for name, rows in self._rows_by_model(batch).items():
+            if role_of(name) != role or name in self._cross.pairs:
+                continue
+            for i in rows.nonzero()[:, 0].tolist():
+                found, *_ = trainer._tokenize_prompts([prompts[i]])  # one by one: texts and messages may be mixed
+                if not len(found[0]):
+                    raise ValueError(f"{self._prompts[role].name} gives a prompt without tokens: {prompts[i]!r}")
+                ids[i] = torch.tensor(found[0])
+        device = batch.token_ids.device
+        padding = {"padding_side": "left", "pad_to_multiple_of": getattr(self, "pad_to_multiple_of", None)}
+        masks = [torch.ones_like(x) for x in ids]
+        return PromptIds(
+            pad(ids, padding_value=trainer._tokenizer.pad_token_id, **padding).to(device),
+            pad(masks, padding_value=0, **padding).to(device),
+        )
+
+    def _align(self, inputs: list[dict[str, Any]], prompts: dict[str, list[Any]], output: dict[str, Any]) -> None:
         """Add to a batch what models with a tokenizer of their own read of it, and mask what they cannot score."""
         batch = Batch.from_trl(output)
-        everywhere = torch.ones(len(inputs), dtype=torch.bool)
-        index = torch.zeros(len(inputs), dtype=torch.int64) if batch.teacher_index is None else batch.teacher_index
-        scored = {teacher_name(route): index == i for route, i in self._routes.items()}
-        scored["ref_model"] = everywhere
-        prompts = [example["prompt"] for example in inputs]
-        aligned, mask = self._cross.align(prompts, batch.token_ids, batch.mask, scored)
+        scored = self._rows_by_model(batch)
+        own = [row["prompt"] for row in inputs]
+        read = {name: prompts.get(role_of(name), own) for name in scored}
+        aligned, mask = self._cross.align(read, batch.token_ids, batch.mask, scored)
         output.update(flat(aligned, mask))
         nbytes = next(iter(aligned.values())).nbytes
         for one in aligned.values():
@@ -232,9 +272,8 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        column = self.args.route_column
-        if column is not None and column not in self._signature_columns:
-            self._signature_columns.append(column)
+        columns = [self.args.route_column, *(prompt.column for prompt in self._prompts.values())]
+        self._signature_columns += [x for x in columns if x is not None and x not in self._signature_columns]
 
     def _routes_in(self, examples: list[dict[str, Any]]) -> Tensor:
         """(B,) index of each prompt's teacher."""

@@ -20,6 +20,7 @@ from .batch import Batch
 from .checks import Model
 from .config import GOPDConfig, resolve_config
 from .models import ScoringMixin
+from .prompts import PromptFn
 
 
 class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
@@ -46,6 +47,11 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             the number of completed steps. For a lambda of each token it returns a function of
             :class:`fused_gopd.TokenStats`, the ``reward_scale_fn`` of :func:`fused_gopd.gopd_loss`.
         advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
+        teacher_prompt: what teachers read in place of the student's prompt: a function of a row of the dataset (a dict,
+            with the student's ``prompt`` in it) that returns a text or a list of messages, or a dict from route to such
+            functions. The completions that are scored are the student's own. ``args.teacher_prompt_column`` names a
+            column instead.
+        ref_prompt: what the reference reads, likewise.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
             tokenizer. By default the one that is saved with the teacher, or a scorer's attribute ``tokenizer``. Another
             one than the student's needs ``args.cross_tokenizer``.
@@ -85,6 +91,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         ref_model: Model | None = None,
         reward_scale_fn: Callable[[int], float | RewardScaleFn] | None = None,
         advantage_fn: AdvantageFn | None = None,
+        teacher_prompt: PromptFn | Mapping[Any, PromptFn] | None = None,
+        ref_prompt: PromptFn | Mapping[Any, PromptFn] | None = None,
         teacher_processing_class: Any = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -93,8 +101,9 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         args = resolve_config(GOPDConfig, args, model, "GOPD")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         peft_config = trainer_arguments.get("peft_config")
+        prompts = {"teacher": teacher_prompt, "ref_model": ref_prompt}
         self._validate(
-            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets
+            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
         )
         if args.cross_tokenizer and trainer_arguments.get("tools"):
             raise ValueError(
@@ -134,8 +143,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
         if self.args.route_column is not None:
             output["teacher_index"] = self._routes_in(inputs)
-        if self._cross.pairs:
-            self._align(inputs, output)
+        self._add_readings(inputs, output)
         batch = Batch.from_trl(output)
         self._check_positions(batch)
         # in the whole generation batch, as num_items_in_batch
