@@ -19,6 +19,7 @@ LIBRARY = {
     "benchmarks/reproduction/runner.py",
     "py.typed",
     "html/report.html.jinja",
+    "html/report.css",
 }
 NEEDED = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc/bind.cpp", "csrc/rowops.h")
 
@@ -32,7 +33,9 @@ def check_wheel(file: Path) -> list[str]:
     inside = re.compile(r"fused_gopd(-[^/]*\.dist-info)?/")
     found += [f"{name} is beside the package" for name in names if not inside.match(name)]
     found += [
-        f"{name} is not of a library" for name in package if not name.endswith((".py", ".so", "py.typed", ".jinja"))
+        f"{name} is not of a library"
+        for name in package
+        if not name.endswith((".py", ".so", "py.typed", ".jinja", ".css"))
     ]
     found += [f"{name} is of the lab" for name in package if name.startswith(tuple(f"benchmarks/{x}" for x in LAB))]
     extensions = [name for name in package if name.endswith(".so")]

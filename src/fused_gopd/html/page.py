@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import installing
-from .texts import ScoredText, visible
+from ..pictures import DARK, FAINT, INK, MUTED, PAGE
+from .colours import QUANTITIES, Scale, palette, plain, scale_of, signed
+from .curves import panels
+from .texts import ScoredText, token_text, visible
 
 
 def write_report(
@@ -50,8 +54,10 @@ def render_report(
         title: the heading.
         settings: names and values, such as options, versions and checksums, in their order.
         rows: metrics, one mapping a step, as ``metrics.jsonl`` of ``fused-gopd distill`` has them: ``step`` and any
-            names of numbers. ``NAME/ROUTE`` is the curve of a route. None, NaN and infinity are gaps.
-        samples: scored texts by what they are of, such as ``"before"`` and ``"after, step 100"``.
+            names of numbers. ``NAME/ROUTE`` is the curve of a route, ``eval_NAME`` that of held-out prompts. None, NaN
+            and infinity are gaps.
+        samples: scored texts by what they are of, such as ``"before"`` and ``"after, step 100"``. The first texts of
+            all stand side by side, then the second ones, and so on.
         warnings: texts, shown first.
 
     Raises:
@@ -63,16 +69,35 @@ def render_report(
         for text in texts:
             if not isinstance(text, ScoredText):
                 raise TypeError(f"samples[{name!r}] must have ScoredText, got {type(text).__name__}")
-    page = _environment().get_template("report.html.jinja")
-    return str(page.render(title=title, settings=settings, rows=rows, samples=samples, warnings=warnings))
+    everything = [text for texts in samples.values() for text in texts]
+    scales = [scale for quantity in QUANTITIES if (scale := scale_of(quantity, everything)) is not None]
+    return str(
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=title,
+            settings=settings,
+            panels=list(panels(rows)),
+            steps=len(rows),
+            articles=[*_articles(samples, scales)],
+            scales=scales,
+            warnings=warnings,
+            palettes={(mode, sign): palette(mode, sign) for mode in ("light", "dark") for sign in (True, False)},
+            light={"ink": INK, "muted": MUTED, "page": PAGE, "faint": FAINT},
+            dark={"ink": DARK[INK], "muted": DARK[MUTED], "page": DARK[PAGE], "faint": DARK[FAINT]},
+        )
+    )
 
 
 @cache
 def _environment() -> Any:
     try:
         jinja2 = importlib.import_module("jinja2")
-    except ImportError:
-        raise ImportError(f"an HTML report needs Jinja2: {installing.extra('train')}") from None
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ImportError(
+            f"an HTML report needs Jinja2 and Matplotlib ({error}): {installing.extra('train')}"
+        ) from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."),
         autoescape=True,
@@ -82,3 +107,78 @@ def _environment() -> Any:
     )
     environment.filters["visible"] = visible
     return environment
+
+
+# ---------------------------------------------------------------------------------------------------------- the texts
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the page: its text, its classes (a letter and a level each), and what is read of it."""
+
+    text: str
+    classes: str
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One scored text."""
+
+    name: str  # that of its samples
+    title: str
+    prompt: str
+    means: str
+    tokens: Sequence[Token]
+
+
+@dataclass(frozen=True)
+class Article:
+    """Texts that stand side by side; ``title`` and ``prompt`` are those that all of them have, or None."""
+
+    title: str | None
+    prompt: str | None
+    cards: Sequence[Card]
+
+
+def _articles(samples: Mapping[str, Sequence[ScoredText]], scales: Sequence[Scale]) -> Iterator[Article]:
+    for i in range(max(map(len, samples.values()), default=0)):
+        cards = [_card(name, texts[i], scales) for name, texts in samples.items() if i < len(texts)]
+        titles, prompts = ({getattr(card, of) for card in cards} for of in ("title", "prompt"))
+        yield Article(titles.pop() if len(titles) == 1 else None, prompts.pop() if len(prompts) == 1 else None, cards)
+
+
+def _card(name: str, text: ScoredText, scales: Sequence[Scale]) -> Card:
+    known = [(scale, values) for scale in scales if (values := scale.quantity.of(text)) is not None]
+    models = (("log p", text.student), ("log q", text.teacher), ("log r", text.ref))
+    others = [
+        (scale.quantity.sign, values, signed if scale.quantity.signed else plain)
+        for scale, values in known
+        if scale.quantity.key != "s"  # log p says it
+    ]
+    columns = [*((sign, values, plain) for sign, values in models if values is not None), *others]
+    tokens = []
+    for i, token in enumerate(text.tokens):
+        levels = ((scale.quantity.key, scale.level(values[i])) for scale, values in known)
+        numbers = "   ".join(_pair(sign, write(values[i])) for sign, values, write in columns)
+        shown = token_text(token)
+        tokens.append(
+            Token(
+                shown,
+                " ".join(f"{key}{level}" for key, level in levels if level is not None),
+                f"{i + 1}: “{shown}”\n{numbers}" if token else f"{i + 1}: a part of the next character\n{numbers}",
+            )
+        )
+    means = [_pair(sign, write(_mean(values))) for sign, values, write in columns if len(values)]
+    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
+    return Card(name, text.title, text.prompt, f"{count}. Means: {', '.join(means)}" if means else count, tokens)
+
+
+def _pair(sign: str, number: str) -> str:
+    """On one line: with no-break spaces."""
+    return f"{sign} {number}".replace(" ", "\u00a0")
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Also of infinities of both signs, which ``math.fsum`` refuses."""
+    return sum(values) / len(values)

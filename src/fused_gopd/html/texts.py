@@ -59,7 +59,6 @@ class ScoredText:
 # Characters that are left out, move others, or have no glyph: controls, bidi formatting, surrogates, private use.
 # Joiners (U+200C, U+200D), variation selectors and tags stay: emoji and several scripts are written with them.
 _KEPT = frozenset("\n\t\u200c\u200d")
-_CONTROLS = {i: chr(0x2400 + i) for i in range(0x20)} | {0x7F: "\u2421"}
 _SPECIAL = re.compile(r"[^\n\t -~\u00a1-\u0377\u3041-\u9fff\uac00-\ud7a3]")  # all others are looked up
 
 
@@ -67,19 +66,29 @@ def _shown(match: re.Match[str]) -> str:
     character = match.group()
     if character in _KEPT:
         return character
-    code = ord(character)
-    if code in _CONTROLS:
-        return _CONTROLS[code]
     kind = unicodedata.category(character)
-    emoji_tag = 0xE0020 <= code <= 0xE007F
+    emoji_tag = "\U000e0020" <= character <= "\U000e007f"
     if kind in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or (kind == "Cf" and not emoji_tag):
-        return f"⟨U+{code:04X}⟩"
+        return _code(character)
     return character
 
 
+def _code(character: str) -> str:
+    return f"⟨U+{ord(character):04X}⟩"
+
+
 def visible(text: str) -> str:
-    """The text with a visible symbol for each character that has none: NUL and ESC are ␀ and ␛, U+202E is ⟨U+202E⟩.
+    """The text with the code of each character that has no glyph or moves others: ⟨U+0000⟩, ⟨U+202E⟩.
 
     Line breaks and tabs stay.
     """
-    return _SPECIAL.sub(_shown, text.replace("\r\n", "␍\n"))
+    return _SPECIAL.sub(_shown, text)
+
+
+def token_text(token: str) -> str:
+    """A token as the page shows it: its line breaks are seen, and so is one that has no width."""
+    if token and all(
+        unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f" for character in token
+    ):
+        return "".join(map(_code, token))
+    return visible(token).replace("\n", "↵\n").replace("\t", "⇥\t") or "⋯"

@@ -1,0 +1,161 @@
+"""The curves of a run: which metrics are drawn together, and each panel as an SVG picture and its legend."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, picture
+from .colours import plain
+
+Point = tuple[float, float | None]  # step, value; None is a gap
+
+# Curves are told apart by colour and by dashes.
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+_DASHES = ("solid", "dashed", "dotted")
+# Points of a picture: with more of them, each is the mean of as many steps
+_POINTS = 600
+_HELD_OUT = "eval_"
+# heading, unit, (metric, label) of each curve, by the names of metrics.jsonl
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("Reward, log q − log r", "nats per token", (("reward", "reward"),)),
+    (
+        "KL divergence, exact",
+        "nats per token",
+        (("kl_target", "KL(p ‖ target)"), ("kl_teacher", "KL(p ‖ q), teacher"), ("kl_ref", "KL(p ‖ r), reference")),
+    ),
+    (
+        "KL divergence, estimated at the sampled tokens (k3)",
+        "nats per token",
+        (("kl_teacher_k3", "KL(p ‖ q), teacher"), ("kl_ref_k3", "KL(p ‖ r), reference")),
+    ),
+    ("Loss", "", (("loss", "loss"), ("sft_loss", "of the labels, −log p"))),
+    ("Advantage", "nats", (("advantage", "mean"), ("advantage_std", "standard deviation"))),
+    ("Entropy of the student", "nats per token", (("entropy", "entropy"),)),
+    ("Length of the answers", "tokens", (("length", "length"),)),
+    ("λ", "", (("reward_scale", "λ"),)),
+    (
+        "Shares of the tokens and answers",
+        "",
+        (
+            ("truncated", "answers that were cut off"),
+            ("clip_fraction", "tokens whose gradient a clip removed"),
+            ("masked_fraction", "tokens of weight 0"),
+            ("impossible", "tokens that a model gives probability 0"),
+            ("effective_sample_size", "effective sample size"),
+        ),
+    ),
+    (
+        "Importance weights of the sampler's tokens",
+        "",
+        (("importance", "mean"), ("importance_std", "standard deviation"), ("importance_max", "largest")),
+    ),
+    ("Norm of the gradient", "", (("grad_norm", "norm"),)),
+    ("Learning rate", "", (("learning_rate", "learning rate"),)),
+    ("Seconds a step", "s", (("seconds", "seconds"),)),
+    ("Tokens per second", "", (("tokens_per_second", "tokens per second"),)),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a panel, and what its legend says."""
+
+    label: str
+    points: Sequence[Point]
+    colour: str
+    dashes: str
+
+    @property
+    def ends(self) -> str:
+        """The first and the last value."""
+        values = [y for _, y in self.points if y is not None]
+        return plain(values[0]) if len(values) == 1 else f"{plain(values[0])} → {plain(values[-1])}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture, as a data URI, with a heading and a legend in HTML: texts of a run are in no SVG."""
+
+    heading: str
+    unit: str
+    curves: Sequence[Curve]
+    image: str
+    steps_per_point: int
+
+
+def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+    """The panels of all metrics that have a number in some row; those without a place of their own come last."""
+    series = _series(rows)
+    metrics = {metric for _, _, curves in _PANELS for metric, _ in curves}
+    routes: dict[str, dict[str, list[Point]]] = {}
+    for name in list(series):
+        metric, _, route = name.partition("/")
+        if route and metric.removeprefix(_HELD_OUT) in metrics:
+            routes.setdefault(metric, {})[route] = series.pop(name)
+    for heading, unit, curves in _PANELS:
+        found: list[tuple[str, list[Point]]] = []
+        for metric, label in curves:
+            for name, text in ((metric, label), (_HELD_OUT + metric, f"{label}, held-out prompts")):
+                if name in series:
+                    found.append((text, series.pop(name)))
+        if found:
+            yield _panel(heading, unit, found)
+        for metric, label in curves:
+            for name, text in ((metric, label), (_HELD_OUT + metric, f"{label}, held-out prompts")):
+                if name in routes:
+                    whole = heading if len(curves) == 1 else f"{heading}: {text}"
+                    yield _panel(f"{whole}, by route", unit, list(routes[name].items()))
+    for name, points in series.items():
+        yield _panel(name, "", [(name, points)])
+
+
+def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """The points of each metric. A row without it has no point, a row in which it is no number has a gap."""
+    found: dict[str, list[Point]] = {}
+    for n, row in enumerate(rows, 1):
+        step = row.get("step", n)
+        for name, value in row.items():
+            if name == "step" or isinstance(value, (bool, str)) or not isinstance(value, (int, float, type(None))):
+                continue
+            finite = value is not None and math.isfinite(value)
+            found.setdefault(name, []).append((float(step), float(value) if finite and value is not None else None))
+    return {name: points for name, points in found.items() if any(y is not None for _, y in points)}
+
+
+def _panel(heading: str, unit: str, found: Sequence[tuple[str, Sequence[Point]]]) -> Panel:
+    steps = max(1, math.ceil(max(len(points) for _, points in found) / _POINTS))
+    curves = [
+        Curve(label, points, _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
+        for i, (label, points) in enumerate(found)
+    ]
+    return Panel(heading, unit, curves, _draw(curves, steps), steps)
+
+
+def _means(points: Sequence[Point], steps: int) -> Iterator[Point]:
+    """One point for so many; those without a number are left out of the mean."""
+    for i in range(0, len(points), steps):
+        some = points[i : i + steps]
+        values = [y for _, y in some if y is not None]
+        yield some[-1][0], sum(values) / len(values) if values else None
+
+
+def _draw(curves: Sequence[Curve], steps: int) -> str:
+    file = io.StringIO()
+    with picture(file, 340, 200) as figure:
+        axes = figure.add_subplot()
+        for curve in curves:
+            points = list(_means(curve.points, steps))
+            marker = "o" if len(points) < 40 else ""
+            y = [math.nan if value is None else value for _, value in points]
+            axes.plot(
+                [x for x, _ in points], y, color=curve.colour, linestyle=curve.dashes, marker=marker, markersize=3
+            )
+        axes.grid(axis="y")
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True, nbins=6)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue().encode()).decode()
