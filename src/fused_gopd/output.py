@@ -93,18 +93,19 @@ class GOPDOutput(ComputedWhenRead):
         """
         live = torch.ones_like(self.token_loss, dtype=torch.bool) if self.mask is None else self.mask
         if by is None:
-            return _metrics_of(self, live)
+            return metrics_of(self, live)
         one_of("by", by, ("teacher",))
         index = self.teacher_index
         if index is None:
             raise ValueError("metrics(by='teacher') needs a teacher_index in the call: it had one teacher")
-        return [_metrics_of(self, live & (index == i)) for i in range(self.teachers)]
+        return [metrics_of(self, live & (index == i)) for i in range(self.teachers)]
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(GOPDOutput))
 
 
-def _metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
+def metrics_of(out: GOPDOutput, live: Tensor) -> Metrics:
+    """The metrics of the tokens where ``live``, (...) bool; a part of the output's own live tokens."""
     entries: dict[str, Tensor] = {}
     dtype = widest(live.device)
 

@@ -308,7 +308,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path, ranks: list[
     one, one_log = _run(tmp_path, 4, lora)
     assert_same(first, second)
     assert_same(first, one, 1e-5)
-    for name in ("gopd/reward", "gopd/kl_target", "gopd/advantage_std", "loss"):
+    for name in ("gopd/reward", "gopd/reward/a", "gopd/advantage_std/b", "gopd/length/b", "gopd/kl_target", "loss"):
         assert log[name] == pytest.approx(one_log[name], rel=1e-4), name
 
 

@@ -353,6 +353,8 @@ class DistillationRun:
             peft_config=adapter,
         )
         trainer.remove_callback(PrinterCallback)
+        for text in trainer.warnings:  # those of the models, which the silenced log has not shown
+            self.say(text)
         trainer.warn = self.say
         return trainer
 

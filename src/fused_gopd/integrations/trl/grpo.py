@@ -105,7 +105,7 @@ class GRPOGOPDMixin(ScoringMixin):
         advantages = []
         for part in batch.split(size):
             out = distributed.in_forward(wrapper, partial(self._loss, student, part))
-            self._record(out)
+            self._record(out, part)
             advantages.append(cast("Tensor", out.advantages))
         return torch.cat(advantages)
 

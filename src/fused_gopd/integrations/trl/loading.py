@@ -46,6 +46,7 @@ from .checks import (
 from .config import Options
 from .cross import CrossTokenizer
 from .prompts import ARGUMENTS, OtherPrompt
+from .watch import ends_of, other_ends
 
 logger = get_logger(__name__)
 
@@ -88,12 +89,14 @@ class LoadingMixin:
     accelerator: Any
     args: Any
     model: Any
+    eos_token_ids: list[int]
     generation_config: Any
     generation_kwargs: dict[str, Any]
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     _tokenizer: PreTrainedTokenizerBase
     _is_vlm: bool
+    _warn: Callable[[str], None]
 
     @property
     def _cross_tokenizer(self) -> bool:
@@ -168,7 +171,8 @@ class LoadingMixin:
         self._card_sources = [(name, card.name_of(model)) for name, model in teachers.items()]
         reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
         self._card_sources.append(("reference", reference))
-        self._gopd_metrics: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self.warnings: list[str] = []
+        self._gopd_metrics: dict[str, list[tuple[str, Metrics]]] = {"train": [], "eval": []}
 
     def _set_up_prompts(
         self,
@@ -272,10 +276,10 @@ class LoadingMixin:
                     f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
                     "give the scorer an attribute tokenizer"
                 )
-            elif name != "ref_model" and hasattr(source, "tokenizer") and self.accelerator.is_main_process:
-                logger.warning(
-                    f"The tokenizer of {name} is not known: nothing shows that its ids are the student's. Make it with "
-                    "tokenizer=, or pass teacher_processing_class."
+            elif name != "ref_model" and hasattr(source, "tokenizer"):
+                self._warn(
+                    f"the tokenizer of {name} is not known: nothing shows that its ids are the student's. Make it with "
+                    "tokenizer=, or pass teacher_processing_class"
                 )
             head = head_of_scorer(source)
             if head is not None and name not in self._cross.pairs:
@@ -307,15 +311,19 @@ class LoadingMixin:
                 f"cross_tokenizer=True needs the tokenizer of {name}, which is not saved with it: pass "
                 "teacher_processing_class, or save it in the model's folder"
             )
-        elif name != "ref_model" and self.accelerator.is_main_process:
-            logger.warning(
-                f"The tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
-                "teacher_processing_class to compare the tokens."
+        elif name != "ref_model":
+            self._warn(
+                f"the tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
+                "teacher_processing_class to compare the tokens"
             )
         if name not in self._cross.pairs:
             size = self._vocabulary(model)
             check_vocabulary(name, size, sizes[0], self._tokenizer)
             sizes.append(size)
+            if name != "ref_model":
+                said = other_ends(name, self.eos_token_ids, self._tokenizer, ends_of(model), found)
+                if said is not None:
+                    self._warn(said)
         self._positions[name] = positions_of(model.config)
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)

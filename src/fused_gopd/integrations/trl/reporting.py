@@ -11,18 +11,19 @@ from torch import Tensor
 from transformers.utils.logging import get_logger
 
 from ... import Metrics
-from ...output import GOPDOutput
+from ...output import GOPDOutput, metrics_of
 from ...targets import Frozen
 from .. import misfit
 from ..cache import TeacherCache
 from . import card
 from .batch import Batch
 from .checks import teacher_name
+from .watch import Setting, Watch
 
 logger = get_logger(__name__)
 
-# metrics that TRL itself logs
-_LOGGED = ("tokens", "loss", "entropy")
+# not logged: what TRL itself logs, of all tokens (False) and of those of a route (True)
+_LOGGED = {False: ("tokens", "loss", "entropy"), True: ("tokens",)}
 
 
 class ReportingMixin:
@@ -32,20 +33,37 @@ class ReportingMixin:
     args: Any
     model: Any
     _metrics: Any
-    _gopd_metrics: dict[str, list[Metrics]]
+    _gopd_metrics: dict[str, list[tuple[str, Metrics]]]
     _cache: TeacherCache | None
     _cache_logged: dict[str, int]
     _card_sources: list[tuple[str, str]]
     _routes: dict[Any, int]
     _unchecked: set[str]
     _vocab_size: int
+    state: Any
+    _watch: Watch | None = None
+    warnings: list[str]
+    """What went wrong so far, one sentence each, with its figure and its remedy (docs/warnings.md)."""
     warn: Callable[[str], None] = staticmethod(logger.warning)
-    """Tells of a teacher or reference that cannot be the one that was meant."""
+    """Tells of a warning when it is found; on the main process alone."""
 
-    def _record(self, out: GOPDOutput) -> None:
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        if self.accelerator.is_main_process:
+            self.warn(text)
+
+    def _record(self, out: GOPDOutput, batch: Batch) -> None:
         """Keep the metrics of a batch until the next log."""
         mode = "train" if self.model.training else "eval"
-        self._gopd_metrics[mode].append(out.metrics())
+        self._gopd_metrics[mode].append(("", out.metrics()))
+        index = batch.teacher_index
+        if index is not None and len(self._routes) > 1:  # also of routes without a sequence here: ranks have them, too
+            for route, i in self._routes.items():
+                rows = (index == i).to(batch.mask.device)
+                found = metrics_of(out, batch.mask.bool() & rows[:, None])
+                length = torch.stack([batch.completion_mask[rows].sum(), rows.sum()]).to(found.sums)
+                found = Metrics((*found._names, "length"), torch.cat([found.sums, length[None]]))
+                self._gopd_metrics[mode].append((f"/{route}", found))
         if not isinstance(out.reward_scale, Tensor):  # of one per token the mean is among the metrics
             self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
 
@@ -54,8 +72,9 @@ class ReportingMixin:
         mode = "train" if self.model.training else "eval"
         if not self._gopd_metrics[mode]:
             return
-        sums = _sums_by_name(self._gopd_metrics[mode])
-        total = Metrics(tuple(sums), self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum"))
+        parts = _sums_by_name(self._gopd_metrics[mode])
+        sums = [x for part in parts.values() for x in part.values()]
+        total = self.accelerator.reduce(torch.stack(sums), reduction="sum").cpu()
         self._gopd_metrics[mode].clear()
         if self._cache is not None:
             now = self._cache.stats()
@@ -63,13 +82,26 @@ class ReportingMixin:
             self._cache_logged = now
             if hits + misses:
                 self._metrics[mode]["gopd/cache_hits"].append(hits / (hits + misses))
-        for name, value in total.to_dict().items():
-            if name not in _LOGGED:
-                self._metrics[mode][f"gopd/{name}"].append(value)
+        for (suffix, part), own in zip(parts.items(), total.split([len(x) for x in parts.values()]), strict=True):
+            for name, value in Metrics(tuple(part), own).to_dict().items():
+                if name not in _LOGGED[bool(suffix)]:
+                    self._metrics[mode][f"gopd/{name}{suffix}"].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._log_gopd_metrics()
         super().log(logs, start_time)  # type: ignore[misc]
+        if self._watch is None:
+            self._watch = Watch(self._setting())
+        for text in self._watch.read(self.state.log_history):
+            self._warn(text)
+
+    def _setting(self) -> Setting:
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return Setting(
+            max_completion_length=args.max_completion_length,
+            completions_per_step=batch / getattr(args, "num_iterations", 1),
+        )
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **_: Any
@@ -105,14 +137,15 @@ class ReportingMixin:
             self._unchecked.remove(name)
             shifted = misfit.shifts_of(source, batch.token_ids, self._vocab_size)
             found = misfit.misfit_of(logprobs, out.student_logprobs, mask, self._vocab_size, shifted)
-            if found is not None and self.accelerator.is_main_process:
-                self.warn(f"{name} {found}")
+            if found is not None:
+                self._warn(f"{name} {found}")
 
 
-def _sums_by_name(metrics: list[Metrics]) -> dict[str, Tensor]:
-    """Sums and counts by name. Steps in which lambda cancels a model lack the metrics that need it."""
-    total: dict[str, Tensor] = {}
-    for each in metrics:
+def _sums_by_name(metrics: list[tuple[str, Metrics]]) -> dict[str, dict[str, Tensor]]:
+    """Sums and counts by suffix and name. Steps in which lambda cancels a model lack the metrics that need it."""
+    total: dict[str, dict[str, Tensor]] = {}
+    for suffix, each in metrics:
+        part = total.setdefault(suffix, {})
         for name, sums in zip(each._names, each.sums, strict=True):
-            total[name] = total[name] + sums if name in total else sums
+            part[name] = part[name] + sums if name in part else sums
     return total

@@ -200,7 +200,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         ratio = batch.old_logprobs is not None
         with without_dropout(unwrapped_student) if ratio else nullcontext():
             out = self._loss(unwrapped_student, batch, normalizer=normalizer)
-        self._record(out)
+        self._record(out, batch)
         return out.loss, out.entropy.sum(), batch.mask.sum()
 
 

@@ -1,0 +1,139 @@
+"""What goes wrong in a run, said early and once: rules over the rows that a trainer logs, and over ends of sequences.
+
+A rule returns a sentence with the figure and the remedy, or None. docs/warnings.md has the thresholds and the runs that
+they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+
+# Rows in a window at either end of the run; a tenth of the run where that is more.
+_WINDOW = 5
+# Cut-off completions: how much their share has to rise, to which share, and where there is no rise, which share of how
+# many completions.
+_RISE, _RISEN = 0.25, 0.5
+_CUT, _CUT_OF = 0.95, 256
+
+
+def ends_of(model: Any) -> list[int]:
+    """Ids that end a completion by a model's generation config, or else by its config; empty where neither has one."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    return []
+
+
+def other_ends(
+    name: str,
+    student: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Sequence[int],
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> str | None:
+    """What is said of a teacher that ends its answers with another token than the student.
+
+    Args:
+        name: what messages call the teacher.
+        student: ids that end the student's completions.
+        tokenizer: the student's.
+        teacher: ids that end the teacher's completions, empty where they are not known.
+        teacher_tokenizer: the teacher's, None where it is not known.
+    """
+    own = getattr(teacher_tokenizer, "eos_token_id", None)
+    end = own if own is not None else teacher[0] if teacher else None  # with several, the one that its chat ends with
+    if end is None:
+        return None
+
+    def shown(i: int) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})"
+
+    if end not in student:
+        return (
+            f"{name} ends its answers with {shown(end)}, which does not end the student's: those of the student "
+            f"end with {', '.join(map(shown, student))}. It learns to say the teacher's end and goes on after it, so "
+            f"that completions get longer and longer. Add {end} to eos_token_id of the student's generation_config"
+        )
+    first = tokenizer.eos_token_id
+    if first is not None and first not in teacher and first != end:
+        return (
+            f"the student's completions end with {shown(first)}, with which {name} does not end its own (it ends them "
+            f"with {', '.join(map(shown, teacher or [end]))}): it finds the student's end unlikely, and the student "
+            "unlearns to end. Use a teacher that was trained on the student's chat template, or a student that has the "
+            "teacher's"
+        )
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What rules have to know of a run."""
+
+    max_completion_length: int
+    completions_per_step: float  # new ones, of all ranks
+
+
+def _values(rows: Iterable[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name) is not None]
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float] | None:
+    """The means of the first and of the last rows; None while there are too few."""
+    window = max(_WINDOW, len(values) // 10)
+    return None if len(values) < 2 * window else (fmean(values[:window]), fmean(values[-window:]))
+
+
+def _cut_off(rows: Sequence[Row], setting: Setting) -> str | None:
+    shares = _values(rows, "completions/clipped_ratio")
+    cap, found = setting.max_completion_length, _ends(shares)
+    if found is not None and found[1] >= _RISEN and found[1] - found[0] >= _RISE:
+        return (
+            f"the share of completions that are cut off at max_completion_length={cap} has risen from {found[0]:.0%} "
+            f"to {found[1]:.0%}: the student no longer ends its answers. Compare the tokens with which student and "
+            "teacher end them, or train for fewer steps or with a lower learning rate"
+        )
+    count = setting.completions_per_step * rows[-1].get("step", 0)
+    if shares and count >= _CUT_OF and fmean(shares) >= _CUT:
+        return (
+            f"{fmean(shares):.0%} of {count:.0f} completions were cut off at max_completion_length={cap}: the student "
+            "is not trained on how answers go on and end. Raise max_completion_length, or leave out prompts with long "
+            "answers"
+        )
+    return None
+
+
+_RULES: tuple[Callable[[Sequence[Row], Setting], str | None], ...] = (_cut_off,)
+
+
+class Watch:
+    """Applies each rule to the rows that have been logged, until it has found something."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._rules, self._read = list(_RULES), 0
+        self._rows: list[Row] = []
+
+    def read(self, history: Sequence[Row]) -> list[str]:
+        """Warnings that the new rows of a trainer's ``log_history`` give rise to. A resumed one is read from its start.
+
+        Rows without a loss, those of evaluations and the summary at the end, are left out.
+        """
+        new = [row for row in history[self._read :] if "loss" in row]
+        self._read = len(history)
+        found = []
+        for row in new:
+            self._rows.append(row)
+            for rule in list(self._rules):
+                said = rule(self._rows, self._setting)
+                if said is not None:
+                    found.append(said)
+                    self._rules.remove(rule)
+        return found

@@ -1,0 +1,179 @@
+"""What goes wrong in a run is said: each rule on rows that show it, on healthy ones, and in a trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("datasets")
+
+from fused_gopd.integrations.trl.watch import Setting, Watch, ends_of, other_ends  # noqa: E402
+from test_trl import model, prompts, tokenizer, trainer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def said(setting: dict[str, Any] | None = None, **columns: list[float]) -> list[str]:
+    """What is found in rows of these columns, one row after the other as in a run."""
+    steps = len(next(iter(columns.values())))
+    watch = Watch(Setting(**{"max_completion_length": 64, "completions_per_step": 8, **(setting or {})}))
+    history: list[dict[str, Any]] = []
+    found = []
+    for i in range(steps):
+        history.append({"loss": 1.0, "step": i + 1, **{name: values[i] for name, values in columns.items()}})
+        found += watch.read(history)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ ends of answers
+
+
+def ends(student: list[int], teacher: list[int], own: int = 0, teachers: int | None = 0) -> str | None:
+    student_tokenizer, other = tokenizer(), tokenizer()
+    student_tokenizer.eos_token = student_tokenizer.convert_ids_to_tokens(own)
+    if teachers is not None:
+        other.eos_token = other.convert_ids_to_tokens(teachers)
+    return other_ends("teacher", student, student_tokenizer, teacher, None if teachers is None else other)
+
+
+def test_a_teachers_end_that_does_not_end_the_students_is_named() -> None:
+    # the base and the instruct model of a family: <|endoftext|>, and <|im_end|> beside it
+    found = ends([0], [5, 0], teachers=5)
+    assert found is not None
+    assert "teacher ends its answers with" in found
+    assert "Add 5 to eos_token_id" in found
+    assert ends([0], [5, 0], teachers=None) == found  # by the generation config alone
+
+
+def test_a_students_end_that_is_none_of_the_teachers_is_named() -> None:
+    found = ends([5, 0], [0], own=5)
+    assert found is not None
+    assert "unlearns to end" in found
+
+
+def test_ends_that_agree_are_not_named() -> None:
+    assert ends([0], [0]) is None
+    assert ends([5, 0], [0, 5], own=5, teachers=5) is None
+    assert ends([5, 0], [5], own=5, teachers=5) is None
+    assert ends([0], [], teachers=None) is None  # nothing is known of the teacher
+
+
+def test_ends_are_those_of_the_generation_config() -> None:
+    made = model(0)
+    assert ends_of(made) == made.generation_config.eos_token_id
+    made.generation_config.eos_token_id = None
+    assert ends_of(made) == [0]
+
+
+def test_a_trainer_names_other_ends_before_the_first_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    teacher = model(1)
+    teacher.generation_config.eos_token_id = [7]
+    student = model(0)
+    student.generation_config.eos_token_id = [0]
+    with caplog.at_level("WARNING"):
+        run = trainer(tmp_path, student=student, teacher=teacher, teacher_processing_class=None)
+    (first,) = [text for text in run.warnings if "ends its answers" in text]
+    assert first in caplog.text
+    assert "(7)" in first
+    assert not [text for text in trainer(tmp_path).warnings if "ends" in text]
+
+
+# ------------------------------------------------------------------------------------------------------------- cut off
+
+
+def test_completions_that_stop_ending_are_named_once() -> None:
+    (found,) = said(**{"completions/clipped_ratio": [0.1] * 6 + [0.9] * 14})
+    assert "from 10% to" in found
+    assert "max_completion_length=64" in found
+
+
+def test_completions_none_of_which_ends_are_named() -> None:
+    (found,) = said(**{"completions/clipped_ratio": [1.0] * 40})
+    assert "100% of 256 completions" in found
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.1] * 40, [0.9, 0.8] * 20, [0.97] * 31, [0.0] * 20 + [0.2] * 20], ids=["few", "many", "short", "rise"]
+)
+def test_completions_that_may_be_so_are_not_named(shares: list[float]) -> None:
+    assert said(**{"completions/clipped_ratio": shares}) == []
+
+
+def test_a_resumed_run_finds_what_it_had_found() -> None:
+    rows = [{"loss": 1.0, "step": i + 1, "completions/clipped_ratio": 1.0} for i in range(40)]
+    rows.insert(20, {"eval_loss": 1.0, "step": 20, "completions/clipped_ratio": 0.0})
+    watch = Watch(Setting(max_completion_length=64, completions_per_step=8))
+    assert len(watch.read(rows)) == 1
+    assert watch.read([*rows, rows[-1]]) == []
+
+
+def test_a_trainer_says_what_it_finds_in_its_log(tmp_path: Path) -> None:
+    student = model(0)
+    student.generation_config.eos_token_id = [0]
+    run = trainer(tmp_path, student=student, teacher=model(0), max_steps=64, max_completion_length=2)
+    heard: list[str] = []
+    run.warn = heard.append
+    run.train()
+    assert heard == run.warnings[-len(heard) :]
+    assert [text for text in heard if "cut off at max_completion_length=2" in text]
+
+
+# ------------------------------------------------------------------------------------------------------- by route
+
+
+def test_metrics_by_route_are_those_of_the_route_alone(tmp_path: Path) -> None:
+    """The means of a batch are those of the routes, weighted by their tokens; a route's are those of a run of its own."""
+    options: dict[str, Any] = {
+        "ref_model": model(2),
+        "reward_scale": 1.25,
+        "generation_kwargs": {"do_sample": False},
+        "max_completion_length": 12,
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "shuffle_dataset": False,
+    }
+    teachers = {"a": model(1), "b": model(3, hidden=48)}
+    data = prompts(domain=["a", "b", "b", "a"] * 2)
+    both = trainer(
+        tmp_path, teacher=teachers, data=data, route_column="domain", per_device_train_batch_size=8, **options
+    )
+    both.train()
+    log = both.state.log_history[0]
+    for route, teacher in teachers.items():
+        own = data.filter(lambda row, route=route: row["domain"] == route)
+        alone = trainer(tmp_path, teacher=teacher, data=own, per_device_train_batch_size=4, **options)
+        alone.train()
+        expected = alone.state.log_history[0]
+        for name in ("reward", "kl_target", "kl_teacher_k3", "kl_ref_k3", "advantage", "advantage_std"):
+            assert log[f"gopd/{name}/{route}"] == pytest.approx(expected[f"gopd/{name}"], rel=1e-4), name
+        assert log[f"gopd/entropy/{route}"] == pytest.approx(expected["entropy"], rel=1e-4)
+        assert log[f"gopd/loss/{route}"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert log[f"gopd/length/{route}"] == pytest.approx(expected["completions/mean_length"])
+    assert "gopd/tokens/a" not in log
+
+
+def test_one_teacher_has_no_metrics_by_route(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    assert not [name for name in run.state.log_history[0] if name.count("/") > 1]
+
+
+def test_a_route_without_a_prompt_since_the_last_log_is_absent(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        teacher={"a": model(1), "b": model(3)},
+        data=prompts(domain=["a"] * 8),
+        route_column="domain",
+        max_steps=1,
+    )
+    run.train()
+    log = run.state.log_history[0]
+    assert log["gopd/kl_target/b"] is None
+    assert log["gopd/kl_target/a"] == pytest.approx(log["gopd/kl_target"])
+    assert torch.isfinite(torch.tensor(log["gopd/length/a"]))
