@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("datasets")
 
-from fused_gopd.integrations.trl.watch import Setting, Watch, ends_of, other_ends  # noqa: E402
-from test_trl import model, prompts, tokenizer, trainer  # noqa: E402
+from fused_gopd.integrations.trl.watch import Setting, Watch, ends_of, other_ends
+from test_trl import model, prompts, tokenizer, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +128,7 @@ def test_a_trainer_says_what_it_finds_in_its_log(tmp_path: Path) -> None:
 
 
 def test_metrics_by_route_are_those_of_the_route_alone(tmp_path: Path) -> None:
-    """The means of a batch are those of the routes, weighted by their tokens; a route's are those of a run of its own."""
+    """Those of a route are the metrics of a run with its teacher and its prompts alone."""
     options: dict[str, Any] = {
         "ref_model": model(2),
         "reward_scale": 1.25,
