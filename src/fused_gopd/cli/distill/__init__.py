@@ -19,6 +19,7 @@ from ..parameters import with_options
 from ..threads import use_patient_threads
 from .checkpoints import relist
 from .options import RUN, SERVER, RunOptions, for_new_run, for_resumed_run
+from .runfile import use as use_config
 
 __all__ = ["distill"]
 
@@ -27,6 +28,17 @@ __all__ = ["distill"]
 def distill(
     context: typer.Context,
     output: Annotated[Path, RUN(file_okay=False, help="Folder of the run, new or empty.")],
+    config: Annotated[
+        Path | None,
+        RUN(
+            dir_okay=False,
+            exists=True,
+            is_eager=True,
+            callback=use_config,
+            metavar="FILE",
+            help="Options in YAML, by the names of their flags; those of the command line win.",
+        ),
+    ] = None,
     resume: Annotated[bool, RUN("--resume", help="Go on with the run in --output.")] = False,
     accept_changed_inputs: Annotated[
         bool, RUN("--accept-changed-inputs", help="With --resume: prompts or models may have changed.")
@@ -79,5 +91,6 @@ def distill(
 
 def _was_given(context: typer.Context, name: str, environment: bool = True) -> bool:
     source: Any = context.get_parameter_source(name)
-    defaults = ("DEFAULT", "DEFAULT_MAP") if environment else ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT")
+    # DEFAULT_MAP is --config
+    defaults = ("DEFAULT",) if environment else ("DEFAULT", "ENVIRONMENT")
     return source is not None and source.name not in defaults

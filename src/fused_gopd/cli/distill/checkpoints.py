@@ -13,7 +13,7 @@ import typer
 
 from ..durable import Damaged, seal, verify
 from ..outputs import OutputFolder
-from . import inputs
+from . import inputs, runfile
 from .options import FILE
 
 _NAME = re.compile(r"checkpoint-([1-9][0-9]*)")
@@ -92,6 +92,6 @@ def relist(folder: OutputFolder) -> None:
     for name in (FILE, inputs.FILE, "tensorboard", *partial):
         if (folder.path / name).exists():
             folder.adopt(name)
-    for name in ("metrics.png", "metrics.jsonl"):
+    for name in ("metrics.png", "metrics.jsonl", runfile.FILE):
         if (folder.path / name).exists():
             folder.finish(name)

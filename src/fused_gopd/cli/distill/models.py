@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,11 +135,17 @@ def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
 
 
 def check_prompts(
-    dataset: Any, rows: Sequence[int], path: str, models: Sequence[Model], tokenizer: Any, new_tokens: int
+    dataset: Any,
+    rows: Sequence[int],
+    path: str,
+    models: Sequence[Model],
+    tokenizer: Any,
+    new_tokens: int,
+    variables: Mapping[str, Any],
 ) -> None:
     """Raise for prompts that the student's tokenizer or chat template refuses, or that are too long for a model.
 
-    ``rows`` are the row numbers in the file of the dataset's rows.
+    ``rows`` are the row numbers in the file of the dataset's rows, ``variables`` those of the chat templates.
     """
     student, *foreign = models[0], *(model for model in models if model.own_tokenizer is not None)
     limited = [(x.positions, x) for x in models if x.positions is not None and x not in foreign]
@@ -150,14 +158,14 @@ def check_prompts(
     long: list[str] = []
     for row, prompt in zip(rows, dataset["prompt"], strict=True):
         for model in foreign:
-            read = len(_encoded(prompt, model.own_tokenizer, f"{path}, row {row}", model.name))
+            read = len(_encoded(prompt, model.own_tokenizer, variables, f"{path}, row {row}", model.name))
             if model.positions is not None and read + new_tokens > model.positions:
                 raise typer.BadParameter(
                     f"{path} has prompts that are too long: row {row} of {read} tokens of {model.name} "
                     f"({model.option}), which has {model.positions} positions, with --max-new-tokens {new_tokens}",
                     param_hint="--prompts",
                 )
-        ids = _encoded(prompt, tokenizer, f"{path}, row {row}")
+        ids = _encoded(prompt, tokenizer, variables, f"{path}, row {row}")
         if max(ids) >= student.vocab:
             raise typer.BadParameter(
                 f"{path}, row {row}, has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} of id {max(ids)}, and "
@@ -176,15 +184,37 @@ def check_prompts(
         )
 
 
-def _encoded(prompt: Any, tokenizer: Any, where: str, whose: str = "the student") -> list[int]:
+def check_template_variables(tokenizer: Any, prompts: Sequence[Any], variables: Mapping[str, Any]) -> None:
+    """Raise for variables that the student's chat template does not have, or that are no variables of templates."""
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in variables:
+        if isinstance(prompts[0], str):
+            wrong = "is for chat templates, and the prompts are texts that are taken as they are"
+        elif name in own:
+            wrong = f"cannot set {name!r}: an argument of apply_chat_template, which the training sets itself"
+        elif not re.search(rf"\b{re.escape(name)}\b", _template(tokenizer)):
+            wrong = f"sets {name!r}, and the student's chat template has no variable of this name"
+        else:
+            continue
+        raise typer.BadParameter(wrong, param_hint="--chat-template-kwargs")
+
+
+def _template(tokenizer: Any) -> str:
+    found = tokenizer.chat_template
+    return " ".join(found.values()) if isinstance(found, dict) else str(found)
+
+
+def _encoded(
+    prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: str, whose: str = "the student"
+) -> list[int]:
     """The token ids of a prompt, made as the trainer makes them."""
     try:
         if isinstance(prompt, str):
             ids = tokenizer(text=prompt)["input_ids"]
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **variables
+            )["input_ids"]
     except Exception as error:  # templates may raise any exception
         what = "tokenizer" if isinstance(prompt, str) else "chat template"
         raise typer.BadParameter(

@@ -28,6 +28,8 @@ FILE = "distill.json"
 MAY_CHANGE = object()
 # a file or folder, or the name of something that is none: made absolute where it exists
 PLACE = object()
+# a JSON object, as text
+JSON = object()
 
 
 def _panel(title: str) -> Callable[..., Any]:
@@ -111,6 +113,11 @@ class RunOptions:
     chat: Annotated[bool, PROMPTS(help="Take texts for a user's messages, where the student has a chat template.")] = (
         True
     )
+    chat_template_kwargs: Annotated[
+        str,
+        PROMPTS(metavar="JSON", help="Variables of the chat templates, such as '{\"enable_thinking\": false}'."),
+        JSON,
+    ] = ""
     reward_scale: Annotated[float, LOSS(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")] = 1.0
     estimator: Annotated[
         str, LOSS(help=f"{help_of('estimator')} Default: full; sampled with --teacher-server alone.")
@@ -152,6 +159,8 @@ class RunOptions:
                 values[name] = _absolute(values[name])
         if values["teacher_cache"]:
             values["teacher_cache"] = str(Path(values["teacher_cache"]).expanduser().resolve())
+        for name in RunOptions.names(JSON):
+            values[name] = _json_object(name, values[name])
         routes = [_route(entry) for entry in values["teacher"]]
         values["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
         only_scores = values["teacher_server"] and not values["teacher_server_head"]
@@ -176,6 +185,11 @@ class RunOptions:
             "teacher_cache": self.teacher_cache or None,
             "teacher_cache_max_bytes": None if gib is None else int(gib * 2**30),
         }
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat templates get beside the messages."""
+        return dict(json.loads(self.chat_template_kwargs or "{}"))
 
     def routes(self) -> dict[str | None, str]:
         """The local teachers by route; a single teacher has the route None. Empty for a teacher behind a server."""
@@ -207,6 +221,17 @@ class RunOptions:
         if Path(self.teacher_server_head or "-").is_dir():
             folders["the folder of the teacher's head"] = Path(self.teacher_server_head)
         return {"the file of the prompts": Path(self.prompts), **folders}
+
+
+def _json_object(name: str, text: str) -> str:
+    """A JSON object in its shortest form; empty without entries."""
+    try:
+        found = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise _wrong(flag(name), f"must be a JSON object, got {text!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise _wrong(flag(name), f"must be a JSON object, got {text!r}")
+    return json.dumps(found) if found else ""
 
 
 def with_bases(places: Mapping[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
-from . import card, checkpoints, figures, inputs, models, prompts
+from . import card, checkpoints, figures, inputs, models, prompts, runfile
 from .interrupt import Abandoned, Interrupt
 from .options import FILE as OPTIONS_FILE
 from .options import RunOptions, with_bases, write
@@ -106,6 +106,8 @@ class DistillationRun:
             trainer = self._trainer(config, dataset, tokenizer, teacher)
             durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
             self.folder.extend(OPTIONS_FILE)
+            durable.replace(self.folder.create(runfile.FILE), runfile.text(options))
+            self.folder.finish(runfile.FILE)
             write(self.output, options)  # only once the models are loaded: before that there is nothing to resume
             record = figures.Record(self.folder.create("metrics.jsonl"), self.checkpoints.history())
             save = CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE)
@@ -216,6 +218,7 @@ class DistillationRun:
         if not data.conversational and tokenizer.chat_template is not None and options.chat:
             self.say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
             rows = [[{"role": "user", "content": text}] for text in rows]
+        models.check_template_variables(tokenizer, rows, options.template_variables)
         columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
         generator = torch.Generator().manual_seed(options.seed)
         order: list[int] = []
@@ -239,6 +242,7 @@ class DistillationRun:
             known,
             tokenizer,
             options.max_new_tokens,
+            options.template_variables,
         )
         return dataset.select(order)
 
@@ -291,6 +295,7 @@ class DistillationRun:
                 **options.loss_options(),
                 route_column=_ROUTE if options.route_column else None,
                 cross_tokenizer=options.cross_tokenizer,
+                chat_template_kwargs=options.template_variables,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,
                 gradient_accumulation_steps=options.accumulation,
