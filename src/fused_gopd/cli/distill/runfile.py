@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from ... import installing
 from ..parameters import require_packages
 from .options import JSON, RunOptions
-
-if TYPE_CHECKING:
-    import yaml
 
 FILE = "run.yaml"
 _HINT = "--config"
@@ -31,8 +29,7 @@ def use(context: typer.Context, path: Path | None) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Option -> its value as text, which is converted and checked like that of the command line."""
-    import yaml
-
+    yaml: Any = importlib.import_module("yaml")
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -53,14 +50,13 @@ def _read(path: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _entries(path: Path, node: yaml.Node, expected: str) -> dict[str, yaml.Node]:
+def _entries(path: Path, node: Any, expected: str) -> dict[str, Any]:
     """The entries of a mapping; keys are the texts that the file has."""
-    import yaml
-
+    yaml: Any = importlib.import_module("yaml")
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.MappingNode):
         raise typer.BadParameter(f"{path}, line {line}: {expected}", param_hint=_HINT)
-    found: dict[str, yaml.Node] = {}
+    found: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise typer.BadParameter(f"{path}, line {line}: a key must be a text", param_hint=_HINT)
@@ -71,10 +67,9 @@ def _entries(path: Path, node: yaml.Node, expected: str) -> dict[str, yaml.Node]
     return found
 
 
-def _value(path: Path, key: str, name: str, node: yaml.Node) -> Any:
+def _value(path: Path, key: str, name: str, node: Any) -> Any:
     """An option's value; None where the file leaves it empty, which is the default."""
-    import yaml
-
+    yaml: Any = importlib.import_module("yaml")
     if node.tag == "tag:yaml.org,2002:null":
         return None
     if name in RunOptions.names(JSON):
@@ -94,11 +89,11 @@ def _value(path: Path, key: str, name: str, node: yaml.Node) -> Any:
     return [_text(path, key, node)]
 
 
-def _is_nested(node: yaml.Node) -> bool:
+def _is_nested(node: Any) -> bool:
     return not isinstance(node.value, str)
 
 
-def _text(path: Path, key: str, node: yaml.Node) -> str:
+def _text(path: Path, key: str, node: Any) -> str:
     if _is_nested(node):
         line = node.start_mark.line + 1
         raise typer.BadParameter(f"{path}, line {line}: {key} must have one value", param_hint=_HINT)
@@ -107,8 +102,7 @@ def _text(path: Path, key: str, node: yaml.Node) -> str:
 
 def text(options: RunOptions) -> str:
     """The options of a run that are not their defaults, for ``--config``."""
-    import yaml
-
+    yaml: Any = importlib.import_module("yaml")
     found: dict[str, Any] = {}
     for field in fields(options):
         value = getattr(options, field.name)
@@ -121,4 +115,4 @@ def text(options: RunOptions) -> str:
     routes = options.routes()
     if routes:
         found["teacher"] = routes.get(None, routes)
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
+    return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000))
