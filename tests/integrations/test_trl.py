@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,7 +30,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainerCallback,
 )
+from transformers.trainer_callback import ProgressCallback  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer  # noqa: E402
 
@@ -48,6 +50,7 @@ from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
 from fused_gopd.integrations.trl.checks import check_vocabulary, positions_of  # noqa: E402
 from fused_gopd.integrations.trl.patch import fused_divergence_loss  # noqa: E402
+from fused_gopd.integrations.trl.phases import Phase  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -650,6 +653,53 @@ def test_metrics_are_means_over_all_tokens_since_the_last_log(tmp_path: Path) ->
     assert log["completions/min_length"] < log["completions/max_length"]
     # on-policy the loss of a token is -A, and TRL's loss is the mean over the tokens of both batches
     assert log["loss"] == pytest.approx(-log["gopd/advantage"], rel=1e-5)
+
+
+def test_callbacks_are_told_of_each_phase_and_of_the_tokens_in_it(tmp_path: Path) -> None:
+    class Listener(TrainerCallback):
+        told: ClassVar[list[tuple[str, int, int, int]]] = []
+
+        def on_phase(self, args: Any, state: Any, control: Any, *, phase: Phase) -> None:
+            self.told.append((phase.name, phase.done, phase.total, phase.tokens))
+
+    options = {"max_completion_length": 12, "gradient_accumulation_steps": 2, "max_steps": 1, "seed": 3}
+    run = trainer(tmp_path, callbacks=[Listener()], **options)
+    run.train()
+    told = Listener.told
+    names = [name for i, (name, *_) in enumerate(told) if i == 0 or told[i - 1][0] != name]
+    assert names == ["step", "sample", "step", "score", "step", "score", "step"]
+    assert [done for name, done, *_ in told if name == "step"] == [0, 0, 0, 1, 1]
+    sampled = [x for x in told if x[0] == "sample"]
+    assert [x[1] for x in sampled] == list(range(len(sampled)))
+    assert {x[2] for x in sampled} == {12}
+    log = run.state.log_history[0]
+    assert log["completions/min_length"] < log["completions/max_length"] == sampled[-1][1], "the test needs both"
+    tokens = log["completions/mean_length"] * 4  # answers of two batches
+    assert sampled[-1][3] == tokens  # counted one by one: what follows an end of sequence is not
+    assert log["gopd/tokens_per_second"] == pytest.approx(tokens / log["step_time"])
+    assert 0 < log["gopd/sample_seconds"] + log["gopd/score_seconds"] < log["step_time"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_of_transformers_shows_the_phase_on_a_terminal_alone(tmp_path: Path, terminal: bool) -> None:
+    class Bar:
+        fp = SimpleNamespace(isatty=lambda: terminal)
+        shown: ClassVar[list[str]] = []
+
+        def set_postfix_str(self, text: str) -> None:
+            self.shown.append(text)
+
+    run = trainer(tmp_path, disable_tqdm=False)
+    run.remove_callback(next(x for x in run.callback_handler.callbacks if isinstance(x, ProgressCallback)))
+    shown = next(x for x in run.callback_handler.callbacks if hasattr(x, "on_phase"))
+    shown._progress = SimpleNamespace(training_bar=Bar())
+    run.train()
+    assert (Bar.shown != []) is terminal
+    Bar.shown.clear()
+    phase = Phase("sample", "", 117, 256, 140.4)
+    shown._drawn = 0
+    shown.on_phase(None, None, None, phase=phase)
+    assert Bar.shown == (["sample 117/256, 140 tokens/s"] if terminal else [])
 
 
 def test_a_log_over_steps_with_and_without_the_reference_has_the_metrics_of_both(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ...integrations.trl.logs import row_of
 from ..durable import replace
 from ..progress import StepProgress
+
+if TYPE_CHECKING:
+    from ...integrations.trl.phases import Phase
 
 # KL(p || target) is what training lowers; the KL to the teacher may rise at λ > 1
 _SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
@@ -61,20 +64,43 @@ class Display:
         self.console = console
         self._progress = StepProgress(console, "step")
         self._steps = steps
-        self._task = self._progress.add_task("the student answers", total=steps)
+        self._task = self._progress.add_task("", total=steps)
+        self._phase: Phase | None = None
+        self._load: Callable[[str], None] = lambda what: None
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[None]:
+        """A bar that moves while models are loaded, and is gone afterwards."""
+        with StepProgress(self.console, "load", transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            self._load = lambda what: bar.update(task, description=what)
+            yield
 
     @contextmanager
     def running(self, done: int) -> Iterator[None]:
-        self._progress.update(self._task, completed=done)
+        self._progress.reset(self._task, total=self._steps, completed=done, counted="step")  # the time begins now
         with self._progress:
             yield
+
+    def phase(self, phase: Phase) -> None:
+        """A second bar, on a terminal alone: how far the phase is, and its tokens per second."""
+        if phase.name == "load":
+            self._load(phase.detail)
+            return
+        if phase is not self._phase:
+            self._progress.begin_phase(phase.name)
+            self._phase = phase
+        rate = phase.tokens_per_second
+        self._progress.update_phase(phase.done, phase.total, "" if rate is None else f"{rate:.3g} tokens/s")
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._progress.update(self._task, completed=row["step"], description=summary(row))
         if not self.console.is_terminal:
-            seconds = "" if row.get("seconds") is None else f"  {row['seconds']:.1f} s"
+            speed = "" if row.get("seconds") is None else f"  {row['seconds']:.1f} s"
+            if row.get("tokens_per_second") is not None:
+                speed += f", {row['tokens_per_second']:.3g} tokens/s"
             self.console.print(
-                f"step {row['step']}/{self._steps}  {summary(row)}{seconds}", highlight=False, soft_wrap=True
+                f"step {row['step']}/{self._steps}  {summary(row)}{speed}", highlight=False, soft_wrap=True
             )
 
     def say(self, text: str) -> None:

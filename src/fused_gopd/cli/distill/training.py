@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ...integrations.hub import adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
+from ...integrations.trl.phases import Phase
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
@@ -39,6 +40,16 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if logs is not None and "loss" in logs:  # the summary after the last step has no loss
             self._display.step(self._record.add(state.global_step, logs))
+
+
+class PhaseCallback(TrainerCallback):
+    """Shows what the trainer does within a step."""
+
+    def __init__(self, display: figures.Display) -> None:
+        self._display = display
+
+    def on_phase(self, args: Any, state: Any, control: Any, *, phase: Phase) -> None:
+        self._display.phase(phase)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -92,7 +103,8 @@ class DistillationRun:
         done = self.checkpoints.done
         data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
         cache = self._cache()
-        known, tokenizer = self._read_models()
+        with self.display.loading("sizes and tokenizers of the models"):
+            known, tokenizer = self._read_models()
         dataset = self._dataset(data, tokenizer, known)
         self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
         teacher = self._teacher(tokenizer, known[0].vocab)
@@ -103,7 +115,8 @@ class DistillationRun:
             teacher = interrupt.scorer(teacher)
             teacher = teacher if cache is None else cache.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
-            trainer = self._trainer(config, dataset, tokenizer, teacher)
+            with self.display.loading(f"the student {options.student}"):
+                trainer = self._trainer(config, dataset, tokenizer, teacher)
             durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
             self.folder.extend(OPTIONS_FILE)
             durable.replace(self.folder.create(runfile.FILE), runfile.text(options))
@@ -356,6 +369,7 @@ class DistillationRun:
             ref_model=self._reference(),
             teacher_processing_class=self._server_tokenizer,
             peft_config=adapter,
+            callbacks=[PhaseCallback(self.display)] if self.display.console.is_terminal else [],
         )
         trainer.remove_callback(PrinterCallback)
         for text in trainer.warnings:  # those of the models, which the silenced log has not shown

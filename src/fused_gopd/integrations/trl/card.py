@@ -17,6 +17,7 @@ from torch import nn
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
 from ..hub import adapter_path
+from .phases import TIMES
 
 Lines = list[tuple[str, str]]
 
@@ -142,7 +143,7 @@ def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | Non
     data += [f"{len(dataset)} prompts"] if hasattr(dataset, "__len__") else []
     data += [f"fingerprint {dataset._fingerprint}"] if getattr(dataset, "_fingerprint", None) else []
     history = [row for row in trainer.state.log_history if "loss" in row]
-    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens")
+    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens", *TIMES)
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in skipped]
     settings = [
         ("base", name_of(base) if base else type(trainer.accelerator.unwrap_model(trainer.model)).__name__),

@@ -80,8 +80,10 @@ class GRPOGOPDMixin(ScoringMixin):
         return output
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        with evaluation(self.model):  # without dropout, as it is scored
-            return super()._generate_single_turn(*args, **options)  # type: ignore[misc]
+        with evaluation(self.model), self._sampling() as phase:  # without dropout, as it is scored
+            completions = super()._generate_single_turn(*args, **options)  # type: ignore[misc]
+            phase.tokens_at_end = sum(map(len, completions[0]))
+            return completions
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **options: Any) -> Any:
         """TRL's scores, with the positions that ``generate`` uses, and without dropout under ``no_grad``."""
@@ -93,6 +95,7 @@ class GRPOGOPDMixin(ScoringMixin):
         ratio = (
             inputs.get("old_per_token_logps") is not None
         )  # as in GOPDTrainer: dropout would compare two random masks, not two policies
+        self._count_in_step(inputs["completion_mask"])
         with without_dropout(self.accelerator.unwrap_model(model)) if ratio else nullcontext():
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
 
@@ -103,10 +106,11 @@ class GRPOGOPDMixin(ScoringMixin):
         student = self.accelerator.unwrap_model(wrapper)
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         advantages = []
-        for part in batch.split(size):
-            out = distributed.in_forward(wrapper, partial(self._loss, student, part))
-            self._record(out, part)
-            advantages.append(cast("Tensor", out.advantages))
+        with self._phase("score"):
+            for part in batch.split(size):
+                out = distributed.in_forward(wrapper, partial(self._loss, student, part))
+                self._record(out, part)
+                advantages.append(cast("Tensor", out.advantages))
         return torch.cat(advantages)
 
 

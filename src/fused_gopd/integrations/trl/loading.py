@@ -45,6 +45,7 @@ from .checks import (
 )
 from .config import Options
 from .cross import CrossTokenizer
+from .phases import PhasesMixin
 from .prompts import ARGUMENTS, OtherPrompt
 from .watch import ends_of, other_ends
 
@@ -83,7 +84,7 @@ def without_cast(head: Any) -> Iterator[bool]:
             head.forward = replaced
 
 
-class LoadingMixin:
+class LoadingMixin(PhasesMixin):
     """Checks the arguments of a trainer, and sets up teachers, reference and cache."""
 
     accelerator: Any
@@ -199,6 +200,7 @@ class LoadingMixin:
         self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
     ) -> None:
         """Load, check and prepare the frozen models, after the trainer's own construction."""
+        self._show_phases()
         routes = routes_of(teacher, self.args.route_column)
         if self._is_vlm and len(routes) > 1:
             raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
@@ -384,7 +386,8 @@ class LoadingMixin:
         options.setdefault("trust_remote_code", getattr(self.args, "trust_remote_code", False))
         if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             options["device_map"] = None  # as TRL does: "auto" would spread the model over the ranks' devices
-        model, found = create_model_from_path(path, output_loading_info=True, **options)
+        with self._phase("load", name):
+            model, found = create_model_from_path(path, output_loading_info=True, **options)
         check_weights(f"{name} ({path})", found)
         return cast("nn.Module", model)
 

@@ -174,7 +174,8 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 hidden = self._hidden(student, batch)
                 batch = replace(batch, asked_ids=self._likeliest(student, hidden, batch))
                 own["support"] = "teacher"  # what scorers are asked about is what they list
-            with torch.no_grad():
+            with torch.no_grad(), self._phase("score") as phase:
+                phase.tokens_at_end = batch.mask.sum()
                 # models that lambda cancels are not run
                 for_ref = batch.read_by("ref_model")
                 if scale != 0:

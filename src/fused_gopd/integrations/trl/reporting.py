@@ -18,6 +18,7 @@ from ..cache import TeacherCache
 from . import card
 from .batch import Batch
 from .checks import teacher_name
+from .phases import PhasesMixin
 from .watch import Setting, Watch
 
 logger = get_logger(__name__)
@@ -26,7 +27,7 @@ logger = get_logger(__name__)
 _LOGGED = {False: ("tokens", "loss", "entropy"), True: ("tokens",)}
 
 
-class ReportingMixin:
+class ReportingMixin(PhasesMixin):
     """Logs the metrics of the loss beside TRL's, writes the model card, and warns."""
 
     accelerator: Any
@@ -86,6 +87,8 @@ class ReportingMixin:
             for name, value in Metrics(tuple(part), own).to_dict().items():
                 if name not in _LOGGED[bool(suffix)]:
                     self._metrics[mode][f"gopd/{name}{suffix}"].append(value)
+                elif name == "tokens" and not suffix and mode == "train":
+                    self._log_phases(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._log_gopd_metrics()

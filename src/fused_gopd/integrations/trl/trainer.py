@@ -58,7 +58,13 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
 
     Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
     log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
-    and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``.
+    and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``. Of the seconds of an optimizer step, TRL's
+    ``step_time``, those that sampling and scoring took (``gopd/sample_seconds``, ``gopd/score_seconds``), and the
+    tokens of all ranks that were trained on in each second (``gopd/tokens_per_second``).
+
+    A callback with a method ``on_phase(args, state, control, phase=phase)`` is told what the trainer does: ``load``,
+    ``sample``, ``score`` or ``step``, how far it is, and its tokens per second. The progress bar of transformers shows
+    it.
 
     Raises:
         TypeError, ValueError: before the student is loaded, or at the latest before the first step, naming the
@@ -129,8 +135,9 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     # --------------------------------------------------------------------------------------------------- completions
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        with evaluation(self.model):  # without dropout, as it is scored
+        with evaluation(self.model), self._sampling() as phase:  # without dropout, as it is scored
             completions = super()._generate_single_turn(*args, **options)
+            phase.tokens_at_end = sum(map(len, completions))
         if not self.tools and not all(len(completion) for completion in completions):
             empty = [i for i, completion in enumerate(completions) if not len(completion)]
             raise ValueError(
@@ -201,6 +208,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         with without_dropout(unwrapped_student) if ratio else nullcontext():
             out = self._loss(unwrapped_student, batch, normalizer=normalizer)
         self._record(out, batch)
+        self._count_in_step(batch.mask)
         return out.loss, out.entropy.sum(), batch.mask.sum()
 
 
