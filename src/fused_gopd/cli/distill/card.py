@@ -53,6 +53,7 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
     return [
         *found,
         ("reference", reference),
+        *((f"{reading.owner} prompt", reading.describe()) for reading in options.readings().values()),
         ("λ (reward scale)", f"{options.reward_scale:g}"),
         ("estimator", card.describe_loss(options)),
         *([("tokenizers", "of each model its own")] if options.cross_tokenizer else []),

@@ -28,6 +28,11 @@ class Model:
     positions: int | None  # None: not limited
     own_tokenizer: Any = None  # where it is not the student's
 
+    @property
+    def role(self) -> str:
+        """``"student"``, ``"teacher"`` or ``"ref"``."""
+        return self.option.removeprefix("--").split("-")[0]
+
 
 def read(option: str, name: str, path: str) -> Model:
     """Read the sizes of a model; ``path`` is its folder or its name on the hub.
@@ -135,7 +140,7 @@ def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
 
 
 def check_prompts(
-    dataset: Any,
+    prompts: Sequence[Any],
     rows: Sequence[int],
     path: str,
     models: Sequence[Model],
@@ -145,7 +150,7 @@ def check_prompts(
 ) -> None:
     """Raise for prompts that the student's tokenizer or chat template refuses, or that are too long for a model.
 
-    ``rows`` are the row numbers in the file of the dataset's rows, ``variables`` those of the chat templates.
+    ``rows`` are the row numbers of the prompts in the file, ``variables`` those of the chat templates.
     """
     student, *foreign = models[0], *(model for model in models if model.own_tokenizer is not None)
     limited = [(x.positions, x) for x in models if x.positions is not None and x not in foreign]
@@ -156,7 +161,7 @@ def check_prompts(
             param_hint="--max-new-tokens",
         )
     long: list[str] = []
-    for row, prompt in zip(rows, dataset["prompt"], strict=True):
+    for row, prompt in zip(rows, prompts, strict=True):
         for model in foreign:
             read = len(_encoded(prompt, model.own_tokenizer, variables, f"{path}, row {row}", model.name))
             if model.positions is not None and read + new_tokens > model.positions:

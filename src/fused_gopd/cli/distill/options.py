@@ -18,6 +18,7 @@ from ...integrations.hub import ADAPTER, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
+from .readings import Reading
 
 FILE = "distill.json"
 
@@ -110,6 +111,20 @@ class RunOptions:
         str, PROMPTS(help="Its column of texts or lists of messages. Default: prompt, or messages.")
     ] = ""
     route_column: Annotated[str, PROMPTS(help="Its column that names each prompt's teacher.")] = ""
+    teacher_prompt_column: Annotated[
+        str, PROMPTS(help="Its column of prompts that teachers read, in place of the student's.")
+    ] = ""
+    teacher_system: Annotated[
+        str, PROMPTS(metavar="TEXT", help="A system message that teachers alone read, in place of the prompt's own.")
+    ] = ""
+    teacher_template: Annotated[
+        str,
+        PROMPTS(
+            metavar="TEXT",
+            help="What teachers read in place of the prompt's last text: {prompt} is that, {NAME} a column.",
+        ),
+    ] = ""
+    ref_prompt_column: Annotated[str, PROMPTS(help="Its column of prompts that the reference reads.")] = ""
     chat: Annotated[bool, PROMPTS(help="Take texts for a user's messages, where the student has a chat template.")] = (
         True
     )
@@ -209,6 +224,19 @@ class RunOptions:
     def server_tokenizer(self) -> str:
         """With ``cross_tokenizer`` the folder or hub name that has the tokenizer of the server's teacher."""
         return (self.teacher_tokenizer or self.teacher_server_head) if self.cross_tokenizer else ""
+
+    def readings(self) -> dict[str, Reading]:
+        """By role, ``"teacher"`` or ``"ref"``, the prompts that are not the student's, of models that are run."""
+        found = {
+            "teacher": Reading(
+                role="teacher",
+                column=self.teacher_prompt_column,
+                system=self.teacher_system,
+                template=self.teacher_template,
+            ),
+            "ref": Reading(role="ref", column="" if self.reward_scale == 1 else self.ref_prompt_column),
+        }
+        return {role: reading for role, reading in found.items() if reading}
 
     def models(self) -> list[str]:
         """Folders and hub names of the models and adapters that this process loads."""
@@ -360,6 +388,10 @@ def check(options: RunOptions) -> None:
             f"must be given for --reward-scale {options.reward_scale:g}: only 1 does without a reference. Usually it "
             "is the student before training: --ref student",
         )
+    if options.ref_prompt_column and not options.ref:
+        raise _wrong("--ref-prompt-column", "is what the reference reads: it needs --ref")
+    for reading in options.readings().values():
+        reading.check()
     if not Path(options.prompts).is_file():
         raise _wrong("--prompts", f"there is no file {options.prompts}")
     for option, name in (("--student", options.student), ("--ref", options.ref)):

@@ -25,6 +25,8 @@ class Prompts:
     rows: list[int]  # row numbers in the file, from 1
     routes: list[str] | None
     answered: int  # conversations whose last message, the assistant's, was removed
+    path: Path
+    table: list[tuple[int, dict[str, Any]]]  # (row number, row) with all columns
 
     @property
     def conversational(self) -> bool:
@@ -47,18 +49,36 @@ def read(path: Path, column: str, route_column: str, routes: Sequence[str]) -> P
     if not rows:
         raise typer.BadParameter(f"{path} has no rows", param_hint="--prompts")
     column = column or next((name for name in _COLUMNS if name in rows[0][1]), "")
-    if column not in rows[0][1]:
-        wanted = f"column {column!r}" if column else f"column {' or '.join(_COLUMNS)}"
-        raise typer.BadParameter(f"{path} has no {wanted}, only {', '.join(rows[0][1])}", param_hint="--prompt-column")
-    found = [_prompt(path, number, row, column) for number, row in rows]
-    kinds = {type(prompt) for prompt, _ in found}
-    if len(kinds) > 1:
-        raise typer.BadParameter(f"{path} has both texts and lists of messages in {column!r}", param_hint="--prompts")
+    if not column:
+        raise typer.BadParameter(
+            f"{path} has no column {' or '.join(_COLUMNS)}, only {', '.join(rows[0][1])}", param_hint="--prompt-column"
+        )
+    found, answered = of_column(path, rows, column, "--prompt-column")
     named = None
     if route_column:
         named = [_route(path, number, row, route_column, routes) for number, row in rows]
     numbers = [number for number, _ in rows]
-    return Prompts([prompt for prompt, _ in found], numbers, named, sum(answered for _, answered in found))
+    return Prompts(found, numbers, named, answered, path, rows)
+
+
+def of_column(
+    path: Path, rows: Sequence[tuple[int, dict[str, Any]]], column: str, option: str
+) -> tuple[list[Any], int]:
+    """The prompts in a column of a file's (row number, row), and how many answers at their ends were removed.
+
+    ``option`` is the flag that names the column.
+    """
+    if column not in rows[0][1]:
+        raise typer.BadParameter(f"{path} has no column {column!r}, only {', '.join(rows[0][1])}", param_hint=option)
+    found = [_prompt(path, number, row, column) for number, row in rows]
+    if len({type(prompt) for prompt, _ in found}) > 1:
+        raise typer.BadParameter(f"{path} has both texts and lists of messages in {column!r}", param_hint="--prompts")
+    return [prompt for prompt, _ in found], sum(answered for _, answered in found)
+
+
+def as_messages(texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Each text as a user's message."""
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -99,12 +119,12 @@ def _of_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise typer.BadParameter(f"{where} is not JSON: {error}", param_hint="--prompts") from None
             if not isinstance(row, dict):
                 raise typer.BadParameter(
-                    f'{where} must be an object such as {{"prompt": "..."}}, got {_shown(row)}', param_hint="--prompts"
+                    f'{where} must be an object such as {{"prompt": "..."}}, got {shown(row)}', param_hint="--prompts"
                 )
             yield number, row
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The first 100 characters of a value, for error messages."""
     try:
         return json.dumps(value, default=str)[:100]
@@ -123,11 +143,11 @@ def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[
         if wrong is None and not prompt:
             wrong = "there is no message to be answered"
     else:
-        wrong = _fault_of_text(prompt) if isinstance(prompt, str) and prompt else "it is neither"
+        wrong = fault_of_text(prompt) if isinstance(prompt, str) and prompt else "it is neither"
     if wrong is not None:
         raise typer.BadParameter(
             f"{path}, row {number}: {column!r} must be a text or a list of messages with role and content, one of them "
-            f"to be answered, got {_shown(row.get(column))}: {wrong}",
+            f"to be answered, got {shown(row.get(column))}: {wrong}",
             param_hint="--prompts",
         )
     return prompt, answered
@@ -136,18 +156,19 @@ def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[
 def _fault(message: Any) -> str | None:
     """What is wrong with a message, or None. An assistant's message with tool calls may have no content."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return f"{_shown(message)} is no message with a role"
+        return f"{shown(message)} is no message with a role"
     content = message.get("content")
     if isinstance(content, str):
-        return _fault_of_text(content)
+        return fault_of_text(content)
     if content is None and message["role"] == "assistant" and message.get("tool_calls"):
         return None
     if isinstance(content, list):
         return "the content of a message must be a text, got a list: join its parts of text"
-    return f"the content of a message must be a text, got {_shown(content)}"
+    return f"the content of a message must be a text, got {shown(content)}"
 
 
-def _fault_of_text(text: str) -> str | None:
+def fault_of_text(text: str) -> str | None:
+    """What is wrong with a text, or None."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

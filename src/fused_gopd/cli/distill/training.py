@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,14 @@ class DistillationRun:
             )
         if data.answered:
             self.say(f"{data.answered} conversations end with an assistant's message: it is left out")
-        if not data.conversational and tokenizer.chat_template is not None and options.chat:
+        chat = tokenizer.chat_template is not None and options.chat
+        if not data.conversational and chat:
             self.say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
-            rows = [[{"role": "user", "content": text}] for text in rows]
+            rows = prompts.as_messages(rows)
         models.check_template_variables(tokenizer, rows, options.template_variables)
         columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
+        readings = {role: reading.of(data, rows, chat) for role, reading in options.readings().items()}
+        columns |= {f"{role}_prompt": read for role, read in readings.items()}
         generator = torch.Generator().manual_seed(options.seed)
         order: list[int] = []
         needed = options.steps * options.batch_size * options.accumulation
@@ -248,15 +252,17 @@ class DistillationRun:
                 param_hint="--prompts",
             ) from None
         used = sorted(set(order))
-        models.check_prompts(
-            dataset.select(used),
-            [data.rows[i] for i in used],
-            options.prompts,
-            known,
-            tokenizer,
-            options.max_new_tokens,
-            options.template_variables,
-        )
+        numbers, parts = [data.rows[i] for i in used], dataset.select(used)
+        fixed = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
+        check = partial(models.check_prompts, tokenizer=tokenizer, **fixed)
+        own = [model for model in known if model.role not in readings]
+        check(parts["prompt"], numbers, options.prompts, own)
+        for role, reading in options.readings().items():
+            names = options.routes().values() if role == "teacher" else [options.ref]
+            as_student = any(adapter_path(name) is not None or name == "student" for name in names)
+            student = known[0] if as_student else replace(known[0], positions=None)
+            own = [student, *(model for model in known if model.role == role)]
+            check(parts[f"{role}_prompt"], numbers, f"{options.prompts} ({reading.owner} prompts)", own)
         return dataset.select(order)
 
     def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
@@ -301,12 +307,14 @@ class DistillationRun:
     def _config(self) -> Any:
         options, gpu = self.options, torch.cuda.is_available()
         loaded = any(adapter_path(model) is None for model in options.routes().values())
+        columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
         try:
             return GOPDConfig(
                 output_dir=str(self.checkpoints.partial),
                 reward_scale=options.reward_scale,
                 **options.loss_options(),
                 route_column=_ROUTE if options.route_column else None,
+                **columns,
                 cross_tokenizer=options.cross_tokenizer,
                 chat_template_kwargs=options.template_variables,
                 max_steps=options.steps,
