@@ -253,8 +253,8 @@ class DistillationRun:
             ) from None
         used = sorted(set(order))
         numbers, parts = [data.rows[i] for i in used], dataset.select(used)
-        fixed = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
-        check = partial(models.check_prompts, tokenizer=tokenizer, **fixed)
+        fixed: dict[str, Any] = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
+        check: Any = partial(models.check_prompts, tokenizer=tokenizer, **fixed)
         own = [model for model in known if model.role not in readings]
         check(parts["prompt"], numbers, options.prompts, own)
         for role, reading in options.readings().items():
