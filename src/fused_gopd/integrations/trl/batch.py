@@ -49,6 +49,8 @@ class Batch:
     multimodal: dict[str, Any]
     teacher_index: Tensor | None  # (B,) on the CPU
     old_logprobs: Tensor | None  # (B, K)
+    rollout_logprobs: Tensor | None = None  # (B, K) of the engine that sampled
+    sft_labels: Tensor | None = None  # (B, K) of completions that the student did not sample, -100 for none
     asked_ids: Tensor | None = None  # (B, K, k) tokens that scorers are asked about
     prompts: dict[str, PromptIds] = field(default_factory=dict)  # by role, where they are not the student's
     aligned: dict[str, Alignment] = field(default_factory=dict)  # by model, for those with a tokenizer of their own
@@ -69,6 +71,8 @@ class Batch:
             teacher_index=inputs.get("teacher_index"),
             old_logprobs=inputs.get("old_logprobs"),
             prompts=_prompts_in(inputs),
+            rollout_logprobs=inputs.get("rollout_logprobs"),
+            sft_labels=inputs.get("sft_labels"),
             aligned=_aligned_in(inputs),
         )
 

@@ -162,8 +162,9 @@ def dry_run(
 ) -> None:
     """Compute the loss of one token, to raise for wrong options before anything is loaded or sampled."""
     options = dict(options)
-    if "clip" in options:
-        options["old_logprobs"] = torch.full((1, 1), -1.0, device=device)
+    for name, used in (("old_logprobs", "clip" in options), ("rollout_logprobs", "rollout_is" in options)):
+        if used:
+            options[name] = torch.full((1, 1), -1.0, device=device)
     dtype = options.get("chunk_dtype")
     asked = scores_students_tokens(options, named(routes))
     options |= {"support": "teacher"} if asked else {}  # what scorers are asked about is what they list

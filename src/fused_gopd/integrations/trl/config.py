@@ -13,7 +13,7 @@ from trl.trainer.utils import get_config_model_id
 from ...objective.divergences import divergence_of
 from ...option_checks import checked_options
 from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES
-from ...values import one_of, require_count, require_number
+from ...values import one_of, require_count, require_not_negative, require_number
 
 # losses of GRPOTrainer in which the ratio is a detached factor of A log p
 _DETACHED_RATIO = ("cispo", "vespo")
@@ -21,6 +21,8 @@ _CHUNK_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # divergence -> the beta that means it in TRL, for the JSD by default
 _BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
 _TRL_BETA: float = DistillationConfig.beta
+# options of the loss that act on the engine's log-probs
+_ROLLOUT = ("rollout_is", "rollout_is_cap", "rollout_mask", "trust_region")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -129,6 +131,13 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         baseline, clip, advantage_clip: of ``sampled``. logprob_min: of ``sampled`` and ``topk``.
         num_iterations: optimizer steps on each batch of completions. Above 1 the student differs from the policy that
             sampled, and ``sampled`` has a ratio to clip.
+        rollout_is, rollout_is_cap: of ``use_vllm``: the importance weights that correct for what the engine computes
+            otherwise than the student, and their upper bound, None for no bound. ``rollout_is="none"`` leaves them out.
+        rollout_mask, trust_region: of ``use_vllm``: statistics of the two policies outside whose bounds a token has
+            weight 0, as ``{"token_ratio": [0.5, 2.0]}``; ``trust_region`` is of ``sampled``.
+        lmbda: the share of batches whose completions the student samples, as in TRL's GKD. The others have those of
+            the dataset's column ``completion``. Below 1 for ``full`` and ``topk``.
+        sft_weight: the weight of the supervised term, -log p of the completion's tokens, in the others.
         cross_tokenizer: teachers and the reference may have tokenizers of their own: they read the texts of prompts and
             completions by their own templates and tokenizers. By default another tokenizer is an error.
         span_credit: with it and ``sampled``, which of the student's tokens get the log-ratio of a span of several:
@@ -144,6 +153,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     Raises:
         ValueError, TypeError: naming the option, what was expected and what was found.
     """
+
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "rollout_mask", "trust_region"]  # noqa: RUF012
 
     estimator: str = field(default="full", metadata=_help(RULES["estimator"].help))
     divergence: str | None = field(
@@ -164,6 +175,17 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
     reduction: str = _option("reduction")
     clip: list[float] | None = field(default=None, metadata=_help(RULES["clip"].help))
     num_iterations: int = field(default=1, metadata=_help("Optimizer steps on each batch of completions."))
+    rollout_is: str = _option("rollout_is")
+    rollout_is_cap: float | None = field(default=2.0, metadata=_help("Upper bound of the importance weights."))
+    rollout_mask: dict[str, Any] | str | None = field(default=None, metadata=_help(RULES["rollout_mask"].help))
+    trust_region: dict[str, Any] | str | None = field(default=None, metadata=_help(RULES["trust_region"].help))
+    lmbda: float = field(
+        default=1.0,
+        metadata=_help("Share of batches whose completions the student samples; the others have the dataset's."),
+    )
+    sft_weight: float = field(
+        default=0.0, metadata=_help("Weight of -log p of the dataset's completions, in the batches that have them.")
+    )
     cross_tokenizer: bool = field(
         default=False,
         metadata=_help("Teachers and reference may have tokenizers of their own: texts are compared."),
@@ -198,7 +220,41 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         super().__post_init__()
         self._check_chunk_dtype()
         self._check_tokenizers()
-        checked_options(**self._loss_options())
+        self._check_rollouts()
+        checked_options(**self._loss_options(), **self._rollout_options)
+
+    def _check_rollouts(self) -> None:
+        defaults = {f.name: f.default for f in fields(GOPDConfig)}
+        given = [name for name in _ROLLOUT if getattr(self, name) != defaults[name]]
+        if given and not self.use_vllm:
+            raise ValueError(
+                f"{given[0]} needs use_vllm=True: without it the student samples with its own weights and kernels, and "
+                "there is no other engine to correct for"
+            )
+        share = require_number("lmbda", self.lmbda)
+        if not 0 <= share <= 1:
+            raise ValueError(f"lmbda must be a share, from 0 to 1, got {share}")
+        if share < 1 and self.estimator == "sampled":
+            raise ValueError(
+                f"lmbda={share} needs estimator='full' or 'topk': 'sampled' is a policy gradient, which needs tokens "
+                "that the student sampled, and the dataset's completions are not"
+            )
+        if require_not_negative("sft_weight", self.sft_weight) and share == 1:
+            raise ValueError(
+                f"sft_weight={self.sft_weight} needs lmbda below 1: the labels are the dataset's completions, and with "
+                "lmbda=1 no batch has them"
+            )
+
+    @property
+    def _rollout_options(self) -> dict[str, Any]:
+        """Arguments of the loss beside ``rollout_logprobs``; none where these would change nothing."""
+        given = {name: getattr(self, name) for name in _ROLLOUT if getattr(self, name) is not None}
+        if self.rollout_is == "none":
+            if self.rollout_is_cap == type(self).rollout_is_cap:  # the default
+                given.pop("rollout_is_cap", None)
+            if given.keys() == {"rollout_is"}:
+                return {}
+        return given if self.use_vllm else {}
 
     def _check_tokenizers(self) -> None:
         if self.span_credit is not None:
@@ -261,6 +317,8 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
 
     def _loss_options(self) -> dict[str, Any]:
         options = super()._loss_options()
+        for name in (*_ROLLOUT, "sft_weight"):  # of the batches that have log-probs of an engine, or labels
+            options.pop(name, None)
         if self.divergence != "jsd":
             del options["beta"]
         if self.chunk_dtype is not None:

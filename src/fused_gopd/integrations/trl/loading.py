@@ -151,7 +151,8 @@ class LoadingMixin(PhasesMixin):
             self._options["advantage_fn"] = advantage_fn
         self._cache_logged: dict[str, int] = {}
         self._cache = open_cache(args, {**teachers, "ref_model": cast("Any", ref_model)})
-        dry_run(self._options, routes, ref_model, cast("Any", args).device)
+        rollout = getattr(args, "_rollout_options", {})
+        dry_run({**self._options, **rollout}, routes, ref_model, cast("Any", args).device)
         self._asks_about_student = scores_students_tokens(self._options, teachers)
         if self._asks_about_student and getattr(args, "cross_tokenizer", False):
             raise ValueError(
@@ -174,6 +175,7 @@ class LoadingMixin(PhasesMixin):
         self._card_sources.append(("reference", reference))
         self.warnings: list[str] = []
         self._gopd_metrics: dict[str, list[tuple[str, Metrics]]] = {"train": [], "eval": []}
+        self._gopd_maxima: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
 
     def _set_up_prompts(
         self,

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers.utils.logging import get_logger
 
 from ... import Metrics
+from ...objective.kl_estimates import KL_ESTIMATES
 from ...output import GOPDOutput, metrics_of
 from ...targets import Frozen
+from ...tokens import widest
 from .. import misfit
 from ..cache import TeacherCache
 from . import card
@@ -35,6 +37,7 @@ class ReportingMixin(PhasesMixin):
     model: Any
     _metrics: Any
     _gopd_metrics: dict[str, list[tuple[str, Metrics]]]
+    _gopd_maxima: dict[str, dict[str, Tensor]]
     _cache: TeacherCache | None
     _cache_logged: dict[str, int]
     _card_sources: list[tuple[str, str]]
@@ -68,6 +71,26 @@ class ReportingMixin(PhasesMixin):
         if not isinstance(out.reward_scale, Tensor):  # of one per token the mean is among the metrics
             self._metrics[mode]["gopd/reward_scale"].append(out.reward_scale)
 
+    @torch.no_grad()
+    def _record_sampler(self, out: GOPDOutput, batch: Batch, sampler_step: Tensor | None) -> None:
+        """Keep how far the policy that sampled a batch is from the student, and how many optimizer steps it is old."""
+        mode = "train" if self.model.training else "eval"
+        if sampler_step is not None and mode == "train":
+            self._metrics[mode]["gopd/staleness"].append(self.state.global_step - int(sampler_step))
+        if batch.rollout_logprobs is None or out.student_logprobs is None:
+            return
+        own = out.student_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        live = batch.mask.bool() & ~torch.isneginf(own)
+        wide = widest(live.device)
+        log_ratio = torch.where(live, own.to(wide) - batch.rollout_logprobs.to(wide), 0.0)
+        sums = torch.stack((KL_ESTIMATES["k3"](log_ratio).sum(), live.sum().to(wide)))  # k3 of a ratio of 1 is 0
+        self._gopd_metrics[mode].append(("", Metrics(("sampler_kl",), sums[None])))
+        weights = log_ratio.exp() if out.importance is None else out.importance.to(wide)
+        largest = torch.where(live, weights, 0.0).max()
+        maxima = self._gopd_maxima[mode]
+        name = "importance_max"
+        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
     def _log_gopd_metrics(self) -> None:
         """Add the means over all tokens of all ranks since the last log to TRL's metrics, with one host sync."""
         mode = "train" if self.model.training else "eval"
@@ -89,6 +112,9 @@ class ReportingMixin(PhasesMixin):
                     self._metrics[mode][f"gopd/{name}{suffix}"].append(value)
                 elif name == "tokens" and not suffix and mode == "train":
                     self._log_phases(value)
+        for name, largest in self._gopd_maxima[mode].items():
+            self._metrics[mode][f"gopd/{name}"].append(self.accelerator.gather(largest).max().item())
+        self._gopd_maxima[mode].clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._log_gopd_metrics()

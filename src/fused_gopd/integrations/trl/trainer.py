@@ -21,6 +21,7 @@ from .checks import Model
 from .config import GOPDConfig, resolve_config
 from .models import ScoringMixin
 from .prompts import PromptFn
+from .rollouts import COMPLETION, RecordedEngine, sampler_logprobs, samples, token_ids_of
 
 
 class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
@@ -58,7 +59,9 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
 
     Logs TRL's metrics, and means over all tokens since the last log: ``gopd/reward`` (the implicit reward log q -
     log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
-    and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``. Of the seconds of an optimizer step, TRL's
+    and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``. With vLLM also ``gopd/sampler_kl``, the
+    KL of the engine's policy to the student's, ``gopd/importance_max`` and ``gopd/staleness``, the optimizer steps that
+    the engine's weights are old; with ``lmbda`` below 1 ``gopd/on_policy``, the share of sampled batches. Of the seconds of an optimizer step, TRL's
     ``step_time``, those that sampling and scoring took (``gopd/sample_seconds``, ``gopd/score_seconds``), and the
     tokens of all ranks that were trained on in each second (``gopd/tokens_per_second``).
 
@@ -84,6 +87,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
                 journal = {arXiv preprint arXiv:2602.12125}
             }"""),
     }
+
+    vllm_generation: Any
 
     def __init__(
         self,
@@ -122,6 +127,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
                 f"num_iterations={self.num_iterations} needs a train_dataset of known length (a datasets.Dataset), got "
                 f"{type(train_dataset).__name__}"
             )
+        if args.lmbda < 1:
+            _require_completions(args.lmbda, train_dataset, trainer_arguments.get("tools"))
         super().__init__(
             model=model,
             args=args,
@@ -131,13 +138,32 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             **trainer_arguments,
         )
         self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
+        self._rollout_options = args._rollout_options
+        self._turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]] = {}  # log-probs of the engine
+        self._given: list[tuple[Any, Any]] | None = None  # prompts and completions of the dataset, for this batch
+        if self.use_vllm:
+            self.vllm_generation.logprobs = 0  # those of the sampled tokens; TRL asks for none
 
     # --------------------------------------------------------------------------------------------------- completions
 
-    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        with evaluation(self.model), self._sampling() as phase:  # without dropout, as it is scored
-            completions = super()._generate_single_turn(*args, **options)
-            phase.tokens_at_end = sum(map(len, completions))
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.lmbda < 1 and COMPLETION not in self._signature_columns:
+            self._signature_columns.append(COMPLETION)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **options: Any) -> Any:
+        if self._given is not None:
+            return self._tokenize_completions(prompt_ids, self._given)
+        engine = getattr(self, "vllm_generation", None)
+        if engine is not None:
+            self.vllm_generation = RecordedEngine(engine, self._turns)
+        try:
+            with evaluation(self.model), self._sampling() as phase:  # without dropout, as it is scored
+                completions = super()._generate_single_turn(prompt_ids, *args, **options)
+                phase.tokens_at_end = sum(map(len, completions))
+        finally:
+            if engine is not None:
+                self.vllm_generation = engine
         if not self.tools and not all(len(completion) for completion in completions):
             empty = [i for i, completion in enumerate(completions) if not len(completion)]
             raise ValueError(
@@ -146,8 +172,45 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             )
         return completions
 
+    def _tokenize_completions(self, prompt_ids: list[list[int]], given: list[tuple[Any, Any]]) -> list[list[int]]:
+        """Token ids of completions of the dataset, given as (prompt, completion)."""
+        template = self.processing_class.apply_chat_template
+        options = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        return [
+            token_ids_of(
+                prompt,
+                completion,
+                ids,
+                tokenizer=self._tokenizer,
+                render=partial(template, tokenize=False, **options),
+                end_ids=self.eos_token_ids,
+                longest=self.max_completion_length,
+            )
+            for ids, (prompt, completion) in zip(prompt_ids, given, strict=True)
+        ]
+
+    def _completions_in(self, inputs: list[dict[str, Any]]) -> list[tuple[Any, Any]] | None:
+        """Prompts and completions of the dataset for a batch, or None where it is sampled, as in evaluation."""
+        if self.args.lmbda == 1 or not self.model.training:
+            return None
+        sampled = samples(self.args.seed, self.state.global_step // self.num_iterations, self.args.lmbda)
+        self._metrics["train"]["gopd/on_policy"].append(float(sampled))
+        if sampled:
+            return None
+        for row in inputs:
+            if row.get(COMPLETION) is None:
+                raise ValueError(f"lmbda={self.args.lmbda} needs a column {COMPLETION!r}, and a row has none: {row}")
+            if row.get("image") is not None or row.get("images"):
+                raise ValueError(f"lmbda={self.args.lmbda} is for texts, and a row has images")
+        return [(row["prompt"], row[COMPLETION]) for row in inputs]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
+        self._turns.clear()
+        given = self._given = self._completions_in(inputs)
+        try:
+            output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))
+        finally:
+            self._given = None
         if self.args.route_column is not None:
             output["teacher_index"] = self._routes_in(inputs)
         self._add_readings(inputs, output)
@@ -157,7 +220,23 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
         if self.args.estimator == "sampled" and (self.num_iterations > 1 or self._cross.pairs):
             output["old_logprobs"] = self._logprobs(batch)
+        if given is not None:
+            if self.args.sft_weight:
+                output["sft_labels"] = batch.token_ids.masked_fill(batch.mask == 0, -100)
+            return output
+        if self.use_vllm:
+            output["rollout_logprobs"] = self._without_gaps(sampler_logprobs(self._turns, output), batch, output)
+        if self.use_vllm or self.num_iterations > 1:
+            output["sampler_step"] = torch.tensor(self._last_loaded_step if self.use_vllm else self.state.global_step)
         return output
+
+    def _without_gaps(self, logprobs: Tensor, batch: Batch, output: dict[str, Any]) -> Tensor:
+        """The engine's log-probs, with the student's own where it gave none: their importance weight is 1."""
+        gaps = logprobs.isnan()
+        if not bool(self.accelerator.gather(gaps.any()).any()):
+            return logprobs
+        own = output["old_logprobs"] if "old_logprobs" in output else self._logprobs(batch)
+        return torch.where(gaps, own.to(logprobs.dtype), logprobs)
 
     @torch.no_grad()
     def _logprobs(self, batch: Batch) -> Tensor:
@@ -205,11 +284,28 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         batch = Batch.from_trl(inputs)
         # of two policies; with dropout it would be one of two random masks
         ratio = batch.old_logprobs is not None
+        options: dict[str, Any] = {}
+        if batch.rollout_logprobs is not None and self._rollout_options:
+            options = {"rollout_logprobs": batch.rollout_logprobs, **self._rollout_options}
+        if batch.sft_labels is not None:
+            options |= {"sft_labels": batch.sft_labels, "sft_weight": self.args.sft_weight}
         with without_dropout(unwrapped_student) if ratio else nullcontext():
-            out = self._loss(unwrapped_student, batch, normalizer=normalizer)
+            out = self._loss(unwrapped_student, batch, normalizer=normalizer, **options)
         self._record(out, batch)
+        self._record_sampler(out, batch, inputs.get("sampler_step"))
         self._count_in_step(batch.mask)
         return out.loss, out.entropy.sum(), batch.mask.sum()
+
+
+def _require_completions(lmbda: float, dataset: Any, tools: Any) -> None:
+    """Raise for what cannot have completions of the dataset."""
+    if tools:
+        raise ValueError(f"lmbda={lmbda} has no place for tools: a completion of the dataset would call them anew")
+    columns = getattr(dataset, "column_names", None)  # None of a stream whose columns are not known
+    if columns is not None and COMPLETION not in columns:
+        raise ValueError(
+            f"lmbda={lmbda} needs a column {COMPLETION!r} in train_dataset, which has only {', '.join(columns)}"
+        )
 
 
 class _EpochSampler(RepeatSampler):  # type: ignore[misc]
