@@ -1341,7 +1341,8 @@ def test_trls_configuration_is_refused(tmp_path: Path) -> None:
 def test_empty_completions_are_named(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.use_vllm, run._last_loaded_step = True, 0
-    run.vllm_generation = SimpleNamespace(generate=lambda **_: (None, [[5, 6], [], [7], []], None, None))
+    ids, logprobs = [[5, 6], [], [7], []], [[[-1.0], [-1.0]], [], [[-1.0]], []]
+    run.vllm_generation = SimpleNamespace(generate=lambda **_: (None, ids, logprobs, None))
     with pytest.raises(ValueError, match=r"completions \[1, 3\] of 4 are empty"):
         run._generate([*PROMPTS[:4]])
 

@@ -267,6 +267,9 @@ def test_an_engine_without_log_probs_is_named(tmp_path: Path, engine: Any) -> No
     engine(answers_logprobs=False)
     with pytest.raises(ValueError, match="the engine returned no log-probs of the tokens that it sampled"):
         trainer(tmp_path, use_vllm=True).train()
+    run = trainer(tmp_path, use_vllm=True, rollout_is="none")
+    run.train()
+    assert "gopd/sampler_kl" not in run.state.log_history[0]
 
 
 # --------------------------------------------------------------------------------------------------------- the record

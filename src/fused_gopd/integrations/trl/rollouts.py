@@ -20,11 +20,15 @@ class RecordedEngine:
         engine: the engine.
         turns: gets what was sampled, by the ids of the prompt: pairs of token ids and of their log-probs, NaN for those
             that vLLM returns as None.
+        required: whether an answer without log-probs raises.
     """
 
-    def __init__(self, engine: Any, turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]]) -> None:
+    def __init__(
+        self, engine: Any, turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]], *, required: bool = True
+    ) -> None:
         self._engine = engine
         self._turns = turns
+        self._required = required
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -32,10 +36,12 @@ class RecordedEngine:
     def generate(self, prompts: list[list[int]], **options: Any) -> Any:
         answer = self._engine.generate(prompts=prompts, **options)
         _, completions, logprobs, candidates = answer
+        if logprobs is None and not self._required:
+            return answer
         if logprobs is None:
             raise ValueError(
-                "the engine returned no log-probs of the tokens that it sampled, which importance weights need: a "
-                "server must send them (logprobs=0), and generation_kwargs must not turn them off"
+                "the engine returned no log-probs of the tokens that it sampled, which importance weights need: "
+                "generation_kwargs must not turn them off, or rollout_is='none' does without"
             )
         for i, (prompt, tokens) in enumerate(zip(prompts, completions, strict=True)):
             found = _of_sampled(tokens, logprobs[i], None if candidates is None else candidates[i])

@@ -156,7 +156,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             return self._tokenize_completions(prompt_ids, self._given)
         engine = getattr(self, "vllm_generation", None)
         if engine is not None:
-            self.vllm_generation = RecordedEngine(engine, self._turns)
+            self.vllm_generation = RecordedEngine(engine, self._turns, required=bool(self._rollout_options))
         try:
             with evaluation(self.model), self._sampling() as phase:  # without dropout, as it is scored
                 completions = super()._generate_single_turn(prompt_ids, *args, **options)
@@ -224,7 +224,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             if self.args.sft_weight:
                 output["sft_labels"] = batch.token_ids.masked_fill(batch.mask == 0, -100)
             return output
-        if self.use_vllm:
+        if self._turns:
             output["rollout_logprobs"] = self._without_gaps(sampler_logprobs(self._turns, output), batch, output)
         if self.use_vllm or self.num_iterations > 1:
             output["sampler_step"] = torch.tensor(self._last_loaded_step if self.use_vllm else self.state.global_step)
