@@ -61,9 +61,10 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     log r), ``gopd/kl_target``, ``gopd/kl_teacher_k3``, ``gopd/kl_ref_k3``, ``gopd/advantage``, ``gopd/clip_fraction``
     and the others of :class:`fused_gopd.Metrics`, and ``gopd/reward_scale``. With vLLM also ``gopd/sampler_kl``, the
     KL of the engine's policy to the student's, ``gopd/importance_max`` and ``gopd/staleness``, the optimizer steps that
-    the engine's weights are old; with ``lmbda`` below 1 ``gopd/on_policy``, the share of sampled batches. Of the seconds of an optimizer step, TRL's
-    ``step_time``, those that sampling and scoring took (``gopd/sample_seconds``, ``gopd/score_seconds``), and the
-    tokens of all ranks that were trained on in each second (``gopd/tokens_per_second``).
+    the engine's weights are old; with ``lmbda`` below 1 ``gopd/on_policy``, the share of sampled batches.
+    Of the seconds of an optimizer step, TRL's ``step_time``, those that sampling and scoring took
+    (``gopd/sample_seconds``, ``gopd/score_seconds``), and the tokens of all ranks that were trained on in each second
+    (``gopd/tokens_per_second``).
 
     A callback with a method ``on_phase(args, state, control, phase=phase)`` is told what the trainer does: ``load``,
     ``sample``, ``score`` or ``step``, how far it is, and its tokens per second. The progress bar of transformers shows
