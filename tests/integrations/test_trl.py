@@ -122,6 +122,7 @@ def config(folder: Path, kind: type = GOPDConfig, **options: Any) -> Any:
 def trainer(folder: Path, kind: type = GOPDTrainer, student: Any = None, data: Any = None, **arguments: Any) -> Any:
     """A trainer; what its configuration and its constructor know go where they belong."""
     names = ("ref_model", "reward_scale_fn", "teacher_processing_class", "peft_config", "advantage_fn", "callbacks")
+    names += ("teacher_prompt",)
     own = {name: arguments.pop(name) for name in names if name in arguments}
     own["teacher"] = arguments.pop("teacher") if "teacher" in arguments else model(1, hidden=48)
     return kind(

@@ -1,9 +1,12 @@
-"""Frozen adapters of PEFT on the student's own base: ``"adapter:PATH"`` in the place of a teacher's path.
+"""Frozen models made of the student's own modules: ``"adapter:PATH"`` and ``"student"`` in the place of a model's path.
 
 A student with a PEFT adapter has a frozen base. Another adapter on that base is another model whose only new memory is
 its own: :func:`with_adapter` copies the student's modules (not its tensors), takes the student's adapter off the copy,
 and puts the other one on. The student is not touched: nothing is switched, saved or hooked, and gradient checkpointing
 recomputes what it computed.
+
+:func:`frozen_copy` is the student as it is now: its modules are copied, and of its tensors those that are trained. Of a
+student with an adapter these are the adapter's, of any other student all.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -104,12 +108,41 @@ def with_adapter(name: str, student: Any, path: str) -> nn.Module:
     return frozen
 
 
+def frozen_copy(student: nn.Module) -> nn.Module:
+    """The student as it is now, frozen, in evaluation mode: its trained parameters are copied, its frozen ones shared.
+
+    Floating-point buffers are copied, too, since a forward in training mode may write to them (running means).
+    """
+    shared: list[Tensor] = [x for x in student.parameters() if not x.requires_grad]
+    shared += [x for x in student.buffers() if not x.is_floating_point()]  # quantised weights, masks
+    shared += _tensors_in_attributes(student)
+    memo: dict[int, Any] = {id(x): x for x in shared}
+    made = copy.deepcopy(student, memo)
+    for module in made.modules():
+        if isinstance(module, nn.Linear) and "forward" in vars(module):  # GRPOTrainer's, which has the weight's owner
+            module.forward = _rebound(module.forward, memo)  # type: ignore[method-assign]
+    _put_back_forwards(made, set(student.modules()))
+    return made.requires_grad_(False).eval()  # what is shared is frozen already
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """A function whose closure has the copies in place of the modules that were copied; ``memo`` is of deepcopy."""
+    if not isinstance(function, FunctionType):
+        return function
+    cells = tuple(CellType(memo.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__ or ())
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+
+
+def _tensors_in_attributes(model: nn.Module) -> list[Tensor]:
+    """Tensors that are neither parameters nor buffers, such as the scales of quantised weights."""
+    return [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
+
+
 def _base(student: Any) -> nn.Module:
     """The base of a PEFT model without its adapters: other modules, with the same parameters and buffers."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    tensors = [*student.parameters(), *student.buffers()]
-    tensors += [x for m in student.modules() for x in vars(m).values() if isinstance(x, Tensor)]
+    tensors = [*student.parameters(), *student.buffers(), *_tensors_in_attributes(student)]
     whole: Any = copy.deepcopy(student, {id(x): x for x in tensors})
     for module in list(whole.modules()):
         for child_name, child in list(module._modules.items()):
@@ -129,13 +162,13 @@ def _put_back_forwards(base: nn.Module, of_student: set[nn.Module]) -> None:
         owners = [getattr(x, "__self__", x) for x in held]
         if not any(isinstance(x, nn.Module) and x in of_student for x in owners):
             continue
-        if isinstance(module, nn.Linear):  # GRPOTrainer's, which multiplies with the same weight in float32
+        if isinstance(module, nn.Linear):  # GRPOTrainer's, which multiplies with its own weight in float32
             continue
         home = function.__globals__["__name__"]  # not its name, which may be that of the function that it wraps
         if not home.startswith("trl."):
             raise TypeError(
                 f"the student's forward was replaced by one of {home}, which runs the student whatever model it is "
-                "called on: no other adapter can be on that base. Pass the path of a whole model"
+                "called on: no other model can be made of its modules. Pass the path of a whole model"
             )
         del module.forward  # log-probs in place of logits, which a teacher has no use for
 

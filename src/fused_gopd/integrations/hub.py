@@ -11,11 +11,20 @@ _WHERE = ("revision", "cache_dir")
 _FILES = ("config.json", "adapter_config.json")
 # before the path of an adapter on the student's base, in the place of a model's path
 ADAPTER = "adapter:"
+# in the place of a model's path: the student itself, and a student without its PEFT adapter. A folder of one of these
+# names is ./student
+STUDENT = "student"
+BASE = "base"
 
 
 def adapter_path(source: object) -> str | None:
     """The folder or hub name in ``"adapter:PATH"``; None for every other model."""
     return source.removeprefix(ADAPTER) if isinstance(source, str) and source.startswith(ADAPTER) else None
+
+
+def is_own(source: object) -> bool:
+    """Whether a teacher or reference is made of the student: ``"student"`` or ``"base"``."""
+    return isinstance(source, str) and source in (STUDENT, BASE)
 
 
 def is_folder(argument: str, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
-from ..hub import adapter_path
+from ..hub import BASE, adapter_path, is_own
 from .phases import TIMES
 
 Lines = list[tuple[str, str]]
@@ -26,14 +26,21 @@ _MEANS_OF = 10  # rows to average at either end
 _END = re.compile(r"\n<!-- fused-gopd, (\w{64}) -->\n\Z")
 
 
-def name_of(model: Any) -> str:
-    """Name of a model for a card: on the hub, of its folder without the path (which may name people), or its class."""
+def name_of(model: Any, moves: str | None = None) -> str:
+    """Name of a model for a card: on the hub, of its folder without the path (which may name people), or its class.
+
+    ``moves``: how a teacher "student" follows the student.
+    """
     if isinstance(model, nn.Module):
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         return name_of(name) if name else type(model).__name__
     adapter = adapter_path(model)
     if adapter is not None:
         return f"the student's base with the adapter {name_of(adapter)}"
+    if is_own(model):
+        if model == BASE:
+            return "the student without its adapter"
+        return f"the student itself, {moves}" if moves else "the student before training"
     if isinstance(model, str):
         return Path(model).name if Path(model).expanduser().is_dir() else model
     return f"a scorer, {getattr(model, '__name__', type(model).__name__)}"

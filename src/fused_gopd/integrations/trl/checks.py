@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
 from ...targets import Frozen
 from ..cache import CachedTeacher, TeacherCache
+from ..hub import STUDENT
 from ..tokenizers import TokenizerPair
 
 Scorer = Callable[..., Frozen]
@@ -27,7 +28,8 @@ shape of the result, a TokenLogProbs, TopKLogProbs or LinearHead, are (B, K). Wi
 takes a fourth argument gets ``token_ids`` (B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
 """
 Model = str | nn.Module | Scorer
-"""A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; a model; a scorer."""
+"""A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; "student" or "base", the
+student itself or without its adapter; a model; a scorer."""
 
 
 def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[Any, Model]:
@@ -127,6 +129,37 @@ def check_scored_tokens(teachers: Mapping[str, Model | None], k: int) -> None:
                 require(k)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+
+
+def check_student_as_teacher(args: Any, teachers: Mapping[str, Model], alike: Sequence[str], lambda_is_1: bool) -> None:
+    """Check the options of a teacher that is the student.
+
+    Args:
+        args: the trainer's configuration.
+        teachers: by their names.
+        alike: the names of those that read the student's own prompt.
+        lambda_is_1: in all steps.
+    """
+    own = [name for name, source in teachers.items() if isinstance(source, str) and source == STUDENT]
+    moves = args._teacher_moves
+    if moves is not None and not own:
+        raise ValueError(f'{moves} is for teacher="student", the student itself, and {", ".join(teachers)} is not it')
+    if not own:
+        return
+    if moves is not None and args.teacher_cache is not None:
+        raise ValueError(
+            f"teacher_cache has no use for {own[0]}, which changes with the student ({moves}): what it scores once it "
+            "never scores again. Leave teacher_cache out"
+        )
+    idle = [name for name in own if name in alike]
+    if idle and lambda_is_1:
+        # whose terms may learn from a teacher that does not move
+        weights = [getattr(args, name, 0.0) for name in ("entropy_weight", "outcome_weight")]
+        if args._teacher_is_live or not (any(weights) or args._penalty is not None):
+            raise ValueError(
+                f'{idle[0]}="student" reads the prompt that the student reads, so that at reward_scale=1 both say the '
+                "same and every gradient is 0: give the teacher another prompt (teacher_prompt)"
+            )
 
 
 def check_routes(routes: Mapping[Any, Model], column: str, name: str, dataset: Any) -> None:

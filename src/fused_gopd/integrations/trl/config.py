@@ -54,6 +54,14 @@ class Options:
     ref_prompt_column: str | None = field(
         default=None, metadata=_help("Column of the dataset that the reference reads in place of the prompt.")
     )
+    teacher_sync_steps: int | None = field(
+        default=None,
+        metadata=_help("With teacher='student': optimizer steps between its updates; default: it stays as it began."),
+    )
+    teacher_ema: float | None = field(
+        default=None,
+        metadata=_help("With teacher='student': decay of a moving average of the student, which the teacher is."),
+    )
     teacher_cache: str | None = field(
         default=None, metadata=_help("Folder for the hidden states of teachers and reference, to be read again.")
     )
@@ -71,6 +79,28 @@ class Options:
             require_count("teacher_cache_max_bytes", self.teacher_cache_max_bytes)
             if self.teacher_cache is None:
                 raise ValueError("teacher_cache_max_bytes needs teacher_cache, the folder whose size it bounds")
+
+    def _check_moving_teacher(self) -> None:
+        if self.teacher_sync_steps is not None:
+            require_count("teacher_sync_steps", self.teacher_sync_steps)
+        if self.teacher_ema is not None and not 0 < require_number("teacher_ema", self.teacher_ema) < 1:
+            raise ValueError(
+                f"teacher_ema must be between 0 and 1, got {self.teacher_ema}: it is the decay d of d * average + "
+                "(1 - d) * student. Leave it out for the student as it began, or give teacher_sync_steps=1 alone for "
+                "the current student"
+            )
+
+    @property
+    def _teacher_moves(self) -> str | None:
+        """The options by which a teacher "student" follows the student; None: it does not."""
+        names = ("teacher_ema", "teacher_sync_steps")
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return " and ".join(given) or None
+
+    @property
+    def _teacher_is_live(self) -> bool:
+        """Whether a teacher "student" is the current student at every step."""
+        return self.teacher_sync_steps == 1 and self.teacher_ema is None
 
     def _check_reward_scale(self) -> None:
         require_number("reward_scale", self.reward_scale)
@@ -145,6 +175,10 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
         route_column: with several teachers, the column of the dataset that names the teacher of each prompt.
         teacher_prompt_column, ref_prompt_column: the column of the dataset, with texts or lists of messages, that
             teachers, or the reference, read in place of ``prompt``. The completions are the student's own.
+        teacher_sync_steps, teacher_ema: how ``teacher="student"`` follows the student; by default not at all. It
+            becomes the current student every ``teacher_sync_steps`` optimizer steps, or, with ``teacher_ema``, a moving
+            average of this decay, updated every ``teacher_sync_steps`` steps (default 1). ``teacher_sync_steps=1``
+            alone is the current student, without a copy.
         teacher_cache, teacher_cache_max_bytes: a folder for the hidden states of teachers and reference, a
             :class:`fused_gopd.integrations.cache.TeacherCache`. A sequence that was scored before is read from there.
         chunk_size, chunk_dtype, grad_filter, backend: the computation. ``chunk_dtype``, ``"bfloat16"`` or
@@ -203,6 +237,7 @@ class GOPDConfig(Options, DistillationConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._check_cache()
+        self._check_moving_teacher()
         self._check_reward_scale()
         # a trainer needs one number
         one_of("reduction", self.reduction, ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"))
@@ -333,7 +368,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
     Args:
         reward_scale, reward_scale_end, reward_scale_steps, route_column: as in :class:`GOPDConfig`.
         teacher_prompt_column, ref_prompt_column: as in :class:`GOPDConfig`.
-        teacher_cache, teacher_cache_max_bytes: as in :class:`GOPDConfig`.
+        teacher_sync_steps, teacher_ema, teacher_cache, teacher_cache_max_bytes: as in :class:`GOPDConfig`.
         baseline, advantage_clip, logprob_min, chunk_size, backend: as in :class:`GOPDConfig`.
         outcome_weight: factor on the advantage of the rewards; 0 trains on G-OPD alone.
         gopd_weight: factor on the G-OPD advantage of each token.
@@ -352,6 +387,7 @@ class GRPOGOPDConfig(Options, GRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._check_cache()
+        self._check_moving_teacher()
         self._check_reward_scale()
         require_number("outcome_weight", self.outcome_weight)
         require_number("gopd_weight", self.gopd_weight)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_logger
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
@@ -16,8 +18,8 @@ from ... import Metrics
 from ...hooks import qualified_name
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ..adapters import require_adapter, with_adapter
-from ..cache import StoredStates
-from ..hub import adapter_path, require_model
+from ..cache import StoredStates, TeacherCache
+from ..hub import BASE, STUDENT, adapter_path, is_own, require_model
 from ..modules import require_separate
 from ..tokenizers.pairs import texts_of
 from ..transformers.states import require_head
@@ -28,6 +30,7 @@ from .checks import (
     check_kind,
     check_routes,
     check_scored_tokens,
+    check_student_as_teacher,
     check_tokenizers,
     check_vocabulary,
     check_weights,
@@ -47,6 +50,7 @@ from .config import Options
 from .cross import CrossTokenizer
 from .phases import PhasesMixin
 from .prompts import ARGUMENTS, OtherPrompt
+from .student import StudentCopy, load_copies, save_copies
 from .watch import ends_of, other_ends
 
 logger = get_logger(__name__)
@@ -68,8 +72,7 @@ def _trains_all(student: nn.Module, source: nn.Module, peft_config: Any) -> bool
 
 
 def _require_separate(name: str, source: nn.Module, student: nn.Module) -> None:
-    base = ', or, for a student with a PEFT adapter, "base"' if name == "ref_model" else ""
-    require_separate(name, source, student, base)
+    require_separate(name, source, student, ', or "student", which makes that copy')
 
 
 @contextmanager
@@ -82,6 +85,17 @@ def without_cast(head: Any) -> Iterator[bool]:
     finally:
         if cast_to_fp32:
             head.forward = replaced
+
+
+class _Follow(TrainerCallback):
+    """Has the copies of the student follow it after each optimizer step, before the step's checkpoint is saved."""
+
+    def __init__(self, copies: Mapping[str, StudentCopy], accelerator: Any) -> None:
+        self._copies, self._accelerator = copies, accelerator
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for copied in self._copies.values():
+            copied.follow(self._accelerator.unwrap_model(model), state.global_step)
 
 
 class LoadingMixin(PhasesMixin):
@@ -97,6 +111,10 @@ class LoadingMixin(PhasesMixin):
     is_fsdp_enabled: bool
     _tokenizer: PreTrainedTokenizerBase
     _is_vlm: bool
+    _cache: TeacherCache | None
+    _card_sources: list[tuple[str, str]]
+    _unchecked: set[str]
+    _vocab_size: int
     _warn: Callable[[str], None]
 
     @property
@@ -121,7 +139,7 @@ class LoadingMixin(PhasesMixin):
         teachers = named(routes)
         for name, model in teachers.items():
             check_kind(name, model, cast("Any", args).temperature)
-        loaded = any(isinstance(x, str) and adapter_path(x) is None for x in routes.values())
+        loaded = any(isinstance(x, str) and adapter_path(x) is None and not is_own(x) for x in routes.values())
         if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
         scale = f"reward_scale={args.reward_scale}"
@@ -136,7 +154,7 @@ class LoadingMixin(PhasesMixin):
             raise ValueError(
                 f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else what}: only "
                 "reward_scale=1 without a KL penalty does without a reference. It is usually the student before "
-                'training: pass its path, a copy of it, or, for a student with a PEFT adapter, "base"'
+                'training: ref_model="student", or, for a new PEFT adapter, ref_model="base", which needs no copy'
             )
         if isinstance(student, nn.Module):
             for name, source in {**teachers, "ref_model": ref_model}.items():
@@ -146,6 +164,9 @@ class LoadingMixin(PhasesMixin):
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
         self._set_up_prompts(args, routes, ref_model, datasets, prompts)
+        other = self._prompts.get("teacher")
+        alike = [teacher_name(route) for route in routes if other is None or not other.differs(route)]
+        check_student_as_teacher(args, teachers, alike, reward_scale_fn is None and not args._needs_reference)
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
@@ -167,12 +188,11 @@ class LoadingMixin(PhasesMixin):
             if path is not None and name != "model":
                 require_model(name, path)
                 require_adapter(name, path)
-            elif isinstance(source, str) and (name, source) != ("ref_model", "base"):
+            elif isinstance(source, str) and (name == "model" or not is_own(source)):
                 require_model(name, source, teacher_init if name in teachers else init)
         self._reward_scale_fn = reward_scale_fn
-        self._card_sources = [(name, card.name_of(model)) for name, model in teachers.items()]
-        reference = "none" if ref_model is None else "the base" if ref_model == "base" else card.name_of(ref_model)
-        self._card_sources.append(("reference", reference))
+        self._card_sources = [(name, card.name_of(model, args._teacher_moves)) for name, model in teachers.items()]
+        self._card_sources.append(("reference", "none" if ref_model is None else card.name_of(ref_model)))
         self.warnings: list[str] = []
         self._gopd_metrics: dict[str, list[tuple[str, Metrics]]] = {"train": [], "eval": []}
         self._gopd_maxima: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
@@ -226,6 +246,9 @@ class LoadingMixin(PhasesMixin):
         if self._is_vlm and self._cross_tokenizer:
             raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
         self._stored: dict[int | str, StoredStates] = {}  # by the id of a model, or "base"
+        self._copies: dict[str, StudentCopy] = {}
+        if isinstance(ref_model, str) and ref_model == BASE:  # said whether or not lambda needs it
+            self._require_adapter("ref_model")
         student = cast("Any", self.model)
         with without_cast(student.get_output_embeddings()):
             require_head(student)
@@ -243,17 +266,9 @@ class LoadingMixin(PhasesMixin):
         elif self.accelerator.is_main_process:
             logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
         self._reference: Any = None
-        if isinstance(ref_model, str) and ref_model == "base" and not hasattr(self.model, "disable_adapter"):
-            raise ValueError(
-                'ref_model="base" is the student without its PEFT adapter, and the student has none: pass '
-                "peft_config, or the path or a copy of the student before training"
-            )
         if ref_model is not None and not (self._differs_in_any_step_from(1) or self.args._penalty is not None):
             if self.accelerator.is_main_process:
                 logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
-        elif isinstance(ref_model, str) and ref_model == "base":
-            self._reference = "base"
-            self._store("ref_model", "base", self.model)
         elif ref_model is not None:
             init = self.args.model_init_kwargs
             self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
@@ -261,9 +276,11 @@ class LoadingMixin(PhasesMixin):
             self._prompts.pop("teacher", None)
         if self._reference is None:
             self._prompts.pop("ref_model", None)
+        if any(copied.moves for copied in self._copies.values()):
+            cast("Any", self).add_callback(_Follow(self._copies, self.accelerator))
         # models that a first batch has not been compared with yet; those of another tokenizer score other tokens
-        known = [*names, *(["ref_model"] if self._reference not in (None, "base") else [])]
-        self._unchecked = set(known) - set(self._cross.pairs)
+        sources = {**dict(zip(names, routes.values(), strict=True)), "ref_model": ref_model}
+        self._unchecked = {n for n, x in sources.items() if x is not None and not is_own(x)} - set(self._cross.pairs)
         self._vocab_size = min(sizes)
         self._sample_from_joint_vocabulary(sizes[0])
 
@@ -271,6 +288,8 @@ class LoadingMixin(PhasesMixin):
         self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]
     ) -> Any:
         """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
+        if is_own(source):
+            return self._made_of_student(name, cast("str", source))
         if not isinstance(source, (str, nn.Module)):
             own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
             if isinstance(own, PreTrainedTokenizerBase):
@@ -339,6 +358,54 @@ class LoadingMixin(PhasesMixin):
         prepared[id(source)] = name, model
         self._store(name, id(model), model)
         return model
+
+    def _require_adapter(self, name: str) -> None:
+        if not hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):
+            raise ValueError(
+                f'{name}="base" is the student without its PEFT adapter, and the student has none: pass peft_config, '
+                f'or {name}="student", the student as it is before training'
+            )
+
+    def _made_of_student(self, name: str, source: str) -> nn.Module | str:
+        """A copy of the student; or ``"base"`` or ``"student"``, which the student's own modules compute."""
+        self._positions[name] = self._positions["the student"]
+        if source == BASE:
+            self._require_adapter(name)
+            self._store(name, BASE, self.model)
+            return BASE
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            sharding = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f'{name}="student" is a copy of the student, which {sharding} shards: pass the path of the model that '
+                "training begins with, or train without sharding"
+            )
+        moves = name != "ref_model" and self.args._teacher_moves is not None
+        if moves and self.args._teacher_is_live:
+            return STUDENT
+        kind = "moving" if moves else "initial"
+        if kind not in self._copies:
+            steps, decay = (self.args.teacher_sync_steps, self.args.teacher_ema) if moves else (None, None)
+            copied = StudentCopy(self.accelerator.unwrap_model(self.model), every=steps, ema=decay)
+            copied.model = self.accelerator.prepare_model(copied.model, evaluation_mode=True)
+            state = copied.state()
+            for x in state.values():  # processes may have made other adapters, and train that of the first one
+                broadcast(x)
+            copied.load(state)
+            self._copies[kind] = copied
+        model = self._copies[kind].model
+        if id(model) not in self._stored:
+            self._store(name, id(model), model)
+        return model
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self._copies and self.args.should_save:
+            save_copies(Path(output_dir), self._copies)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if self._copies and checkpoint is not None:
+            load_copies(Path(checkpoint), self._copies)
 
     def _compare_tokenizers(self, name: str, other: Any) -> None:
         """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` keep the pair, and say so."""

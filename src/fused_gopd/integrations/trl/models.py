@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -18,6 +18,7 @@ from ...output import GOPDOutput
 from ...targets import Frozen, LogLinear, Mixture
 from ...token_stats import RewardScaleFn
 from ...values import require_number
+from ..hub import BASE
 from ..transformers import head_of, last_hidden_state
 from .batch import Batch, PromptIds, flat, flat_prompt, spread
 from .checks import require_route, role_of, takes_token_ids, teacher_name
@@ -121,6 +122,10 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     def _score_own(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
         """Score the tokens of a batch with the model that they belong to."""
+        if isinstance(model, str):  # "base" or "student": to be called inside the forward of the student's wrapper
+            student = self.accelerator.unwrap_model(self.model)
+            with student.disable_adapter() if model == BASE else nullcontext():
+                return self._frozen_states(model, student, batch, gathered, partial(self._hidden, student))
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
 
@@ -153,7 +158,7 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         used, sources = [], []
         for i, (route, model) in enumerate(zip(self._routes, self._teachers, strict=True)):
             rows = (index == i).nonzero()[:, 0]
-            if len(rows) or (shared and isinstance(model, nn.Module)):
+            if len(rows) or (shared and isinstance(model, (str, nn.Module))):
                 part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
                 used.append(i)
                 source = self._score(teacher_name(route), model, part, gathered)
@@ -180,11 +185,7 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 for_ref = batch.read_by("ref_model")
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
-                if needs_ref and self._reference == "base":
-                    with cast("Any", student).disable_adapter():
-                        run = partial(self._hidden, student)
-                        ref = self._frozen_states("base", student, for_ref, gathered, run)
-                elif needs_ref:
+                if needs_ref:
                     ref = self._score("ref_model", self._reference, for_ref, gathered)
             loss = partial(
                 gopd_loss,

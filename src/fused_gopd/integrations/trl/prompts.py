@@ -56,6 +56,10 @@ class OtherPrompt:
         """Whether any prompt is another one than the student's."""
         return self.column is not None or self._functions != {None: None}
 
+    def differs(self, route: Any) -> bool:
+        """Whether the model of a route reads another prompt than the student's."""
+        return self.column is not None or self._functions.get(None, self._functions.get(route)) is not None
+
     def of(self, row: dict[str, Any]) -> Any:
         """The prompt of a row: a text or a list of messages.
 

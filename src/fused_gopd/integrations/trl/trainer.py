@@ -34,15 +34,18 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     Args:
         model: the student: a model, a PEFT model, or a path.
         teacher: a model, its path, ``"adapter:PATH"`` (the base of a student with a PEFT adapter, under another one,
-            which is all that it adds in memory), or a scorer, a function ``(input_ids, attention_mask,
-            completion_mask)`` that returns :class:`fused_gopd.TokenLogProbs` or :class:`fused_gopd.TopKLogProbs` of the
+            which is all that it adds in memory), ``"student"`` (the student as the trainer gets it, frozen: a copy of
+            what is trained; ``args.teacher_sync_steps`` and ``args.teacher_ema`` have it follow the student),
+            ``"base"`` (the student without its PEFT adapter, no copy), or a scorer, a function ``(input_ids,
+            attention_mask, completion_mask)`` that returns :class:`fused_gopd.TokenLogProbs` or
+            :class:`fused_gopd.TopKLogProbs` of the
             completions' shape (B, K), or a :class:`fused_gopd.LogLinear` or :class:`fused_gopd.Mixture` of
             TokenLogProbs; or a dict from route to one of these, where ``args.route_column`` names the route of each
             prompt. A teacher only runs on the prompts that are routed to it.
         args: a :class:`GOPDConfig`.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
             as in TRL.
-        ref_model: the reference, likewise, or ``"base"``, the student without its PEFT adapter.
+        ref_model: the reference, likewise; ``"student"`` and ``"base"`` are the student before training.
             Needed for lambda other than 1; it is not run while lambda is 1.
         reward_scale_fn: lambda of an optimizer step, ``step -> float``, in place of ``args.reward_scale``; called with
             the number of completed steps. For a lambda of each token it returns a function of
