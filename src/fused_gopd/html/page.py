@@ -112,6 +112,10 @@ def _environment() -> Any:
 # ---------------------------------------------------------------------------------------------------------- the texts
 
 
+# Of tokens. A browser's time for one line is quadratic in it: 50,000 tokens took Chromium 17 s, in lines of 200 3 s.
+_LONGEST_LINE = 1000
+
+
 @dataclass(frozen=True)
 class Token:
     """A token of the page: its text, its classes (a letter and a level each), and what is read of it."""
@@ -129,7 +133,8 @@ class Card:
     title: str
     prompt: str
     means: str
-    tokens: Sequence[Token]
+    lines: Sequence[Sequence[Token]]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -157,21 +162,20 @@ def _card(name: str, text: ScoredText, scales: Sequence[Scale]) -> Card:
         if scale.quantity.key != "s"  # log p says it
     ]
     columns = [*((sign, values, plain) for sign, values in models if values is not None), *others]
-    tokens = []
+    lines: list[list[Token]] = [[]]
     for i, token in enumerate(text.tokens):
         levels = ((scale.quantity.key, scale.level(values[i])) for scale, values in known)
+        classes = " ".join(f"{key}{level}" for key, level in levels if level is not None)
         numbers = "   ".join(_pair(sign, write(values[i])) for sign, values, write in columns)
         shown = token_text(token)
-        tokens.append(
-            Token(
-                shown,
-                " ".join(f"{key}{level}" for key, level in levels if level is not None),
-                f"{i + 1}: “{shown}”\n{numbers}" if token else f"{i + 1}: a part of the next character\n{numbers}",
-            )
-        )
+        said = f"“{shown}”" if token else "a part of the next character"
+        lines[-1].append(Token(shown.removesuffix("\n"), classes, f"{i + 1}: {said}\n{numbers}"))
+        if shown.endswith("\n") or len(lines[-1]) == _LONGEST_LINE:
+            lines.append([])
     means = [_pair(sign, write(_mean(values))) for sign, values, write in columns if len(values)]
-    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
-    return Card(name, text.title, text.prompt, f"{count}. Means: {', '.join(means)}" if means else count, tokens)
+    count = f"{len(text.tokens)} token{'' if len(text.tokens) == 1 else 's'}"
+    said = f"{count}. Means: {', '.join(means)}" if means else count
+    return Card(name, text.title, text.prompt, said, [line for line in lines if line], len(text.tokens))
 
 
 def _pair(sign: str, number: str) -> str:

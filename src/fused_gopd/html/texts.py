@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,21 +55,22 @@ class ScoredText:
                 raise TypeError(f"{name} must have numbers: {error}") from None
 
 
-# Characters that are left out, move others, or have no glyph: controls, bidi formatting, surrogates, private use.
-# Joiners (U+200C, U+200D), variation selectors and tags stay: emoji and several scripts are written with them.
-_KEPT = frozenset("\n\t\u200c\u200d")
-_SPECIAL = re.compile(r"[^\n\t -~\u00a1-\u0377\u3041-\u9fff\uac00-\ud7a3]")  # all others are looked up
+class _Shown(dict[int, str]):
+    """What each character is shown as, by its code, for ``str.translate``.
+
+    Controls, bidi formatting, surrogates, private use and unassigned codes have no glyph or move other characters.
+    Joiners and tags stay, although they are formatting: emoji and several scripts are written with them.
+    """
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kind = unicodedata.category(character)
+        kept = character in "\n\t\u200c\u200d" or "\U000e0020" <= character <= "\U000e007f"
+        hidden = kind in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and not kept
+        return self.setdefault(code, _code(character) if hidden else character)
 
 
-def _shown(match: re.Match[str]) -> str:
-    character = match.group()
-    if character in _KEPT:
-        return character
-    kind = unicodedata.category(character)
-    emoji_tag = "\U000e0020" <= character <= "\U000e007f"
-    if kind in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") or (kind == "Cf" and not emoji_tag):
-        return _code(character)
-    return character
+_SHOWN = _Shown()
 
 
 def _code(character: str) -> str:
@@ -82,7 +82,7 @@ def visible(text: str) -> str:
 
     Line breaks and tabs stay.
     """
-    return _SPECIAL.sub(_shown, text)
+    return text.translate(_SHOWN)
 
 
 def token_text(token: str) -> str:
