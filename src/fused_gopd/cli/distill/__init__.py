@@ -51,7 +51,7 @@ def distill(
 ) -> None:
     """Distil teachers into a student on the student's own answers; λ > 1 extrapolates beyond them.
 
-    A run is a folder: the trained model (`model`, for `from_pretrained`), `metrics.jsonl`, `metrics.png`,
+    A run is a folder: the trained model (`model`, for `from_pretrained`), `metrics.jsonl`, `report.html`,
     `tensorboard`, checkpoints, and the options. Ctrl-C ends the step, saves, and says how to go on; `--resume --output
     FOLDER` needs no other option, and ends with the weights that an uninterrupted run would have had.
 

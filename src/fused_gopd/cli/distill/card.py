@@ -33,6 +33,12 @@ def text(options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Seque
     )
 
 
+def report_settings(options: RunOptions, read: Mapping[str, Any], prompts: int, steps: int) -> card.Lines:
+    """The settings of the card, what changed during the run, and the versions, for the report."""
+    changes = [(f"changed after step {c['after_step']}", "; ".join(c["what"])) for c in read["changes"]]
+    return [*_settings(options, read["inputs"], prompts, steps), *changes, *card.versions()]
+
+
 def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: int, steps: int) -> card.Lines:
     def with_digest(role: str, name: str) -> str:
         return f"{name}, {inputs.digest(fingerprints[role])}" if role in fingerprints else name

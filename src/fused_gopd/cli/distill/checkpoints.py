@@ -92,6 +92,6 @@ def relist(folder: OutputFolder) -> None:
     for name in (FILE, inputs.FILE, "tensorboard", *partial):
         if (folder.path / name).exists():
             folder.adopt(name)
-    for name in ("metrics.png", "metrics.jsonl", runfile.FILE):
+    for name in ("report.html", "metrics.jsonl", runfile.FILE):
         if (folder.path / name).exists():
             folder.finish(name)

@@ -1,8 +1,7 @@
-"""The metrics of a run: a line of JSON per step, a progress bar on the terminal, a plot at the end."""
+"""The metrics of a run: a line of JSON per step, a progress bar on the terminal."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
 _SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
 # metric -> (estimate, title) to show instead where it is not computed: with `sampled`; q is the teacher
 _ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to q (k3)")}
-_PANELS = (
-    (("reward",), "implicit reward, log q - log r", "nats per token"),
-    (("kl_teacher_k3", "kl_target"), "divergence", "nats per token"),
-    (("entropy",), "entropy of the student", "nats per token"),
-    (("length",), "length of the answers", "tokens"),
-)
 
 
 class Record:
@@ -106,31 +99,3 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line of plain text above the bar."""
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the metrics of a run."""
-    importlib.import_module("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(4 * len(_PANELS), 3.6), layout="constrained")
-    labels = {"kl_teacher_k3": "to the teacher, estimator k3", "kl_target": "to the target"}
-    for axis, (names, heading, unit) in zip(axes, _PANELS, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                marker = "o" if len(points) < 40 else ""
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=labels.get(name, name))
-        if not axis.lines:
-            axis.text(
-                0.5,
-                0.5,
-                "not computed:\nthis λ needs one of\nteacher and reference only",
-                ha="center",
-                transform=axis.transAxes,
-            )
-        elif len(names) > 1:
-            axis.legend(fontsize=7)
-        axis.set(title=heading, xlabel="step", ylabel=unit)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from ...integrations.hub import adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
+from ...integrations.trl.report import FILE as REPORT
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
@@ -98,7 +99,7 @@ class DistillationRun:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         options = self.options
-        self.folder.check("metrics.jsonl", "metrics.png", "tensorboard", self._result.name)
+        self.folder.check("metrics.jsonl", REPORT, "tensorboard", self._result.name)
         self._check_result()
         self.checkpoints.find(self.say)
         done = self.checkpoints.done
@@ -128,6 +129,7 @@ class DistillationRun:
             board = _tensorboard(self.folder.extend("tensorboard"), done)
             for callback in (interrupt, MetricsCallback(record, self.display), save, board):
                 trainer.add_callback(callback)
+            self._add_report(trainer, len(data.prompts))
             with self.display.running(done):
                 self._train(trainer, interrupt)
         self._describe_cache(cache, trainer)
@@ -385,6 +387,14 @@ class DistillationRun:
         trainer.warn = self.say
         return trainer
 
+    def _add_report(self, trainer: Any, prompt_count: int) -> None:
+        options = self.options
+        trainer.add_report(
+            path=self.folder.create(REPORT),
+            title=f"{Path(options.student).name}, λ = {options.reward_scale:g}, {options.estimator}",
+            settings=lambda: card.report_settings(options, self._inputs, prompt_count, trainer.state.global_step),
+        )
+
     def _reference(self) -> Any:
         """None, ``"base"`` (the student without its adapter), ``"adapter:PATH"``, or a model."""
         options = self.options
@@ -428,12 +438,8 @@ class DistillationRun:
 
     def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int) -> bool:
         options = self.options
-        picture = self.folder.create("metrics.png")
-        figures.draw(
-            record.rows, picture, f"{Path(options.student).name}, λ = {options.reward_scale:g}, {options.estimator}"
-        )
-        for path in (picture, record.path):
-            self.folder.finish(path.name)
+        for name in (REPORT, record.path.name):
+            self.folder.finish(name)
         finished = bool(trainer.state.global_step >= options.steps)
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
@@ -441,7 +447,8 @@ class DistillationRun:
         text = card.text(options, self._inputs, prompt_count, record.rows)
         self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, text, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
-        self.say(f"figures: {record.path}, {picture}, tensorboard --logdir {self.output / 'tensorboard'}")
+        self.say(f"report: {self.output / REPORT}")
+        self.say(f"figures: {record.path}, tensorboard --logdir {self.output / 'tensorboard'}")
         return True
 
     def _check_result(self) -> None:

@@ -74,7 +74,7 @@ def text(
     ]
     for note in notes:
         lines += ["", note]
-    lines += ["", "## Metrics", "", *metrics, "", "## Versions", "", *table(("", ""), _versions())]
+    lines += ["", "## Metrics", "", *metrics, "", "## Versions", "", *table(("", ""), versions())]
     body = "\n".join(lines)
     return f"{body}\n<!-- fused-gopd, {_checksum(body)} -->\n"
 
@@ -102,7 +102,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{fmean(values):.4g}" if values else "–"
 
 
-def _versions() -> Lines:
+def versions() -> Lines:
+    """Of this package, Python and what it trains with."""
     found = [("fused-gopd", __version__), ("python", platform.python_version())]
     for package in _PACKAGES:
         try:
@@ -132,29 +133,35 @@ def describe_loss(options: Any) -> str:
     return ", ".join(parts)
 
 
-def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | None) -> str:
-    """The card of a model that one of the trainers is training.
+def of_trainer(trainer: Any, title: str, dataset_name: str | None) -> str:
+    """The card of a model that one of the trainers, with :class:`.models.ScoringMixin`, is training.
 
     Args:
-        trainer: a trainer with :class:`.models.ScoringMixin`.
-        sources: (role, name) of teachers and reference.
+        trainer: the trainer.
         title: the heading.
         dataset_name: as TRL passes it.
     """
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens", *TIMES)
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in skipped]
+    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    base = _base_path(trainer)
+    settings = settings_of(trainer, dataset_name)
+    return text(title, settings, metrics_table(history, names), base=hub_name(base), adapter=adapter)
+
+
+def settings_of(trainer: Any, dataset_name: str | None = None) -> Lines:
+    """The settings of a trainer's run for its card."""
     args, dataset = trainer.args, trainer.train_dataset
-    base = str(getattr(trainer.model.config, "_name_or_path", ""))
     scale = "a function of the step" if trainer._reward_scale_fn is not None else f"{args.reward_scale:g}"
     if args.reward_scale_end is not None:
         scale += f" to {args.reward_scale_end:g}"
     data = [dataset_name] if dataset_name else []
     data += [f"{len(dataset)} prompts"] if hasattr(dataset, "__len__") else []
     data += [f"fingerprint {dataset._fingerprint}"] if getattr(dataset, "_fingerprint", None) else []
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens", *TIMES)
-    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in skipped]
-    settings = [
-        ("base", name_of(base) if base else type(trainer.accelerator.unwrap_model(trainer.model)).__name__),
-        *sources,
+    return [
+        ("base", base_of(trainer)),
+        *trainer._card_sources,
         ("λ (reward scale)", scale),
         ("loss", describe_loss(args)),
         *([("tokenizers", "of each model its own")] if getattr(args, "cross_tokenizer", False) else []),
@@ -162,5 +169,29 @@ def of_trainer(trainer: Any, sources: Lines, title: str, dataset_name: str | Non
         ("optimizer steps", str(trainer.state.global_step)),
         ("seed", str(args.seed)),
     ]
-    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    return text(title, settings, metrics_table(history, names), base=hub_name(base), adapter=adapter)
+
+
+def report_settings(trainer: Any) -> Lines:
+    """The same, with what a report has besides: sizes of a step, how it samples and learns, versions."""
+    args, schedule = trainer.args, trainer.args.lr_scheduler_type
+    processes = trainer.accelerator.num_processes
+    batch = f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated"
+    commit = getattr(trainer.model.config, "_commit_hash", None)
+    return [
+        *settings_of(trainer),
+        *([("commit of the base", commit)] if commit else []),
+        ("answers of a step", batch + (f" × {processes} processes" if processes > 1 else "")),
+        ("sampled", f"at most {args.max_completion_length} tokens, temperature {args.temperature:g}"),
+        ("learning rate", f"{args.learning_rate:g}, {getattr(schedule, 'value', schedule)}"),
+        *versions(),
+    ]
+
+
+def base_of(trainer: Any) -> str:
+    """The name of the model that is trained."""
+    base = _base_path(trainer)
+    return name_of(base) if base else type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+
+
+def _base_path(trainer: Any) -> str:
+    return str(getattr(trainer.model.config, "_name_or_path", ""))

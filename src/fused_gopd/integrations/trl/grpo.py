@@ -20,6 +20,7 @@ from .checks import Model
 from .config import GRPOGOPDConfig, resolve_config
 from .models import ScoringMixin
 from .prompts import PromptFn
+from .report import without_html
 
 
 class GRPOGOPDMixin(ScoringMixin):
@@ -65,8 +66,11 @@ class GRPOGOPDMixin(ScoringMixin):
         )
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **trainer_arguments)  # type: ignore[call-arg]
+        with without_html(args) as wants_report:
+            super().__init__(model=model, reward_funcs=reward_funcs, args=args, **trainer_arguments)  # type: ignore[call-arg]
         self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
+        if wants_report:
+            self.add_report()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))  # type: ignore[misc]

@@ -17,7 +17,7 @@ from ...targets import Frozen
 from ...tokens import widest
 from .. import misfit
 from ..cache import TeacherCache
-from . import card
+from . import card, report
 from .batch import Batch
 from .checks import teacher_name
 from .phases import PhasesMixin
@@ -38,9 +38,11 @@ class ReportingMixin(PhasesMixin):
     _metrics: Any
     _gopd_metrics: dict[str, list[tuple[str, Metrics]]]
     _gopd_maxima: dict[str, dict[str, Tensor]]
+    add_callback: Callable[[Any], None]
     _cache: TeacherCache | None
     _cache_logged: dict[str, int]
     _card_sources: list[tuple[str, str]]
+    _report: report.HtmlReport | None = None
     _routes: dict[Any, int]
     _unchecked: set[str]
     _vocab_size: int
@@ -56,8 +58,15 @@ class ReportingMixin(PhasesMixin):
         if self.accelerator.is_main_process:
             self.warn(text)
 
+    def add_report(self, **options: Any) -> None:
+        """Write an HTML page about the run: see :class:`.report.HtmlReport`, which has the options."""
+        self._report = report.HtmlReport(self, **options)
+        self.add_callback(self._report)
+
     def _record(self, out: GOPDOutput, batch: Batch) -> None:
-        """Keep the metrics of a batch until the next log."""
+        """Keep the metrics of a batch until the next log, and some of its sequences for the report."""
+        if self._report is not None and self.accelerator.is_main_process:
+            self._report.take(out, batch)
         mode = "train" if self.model.training else "eval"
         self._gopd_metrics[mode].append(("", out.metrics()))
         index = batch.teacher_index
@@ -132,6 +141,11 @@ class ReportingMixin(PhasesMixin):
             completions_per_step=batch / getattr(args, "num_iterations", 1),
         )
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._report is not None:
+            self.state.stateful_callbacks[report.NAME] = self._report.state()
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **_: Any
     ) -> None:
@@ -141,7 +155,7 @@ class ReportingMixin(PhasesMixin):
             path.exists() and not card.is_unchanged(path.read_text(encoding="utf-8"))
         ):
             return
-        text = card.of_trainer(self, self._card_sources, model_name or path.parent.name, dataset_name)
+        text = card.of_trainer(self, model_name or path.parent.name, dataset_name)
         path.write_text(text, encoding="utf-8")
 
     def _name_misfits(

@@ -21,6 +21,7 @@ from .checks import Model
 from .config import GOPDConfig, resolve_config
 from .models import ScoringMixin
 from .prompts import PromptFn
+from .report import without_html
 from .rollouts import COMPLETION, RecordedEngine, sampler_logprobs, samples, token_ids_of
 
 
@@ -133,15 +134,18 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             )
         if args.lmbda < 1:
             _require_completions(args.lmbda, train_dataset, trainer_arguments.get("tools"))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **trainer_arguments,
-        )
+        with without_html(args) as wants_report:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **trainer_arguments,
+            )
         self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
+        if wants_report:
+            self.add_report()
         self._rollout_options = args._rollout_options
         self._turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]] = {}  # log-probs of the engine
         self._given: list[tuple[Any, Any]] | None = None  # prompts and completions of the dataset, for this batch
