@@ -24,7 +24,7 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-from distill_runs import Files, assert_same_weights, invoke, metrics_of, small
+from distill_runs import Files, assert_same_weights, invoke, small, untimed
 from fused_gopd.cli import durable, outputs
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
@@ -49,13 +49,9 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [{**row, "seconds": None} for row in metrics_of(run)]
-
-
 def assert_same_result(run: Path, whole: Path) -> None:
     assert_same_weights(run / "model", whole / "model")
-    assert rows(run) == rows(whole)
+    assert untimed(run) == untimed(whole)
 
 
 # -------------------------------------------------------------------------------- damages
@@ -315,7 +311,7 @@ def test_a_run_resumed_after_each_damage_ends_the_same(files: Files, tmp_path: P
         assert f"checkpoint-4 is damaged ({path.name}" in output
         (trained,) = (whole / result).glob("*.safetensors")
         assert (run / result / trained.name).read_bytes() == trained.read_bytes()
-        assert rows(run) == rows(whole)
+        assert untimed(run) == untimed(whole)
         shutil.rmtree(run)
 
 

@@ -134,6 +134,13 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run that do not depend on the machine."""
+    from fused_gopd.integrations.trl.logs import TIMES
+
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in metrics_of(run)]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 

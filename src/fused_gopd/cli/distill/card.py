@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...integrations.trl import card
+from ...integrations.trl.logs import TIMES
 from . import inputs
 from .options import RunOptions
 
-_NO_METRICS = ("step", "seconds", "learning_rate")
+_NO_METRICS = ("step", "learning_rate", *TIMES)
 
 
 def text(options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Sequence[Mapping[str, Any]]) -> str:

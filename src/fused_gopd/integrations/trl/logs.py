@@ -16,6 +16,8 @@ _NAMES = {
     "learning_rate": "learning_rate",
     "step_time": "seconds",
 }
+TIMES = ("seconds", "sample_seconds", "score_seconds", "tokens_per_second")
+"""Names in a row of what depends on the machine alone."""
 _PREFIX, _EVAL = "gopd/", "eval_"
 
 
