@@ -78,6 +78,7 @@ NAVIGATION = {
         "sft",
         "off-policy",
         "distill",
+        "self-distillation",
         "tokenizers",
         "parallelism",
         "planning",

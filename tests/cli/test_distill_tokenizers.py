@@ -68,6 +68,19 @@ def test_a_run_with_two_tokenizers(files: dict[str, str], tmp_path: Path, estima
     assert result.exit_code == 0, result.output
 
 
+def test_a_teacher_reads_messages_that_the_student_has_no_template_for(files: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "told.jsonl"
+    told = [{"role": "system", "content": "cook"}, {"role": "user", "content": "rice"}]
+    path.write_text(json.dumps({"prompt": "how do I", "told": told}) + "\n")
+    student = make_model(tmp_path / "student", 0, byte_level(SENTENCES, 330, None))
+    options = ["--student", student, "--cross-tokenizer", "--prompts", str(path), "--steps", "1"]
+    options += ["--teacher-prompt-column", "told", "--teacher"]
+    said = invoke(files, tmp_path / "run", *options, files["teacher"], teacher=False)
+    assert "row 1, as the teacher reads it: 'T:<system> cook <user> rice <assistant>'" in said
+    said = invoke(files, tmp_path / "long", *options, files["short"], teacher=False, code=2)
+    assert "(the teacher's prompts) has prompts that are too long: row 1 of " in said
+
+
 @pytest.fixture
 def server(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The teacher behind a server of vLLM's format."""

@@ -148,8 +148,9 @@ def check_prompts(
     new_tokens: int,
     variables: Mapping[str, Any],
 ) -> None:
-    """Raise for prompts that the student's tokenizer or chat template refuses, or that are too long for a model.
+    """Raise for prompts that a tokenizer or chat template refuses, or that are too long for a model.
 
+    ``tokenizer`` is that of ``models[0]``, as a rule the student, and of all others that have none of their own.
     ``rows`` are the row numbers of the prompts in the file, ``variables`` those of the chat templates.
     """
     student, *foreign = models[0], *(model for model in models if model.own_tokenizer is not None)
@@ -170,7 +171,8 @@ def check_prompts(
                     f"({model.option}), which has {model.positions} positions, with --max-new-tokens {new_tokens}",
                     param_hint="--prompts",
                 )
-        ids = _encoded(prompt, tokenizer, variables, f"{path}, row {row}")
+        whose = "the student" if student.role == "student" else student.name
+        ids = _encoded(prompt, tokenizer, variables, f"{path}, row {row}", whose)
         if max(ids) >= student.vocab:
             raise typer.BadParameter(
                 f"{path}, row {row}, has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} of id {max(ids)}, and "
@@ -209,9 +211,14 @@ def _template(tokenizer: Any) -> str:
     return " ".join(found.values()) if isinstance(found, dict) else str(found)
 
 
-def _encoded(
-    prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: str, whose: str = "the student"
-) -> list[int]:
+def rendered(prompt: Any, tokenizer: Any, variables: Mapping[str, Any]) -> str:
+    """A prompt as a model reads it: a text, or what the chat template makes of messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **variables))
+
+
+def _encoded(prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: str, whose: str) -> list[int]:
     """The token ids of a prompt, made as the trainer makes them."""
     try:
         if isinstance(prompt, str):

@@ -38,8 +38,12 @@ class Reading:
         return bool(self.column or self.system or self.template)
 
     @property
+    def reader(self) -> str:
+        return "the teacher" if self.role == "teacher" else "the reference"
+
+    @property
     def owner(self) -> str:
-        return "the teacher's" if self.role == "teacher" else "the reference's"
+        return f"{self.reader}'s"
 
     def describe(self) -> str:
         """One line for the model card."""

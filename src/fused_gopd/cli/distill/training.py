@@ -7,7 +7,6 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from .interrupt import Abandoned, Interrupt
 from .options import FILE as OPTIONS_FILE
 from .options import RunOptions, with_bases, write
 
+# of a prompt that is shown
+_SHOWN_CHARACTERS = 600
 # the route column of the dataset that the trainer gets, whatever its name in the file
 _ROUTE = "route"
 
@@ -256,15 +257,20 @@ class DistillationRun:
         used = sorted(set(order))
         numbers, parts = [data.rows[i] for i in used], dataset.select(used)
         fixed: dict[str, Any] = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
-        check: Any = partial(models.check_prompts, tokenizer=tokenizer, **fixed)
         own = [model for model in known if model.role not in readings]
-        check(parts["prompt"], numbers, options.prompts, own)
+        models.check_prompts(parts["prompt"], numbers, options.prompts, own, tokenizer, **fixed)
         for role, reading in options.readings().items():
+            read, where = parts[f"{role}_prompt"], f"{options.prompts} ({reading.owner} prompts)"
             names = options.routes().values() if role == "teacher" else [options.ref]
             as_student = any(adapter_path(name) is not None or name == "student" for name in names)
-            student = known[0] if as_student else replace(known[0], positions=None)
-            own = [student, *(model for model in known if model.role == role)]
-            check(parts[f"{role}_prompt"], numbers, f"{options.prompts} ({reading.owner} prompts)", own)
+            own = [model for model in known if model.role == role]
+            if as_student or not own or any(model.own_tokenizer is None for model in own):
+                own.insert(0, known[0] if as_student else replace(known[0], positions=None))
+            words = own[0].own_tokenizer or tokenizer
+            models.check_prompts(read, numbers, where, own, words, **fixed)
+            text = models.rendered(read[0], words, options.template_variables)
+            shown = repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
+            self.say(f"row {numbers[0]}, as {reading.reader} reads it: {shown}")
         return dataset.select(order)
 
     def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
