@@ -96,13 +96,13 @@ def test_a_page_without_javascript_shows_all_that_it_has(show: Any) -> None:
     page = show(report(), java_script_enabled=False)
     assert page.title() == page.locator("h1").inner_text() == "a run"
     assert page.locator("html").get_attribute("lang") == "en"
-    assert [page.locator("h2").nth(i).inner_text() for i in range(3)] == ["Curves", "Texts by token", "Settings"]
+    assert page.locator("h2").all_inner_texts() == ["Curves", "Curves by route", "Texts by token", "Settings"]
     assert page.locator(".warnings").inner_text() == "Warning: 30 % of the answers were cut off"
     assert [figure.locator("strong").inner_text() for figure in page.locator("figure").all()] == [
         "Reward, log q − log r",
-        "Reward, log q − log r, by route",
         "Loss",
         "odd",
+        "Reward, log q − log r",
     ]
     for picture in page.locator("img").all():
         assert picture.evaluate("image => image.complete && image.naturalWidth > 300")

@@ -7,6 +7,7 @@ import io
 import math
 import sys
 import unicodedata
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -254,13 +255,19 @@ def test_infinite_log_probs_and_models_that_are_not_there() -> None:
     ]
     assert [token["class"] for token in page.tokens] == ["t d8 s8", "t d0 s5"]  # 1 is five times 0.2
     assert [attrs["id"] for tag, attrs in page.elements if tag == "input"] == ["by-d", "by-s", "by-none"]
+    unscored = scored(["a", "b"], shift=4)
+    unscored = replace(unscored, student=[math.nan, -1], teacher=[math.nan, -2], ref=None, entropy=None, advantage=None)
+    page = Page(render_report(title="t", samples={"before": [unscored]}))
+    assert page.tokens[0]["class"].split() == ["t"]
+    assert page.tokens[0]["data-n"].replace("\u00a0", " ") == "1: “a”\nlog p –   log q –   log q − log p –"
+    assert "Means: log p −1, log q −2" in "".join(text for _, text in page.texts).replace("\u00a0", " ")
     bare = ScoredText(title="", prompt="", tokens=["a"])
     assert "fieldset" not in {tag for tag, _ in Page(render_report(title="t", samples={"a": [bare]})).elements}
 
 
 def test_plain_numbers() -> None:
     values = (0, 1, -0.5, 1234.5, 123.456, 0.00012, 0.01, math.nan, math.inf)
-    assert [plain(x) for x in values] == ["0", "1", "−0.5", "1234", "123.456", "0.00012", "0.01", "not a number", "∞"]
+    assert [plain(x) for x in values] == ["0", "1", "−0.5", "1234", "123.456", "0.00012", "0.01", "–", "∞"]
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -274,14 +281,15 @@ def test_every_metric_has_a_curve_and_those_of_routes_are_together() -> None:
     found = list(panels(data))
     assert [(panel.heading, [curve.label for curve in panel.curves]) for panel in found] == [
         ("Reward, log q − log r", ["reward", "reward, held-out prompts"]),
-        ("Reward, log q − log r, by route", ["math", "<script>"]),
         ("Loss", ["loss"]),
         ("odd", ["odd"]),
+        ("Reward, log q − log r", ["math", "<script>"]),
     ]
+    assert [panel.by_route for panel in found] == [False, False, False, True]
     reward, held_out = found[0].curves
     assert reward.points == [*((i, pytest.approx(math.log(i))) for i in range(1, 11)), (10, None)]
     assert (reward.ends, held_out.ends) == ("0 → 2.303", "0.5")
-    assert found[2].curves[0].points[-1] == (10, None)
+    assert found[1].curves[0].points[-1] == (10, None)
 
 
 def test_a_long_run_is_drawn_by_means_of_equally_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,9 +113,9 @@ def _round_up(x: float) -> float:
 
 
 def plain(x: float) -> str:
-    """Up to four significant digits."""
+    """Up to four significant digits; – for NaN."""
     if math.isnan(x):
-        return "not a number"
+        return "–"
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
     text = f"{x:.3f}".rstrip("0").rstrip(".") if 1e-2 <= abs(x) < 1000 else f"{x:.4g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,29 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
             ("masked_fraction", "tokens of weight 0"),
             ("impossible", "tokens that a model gives probability 0"),
             ("effective_sample_size", "effective sample size"),
+            ("on_policy", "steps with sampled answers"),
+            ("cache_hits", "sequences that the cache had"),
         ),
+    ),
+    (
+        "Spans that both tokenizers have, as shares",
+        "",
+        (("aligned_tokens", "of the tokens"), ("aligned_bytes", "of the bytes")),
     ),
     (
         "Importance weights of the sampler's tokens",
         "",
         (("importance", "mean"), ("importance_std", "standard deviation"), ("importance_max", "largest")),
     ),
+    ("KL divergence of sampler and student (k3)", "nats per token", (("sampler_kl", "KL(sampler ‖ p)"),)),
+    ("Age of the sampler's weights", "optimizer steps", (("staleness", "age"),)),
     ("Norm of the gradient", "", (("grad_norm", "norm"),)),
     ("Learning rate", "", (("learning_rate", "learning rate"),)),
-    ("Seconds a step", "s", (("seconds", "seconds"),)),
+    (
+        "Seconds of a step",
+        "s",
+        (("seconds", "all of it"), ("sample_seconds", "sampling"), ("score_seconds", "teachers and reference")),
+    ),
     ("Tokens per second", "", (("tokens_per_second", "tokens per second"),)),
 )
 
@@ -86,32 +99,36 @@ class Panel:
     curves: Sequence[Curve]
     image: str
     steps_per_point: int
+    by_route: bool = False
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
-    """The panels of all metrics that have a number in some row; those without a place of their own come last."""
+    """The panels of all metrics that have a number in some row: ours, others by their names, and those of routes."""
     series = _series(rows)
-    metrics = {metric for _, _, curves in _PANELS for metric, _ in curves}
+    ours = {metric for _, _, curves in _PANELS for metric, _ in curves}
     routes: dict[str, dict[str, list[Point]]] = {}
     for name in list(series):
         metric, _, route = name.partition("/")
-        if route and metric.removeprefix(_HELD_OUT) in metrics:
+        if route and metric.removeprefix(_HELD_OUT) in ours:
             routes.setdefault(metric, {})[route] = series.pop(name)
     for heading, unit, curves in _PANELS:
-        found: list[tuple[str, list[Point]]] = []
-        for metric, label in curves:
-            for name, text in ((metric, label), (_HELD_OUT + metric, f"{label}, held-out prompts")):
-                if name in series:
-                    found.append((text, series.pop(name)))
+        found = [(label, series.pop(metric)) for metric, label in _with_held_out(curves) if metric in series]
         if found:
             yield _panel(heading, unit, found)
-        for metric, label in curves:
-            for name, text in ((metric, label), (_HELD_OUT + metric, f"{label}, held-out prompts")):
-                if name in routes:
-                    whole = heading if len(curves) == 1 else f"{heading}: {text}"
-                    yield _panel(f"{whole}, by route", unit, list(routes[name].items()))
     for name, points in series.items():
         yield _panel(name, "", [(name, points)])
+    for heading, unit, curves in _PANELS:
+        for metric, label in _with_held_out(curves):
+            if metric in routes:
+                whole = heading if len(curves) == 1 and metric in ours else f"{heading}: {label}"
+                yield _panel(whole, unit, list(routes[metric].items()), by_route=True)
+
+
+def _with_held_out(curves: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Each metric, and behind it that of held-out prompts."""
+    for metric, label in curves:
+        yield metric, label
+        yield _HELD_OUT + metric, f"{label}, held-out prompts"
 
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -127,13 +144,13 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return {name: points for name, points in found.items() if any(y is not None for _, y in points)}
 
 
-def _panel(heading: str, unit: str, found: Sequence[tuple[str, Sequence[Point]]]) -> Panel:
+def _panel(heading: str, unit: str, found: Sequence[tuple[str, Sequence[Point]]], by_route: bool = False) -> Panel:
     steps = max(1, math.ceil(max(len(points) for _, points in found) / _POINTS))
     curves = [
         Curve(label, points, _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
         for i, (label, points) in enumerate(found)
     ]
-    return Panel(heading, unit, curves, _draw(curves, steps), steps)
+    return Panel(heading, unit, curves, _draw(curves, steps), steps, by_route)
 
 
 def _means(points: Sequence[Point], steps: int) -> Iterator[Point]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,7 +173,7 @@ def _card(name: str, text: ScoredText, scales: Sequence[Scale]) -> Card:
         lines[-1].append(Token(shown.removesuffix("\n"), classes, f"{i + 1}: {said}\n{numbers}"))
         if shown.endswith("\n") or len(lines[-1]) == _LONGEST_LINE:
             lines.append([])
-    means = [_pair(sign, write(_mean(values))) for sign, values, write in columns if len(values)]
+    means = [_pair(sign, write(mean)) for sign, values, write in columns if (mean := _mean(values)) is not None]
     count = f"{len(text.tokens)} token{'' if len(text.tokens) == 1 else 's'}"
     said = f"{count}. Means: {', '.join(means)}" if means else count
     return Card(name, text.title, text.prompt, said, [line for line in lines if line], len(text.tokens))
@@ -183,6 +184,7 @@ def _pair(sign: str, number: str) -> str:
     return f"{sign} {number}".replace(" ", "\u00a0")
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Also of infinities of both signs, which ``math.fsum`` refuses."""
-    return sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    """Of the tokens that have been scored, whose number is not NaN; None if there is none."""
+    scored = [x for x in values if not math.isnan(x)]
+    return sum(scored) / len(scored) if scored else None

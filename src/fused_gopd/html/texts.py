@@ -16,7 +16,8 @@ class ScoredText:
         prompt: its text.
         tokens: the completion's T tokens as texts. A token that is a part of a character is an empty text, and the one
             that completes the character has it whole.
-        student, teacher, ref: log-probs (T,) of these tokens by each model; None for a model that is not there.
+        student, teacher, ref: log-probs (T,) of these tokens by each model; None for a model that is not there,
+            NaN for a token that has not been scored.
         entropy: of the student at each token's position (T,), in nats.
         advantage: as the loss used it (T,).
 
