@@ -267,8 +267,8 @@ def test_a_narrow_window_shows_one_text_below_the_other(show: Any) -> None:
         assert box["x"] + box["width"] <= 360
 
 
-def test_print_has_the_colours_and_the_chosen_legend(show: Any) -> None:
-    page = show(report(), java_script_enabled=False)
+def test_print_has_the_colours_of_paper_and_the_chosen_legend(show: Any) -> None:
+    page = show(report(), java_script_enabled=False, color_scheme="dark")
     page.locator(".t").nth(5).focus()
     page.emulate_media(media="print")
     assert (
@@ -279,6 +279,8 @@ def test_print_has_the_colours_and_the_chosen_legend(show: Any) -> None:
     assert [label.is_visible() for label in page.locator("label").all()] == [True, *[False] * 5]
     assert page.locator(".scale-a").is_visible()
     assert page.evaluate("getComputedStyle(document.querySelector('.t')).printColorAdjust") == "exact"
+    assert background(page, "body") == css(PAGE)
+    assert background(page, ".t", 7) == css(palette("light", True)[8])
     assert page.pdf().startswith(b"%PDF")
 
 
