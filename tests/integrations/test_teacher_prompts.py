@@ -158,6 +158,35 @@ def test_messages_and_texts_may_be_mixed(tmp_path: Path) -> None:
     assert_scores(run._loss(run.model, batch).teacher_logprobs, batch, by_hand(teacher, read, answers(batch), words))
 
 
+def test_a_function_of_two_arguments_gets_the_answer(tmp_path: Path) -> None:
+    """A parameter with a default is no such argument."""
+    teacher, words, seen = model(1, hidden=48), tokenizer(), list[str]()
+
+    def told(row: dict[str, Any], answer: str, before: str = "cat") -> str:
+        seen.append(answer)
+        return f"{before} {answer} {row['prompt']}"
+
+    def plain(row: dict[str, Any], before: str = "mat") -> str:
+        return f"{before} {row['prompt']}"
+
+    run = trainer(tmp_path, teacher=teacher, teacher_prompt=told, ref_prompt=plain)
+    batch = batch_of(run, [{"prompt": text} for text in PROMPTS[:4]])
+    assert seen == [words.decode(ids, skip_special_tokens=True) for ids in answers(batch)]
+    out = run._loss(run.model, batch)
+    read = [f"cat {answer} {text}" for answer, text in zip(seen, PROMPTS, strict=False)]
+    assert_scores(out.teacher_logprobs, batch, by_hand(teacher, read, answers(batch)))
+    read = [f"mat {text}" for text in PROMPTS[:4]]
+    assert_scores(out.ref_logprobs, batch, by_hand(run._reference, read, answers(batch)))
+
+
+def test_the_card_names_what_is_read(tmp_path: Path) -> None:
+    routed = {"teacher": {"a": model(1)}, "route_column": "domain", "data": prompts(domain=["a"] * 8, other=PROMPTS)}
+    run = trainer(tmp_path, **routed, teacher_prompt={"a": hint}, ref_prompt_column="other")
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| teacher_prompt | the function hint of 'a' |\n| ref_prompt | column 'other' |\n" in text
+
+
 def test_each_route_may_have_a_prompt_of_its_own(tmp_path: Path) -> None:
     """A route without one reads the student's."""
     teachers = {"a": model(1, hidden=48), "b": model(3), "c": model(4)}
@@ -216,6 +245,25 @@ def test_the_cache_tells_prompts_apart(tmp_path: Path) -> None:
     assert run.state.log_history[0]["gopd/cache_hits"] == 1
     assert_same(runs[0], runs[1])
     assert_same(runs[0], runs[2])
+
+
+def test_a_scorer_is_asked_about_the_student_s_tokens_after_its_own_prompt(tmp_path: Path) -> None:
+    teacher = model(1, hidden=48).eval()
+
+    def scorer(
+        input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, token_ids: Tensor
+    ) -> fg.TopKLogProbs:
+        with torch.no_grad():
+            logits = teacher(input_ids=input_ids, attention_mask=attention_mask).logits
+        head = fg.Logits(logits[:, -completion_mask.shape[1] - 1 : -1])
+        return fg.TopKLogProbs(token_ids, fg.selected_logprobs(head, token_ids))
+
+    runs = []
+    for source in (teacher, scorer):
+        run = trainer(tmp_path, teacher=source, teacher_prompt=hint, estimator="topk", k=4, support="student", **SGD)
+        run.train()
+        runs.append(weights(run))
+    assert_same(*runs, 1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])

@@ -122,6 +122,7 @@ def config(folder: Path, kind: type = GOPDConfig, **options: Any) -> Any:
 def trainer(folder: Path, kind: type = GOPDTrainer, student: Any = None, data: Any = None, **arguments: Any) -> Any:
     """A trainer; what its configuration and its constructor know go where they belong."""
     names = ("ref_model", "reward_scale_fn", "teacher_processing_class", "peft_config", "advantage_fn", "callbacks")
+    names += ("teacher_prompt", "ref_prompt")
     names += ("teacher_prompt",)
     own = {name: arguments.pop(name) for name in names if name in arguments}
     own["teacher"] = arguments.pop("teacher") if "teacher" in arguments else model(1, hidden=48)
@@ -252,6 +253,8 @@ def _run(folder: Path, batch: int, lora: bool) -> tuple[dict[str, Tensor], dict[
         ref_model=model(2),
         data=prompts(domain=["a", "b"] * 4),
         teacher={"a": first, "b": model(3, hidden=48)},
+        teacher_prompt={"b": lambda row: f"one two {row['prompt']}"},
+        ref_prompt=lambda row: f"mat {row['prompt']}",
         route_column="domain",
         reward_scale=1.25,
         **SGD,

@@ -162,6 +162,7 @@ def settings_of(trainer: Any, dataset_name: str | None = None) -> Lines:
     return [
         ("base", base_of(trainer)),
         *trainer._card_sources,
+        *((prompt.argument, prompt.describe()) for prompt in trainer._prompts.values()),
         ("λ (reward scale)", scale),
         ("loss", describe_loss(args)),
         *([("tokenizers", "of each model its own")] if getattr(args, "cross_tokenizer", False) else []),

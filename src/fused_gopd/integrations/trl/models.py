@@ -223,7 +223,16 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     def _add_readings(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         """Add to a batch what models read that have prompts, or tokenizers, of their own."""
-        prompts = {role: [prompt.of(row) for row in inputs] for role, prompt in self._prompts.items()}
+        answers = list(zip(output["completion_ids"], output["completion_mask"], strict=True))
+
+        def answer(i: int) -> str:
+            ids, mask = answers[i]
+            return str(cast("Any", self)._tokenizer.decode(ids[mask.bool()], skip_special_tokens=True))
+
+        prompts = {
+            role: [prompt.of(row, partial(answer, i)) for i, row in enumerate(inputs)]
+            for role, prompt in self._prompts.items()
+        }
         for role, own in prompts.items():
             output.update(flat_prompt(role, self._prompt_ids(role, own, Batch.from_trl(output), output)))
         if self._cross.pairs:

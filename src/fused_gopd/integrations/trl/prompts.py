@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .checks import require_route
 
 Prompt = str | list[dict[str, Any]]
-PromptFn = Callable[[dict[str, Any]], Prompt]
-"""A function of a row of the dataset that returns a text or a list of messages. It gets a copy of the row."""
+PromptFn = Callable[[dict[str, Any]], Prompt] | Callable[[dict[str, Any], str], Prompt]
+"""A function of a row of the dataset that returns a text or a list of messages. It gets a copy of the row.
+
+One that needs a second argument gets the answer that is scored, as a text without special tokens.
+"""
 
 # what a role's function is called among the trainers' arguments; its column is the option of that name and "_column"
 ARGUMENTS = {"teacher": "teacher_prompt", "ref_model": "ref_prompt"}
@@ -30,7 +34,7 @@ class OtherPrompt:
     def __init__(
         self, role: str, given: Any, column: str | None, route_column: str | None, routes: Mapping[Any, object]
     ) -> None:
-        name = ARGUMENTS[role]
+        self.argument = name = ARGUMENTS[role]
         self.name = name if column is None else f"{name}_column"
         self.column, self._route_column = column, route_column if isinstance(given, Mapping) else None
         self._functions: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {None: given}
@@ -56,12 +60,19 @@ class OtherPrompt:
         """Whether any prompt is another one than the student's."""
         return self.column is not None or self._functions != {None: None}
 
+    def describe(self) -> str:
+        """One line for a model card."""
+        if self.column is not None:
+            return f"column {self.column!r}"
+        named = {route: getattr(x, "__name__", type(x).__name__) for route, x in self._functions.items()}
+        return "the function " + ", ".join(x if route is None else f"{x} of {route!r}" for route, x in named.items())
+
     def differs(self, route: Any) -> bool:
         """Whether the model of a route reads another prompt than the student's."""
         return self.column is not None or self._functions.get(None, self._functions.get(route)) is not None
 
-    def of(self, row: dict[str, Any]) -> Any:
-        """The prompt of a row: a text or a list of messages.
+    def of(self, row: dict[str, Any], answer: Callable[[], str]) -> Any:
+        """The prompt of a row: a text or a list of messages. ``answer`` decodes the answer to it.
 
         Raises:
             ValueError, TypeError: a row without the column; a function that raises; what is neither a text nor a list
@@ -76,12 +87,23 @@ class OtherPrompt:
         if function is None:  # a route without one
             return row["prompt"]
         try:
-            prompt = function(copy.deepcopy(row))
+            given = copy.deepcopy(row)
+            prompt = function(given, answer()) if _needs_answer(function) else function(given)
         except Exception as error:
             raise ValueError(
                 f"{self.name} raised {type(error).__name__}: {error}, for a row with the columns {columns}"
             ) from error
         return _checked(self.name, prompt)
+
+
+def _needs_answer(function: Callable[..., Any]) -> bool:
+    """Whether a function has two parameters without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # it does not say what it takes
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(x.kind in positional and x.default is x.empty for x in parameters) > 1
 
 
 def _checked(where: str, prompt: Any) -> Any:

@@ -54,8 +54,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         advantage_fn: of ``estimator="sampled"``, see :func:`fused_gopd.gopd_loss`.
         teacher_prompt: what teachers read in place of the student's prompt: a function of a row of the dataset (a dict,
             with the student's ``prompt`` in it) that returns a text or a list of messages, or a dict from route to such
-            functions. The completions that are scored are the student's own. ``args.teacher_prompt_column`` names a
-            column instead.
+            functions. A function that needs a second argument gets the answer that is scored, a text. The completions
+            that are scored are the student's own. ``args.teacher_prompt_column`` names a column instead.
         ref_prompt: what the reference reads, likewise.
         teacher_processing_class: the teacher's tokenizer, to be compared with the student's, or a dict from route to
             tokenizer. By default the one that is saved with the teacher, or a scorer's attribute ``tokenizer``. Another
