@@ -68,5 +68,7 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         ("trained", f"{trained}, learning rate {options.learning_rate:g}"),
         ("steps", f"{steps} of {options.batch_size * options.accumulation} answers"),
         ("answers", f"at most {options.max_new_tokens} tokens, temperature {options.temperature:g}"),
+        *([("batches that the student samples", f"{options.lmbda:g}")] if options.lmbda != 1 else []),
+        *([("weight of the supervised term", f"{options.sft_weight:g}")] if options.sft_weight else []),
         ("seed", str(options.seed)),
     ]

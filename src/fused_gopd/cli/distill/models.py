@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trl.trainer.utils import create_model_from_path
 from ...integrations.adapters import require_adapter
 from ...integrations.hub import require_model
 from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
+from ...integrations.trl.rollouts import COMPLETION, token_ids_of
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,20 @@ def check_prompts(
             "positions: leave them out of the file, or lower --max-new-tokens",
             param_hint="--prompts",
         )
+
+
+def check_completions(
+    dataset: Any, rows: Sequence[int], path: str, tokenizer: Any, new_tokens: int, variables: Mapping[str, Any]
+) -> None:
+    """Raise for answers of the file that the trainer cannot tokenize. ``rows`` are the row numbers in the file."""
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **variables)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "render": render, "end_ids": [tokenizer.eos_token_id]}
+    for row, prompt, completion in zip(rows, dataset["prompt"], dataset[COMPLETION], strict=True):
+        try:
+            token_ids_of(prompt, completion, [], longest=new_tokens, **options)
+        except Exception as error:  # a template may raise anything
+            wrong = str(error) if type(error) in (ValueError, TypeError) else first_line(error)
+            raise typer.BadParameter(f"{path}, row {row}: {wrong}", param_hint="--completion-column") from None
 
 
 def check_template_variables(tokenizer: Any, prompts: Sequence[Any], variables: Mapping[str, Any]) -> None:

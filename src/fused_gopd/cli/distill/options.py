@@ -110,6 +110,12 @@ class RunOptions:
     prompt_column: Annotated[
         str, PROMPTS(help="Its column of texts or lists of messages. Default: prompt, or messages.")
     ] = ""
+    completion_column: Annotated[
+        str,
+        PROMPTS(
+            help="With --lmbda: its column of answers. Default: completion, or the assistant's message at the end."
+        ),
+    ] = ""
     route_column: Annotated[str, PROMPTS(help="Its column that names each prompt's teacher.")] = ""
     teacher_prompt_column: Annotated[
         str, PROMPTS(help="Its column of prompts that teachers read, in place of the student's.")
@@ -145,6 +151,13 @@ class RunOptions:
     alpha: Annotated[float | None, LOSS(help=help_of("alpha"))] = None
     skew: Annotated[float | None, LOSS(help=help_of("skew"))] = None
     forward_weight: Annotated[float | None, LOSS(help=help_of("forward_weight"))] = None
+    lmbda: Annotated[
+        float,
+        LOSS(min=0.0, max=1.0, help="Share of steps whose answers the student samples; the others have the file's."),
+    ] = 1.0
+    sft_weight: Annotated[
+        float, LOSS(min=0.0, help="Weight of -log p of the file's answers, beside the loss; with --lmbda below 1.")
+    ] = 0.0
     lora: Annotated[int, TRAINING(min=0, help="Rank of a LoRA adapter; 0 trains all weights.")] = 0
     lora_alpha: Annotated[float | None, TRAINING(min=0.0, help="Its alpha. Default: twice the rank.")] = None
     steps: Annotated[int, TRAINING(min=1, help="Optimizer steps."), MAY_CHANGE] = 100
@@ -388,6 +401,8 @@ def check(options: RunOptions) -> None:
             f"must be given for --reward-scale {options.reward_scale:g}: only 1 does without a reference. Usually it "
             "is the student before training: --ref student",
         )
+    if options.completion_column and options.lmbda == 1:
+        raise _wrong("--completion-column", "is an option of --lmbda below 1: the student samples all answers")
     if options.ref_prompt_column and not options.ref:
         raise _wrong("--ref-prompt-column", "is what the reference reads: it needs --ref")
     for reading in options.readings().values():

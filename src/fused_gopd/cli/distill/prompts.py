@@ -15,6 +15,7 @@ from ...installing import packages
 from ..parameters import require_packages
 
 _COLUMNS = ("prompt", "messages")
+_COMPLETION = "completion"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Prompts:
     prompts: list[str] | list[list[dict[str, Any]]]
     rows: list[int]  # row numbers in the file, from 1
     routes: list[str] | None
-    answered: int  # conversations whose last message, the assistant's, was removed
+    answers: list[dict[str, Any] | None]  # of each conversation the assistant's message at its end, which is left out
     path: Path
     table: list[tuple[int, dict[str, Any]]]  # (row number, row) with all columns
 
@@ -53,18 +54,18 @@ def read(path: Path, column: str, route_column: str, routes: Sequence[str]) -> P
         raise typer.BadParameter(
             f"{path} has no column {' or '.join(_COLUMNS)}, only {', '.join(rows[0][1])}", param_hint="--prompt-column"
         )
-    found, answered = of_column(path, rows, column, "--prompt-column")
+    found, answers = of_column(path, rows, column, "--prompt-column")
     named = None
     if route_column:
         named = [_route(path, number, row, route_column, routes) for number, row in rows]
     numbers = [number for number, _ in rows]
-    return Prompts(found, numbers, named, answered, path, rows)
+    return Prompts(found, numbers, named, answers, path, rows)
 
 
 def of_column(
     path: Path, rows: Sequence[tuple[int, dict[str, Any]]], column: str, option: str
-) -> tuple[list[Any], int]:
-    """The prompts in a column of a file's (row number, row), and how many answers at their ends were removed.
+) -> tuple[list[Any], list[dict[str, Any] | None]]:
+    """The prompts in a column of a file's (row number, row), and the answers that were removed from their ends.
 
     ``option`` is the flag that names the column.
     """
@@ -73,7 +74,50 @@ def of_column(
     found = [_prompt(path, number, row, column) for number, row in rows]
     if len({type(prompt) for prompt, _ in found}) > 1:
         raise typer.BadParameter(f"{path} has both texts and lists of messages in {column!r}", param_hint="--prompts")
-    return [prompt for prompt, _ in found], sum(answered for _, answered in found)
+    return [prompt for prompt, _ in found], [answer for _, answer in found]
+
+
+def completions(data: Prompts, column: str) -> list[Any]:
+    """The answers that the file has: texts or lists of messages.
+
+    Args:
+        data: the file.
+        column: their column; empty for ``completion``, or else the assistant's message at the end of each prompt.
+
+    Raises:
+        typer.BadParameter: naming the option, the row and what is wrong.
+    """
+    first = data.table[0][1]
+    column = column or (_COMPLETION if _COMPLETION in first else "")
+    if not column:
+        for number, answer in zip(data.rows, data.answers, strict=True):
+            if answer is None:
+                raise typer.BadParameter(
+                    f"{data.path}, row {number}, has no answer: give a column {_COMPLETION!r} (--completion-column), "
+                    "or conversations that end with an assistant's message",
+                    param_hint="--lmbda",
+                )
+        return [[answer] for answer in data.answers]
+    if column not in first:
+        raise typer.BadParameter(
+            f"{data.path} has no column {column!r}, only {', '.join(first)}", param_hint="--completion-column"
+        )
+    for number, row in data.table:
+        found = row.get(column)
+        wrong: str | None = "it is neither"
+        if isinstance(found, list) and found:
+            wrong = next(filter(None, map(_fault, found)), None)
+        elif isinstance(found, str):
+            wrong = fault_of_text(found)
+        if wrong is None and isinstance(found, str) != isinstance(first[column], str):
+            wrong = "the rows before have the other kind"
+        if wrong is not None:
+            raise typer.BadParameter(
+                f"{data.path}, row {number}: {column!r} must be a text or a list of messages, got {shown(found)}: "
+                f"{wrong}",
+                param_hint="--completion-column",
+            )
+    return [row[column] for _, row in data.table]
 
 
 def as_messages(texts: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -132,14 +176,14 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[Any, bool]:
-    """The prompt of a row, and whether an answer at its end was removed."""
+def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[Any, dict[str, Any] | None]:
+    """The prompt of a row, and the answer that was removed from its end, or None."""
     prompt = row.get(column)
-    answered = False
+    answer = None
     if isinstance(prompt, list):
         wrong = next(filter(None, (_fault(message) for message in prompt)), None)
-        answered = bool(prompt) and wrong is None and prompt[-1]["role"] == "assistant"
-        prompt = prompt[:-1] if answered else prompt
+        if prompt and wrong is None and prompt[-1]["role"] == "assistant":
+            *prompt, answer = prompt
         if wrong is None and not prompt:
             wrong = "there is no message to be answered"
     else:
@@ -150,7 +194,7 @@ def _prompt(path: Path, number: int, row: dict[str, Any], column: str) -> tuple[
             f"to be answered, got {shown(row.get(column))}: {wrong}",
             param_hint="--prompts",
         )
-    return prompt, answered
+    return prompt, answer
 
 
 def _fault(message: Any) -> str | None:

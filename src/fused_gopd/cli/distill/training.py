@@ -20,6 +20,7 @@ from ...integrations.hub import adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
 from ...integrations.trl.report import FILE as REPORT
+from ...integrations.trl.rollouts import COMPLETION
 from .. import durable
 from ..demo import smollm
 from ..outputs import OutputFolder
@@ -230,8 +231,9 @@ class DistillationRun:
                 "give texts, or a student that was trained on conversations",
                 param_hint="--prompts",
             )
-        if data.answered:
-            self.say(f"{data.answered} conversations end with an assistant's message: it is left out")
+        answered = sum(answer is not None for answer in data.answers)
+        if answered and options.lmbda == 1:
+            self.say(f"{answered} conversations end with an assistant's message: it is left out")
         chat = tokenizer.chat_template is not None and options.chat
         if not data.conversational and chat:
             self.say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
@@ -240,6 +242,8 @@ class DistillationRun:
         columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
         readings = {role: reading.of(data, rows, chat) for role, reading in options.readings().items()}
         columns |= {f"{role}_prompt": read for role, read in readings.items()}
+        if options.lmbda < 1:
+            columns[COMPLETION] = prompts.completions(data, options.completion_column)
         generator = torch.Generator().manual_seed(options.seed)
         order: list[int] = []
         needed = options.steps * options.batch_size * options.accumulation
@@ -259,6 +263,8 @@ class DistillationRun:
         fixed: dict[str, Any] = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
         own = [model for model in known if model.role not in readings]
         models.check_prompts(parts["prompt"], numbers, options.prompts, own, tokenizer, **fixed)
+        if options.lmbda < 1:
+            models.check_completions(parts, numbers, options.prompts, tokenizer, **fixed)
         for role, reading in options.readings().items():
             read, where = parts[f"{role}_prompt"], f"{options.prompts} ({reading.owner} prompts)"
             names = options.routes().values() if role == "teacher" else [options.ref]
@@ -331,6 +337,8 @@ class DistillationRun:
                 learning_rate=options.learning_rate,
                 lr_scheduler_type="constant",  # a decay would depend on the number of steps, which --resume may raise
                 max_completion_length=options.max_new_tokens,
+                lmbda=options.lmbda,
+                sft_weight=options.sft_weight,
                 temperature=options.temperature,
                 seed=options.seed,
                 bf16=self._frozen_dtype == "bfloat16",
