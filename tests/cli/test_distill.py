@@ -179,7 +179,7 @@ def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Who
     for line in (
         f"| base | model0, {inputs.digest(sums['the student'])} |",
         f"| teacher | model1, {inputs.digest(sums['the teacher'])} |",
-        "| reference | the base |",
+        "| reference | the student before training |",
         "| λ (reward scale) | 1.25 |",
         "| estimator | full, reverse_kl |",
         f"| data | 5 prompts, prompts.jsonl, sha256 {prompts_sum} |",

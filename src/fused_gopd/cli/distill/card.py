@@ -49,11 +49,9 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         found.append(("teacher", f"{options.teacher_server_model}, behind a server"))
     for route, model in options.routes().items():
         role = "the teacher" if route is None else f"the teacher of {route}"
-        found.append((role.removeprefix("the "), with_digest(role, card.name_of(model))))
+        found.append((role.removeprefix("the "), with_digest(role, card.name_of(model, options.teacher_moves))))
     if options.reward_scale == 1:
         reference = "none: λ = 1 has no use for it"
-    elif options.ref == "student":
-        reference = "the base"
     else:
         reference = with_digest("the reference", card.name_of(options.ref))
     trained = f"LoRA, rank {options.lora}, alpha {options.lora_alpha:g}" if options.lora else "all weights"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ... import installing
-from ...integrations.hub import ADAPTER, adapter_path, is_folder
+from ...integrations.hub import ADAPTER, STUDENT, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
@@ -53,8 +53,24 @@ class RunOptions:
 
     student: Annotated[str, MODELS(help="The model to train: a folder, a hub name, or smollm2."), PLACE] = ""
     teacher: Annotated[
-        list[str], MODELS(help="Likewise, or adapter:PATH; several as ROUTE=MODEL, by the prompts' --route-column.")
+        list[str],
+        MODELS(
+            help="Likewise, or adapter:PATH, or `student`, the student itself; several as ROUTE=MODEL, by the prompts' "
+            "--route-column."
+        ),
     ] = field(default_factory=list)
+    teacher_ema: Annotated[
+        float | None,
+        MODELS(metavar="DECAY", help="With --teacher student: it is a moving average of the student, such as 0.99."),
+    ] = None
+    teacher_sync_steps: Annotated[
+        int | None,
+        MODELS(
+            min=1,
+            metavar="STEPS",
+            help="With --teacher student: steps between its updates; 1 is the current student. Default: as it began.",
+        ),
+    ] = None
     cross_tokenizer: Annotated[
         bool,
         MODELS(
@@ -183,7 +199,7 @@ class RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
         values = {**given, "teacher": given.get("teacher") or []}
         for name in RunOptions.names(PLACE):
-            if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
+            if (name, values[name]) != ("ref", STUDENT):
                 values[name] = _absolute(values[name])
         if values["teacher_cache"]:
             values["teacher_cache"] = str(Path(values["teacher_cache"]).expanduser().resolve())
@@ -227,10 +243,12 @@ class RunOptions:
         """Folders and hub names of the models that this process loads, by their role in the run."""
         found = {"the student": self.student}
         for route, model in self.routes().items():
+            if model == STUDENT:
+                continue
             found["the teacher" if route is None else f"the teacher of {route}"] = model
         if self.server_tokenizer():
             found["the teacher's tokenizer"] = self.server_tokenizer()
-        if self.ref not in ("", "student") and self.reward_scale != 1:
+        if self.ref not in ("", STUDENT) and self.reward_scale != 1:
             found["the reference"] = self.ref
         return found
 
@@ -250,6 +268,13 @@ class RunOptions:
             "ref": Reading(role="ref", column="" if self.reward_scale == 1 else self.ref_prompt_column),
         }
         return {role: reading for role, reading in found.items() if reading}
+
+    @property
+    def teacher_moves(self) -> str | None:
+        """The options by which a teacher "student" follows the student; None: it does not."""
+        names = ("teacher_ema", "teacher_sync_steps")
+        given = [f"{flag(name)} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return " ".join(given) or None
 
     def models(self) -> list[str]:
         """Folders and hub names of the models and adapters that this process loads."""
@@ -300,8 +325,8 @@ def _route(entry: str) -> tuple[str | None, str]:
     """(route, model) of MODEL or ROUTE=MODEL; an existing folder with an = in its name is a MODEL."""
     route, sign, model = entry.partition("=")
     if not sign or Path(entry).expanduser().exists():
-        return None, _absolute(entry)
-    return route, _absolute(model)
+        return None, entry if entry == STUDENT else _absolute(entry)  # a folder of that name is ./student
+    return route, model if model == STUDENT else _absolute(model)
 
 
 def for_new_run(output: Path, given: dict[str, Any]) -> RunOptions:
@@ -394,6 +419,7 @@ def check(options: RunOptions) -> None:
     if options.save == "adapter" and not options.lora:
         raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
     _check_teachers(options)
+    _check_student_as_teacher(options)
     _check_cache(options)
     if options.reward_scale != 1 and not options.ref:
         raise _wrong(
@@ -440,6 +466,27 @@ def _check_teachers(options: RunOptions) -> None:
         )
     for model in routes.values():
         _check_model("--teacher", model, options.lora)
+
+
+def _check_student_as_teacher(options: RunOptions) -> None:
+    moves, own = options.teacher_moves, STUDENT in options.routes().values()
+    if moves and not own:
+        raise _wrong(moves.split()[0], "is an option of --teacher student, the student itself")
+    if options.teacher_ema is not None and not 0 < options.teacher_ema < 1:
+        raise _wrong(
+            "--teacher-ema",
+            f"must be between 0 and 1, got {options.teacher_ema:g}: it is the decay d of d * average + (1 - d) * now",
+        )
+    if moves and options.teacher_cache:
+        raise _wrong(
+            "--teacher-cache", f"has no use for a teacher that changes ({moves}): what it scores it never scores again"
+        )
+    if own and options.reward_scale == 1 and "teacher" not in options.readings():
+        raise _wrong(
+            "--teacher",
+            "student reads the prompt that the student reads, so that at --reward-scale 1 both say the same and every "
+            "gradient is 0: give it another prompt (--teacher-template, --teacher-system, --teacher-prompt-column)",
+        )
 
 
 def _check_server(options: RunOptions) -> None:
@@ -500,7 +547,7 @@ def _check_model(option: str, name: str, lora: int) -> None:
             what = f"{name} is an adapter on the student's base, which training all weights changes: give --lora"
             raise _wrong(option, what)
         name = adapter
-    if name not in ("", "student", "smollm2"):
+    if name not in ("", STUDENT, "smollm2") or (option, name) == ("--student", STUDENT):
         try:
             is_folder(option, name)
         except ValueError as error:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ...integrations.hub import adapter_path
+from ...integrations.hub import BASE, STUDENT, adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
 from ...integrations.trl.report import FILE as REPORT
@@ -175,8 +176,9 @@ class DistillationRun:
     def _frozen_models(self) -> list[tuple[str, str]]:
         """(flag, name) of the teachers and the reference that are loaded in this process."""
         options = self.options
-        ref = [("--ref", options.ref)] if options.ref not in ("", "student") and options.reward_scale != 1 else []
-        return [*(("--teacher", model) for model in options.routes().values()), *ref]
+        ref = [("--ref", options.ref)] if options.reward_scale != 1 else []
+        found = [*(("--teacher", model) for model in options.routes().values()), *ref]
+        return [(option, name) for option, name in found if name not in ("", STUDENT)]
 
     def _read_models(self) -> tuple[list[models.Model], Any]:
         """The models' sizes, the student's first, and the student's tokenizer; raises where models do not match."""
@@ -268,7 +270,7 @@ class DistillationRun:
         for role, reading in options.readings().items():
             read, where = parts[f"{role}_prompt"], f"{options.prompts} ({reading.owner} prompts)"
             names = options.routes().values() if role == "teacher" else [options.ref]
-            as_student = any(adapter_path(name) is not None or name == "student" for name in names)
+            as_student = any(adapter_path(name) is not None or name == STUDENT for name in names)
             own = [model for model in known if model.role == role]
             if as_student or not own or any(model.own_tokenizer is None for model in own):
                 own.insert(0, known[0] if as_student else replace(known[0], positions=None))
@@ -320,7 +322,7 @@ class DistillationRun:
 
     def _config(self) -> Any:
         options, gpu = self.options, torch.cuda.is_available()
-        loaded = any(adapter_path(model) is None for model in options.routes().values())
+        loaded = any(adapter_path(model) is None and model != STUDENT for model in options.routes().values())
         columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
         try:
             return GOPDConfig(
@@ -330,6 +332,8 @@ class DistillationRun:
                 route_column=_ROUTE if options.route_column else None,
                 **columns,
                 cross_tokenizer=options.cross_tokenizer,
+                teacher_ema=options.teacher_ema,
+                teacher_sync_steps=options.teacher_sync_steps,
                 chat_template_kwargs=options.template_variables,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,
@@ -362,6 +366,7 @@ class DistillationRun:
     def _print_summary(self, done: int, count: int) -> None:
         options = self.options
         teachers = options.teacher_server or ", ".join(options.teacher)
+        teachers += f" ({options.teacher_moves})" if options.teacher_moves else ""
         self.say(f"student {options.student}, teacher {teachers}, reference {options.ref or 'none'}")
         trained = f"LoRA of rank {options.lora}" if options.lora else "all weights"
         if done >= options.steps:
@@ -386,7 +391,9 @@ class DistillationRun:
             )
         trainer = GOPDTrainer(
             self._local(options.student),
-            teacher,
+            {route: self._own(model) for route, model in teacher.items()}
+            if isinstance(teacher, dict)
+            else self._own(teacher),
             config,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -414,11 +421,22 @@ class DistillationRun:
         options = self.options
         if options.reward_scale == 1:
             return None
-        if options.ref == "student" and options.lora:
-            return "base"
-        name = options.student if options.ref == "student" else options.ref
-        if adapter_path(name) is not None:
-            return name
+        if options.ref == STUDENT:
+            return self._initial_student
+        return options.ref if adapter_path(options.ref) is not None else self._load(options.ref)
+
+    def _own(self, teacher: Any) -> Any:
+        """A teacher as the trainer takes it: where ``"student"`` does not move, what it was at first in its place."""
+        if not isinstance(teacher, str) or teacher != STUDENT or self.options.teacher_moves:
+            return teacher
+        return self._initial_student
+
+    @cached_property
+    def _initial_student(self) -> Any:
+        """The student before training: ``"base"`` (a new adapter changes nothing), or a model, of the frozen dtype."""
+        return BASE if self.options.lora else self._load(self.options.student)
+
+    def _load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen_dtype))
 
     def _train(self, trainer: Any, interrupt: Interrupt) -> None:
