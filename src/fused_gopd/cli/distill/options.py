@@ -547,7 +547,7 @@ def _check_model(option: str, name: str, lora: int) -> None:
             what = f"{name} is an adapter on the student's base, which training all weights changes: give --lora"
             raise _wrong(option, what)
         name = adapter
-    if name not in ("", STUDENT, "smollm2") or (option, name) == ("--student", STUDENT):
+    if name not in ("", STUDENT, "smollm2"):
         try:
             is_folder(option, name)
         except ValueError as error:
