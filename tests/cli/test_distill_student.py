@@ -25,8 +25,7 @@ HINTED = ["--teacher", "student", "--teacher-template", "who are you {prompt}", 
 KINDS = {
     "as it began": [],
     "synchronised": ["--teacher-sync-steps", "2"],
-    "average": ["--teacher-ema", "0.5"],
-    "lagging average": ["--teacher-ema", "0.5", "--teacher-sync-steps", "2"],
+    "average": ["--teacher-ema", "0.5", "--teacher-sync-steps", "2"],
     "live": ["--teacher-sync-steps", "1"],
 }
 LORA = ["--lora", "2", "--save", "adapter"]
@@ -41,7 +40,7 @@ def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def test_the_student_as_it_began_is_the_model_of_its_folder(
     files: Files, tmp_path: Path, lora: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a folder is called student, and as one of several teachers beside a reference."""
+    """Also where a folder is called student, and as one of several teachers, beside a reference."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "student").mkdir()
     given = ["--prompts", files.routed, "--route-column", "domain", "--teacher-template", "who are you {prompt}", *lora]
@@ -56,13 +55,12 @@ def test_each_kind_is_another_teacher_and_is_said(whole: Whole) -> None:
     # the first steps are before any update
     assert len({rows[0]["kl_target"] for rows in runs}) == 1
     assert len({rows[-1]["kl_target"] for rows in runs}) == len(KINDS)
-    card = (whole(*HINTED, *KINDS["lagging average"]) / "model" / "README.md").read_text(encoding="utf-8")
+    card = (whole(*HINTED, *KINDS["average"]) / "model" / "README.md").read_text(encoding="utf-8")
     assert "| teacher | the student itself, --teacher-ema 0.5 --teacher-sync-steps 2 |" in card
     assert "| teacher | the student before training |" in (whole(*HINTED) / "model" / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [[], LORA], ids=["all weights", "lora"])
+@pytest.mark.parametrize(("kind", "lora"), [("average", []), ("live", []), ("synchronised", LORA), ("average", LORA)])
 def test_a_resumed_run_has_the_teacher_of_an_uninterrupted_one(
     files: Files, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lora: list[str]
 ) -> None:
