@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -343,16 +342,26 @@ def for_new_run(output: Path, given: dict[str, Any]) -> RunOptions:
     return options
 
 
-def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iterable[str]) -> RunOptions:
+def for_resumed_run(
+    output: Path, given: dict[str, Any], from_command_line: Iterable[str], processes: int = 1
+) -> RunOptions:
     """The saved options of the run in a folder; those that the command line repeats must be equal.
 
     Args:
         output: the folder.
         given: the values of all parameters.
         from_command_line: the names of the parameters that the user gave.
+        processes: their number.
     """
     from_command_line = list(from_command_line)
-    saved = asdict(_read(output))
+    read, began_with = _read(output)
+    if began_with != processes:
+        raise typer.BadParameter(
+            f"the run in {output} was started with {began_with} processes, got {processes}: the answers depend on "
+            f"their number. Go on with it by: {resume_command(output, began_with)}",
+            param_hint="--resume",
+        )
+    saved = asdict(read)
     repeated = asdict(RunOptions.from_command({**saved, **{name: given[name] for name in from_command_line}}))
     may_change = RunOptions.names(MAY_CHANGE)
     for name in from_command_line:
@@ -371,10 +380,20 @@ def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iter
     return options
 
 
-def _read(output: Path) -> RunOptions:
+def resume_command(output: Path, processes: int) -> str:
+    """The command that goes on with a run."""
+    launcher = ["torchrun", "--nproc_per_node", str(processes), "-m", "fused_gopd.cli"]
+    program = ["fused-gopd"] if processes == 1 else launcher
+    return shlex.join([*program, "distill", "--resume", "--output", str(output)])
+
+
+def _read(output: Path) -> tuple[RunOptions, int]:
+    """The saved options, and the number of processes."""
     copies = sorted(output.glob(f"checkpoint-*/{FILE}"), key=lambda path: path.stat().st_mtime)
     try:
-        return RunOptions(**read_sealed(output / FILE))
+        values = read_sealed(output / FILE)
+        processes = int(values.pop("processes", 1))
+        return RunOptions(**values), processes
     except Damaged as error:
         if copies:
             command = ["cp", str(copies[-1]), str(output / FILE)]
@@ -390,9 +409,9 @@ def _read(output: Path) -> RunOptions:
         ) from None
 
 
-def write(output: Path, options: RunOptions) -> None:
+def write(output: Path, options: RunOptions, processes: int = 1) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    write_sealed(output / FILE, asdict(options))
+    write_sealed(output / FILE, {**asdict(options), "processes": processes})
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -404,11 +423,6 @@ def _wrong(option: str, message: str) -> typer.BadParameter:
 
 def check(options: RunOptions) -> None:
     """Raise for options that contradict each other, missing files and packages that are not installed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise typer.BadParameter(
-            "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
-            "`accelerate launch`"
-        )
     check_loss_options(**options.loss_options())
     require_one_of("save", options.save, ("merged", "adapter"))
     if options.dtype:
