@@ -82,7 +82,7 @@ def test_a_page_without_javascript_shows_all_that_it_has(show: Any) -> None:
 
 def test_the_chosen_number_colours_the_tokens_as_its_legend_says(show: Any) -> None:
     page = show(report(), java_script_enabled=False)
-    # the 98th percentile of |A| of all texts is the largest, 2: nine levels of 0.5
+    # the 95th percentile of the 16 |A| is the largest, 2: nine levels of 0.5
     levels = palette("light", True)
     for i in range(len(TOKENS)):
         assert background(page, ".t", i) == css(levels[i + 1])
