@@ -495,7 +495,8 @@ def _check_student_as_teacher(options: RunOptions) -> None:
         raise _wrong(
             "--teacher-cache", f"has no use for a teacher that changes ({moves}): what it scores it never scores again"
         )
-    if own and options.reward_scale == 1 and "teacher" not in options.readings():
+    supervised = options.sft_weight and options.teacher_sync_steps != 1  # the frozen student is a penalty beside it
+    if own and options.reward_scale == 1 and "teacher" not in options.readings() and not supervised:
         raise _wrong(
             "--teacher",
             "student reads the prompt that the student reads, so that at --reward-scale 1 both say the same and every "
