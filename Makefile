@@ -52,7 +52,7 @@ test-core: $(VENV)/.test
 # The tests with other versions than those of constraints.txt, in an environment of its own: the lower bounds of
 # pyproject.toml; the newest releases (RESOLUTION=highest); or some that are given (WITH="torch==2.14.1").
 RESOLUTION ?= lowest-direct
-EXTRAS ?= test,triton,demo
+EXTRAS ?= test,triton,models
 WITH ?=
 TESTS ?= tests/core tests/rowops tests/parallel tests/integrations tests/cli tests/html
 test-versions:

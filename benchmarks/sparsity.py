@@ -37,20 +37,16 @@ SEED = 0
 def problem() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Hidden states (N, H) of the three models on the student's own tokens, the head they share, the tokens."""
     from fused_gopd.cli.demo import smollm
-    from fused_gopd.cli.demo.policy import Network
-    from fused_gopd.cli.demo.prompts import TRAIN_QUESTIONS, encode
-    from fused_gopd.cli.demo.training import ask
+    from fused_gopd.cli.demo.held_out import ask
+    from fused_gopd.cli.demo.prompts import TRAIN_QUESTIONS
 
     smollm.require_packages()
     model, tokenizer = smollm.load()
-    network = Network(model)
-    prompts = encode(tokenizer, TRAIN_QUESTIONS)
-    scored = ask(network, None, prompts, ANSWER_TOKENS, tokenizer.eos_token_id, SEED)
-    mask = scored.answers.mask
+    scored = ask(model, tokenizer, TRAIN_QUESTIONS, ANSWER_TOKENS, SEED)
     # before training the student is the reference
     models = {"student": scored.ref, "teacher": scored.teacher, "ref": scored.ref}
-    states = {name: head.hidden[mask] for name, head in models.items()}
-    return states, network.head_weight.detach(), scored.answers.tokens[mask]
+    states = {name: head.hidden[scored.mask] for name, head in models.items()}
+    return states, scored.ref.weight.detach(), scored.token_ids[scored.mask]
 
 
 def _relative(x: Tensor, truth: Tensor) -> float:

@@ -382,7 +382,7 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(reproduce, "_NEEDS", ("no_such_package",))
     result = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["reproduce"])
     assert result.exit_code == 2
-    assert f"reproduce needs no_such_package. Run:\n  {installing.extra('demo')}\n" in result.output
+    assert f"reproduce needs no_such_package. Run:\n  {installing.extra('models')}\n" in result.output
 
 
 def test_the_committed_page_is_that_of_the_committed_json() -> None:

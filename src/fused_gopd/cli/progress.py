@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -18,6 +18,9 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..integrations.trl.phases import Phase
 
 
 class StepProgress(Progress):
@@ -36,21 +39,30 @@ class StepProgress(Progress):
             disable=not console.is_terminal,
         )
         self._counted = counted
-        self._phase: TaskID | None = None
+        self._shown: Phase | None = None
+        self._phase: TaskID | None = None  # the task that shows it
 
     def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
         return super().add_task(description, *args, **{"counted": self._counted, **options})
 
-    def begin_phase(self, name: str) -> None:
-        """Show a second bar, with a time of its own, for a part of what is counted; it replaces the last one."""
-        if self._phase is not None:
-            self.remove_task(self._phase)
-        self._phase = self.add_task("", counted=name, rate="", total=None)
+    def show_phase(self, phase: Phase) -> None:
+        """Show a phase of a step in a second bar with a time of its own; it replaces that of the phase before.
 
-    def update_phase(self, done: int, total: int, rate: str) -> None:
-        """A total of 1 is shown as a bar that moves to and fro. ``rate`` is in the place of the time that remains."""
-        if self._phase is not None:
-            self.update(self._phase, completed=done, total=total if total > 1 else None, rate=rate)
+        Of a phase with one part the bar moves to and fro. Tokens per second are in the place of the time that remains.
+        """
+        if phase is not self._shown and self._phase is not None:
+            self.remove_task(self._phase)
+        if phase is not self._shown:
+            self._phase = self.add_task("", counted=phase.name, rate="", total=None)
+            self._shown = phase
+        assert self._phase is not None
+        rate = phase.tokens_per_second
+        self.update(
+            self._phase,
+            completed=phase.done,
+            total=phase.total if phase.total > 1 else None,
+            rate="" if rate is None else f"{rate:.3g} tokens/s",
+        )
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)

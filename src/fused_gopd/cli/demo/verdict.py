@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .compare import WAYS, Measured
 from .prompts import EXTRAPOLATION
-from .training import Evaluation
+
+if TYPE_CHECKING:
+    from .held_out import Evaluation
 
 KL_MUST_FALL_BY = 0.25
 # The error of the fused loss may exceed that of the shortest dense code by this much, in nats (loss) or as a ratio of

@@ -58,7 +58,6 @@ class Display:
         self._progress = StepProgress(console, "step")
         self._steps = steps
         self._task = self._progress.add_task("", total=steps)
-        self._phase: Phase | None = None
         self._load: Callable[[str], None] = lambda what: None
 
     @contextmanager
@@ -79,12 +78,8 @@ class Display:
         """A second bar, on a terminal alone: how far the phase is, and its tokens per second."""
         if phase.name == "load":
             self._load(phase.detail)
-            return
-        if phase is not self._phase:
-            self._progress.begin_phase(phase.name)
-            self._phase = phase
-        rate = phase.tokens_per_second
-        self._progress.update_phase(phase.done, phase.total, "" if rate is None else f"{rate:.3g} tokens/s")
+        else:
+            self._progress.show_phase(phase)
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._progress.update(self._task, completed=row["step"], description=summary(row))
