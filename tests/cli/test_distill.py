@@ -179,7 +179,7 @@ def test_the_model_card_says_what_the_model_was_made_of(files: Files, whole: Who
     for line in (
         f"| base | model0, {inputs.digest(sums['the student'])} |",
         f"| teacher | model1, {inputs.digest(sums['the teacher'])} |",
-        "| reference | the base |",
+        "| reference | the student before training |",
         "| λ (reward scale) | 1.25 |",
         "| estimator | full, reverse_kl |",
         f"| data | 5 prompts, prompts.jsonl, sha256 {prompts_sum} |",
@@ -198,7 +198,7 @@ def test_the_card_of_a_hub_model_names_it(files: Files) -> None:
     given |= {"teacher_server_model": "org/teacher", "estimator": "topk", "k": 8, "student": "org/student"}
     read = {"inputs": {"the student": {"commit": "abc"}}, "changes": [{"after_step": 2, "what": ["a", "b"]}]}
     text = card.text(
-        options.RunOptions.from_command(given), read, 5, [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}]
+        options.RunOptions.from_command(given), read, 5, [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5}], 2
     )
     for line in (
         'base_model: "org/student"',
@@ -907,11 +907,6 @@ def test_wrong_use_is_said_before_a_model_is_loaded(
 def test_student_and_prompts_must_be_given(files: Files, tmp_path: Path) -> None:
     assert "--student" in invoke("--output", str(tmp_path / "run"), code=2)
     assert "--prompts" in invoke("--output", str(tmp_path / "run"), "--student", files.student, code=2)
-
-
-def test_several_processes_are_refused(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "GOPDTrainer from a script under `accelerate launch`" in invoke(*small(files, tmp_path / "run"), code=2)
 
 
 # -------------------------------------------------------------------------------- prompts

@@ -93,6 +93,7 @@ def test_what_is_made_of_a_row(files: Files) -> None:
     path = files.write("one.jsonl", [{"prompt": "why {x}", "a b": "so {prompt}", "n": 1.5, "yes": True}])
     made = reading(path, template=r"{prompt}\n\n{{{a b}}} \\n {n} {yes}\boxed")
     assert made == [[{"role": "user", "content": "why {x}\n\n{so {prompt}} \\n 1.5 True\\boxed"}]]
+    assert reading(path, chat=False, template="{a b}") == ["so {prompt}"]
     assert reading(path, chat=False, template="[{prompt}]") == ["[why {x}]"]
     user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
     path = files.write("two.jsonl", [{"prompt": [system, user, user]}])
@@ -112,7 +113,7 @@ def test_what_is_made_of_a_row(files: Files) -> None:
         ({"template": "{} {prompt}"}, "names of columns", "template"),
         ({"template": "{prompt} }"}, "names of columns .*Single '}'", "template"),
         ({"template": "{prompt} {"}, "names of columns", "template"),
-        ({"template": "the solution is {n}"}, "must have {prompt} in it", "template"),
+        ({"template": "the solution is 5"}, "must have {prompt} in it", "template"),
         ({"template": "{prompt} {hint}"}, "row 1, has no 'hint', only prompt, n", "template"),
         ({"template": "{prompt} {none}"}, "row 1, must have a text or a number in 'none', got null", "template"),
         ({"template": "{prompt} {half}"}, "row 1, 'half': its character 1 is half of a surrogate pair", "prompts"),

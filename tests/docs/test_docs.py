@@ -99,8 +99,13 @@ def call(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert command in COMMANDS
     if not rest:
         return  # the command is spoken of
-    context = COMMANDS[command].make_context(command, list(rest))
     monkeypatch.chdir(folder)
+    if "--config" in rest:
+        (file,) = fences(PAGES["docs/distill.md"], "yaml")
+        Path(rest[rest.index("--config") + 1]).write_text(file)
+        for name in re.findall(r"(\./\S+)", file):
+            Path(name).mkdir(exist_ok=True)
+    context = COMMANDS[command].make_context(command, list(rest))
     if command == "distill" and not context.params["resume"]:
         given = {name: value for name, value in context.params.items() if name in options.RunOptions.names()}
         Path(given["prompts"]).parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +184,7 @@ def test_the_parts_of_a_distill_command_go_together(tmp_path: Path, monkeypatch:
         rest = f"{span} {needs.get(span.split(' ')[0], '')}"
         rest += "" if re.search(r"--teacher(-server)? ", span) else " --teacher T"
         call(
-            ["distill", "--student", "M", "--prompts", "p.jsonl", "--output", "run", *rest.split()],
+            ["distill", "--student", "M", "--prompts", "p.jsonl", "--output", "run", *shlex.split(rest)],
             tmp_path,
             monkeypatch,
         )

@@ -87,8 +87,7 @@ def recorded(folder: Path, lora: bool, **arguments: Any) -> Recorded:
 # ------------------------------------------------------------------------------------------------------ same numbers
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("estimator", ["full", "sampled"])
+@pytest.mark.parametrize(("lora", "estimator"), [(False, "full"), (True, "sampled")])
 def test_the_student_before_training_is_the_teacher_that_a_copy_is(tmp_path: Path, lora: bool, estimator: str) -> None:
     own = run(tmp_path, lora, teacher="student", estimator=estimator)
     whole = run(tmp_path, lora, teacher=copied(student(lora)), estimator=estimator)
@@ -137,8 +136,7 @@ def test_a_copy_follows_every_few_steps(tmp_path: Path, lora: bool) -> None:
         assert_same(record.teachers[step], record.students[of])
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize(("lora", "every"), [(False, 2), (True, None)])
 def test_an_average_is_that_of_the_students(tmp_path: Path, lora: bool, every: int | None) -> None:
     record = recorded(tmp_path, lora, teacher_ema=0.7, teacher_sync_steps=every)
     average = {name: x.double() for name, x in record.students[0].items()}
@@ -172,8 +170,9 @@ class Followed(TrainerCallback):
         self.teacher.load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("options", [{}, {"estimator": "sampled", "num_iterations": 2, "clip": [0.2, 0.2]}])
+@pytest.mark.parametrize(
+    ("lora", "options"), [(True, {}), (False, {"estimator": "sampled", "num_iterations": 2, "clip": [0.2, 0.2]})]
+)
 def test_a_live_teacher_is_a_copy_that_follows_each_step(tmp_path: Path, lora: bool, options: dict[str, Any]) -> None:
     options = {"max_steps": 4, **options}
     live = run(tmp_path, lora, teacher="student", teacher_sync_steps=1, **options)
@@ -271,8 +270,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [*((kind, True) for kind in KINDS), ("lagging average", False), ("live", False)],
+)
 def test_a_resumed_run_has_the_teacher_of_an_uninterrupted_one(tmp_path: Path, lora: bool, kind: str) -> None:
     """The resumed run's student is another one at first: what the copies are comes from the checkpoint alone."""
     options: dict[str, Any] = {"ref_model": model(2), "reward_scale": 1.5, "learning_rate": 1e-2, "max_steps": 5}
@@ -396,8 +397,7 @@ def test_a_sharded_student_is_not_copied(tmp_path: Path, monkeypatch: pytest.Mon
         made._made_of_student("teacher", "student")
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", ["student", "average", "live"])
+@pytest.mark.parametrize(("kind", "lora"), [("student", False), ("average", True), ("live", False)])
 def test_with_a_prompt_of_its_own_the_student_is_a_teacher_at_lambda_1(tmp_path: Path, lora: bool, kind: str) -> None:
     hinted = {"teacher_prompt": lambda row: "one two " + row["prompt"], "reward_scale": 1.0, "ref_model": None}
     made = run(tmp_path, lora, **KINDS[kind], **hinted)

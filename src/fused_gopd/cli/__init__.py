@@ -1,4 +1,4 @@
-"""The command line, ``fused-gopd``: doctor, plan, bench, distill, reproduce and demo.
+"""The command line, ``fused-gopd``: doctor, plan, bench, distill, inspect, reproduce and demo.
 
 Commands import PyTorch, transformers and the benchmarks when they need them: help, ``plan`` and wrong options do not.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, demo, distill, doctor, plan, reproduce
+from . import bench, demo, distill, doctor, inspect, plan, reproduce
 
 app = typer.Typer(
     name="fused-gopd",
@@ -40,5 +40,6 @@ app.command()(doctor.doctor)
 app.command()(plan.plan)
 app.command()(bench.bench)
 app.command()(distill.distill)
+app.command()(inspect.inspect)
 app.command()(reproduce.reproduce)
 app.command()(demo.demo)

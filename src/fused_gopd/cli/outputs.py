@@ -284,6 +284,22 @@ class OutputFolder:
                 folder.rmdir()
 
 
+class FollowedFolder(OutputFolder):
+    """The folder of a run as its other processes have it: the first one writes, this one changes nothing."""
+
+    def save(self) -> None:
+        pass
+
+    def move(self, source: str, target: str) -> None:
+        self._files[target] = {}
+
+    def remove(self, name: str) -> None:
+        self._files.pop(name, None)
+
+    def _clear(self, name: str) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process ends in any way."""

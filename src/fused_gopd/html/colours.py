@@ -92,12 +92,12 @@ class Scale:
 
 
 def scale_of(quantity: Quantity, texts: Iterable[ScoredText]) -> Scale | None:
-    """A scale that 98 % of the tokens of all texts are within; None where no text has the quantity."""
+    """A scale that 95 % of the tokens of all texts are within; None where no text has the quantity."""
     there = [values for values in map(quantity.of, texts) if values is not None]
     sizes = sorted(abs(x) for values in there for x in values if math.isfinite(x))
     if not there:
         return None
-    largest = sizes[math.ceil(0.98 * len(sizes)) - 1] if sizes else 0.0
+    largest = sizes[math.ceil(0.95 * len(sizes)) - 1] if sizes else 0.0
     return Scale(quantity, _round_up(largest / (LEVELS // 2 if quantity.signed else LEVELS - 1)) or 0.25)
 
 

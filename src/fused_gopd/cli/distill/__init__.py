@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import typer
 from ...integrations.addresses import split_userinfo
 from .. import outputs
 from ..parameters import with_options
+from ..processes import Processes
 from ..threads import use_patient_threads
 from .checkpoints import relist
 from .options import RUN, SERVER, RunOptions, for_new_run, for_resumed_run
@@ -55,38 +57,55 @@ def distill(
     `tensorboard`, checkpoints, and the options. Ctrl-C ends the step, saves, and says how to go on; `--resume --output
     FOLDER` needs no other option, and ends with the weights that an uninterrupted run would have had.
 
+    On several GPUs: `accelerate launch --num_processes 4 -m fused_gopd.cli distill ...`, with --batch-size for each.
+
     Needs the extra `train`, which `fused-gopd doctor` says how to install. Exit status 2: wrong options, known before a
     model is loaded; 130: stopped.
     """
+    use_patient_threads()
+    processes = Processes()
     server_url = given["teacher_server"]
-    if server_url:
+    with processes.agreeing():
+        options = _checked(context, output, resume, accept_changed_inputs, given, processes.count)
+    if all(name == "smollm2" or Path(name).exists() for name in options.models()):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
+    # each warns of the other's deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    opened = outputs.opened(output, "distill", reads=options.reads(), reuse=resume, relist=relist if resume else None)
+    with outputs.option("--output"), ExitStack() as stack:
+        with processes.agreeing():
+            first = stack.enter_context(opened) if processes.first else None
+        folder = first or outputs.FollowedFolder(output, "distill")
+        from .training import DistillationRun
+
+        run = DistillationRun(options, folder, processes, teacher_server_key or None, server_url or None)
+        finished = run.run(resume, accept_changed_inputs)
+    processes.close()
+    if not finished:
+        raise typer.Exit(130)
+
+
+def _checked(
+    context: typer.Context, output: Path, resume: bool, accept_changed_inputs: bool, given: dict[str, Any], count: int
+) -> RunOptions:
+    """The options of the run, checked; ``count`` is the number of processes."""
+    if given["teacher_server"]:
         try:
             # without user name and password: this one is shown, and written to the folder
-            given["teacher_server"], _ = split_userinfo("URL", server_url)
+            given["teacher_server"], _ = split_userinfo("URL", given["teacher_server"])
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--teacher-server") from None
     if accept_changed_inputs and not resume:
         raise typer.BadParameter("is an option of --resume", param_hint="--accept-changed-inputs")
     if resume:
-        options = for_resumed_run(output, given, {name for name in given if _was_given(context, name)})
+        options = for_resumed_run(output, given, {name for name in given if _was_given(context, name)}, count)
     else:
         options = for_new_run(output, given)
     if not options.teacher_server:
         for name in ("api", "head", "states", "timeout", "patience", "key"):
             if _was_given(context, f"teacher_server_{name}", environment=False):
                 raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
-    use_patient_threads()
-    if all(name == "smollm2" or Path(name).exists() for name in options.models()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
-    # each warns of the other's deprecated names
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-    opened = outputs.opened(output, "distill", reads=options.reads(), reuse=resume, relist=relist if resume else None)
-    with outputs.option("--output"), opened as folder:
-        from .training import DistillationRun
-
-        run = DistillationRun(options, folder, teacher_server_key or None, server_url or None)
-        if not run.run(resume, accept_changed_inputs):
-            raise typer.Exit(130)
+    return options
 
 
 def _was_given(context: typer.Context, name: str, environment: bool = True) -> bool:

@@ -14,19 +14,22 @@ from .options import RunOptions
 _NO_METRICS = ("step", "learning_rate", *TIMES)
 
 
-def text(options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Sequence[Mapping[str, Any]]) -> str:
+def text(
+    options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Sequence[Mapping[str, Any]], answers: int
+) -> str:
     """The card.
 
     Args:
         read: the content of ``inputs.json``: fingerprints, and what changed during the run.
         prompts: their number.
         rows: the metrics of each step.
+        answers: their number in each step.
     """
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NO_METRICS]
     changes = [f"The inputs changed after step {c['after_step']}: {'; '.join(c['what'])}." for c in read["changes"]]
     return card.text(
         f"{card.name_of(options.student)}, distilled",
-        _settings(options, read["inputs"], prompts, len(rows)),
+        _settings(options, read["inputs"], prompts, len(rows), answers),
         card.metrics_table(rows, names),
         base=card.hub_name(options.student),
         adapter=options.save == "adapter",
@@ -34,13 +37,15 @@ def text(options: RunOptions, read: Mapping[str, Any], prompts: int, rows: Seque
     )
 
 
-def report_settings(options: RunOptions, read: Mapping[str, Any], prompts: int, steps: int) -> card.Lines:
+def report_settings(options: RunOptions, read: Mapping[str, Any], prompts: int, steps: int, answers: int) -> card.Lines:
     """The settings of the card, what changed during the run, and the versions, for the report."""
     changes = [(f"changed after step {c['after_step']}", "; ".join(c["what"])) for c in read["changes"]]
-    return [*_settings(options, read["inputs"], prompts, steps), *changes, *card.versions()]
+    return [*_settings(options, read["inputs"], prompts, steps, answers), *changes, *card.versions()]
 
 
-def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: int, steps: int) -> card.Lines:
+def _settings(
+    options: RunOptions, fingerprints: inputs.Fingerprints, prompts: int, steps: int, answers: int
+) -> card.Lines:
     def with_digest(role: str, name: str) -> str:
         return f"{name}, {inputs.digest(fingerprints[role])}" if role in fingerprints else name
 
@@ -49,11 +54,9 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         found.append(("teacher", f"{options.teacher_server_model}, behind a server"))
     for route, model in options.routes().items():
         role = "the teacher" if route is None else f"the teacher of {route}"
-        found.append((role.removeprefix("the "), with_digest(role, card.name_of(model))))
+        found.append((role.removeprefix("the "), with_digest(role, card.name_of(model, options.teacher_moves))))
     if options.reward_scale == 1:
         reference = "none: λ = 1 has no use for it"
-    elif options.ref == "student":
-        reference = "the base"
     else:
         reference = with_digest("the reference", card.name_of(options.ref))
     trained = f"LoRA, rank {options.lora}, alpha {options.lora_alpha:g}" if options.lora else "all weights"
@@ -66,7 +69,7 @@ def _settings(options: RunOptions, fingerprints: inputs.Fingerprints, prompts: i
         *([("tokenizers", "of each model its own")] if options.cross_tokenizer else []),
         ("data", with_digest(inputs.PROMPTS, f"{prompts} prompts, {Path(options.prompts).name}")),
         ("trained", f"{trained}, learning rate {options.learning_rate:g}"),
-        ("steps", f"{steps} of {options.batch_size * options.accumulation} answers"),
+        ("steps", f"{steps} of {answers} answers"),
         ("answers", f"at most {options.max_new_tokens} tokens, temperature {options.temperature:g}"),
         *([("batches that the student samples", f"{options.lmbda:g}")] if options.lmbda != 1 else []),
         *([("weight of the supervised term", f"{options.sft_weight:g}")] if options.sft_weight else []),

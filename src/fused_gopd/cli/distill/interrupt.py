@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..processes import Processes
+
 
 class Abandoned(BaseException):
     """Raised in a step that waits for a teacher's server, to abandon it."""
@@ -23,11 +25,14 @@ class Interrupt(TrainerCallback):
 
     A second signal raises KeyboardInterrupt at once. An abandoned step is repeated when the run is resumed. To repeat
     it with the same random numbers, the states of the generators are recorded at the end of each step.
+
+    Of several processes all stop after the same step, whichever of them got the signal. None abandons a step: the
+    others would wait for it.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], processes: Processes) -> None:
         self.asked = False
-        self._say = say
+        self._say, self._processes = say, processes
         self._waiting = False  # whether the main thread waits for a scorer
         self._random_numbers: tuple[Any, ...] = ()
 
@@ -55,9 +60,9 @@ class Interrupt(TrainerCallback):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self._waiting = True
+        self._waiting = self._processes.count == 1
         try:
-            if self.asked:
+            if self.asked and self._waiting:
                 raise Abandoned
             yield
         finally:
@@ -68,7 +73,7 @@ class Interrupt(TrainerCallback):
         # the trainer's checkpoints save NumPy's global state
         numpy = np.random.get_state()  # noqa: NPY002
         self._random_numbers = (random.getstate(), numpy, torch.get_rng_state(), cuda)
-        if self.asked:
+        if self._processes.any(self.asked):
             control.should_training_stop = control.should_save = True
 
     def restore_random_numbers(self) -> None:

@@ -18,6 +18,7 @@ from ...integrations.adapters import require_adapter
 from ...integrations.hub import require_model
 from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
 from ...integrations.trl.rollouts import COMPLETION, token_ids_of
+from ..demo import smollm
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Model:
         return self.option.removeprefix("--").split("-")[0]
 
 
-def read(option: str, name: str, path: str) -> Model:
+def read(option: str, name: str, path: str, *, peft: bool = False) -> Model:
     """Read the sizes of a model; ``path`` is its folder or its name on the hub.
 
     The model is loaded on the meta device, without the values of its weights. That finds every error of the real
     loading: missing or damaged files, weights of another architecture or shape. Of a quantized model, whose kernels
-    need a device, only the configuration is read.
+    need a device, only the configuration is read. With ``peft`` it may be an adapter, which is put on its base.
 
     Raises:
         typer.BadParameter: naming the option and what is wrong.
@@ -51,7 +52,7 @@ def read(option: str, name: str, path: str) -> Model:
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
     try:
-        config = _load(option, path)
+        config = _load(option, path, peft or option == "--ref")
         return Model(option, name, config.get_text_config().vocab_size, positions_of(config))
     except Exception as error:  # damaged files make transformers raise many types of exceptions
         raise typer.BadParameter(_unloadable(name, path, error), param_hint=option) from None
@@ -66,14 +67,14 @@ def read_adapter(option: str, path: str, base: str) -> None:
         raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
 
 
-def _load(option: str, path: str) -> Any:
+def _load(option: str, path: str, peft: bool) -> Any:
     """The configuration; raises where the files cannot be loaded."""
     folder = Path(path)
     for link in sorted(folder.iterdir()) if folder.is_dir() else ():
         if link.is_symlink() and not link.exists():
             raise ValueError(f"{link} is a link to {link.readlink()}, which is not there")
     adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    if adapter and option != "--ref":
+    if adapter and not peft:
         without = "; or with --lora, where it is one of the student's base, write adapter:FOLDER"
         raise ValueError(
             "it is a PEFT adapter: merge it into its base (merge_and_unload) and save that"
@@ -85,8 +86,8 @@ def _load(option: str, path: str) -> Any:
             raise ValueError('its config.json has no "architectures"')
         if getattr(config, "quantization_config", None) is not None:
             return config
-    # as in the run: this command loads the reference, TRL the other models
-    load: Any = AutoModelForCausalLM.from_pretrained if option == "--ref" else create_model_from_path
+    # as in the run: TRL loads what may be no adapter
+    load: Any = AutoModelForCausalLM.from_pretrained if peft else create_model_from_path
     model, found = load(path, device_map="meta", output_loading_info=True)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no causal language model")
@@ -166,7 +167,7 @@ def check_prompts(
     long: list[str] = []
     for row, prompt in zip(rows, prompts, strict=True):
         for model in foreign:
-            read = len(_encoded(prompt, model.own_tokenizer, variables, f"{path}, row {row}", model.name))
+            read = len(encoded(prompt, model.own_tokenizer, variables, f"{path}, row {row}", model.name))
             if model.positions is not None and read + new_tokens > model.positions:
                 raise typer.BadParameter(
                     f"{path} has prompts that are too long: row {row} of {read} tokens of {model.name} "
@@ -174,7 +175,7 @@ def check_prompts(
                     param_hint="--prompts",
                 )
         whose = "the student" if student.role == "student" else student.name
-        ids = _encoded(prompt, tokenizer, variables, f"{path}, row {row}", whose)
+        ids = encoded(prompt, tokenizer, variables, f"{path}, row {row}", whose)
         if max(ids) >= student.vocab:
             raise typer.BadParameter(
                 f"{path}, row {row}, has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} of id {max(ids)}, and "
@@ -234,7 +235,7 @@ def rendered(prompt: Any, tokenizer: Any, variables: Mapping[str, Any]) -> str:
     return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **variables))
 
 
-def _encoded(prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: str, whose: str) -> list[int]:
+def encoded(prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: str, whose: str) -> list[int]:
     """The token ids of a prompt, made as the trainer makes them."""
     try:
         if isinstance(prompt, str):
@@ -251,3 +252,14 @@ def _encoded(prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: s
     if not ids:
         raise typer.BadParameter(f"{where}, has no tokens for {whose}'s tokenizer", param_hint="--prompts")
     return list(ids)
+
+
+def local(name: str) -> str:
+    """The folder or hub name of a model; the folder of smollm2 is made from its package when it is first needed."""
+    if name != "smollm2" or Path(name).is_dir():
+        return name
+    try:
+        return str(smollm.local_copy())
+    except smollm.DemoError as error:
+        typer.echo(f"error: smollm2: {error}", err=True)
+        raise typer.Exit(2) from None

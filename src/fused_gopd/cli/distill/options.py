@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ... import installing
-from ...integrations.hub import ADAPTER, adapter_path, is_folder
+from ...integrations.hub import ADAPTER, STUDENT, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
@@ -53,8 +52,24 @@ class RunOptions:
 
     student: Annotated[str, MODELS(help="The model to train: a folder, a hub name, or smollm2."), PLACE] = ""
     teacher: Annotated[
-        list[str], MODELS(help="Likewise, or adapter:PATH; several as ROUTE=MODEL, by the prompts' --route-column.")
+        list[str],
+        MODELS(
+            help="Likewise, or adapter:PATH, or `student`, the student itself; several as ROUTE=MODEL, by the prompts' "
+            "--route-column."
+        ),
     ] = field(default_factory=list)
+    teacher_ema: Annotated[
+        float | None,
+        MODELS(metavar="DECAY", help="With --teacher student: it is a moving average of the student, such as 0.99."),
+    ] = None
+    teacher_sync_steps: Annotated[
+        int | None,
+        MODELS(
+            min=1,
+            metavar="STEPS",
+            help="With --teacher student: steps between its updates; 1 is the current student. Default: as it began.",
+        ),
+    ] = None
     cross_tokenizer: Annotated[
         bool,
         MODELS(
@@ -183,7 +198,7 @@ class RunOptions:
         """From the command's parameters: paths made absolute, defaults that depend on other options filled in."""
         values = {**given, "teacher": given.get("teacher") or []}
         for name in RunOptions.names(PLACE):
-            if (name, values[name]) != ("ref", "student"):  # a folder of that name is ./student
+            if (name, values[name]) != ("ref", STUDENT):
                 values[name] = _absolute(values[name])
         if values["teacher_cache"]:
             values["teacher_cache"] = str(Path(values["teacher_cache"]).expanduser().resolve())
@@ -227,10 +242,12 @@ class RunOptions:
         """Folders and hub names of the models that this process loads, by their role in the run."""
         found = {"the student": self.student}
         for route, model in self.routes().items():
+            if model == STUDENT:
+                continue
             found["the teacher" if route is None else f"the teacher of {route}"] = model
         if self.server_tokenizer():
             found["the teacher's tokenizer"] = self.server_tokenizer()
-        if self.ref not in ("", "student") and self.reward_scale != 1:
+        if self.ref not in ("", STUDENT) and self.reward_scale != 1:
             found["the reference"] = self.ref
         return found
 
@@ -250,6 +267,13 @@ class RunOptions:
             "ref": Reading(role="ref", column="" if self.reward_scale == 1 else self.ref_prompt_column),
         }
         return {role: reading for role, reading in found.items() if reading}
+
+    @property
+    def teacher_moves(self) -> str | None:
+        """The options by which a teacher "student" follows the student; None: it does not."""
+        names = ("teacher_ema", "teacher_sync_steps")
+        given = [f"{flag(name)} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return " ".join(given) or None
 
     def models(self) -> list[str]:
         """Folders and hub names of the models and adapters that this process loads."""
@@ -300,8 +324,8 @@ def _route(entry: str) -> tuple[str | None, str]:
     """(route, model) of MODEL or ROUTE=MODEL; an existing folder with an = in its name is a MODEL."""
     route, sign, model = entry.partition("=")
     if not sign or Path(entry).expanduser().exists():
-        return None, _absolute(entry)
-    return route, _absolute(model)
+        return None, entry if entry == STUDENT else _absolute(entry)  # a folder of that name is ./student
+    return route, model if model == STUDENT else _absolute(model)
 
 
 def for_new_run(output: Path, given: dict[str, Any]) -> RunOptions:
@@ -318,16 +342,26 @@ def for_new_run(output: Path, given: dict[str, Any]) -> RunOptions:
     return options
 
 
-def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iterable[str]) -> RunOptions:
+def for_resumed_run(
+    output: Path, given: dict[str, Any], from_command_line: Iterable[str], processes: int = 1
+) -> RunOptions:
     """The saved options of the run in a folder; those that the command line repeats must be equal.
 
     Args:
         output: the folder.
         given: the values of all parameters.
         from_command_line: the names of the parameters that the user gave.
+        processes: their number.
     """
     from_command_line = list(from_command_line)
-    saved = asdict(_read(output))
+    read, began_with = _read(output)
+    if began_with != processes:
+        raise typer.BadParameter(
+            f"the run in {output} was started with {began_with} processes, got {processes}: the answers depend on "
+            f"their number. Go on with it by: {resume_command(output, began_with)}",
+            param_hint="--resume",
+        )
+    saved = asdict(read)
     repeated = asdict(RunOptions.from_command({**saved, **{name: given[name] for name in from_command_line}}))
     may_change = RunOptions.names(MAY_CHANGE)
     for name in from_command_line:
@@ -346,10 +380,20 @@ def for_resumed_run(output: Path, given: dict[str, Any], from_command_line: Iter
     return options
 
 
-def _read(output: Path) -> RunOptions:
+def resume_command(output: Path, processes: int) -> str:
+    """The command that goes on with a run."""
+    launcher = ["torchrun", "--nproc_per_node", str(processes), "-m", "fused_gopd.cli"]
+    program = ["fused-gopd"] if processes == 1 else launcher
+    return shlex.join([*program, "distill", "--resume", "--output", str(output)])
+
+
+def _read(output: Path) -> tuple[RunOptions, int]:
+    """The saved options, and the number of processes."""
     copies = sorted(output.glob(f"checkpoint-*/{FILE}"), key=lambda path: path.stat().st_mtime)
     try:
-        return RunOptions(**read_sealed(output / FILE))
+        values = read_sealed(output / FILE)
+        processes = int(values.pop("processes", 1))
+        return RunOptions(**values), processes
     except Damaged as error:
         if copies:
             command = ["cp", str(copies[-1]), str(output / FILE)]
@@ -365,9 +409,9 @@ def _read(output: Path) -> RunOptions:
         ) from None
 
 
-def write(output: Path, options: RunOptions) -> None:
+def write(output: Path, options: RunOptions, processes: int = 1) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    write_sealed(output / FILE, asdict(options))
+    write_sealed(output / FILE, {**asdict(options), "processes": processes})
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -379,11 +423,6 @@ def _wrong(option: str, message: str) -> typer.BadParameter:
 
 def check(options: RunOptions) -> None:
     """Raise for options that contradict each other, missing files and packages that are not installed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise typer.BadParameter(
-            "runs in one process: for several, call fused_gopd.integrations.trl.GOPDTrainer from a script under "
-            "`accelerate launch`"
-        )
     check_loss_options(**options.loss_options())
     require_one_of("save", options.save, ("merged", "adapter"))
     if options.dtype:
@@ -394,6 +433,7 @@ def check(options: RunOptions) -> None:
     if options.save == "adapter" and not options.lora:
         raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
     _check_teachers(options)
+    _check_student_as_teacher(options)
     _check_cache(options)
     if options.reward_scale != 1 and not options.ref:
         raise _wrong(
@@ -440,6 +480,28 @@ def _check_teachers(options: RunOptions) -> None:
         )
     for model in routes.values():
         _check_model("--teacher", model, options.lora)
+
+
+def _check_student_as_teacher(options: RunOptions) -> None:
+    moves, own = options.teacher_moves, STUDENT in options.routes().values()
+    if moves and not own:
+        raise _wrong(moves.split()[0], "is an option of --teacher student, the student itself")
+    if options.teacher_ema is not None and not 0 < options.teacher_ema < 1:
+        raise _wrong(
+            "--teacher-ema",
+            f"must be between 0 and 1, got {options.teacher_ema:g}: it is the decay d of d * average + (1 - d) * now",
+        )
+    if moves and options.teacher_cache:
+        raise _wrong(
+            "--teacher-cache", f"has no use for a teacher that changes ({moves}): what it scores it never scores again"
+        )
+    supervised = options.sft_weight and options.teacher_sync_steps != 1  # the frozen student is a penalty beside it
+    if own and options.reward_scale == 1 and "teacher" not in options.readings() and not supervised:
+        raise _wrong(
+            "--teacher",
+            "student reads the prompt that the student reads, so that at --reward-scale 1 both say the same and every "
+            "gradient is 0: give it another prompt (--teacher-template, --teacher-system, --teacher-prompt-column)",
+        )
 
 
 def _check_server(options: RunOptions) -> None:
@@ -500,7 +562,7 @@ def _check_model(option: str, name: str, lora: int) -> None:
             what = f"{name} is an adapter on the student's base, which training all weights changes: give --lora"
             raise _wrong(option, what)
         name = adapter
-    if name not in ("", "student", "smollm2"):
+    if name not in ("", STUDENT, "smollm2"):
         try:
             is_folder(option, name)
         except ValueError as error:

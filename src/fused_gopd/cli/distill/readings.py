@@ -60,9 +60,10 @@ class Reading:
             raise typer.BadParameter(
                 f"has the whole prompt: it goes without {self._flag(other)}", param_hint=self._flag("prompt-column")
             )
-        if self.template and _PROMPT not in [name for _, name in self._pieces()]:
+        if self.template and not any(name for _, name in self._pieces()):
             raise typer.BadParameter(
-                f"must have {{prompt}} in it, the prompt itself, got {self.template!r}",
+                "must have {prompt} in it, the prompt itself, or the name of a column: it would be the same text for "
+                f"every prompt, got {self.template!r}",
                 param_hint=self._flag("template"),
             )
 

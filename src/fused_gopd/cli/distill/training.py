@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ...integrations.hub import adapter_path
+from ...integrations.hub import BASE, STUDENT, adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
 from ...integrations.trl.report import FILE as REPORT
 from ...integrations.trl.rollouts import COMPLETION
 from .. import durable
-from ..demo import smollm
 from ..outputs import OutputFolder
+from ..processes import Processes
 from . import card, checkpoints, figures, inputs, models, prompts, runfile
 from .interrupt import Abandoned, Interrupt
 from .options import FILE as OPTIONS_FILE
-from .options import RunOptions, with_bases, write
+from .options import RunOptions, resume_command, with_bases, write
 
 # of a prompt that is shown
 _SHOWN_CHARACTERS = 600
@@ -59,12 +59,15 @@ class PhaseCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Moves each checkpoint of the trainer to its final place, with a copy of the run's options."""
 
-    def __init__(self, found: checkpoints.Checkpoints, saved: Path) -> None:
-        self._checkpoints, self._options = found, saved
+    def __init__(self, found: checkpoints.Checkpoints, saved: Path, processes: Processes) -> None:
+        self._checkpoints, self._options, self._processes = found, saved, processes
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        shutil.copy(self._options, self._checkpoints.partial / f"checkpoint-{state.global_step}")
-        self._checkpoints.add(state.global_step)
+        self._processes.wait()  # each process writes its own random numbers
+        if self._processes.first:
+            shutil.copy(self._options, self._checkpoints.partial / f"checkpoint-{state.global_step}")
+            self._checkpoints.add(state.global_step)
+        self._processes.wait()
 
 
 def _tensorboard(path: Path, done: int) -> Any:
@@ -78,12 +81,18 @@ class DistillationRun:
     """A run with given options in a folder."""
 
     def __init__(
-        self, options: RunOptions, folder: OutputFolder, server_key: str | None = None, server_url: str | None = None
+        self,
+        options: RunOptions,
+        folder: OutputFolder,
+        processes: Processes,
+        server_key: str | None = None,
+        server_url: str | None = None,
     ) -> None:
         """``server_key`` and ``server_url``, which may have a user name and password, are neither written nor shown."""
         self.options, self.folder, self.output = options, folder, folder.path
         self._server_key, self._server_url = server_key, server_url
-        self.display = figures.Display(Console(), options.steps)
+        self.processes = processes
+        self.display = figures.Display(Console(quiet=not processes.first), options.steps)
         self.say = self.display.say
         self.checkpoints = checkpoints.Checkpoints(folder)
         self._server_tokenizer: Any = None  # of a teacher behind a server, where it may be another
@@ -95,47 +104,66 @@ class DistillationRun:
     def _result(self) -> Path:
         return self.output / ("adapter" if self.options.save == "adapter" else "model")
 
+    @property
+    def _answers(self) -> int:
+        """The answers of a step."""
+        return self.options.batch_size * self.options.accumulation * self.processes.count
+
     def run(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
         """Train. Returns whether all steps are done."""
         logging: Any = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         options = self.options
-        self.folder.check("metrics.jsonl", REPORT, "tensorboard", self._result.name)
-        self._check_result()
-        self.checkpoints.find(self.say)
-        done = self.checkpoints.done
-        data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
-        cache = self._cache()
-        with self.display.loading("sizes and tokenizers of the models"):
-            known, tokenizer = self._read_models()
-        dataset = self._dataset(data, tokenizer, known)
-        self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
-        teacher = self._teacher(tokenizer, known[0].vocab)
-        config = self._config()
+        with self.processes.agreeing():
+            # made once on each machine, before the others look for it
+            if self.processes.first_of_machine and "smollm2" in options.models():
+                models.local("smollm2")
+        with self.processes.agreeing():
+            self.folder.check("metrics.jsonl", REPORT, "tensorboard", self._result.name)
+            self._check_result()
+            self.checkpoints.find(self.say)
+            done = self.checkpoints.done
+            data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
+            cache = self._cache()
+            with self.display.loading("sizes and tokenizers of the models"):
+                known, tokenizer = self._read_models()
+            dataset = self._dataset(data, tokenizer, known)
+            self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
+            teacher = self._teacher(tokenizer, known[0].vocab)
+            config = self._config()
         self._print_summary(done, len(data.prompts))
-        interrupt = Interrupt(self.say)
+        interrupt = Interrupt(self.say, self.processes)
         if options.teacher_server:
             teacher = interrupt.scorer(teacher)
             teacher = teacher if cache is None else cache.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             with self.display.loading(f"the student {options.student}"):
                 trainer = self._trainer(config, dataset, tokenizer, teacher)
-            durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
-            self.folder.extend(OPTIONS_FILE)
-            durable.replace(self.folder.create(runfile.FILE), runfile.text(options))
-            self.folder.finish(runfile.FILE)
-            write(self.output, options)  # only once the models are loaded: before that there is nothing to resume
-            record = figures.Record(self.folder.create("metrics.jsonl"), self.checkpoints.history())
-            save = CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE)
-            board = _tensorboard(self.folder.extend("tensorboard"), done)
-            for callback in (interrupt, MetricsCallback(record, self.display), save, board):
-                trainer.add_callback(callback)
-            self._add_report(trainer, len(data.prompts))
+            trainer.add_callback(interrupt)
+            # only once the models are loaded: before that there is nothing to resume
+            record = self._begin(trainer, len(data.prompts)) if self.processes.first else None
+            trainer.add_callback(CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE, self.processes))
             with self.display.running(done):
                 self._train(trainer, interrupt)
         self._describe_cache(cache, trainer)
-        return self._end(trainer, tokenizer, record, len(data.prompts))
+        finished = bool(trainer.state.global_step >= options.steps)
+        if record is not None:
+            self._end(trainer, tokenizer, record, len(data.prompts), finished)
+        return finished
+
+    def _begin(self, trainer: Any, prompt_count: int) -> figures.Record:
+        """Write what the run is, and have the trainer write its metrics."""
+        durable.write_sealed(self.folder.extend(inputs.FILE), self._inputs)
+        durable.replace(self.folder.create(runfile.FILE), runfile.text(self.options))
+        self.folder.finish(runfile.FILE)
+        self.folder.extend(OPTIONS_FILE)
+        write(self.output, self.options, self.processes.count)
+        record = figures.Record(self.folder.create("metrics.jsonl"), self.checkpoints.history())
+        trainer.add_callback(MetricsCallback(record, self.display))
+        trainer.add_callback(_tensorboard(self.folder.extend("tensorboard"), self.checkpoints.done))
+        self._add_report(trainer, prompt_count)
+        return record
 
     # ---------------------------------------------------------------------------------------------- before any model
 
@@ -162,41 +190,32 @@ class DistillationRun:
     def _route_names(self) -> list[str]:
         return [route for route in self.options.routes() if route is not None]
 
-    def _local(self, name: str) -> str:
-        """The folder or hub name of a model; the folder of smollm2 is made from its package when it is first needed."""
-        if name != "smollm2" or Path(name).is_dir():
-            return name
-        try:
-            return str(smollm.local_copy())
-        except smollm.DemoError as error:
-            typer.echo(f"error: smollm2: {error}", err=True)
-            raise typer.Exit(2) from None
-
     def _frozen_models(self) -> list[tuple[str, str]]:
         """(flag, name) of the teachers and the reference that are loaded in this process."""
         options = self.options
-        ref = [("--ref", options.ref)] if options.ref not in ("", "student") and options.reward_scale != 1 else []
-        return [*(("--teacher", model) for model in options.routes().values()), *ref]
+        ref = [("--ref", options.ref)] if options.reward_scale != 1 else []
+        found = [*(("--teacher", model) for model in options.routes().values()), *ref]
+        return [(option, name) for option, name in found if name not in ("", STUDENT)]
 
     def _read_models(self) -> tuple[list[models.Model], Any]:
         """The models' sizes, the student's first, and the student's tokenizer; raises where models do not match."""
         options = self.options
-        known = [models.read("--student", options.student, self._local(options.student))]
+        known = [models.read("--student", options.student, models.local(options.student))]
         for option, name in self._frozen_models():
             adapter = adapter_path(name)
             if adapter is None:
-                known.append(models.read(option, name, self._local(name)))
+                known.append(models.read(option, name, models.local(name)))
             else:
-                models.read_adapter(option, adapter, self._local(options.student))
-        tokenizer = models.read_tokenizer("--student", options.student, self._local(options.student))
+                models.read_adapter(option, adapter, models.local(options.student))
+        tokenizer = models.read_tokenizer("--student", options.student, models.local(options.student))
         for n, model in enumerate(known[1:], 1):
             if model.name != options.student:
-                other = models.read_tokenizer(model.option, model.name, self._local(model.name))
+                other = models.read_tokenizer(model.option, model.name, models.local(model.name))
                 if self._is_other(model.option, model.name, tokenizer, other):
                     known[n] = replace(model, own_tokenizer=other)
         if name := options.server_tokenizer():
             option = "--teacher-tokenizer"
-            other = models.read_tokenizer(option, name, self._local(name))
+            other = models.read_tokenizer(option, name, models.local(name))
             self._server_tokenizer = other
             if self._is_other(option, name, tokenizer, other):
                 known.append(models.Model(option, name, len(other), None, other))
@@ -213,7 +232,7 @@ class DistillationRun:
 
     def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
         """Fingerprints of the prompts and models; a resumed run compares them with those that it was started with."""
-        local = {role: self._local(model) for role, model in self.options.roles().items()}
+        local = {role: models.local(model) for role, model in self.options.roles().items()}
         now = inputs.fingerprints(Path(self.options.prompts), with_bases(local))
         return inputs.check(self.folder, now, done, accept_changes) if resume else {"inputs": now, "changes": []}
 
@@ -246,7 +265,7 @@ class DistillationRun:
             columns[COMPLETION] = prompts.completions(data, options.completion_column)
         generator = torch.Generator().manual_seed(options.seed)
         order: list[int] = []
-        needed = options.steps * options.batch_size * options.accumulation
+        needed = options.steps * self._answers
         while len(order) < needed:
             order += torch.randperm(len(rows), generator=generator).tolist()
         order = order[:needed]
@@ -268,7 +287,7 @@ class DistillationRun:
         for role, reading in options.readings().items():
             read, where = parts[f"{role}_prompt"], f"{options.prompts} ({reading.owner} prompts)"
             names = options.routes().values() if role == "teacher" else [options.ref]
-            as_student = any(adapter_path(name) is not None or name == "student" for name in names)
+            as_student = any(adapter_path(name) is not None or name == STUDENT for name in names)
             own = [model for model in known if model.role == role]
             if as_student or not own or any(model.own_tokenizer is None for model in own):
                 own.insert(0, known[0] if as_student else replace(known[0], positions=None))
@@ -283,7 +302,7 @@ class DistillationRun:
         """A model's path, a dict of paths by route, or the scorer of a server."""
         options = self.options
         if not options.teacher_server:
-            routes = {route: self._local(model) for route, model in options.routes().items()}
+            routes = {route: models.local(model) for route, model in options.routes().items()}
             return routes.get(None, routes)
         server = importlib.import_module("fused_gopd.integrations.server")
         self._expected_errors += (server.TeacherServerError,)
@@ -320,7 +339,7 @@ class DistillationRun:
 
     def _config(self) -> Any:
         options, gpu = self.options, torch.cuda.is_available()
-        loaded = any(adapter_path(model) is None for model in options.routes().values())
+        loaded = any(adapter_path(model) is None and model != STUDENT for model in options.routes().values())
         columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
         try:
             return GOPDConfig(
@@ -330,6 +349,8 @@ class DistillationRun:
                 route_column=_ROUTE if options.route_column else None,
                 **columns,
                 cross_tokenizer=options.cross_tokenizer,
+                teacher_ema=options.teacher_ema,
+                teacher_sync_steps=options.teacher_sync_steps,
                 chat_template_kwargs=options.template_variables,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,
@@ -344,6 +365,7 @@ class DistillationRun:
                 bf16=self._frozen_dtype == "bfloat16",
                 use_cpu=not gpu,
                 gradient_checkpointing=gpu,
+                ddp_find_unused_parameters=False,  # every parameter is used; on a CPU the search is the default
                 # trained weights are float32, whatever the dtype of the products
                 model_init_kwargs={"dtype": self._frozen_dtype if options.lora else "float32"},
                 teacher_model_init_kwargs={"dtype": self._frozen_dtype} if loaded else None,
@@ -362,14 +384,16 @@ class DistillationRun:
     def _print_summary(self, done: int, count: int) -> None:
         options = self.options
         teachers = options.teacher_server or ", ".join(options.teacher)
+        teachers += f" ({options.teacher_moves})" if options.teacher_moves else ""
         self.say(f"student {options.student}, teacher {teachers}, reference {options.ref or 'none'}")
         trained = f"LoRA of rank {options.lora}" if options.lora else "all weights"
         if done >= options.steps:
             self.say("no step is left: the result is written")
             return
+        processes = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         where = f"steps {done + 1} to {options.steps}" if done else f"{options.steps} steps"
         self.say(
-            f"{where} of {options.batch_size * options.accumulation} answers to {count} prompts, "
+            f"{where} of {self._answers} answers to {count} prompts{processes}, "
             f"λ = {options.reward_scale:g}, {options.estimator}, {trained} at {options.learning_rate:g}"
         )
         if options.ref and options.reward_scale == 1:
@@ -385,8 +409,10 @@ class DistillationRun:
                 r=options.lora, lora_alpha=options.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
         trainer = GOPDTrainer(
-            self._local(options.student),
-            teacher,
+            models.local(options.student),
+            {route: self._own(model) for route, model in teacher.items()}
+            if isinstance(teacher, dict)
+            else self._own(teacher),
             config,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -406,7 +432,9 @@ class DistillationRun:
         trainer.add_report(
             path=self.folder.create(REPORT),
             title=f"{Path(options.student).name}, λ = {options.reward_scale:g}, {options.estimator}",
-            settings=lambda: card.report_settings(options, self._inputs, prompt_count, trainer.state.global_step),
+            settings=lambda: card.report_settings(
+                options, self._inputs, prompt_count, trainer.state.global_step, self._answers
+            ),
         )
 
     def _reference(self) -> Any:
@@ -414,12 +442,23 @@ class DistillationRun:
         options = self.options
         if options.reward_scale == 1:
             return None
-        if options.ref == "student" and options.lora:
-            return "base"
-        name = options.student if options.ref == "student" else options.ref
-        if adapter_path(name) is not None:
-            return name
-        return AutoModelForCausalLM.from_pretrained(self._local(name), dtype=getattr(torch, self._frozen_dtype))
+        if options.ref == STUDENT:
+            return self._initial_student
+        return options.ref if adapter_path(options.ref) is not None else self._load(options.ref)
+
+    def _own(self, teacher: Any) -> Any:
+        """A teacher as the trainer takes it: where ``"student"`` does not move, what it was at first in its place."""
+        if not isinstance(teacher, str) or teacher != STUDENT or self.options.teacher_moves:
+            return teacher
+        return self._initial_student
+
+    @cached_property
+    def _initial_student(self) -> Any:
+        """The student before training: ``"base"`` (a new adapter changes nothing), or a model, of the frozen dtype."""
+        return BASE if self.options.lora else self._load(self.options.student)
+
+    def _load(self, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(models.local(name), dtype=getattr(torch, self._frozen_dtype))
 
     def _train(self, trainer: Any, interrupt: Interrupt) -> None:
         done = self.checkpoints.done
@@ -427,7 +466,8 @@ class DistillationRun:
             try:
                 trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
             except BaseException as error:
-                if isinstance(error, (Abandoned, *self._expected_errors)):
+                # of several processes, the others may wait in the step that this one gives up
+                if self.processes.count == 1 and isinstance(error, (Abandoned, *self._expected_errors)):
                     self._save_last_step(trainer, interrupt)
                 raise
         except Abandoned:
@@ -448,22 +488,20 @@ class DistillationRun:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
     def _resume_command(self) -> str:
-        return shlex.join(("fused-gopd", "distill", "--resume", "--output", str(self.output)))
+        return resume_command(self.output, self.processes.count)
 
-    def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int) -> bool:
+    def _end(self, trainer: Any, tokenizer: Any, record: figures.Record, prompt_count: int, finished: bool) -> None:
         options = self.options
         for name in (REPORT, record.path.name):
             self.folder.finish(name)
-        finished = bool(trainer.state.global_step >= options.steps)
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
-            return False
-        text = card.text(options, self._inputs, prompt_count, record.rows)
+            return
+        text = card.text(options, self._inputs, prompt_count, record.rows, self._answers)
         self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, text, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
         self.say(f"report: {self.output / REPORT}")
         self.say(f"figures: {record.path}, tensorboard --logdir {self.output / 'tensorboard'}")
-        return True
 
     def _check_result(self) -> None:
         """Refuse to replace a result that this command did not write, or that has all steps already."""

@@ -154,7 +154,7 @@ def check_student_as_teacher(args: Any, teachers: Mapping[str, Model], alike: Se
     idle = [name for name in own if name in alike]
     if idle and lambda_is_1:
         # whose terms may learn from a teacher that does not move
-        weights = [getattr(args, name, 0.0) for name in ("entropy_weight", "outcome_weight")]
+        weights = [getattr(args, name, 0.0) for name in ("entropy_weight", "outcome_weight", "sft_weight")]
         if args._teacher_is_live or not (any(weights) or args._penalty is not None):
             raise ValueError(
                 f'{idle[0]}="student" reads the prompt that the student reads, so that at reward_scale=1 both say the '

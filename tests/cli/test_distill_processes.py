@@ -1,0 +1,148 @@
+"""``fused-gopd distill`` in several processes: the weights of one, and ranks that agree on interrupts and errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+pytest.importorskip("trl")
+
+from transformers import AutoModelForCausalLM
+
+from distill_runs import Files, assert_same_weights, invoke, make_tokenizer, metrics_of, weights
+from fused_gopd.cli.distill import options
+from fused_gopd.cli.processes import Processes
+from ranks import run_on_ranks
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(os.name == "nt", reason="gloo and signals")]
+
+
+def launched(*arguments: Any) -> subprocess.Popen[str]:
+    """The command in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return subprocess.Popen(
+        [*command, "-m", "fused_gopd.cli", "distill", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(run: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        output, _ = run.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # the launcher ends the processes
+        raise AssertionError(run.communicate()[0]) from None
+    assert run.returncode == code, output
+    return output
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if "second" not in name}
+
+
+@pytest.fixture(scope="module")
+def sharp(files: Files) -> list[str]:
+    """The options of a run whose sampling does not depend on random numbers, and so not on the number of processes.
+
+    The student's logits are so far from each other that each token has the probability 0 or 1. The gradient of the
+    forward KL, p - q at the states of the student, is not small there.
+    """
+    folder = files.folder / "sharp"
+    student = AutoModelForCausalLM.from_pretrained(files.student)
+    student.lm_head.weight.data *= 3e4
+    student.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    said = ["--student", str(folder), "--teacher", files.math, "--prompts", files.prompts, "--steps", "4"]
+    said += ["--max-new-tokens", "5", "--learning-rate", "1e-3", "--accumulation", "2", "--divergence", "forward_kl"]
+    return [*said, "--save-every", "2", "--seed", "3"]
+
+
+def test_two_processes_end_in_the_weights_of_one(files: Files, sharp: list[str], tmp_path: Path) -> None:
+    """With half the batch each, uninterrupted, and interrupted in one step and resumed."""
+    one, two, parts = tmp_path / "one", tmp_path / "two", tmp_path / "parts"
+    invoke(*sharp, "--batch-size", "4", "--output", one)
+    halves = [*sharp, "--batch-size", "2", "--output"]
+    output = finished(launched(*halves, two))
+    assert "4 steps of 8 answers to 5 prompts, 2 processes" in output
+    assert len(re.findall("step 1/4", output)) == 1  # one of them speaks
+    before, after, found = (weights(x) for x in (files.folder / "sharp", one / "model", two / "model"))
+    assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3
+    for name, value in after.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    for a, b in zip(*([untimed(row) for row in metrics_of(run)] for run in (one, two)), strict=True):
+        assert a["entropy"] < 1e-6  # in nats per token: with another seed a near tie may come up
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+    run = launched(*halves, parts)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step 1/4"):
+            os.kill(run.pid, signal.SIGTERM)  # the launcher sends it on to both
+            break
+    output = finished(run, code=1)
+    (step,) = re.findall(r"saved after step (\d); go on by: torchrun --nproc_per_node 2 -m fused_gopd.cli", output)
+    if step != "4":  # a loaded machine may hear of the signal late
+        refused = invoke("--resume", "--output", parts, code=2)
+        assert "was started with 2 processes, got 1" in " ".join(refused.replace("│", " ").split())
+        finished(launched("--resume", "--output", parts))
+    assert_same_weights(two / "model", parts / "model")
+
+
+def _agreement(output: str) -> list[Any]:
+    """What each rank meets: nothing, a wrong option in all, in the second alone, and a failure in the first alone."""
+    processes = Processes()
+    found: list[Any] = [processes.count, processes.first, processes.any(processes.rank == 1), processes.any(False)]
+    errors = {
+        "none": (None, None),
+        "both": (typer.BadParameter("wrong"), typer.BadParameter("wrong")),
+        "second": (None, typer.BadParameter("only there")),
+        "first": (OSError("disk"), None),
+    }
+    for name, raised in errors.items():
+        try:
+            with processes.agreeing():
+                if (error := raised[processes.rank]) is not None:
+                    raise error
+            found.append((name, "", 0))
+        except Exception as error:
+            found.append((name, type(error).__name__, getattr(error, "exit_code", 1)))
+    return found
+
+
+def test_processes_agree_on_errors_and_flags() -> None:
+    first, second = run_on_ranks("test_distill_processes:_agreement", 2, "")
+    assert first[:4] == [2, True, True, False]
+    assert second[:4] == [2, False, True, False]
+    assert first[4:] == [("none", "", 0), ("both", "BadParameter", 2), ("second", "Exit", 2), ("first", "OSError", 1)]
+    # the second is silent: an Exit shows nothing
+    assert second[4:] == [("none", "", 0), ("both", "Exit", 2), ("second", "Exit", 2), ("first", "Exit", 1)]
+
+
+def test_a_process_alone_needs_no_group() -> None:
+    processes = Processes()
+    assert (processes.count, processes.first, processes.any(True), processes.any(False)) == (1, True, True, False)
+    with pytest.raises(OSError, match="disk"), processes.agreeing():
+        raise OSError("disk")
+
+
+def test_the_number_of_processes_is_kept(files: Files, tmp_path: Path) -> None:
+    made = options.RunOptions(student=files.student, teacher=[files.math], prompts=files.prompts)
+    made = options.RunOptions.from_command(vars(made))
+    options.write(tmp_path, made, 2)
+    assert options.for_resumed_run(tmp_path, vars(made), [], 2) == made
+    with pytest.raises(typer.BadParameter, match="was started with 2 processes, got 3"):
+        options.for_resumed_run(tmp_path, vars(made), [], 3)
