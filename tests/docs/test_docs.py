@@ -179,10 +179,12 @@ def test_the_parts_of_a_distill_command_go_together(tmp_path: Path, monkeypatch:
     assert len(spans) > 5
     needs = {"--save": "--lora 8", "--teacher": "", "--teacher-server": "", "--ref": "--reward-scale 1.25"}
     needs |= {"--support": "--estimator topk --k 20", "--teacher-cache-gib": "--teacher-cache C"}
+    needs |= dict.fromkeys(("--teacher-ema", "--teacher-sync-steps"), "--teacher student --teacher-system S")
     server = next(span for span in spans if span.startswith("--teacher-server "))
     for span in [*spans, f"{server} --estimator topk --k 20"]:
         rest = f"{span} {needs.get(span.split(' ')[0], '')}"
-        rest += "" if re.search(r"--teacher(-server)? ", span) else " --teacher T"
+        rest += " --teacher-system S" if span == "--teacher student" else ""
+        rest += "" if re.search(r"--teacher(-server)? ", rest) else " --teacher T"
         call(
             ["distill", "--student", "M", "--prompts", "p.jsonl", "--output", "run", *shlex.split(rest)],
             tmp_path,
