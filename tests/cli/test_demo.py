@@ -332,6 +332,26 @@ def test_progress_on_a_terminal_is_a_bar_that_is_gone_at_the_end() -> None:
     assert "a table" in screen.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_a_phase_in_a_bar_and_in_a_pipe_where_nothing_else_is_said(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", 0.05)
+    screen = io.StringIO()
+    with progress.progress(Console(file=screen, force_terminal=terminal, width=80), "loading", 2) as done:
+        done("", phase=Phase("sample", "", 117, 256, 140.4))
+        time.sleep(0.5)
+        done("first")
+    if terminal:
+        assert "117/256" in screen.getvalue()
+        assert "140 tokens/s" in screen.getvalue()
+    else:
+        lines = [" ".join(line.split()[2:]) for line in screen.getvalue().splitlines()]
+        assert lines[0] == "0/2 loading"
+        assert set(lines[1:-1]) == {"0/2 ... sample 117/256, 140 tokens/s"}
+        assert lines[-1] == "1/2 first"
+
+
 def test_report_draws_without_a_teacher(tmp_path: Path) -> None:
     report.draw(tmp_path / "picture.svg", {"before": evaluation(0.4), "λ = 1": evaluation(0.2, 0.1)})
     assert "λ = 1" in (tmp_path / "picture.svg").read_text()

@@ -165,6 +165,7 @@ def _present(
     rows, schedule = outcome.rows(), settings.schedule
     report.print_training(console, rows)
     report.print_samples(console, HELD_OUT_QUESTIONS, rows)
+    report.print_warnings(console, [text for run in outcome.runs for text in run.history.warnings])
     findings = outcome.findings()
     report.print_findings(console, findings)
     if quick:

@@ -83,6 +83,12 @@ def print_samples(console: Console, questions: Sequence[str], rows: dict[str, Ev
             console.print(text, no_wrap=True, overflow="ellipsis")
 
 
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """What the trainers warned of."""
+    for text in warnings:
+        console.print(Text(f"warning: {text}", "yellow"))
+
+
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Print each criterion, and whether it is met."""
     console.print("\n[bold]What was asked of this run[/bold]")

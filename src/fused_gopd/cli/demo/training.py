@@ -58,6 +58,8 @@ def train(
     folder: Path,
     *,
     seed: int,
+    teacher: str = "base",
+    teacher_ema: float | None = None,
     progress: Progress = lambda what, *, phase=None: None,
 ) -> tuple[Any, TrainingHistory]:
     """Train an adapter on the last layers; initial weights and random numbers are the same for every lambda.
@@ -65,6 +67,8 @@ def train(
     Args:
         model: a causal LM without an adapter. It is changed: ``unload()`` of the result gives it back.
         folder: for the trainer's files and the scores of the teacher and the reference, which several updates share.
+        teacher, teacher_ema: ``GOPDTrainer``'s: the model without the adapter, or the student as it is before training,
+            or an average of its states. In all cases it reads the hint.
         progress: called for each of ``schedule.updates`` updates.
 
     Returns:
@@ -86,7 +90,9 @@ def train(
         per_device_train_batch_size=schedule.prompts_per_rollout,
         gradient_accumulation_steps=1,
         num_iterations=schedule.updates_per_rollout,
-        teacher_cache=str(folder / f"scores-{reward_scale:g}"),  # each update but the first finds them there
+        teacher_ema=teacher_ema,
+        # each update but the first finds the scores there
+        teacher_cache=str(folder / f"scores-{reward_scale:g}") if schedule.updates_per_rollout > 1 else None,
         max_steps=schedule.updates,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="constant",
@@ -105,7 +111,7 @@ def train(
     losses: list[float] = []
     trainer = GOPDTrainer(
         model,
-        teacher="base",
+        teacher=teacher,
         ref_model=None if reward_scale == 1 else "base",
         args=args,
         train_dataset=importlib.import_module("datasets").Dataset.from_list(rows),
