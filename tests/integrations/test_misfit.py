@@ -92,6 +92,11 @@ def test_states_of_another_model_are_named():
     assert "no likelier than chance" in found(fg.token_logprobs(other, TOKENS))
 
 
+def test_a_damaged_teacher_is_named():
+    right = head()
+    assert "nearer to a uniform guess" in found(fg.LinearHead(0.1 * right.hidden, right.weight))
+
+
 def test_what_the_student_does_not_know_itself_is_no_evidence():
     g = torch.Generator().manual_seed(9)
     other, student = (fg.LinearHead(torch.randn(B, K, H, generator=g), TABLES[1]) for _ in range(2))

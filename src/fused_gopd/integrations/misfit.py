@@ -53,6 +53,8 @@ def misfit_of(
       likelier than the tokens themselves, by a nat and 4 standard errors.
     - *another model*: its mean is no better than ln V by 4 standard errors, where the student's is by a nat. States
       that do not fit the head give more than ln V, and so do tokens of another tokenizer.
+    - *damaged*: its mean is nearer to ln V than to the student's, by 4 standard errors. Another system prompt, or none,
+      costs a model below a nat; weights with noise of a fifth of their size, or a temperature of 5, this much.
     """
     live = mask.bool().cpu()
     a, s = (x.detach().double().cpu().clamp(min=-1e3) for x in (teacher, student))
@@ -86,6 +88,12 @@ def misfit_of(
             f"finds what the student says no likelier than chance: {found:.2f} nats a token, where a uniform guess has "
             f"ln {vocab_size} = {worst:.2f} and the student {own:.2f}. Its head is another model's than its states, or "
             "it has another tokenizer, or is not trained"
+        )
+    if found - _SURE * error > (own + worst) / 2 and own < worst - 1:
+        return (
+            f"is nearer to a uniform guess (ln {vocab_size} = {worst:.2f} nats a token) than to the student ({own:.2f}) "
+            f"on what the student says: {found:.2f}. Look at its answers to the same prompts: its weights may be damaged "
+            "(dtype, quantization, an adapter of another base), its temperature another, or its prompt not its own"
         )
     return None
 
