@@ -91,9 +91,9 @@ def misfit_of(
         )
     if found - _SURE * error > (own + worst) / 2 and own < worst - 1:
         return (
-            f"is nearer to a uniform guess (ln {vocab_size} = {worst:.2f} nats a token) than to the student ({own:.2f}) "
-            f"on what the student says: {found:.2f}. Look at its answers to the same prompts: its weights may be damaged "
-            "(dtype, quantization, an adapter of another base), its temperature another, or its prompt not its own"
+            f"is nearer to a uniform guess (ln {vocab_size} = {worst:.2f} nats a token) than to the student "
+            f"({own:.2f}) on what the student says: {found:.2f}. Look at its answers to the same prompts: its weights "
+            "may be damaged (dtype, quantization, an adapter of another base), its temperature or its prompt another"
         )
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +21,18 @@ _WINDOW = 5
 # many completions.
 _RISE, _RISEN = 0.25, 0.5
 _CUT, _CUT_OF = 0.95, 256
+# The distance to the target, the standard deviation of log u - log p, that is left once the student has moved as far
+# from the reference as it was from the teacher: 0.03 to 0.61 of the first where it learns, 0.8 to 1.3 where it fails.
+_LEFT = 0.75
+# Nats a token from the reference, below which nothing is said of lambda and of a reward that runs away.
+_MOVED = 0.1
+# The rise of the reward over the KL to the teacher at first.
+_GAINED = 0.25
+# The KL to the teacher over the least that it was, and that to the reference over what it was then.
+_AWAY, _AWAY_FROM_REF = 1.4, 2.0
+# k3 of the engine's log-probs against the student's, nats a token; the share of the samples that weights leave; the
+# share of tokens that they mask.
+_MISMATCH, _EFFECTIVE, _MASKED = 0.05, 0.5, 0.5
 
 
 def ends_of(model: Any) -> list[int]:
@@ -110,7 +122,76 @@ def _cut_off(rows: Sequence[Row], setting: Setting) -> str | None:
     return None
 
 
-_RULES: tuple[Callable[[Sequence[Row], Setting], str | None], ...] = (_cut_off,)
+def _of_one_scale(rows: Sequence[Row]) -> list[Row]:
+    """The last rows of one lambda, which have one target; none where lambda is of each token."""
+    scale = rows[-1].get("gopd/reward_scale")
+    first = len(rows)
+    while scale is not None and first and rows[first - 1].get("gopd/reward_scale") == scale:
+        first -= 1
+    return list(rows[first:])
+
+
+def _beyond(rows: Sequence[Row], setting: Setting) -> str | None:
+    same = _of_one_scale(rows)
+    names = ("gopd/advantage_std", "gopd/kl_teacher_k3", "gopd/kl_ref_k3", "gopd/reward")
+    found = [_ends(_values(same, name)) for name in names]
+    if any(x is None for x in found):
+        return None
+    (first, last), (teacher, _), (_, ref), (before, reward) = cast("list[tuple[float, float]]", found)
+    scale = same[-1]["gopd/reward_scale"]
+    moved = ref >= max(_MOVED, teacher) and reward - before >= _GAINED * teacher
+    if scale <= 1 or not moved or last < _LEFT * first:
+        return None
+    return (
+        f"lambda = {scale:g} is more than this run supports: the student has moved {ref:.2g} nats a token from the "
+        f"reference, and is as far from its target as before (standard deviation of log u - log p {last:.2g}, at first "
+        f"{first:.2g}), though its reward has risen from {before:.2g} to {reward:.2g}. Lower reward_scale (1.25 is the "
+        "paper's), or take the teacher's own base for the reference"
+    )
+
+
+def _runs_away(rows: Sequence[Row], setting: Setting) -> str | None:
+    teacher, ref, reward = (
+        _values(_of_one_scale(rows), f"gopd/{name}") for name in ("kl_teacher_k3", "kl_ref_k3", "reward")
+    )
+    window = max(_WINDOW, len(teacher) // 10)
+    if len(teacher) < 2 * window or not len(teacher) == len(ref) == len(reward):
+        return None
+    last = len(teacher) - window
+    least = min(range(last), key=lambda i: fmean(teacher[i : i + window]))
+    then, now = ([fmean(x[i : i + window]) for x in (teacher, ref, reward)] for i in (least, last))
+    if now[0] < _AWAY * then[0] or now[1] < max(_MOVED, _AWAY_FROM_REF * then[1]):
+        return None
+    if now[2] - then[2] < _GAINED * then[0]:
+        return None
+    return (
+        f"the reward rises (from {then[2]:.2g} to {now[2]:.2g} nats a token) while the student runs away from the "
+        f"reference (KL {then[1]:.2g} to {now[1]:.2g}) and from the teacher (KL {then[0]:.2g} to {now[0]:.2g}): it is "
+        "no longer what the reward was made from. Stop at the checkpoint before, lower reward_scale or the learning "
+        "rate, or add a KL penalty (kl_ref)"
+    )
+
+
+def _mismatch(rows: Sequence[Row], setting: Setting) -> str | None:
+    def last(name: str) -> float | None:
+        values = _values(rows[-_WINDOW:], f"gopd/{name}")
+        return fmean(values) if len(values) == _WINDOW else None
+
+    kl, effective, masked = (last(name) for name in ("sampler_kl", "effective_sample_size", "masked_fraction"))
+    found = [
+        f"KL to the student {kl:.2g} nats a token" if kl is not None and kl >= _MISMATCH else "",
+        f"effective sample size {effective:.0%}" if effective is not None and effective <= _EFFECTIVE else "",
+        f"{masked:.0%} of the tokens masked" if masked is not None and masked >= _MASKED else "",
+    ]
+    if not any(found):
+        return None
+    return (
+        f"the policy that samples is not the student ({', '.join(filter(None, found))}): compare dtype, temperature "
+        "and weights of the engine with the student's, and let it sample more often (num_iterations, staleness)"
+    )
+
+
+_RULES: tuple[Callable[[Sequence[Row], Setting], str | None], ...] = (_cut_off, _beyond, _runs_away, _mismatch)
 
 
 class Watch:
