@@ -79,6 +79,7 @@ NAVIGATION = {
         "off-policy",
         "distill",
         "self-distillation",
+        "warnings",
         "tokenizers",
         "parallelism",
         "planning",

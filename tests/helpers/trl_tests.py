@@ -4,9 +4,10 @@ The wheel of trl has no tests: clone its repository at the version that is insta
 
     TRL_TRAINERS=fused PYTHONPATH=tests/helpers pytest -p trl_tests <clone>/tests/test_distillation_trainer.py
 
-With ``TRL_TRAINERS=own`` the trainers stay TRL's. Models, tokenizers and texts of the hub are replaced by tiny ones that
-are made here, of the same classes, in a hub cache of their own; what is not there (images, other families) fails either
-way. ``python trl_tests.py <junit of own> <junit of fused>`` compares two runs. docs/integrations/trl.md has the results.
+With ``TRL_TRAINERS=own`` the trainers stay TRL's. Models, tokenizers and texts of the hub are replaced by tiny ones
+that are made here, of the same classes, in a hub cache of their own; what is not there (images, other families) fails
+either way. ``python trl_tests.py <junit of own> <junit of fused>`` compares two runs. docs/integrations/trl.md has the
+results.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-_TEXTS = "Beautiful is better than ugly. Explicit is better than implicit. What is better than complex? Readability counts."
+_TEXTS = (
+    "Beautiful is better than ugly. Explicit is better than implicit. What is better than complex? Readability counts."
+)
 _FAMILIES = {  # hub name -> (class, chat template)
     "tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", "qwen2_5"),
     "tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", "qwen3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("datasets")
 
+from fused_gopd.integrations.trl import watch
 from fused_gopd.integrations.trl.watch import Setting, Watch, ends_of, other_ends
-from test_trl import model, prompts, tokenizer, trainer
+from test_trl import PROMPTS, model, prompts, tokenizer, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def said(setting: dict[str, Any] | None = None, **columns: list[float]) -> list[str]:
+def said(**columns: list[float]) -> list[str]:
     """What is found in rows of these columns, one row after the other as in a run."""
     steps = len(next(iter(columns.values())))
-    watch = Watch(Setting(**{"max_completion_length": 64, "completions_per_step": 8, **(setting or {})}))
+    watching = Watch(Setting(max_completion_length=64, completions_per_step=8))
     history: list[dict[str, Any]] = []
     found = []
     for i in range(steps):
         history.append({"loss": 1.0, "step": i + 1, **{name: values[i] for name, values in columns.items()}})
-        found += watch.read(history)
+        found += watching.read(history)
     return found
 
 
@@ -84,6 +86,51 @@ def test_a_trainer_names_other_ends_before_the_first_step(tmp_path: Path, caplog
     assert not [text for text in trainer(tmp_path).warnings if "ends" in text]
 
 
+def speaker(end: int, seed: int) -> Any:
+    """A tiny model that says 2 to 5 tokens from 100 to 109, and then ``end``, which is its end of a sequence."""
+    made = model(seed)
+    made.generation_config.eos_token_id = [end]
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+    prompt = tokenizer()(PROMPTS, padding=True, return_tensors="pt")
+    at = torch.arange(12)[None]
+    for _ in range(60):
+        words = torch.randint(100, 110, (len(PROMPTS), 12), generator=g)
+        length = torch.randint(2, 6, (len(PROMPTS), 1), generator=g)
+        words, live = torch.where(at == length, end, words), at <= length
+        optimizer.zero_grad()
+        labels = [torch.full_like(prompt["input_ids"], -100), words.masked_fill(~live, -100)]
+        made(
+            input_ids=torch.cat([prompt["input_ids"], words], 1),
+            attention_mask=torch.cat([prompt["attention_mask"], live], 1),
+            labels=torch.cat(labels, 1),
+        ).loss.backward()
+        optimizer.step()
+    return made
+
+
+@pytest.mark.parametrize("end", [0, 7])
+def test_a_student_that_learns_an_end_at_which_it_does_not_stop_is_named_twice(tmp_path: Path, end: int) -> None:
+    """First for the ends of the models, then for what comes of it: answers that no longer end."""
+    run = trainer(
+        tmp_path,
+        student=speaker(0, 0),
+        teacher=speaker(end, 1),
+        max_steps=20,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_completion_length=16,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+    )
+    run.train()
+    found = [text for text in run.warnings if "ends its answers" in text or "cut off" in text]
+    assert len(found) == (0 if end == 0 else 2)
+    if found:
+        assert "does not end the student's" in found[0]
+        assert "has risen from" in found[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- cut off
 
 
@@ -108,20 +155,85 @@ def test_completions_that_may_be_so_are_not_named(shares: list[float]) -> None:
 def test_a_resumed_run_finds_what_it_had_found() -> None:
     rows = [{"loss": 1.0, "step": i + 1, "completions/clipped_ratio": 1.0} for i in range(40)]
     rows.insert(20, {"eval_loss": 1.0, "step": 20, "completions/clipped_ratio": 0.0})
-    watch = Watch(Setting(max_completion_length=64, completions_per_step=8))
-    assert len(watch.read(rows)) == 1
-    assert watch.read([*rows, rows[-1]]) == []
+    watching = Watch(Setting(max_completion_length=64, completions_per_step=8))
+    assert len(watching.read(rows)) == 1
+    assert watching.read([*rows, rows[-1]]) == []
 
 
 def test_a_trainer_says_what_it_finds_in_its_log(tmp_path: Path) -> None:
     student = model(0)
     student.generation_config.eos_token_id = [0]
-    run = trainer(tmp_path, student=student, teacher=model(0), max_steps=64, max_completion_length=2)
+    run = trainer(
+        tmp_path,
+        student=student,
+        teacher=model(0),
+        max_steps=16,
+        per_device_train_batch_size=8,
+        max_completion_length=2,
+    )
     heard: list[str] = []
     run.warn = heard.append
     run.train()
     assert heard == run.warnings[-len(heard) :]
     assert [text for text in heard if "cut off at max_completion_length=2" in text]
+
+
+# ------------------------------------------------------------------------------------------ lambda, reward, sampler
+
+REPRODUCTION = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduction.json"
+
+
+def test_distillations_that_end_worse_than_with_a_smaller_lambda_are_told_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The 132 of the reproduction: docs/warnings.md has the ten that end worse, of which these are eight."""
+    monkeypatch.setattr(watch, "_WINDOW", 2)  # of points that are means of 6 to 11 steps
+    warned: dict[str, set[str]] = {}
+    runs = [run for run in json.loads(REPRODUCTION.read_text())["runs"] if "history" in run]
+    assert len(runs) == 132
+    for run in runs:
+        group, history = run["group"], run["history"]
+        scale = float(group.split("λ=")[1].split(",")[0]) if "λ=" in group else 1.25
+        columns = {"gopd/reward_scale": [scale] * len(history["loss"])}
+        columns |= {f"gopd/{name}": history[name] for name in ("advantage_std", "reward")}
+        columns |= {f"gopd/{name}_k3": history[name] for name in ("kl_teacher", "kl_ref")}
+        for text in said(**columns):
+            rule = "scale" if "more than this run supports" in text else "away"
+            warned.setdefault(f"{group}, seed {run['seed']}", set()).add(rule)
+    away, scale = {"away"}, {"scale"}
+    assert warned == {
+        "A λ=4, seed 0": away | scale,
+        "A λ=4, seed 1": away | scale,
+        "A λ=4, seed 2": away,
+        "mismatched, student's reference, λ=1.5, seed 0": scale,
+        "mismatched, student's reference, λ=1.5, seed 1": scale,
+        "mismatched, student's reference, λ=2, seed 0": away | scale,
+        "mismatched, student's reference, λ=2, seed 1": scale,
+        "mismatched, trained longer, student's reference, λ=2, seed 0": away | scale,
+    }
+
+
+def test_a_lambda_that_moves_has_no_first_distance() -> None:
+    rising = {"gopd/reward": [-1.0 + 0.1 * i for i in range(20)], "gopd/kl_ref_k3": [0.1 * i for i in range(20)]}
+    flat = {"gopd/advantage_std": [1.0] * 20, "gopd/kl_teacher_k3": [0.5] * 20}
+    (found,) = said(**rising, **flat, **{"gopd/reward_scale": [2.0] * 20})
+    assert "lambda = 2" in found
+    assert said(**rising, **flat, **{"gopd/reward_scale": [1.0 + 0.1 * i for i in range(20)]}) == []
+    assert said(**rising, **flat) == []  # of each token
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "text"),
+    [
+        ("sampler_kl", 0.035, 0.055, "KL to the student 0.051 nats a token"),
+        ("effective_sample_size", 0.85, 0.4, "effective sample size 40%"),
+        ("masked_fraction", 0.1, 0.6, "60% of the tokens masked"),
+    ],
+)
+def test_a_sampler_that_is_not_the_student_is_named(name: str, good: float, bad: float, text: str) -> None:
+    assert said(**{f"gopd/{name}": [good] * 20}) == []
+    (found,) = said(**{f"gopd/{name}": [good] * 10 + [bad] * 10})
+    assert text in found
 
 
 # ------------------------------------------------------------------------------------------------------- by route
