@@ -137,6 +137,8 @@ def test_the_student_with_a_hint_is_a_teacher(files: Files, tmp_path: Path, page
         p, _ = dense(files.student, chat(row["prompt"]), list(text.tokens))
         q, _ = dense(files.student, chat(f"tell me {row['hint']} {row['prompt']}"), list(text.tokens))
         assert_numbers(text, student=p, teacher=q, ref=p, advantage=q - p)
+        assert f"tell me {row['hint']} {row['prompt']}" in (text.teacher_prompt or "")
+        assert text.ref_prompt is None
     assert dict(page["settings"])["the teacher reads"] == f"template {template!r}"
 
 

@@ -62,6 +62,7 @@ def quantity(key: str) -> Any:
         ({"tokens": ["a", 3]}, TypeError, "tokens must be str, got int at 1"),
         ({"title": None}, TypeError, "title must be a str, got NoneType"),
         ({"prompt": ["a"]}, TypeError, "prompt must be a str, got list"),
+        ({"teacher_prompt": 1}, TypeError, "teacher_prompt must be a str, got int"),
         ({"teacher": [-1.0]}, ValueError, "teacher must have a number for each of 2 tokens, got 1"),
         ({"entropy": [1.0, None]}, TypeError, "entropy must have numbers"),
     ],
@@ -263,6 +264,24 @@ def test_infinite_log_probs_and_models_that_are_not_there() -> None:
     assert "Means: log p −1, log q −2" in "".join(text for _, text in page.texts).replace("\u00a0", " ")
     bare = ScoredText(title="", prompt="", tokens=["a"])
     assert "fieldset" not in {tag for tag, _ in Page(render_report(title="t", samples={"a": [bare]})).elements}
+
+
+def test_prompts_that_all_texts_have_are_there_once_and_so_are_those_of_other_readers() -> None:
+    before, after = scored(["a"]), replace(scored(["b"]), advantage=[0.5])
+    hinted = [replace(text, teacher_prompt="Why? It scatters.") for text in (before, after)]
+    for samples, expected in (
+        ({"before": [before], "after": [after]}, ["Prompt, 4 characters"]),
+        (
+            {"before": hinted[:1], "after": hinted[1:]},
+            ["Prompt, 4 characters", "Prompt of the teacher, 17 characters"],
+        ),
+        (
+            {"before": [before], "after": hinted[1:]},
+            ["Prompt, 4 characters", "Prompt, 4 characters", "Prompt of the teacher, 17 characters"],
+        ),
+    ):
+        page = Page(render_report(title="t", samples=samples))
+        assert [text for tag, text in page.texts if tag == "summary" and text.strip()] == expected
 
 
 def test_plain_numbers() -> None:

@@ -181,6 +181,14 @@ def test_tokens_that_were_not_scored_are_gaps(tmp_path: Path) -> None:
         assert all(map(math.isfinite, others))
 
 
+@pytest.mark.usefixtures("pages")
+def test_the_prompts_that_others_read_are_shown(tmp_path: Path) -> None:
+    trainer(tmp_path, teacher_prompt=lambda row: f"{row['prompt']} {row['prompt']}", **SAVED).train()
+    for text in kept(tmp_path, 2)["train last"]["texts"]:
+        assert text["teacher_prompt"] == f"{text['prompt']} {text['prompt']}"
+        assert text["ref_prompt"] is None
+
+
 def test_each_route_is_shown(tmp_path: Path) -> None:
     routes = ["x"] * 7 + ["<b>y"]
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "route_column": "route"}

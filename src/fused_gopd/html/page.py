@@ -132,7 +132,7 @@ class Card:
 
     name: str  # that of its samples
     title: str
-    prompt: str
+    prompts: Sequence[tuple[str, str]]  # whose, and the text
     means: str
     lines: Sequence[Sequence[Token]]
     tokens: int
@@ -140,17 +140,17 @@ class Card:
 
 @dataclass(frozen=True)
 class Article:
-    """Texts that stand side by side; ``title`` and ``prompt`` are those that all of them have, or None."""
+    """Texts that stand side by side; ``title`` and ``prompts`` are those that all of them have, or None."""
 
     title: str | None
-    prompt: str | None
+    prompts: Sequence[tuple[str, str]] | None
     cards: Sequence[Card]
 
 
 def _articles(samples: Mapping[str, Sequence[ScoredText]], scales: Sequence[Scale]) -> Iterator[Article]:
     for i in range(max(map(len, samples.values()), default=0)):
         cards = [_card(name, texts[i], scales) for name, texts in samples.items() if i < len(texts)]
-        titles, prompts = ({getattr(card, of) for card in cards} for of in ("title", "prompt"))
+        titles, prompts = ({getattr(card, of) for card in cards} for of in ("title", "prompts"))
         yield Article(titles.pop() if len(titles) == 1 else None, prompts.pop() if len(prompts) == 1 else None, cards)
 
 
@@ -176,7 +176,13 @@ def _card(name: str, text: ScoredText, scales: Sequence[Scale]) -> Card:
     means = [_pair(sign, write(mean)) for sign, values, write in columns if (mean := _mean(values)) is not None]
     count = f"{len(text.tokens)} token{'' if len(text.tokens) == 1 else 's'}"
     said = f"{count}. Means: {', '.join(means)}" if means else count
-    return Card(name, text.title, text.prompt, said, [line for line in lines if line], len(text.tokens))
+    named = (
+        ("Prompt", text.prompt),
+        ("Prompt of the teacher", text.teacher_prompt),
+        ("Prompt of the reference", text.ref_prompt),
+    )
+    prompts = tuple((whose, prompt) for whose, prompt in named if prompt is not None)
+    return Card(name, text.title, prompts, said, [line for line in lines if line], len(text.tokens))
 
 
 def _pair(sign: str, number: str) -> str:

@@ -13,7 +13,8 @@ class ScoredText:
 
     Attributes:
         title: what the page calls it, such as ``"prompt 3"``.
-        prompt: its text.
+        prompt: its text, as the student reads it.
+        teacher_prompt, ref_prompt: what teacher and reference read in its place; None where they read the same.
         tokens: the completion's T tokens as texts. A token that is a part of a character is an empty text, and the one
             that completes the character has it whole.
         student, teacher, ref: log-probs (T,) of these tokens by each model; None for a model that is not there,
@@ -33,11 +34,13 @@ class ScoredText:
     ref: Sequence[float] | None = None
     entropy: Sequence[float] | None = None
     advantage: Sequence[float] | None = None
+    teacher_prompt: str | None = None
+    ref_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("title", "prompt"):
+        for name in ("title", "prompt", "teacher_prompt", "ref_prompt"):
             value = getattr(self, name)
-            if not isinstance(value, str):
+            if not isinstance(value, str) and not (value is None and name.endswith("_prompt")):
                 raise TypeError(f"{name} must be a str, got {type(value).__name__}")
         if isinstance(self.tokens, str):
             raise TypeError("tokens must be a sequence of str, one for each token, got a str")

@@ -310,11 +310,15 @@ class Inspection:
             "advantage": out.advantages,
         }
         length = len(row.token_ids)
+        numbers: dict[str, Any] = {name: x[i, :length].tolist() for name, x in values.items() if x is not None}
+        read = {role: self.tokenizer.decode(ids, skip_special_tokens=False) for role, ids in row.prompt_ids.items()}
+        own = read.pop("student")
         return ScoredText(
             title=f"row {row.number}",
-            prompt=self.tokenizer.decode(row.prompt_ids["student"], skip_special_tokens=False),
+            prompt=own,
             tokens=token_texts(self.tokenizer, row.token_ids),
-            **{name: x[i, :length].tolist() for name, x in values.items() if x is not None},
+            **numbers,
+            **{f"{role}_prompt": text for role, text in read.items() if text != own},
         )
 
     def _settings(self, count: int) -> card.Lines:

@@ -20,13 +20,14 @@ from ...output import GOPDOutput
 from .. import needs
 from ..tokenizers.texts import token_texts
 from . import card
-from .batch import Batch
+from .batch import Batch, PromptIds
 from .logs import rows_of
 
 NAME = "gopd-html"
 FILE = "report.html"
 _SHOWN = 4  # sequences of a batch
 _DIGITS = 5
+_PROMPTS = {"teacher": "teacher_prompt", "ref_model": "ref_prompt"}  # roles of a batch, and fields of ScoredText
 _HEADINGS = {"train": "", "eval": "held-out prompts, "}  # what precedes "before" and "after 100 steps"
 
 
@@ -55,8 +56,7 @@ class _Taken:
 
     step: int
     titles: list[str]
-    prompt_ids: Tensor  # (n, P)
-    prompt_mask: Tensor  # (n, P)
+    prompts: dict[str, PromptIds]  # (n, P), by the fields of ScoredText
     token_ids: Tensor  # (n, K)
     completion_mask: Tensor  # (n, K)
     mask: Tensor  # (n, K) tokens that the loss has scored
@@ -67,15 +67,18 @@ class _Taken:
         for i, title in enumerate(self.titles):
             written = self.completion_mask[i].bool()
             unscored = ~self.mask[i].bool()
-            numbers = {}
+            numbers: dict[str, Any] = {}
             for name, x in self.values.items():
                 found = x[i].masked_fill(unscored, math.nan)[written].tolist()
                 numbers[name] = [float(f"{value:.{_DIGITS}g}") for value in found]
-            prompt = self.prompt_ids[i][self.prompt_mask[i].bool()].tolist()
+            prompts: dict[str, Any] = {
+                name: tokenizer.decode(x.ids[i][x.mask[i].bool()].tolist(), skip_special_tokens=False)
+                for name, x in self.prompts.items()
+            }
             texts.append(
                 ScoredText(
                     title=title,
-                    prompt=tokenizer.decode(prompt, skip_special_tokens=False),
+                    **prompts,
                     tokens=token_texts(tokenizer, self.token_ids[i][written].tolist()),
                     **numbers,
                 )
@@ -134,11 +137,12 @@ class HtmlReport(TrainerCallback):
             "advantage": out.advantages,
         }
         width = batch.token_ids.shape[1]
+        read = {"prompt": PromptIds(batch.input_ids[:, :-width], batch.attention_mask[:, :-width])}
+        read |= {_PROMPTS[role]: prompt for role, prompt in batch.prompts.items()}
         taken = _Taken(
             step=step,
             titles=titles,
-            prompt_ids=some(batch.input_ids[:, :-width]),
-            prompt_mask=some(batch.attention_mask[:, :-width]),
+            prompts={name: PromptIds(some(x.ids), some(x.mask)) for name, x in read.items()},
             token_ids=some(batch.token_ids),
             completion_mask=some(batch.completion_mask),
             mask=some(batch.mask),
