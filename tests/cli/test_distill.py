@@ -262,6 +262,7 @@ def test_smollm2_is_the_model_of_the_demo(
         ["--estimator", "sampled"],
         ["--estimator", "topk", "--k", "4"],
         ["--estimator", "topk", "--k", "4", "--support", "student", "--tail", "sampled"],
+        ["--estimator", "sampled", "--teacher-system", "tell me a story"],
     ],
     ids=" ".join,
 )
@@ -272,7 +273,7 @@ def test_a_teacher_behind_a_server_teaches_what_the_local_one_does(
         remote = ["--teacher-server", server.url, "--teacher-server-model", "teacher"]
         output = invoke(*small(files, tmp_path / "remote", *remote, *estimator, steps=2))
         assert "the teacher's server: /" in output
-    invoke(*small(files, tmp_path / "local", *estimator, steps=2))
+    invoke(*small(files, tmp_path / "local", "--teacher", files.math, *estimator, steps=2))
     local = weights(tmp_path / "local" / "model")
     for name, value in weights(tmp_path / "remote" / "model").items():
         # Adam's first steps are the gradient's sign times the rate: rounding may flip only what is next to 0
