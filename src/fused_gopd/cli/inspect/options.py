@@ -22,6 +22,7 @@ def _panel(title: str) -> Callable[..., Any]:
 
 
 MODELS, TEXTS, SAMPLING = _panel("Models and page"), _panel("Texts"), _panel("Answers and scores")
+OTHERS, CHAT = _panel("Prompts of the frozen models"), _panel("Chat template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,21 @@ class InspectOptions:
     dtype: Annotated[str, MODELS(help="float32 or bfloat16. Default: bfloat16 on a GPU, float32 on a CPU.")] = ""
     prompts: Annotated[str, TEXTS(metavar="FILE", help="A .jsonl or .parquet file of prompts to be answered.")] = ""
     texts: Annotated[str, TEXTS(metavar="FILE", help="In its place: a file of prompts with their answers.")] = ""
-    rows: Annotated[int, TEXTS(min=1, help="So many rows of it, from the first.")] = 8
+    rows: Annotated[int, TEXTS(min=1, metavar="N", help="So many rows of it, from the first.")] = 8
     prompt_column: Annotated[
         str, TEXTS(help="The column of texts or lists of messages. Default: prompt, or messages.")
     ] = ""
     completion_column: Annotated[
         str, TEXTS(help="With --texts, that of the answers. Default: completion, or the last message.")
     ] = ""
-    teacher_prompt_column: Annotated[str, TEXTS(help="That of prompts that the teacher reads.")] = ""
-    teacher_system: Annotated[str, TEXTS(metavar="TEXT", help="A system message that the teacher alone reads.")] = ""
+    teacher_prompt_column: Annotated[str, OTHERS(help="The column of prompts that the teacher reads.")] = ""
+    teacher_system: Annotated[str, OTHERS(metavar="TEXT", help="A system message that the teacher alone reads.")] = ""
     teacher_template: Annotated[
-        str, TEXTS(metavar="TEXT", help="What the teacher reads: {prompt}, and {NAME} for a column.")
+        str, OTHERS(metavar="TEXT", help="What the teacher reads: {prompt}, and {NAME} for a column.")
     ] = ""
-    ref_prompt_column: Annotated[str, TEXTS(help="That of prompts that the reference reads.")] = ""
-    chat: Annotated[bool, TEXTS(help="Take texts for a user's messages, where the student has a chat template.")] = True
-    chat_template_kwargs: Annotated[str, TEXTS(metavar="JSON", help="Variables of the chat templates.")] = ""
+    ref_prompt_column: Annotated[str, OTHERS(help="The column of prompts that the reference reads.")] = ""
+    chat: Annotated[bool, CHAT(help="Take texts for a user's messages, where the student has a chat template.")] = True
+    chat_template_kwargs: Annotated[str, CHAT(metavar="JSON", help="Variables of the chat templates.")] = ""
     reward_scale: Annotated[float, SAMPLING(help="λ of the advantage; other than 1 it needs --ref.")] = 1.0
     temperature: Annotated[float, SAMPLING(help="Of the answers and of all log-probs.")] = 1.0
     max_new_tokens: Annotated[int, SAMPLING(min=1, help="Longest answer of the student.")] = 256
