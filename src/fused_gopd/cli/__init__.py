@@ -5,15 +5,29 @@ Commands import PyTorch, transformers and the benchmarks when they need them: he
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from .. import __version__
 from . import bench, demo, distill, doctor, inspect, plan, reproduce
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:  # its message may quote a file, with codes that move a terminal's cursor
+            from ..html.texts import visible
+
+            error.message = visible(error.message)
+            raise
+
+
 app = typer.Typer(
     name="fused-gopd",
+    cls=_Commands,
     help="Fused losses for generalized on-policy distillation.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # docstring paragraphs are wrapped to the terminal's width

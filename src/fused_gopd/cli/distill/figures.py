@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ...html.texts import visible
 from ...integrations.trl.logs import row_of
 from ..durable import replace
 from ..progress import StepProgress
@@ -92,5 +93,5 @@ class Display:
             )
 
     def say(self, text: str) -> None:
-        """Print a line of plain text above the bar."""
-        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a line of plain text above the bar, whatever is in it."""
+        self._progress.console.print(visible(text), highlight=False, markup=False, soft_wrap=True)

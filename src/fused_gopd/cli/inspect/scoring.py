@@ -109,7 +109,7 @@ class Inspection:
         ]
         write_report(
             self.output,
-            title=" · ".join(card.name_of(name) for name in options.models().values()),
+            title=", ".join(f"{_ROLES[role]} {card.name_of(name)}" for role, name in options.models().items()),
             settings=self._settings(len(rows)),
             samples={f"{'answers to' if options.prompts else 'texts of'} {options.path.name}": texts},
         )
