@@ -25,12 +25,12 @@ _ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to q (k3)")}
 
 
 class Record:
-    """``metrics.jsonl``: one line per step. A resumed run rewrites it, so that each step is there once."""
+    """``metrics.jsonl``: a line per step, and one per evaluation. A resumed run rewrites it: each is there once."""
 
     def __init__(self, path: Path, history: Iterable[Mapping[str, Any]]) -> None:
         """``history``: the trainer's logs up to the step after which the run continues."""
         self.path = path
-        self.rows = [row_of(logs["step"], logs) for logs in history if "loss" in logs]
+        self.rows = [row_of(logs["step"], logs) for logs in history if "loss" in logs or "eval_loss" in logs]
         replace(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +49,14 @@ def summary(row: Mapping[str, Any]) -> str:
             name, title = _ESTIMATED[name]
         shown.append((title, row.get(name)))
     return "  ".join(f"{title} {'–' if value is None else format(value, '.3g')}" for title, value in shown)
+
+
+def held_out(row: Mapping[str, Any]) -> str:
+    """The metrics of an evaluation that a line shows."""
+    names = {"eval_reward": "reward", "eval_kl_teacher": "KL to teacher", "eval_kl_ref": "KL to reference"}
+    if row.get("eval_kl_teacher") is None:
+        names["eval_kl_teacher_k3"] = "KL to teacher (k3)"
+    return "  ".join(f"{title} {row[name]:.3g}" for name, title in names.items() if row.get(name) is not None)
 
 
 class Display:
@@ -91,6 +99,9 @@ class Display:
             self.console.print(
                 f"step {row['step']}/{self._steps}  {summary(row)}{speed}", highlight=False, soft_wrap=True
             )
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        self.say(f"held out, after step {row['step']}:  {held_out(row)}")
 
     def say(self, text: str) -> None:
         """Print a line of plain text above the bar, whatever is in it."""

@@ -23,19 +23,20 @@ Fingerprints = dict[str, dict[str, str]]
 PROMPTS = "the file of the prompts"
 
 
-def fingerprints(prompts: Path, models: Mapping[str, str]) -> Fingerprints:
-    """Checksums of the file of prompts and of model folders, and the commits of hub models.
+def fingerprints(prompts: Mapping[str, Path], models: Mapping[str, str]) -> Fingerprints:
+    """Checksums of the files of prompts and of model folders, and the commits of hub models.
 
     Args:
-        prompts: the file.
+        prompts: the files, by the names of the inputs.
         models: folders and hub names, by the names of the inputs.
     """
-    files = {PROMPTS: [prompts]}
+    files = {name: [file] for name, file in prompts.items()}
     files |= {name: _model_files(Path(place)) for name, place in models.items() if Path(place).is_dir()}
     every = sorted({file for paths in files.values() for file in paths})
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(every, pool.map(durable.sha256, every), strict=True))
-    places = {PROMPTS: prompts.parent, **{name: Path(place) for name, place in models.items()}}
+    places = {name: file.parent for name, file in prompts.items()}
+    places |= {name: Path(place) for name, place in models.items()}
     found = {
         name: {file.relative_to(places[name]).as_posix(): sums[file] for file in paths} for name, paths in files.items()
     }

@@ -154,6 +154,12 @@ class RunOptions:
         PROMPTS(metavar="JSON", help="Variables of the chat templates, such as '{\"enable_thinking\": false}'."),
         JSON,
     ] = ""
+    eval_prompts: Annotated[
+        str, PROMPTS(metavar="FILE", help="Held-out prompts: reward and exact KLs at the start and at the end."), PLACE
+    ] = ""
+    eval_every: Annotated[
+        int | None, PROMPTS(min=1, metavar="STEPS", help="Evaluate also every so many steps."), MAY_CHANGE
+    ] = None
     reward_scale: Annotated[float, LOSS(help="λ: 1 follows the teacher, above 1 extrapolates beyond it.")] = 1.0
     estimator: Annotated[
         str, LOSS(help=f"{help_of('estimator')} Default: full; sampled with --teacher-server alone.")
@@ -230,6 +236,11 @@ class RunOptions:
         }
 
     @property
+    def uses_ref(self) -> bool:
+        """Whether the reference is loaded. λ = 1 cancels it in the loss; evaluations have it nevertheless."""
+        return bool(self.ref) and (self.reward_scale != 1 or bool(self.eval_prompts))
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat templates get beside the messages."""
         return dict(json.loads(self.chat_template_kwargs or "{}"))
@@ -247,7 +258,7 @@ class RunOptions:
             found["the teacher" if route is None else f"the teacher of {route}"] = model
         if self.server_tokenizer():
             found["the teacher's tokenizer"] = self.server_tokenizer()
-        if self.ref not in ("", STUDENT) and self.reward_scale != 1:
+        if self.ref not in ("", STUDENT) and self.uses_ref:
             found["the reference"] = self.ref
         return found
 
@@ -264,7 +275,7 @@ class RunOptions:
                 system=self.teacher_system,
                 template=self.teacher_template,
             ),
-            "ref": Reading(role="ref", column="" if self.reward_scale == 1 else self.ref_prompt_column),
+            "ref": Reading(role="ref", column="" if not self.uses_ref else self.ref_prompt_column),
         }
         return {role: reading for role, reading in found.items() if reading}
 
@@ -285,7 +296,12 @@ class RunOptions:
         folders = {role: folder for role, folder in places.items() if folder.is_dir()}
         if Path(self.teacher_server_head or "-").is_dir():
             folders["the folder of the teacher's head"] = Path(self.teacher_server_head)
-        return {"the file of the prompts": Path(self.prompts), **folders}
+        return {**self.files(), **folders}
+
+    def files(self) -> dict[str, Path]:
+        """The files of prompts, by the names that messages use."""
+        held_out = {"the file of the evaluation prompts": Path(self.eval_prompts)} if self.eval_prompts else {}
+        return {"the file of the prompts": Path(self.prompts), **held_out}
 
 
 def _json_object(name: str, text: str) -> str:
@@ -447,8 +463,12 @@ def check(options: RunOptions) -> None:
         raise _wrong("--ref-prompt-column", "is what the reference reads: it needs --ref")
     for reading in options.readings().values():
         reading.check()
-    if not Path(options.prompts).is_file():
-        raise _wrong("--prompts", f"there is no file {options.prompts}")
+    if options.eval_every is not None and not options.eval_prompts:
+        raise _wrong("--eval-every", "is an option of --eval-prompts")
+    for name in ("prompts", "eval_prompts"):
+        file = getattr(options, name)
+        if (file or name == "prompts") and not Path(file).is_file():
+            raise _wrong(flag(name), f"there is no file {file}")
     for option, name in (("--student", options.student), ("--ref", options.ref)):
         _check_model(option, name, options.lora)
     _check_packages(options)

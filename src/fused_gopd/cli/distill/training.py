@@ -44,6 +44,19 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if logs is not None and "loss" in logs:  # the summary after the last step has no loss
             self._display.step(self._record.add(state.global_step, logs))
+        elif logs is not None and "eval_loss" in logs:
+            self._display.evaluation(self._record.add(state.global_step, logs))
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates every so many steps, and after the last one."""
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        due = self._every is not None and state.global_step % self._every == 0
+        control.should_evaluate = due or state.global_step >= state.max_steps
 
 
 class PhaseCallback(TrainerCallback):
@@ -124,14 +137,15 @@ class DistillationRun:
             self._check_result()
             self.checkpoints.find(self.say)
             done = self.checkpoints.done
-            data = prompts.read(Path(options.prompts), options.prompt_column, options.route_column, self._route_names())
+            data = self._prompts(options.prompts)
             cache = self._cache()
             with self.display.loading("sizes and tokenizers of the models"):
                 known, tokenizer = self._read_models()
-            dataset = self._dataset(data, tokenizer, known)
+            dataset = self._dataset(data, tokenizer, known, self._order(len(data.prompts)))
+            held_out = self._held_out(tokenizer, known) if options.eval_prompts else None
             self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
             teacher = self._teacher(tokenizer, known[0].vocab)
-            config = self._config()
+            config = self._config(evaluates=held_out is not None and not done)
         self._print_summary(done, len(data.prompts))
         interrupt = Interrupt(self.say, self.processes)
         if options.teacher_server:
@@ -139,8 +153,10 @@ class DistillationRun:
             teacher = teacher if cache is None else cache.scorer(teacher)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             with self.display.loading(f"the student {options.student}"):
-                trainer = self._trainer(config, dataset, tokenizer, teacher)
+                trainer = self._trainer(config, dataset, held_out, tokenizer, teacher)
             trainer.add_callback(interrupt)
+            if held_out is not None:
+                trainer.add_callback(EvaluationCallback(options.eval_every))
             # only once the models are loaded: before that there is nothing to resume
             record = self._begin(trainer, len(data.prompts)) if self.processes.first else None
             trainer.add_callback(CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE, self.processes))
@@ -193,7 +209,7 @@ class DistillationRun:
     def _frozen_models(self) -> list[tuple[str, str]]:
         """(flag, name) of the teachers and the reference that are loaded in this process."""
         options = self.options
-        ref = [("--ref", options.ref)] if options.reward_scale != 1 else []
+        ref = [("--ref", options.ref)] if options.uses_ref else []
         found = [*(("--teacher", model) for model in options.routes().values()), *ref]
         return [(option, name) for option, name in found if name not in ("", STUDENT)]
 
@@ -233,47 +249,77 @@ class DistillationRun:
     def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
         """Fingerprints of the prompts and models; a resumed run compares them with those that it was started with."""
         local = {role: models.local(model) for role, model in self.options.roles().items()}
-        now = inputs.fingerprints(Path(self.options.prompts), with_bases(local))
+        now = inputs.fingerprints(self.options.files(), with_bases(local))
         return inputs.check(self.folder, now, done, accept_changes) if resume else {"inputs": now, "changes": []}
 
-    def _dataset(self, data: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
-        """One row for each answer of the run, in the order of seeded permutations of the prompts.
+    def _prompts(self, file: str) -> prompts.Prompts:
+        options = self.options
+        return prompts.read(Path(file), options.prompt_column, options.route_column, self._route_names())
+
+    def _order(self, count: int) -> list[int]:
+        """The prompt of each answer of the run: seeded permutations of all prompts, one after the other.
 
         The whole run is one epoch: a resumed run need not repeat the shuffles of earlier epochs, and a longer run
         begins with the prompts of the shorter one.
         """
+        generator = torch.Generator().manual_seed(self.options.seed)
+        order: list[int] = []
+        needed = self.options.steps * self._answers
+        while len(order) < needed:
+            order += torch.randperm(count, generator=generator).tolist()
+        return order[:needed]
+
+    def _held_out(self, tokenizer: Any, known: Sequence[models.Model]) -> Any:
+        """The dataset of --eval-prompts, each prompt once."""
+        try:
+            data = self._prompts(self.options.eval_prompts)
+            count = len(data.prompts)
+            found = self._dataset(data, tokenizer, known, range(count), training=False)
+        except typer.BadParameter as error:
+            if error.param_hint == "--prompts":
+                error.param_hint = "--eval-prompts"
+            raise
+        if over := -count % (self.options.batch_size * self.processes.count) if self.processes.count > 1 else 0:
+            self.say(f"{count} evaluation prompts do not fill the batches of all processes: {over} count twice")
+        return found
+
+    def _dataset(
+        self,
+        data: prompts.Prompts,
+        tokenizer: Any,
+        known: Sequence[models.Model],
+        order: Sequence[int],
+        training: bool = True,
+    ) -> Any:
+        """The rows of a file in an order, which may have a row several times or not at all."""
         options = self.options
+        say = self.say if training else lambda text: None
+        lmbda = options.lmbda if training else 1.0
         rows: Any = data.prompts
         if data.conversational and tokenizer.chat_template is None:
             raise typer.BadParameter(
-                f"{options.prompts} has conversations, and the tokenizer of {options.student} has no chat template: "
+                f"{data.path} has conversations, and the tokenizer of {options.student} has no chat template: "
                 "give texts, or a student that was trained on conversations",
                 param_hint="--prompts",
             )
         answered = sum(answer is not None for answer in data.answers)
-        if answered and options.lmbda == 1:
-            self.say(f"{answered} conversations end with an assistant's message: it is left out")
+        if answered and lmbda == 1:
+            say(f"{answered} conversations end with an assistant's message: it is left out")
         chat = tokenizer.chat_template is not None and options.chat
         if not data.conversational and chat:
-            self.say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
+            say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
             rows = prompts.as_messages(rows)
         models.check_template_variables(tokenizer, rows, options.template_variables)
         columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
         readings = {role: reading.of(data, rows, chat) for role, reading in options.readings().items()}
         columns |= {f"{role}_prompt": read for role, read in readings.items()}
-        if options.lmbda < 1:
+        if lmbda < 1:
             columns[COMPLETION] = prompts.completions(data, options.completion_column)
-        generator = torch.Generator().manual_seed(options.seed)
-        order: list[int] = []
-        needed = options.steps * self._answers
-        while len(order) < needed:
-            order += torch.randperm(len(rows), generator=generator).tolist()
-        order = order[:needed]
         try:
             dataset: Any = importlib.import_module("datasets").Dataset.from_dict(columns)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise typer.BadParameter(
-                f"{options.prompts} has fields of messages that are of one type in some rows and of another in others: "
+                f"{data.path} has fields of messages that are of one type in some rows and of another in others: "
                 f"{models.first_line(error)}",
                 param_hint="--prompts",
             ) from None
@@ -281,11 +327,11 @@ class DistillationRun:
         numbers, parts = [data.rows[i] for i in used], dataset.select(used)
         fixed: dict[str, Any] = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
         own = [model for model in known if model.role not in readings]
-        models.check_prompts(parts["prompt"], numbers, options.prompts, own, tokenizer, **fixed)
-        if options.lmbda < 1:
-            models.check_completions(parts, numbers, options.prompts, tokenizer, **fixed)
+        models.check_prompts(parts["prompt"], numbers, str(data.path), own, tokenizer, **fixed)
+        if lmbda < 1:
+            models.check_completions(parts, numbers, str(data.path), tokenizer, **fixed)
         for role, reading in options.readings().items():
-            read, where = parts[f"{role}_prompt"], f"{options.prompts} ({reading.owner} prompts)"
+            read, where = parts[f"{role}_prompt"], f"{data.path} ({reading.owner} prompts)"
             names = options.routes().values() if role == "teacher" else [options.ref]
             as_student = any(adapter_path(name) is not None or name == STUDENT for name in names)
             own = [model for model in known if model.role == role]
@@ -295,7 +341,7 @@ class DistillationRun:
             models.check_prompts(read, numbers, where, own, words, **fixed)
             text = models.rendered(read[0], words, options.template_variables)
             shown = repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
-            self.say(f"row {numbers[0]}, as {reading.reader} reads it: {shown}")
+            say(f"row {numbers[0]}, as {reading.reader} reads it: {shown}")
         return dataset.select(order)
 
     def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
@@ -337,7 +383,8 @@ class DistillationRun:
         self.say(f"the teacher's server: {teacher.capabilities}")
         return teacher
 
-    def _config(self) -> Any:
+    def _config(self, evaluates: bool) -> Any:
+        """``evaluates``: before the first step."""
         options, gpu = self.options, torch.cuda.is_available()
         loaded = any(adapter_path(model) is None and model != STUDENT for model in options.routes().values())
         columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
@@ -354,6 +401,8 @@ class DistillationRun:
                 chat_template_kwargs=options.template_variables,
                 max_steps=options.steps,
                 per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=options.batch_size,
+                eval_on_start=evaluates,
                 gradient_accumulation_steps=options.accumulation,
                 learning_rate=options.learning_rate,
                 lr_scheduler_type="constant",  # a decay would depend on the number of steps, which --resume may raise
@@ -396,12 +445,12 @@ class DistillationRun:
             f"{where} of {self._answers} answers to {count} prompts{processes}, "
             f"λ = {options.reward_scale:g}, {options.estimator}, {trained} at {options.learning_rate:g}"
         )
-        if options.ref and options.reward_scale == 1:
+        if options.ref and not options.uses_ref:
             self.say("the reference is not loaded: λ = 1 has no use for it")
 
     # --------------------------------------------------------------------------------------------------------- training
 
-    def _trainer(self, config: Any, dataset: Any, tokenizer: Any, teacher: Any) -> Any:
+    def _trainer(self, config: Any, dataset: Any, held_out: Any, tokenizer: Any, teacher: Any) -> Any:
         options = self.options
         adapter = None
         if options.lora:
@@ -415,6 +464,7 @@ class DistillationRun:
             else self._own(teacher),
             config,
             train_dataset=dataset,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             ref_model=self._reference(),
             teacher_processing_class=self._server_tokenizer,
@@ -440,7 +490,7 @@ class DistillationRun:
     def _reference(self) -> Any:
         """None, ``"base"`` (the student without its adapter), ``"adapter:PATH"``, or a model."""
         options = self.options
-        if options.reward_scale == 1:
+        if not options.uses_ref:
             return None
         if options.ref == STUDENT:
             return self._initial_student
@@ -497,7 +547,8 @@ class DistillationRun:
         if not finished:
             self.say(f"saved after step {trainer.state.global_step}; go on by: {self._resume_command()}")
             return
-        text = card.text(options, self._inputs, prompt_count, record.rows, self._answers)
+        rows = [row for row in record.rows if "loss" in row]
+        text = card.text(options, self._inputs, prompt_count, rows, self._answers)
         self._save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, text, trainer.state.global_step)
         self.say(f"trained {self._result.name}: {self._result}")
         self.say(f"report: {self.output / REPORT}")

@@ -324,7 +324,7 @@ class Inspection:
     def _settings(self, count: int) -> card.Lines:
         options = self.options
         read = inputs.fingerprints(
-            options.path, with_bases({_ROLES[role]: place for role, place in self.places.items()})
+            {inputs.PROMPTS: options.path}, with_bases({_ROLES[role]: place for role, place in self.places.items()})
         )
         found = []
         for role, name in options.models().items():

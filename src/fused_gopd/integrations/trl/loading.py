@@ -116,6 +116,8 @@ class LoadingMixin(PhasesMixin):
     _unchecked: set[str]
     _vocab_size: int
     _warn: Callable[[str], None]
+    _evaluates_exactly = False
+    """Whether evaluations have the exact KLs to all models that are given."""
 
     @property
     def _cross_tokenizer(self) -> bool:
@@ -266,7 +268,9 @@ class LoadingMixin(PhasesMixin):
         elif self.accelerator.is_main_process:
             logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
         self._reference: Any = None
-        if ref_model is not None and not (self._differs_in_any_step_from(1) or self.args._penalty is not None):
+        evaluates = self._evaluates_exactly and getattr(self, "eval_dataset", None) is not None
+        trains = self._differs_in_any_step_from(1) or self.args._penalty is not None
+        if ref_model is not None and not (trains or evaluates):
             if self.accelerator.is_main_process:
                 logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
         elif ref_model is not None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
-from ... import distributed, gopd_loss, token_topk
+from ... import Metrics, distributed, gopd_loss, token_topk
 from ...heads import LinearHead, Logits, TokenLogProbs, TopKLogProbs
 from ...output import GOPDOutput
-from ...targets import Frozen, LogLinear, Mixture
+from ...targets import Composite, Frozen, LogLinear, Mixture
 from ...token_stats import RewardScaleFn
 from ...values import require_number
 from ..hub import BASE
@@ -27,6 +27,15 @@ from .loading import LoadingMixin, without_cast
 from .reporting import ReportingMixin
 
 T = TypeVar("T")
+# metrics that an evaluation has whatever the loss computes
+_EXACT = ("reward", "kl_teacher", "kl_ref", "kl_ref_k3")
+
+
+def _has_vocabulary(source: Frozen) -> bool:
+    """Whether a model has scored all tokens of the vocabulary."""
+    if isinstance(source, Composite):
+        return all(_has_vocabulary(model) for model in source.models)
+    return isinstance(source, (LinearHead, Logits))
 
 
 class ScoringMixin(LoadingMixin, ReportingMixin):
@@ -168,7 +177,8 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
     def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
         """The loss of a batch. To be called inside the forward of the student's wrapper."""
         scale = self.reward_scale
-        needs_ref = scale != 1 or self.args._penalty is not None
+        evaluates = self._evaluates_exactly and not self.model.training
+        needs_ref = scale != 1 or self.args._penalty is not None or (evaluates and self._reference is not None)
         teacher: Frozen | list[Frozen] | None = None
         ref: Frozen | None = None
         index = None
@@ -187,10 +197,10 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                     teacher, index = self._score_teachers(batch, gathered)
                 if needs_ref:
                     ref = self._score("ref_model", self._reference, for_ref, gathered)
-            loss = partial(
+            loss: Callable[[LinearHead], GOPDOutput] = partial(
                 gopd_loss,
                 teacher=teacher,
-                ref=ref,
+                ref=ref if scale != 1 or self.args._penalty is not None else None,
                 token_ids=batch.token_ids,
                 teacher_index=index,
                 mask=batch.mask,
@@ -199,9 +209,51 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 vocab_size=self._vocab_size,
                 **own,
             )
-            out = self._at_head(student, self._hidden(student, batch) if hidden is None else hidden, loss)
+
+            def compute(head: LinearHead) -> GOPDOutput:
+                out = loss(head)
+                if evaluates:
+                    self._record_exact(head, teacher, ref, index, batch, out)
+                return out
+
+            out = self._at_head(student, self._hidden(student, batch) if hidden is None else hidden, compute)
             self._name_misfits(out, teacher, ref, index, batch)
             return out
+
+    @torch.no_grad()
+    def _record_exact(
+        self,
+        student: LinearHead,
+        teacher: Frozen | list[Frozen] | None,
+        ref: Frozen | None,
+        index: Tensor | None,
+        batch: Batch,
+        out: GOPDOutput,
+    ) -> None:
+        """In an evaluation: the exact KLs to teacher and reference, whatever estimator and lambda the loss has."""
+        exact = partial(
+            gopd_loss,
+            token_ids=batch.token_ids,
+            mask=batch.mask,
+            estimator="full",
+            reward_scale=1.0,
+            vocab_size=self._vocab_size,
+            chunk_size=self.args.chunk_size,
+            backend=self.args.backend,
+        )
+        found: dict[str, Tensor] = {}
+        whole_ref = ref if ref is not None and _has_vocabulary(ref) else None
+        if teacher is not None and all(map(_has_vocabulary, teacher if isinstance(teacher, list) else [teacher])):
+            given: dict[str, Any] = {} if whole_ref is None else {"ref": whole_ref, "score_cancelled": True}
+            metrics = exact(student, teacher=teacher, teacher_index=index, **given).metrics()
+            found = dict(zip(metrics._names, metrics.sums, strict=True))
+        if whole_ref is not None:
+            metrics = exact(student, teacher=whole_ref).metrics()
+            found["kl_ref"] = metrics.sums[metrics._names.index("kl_teacher")]
+        own = set(out.metrics()._names)
+        added = {name: sums for name, sums in found.items() if name in _EXACT and name not in own}
+        if added:
+            self._gopd_metrics["eval"].append(("", Metrics(tuple(added), torch.stack(list(added.values())))))
 
     @torch.no_grad()
     def _likeliest(self, student: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:

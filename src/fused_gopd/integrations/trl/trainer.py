@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -74,11 +77,16 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     ``sample``, ``score`` or ``step``, how far it is, and its tokens per second. The progress bar of transformers shows
     it.
 
+    An evaluation of ``eval_dataset`` samples with the same random numbers each time, and leaves those of the training
+    alone. It also logs the exact ``eval_gopd/kl_teacher`` and ``eval_gopd/kl_ref`` of models whose heads are here, and
+    the reward, whatever estimator and lambda the training has. For that a reference is loaded even if lambda is 1.
+
     Raises:
         TypeError, ValueError: before the student is loaded, or at the latest before the first step, naming the
             argument, what was expected and what was found.
     """
 
+    _evaluates_exactly = True
     _tag_names = ["trl", "gopd"]  # noqa: RUF012
     _name = "G-OPD"
     _paper = {  # noqa: RUF012
@@ -280,6 +288,19 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         if self.model.training and self._buffered_inputs is not None and self.state.global_step % self.num_iterations:
             return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return super()._prepare_inputs(generation_batch)
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """TRL's, with the same random numbers in each evaluation; those of the training go on as if there were none."""
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        with torch.random.fork_rng():
+            set_seed(self.args.seed + self.accelerator.process_index)  # of each rank, as TRL does before the training
+            try:
+                return super().evaluate(*args, **options)
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy)  # noqa: NPY002
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
