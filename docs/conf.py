@@ -80,6 +80,7 @@ NAVIGATION = {
         "distill",
         "self-distillation",
         "warnings",
+        "reports",
         "tokenizers",
         "parallelism",
         "planning",

@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 import fused_gopd as fg
 from fused_gopd.cli import app, bench, reproduce
 from fused_gopd.cli.distill import options
+from fused_gopd.cli.inspect.options import InspectOptions
 from fused_gopd.token_stats import TokenStats
 from pages import FENCE, ROOT, fences, read_pages
 
@@ -112,7 +113,12 @@ def call(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         Path(given["prompts"]).touch()
         monkeypatch.setattr(options, "_check_packages", lambda _: None)
         options.for_new_run(context.params["output"], {**given, "teacher": given["teacher"] or []})
-    if command in ("doctor", "demo", "distill"):
+    if command == "inspect":
+        given = {name: x for name, x in context.params.items() if name in InspectOptions.__dataclass_fields__}
+        chosen = InspectOptions(**given)
+        chosen.path.touch()
+        chosen.check()
+    if command in ("doctor", "demo", "distill", "inspect"):
         return
     for module in (bench, reproduce):
         monkeypatch.setattr(module, "_run", lambda *_: {"skipped": []})
