@@ -36,6 +36,10 @@ class Processes:
         """Whether the flag is true in a process. All processes must call this."""
         return any(self._gathered(flag)) if self.count > 1 else flag
 
+    def shared(self, value: Any) -> Any:
+        """The value that the first process has."""
+        return self._gathered(value)[0] if self.count > 1 else value
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.any(False)

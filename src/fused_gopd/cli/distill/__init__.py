@@ -45,6 +45,10 @@ def distill(
     accept_changed_inputs: Annotated[
         bool, RUN("--accept-changed-inputs", help="With --resume: prompts or models may have changed.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        RUN("--dry-run", help="Load, check, plan the memory, time a step, and write nothing."),
+    ] = False,
     *,
     teacher_server_key: Annotated[
         str, SERVER(envvar="TEACHER_API_KEY", help="Its key; never written to the run's folder.")
@@ -66,6 +70,8 @@ def distill(
     processes = Processes()
     server_url = given["teacher_server"]
     with processes.agreeing():
+        if dry_run and resume:
+            raise typer.BadParameter("is for a new run: leave out --resume", param_hint="--dry-run")
         options = _checked(context, output, resume, accept_changed_inputs, given, processes.count)
     if all(name == "smollm2" or Path(name).exists() for name in options.models()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
@@ -75,11 +81,11 @@ def distill(
     with outputs.option("--output"), ExitStack() as stack:
         with processes.agreeing():
             first = stack.enter_context(opened) if processes.first else None
-        folder = first or outputs.FollowedFolder(output, "distill")
+        folder = outputs.FollowedFolder(output, "distill") if first is None or dry_run else first
         from .training import DistillationRun
 
         run = DistillationRun(options, folder, processes, teacher_server_key or None, server_url or None)
-        finished = run.run(resume, accept_changed_inputs)
+        finished = run.dry_run() if dry_run else run.run(resume, accept_changed_inputs)
     processes.close()
     if not finished:
         raise typer.Exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from ...integrations.trl.rollouts import COMPLETION
 from .. import durable
 from ..outputs import OutputFolder
 from ..processes import Processes
-from . import card, checkpoints, figures, inputs, models, prompts, runfile
+from . import card, checkpoints, dryrun, figures, inputs, models, prompts, runfile
 from .interrupt import Abandoned, Interrupt
 from .options import FILE as OPTIONS_FILE
 from .options import RunOptions, resume_command, with_bases, write
@@ -122,16 +123,51 @@ class DistillationRun:
         """The answers of a step."""
         return self.options.batch_size * self.options.accumulation * self.processes.count
 
-    def run(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
-        """Train. Returns whether all steps are done."""
+    def _quiet(self) -> None:
         logging: Any = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        options = self.options
         with self.processes.agreeing():
             # made once on each machine, before the others look for it
-            if self.processes.first_of_machine and "smollm2" in options.models():
+            if self.processes.first_of_machine and "smollm2" in self.options.models():
                 models.local("smollm2")
+
+    def dry_run(self) -> bool:
+        """Check all that a run checks, load its models, and time steps in a temporary folder."""
+        self._quiet()
+        options = self.options
+        with self.processes.agreeing():
+            data = self._prompts(options.prompts)
+            with self.display.loading("sizes and tokenizers of the models"):
+                known, tokenizer = self._read_models()
+            dataset = self._dataset(data, tokenizer, known, self._order(len(data.prompts)))
+            if options.eval_prompts:
+                self._held_out(tokenizer, known)
+            self._inputs = self._read_inputs(0, False, False)
+            teacher = self._teacher(tokenizer, known[0].vocab)
+        folder = self.processes.shared(tempfile.mkdtemp(prefix="fused-gopd-") if self.processes.first else "")
+        try:
+            no_cache = dict.fromkeys(options.cache_options)
+            own = {"output_dir": folder, "max_steps": dryrun.STEPS, "save_strategy": "no", **no_cache}
+            with self.processes.agreeing():
+                config = self._config(evaluates=False, **own)
+            self._print_summary(0, len(data.prompts))
+            with self.display.loading(f"the student {options.student}"):
+                trainer = self._trainer(config, dataset, None, tokenizer, teacher)
+            with self.display.running(0):
+                trainer.train()
+            for line in dryrun.describe(trainer, options):
+                self.say(line)
+        finally:
+            if self.processes.first:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.say("nothing was written: without --dry-run the run begins")
+        return True
+
+    def run(self, resume: bool = False, accept_changed_inputs: bool = False) -> bool:
+        """Train. Returns whether all steps are done."""
+        self._quiet()
+        options = self.options
         with self.processes.agreeing():
             self.folder.check("metrics.jsonl", REPORT, "tensorboard", self._result.name)
             self._check_result()
@@ -383,13 +419,13 @@ class DistillationRun:
         self.say(f"the teacher's server: {teacher.capabilities}")
         return teacher
 
-    def _config(self, evaluates: bool) -> Any:
-        """``evaluates``: before the first step."""
+    def _config(self, evaluates: bool, **own: Any) -> Any:
+        """``evaluates``: before the first step. ``own`` replaces what the options give."""
         options, gpu = self.options, torch.cuda.is_available()
         loaded = any(adapter_path(model) is None and model != STUDENT for model in options.routes().values())
         columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
         try:
-            return GOPDConfig(
+            given = dict(
                 output_dir=str(self.checkpoints.partial),
                 reward_scale=options.reward_scale,
                 **options.loss_options(),
@@ -427,6 +463,7 @@ class DistillationRun:
                 disable_tqdm=True,
                 dataloader_pin_memory=gpu,
             )
+            return GOPDConfig(**{**given, **own})
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
 

@@ -8,7 +8,8 @@ from .cost import total
 from .presets import PRESETS
 
 
-def _bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
+    """A size in bytes in a unit that suits it."""
     for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if n >= size:
             return f"{n / size:.2f} {unit}"
@@ -46,13 +47,13 @@ def print_plan(result: dict[str, Any]) -> None:
     dense, fused = result["dense"], result["fused"]
     for item in [*dense["items"], *(i for i in fused["items"] if i not in dense["items"])]:
         table.add_row(
-            escape(item), *(_bytes(side["items"][item]) if item in side["items"] else "" for side in (dense, fused))
+            escape(item), *(bytes_text(side["items"][item]) if item in side["items"] else "" for side in (dense, fused))
         )
     table.add_section()
-    table.add_row("peak memory", _bytes(dense["peak"]), _bytes(fused["peak"]), style="bold")
+    table.add_row("peak memory", bytes_text(dense["peak"]), bytes_text(fused["peak"]), style="bold")
     if "memory" in result:
         table.add_row(
-            f"tokens that fit in {_bytes(result['memory'])}" + (" on every rank" if several else ""),
+            f"tokens that fit in {bytes_text(result['memory'])}" + (" on every rank" if several else ""),
             *(f"{side['tokens_that_fit']:,}" for side in (dense, fused)),
         )
     table.add_row("tokens per chunk", "", f"{fused['chunk_size']:,}")
@@ -65,13 +66,13 @@ def print_plan(result: dict[str, Any]) -> None:
         for column in ("", "collective", "ranks", "calls", "bytes"):
             table.add_column(column, justify="right" if column in ("ranks", "calls", "bytes") else "left")
         for one in result["wire"]:
-            table.add_row(one["what"], one["kind"], str(one["ranks"]), f"{one['calls']:,}", _bytes(one["received"]))
+            table.add_row(one["what"], one["kind"], str(one["ranks"]), f"{one['calls']:,}", bytes_text(one["received"]))
         table.add_section()
-        table.add_row("together", "", "", "", _bytes(sum(one["received"] for one in result["wire"])), style="bold")
+        table.add_row("together", "", "", "", bytes_text(sum(one["received"] for one in result["wire"])), style="bold")
         console.print(table)
     console.print(
-        f"Inputs, the same for both: {_bytes(total(result['inputs']))} of hidden states and heads. They count towards "
-        "what fits; the rest of the models, the optimizer and activations do not.\n"
+        f"Inputs, the same for both: {bytes_text(total(result['inputs']))} of hidden states and heads. They count "
+        "towards what fits; the rest of the models, the optimizer and activations do not.\n"
         "Dense is the least that eager PyTorch holds at its peak: max(k N V a, N V e + gradients), k = 5 for full, "
         "3 for sampled and topk, a = bytes of float32, e = bytes of the dtype. Fused lists what is alive at its peak.",
         style="dim",
