@@ -30,7 +30,7 @@ from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
 
 STEPS = 4
 

@@ -45,7 +45,7 @@ from fused_gopd.cli.distill import card, figures, inputs, options, training
 from fused_gopd.cli.distill import models as distill_models
 from fused_gopd.cli.distill.prompts import read
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
 
 
 @pytest.fixture(autouse=True)

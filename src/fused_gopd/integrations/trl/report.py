@@ -113,6 +113,7 @@ class HtmlReport(TrainerCallback):
         self._path = Path(trainer.args.output_dir, FILE) if path is None else path
         self._title = f"{card.base_of(trainer)}, distilled" if title is None else title
         self._settings = partial(card.report_settings, trainer) if settings is None else settings
+        self._written: dict[str, Any] = {}
         self._kept: dict[str, _Taken | _Texts] = {}  # by one of _HEADINGS and "first" or "last"
 
     # ------------------------------------------------------------------------------------------------------- batches
@@ -205,11 +206,13 @@ class HtmlReport(TrainerCallback):
         trainer = self._trainer
         if not trainer.is_world_process_zero():
             return
-        write_report(
-            self._path,
-            title=self._title,
-            settings=self._settings(),
-            rows=rows_of(trainer.state.log_history),
-            samples=self._samples(),
-            warnings=trainer.warnings,
-        )
+        page: dict[str, Any] = {
+            "title": self._title,
+            "settings": self._settings(),
+            "rows": rows_of(trainer.state.log_history),
+            "samples": self._samples(),
+            "warnings": list(trainer.warnings),
+        }
+        if page != self._written or not self._path.exists():  # at the end, where the last step was saved, too
+            write_report(self._path, **page)
+            self._written = page
