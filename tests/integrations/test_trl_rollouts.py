@@ -434,6 +434,27 @@ def test_importance_weights_are_of_sampled_batches_alone(tmp_path: Path, engine:
     assert ["rollout_logprobs" in batch for batch in seen] == [samples(42, step, 0.5) for step in range(6)]
 
 
+def test_a_teacher_with_another_tokenizer_reads_the_datasets_completions(tmp_path: Path) -> None:
+    """The same tokens under other ids: the run ends in the weights of the ordinary one."""
+    import test_cross_tokenizer as cross
+
+    same = tokenizer()
+    other, order = cross.permuted(same)
+    size = len(same)
+    options = {"data": answered(), "lmbda": 0.0, "sft_weight": 0.2}
+    expected = cross.run(tmp_path / "a", cross.own(2, size), None, same, **options)
+    teacher = cross.with_other_ids(2, size, order)
+    found = cross.run(tmp_path / "b", teacher, None, other, cross_tokenizer=True, **options)
+    assert difference(found, cross.own(1, size).state_dict()) > 1e-3
+    assert_same(found, expected, 1e-5)
+
+
+def test_a_cache_has_the_datasets_completions_from_the_second_epoch_on(tmp_path: Path) -> None:
+    run = trainer(tmp_path, data=answered(), lmbda=0.0, teacher_cache=str(tmp_path / "cache"), max_steps=4, **ONE)
+    run.train()
+    assert [log.get("gopd/cache_hits") for log in run.state.log_history[:4]] == [0, 0, 1, 1]
+
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

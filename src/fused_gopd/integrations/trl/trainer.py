@@ -318,6 +318,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             options = {"rollout_logprobs": batch.rollout_logprobs, **self._rollout_options}
         if batch.sft_labels is not None:
             options |= {"sft_labels": batch.sft_labels, "sft_weight": self.args.sft_weight}
+            if self._cross.pairs:  # labels that are no tokens of the teacher's count, too
+                options["sft_temperature"] = self.temperature
         with without_dropout(unwrapped_student) if ratio else nullcontext():
             out = self._loss(unwrapped_student, batch, normalizer=normalizer, **options)
         self._record(out, batch)
