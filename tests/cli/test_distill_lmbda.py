@@ -35,7 +35,8 @@ def answered(files: Files) -> dict[str, str]:
 
 
 def run(files: Files, output: Path, prompts: str, *arguments: str, steps: int = 2) -> Path:
-    invoke(*small(files, output, "--prompts", prompts, *arguments, "--teacher", files.math, steps=steps))
+    said = invoke(*small(files, output, "--prompts", prompts, *arguments, "--teacher", files.math, steps=steps))
+    assert "of the steps with the file's answers, λ = 1.25" in said
     return output
 
 

@@ -478,8 +478,9 @@ class DistillationRun:
             return
         processes = f", {self.processes.count} processes" if self.processes.count > 1 else ""
         where = f"steps {done + 1} to {options.steps}" if done else f"{options.steps} steps"
+        given = f"{1 - options.lmbda:.0%} of the steps with the file's answers, " if options.lmbda < 1 else ""
         self.say(
-            f"{where} of {self._answers} answers to {count} prompts{processes}, "
+            f"{where} of {self._answers} answers to {count} prompts{processes}, {given}"
             f"λ = {options.reward_scale:g}, {options.estimator}, {trained} at {options.learning_rate:g}"
         )
         if options.ref and not options.uses_ref:
