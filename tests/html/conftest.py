@@ -34,6 +34,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     def open_file(path: Path, width: int = 1200, **options: Any) -> Any:
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **options))
         page = contexts[-1].new_page()
+        page.set_default_timeout(120_000)  # a test machine may be busy
         page.on("request", lambda request: requests.append(request.url))
         page.on("dialog", lambda dialog: pytest.fail(f"a dialog: {dialog.message}"))
         visited.add(path.as_uri())

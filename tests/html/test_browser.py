@@ -162,6 +162,8 @@ def test_text_from_right_to_left_stays_in_its_line(show: Any) -> None:
     page = show(report(samples={"before": [scored(tokens, title="\u202etitle \u05d0", prompt="\u202e")]}), width=600)
     first, second = (page.locator(".t").nth(i).bounding_box() for i in range(2))
     assert second["x"] < first["x"]
+    box = page.locator(".text").bounding_box()
+    assert first["x"] + first["width"] > box["x"] + 0.9 * box["width"], "a line of Arabic begins on the right"
     fourth, fifth = (page.locator(".t").nth(i).bounding_box() for i in (3, 4))
     assert fourth["x"] < fifth["x"], "the override is shown, and turns nothing round"
     assert fourth["x"] < 60, "a line of Latin letters begins on the left"
