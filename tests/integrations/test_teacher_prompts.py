@@ -133,11 +133,12 @@ def test_a_column_is_the_function_that_returns_it(tmp_path: Path) -> None:
 
 
 def test_the_student_s_own_prompt_changes_nothing(tmp_path: Path) -> None:
+    """But the width of the padding, which TRL makes that of all accumulated batches: rounding in float32."""
     own = trainer(tmp_path, teacher_prompt=lambda row: row["prompt"], ref_prompt=lambda row: row["prompt"], **SGD)
     own.train()
     plain = trainer(tmp_path, **SGD)
     plain.train()
-    assert_same(weights(own), weights(plain))
+    assert_same(weights(own), weights(plain), 1e-6)
 
 
 def test_messages_and_texts_may_be_mixed(tmp_path: Path) -> None:
@@ -203,6 +204,33 @@ def test_each_route_may_have_a_prompt_of_its_own(tmp_path: Path) -> None:
         want += by_hand(teachers[route], [functions[route](row)], [completion])
     assert_scores(out.teacher_logprobs, batch, want)
     assert_scores(out.ref_logprobs, batch, by_hand(run._reference, PROMPTS[:4], answers(batch)))
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_a_model_reads_no_more_padding_than_its_own_prompts_need(tmp_path: Path, multiple: int | None) -> None:
+    """Neither another route's long prompt nor one of another part of the batch."""
+    far, near, widths = model(1), model(3), list[int]()
+    far.config.max_position_embeddings = 512
+    near.model.register_forward_pre_hook(
+        lambda _, args, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    functions = {"a": lambda row: "cat " * 60, "b": lambda row: row["told"]}
+    data = prompts(domain=["a", "b"] * 4, told=["cat"] * 8)
+    run = trainer(tmp_path, teacher={"a": far, "b": near}, route_column="domain", data=data, teacher_prompt=functions,
+                  pad_to_multiple_of=multiple)  # fmt: skip
+    told = ["", "cat", "", "cat cat cat sat on the mat"]
+    rows = [{"prompt": text, "domain": route, "told": t} for text, route, t in zip(PROMPTS, "abab", told, strict=False)]
+    batch = batch_of(run, rows)
+    keep, words = batch.token_ids.shape[1], tokenizer()
+    want = [len(words(text)["input_ids"]) for text in (told[1], told[3], told[3])]
+    for part in (*batch.split(2), batch):
+        out = run._loss(run.model, part)
+    step = multiple or 1
+    assert widths == [-(-length // step) * step + keep for length in want]
+    read = ["cat " * 60 if row["domain"] == "a" else row["told"] for row in rows]
+    found = [by_hand(far if row["domain"] == "a" else near, [text], [x])[0]
+             for row, text, x in zip(rows, read, answers(batch), strict=True)]  # fmt: skip
+    assert_scores(out.teacher_logprobs, batch, found)
 
 
 def test_the_base_of_an_adapter_reads_the_reference_s_prompt(tmp_path: Path) -> None:

@@ -31,10 +31,19 @@ _MULTIMODAL = (
 
 @dataclass(frozen=True)
 class PromptIds:
-    """Token ids and mask, both (B, P), of prompts padded on the left."""
+    """Token ids and mask, both (B, P), of prompts padded on the left.
+
+    ``lengths`` (B,), on the CPU, says how many of the last columns a prompt needs: the padding of those that are read
+    together is cut without a host sync.
+    """
 
     ids: Tensor
     mask: Tensor
+    lengths: Tensor | None = None
+
+    def cut(self) -> PromptIds:
+        width = self.ids.shape[1] if self.lengths is None else int(self.lengths.max())
+        return replace(self, ids=self.ids[:, -width:], mask=self.mask[:, -width:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +87,9 @@ class Batch:
 
     def read_by(self, role: str) -> Batch:
         """The batch as the teachers (``"teacher"``) or the reference (``"ref_model"``) read it."""
-        prompt = self.prompts.get(role)
-        if prompt is None:
+        if role not in self.prompts:
             return self
+        prompt = self.prompts[role].cut()
         return replace(
             self,
             input_ids=torch.cat([prompt.ids, self.token_ids], dim=1),
@@ -92,7 +101,10 @@ class Batch:
         """Select sequences. Not for multimodal batches, which may have several images per sequence."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         taken: dict[str, Any] = {name: x[rows] for name, x in own.items() if isinstance(x, Tensor)}
-        prompts = {role: PromptIds(x.ids[rows], x.mask[rows]) for role, x in self.prompts.items()}
+        prompts = {
+            role: PromptIds(x.ids[rows], x.mask[rows], None if x.lengths is None else x.lengths[rows])
+            for role, x in self.prompts.items()
+        }
         return replace(self, **taken, prompts=prompts, aligned={name: x.take(rows) for name, x in self.aligned.items()})
 
     def split(self, size: int) -> Iterator[Batch]:

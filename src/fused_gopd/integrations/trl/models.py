@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -158,17 +159,16 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     def _score_teachers(self, batch: Batch, gathered: ExitStack) -> tuple[Frozen | list[Frozen], Tensor | None]:
         """Score each sequence with its teacher. Returns scores by teacher, and the teacher of each sequence, (B,)."""
-        batch = batch.read_by("teacher")
         index = batch.teacher_index
         if index is None:
-            return self._score("teacher", self._teachers[0], batch, gathered), None
+            return self._score("teacher", self._teachers[0], batch.read_by("teacher"), gathered), None
         # ranks that share a model must all call it; without a sequence of its route, a rank scores one and ignores it
         shared = self.accelerator.num_processes > 1
         used, sources = [], []
         for i, (route, model) in enumerate(zip(self._routes, self._teachers, strict=True)):
             rows = (index == i).nonzero()[:, 0]
             if len(rows) or (shared and isinstance(model, (str, nn.Module))):
-                part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
+                part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).read_by("teacher")
                 used.append(i)
                 source = self._score(teacher_name(route), model, part, gathered)
                 sources.append(spread(source, rows, len(index)))
@@ -192,11 +192,10 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
             with torch.no_grad(), self._phase("score") as phase:
                 phase.tokens_at_end = batch.mask.sum()
                 # models that lambda cancels are not run
-                for_ref = batch.read_by("ref_model")
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
                 if needs_ref:
-                    ref = self._score("ref_model", self._reference, for_ref, gathered)
+                    ref = self._score("ref_model", self._reference, batch.read_by("ref_model"), gathered)
             loss: Callable[[LinearHead], GOPDOutput] = partial(
                 gopd_loss,
                 teacher=teacher,
@@ -306,11 +305,13 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                     raise ValueError(f"{self._prompts[role].name} gives a prompt without tokens: {prompts[i]!r}")
                 ids[i] = torch.tensor(found[0])
         device = batch.token_ids.device
-        padding = {"padding_side": "left", "pad_to_multiple_of": getattr(self, "pad_to_multiple_of", None)}
+        multiple = getattr(self, "pad_to_multiple_of", None) or 1
+        padding = {"padding_side": "left", "pad_to_multiple_of": multiple}
         masks = [torch.ones_like(x) for x in ids]
         return PromptIds(
             pad(ids, padding_value=trainer._tokenizer.pad_token_id, **padding).to(device),
             pad(masks, padding_value=0, **padding).to(device),
+            torch.tensor([multiple * math.ceil(len(x) / multiple) for x in ids]),
         )
 
     def _align(self, inputs: list[dict[str, Any]], prompts: dict[str, list[Any]], output: dict[str, Any]) -> None:
