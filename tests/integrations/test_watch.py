@@ -167,8 +167,8 @@ def test_a_trainer_says_what_it_finds_in_its_log(tmp_path: Path) -> None:
         tmp_path,
         student=student,
         teacher=model(0),
-        max_steps=16,
-        per_device_train_batch_size=8,
+        max_steps=32,
+        per_device_train_batch_size=4,
         max_completion_length=2,
     )
     heard: list[str] = []
