@@ -220,14 +220,20 @@ def test_a_lambda_that_moves_has_no_first_distance() -> None:
     assert "lambda = 2" in found
     assert said(**rising, **flat, **{"gopd/reward_scale": [1.0 + 0.1 * i for i in range(20)]}) == []
     assert said(**rising, **flat) == []  # of each token
+    scale = {"gopd/reward_scale": [2.0] * 20}
+    falling = {"gopd/kl_target": [1 / (1 + 0.3 * i) for i in range(20)]}  # exact, which says more than the deviation
+    assert said(**rising, **flat, **scale, **falling) == []
+    # completions of an older student, and of the dataset, by which no estimate of a KL holds
+    assert said(**rising, **flat, **scale, **{"gopd/staleness": [0.0, 1.0, 2.0, 3.0] * 5}) == []
+    assert said(**rising, **flat, **scale, **{"gopd/on_policy": [1.0, 0.0, 0.0, 0.0] * 5}) == []
 
 
 @pytest.mark.parametrize(
     ("name", "good", "bad", "text"),
     [
         ("sampler_kl", 0.035, 0.055, "KL to the student 0.051 nats a token"),
-        ("effective_sample_size", 0.85, 0.4, "effective sample size 40%"),
-        ("masked_fraction", 0.1, 0.6, "60% of the tokens masked"),
+        ("effective_sample_size", 0.85, 0.4, "effective sample size 49%"),
+        ("masked_fraction", 0.1, 0.6, "50% of the tokens masked"),
     ],
 )
 def test_a_sampler_that_is_not_the_student_is_named(name: str, good: float, bad: float, text: str) -> None:

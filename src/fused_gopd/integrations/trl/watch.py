@@ -122,18 +122,24 @@ def _cut_off(rows: Sequence[Row], setting: Setting) -> str | None:
     return None
 
 
-def _of_one_scale(rows: Sequence[Row]) -> list[Row]:
-    """The last rows of one lambda, which have one target; none where lambda is of each token."""
+def _comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows since lambda is what it is, that have one target; of those the ones of completions of the student.
+
+    None where lambda is of each token. Estimates of a KL hold for tokens that the student itself has sampled: not for
+    completions of an older student (``num_iterations``), nor of the dataset (``lmbda``).
+    """
     scale = rows[-1].get("gopd/reward_scale")
     first = len(rows)
     while scale is not None and first and rows[first - 1].get("gopd/reward_scale") == scale:
         first -= 1
-    return list(rows[first:])
+    return [row for row in rows[first:] if not row.get("gopd/staleness") and row.get("gopd/on_policy", 1) == 1]
 
 
 def _beyond(rows: Sequence[Row], setting: Setting) -> str | None:
-    same = _of_one_scale(rows)
-    names = ("gopd/advantage_std", "gopd/kl_teacher_k3", "gopd/kl_ref_k3", "gopd/reward")
+    same = _comparable(rows)
+    exact = bool(same) and same[-1].get("gopd/kl_target") is not None
+    distance = "gopd/kl_target" if exact else "gopd/advantage_std"
+    names = (distance, "gopd/kl_teacher_k3", "gopd/kl_ref_k3", "gopd/reward")
     found = [_ends(_values(same, name)) for name in names]
     if any(x is None for x in found):
         return None
@@ -142,17 +148,18 @@ def _beyond(rows: Sequence[Row], setting: Setting) -> str | None:
     moved = ref >= max(_MOVED, teacher) and reward - before >= _GAINED * teacher
     if scale <= 1 or not moved or last < _LEFT * first:
         return None
+    what = "KL" if exact else "standard deviation of log u - log p"
     return (
         f"lambda = {scale:g} is more than this run supports: the student has moved {ref:.2g} nats a token from the "
-        f"reference, and is as far from its target as before (standard deviation of log u - log p {last:.2g}, at first "
-        f"{first:.2g}), though its reward has risen from {before:.2g} to {reward:.2g}. Lower reward_scale (1.25 is the "
-        "paper's), or take the teacher's own base for the reference"
+        f"reference, and is hardly nearer to its target ({what} {last:.2g}, at first {first:.2g}), though its reward "
+        f"has risen from {before:.2g} to {reward:.2g}. Lower reward_scale (1.25 is the paper's), or take the teacher's "
+        "own base for the reference"
     )
 
 
 def _runs_away(rows: Sequence[Row], setting: Setting) -> str | None:
     teacher, ref, reward = (
-        _values(_of_one_scale(rows), f"gopd/{name}") for name in ("kl_teacher_k3", "kl_ref_k3", "reward")
+        _values(_comparable(rows), f"gopd/{name}") for name in ("kl_teacher_k3", "kl_ref_k3", "reward")
     )
     window = max(_WINDOW, len(teacher) // 10)
     if len(teacher) < 2 * window or not len(teacher) == len(ref) == len(reward):
