@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("datasets")
 
+from datasets import Dataset
 from transformers import HfArgumentParser
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer import distillation_trainer
@@ -21,7 +24,7 @@ from trl.trainer import distillation_trainer
 from fused_gopd.integrations.trl import GOPDConfig, GOPDTrainer
 from fused_gopd.integrations.trl.rollouts import RecordedEngine, sampler_logprobs, samples, token_ids_of
 from ranks import run_on_ranks
-from test_trl import SGD, assert_same, config, difference, model, prompts, tokenizer, trainer, weights
+from test_trl import PROMPTS, SGD, assert_same, config, difference, model, prompts, tokenizer, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,11 +35,13 @@ class FakeEngine:
     """TRL's ``VLLMGeneration`` without vLLM: its arguments, its answers' shapes, and weights of its own.
 
     ``noise`` is the standard deviation of what its logits differ from the student's, as kernels of another precision
-    would; ``greedy`` makes it take the likeliest token. ``gaps`` are positions whose log-prob is None, as vLLM's NaN.
+    would; ``greedy`` makes it take the likeliest token. A turn has at most ``longest`` tokens. ``gaps`` are positions
+    whose log-prob is None, as vLLM's NaN.
     """
 
     noise = 0.0
     greedy = False
+    longest = 100
     gaps: tuple[int, ...] = ()
     answers_logprobs = True
 
@@ -57,7 +62,8 @@ class FakeEngine:
             generator = torch.Generator().manual_seed(sum(prompt))
             ids: list[int] = []
             own: list[list[float | None]] = []
-            while len(ids) < self.options["max_completion_length"] and (not ids or ids[-1] not in ENDS):
+            most = min(self.options["max_completion_length"], self.longest)
+            while len(ids) < most and (not ids or ids[-1] not in ENDS):
                 logits = self.own(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, -1] / self.temperature
                 logits = logits + self.noise * torch.randn(logits.shape, generator=generator)
                 p = logits.log_softmax(-1)
@@ -308,6 +314,45 @@ def test_turns_between_tools_find_their_log_probs() -> None:
     batch["completion_ids"] = torch.tensor([[5, 6, 0, 0, 0, 0, 0], [7, 6, 30, 31, 8, 9, 4]])
     batch["completion_mask"] = batch["tool_mask"] = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1]])
     assert sampler_logprobs(turns, batch)[1, -1].isnan()
+
+
+def look() -> str:
+    """Looks."""
+    return "on the mat"
+
+
+def test_completions_with_tools_have_the_log_probs_of_all_their_turns(
+    tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's own loop over tools; every other completion calls one, and the second turn is cut to 3 tokens.
+
+    The engine is the student: all weights are 1.
+    """
+    engine(longest=6)
+    calls = itertools.count()
+
+    def parse(_: Any, ids: list[int], **options: Any) -> dict[str, Any]:
+        called = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+        return {"role": "assistant", "content": "", **({"tool_calls": called} if next(calls) % 2 else {})}
+
+    monkeypatch.setattr(distillation_trainer, "parse_response", parse)
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in PROMPTS]})
+    run = trainer(tmp_path, data=data, use_vllm=True, max_completion_length=12, rollout_is_cap=None, **ONE, max_steps=2)
+    for each in (run.processing_class, run._tokenizer):
+        each.chat_template, each.response_template = TEMPLATE, "one"
+    run.tools, run._tool_dict = [look], {"look": look}
+    run.vllm_mode = "server"  # TRL asks an engine in this process for its positions
+    run._get_tool_suffix_ids = lambda messages: [250, 251, 252]
+    seen = batches_of(run)
+    run.train()
+    for batch in seen:
+        live = batch["completion_mask"].bool() & batch["tool_mask"].bool()
+        assert (batch["tool_mask"] == 0).any()
+        assert batch["completion_ids"].shape[1] == 12
+        assert (batch["rollout_logprobs"][~live] == 0).all()
+        assert (batch["rollout_logprobs"][live] < 0).all()
+    assert all(log["gopd/sampler_kl"] < 1e-8 for log in run.state.log_history[:2])
+    assert all(log["gopd/importance_max"] == pytest.approx(1, abs=1e-4) for log in run.state.log_history[:2])
 
 
 @pytest.mark.parametrize(
