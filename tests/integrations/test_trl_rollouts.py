@@ -457,10 +457,17 @@ def test_a_mixed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_evaluation_samples(tmp_path: Path) -> None:
-    run = trainer(tmp_path, data=answered(), lmbda=0.0)
-    before = torch.random.get_rng_state()
+    run = trainer(tmp_path, data=answered(), lmbda=0.0, max_steps=1)
+    seen = batches_of(run)
     run.evaluate(answered())
-    assert not torch.equal(torch.random.get_rng_state(), before)
+    given = {tuple(ids) for ids in run._tokenize_completions([[]] * 8, list(zip(PROMPTS, COMPLETIONS, strict=True)))}
+    sampled = [
+        tuple(ids[mask.bool()].tolist())
+        for batch in seen
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert len(sampled) == 8
+    assert not given & set(sampled)
 
 
 def test_shares_are_those_of_many_batches() -> None:
