@@ -224,12 +224,8 @@ def test_a_page_is_written_at_every_save_and_at_the_end(tmp_path: Path, pages: l
     assert len(pages) == 3  # that of the end is that of the last save
     assert {page["path"] for page in pages} == {tmp_path / "report.html"}
     last = pages[-1]
-    assert set(last["samples"]) == {
-        "before",
-        "after 2 steps",
-        "held-out prompts, before",
-        "held-out prompts, after 3 steps",
-    }
+    assert set(last["samples"]) == {"held-out prompts, before", "held-out prompts, after 3 steps"}
+    assert set(kept(tmp_path, 3)) == {"train first", "train last", "eval first", "eval last"}
     assert all(isinstance(text, ScoredText) for texts in last["samples"].values() for text in texts)
     first, after = (last["samples"][f"held-out prompts, {when}"] for when in ("before", "after 3 steps"))
     assert [text.prompt for text in first] == [text.prompt for text in after]

@@ -171,10 +171,14 @@ class HtmlReport(TrainerCallback):
         return cast("dict[str, _Texts]", self._kept)
 
     def _samples(self) -> dict[str, list[ScoredText]]:
-        """The texts by their heading; of a single batch they are there once."""
+        """The texts by their heading. Those of two evaluations, which have the same prompts, are in place of others."""
         found = {}
-        for name, kept in self._read().items():
+        read = self._read()
+        steps = {kept.step for name, kept in read.items() if name.startswith("eval")}
+        for name, kept in read.items():
             mode = name.partition(" ")[0]
+            if len(steps) > 1 and mode != "eval":
+                continue
             when = "before" if kept.step == 0 else f"after {kept.step} step{'s' * (kept.step > 1)}"
             found[_HEADINGS[mode] + when] = kept.texts
         return found
