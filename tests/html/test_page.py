@@ -18,6 +18,7 @@ import pytest
 from fused_gopd.html import ScoredText, render_report, write_report
 from fused_gopd.html.colours import LEVELS, QUANTITIES, Scale, palette, plain, scale_of
 from fused_gopd.html.curves import _POINTS, panels
+from fused_gopd.html.page import _articles
 from fused_gopd.html.texts import _SHOWN, token_text, visible
 from fused_gopd.pictures import DARK, INK
 from report_texts import HOSTILE, hostile_report, rows, scored
@@ -284,6 +285,27 @@ def test_prompts_that_all_texts_have_are_there_once_and_so_are_those_of_other_re
         assert [text for tag, text in page.texts if tag == "summary" and text.strip()] == expected
 
 
+def test_samples_of_the_same_prompts_stand_side_by_side() -> None:
+    def texts(*prompts: str) -> list[ScoredText]:
+        return [scored(["a"], title=f"answer {i}", prompt=prompt) for i, prompt in enumerate(prompts, 1)]
+
+    samples = {
+        "before": texts("a", "b"),
+        "held out, before": texts("x", "y"),
+        "after": texts("b", "c", "d"),
+        "held out, after": texts("x", "y"),
+    }
+    found = list(_articles(samples, []))
+    assert [(article.title, [card.name for card in article.cards]) for article in found] == [
+        ("answer 1", ["held out, before", "held out, after"]),
+        ("answer 2", ["held out, before", "held out, after"]),
+        ("answer 1", ["before", "after"]),
+        ("answer 2", ["before", "after"]),
+        ("answer 3", ["after"]),
+    ]
+    assert [article.prompts for article in found] == [(("Prompt", x),) if x else None for x in ("x", "y", "", "", "d")]
+
+
 def test_plain_numbers() -> None:
     values = (0, 1, -0.5, 1234.5, 123.456, 0.00012, 0.01, math.nan, math.inf)
     assert [plain(x) for x in values] == ["0", "1", "−0.5", "1234", "123.456", "0.00012", "0.01", "–", "∞"]
@@ -308,6 +330,7 @@ def test_every_metric_has_a_curve_and_those_of_routes_are_together() -> None:
     reward, held_out = found[0].curves
     assert reward.points == [*((i, pytest.approx(math.log(i))) for i in range(1, 11)), (10, None)]
     assert (reward.ends, held_out.ends) == ("0 → 2.303", "0.5")
+    assert (reward.colour, reward.dashes, held_out.dashes) == (held_out.colour, "solid", "dashed")
     assert found[1].curves[0].points[-1] == (10, None)
 
 

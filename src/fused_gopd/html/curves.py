@@ -14,9 +14,8 @@ from .colours import plain
 
 Point = tuple[float, float | None]  # step, value; None is a gap
 
-# Curves are told apart by colour and by dashes.
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
-_DASHES = ("solid", "dashed", "dotted")
+_DASHES = ("solid", "dotted", "dashed")  # those of the first five curves, of the next five, ...
 # Points of a picture: with more of them, each is the mean of as many steps
 _POINTS = 600
 _HELD_OUT = "eval_"
@@ -112,16 +111,23 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
         if route and metric.removeprefix(_HELD_OUT) in ours:
             routes.setdefault(metric, {})[route] = series.pop(name)
     for heading, unit, curves in _PANELS:
-        found = [(label, series.pop(metric)) for metric, label in _with_held_out(curves) if metric in series]
+        found = [
+            Curve(label, series.pop(name), *_style(i, held_out=name != metric))
+            for i, (metric, _) in enumerate(curves)
+            for name, label in _with_held_out(curves[i : i + 1])
+            if name in series
+        ]
         if found:
             yield _panel(heading, unit, found)
     for name, points in series.items():
-        yield _panel(name, "", [(name, points)])
+        yield _panel(name, "", [Curve(name, points, *_style(0))])
     for heading, unit, curves in _PANELS:
         for metric, label in _with_held_out(curves):
             if metric in routes:
                 whole = heading if len(curves) == 1 and metric in ours else f"{heading}: {label}"
-                yield _panel(whole, unit, list(routes[metric].items()), by_route=True)
+                named = enumerate(routes[metric].items())
+                found = [Curve(route, points, *_style(i)) for i, (route, points) in named]
+                yield _panel(whole, unit, found, by_route=True)
 
 
 def _with_held_out(curves: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -144,12 +150,13 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     return {name: points for name, points in found.items() if any(y is not None for _, y in points)}
 
 
-def _panel(heading: str, unit: str, found: Sequence[tuple[str, Sequence[Point]]], by_route: bool = False) -> Panel:
-    steps = max(1, math.ceil(max(len(points) for _, points in found) / _POINTS))
-    curves = [
-        Curve(label, points, _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
-        for i, (label, points) in enumerate(found)
-    ]
+def _style(i: int, held_out: bool = False) -> tuple[str, str]:
+    """Colour and dashes of the i-th curve of a panel; that of held-out prompts has the colour of its metric."""
+    return _COLOURS[i % len(_COLOURS)], "dashed" if held_out else _DASHES[i // len(_COLOURS) % len(_DASHES)]
+
+
+def _panel(heading: str, unit: str, curves: Sequence[Curve], by_route: bool = False) -> Panel:
+    steps = max(1, math.ceil(max(len(curve.points) for curve in curves) / _POINTS))
     return Panel(heading, unit, curves, _draw(curves, steps), steps, by_route)
 
 

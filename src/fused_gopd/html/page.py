@@ -57,8 +57,9 @@ def render_report(
         rows: metrics, one mapping a step, as ``metrics.jsonl`` of ``fused-gopd distill`` has them: ``step`` and any
             names of numbers. ``NAME/ROUTE`` is the curve of a route, ``eval_NAME`` that of held-out prompts. None, NaN
             and infinity are gaps.
-        samples: scored texts by what they are of, such as ``"before"`` and ``"after, step 100"``. The first texts of
-            all stand side by side, then the second ones, and so on.
+        samples: scored texts by what they are of, such as ``"before"`` and ``"after, step 100"``. Samples that
+            have the same prompts stand side by side, and so do those whose prompts no others have: the first texts of
+            them, then the second ones, and so on.
         warnings: texts, shown first.
 
     Raises:
@@ -148,10 +149,19 @@ class Article:
 
 
 def _articles(samples: Mapping[str, Sequence[ScoredText]], scales: Sequence[Scale]) -> Iterator[Article]:
-    for i in range(max(map(len, samples.values()), default=0)):
-        cards = [_card(name, texts[i], scales) for name, texts in samples.items() if i < len(texts)]
-        titles, prompts = ({getattr(card, of) for card in cards} for of in ("title", "prompts"))
-        yield Article(titles.pop() if len(titles) == 1 else None, prompts.pop() if len(prompts) == 1 else None, cards)
+    """Samples of the same prompts stand side by side, and so do all those whose prompts no others have."""
+    by_prompts: dict[tuple[Any, ...], list[list[Card]]] = {}
+    for name, texts in samples.items():
+        cards = [_card(name, text, scales) for text in texts]
+        by_prompts.setdefault(tuple(card.prompts for card in cards), []).append(cards)
+    alone = [group[0] for group in by_prompts.values() if len(group) == 1]
+    for group in [*(group for group in by_prompts.values() if len(group) > 1), alone]:
+        for i in range(max(map(len, group), default=0)):
+            cards = [cards[i] for cards in group if i < len(cards)]
+            titles, prompts = ({getattr(card, of) for card in cards} for of in ("title", "prompts"))
+            yield Article(
+                titles.pop() if len(titles) == 1 else None, prompts.pop() if len(prompts) == 1 else None, cards
+            )
 
 
 def _card(name: str, text: ScoredText, scales: Sequence[Scale]) -> Card:
