@@ -20,6 +20,7 @@ from fused_gopd.integrations.tokenizers.texts import token_texts  # noqa: E402
 from fused_gopd.integrations.trl import GOPDTrainer, report  # noqa: E402
 from fused_gopd.integrations.trl.logs import row_of, rows_of  # noqa: E402
 from fused_gopd.integrations.trl.report import HtmlReport  # noqa: E402
+from ranks import run_on_ranks  # noqa: E402
 from test_trl import PROMPTS, config, grpo, model, prompts, tokenizer, trained, trainer, weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,6 +318,20 @@ def test_grpo_reports_too(tmp_path: Path) -> None:
     text = kept(tmp_path, 1)["train first"]["texts"][0]
     assert text["ref"] is not None
     assert "answer 1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def _rank(folder: str) -> list[str]:
+    run = trainer(Path(folder), **SAVED)
+    run.train()
+    return [*run._report.state()]
+
+
+@pytest.mark.ranks
+def test_of_several_processes_the_main_one_reports(tmp_path: Path) -> None:
+    main, other = run_on_ranks("test_report:_rank", 2, str(tmp_path))
+    assert main == ["train first", "train last"]
+    assert other == []
+    assert "answer 2" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

@@ -590,7 +590,7 @@ def _check_model(option: str, name: str, lora: int) -> None:
 
 
 def _check_packages(options: RunOptions) -> None:
-    needed = ["transformers", "trl", "datasets", "accelerate", "tensorboard", "matplotlib"]
+    needed = ["transformers", "trl", "datasets", "accelerate", "tensorboard", "jinja2", "matplotlib"]
     needed += ["peft"] if options.lora else []
     needed += ["httpx"] if options.teacher_server else []
     require_packages("distill", needed, installing.extra("train"))

@@ -132,6 +132,7 @@ class InspectOptions:
                 except ValueError as error:
                     raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
         needed = ["transformers", "trl", "datasets", "jinja2", "matplotlib"]
+        needed += ["peft"] if any(adapter_path(name) for name in self.models().values()) else []
         require_packages("inspect", needed, installing.extra("train"))
 
 

@@ -81,6 +81,9 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
     alone. It also logs the exact ``eval_gopd/kl_teacher`` and ``eval_gopd/kl_ref`` of models whose heads are here, and
     the reward, whatever estimator and lambda the training has. For that a reference is loaded even if lambda is 1.
 
+    ``args.report_to="gopd-html"``, also in a list with others, writes ``report.html`` into ``output_dir``: the metrics
+    as curves, and answers with the log-probs and the advantage of each token.
+
     Raises:
         TypeError, ValueError: before the student is loaded, or at the latest before the first step, naming the
             argument, what was expected and what was found.
