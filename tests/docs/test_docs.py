@@ -109,8 +109,9 @@ def call(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     context = COMMANDS[command].make_context(command, list(rest))
     if command == "distill" and not context.params["resume"]:
         given = {name: value for name, value in context.params.items() if name in options.RunOptions.names()}
-        Path(given["prompts"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(given["prompts"]).touch()
+        for file in filter(None, (given["prompts"], given["eval_prompts"])):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).touch()
         monkeypatch.setattr(options, "_check_packages", lambda _: None)
         options.for_new_run(context.params["output"], {**given, "teacher": given["teacher"] or []})
     if command == "inspect":

@@ -463,9 +463,16 @@ class DistillationRun:
                 disable_tqdm=True,
                 dataloader_pin_memory=gpu,
             )
-            return GOPDConfig(**{**given, **own})
+            config = GOPDConfig(**{**given, **own})
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
+        if config.n_gpu > 1:
+            self.say(
+                f"{config.n_gpu} GPUs are here, and one process uses one of them. For all: accelerate launch "
+                f"--num_processes {config.n_gpu} -m fused_gopd.cli distill ..."
+            )
+            config._n_gpu = 1  # else transformers has nn.DataParallel
+        return config
 
     def _print_summary(self, done: int, count: int) -> None:
         options = self.options
