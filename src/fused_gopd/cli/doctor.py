@@ -44,8 +44,8 @@ FRAMEWORKS = (
     "liger-kernel",
 )
 EXTRAS = {
-    "train": "trainers of TRL, fused-gopd distill",
-    "demo": "fused-gopd demo and reproduce",
+    "train": "trainers of TRL, fused-gopd distill and demo",
+    "models": "models of transformers, fused-gopd reproduce",
     "bench": "fused-gopd bench",
     "triton": "the kernels for GPUs",
 }
