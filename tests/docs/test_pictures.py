@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import report
+from benchmarks import demo, report
 from benchmarks.reproduction import report as reproduction
 
 from fused_gopd import pictures
@@ -91,3 +91,10 @@ def test_no_text_overlaps_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     report.plot({**results("gpu.json"), "rows": rows, "skipped": []}, tmp_path / "all.png")
     assert len(figures) == len(PICTURES) + 6 + 1
     assert {name: texts_that_overlap(figure) for name, figure in figures.items()} == {name: [] for name in figures}
+
+
+def test_the_page_of_the_demo_has_the_figures_of_its_results() -> None:
+    page = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
+    files = re.findall(r"\(\.\./(benchmarks/results/demo[^)]*\.json)\)", page)
+    results = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
+    assert page.split("<!-- demo -->\n")[1].split("<!-- /demo -->")[0].strip() == demo.text(results)
