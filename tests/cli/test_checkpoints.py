@@ -5,6 +5,8 @@ The tests marked ``slow`` (``make test-faults``) resume a run after each damage,
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,25 +16,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
-from distill_runs import Files, assert_same_weights, invoke, small, untimed
-from fused_gopd.cli import durable, outputs
+from distill_runs import SENTENCES, TEMPLATE, Files, assert_same_weights, invoke, make_model, small, untimed
+from fused_gopd.cli import app, durable, outputs
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
+from fused_gopd.integrations.trl import report
+from test_distill import served
+from test_distill_tokenizers import byte_level
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
 
 STEPS = 4
+LONG = 6
 
 
 @pytest.fixture(scope="module")
@@ -413,3 +422,140 @@ def test_a_killed_run_goes_on_and_ends_the_same(files: Files, tmp_path: Path) ->
         assert "has done its 4 steps" in invoke("--resume", "--output", str(run), code=2)
         shutil.rmtree(run)
     assert killed >= 12  # a moment may come after the end
+
+
+def adapter_of(files: Files, folder: Path) -> str:
+    """An adapter of the student's that has learned something."""
+    peft: Any = importlib.import_module("peft")
+    base = AutoModelForCausalLM.from_pretrained(files.student)
+    torch.manual_seed(8)
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(folder)
+    return f"adapter:{folder}"
+
+
+HINT = ["--teacher-template", "who are you {prompt}"]
+# teachers of a run, by what they are; those in braces are made for the test
+TEACHERS: dict[str, list[str]] = {
+    "a folder": ["--teacher", "{math}"],
+    "sampled": ["--teacher", "{math}", "--estimator", "sampled", "--dtype", "bfloat16"],
+    "an adapter": ["--teacher", "{adapter}", "--ref", "{adapter}", "--lora", "2"],
+    "several": [
+        "--teacher",
+        "math={math}",
+        "--teacher",
+        "code={code}",
+        "--prompts",
+        "{routed}",
+        "--route-column",
+        "domain",
+    ],
+    "another tokenizer": ["--student", "{bytes}", "--teacher", "{other bytes}", "--cross-tokenizer"],
+    "a cache": ["--teacher", "{math}", "--teacher-cache", "{cache}"],
+    "a server": ["--teacher-server", "{url}", "--teacher-server-model", "teacher"],
+    "the student as it began": ["--teacher", "student", *HINT],
+    "its adapter as it began": ["--teacher", "student", *HINT, "--lora", "2"],
+    "the student of three steps": ["--teacher", "student", *HINT, "--teacher-sync-steps", "3"],
+    "its adapter of three steps": ["--teacher", "student", *HINT, "--teacher-sync-steps", "3", "--lora", "2"],
+    "its average": ["--teacher", "student", *HINT, "--teacher-ema", "0.5"],
+    "its adapter's average": ["--teacher", "student", *HINT, "--teacher-ema", "0.5", "--lora", "2"],
+    "its average in bfloat16": [
+        "--teacher",
+        "student",
+        *HINT,
+        "--teacher-ema",
+        "0.9",
+        "--dtype",
+        "bfloat16",
+        "--lora",
+        "2",
+    ],
+    "itself": ["--teacher", "student", *HINT, "--teacher-sync-steps", "1"],
+    "itself among several": [
+        *("--teacher", "math=student", "--teacher", "code={code}", "--prompts", "{routed}", "--route-column", "domain"),
+        *(*HINT, "--teacher-ema", "0.5", "--teacher-sync-steps", "2"),
+    ],
+}
+
+
+def _in_child(arguments: list[str], output: Connection) -> None:
+    os.dup2(output.fileno(), 1)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.environ["COLUMNS"] = "300"
+    app(["distill", *arguments])
+
+
+def in_child(arguments: list[str], number: int = 0, after: int = -1, seconds: float = 0.0) -> tuple[Any, list[str]]:
+    """``distill`` in a forked process, which has all imports: its exit status and its lines.
+
+    With a signal ``number``: it is sent ``seconds`` after the first line about the run and ``after`` lines of steps.
+    """
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(arguments, writing))
+    child.start()
+    writing.close()
+    begun, lines = -1, []
+    with open(reading.fileno(), encoding="utf-8", closefd=False) as output:
+        for line in output:
+            lines.append(line)
+            begun += line.startswith("step ") or " answers to " in line
+            if begun == after:
+                after = LONG + 1
+                time.sleep(seconds)
+                os.kill(child.pid or 0, number)
+    child.join()
+    return child.exitcode, lines
+
+
+def interrupted(run: Path, arguments: list[str], number: signal.Signals, after: int, seconds: float) -> str:
+    """Start or resume a run, and interrupt it. Returns what became of it."""
+    if not (run / options.FILE).exists():  # it had not begun
+        shutil.rmtree(run, ignore_errors=True)
+    else:
+        arguments = ["--resume", "--output", str(run)]
+    status, lines = in_child(arguments, number, after, seconds)
+    # 1 and -number: the signal came before the run listened to it
+    assert status in {signal.SIGINT: (0, 1, 130), signal.SIGTERM: (0, -15, 130)}.get(number, (0, -9)), "".join(lines)
+    done = sum(line.startswith("step ") for line in lines)
+    return f"{number.name} {seconds:.2f} s after {after} steps: {done} steps, exit {status}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_run_with_any_teacher_survives_every_signal(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Ctrl-C, SIGTERM and a kill at random moments of one run, which then ends as one that nobody interrupts."""
+    for module in ("peft", "matplotlib.pyplot", "torch.utils.tensorboard"):  # once, and not in every child
+        importlib.import_module(module)
+    # the report of every save would be nine tenths of the time
+    monkeypatch.setattr(report, "write_report", lambda path, **_: Path(path).write_text(""))
+    places = {name: getattr(files, name) for name in ("math", "code", "routed")}
+    for name, seed, words in (("bytes", 0, SENTENCES), ("other bytes", 1, tuple(s[::-1] for s in SENTENCES))):
+        places[name] = make_model(tmp_path / name, seed, byte_level(words, 330 - 30 * seed, TEMPLATE))
+    places |= {"adapter": adapter_of(files, tmp_path / "adapter"), "cache": str(tmp_path / "cache")}
+    servers = iter(served(files, monkeypatch)) if kind == "a server" else iter([None])
+    server = next(servers)
+    places["url"] = server.url if server is not None else ""
+    given = [x.format(**places) if x.startswith(("{", "math={", "code={")) else x for x in TEACHERS[kind]]
+    given += ["--save-every", "1"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    status, lines = in_child(small(files, whole, *given, steps=LONG))
+    assert status == 0, "".join(lines)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    generator = random.Random(kind)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    generator.shuffle(numbers)
+    for number in numbers:
+        if not (run / "model").is_dir():
+            after, seconds = generator.randint(0, 2), generator.uniform(0, 0.5)
+            print(interrupted(run, small(files, run, *given, steps=LONG), number, after, seconds))
+    if not (run / "model").is_dir():
+        status, lines = in_child(["--resume", "--output", str(run)])
+        assert status == 0, "".join(lines)
+    next(servers, None)
+    assert_same_weights(run / "model", whole / "model")
+    rows, one = ([{**row, "cache_hits": None} for row in untimed(folder)] for folder in (run, whole))
+    assert rows == one  # the cache may have what a step that was given up has scored
+    (copies,) = list((whole / "checkpoint-6").glob("student_copies.safetensors")) or [None]
+    assert copies is None or (run / "checkpoint-6" / copies.name).read_bytes() == copies.read_bytes()
