@@ -6,10 +6,11 @@ Every model is given to the loss as hidden states and a head: this file never ma
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 import fused_gopd as fg
 
 from ...integrations.modules import evaluation
-from ...integrations.transformers import head_of, last_hidden_state
+from ...integrations.transformers import head_of
 from .prompts import hinted, messages
 
 
@@ -68,24 +69,17 @@ def ask(
     adapted = hasattr(model, "disable_adapter")
     base = model.disable_adapter if adapted else contextlib.nullcontext
 
-    def encoded(prompts: list[Any]) -> Any:
+    def encoded(prompts: list[Any], **options: Any) -> Any:
         return tokenizer.apply_chat_template(
-            prompts,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            tokenizer_kwargs={"padding_side": "left"},
+            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **options
         )
 
     def head(prompts: list[Any]) -> fg.LinearHead:
-        read = encoded(prompts)
-        ids = torch.cat([read["input_ids"], token_ids], dim=1)
-        attended = torch.cat([read["attention_mask"], mask.long()], dim=1)
-        return head_of(model, last_hidden_state(model, ids, attended, keep=new_tokens))
+        ids = encoded(prompts)["input_ids"]
+        return head_of(model, _states(model.get_base_model() if adapted else model, ids, token_ids))
 
-    read, end = encoded(told if teacher else plain), tokenizer.eos_token_id
+    left = {"padding": True, "return_tensors": "pt", "tokenizer_kwargs": {"padding_side": "left"}}
+    read, end = encoded(told if teacher else plain, **left), tokenizer.eos_token_id
     with evaluation(model):
         with torch.random.fork_rng(devices=[]), base() if teacher else contextlib.nullcontext():
             torch.manual_seed(seed)
@@ -106,6 +100,26 @@ def ask(
             q, r = head(told), head(plain)
         writer = q if teacher else head(plain) if adapted else r
     return Scored(token_ids, mask, writer, q, r)
+
+
+def _states(model: Any, prompts: list[list[int]], token_ids: Tensor) -> Tensor:
+    """(B, T, H) states that predict the answers (B, T): what the prompts begin with in common runs once.
+
+    The rest is padded on the right, which under causal attention has no effect on earlier positions.
+    """
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    cache = None
+    if common:
+        cache = model.base_model(input_ids=torch.tensor([prompts[0][:common]]), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+    rows = [torch.cat([torch.tensor(p[common:]), answer]) for p, answer in zip(prompts, token_ids, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    states = model.base_model(input_ids=padded, past_key_values=cache, use_cache=True).last_hidden_state
+    # the state at a position predicts the next token: the prompt's last state the first one of the answer
+    starts = torch.tensor([len(prompt) - common - 1 for prompt in prompts])
+    index = starts[:, None] + torch.arange(token_ids.shape[1])
+    return cast("Tensor", states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1])))
 
 
 @torch.no_grad()
