@@ -592,7 +592,7 @@ def test_a_hub_model_has_its_commit_for_a_fingerprint(files: Files, monkeypatch:
     commit = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.setattr(hub, "cached_file", lambda name, file: f"/hub/models--org--x/snapshots/{commit}/{file}")
     assert options.with_bases({"the teacher": "org/x"}) == {"the teacher": "org/x"}
-    found = inputs.fingerprints(Path(files.prompts), {"the teacher": "org/x"})
+    found = inputs.fingerprints({inputs.PROMPTS: Path(files.prompts)}, {"the teacher": "org/x"})
     assert found["the teacher"] == {"commit": commit}
     assert inputs.digest(found["the teacher"]) == f"commit {commit}"
 
