@@ -8,7 +8,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find src csrc b
 # that what a file's tests share is made once.
 WORKERS ?= 2
 
-.PHONY: demo quick-demo reproduce docs wheel test test-core test-versions test-faults test-kernels test-verl test-liger test-server lint conformance bench clean
+.PHONY: demo quick-demo reproduce docs wheel test test-core test-versions test-faults test-kernels test-verl test-liger test-trl test-server lint conformance bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -130,6 +130,19 @@ test-liger: build/liger
 	if [ -n "$(LIGER)" ]; then cd $(LIGER) && \
 		PYTHONPATH=$(CURDIR)/build/liger:$(CURDIR)/tests/helpers:. OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -p liger_tests \
 		test/chunked_loss/test_jsd_loss.py test/transformers/test_fused_linear_jsd.py test/chunked_loss/test_grpo_loss.py; fi
+
+# TRL's own tests, with its trainers and with this package's in their place. The wheel of trl has none: TRL=<clone of its
+# repository at the version that is installed>. docs/integrations/trl.md says which of them give something else.
+TRL ?=
+TRL_TESTS ?= tests/test_distillation_trainer.py tests/test_grpo_trainer.py
+TRL_SELECT ?= not VLM and not vlm and not image and not Slow
+test-trl: $(VENV)/.test
+	test -n "$(TRL)" || { echo "TRL must be the folder of a clone of TRL's repository: make test-trl TRL=<clone>"; exit 2; }
+	mkdir -p build
+	for trainers in own fused; do (cd $(TRL) && TRL_TRAINERS=$$trainers PYTHONPATH=$(CURDIR)/tests/helpers:. OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p trl_tests -p no:cacheprovider -k "$(TRL_SELECT)" \
+		--junitxml=$(CURDIR)/build/trl-$$trainers.xml $(TRL_TESTS)) || true; done
+	$(BIN)/python tests/helpers/trl_tests.py build/trl-own.xml build/trl-fused.xml
 
 # A real inference server, in an environment of its own as a server has. Not part of CI: 3 GB, and minutes.
 .venv-server/.ready: tests/integrations/vllm-constraints.txt

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+_CLONE = Path.cwd()
 _TEXTS = (
     "Beautiful is better than ugly. Explicit is better than implicit. What is better than complex? Readability counts."
 )
@@ -98,7 +99,7 @@ def _zen() -> dict[str, Any]:
     """The texts of trl-internal-testing/zen, from the script of the clone that makes them."""
     import datasets
 
-    path = Path("scripts/generate_zen_dataset.py").resolve()
+    path = _CLONE / "scripts" / "generate_zen_dataset.py"
     spec = importlib.util.spec_from_file_location("generate_zen_dataset", path)
     assert spec is not None
     assert spec.loader is not None
@@ -158,6 +159,8 @@ def _replace_trainers() -> None:
             given = dict(zip(names, more, strict=False))
             super().__init__(model, reward_funcs, args, teacher=silent, **given, **named)
 
+    GRPOConfig.__qualname__ = "GRPOConfig"  # checkpoints pickle it
+    globals()["GRPOConfig"] = GRPOConfig
     trl.DistillationTrainer = distillation.DistillationTrainer = DistillationTrainer
     trl.DistillationConfig = distillation.DistillationConfig = GOPDConfig
     trl.GRPOTrainer = grpo.GRPOTrainer = GRPOTrainer
