@@ -34,7 +34,6 @@ from fused_gopd.cli import app, durable, outputs
 from fused_gopd.cli.distill import options
 from fused_gopd.cli.distill.checkpoints import Checkpoints, relist
 from fused_gopd.cli.outputs import OutputFolder
-from fused_gopd.integrations.trl import report
 from test_distill import served
 from test_distill_tokenizers import byte_level
 
@@ -528,8 +527,6 @@ def test_a_run_with_any_teacher_survives_every_signal(
     """Ctrl-C, SIGTERM and a kill at random moments of one run, which then ends as one that nobody interrupts."""
     for module in ("peft", "matplotlib.pyplot", "torch.utils.tensorboard"):  # once, and not in every child
         importlib.import_module(module)
-    # the report of every save would be nine tenths of the time
-    monkeypatch.setattr(report, "write_report", lambda path, **_: Path(path).write_text(""))
     places = {name: getattr(files, name) for name in ("math", "code", "routed")}
     for name, seed, words in (("bytes", 0, SENTENCES), ("other bytes", 1, tuple(s[::-1] for s in SENTENCES))):
         places[name] = make_model(tmp_path / name, seed, byte_level(words, 330 - 30 * seed, TEMPLATE))

@@ -18,7 +18,7 @@ from distill_runs import Files, Whole, assert_same_weights, invoke, metrics_of, 
 from fused_gopd.integrations.trl.student import FILE
 from test_distill import interrupt_at
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
 
 # at lambda 1 there is no reference
 HINTED = ["--teacher", "student", "--teacher-template", "who are you {prompt}", "--reward-scale", "1", "--ref", ""]
