@@ -59,8 +59,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("estimator", ["full", "sampled"])
 def test_a_run_with_two_tokenizers(files: dict[str, str], tmp_path: Path, estimator: str) -> None:
     options = ["--cross-tokenizer", "--estimator", estimator, "--reward-scale", "1.25", "--ref", "student"]
-    invoke(files, tmp_path / "run", *options)
+    invoke(files, tmp_path / "run", *options, "--eval-prompts", files["prompts"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if "eval_loss" in row]
+    rows = [row for row in rows if "loss" in row]
+    # of a teacher with another vocabulary, the KL is over the tokens that both have
+    assert [("eval_kl_teacher" in row, "eval_kl_ref" in row) for row in held_out] == [(estimator == "full", True)] * 2
     assert len(rows) == 2
     assert all(0 < row["aligned_tokens"] <= 1 and 0 < row["aligned_bytes"] <= 1 for row in rows)
     assert "| tokenizers | of each model its own |" in (tmp_path / "run" / "model" / "README.md").read_text()
