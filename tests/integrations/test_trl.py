@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -44,6 +45,7 @@ from fused_gopd.integrations.trl import (  # noqa: E402
     GRPOGOPDTrainer,
     card,
     patch_distillation_loss,
+    phases,
 )
 from fused_gopd.integrations.trl import loading as trl_loading  # noqa: E402
 from fused_gopd.integrations.trl import models as trl_models  # noqa: E402
@@ -122,8 +124,7 @@ def config(folder: Path, kind: type = GOPDConfig, **options: Any) -> Any:
 def trainer(folder: Path, kind: type = GOPDTrainer, student: Any = None, data: Any = None, **arguments: Any) -> Any:
     """A trainer; what its configuration and its constructor know go where they belong."""
     names = ("ref_model", "reward_scale_fn", "teacher_processing_class", "peft_config", "advantage_fn", "callbacks")
-    names += ("teacher_prompt", "ref_prompt")
-    names += ("teacher_prompt",)
+    names += ("teacher_prompt", "ref_prompt", "eval_dataset")
     own = {name: arguments.pop(name) for name in names if name in arguments}
     own["teacher"] = arguments.pop("teacher") if "teacher" in arguments else model(1, hidden=48)
     return kind(
@@ -685,25 +686,62 @@ def test_callbacks_are_told_of_each_phase_and_of_the_tokens_in_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_of_transformers_shows_the_phase_on_a_terminal_alone(tmp_path: Path, terminal: bool) -> None:
+def test_the_bar_of_transformers_shows_the_phase_on_a_terminal_alone(
+    tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Bar:
-        fp = SimpleNamespace(isatty=lambda: terminal)
         shown: ClassVar[list[str]] = []
 
         def set_postfix_str(self, text: str) -> None:
             self.shown.append(text)
 
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     run = trainer(tmp_path, disable_tqdm=False)
     run.remove_callback(next(x for x in run.callback_handler.callbacks if isinstance(x, ProgressCallback)))
-    shown = next(x for x in run.callback_handler.callbacks if hasattr(x, "on_phase"))
-    shown._progress = SimpleNamespace(training_bar=Bar())
+    listening = [x for x in run.callback_handler.callbacks if hasattr(x, "on_phase")]
+    assert len(listening) == terminal
+    for shown in listening:
+        shown._progress = SimpleNamespace(training_bar=Bar())
+        run.train()
+        assert Bar.shown
+        shown._drawn = 0
+        shown.on_phase(None, None, None, phase=Phase("sample", "", 117, 256, 140.4))
+        assert Bar.shown[-1] == "sample 117/256, 140 tokens/s"
+
+
+class DeviceMark:
+    """``torch.Event`` of a device that needs a second from one mark to the next, and is never done when it is asked."""
+
+    made = 0
+
+    def __init__(self, _: torch.device) -> None:
+        DeviceMark.made += 1
+        self.time, self.waited = DeviceMark.made, False
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: DeviceMark) -> float:
+        assert end.waited
+        return 1000.0 * (end.time - self.time)
+
+
+def test_phases_on_a_device_are_timed_by_its_own_clock_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phases, "_marks_on", lambda device: [DeviceMark(device)])
+    monkeypatch.setattr(Phase, "seconds", property(lambda _: 1e6))  # the host's clock is not read
+    monkeypatch.setattr(torch.accelerator, "synchronize", None)
+    run = trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, eval_dataset=prompts())
     run.train()
-    assert (Bar.shown != []) is terminal
-    Bar.shown.clear()
-    phase = Phase("sample", "", 117, 256, 140.4)
-    shown._drawn = 0
-    shown.on_phase(None, None, None, phase=phase)
-    assert Bar.shown == (["sample 117/256, 140 tokens/s"] if terminal else [])
+    log, evaluation, after = run.state.log_history[:3]
+    assert "eval_loss" in evaluation
+    for row in (log, after):  # what the evaluation in between has sampled and scored is not of a step
+        assert row["gopd/sample_seconds"] == 1
+        assert row["gopd/score_seconds"] == 2  # of both batches
 
 
 def test_a_log_over_steps_with_and_without_the_reference_has_the_metrics_of_both(tmp_path: Path) -> None:

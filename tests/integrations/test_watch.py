@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,54 @@ def test_a_resumed_run_finds_what_it_had_found() -> None:
     watching = Watch(Setting(max_completion_length=64, completions_per_step=8))
     assert len(watching.read(rows)) == 1
     assert watching.read([*rows, rows[-1]]) == []
+
+
+def test_another_training_of_the_same_trainer_is_read_from_its_start() -> None:
+    watching = Watch(Setting(max_completion_length=64, completions_per_step=8))
+    assert watching.read([{"eval_loss": 1.0, "step": 0}]) == []  # an evaluation before the training, which forgets it
+    rows = [{"loss": 1.0, "step": i + 1, "completions/clipped_ratio": 1.0} for i in range(32)]
+    assert watching.read(rows[:31]) == []
+    assert len(watching.read(rows)) == 1
+
+
+@pytest.mark.parametrize("steps", [101, 999, 10_000])
+def test_long_runs_are_read_in_a_time_that_grows_as_they_do(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(watch, "_RULES", (lambda rows, _: read.append(len(rows)),))
+    rows = [{"loss": 1.0, "step": i + 1} for i in range(steps)]
+    Watch(Setting(max_completion_length=64, completions_per_step=8)).read(rows)
+    assert read[:100] == list(range(1, 101))
+    assert all(b - a <= max(1, b // 100) for a, b in pairwise(read))
+    assert sum(read) <= 110 * steps  # n^2 / 2 if it were at each row
+
+
+def test_a_long_run_that_runs_away_is_named_among_windows_of_its_length() -> None:
+    n = 1000
+    rising = [0.3 + max(0, i - 500) * 1e-3 for i in range(n)]
+    columns = {"gopd/kl_teacher_k3": rising, "gopd/kl_ref_k3": [0.1 + i * 1e-3 for i in range(n)]}
+    (found,) = said(**columns, **{"gopd/reward": [i * 1e-3 for i in range(n)], "gopd/reward_scale": [1.0] * n})
+    assert "and from the teacher (KL 0.3 to 0.4" in found
+
+
+@pytest.mark.parametrize("hole", [float("nan"), float("inf"), None])
+def test_a_row_without_a_number_is_no_alarm_and_hides_none(hole: float | None) -> None:
+    flat = {f"gopd/{name}": [0.5] * 40 for name in ("kl_teacher_k3", "kl_ref_k3", "reward", "sampler_kl")}
+    flat["gopd/sampler_kl"] = [0.01] * 40
+    rows = {**flat, "gopd/reward_scale": [1.0] * 40, "completions/clipped_ratio": [0.1] * 20 + [0.9] * 20}
+    for column in rows.values():
+        column[18] = column[37] = hole  # type: ignore[assignment]
+    (found,) = said(**rows)  # type: ignore[arg-type]
+    assert "cut off" in found
+
+
+def test_means_of_one_lambda_over_other_numbers_of_steps_are_the_same_lambda() -> None:
+    """The first row of a resumed run is of fewer steps than logging_steps: its mean of 1.1 has another last bit."""
+    tenth, third = sum([1.1] * 10) / 10, sum([1.1] * 3) / 3
+    assert tenth != third
+    columns = {f"gopd/{name}_k3": [0.1 + i * 0.02 for i in range(20)] for name in ("kl_teacher", "kl_ref")}
+    scale = [tenth] * 12 + [third] + [tenth] * 7
+    (found,) = said(**columns, **{"gopd/reward": [i * 0.02 for i in range(20)], "gopd/reward_scale": scale})
+    assert "runs away" in found
 
 
 def test_a_trainer_says_what_it_finds_in_its_log(tmp_path: Path) -> None:

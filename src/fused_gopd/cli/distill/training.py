@@ -502,6 +502,7 @@ class DistillationRun:
             adapter = importlib.import_module("peft").LoraConfig(
                 r=options.lora, lora_alpha=options.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
+        shows = self.processes.first and self.display.console.is_terminal
         trainer = GOPDTrainer(
             models.local(options.student),
             {route: self._own(model) for route, model in teacher.items()}
@@ -514,7 +515,7 @@ class DistillationRun:
             ref_model=self._reference(),
             teacher_processing_class=self._server_tokenizer,
             peft_config=adapter,
-            callbacks=[PhaseCallback(self.display)] if self.display.console.is_terminal else [],
+            callbacks=[PhaseCallback(self.display)] if shows else [],
         )
         trainer.remove_callback(PrinterCallback)
         for text in trainer.warnings:  # those of the models, which the silenced log has not shown

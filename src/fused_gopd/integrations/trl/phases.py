@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,16 @@ from transformers.trainer_callback import ProgressCallback
 # metrics beside TRL's step_time
 TIMES = ("gopd/sample_seconds", "gopd/score_seconds", "gopd/tokens_per_second")
 _REDRAWN_EVERY = 0.1  # seconds
+_CPU = torch.device("cpu")
+
+
+def _marks_on(device: torch.device) -> list[torch.Event]:
+    """This point in the device's queue of kernels; nothing on the CPU, where the host's clock says what time it is."""
+    if device.type == "cpu":
+        return []
+    mark = torch.Event(device.type, enable_timing=True)
+    mark.record()
+    return [mark]
 
 
 class Phase:
@@ -31,13 +42,18 @@ class Phase:
         tokens_per_second: so far; until that is known, of the last phase of this name, or None.
     """
 
-    def __init__(self, name: str, detail: str, done: int, total: int, last: float | None) -> None:
+    def __init__(
+        self, name: str, detail: str, done: int, total: int, last: float | None, device: torch.device = _CPU
+    ) -> None:
         self.name, self.detail = name, detail
         self.done, self.total = done, total
         self.tokens = 0
         self.tokens_at_end: int | Tensor = 0  # where they are not counted one by one
         self._last = last
-        self._before, self._started = 0.0, time.perf_counter()
+        self._before = 0.0
+        self._device = device
+        self._marks: list[torch.Event] = []  # where it begins, or goes on, and where it ends, in turn
+        self._resume()
 
     @property
     def seconds(self) -> float:
@@ -55,13 +71,19 @@ class Phase:
 
     def _pause(self) -> None:
         self._before = self.seconds
+        self._marks += _marks_on(self._device)
 
     def _resume(self) -> None:
         self._started = time.perf_counter()
+        self._marks += _marks_on(self._device)
 
 
 class PhasesMixin:
-    """Tells callbacks of each phase, and measures how long the phases of a step take."""
+    """Tells callbacks of each phase, and measures how long the phases of a step take.
+
+    Kernels are asynchronous. What is logged is the time between marks in the device's own queue, which nobody waits
+    for; only what a callback is shown is of phases whose kernels are done.
+    """
 
     accelerator: Any
     args: Any
@@ -77,6 +99,9 @@ class PhasesMixin:
         """Add the phase to the progress bar of transformers, if the trainer has one. Called once."""
         self._rates: dict[str, float] = {}
         self._phase_seconds: dict[str, float] = defaultdict(float)  # by name, since the last log
+        self._unread: deque[tuple[str, torch.Event, torch.Event]] = deque()  # times that are not in it yet
+        if not (sys.stderr.isatty() and self.accelerator.is_main_process):  # no bar, or one that a file gets
+            return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
                 self.callback_handler.add_callback(_PhaseInBar(callback))
@@ -85,24 +110,40 @@ class PhasesMixin:
     @contextmanager
     def _phase(self, name: str, detail: str = "", done: int = 0, total: int = 0) -> Iterator[Phase]:
         """A phase, perhaps inside another one, which it interrupts."""
-        outer, phase = self._phase_now, Phase(name, detail, done, total, self._rates.get(name))
+        outer = self._phase_now
         if outer is not None:
             outer._pause()
+        phase = Phase(name, detail, done, total, self._rates.get(name), self.accelerator.device)
         self._phase_now = phase
         self._tell()
         try:
             yield phase
-            if self.accelerator.device.type != "cpu":  # kernels are asynchronous: wait for those of this phase
+            if self._phases_are_shown and self.accelerator.device.type != "cpu":
                 torch.accelerator.synchronize()
-            phase.tokens = int(phase.tokens_at_end) or phase.tokens
-            if phase.tokens:
-                self._rates[name] = phase.tokens / max(phase.seconds, 1e-9)
-            self._phase_seconds[name] += phase.seconds
+            phase._pause()
+            if self._phases_are_shown:
+                phase.tokens = int(phase.tokens_at_end) or phase.tokens
+                if phase.tokens:
+                    self._rates[name] = phase.tokens / max(phase._before, 1e-9)
+            if outer is not None:  # in a step: what an evaluation samples and scores is not of one
+                self._keep_time(phase)
         finally:
             self._phase_now = outer
             if outer is not None:
                 outer._resume()
                 self._tell()
+
+    def _keep_time(self, phase: Phase) -> None:
+        if not phase._marks:
+            self._phase_seconds[phase.name] += phase._before
+        self._unread.extend((phase.name, *ends) for ends in zip(phase._marks[::2], phase._marks[1::2], strict=True))
+        while self._unread and self._unread[0][2].query():  # the device has come that far
+            self._read_time()
+
+    def _read_time(self) -> None:
+        name, begin, end = self._unread.popleft()
+        end.synchronize()
+        self._phase_seconds[name] += begin.elapsed_time(end) / 1000
 
     def _tell(self) -> None:
         handler = self.callback_handler
@@ -156,6 +197,8 @@ class PhasesMixin:
     def _log_phases(self, tokens: float) -> None:
         """Add to TRL's metrics the seconds of a phase per optimizer step, and all ranks' trained tokens per second."""
         steps = self._metrics["train"]["step_time"]
+        while self._unread:  # the metrics have been read: the device is done with what came before them
+            self._read_time()
         if steps:
             sample, score = (self._phase_seconds[name] / len(steps) for name in ("sample", "score"))
             for name, value in zip(TIMES, (sample, score, tokens / sum(steps)), strict=True):
@@ -164,7 +207,7 @@ class PhasesMixin:
 
 
 class _PhaseInBar(TrainerCallback):
-    """Shows the phase behind the progress bar of transformers; not where its output is a file or a pipe."""
+    """Shows the phase behind the progress bar of transformers."""
 
     def __init__(self, progress: ProgressCallback) -> None:
         self._progress, self._drawn = progress, 0.0
@@ -172,7 +215,7 @@ class _PhaseInBar(TrainerCallback):
     def on_phase(self, args: Any, state: Any, control: Any, *, phase: Phase) -> None:
         bar = self._progress.training_bar
         now = time.monotonic()
-        if bar is None or not bar.fp.isatty() or now - self._drawn < _REDRAWN_EVERY:
+        if bar is None or now - self._drawn < _REDRAWN_EVERY:
             return
         self._drawn = now
         bar.set_postfix_str(phase.describe())

@@ -6,6 +6,7 @@ they come from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,6 +18,8 @@ Row = Mapping[str, Any]
 
 # Rows in a window at either end of the run; a tenth of the run where that is more.
 _WINDOW = 5
+# Up to so many rows the rules are applied at each, then whenever there is a hundredth more: they read all rows.
+_EACH_ROW = 100
 # Cut-off completions: how much their share has to rise, to which share, and where there is no rise, which share of how
 # many completions.
 _RISE, _RISEN = 0.25, 0.5
@@ -94,7 +97,8 @@ class Setting:
 
 
 def _values(rows: Iterable[Row], name: str) -> list[float]:
-    return [float(row[name]) for row in rows if row.get(name) is not None]
+    """The numbers of a column: without those that are None, NaN or infinite."""
+    return [float(row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:
@@ -122,6 +126,11 @@ def _cut_off(rows: Sequence[Row], setting: Setting) -> str | None:
     return None
 
 
+def _same(scale: float | None, other: float | None) -> bool:
+    """Whether two means over the steps of a row, not all rows of as many, are of one lambda."""
+    return scale is not None and other is not None and math.isclose(scale, other, rel_tol=1e-9)
+
+
 def _comparable(rows: Sequence[Row]) -> list[Row]:
     """The rows since lambda is what it is, that have one target; of those the ones of completions of the student.
 
@@ -130,7 +139,7 @@ def _comparable(rows: Sequence[Row]) -> list[Row]:
     """
     scale = rows[-1].get("gopd/reward_scale")
     first = len(rows)
-    while scale is not None and first and rows[first - 1].get("gopd/reward_scale") == scale:
+    while first and _same(rows[first - 1].get("gopd/reward_scale"), scale):
         first -= 1
     return [row for row in rows[first:] if not row.get("gopd/staleness") and row.get("gopd/on_policy", 1) == 1]
 
@@ -158,14 +167,13 @@ def _beyond(rows: Sequence[Row], setting: Setting) -> str | None:
 
 
 def _runs_away(rows: Sequence[Row], setting: Setting) -> str | None:
-    teacher, ref, reward = (
-        _values(_comparable(rows), f"gopd/{name}") for name in ("kl_teacher_k3", "kl_ref_k3", "reward")
-    )
+    same = _comparable(rows)
+    teacher, ref, reward = (_values(same, f"gopd/{name}") for name in ("kl_teacher_k3", "kl_ref_k3", "reward"))
     window = max(_WINDOW, len(teacher) // 10)
     if len(teacher) < 2 * window or not len(teacher) == len(ref) == len(reward):
         return None
     last = len(teacher) - window
-    least = min(range(last), key=lambda i: fmean(teacher[i : i + window]))
+    least = min(range(0, last, window // _WINDOW), key=lambda i: fmean(teacher[i : i + window]))
     then, now = ([fmean(x[i : i + window]) for x in (teacher, ref, reward)] for i in (least, last))
     if now[0] < _AWAY * then[0] or now[1] < max(_MOVED, _AWAY_FROM_REF * then[1]):
         return None
@@ -206,19 +214,28 @@ class Watch:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._rules, self._read = list(_RULES), 0
+        self._rules = list(_RULES)
+        self._history: list[Row] = []  # what was read of the trainer's
         self._rows: list[Row] = []
+        self._next = 1  # at so many rows the rules are applied
 
     def read(self, history: Sequence[Row]) -> list[str]:
         """Warnings that the new rows of a trainer's ``log_history`` give rise to. A resumed one is read from its start.
 
         Rows without a loss, those of evaluations and the summary at the end, are left out.
         """
-        new = [row for row in history[self._read :] if "loss" in row]
-        self._read = len(history)
+        done = len(self._history)
+        if done and (len(history) < done or history[done - 1] is not self._history[-1]):  # another training
+            self._history, self._rows, self._next, done = [], [], 1, 0
         found = []
-        for row in new:
+        for row in history[done:]:
+            self._history.append(row)
+            if "loss" not in row:
+                continue
             self._rows.append(row)
+            if len(self._rows) < self._next:
+                continue
+            self._next += max(1, self._next // _EACH_ROW)
             for rule in list(self._rules):
                 said = rule(self._rows, self._setting)
                 if said is not None:
