@@ -51,7 +51,7 @@ class _Settings:
         return 3 + len(self.compared_ways) + self.with_teacher + trainings
 
 
-FULL = _Settings(schedule=Schedule(rollouts=5))
+FULL = _Settings(schedule=Schedule(rollouts=4))
 QUICK = _Settings(
     schedule=Schedule(rollouts=1, new_tokens=24, eval_answers=1, eval_tokens=24),
     reward_scales=(1.0,),
