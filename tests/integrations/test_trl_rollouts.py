@@ -433,13 +433,14 @@ def test_a_batch_of_the_datasets_completions_has_a_supervised_term(tmp_path: Pat
     assert run.state.log_history[0]["gopd/sft_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_sampled_batches_have_no_supervised_term(tmp_path: Path) -> None:
-    """Of steps 0 to 5 with seed 42 those that are sampled: `samples` says which."""
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_sampled_batches_have_no_supervised_term(tmp_path: Path, iterations: int) -> None:
+    """Of steps 0 to 5 with seed 2 those that are sampled: `samples` says which, and each step logs it."""
     options: dict[str, Any] = {"data": answered(), "lmbda": 0.5, "sft_weight": 0.5, "max_steps": 6, **ONE}
-    run = trainer(tmp_path, **options)
+    run = trainer(tmp_path, **options, num_iterations=iterations, seed=2)
     seen = batches_of(run)
     run.train()
-    sampled = [samples(42, step, 0.5) for step in range(6)]
+    sampled = [samples(2, step // iterations, 0.5) for step in range(6)]
     assert 0 < sum(sampled) < 6
     assert ["sft_labels" not in batch for batch in seen] == sampled
     assert [log["gopd/on_policy"] for log in run.state.log_history[:6]] == sampled

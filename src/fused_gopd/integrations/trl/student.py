@@ -101,7 +101,8 @@ def load_copies(folder: Path, copies: Mapping[str, StudentCopy]) -> None:
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {FILE}: its run had another teacher and reference than this one, of which one is "
-            '"student", the student as that run began or an average of it'
+            '"student", the student as that run began or an average of it, or it saved without what a resume needs '
+            "(save_only_model)"
         )
     tensors = safetensors.torch.load_file(str(path))
     for kind, copied in copies.items():

@@ -213,7 +213,6 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         if self.args.lmbda == 1 or not self.model.training:
             return None
         sampled = samples(self.args.seed, self.state.global_step // self.num_iterations, self.args.lmbda)
-        self._metrics["train"]["gopd/on_policy"].append(float(sampled))
         if sampled:
             return None
         for row in inputs:
@@ -237,6 +236,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         self._check_positions(batch)
         # in the whole generation batch, as num_items_in_batch
         output["num_sequences"] = self.accelerator.gather(batch.mask.any(dim=1).sum()).sum()
+        if self.args.lmbda < 1 and self.model.training:
+            output["sampled"] = torch.tensor(given is None)
         if self.args.estimator == "sampled" and (self.num_iterations > 1 or self._cross.pairs):
             output["old_logprobs"] = self._logprobs(batch)
         if given is not None:
@@ -326,6 +327,8 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         with without_dropout(unwrapped_student) if ratio else nullcontext():
             out = self._loss(unwrapped_student, batch, normalizer=normalizer, **options)
         self._record(out, batch)
+        if "sampled" in inputs:  # in each step on the batch
+            self._metrics["train"]["gopd/on_policy"].append(float(inputs["sampled"]))
         self._record_sampler(out, batch, inputs.get("sampler_step"))
         self._count_in_step(batch.mask)
         return out.loss, out.entropy.sum(), batch.mask.sum()
