@@ -213,6 +213,20 @@ def test_the_card_of_a_hub_model_names_it(files: Files) -> None:
     assert "key" not in text
 
 
+def test_the_card_says_what_evaluations_read(files: Files) -> None:
+    """At λ = 1 the reference is loaded for them alone. A new line in a template is one, not a backslash and an n."""
+    given = {**_given(files), "reward_scale": 1.0, "eval_prompts": "folder/held.jsonl", "ref": "org/ref"}
+    given |= {"teacher_template": r"{prompt}\n{hint}", "teacher": ["student"]}
+    read = {"inputs": {"the file of the evaluation prompts": {"held.jsonl": "abc"}, "the reference": {"commit": "d"}}}
+    text = card.text(options.RunOptions.from_command(given), {**read, "changes": []}, 5, [{"step": 1}], 2)
+    for line in (
+        "| reference | org/ref, commit d, for evaluations: λ = 1 has no use for it |",
+        "| held-out prompts | held.jsonl, sha256 abc |",
+        r"| the teacher's prompt | template '{prompt}\n{hint}' |",
+    ):
+        assert f"{line}\n" in text
+
+
 def test_each_prompt_has_the_teacher_of_its_route(files: Files, tmp_path: Path) -> None:
     """The first step's loss is that of one teacher for all where both routes have that one, and another where not."""
 

@@ -79,6 +79,8 @@ def test_every_option_of_a_run_can_be_in_a_file(tmp_path: Path) -> None:
         ("[a]: 1", "line 1: a key must be a text"),
         ("- steps", "line 1: the file must have a line `option: value` for each option"),
         ("{", "is not YAML"),
+        ("teacher-template: {prompt}", "line 1: teacher-template must have one value; a text that begins with { or ["),
+        ("teacher-template: {prompt} {hint}", "line 1, column 28: teacher-template: {prompt} {hint} ^ (a text that"),
         ("a: 1\n--- \nb: 2", "is not YAML"),
         ("chat-template-kwargs: [1]", "must be a JSON object, got '[1]'"),
         ("chat-template-kwargs: {a: 2026-01-01}", "chat-template-kwargs must be what JSON has"),

@@ -55,10 +55,10 @@ def _settings(
     for route, model in options.routes().items():
         role = "the teacher" if route is None else f"the teacher of {route}"
         found.append((role.removeprefix("the "), with_digest(role, card.name_of(model, options.teacher_moves))))
+    reference = with_digest("the reference", card.name_of(options.ref)) if options.uses_ref else "none"
     if options.reward_scale == 1:
-        reference = "none: λ = 1 has no use for it"
-    else:
-        reference = with_digest("the reference", card.name_of(options.ref))
+        reference += f"{', for evaluations' if options.uses_ref else ''}: λ = 1 has no use for it"
+    held_out = with_digest(inputs.HELD_OUT, Path(options.eval_prompts).name)
     trained = f"LoRA, rank {options.lora}, alpha {options.lora_alpha:g}" if options.lora else "all weights"
     return [
         *found,
@@ -68,6 +68,7 @@ def _settings(
         ("estimator", card.describe_loss(options)),
         *([("tokenizers", "of each model its own")] if options.cross_tokenizer else []),
         ("data", with_digest(inputs.PROMPTS, f"{prompts} prompts, {Path(options.prompts).name}")),
+        *([("held-out prompts", held_out)] if options.eval_prompts else []),
         ("trained", f"{trained}, learning rate {options.learning_rate:g}"),
         ("steps", f"{steps} of {answers} answers"),
         ("answers", f"at most {options.max_new_tokens} tokens, temperature {options.temperature:g}"),

@@ -21,6 +21,7 @@ _OF_MODELS = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".ggu
 # name of an input -> file name -> SHA-256; of a hub model {"commit": its hash}
 Fingerprints = dict[str, dict[str, str]]
 PROMPTS = "the file of the prompts"
+HELD_OUT = "the file of the evaluation prompts"
 
 
 def fingerprints(prompts: Mapping[str, Path], models: Mapping[str, str]) -> Fingerprints:

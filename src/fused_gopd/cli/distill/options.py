@@ -17,6 +17,7 @@ from ...integrations.hub import ADAPTER, STUDENT, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
 from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
+from . import inputs
 from .readings import Reading
 
 FILE = "distill.json"
@@ -300,8 +301,8 @@ class RunOptions:
 
     def files(self) -> dict[str, Path]:
         """The files of prompts, by the names that messages use."""
-        held_out = {"the file of the evaluation prompts": Path(self.eval_prompts)} if self.eval_prompts else {}
-        return {"the file of the prompts": Path(self.prompts), **held_out}
+        held_out = {inputs.HELD_OUT: Path(self.eval_prompts)} if self.eval_prompts else {}
+        return {inputs.PROMPTS: Path(self.prompts), **held_out}
 
 
 def _json_object(name: str, text: str) -> str:

@@ -47,7 +47,8 @@ class Reading:
 
     def describe(self) -> str:
         """One line for the model card."""
-        parts = {"column": self.column, "system message": self.system, "template": self.template}
+        texts = {"system message": _unescaped(self.system), "template": _unescaped(self.template)}
+        parts = {"column": self.column, **texts}
         return ", ".join(f"{name} {part!r}" for name, part in parts.items() if part)
 
     def _flag(self, name: str) -> str:

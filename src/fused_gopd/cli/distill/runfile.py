@@ -35,7 +35,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}", param_hint=_HINT) from None
     except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}", param_hint=_HINT) from None
+        said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        quotes = "a text that begins with { or [, or that has a colon and a space, needs quotes"
+        raise typer.BadParameter(f"{path} is not YAML: {said} ({quotes})", param_hint=_HINT) from None
     if root is None:
         return {}
     known = {name.replace("_", "-"): name for name in ("output", *RunOptions.names())}
@@ -96,7 +98,8 @@ def _is_nested(node: Any) -> bool:
 def _text(path: Path, key: str, node: Any) -> str:
     if _is_nested(node):
         line = node.start_mark.line + 1
-        raise typer.BadParameter(f"{path}, line {line}: {key} must have one value", param_hint=_HINT)
+        wrong = f"{path}, line {line}: {key} must have one value; a text that begins with {{ or [ needs quotes"
+        raise typer.BadParameter(wrong, param_hint=_HINT)
     return str(node.value)
 
 
