@@ -79,7 +79,7 @@ def measure(teacher_ema: float | None, schedule: Schedule, seed: int) -> dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ['| teacher | KL(p‖q), held out | "!" per answer | CPU seconds, of them training |', "|---|---:|---:|---:|"]
+    lines = ['| teacher | KL(p‖q), held out | "!" per answer | seconds (of CPU) |', "|---|---:|---:|---:|"]
     for name, row in zip(TEACHERS, rows, strict=True):
         ema = "" if row["teacher_ema"] is None else f", `teacher_ema={row['teacher_ema']:g}`"
         before, after = row["before"], row["after"]
@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {name}{ema} | {before['kl_teacher']:.2f} → {after['kl_teacher']:.2f}, {fall:.0%} less "
             f"| {before['exclamations']:.1f} → {after['exclamations']:.1f} "
-            f"| {row['whole']['cpu_seconds']:.0f}, {row['training']['cpu_seconds']:.0f} |"
+            f"| {row['whole']['seconds']:.0f} ({row['whole']['cpu_seconds']:.0f}) |"
         )
     return "\n".join(lines)
 
@@ -103,7 +103,7 @@ def main() -> None:
     if args.json:
         write({**origin("cpu"), "seed": args.seed, "schedule": asdict(SCHEDULE), "rows": rows}, args.json)
     where = f"{SCHEDULE.updates} steps of {SCHEDULE.prompts_per_rollout} answers of {SCHEDULE.new_tokens} tokens, "
-    where += f"loading and both evaluations in the CPU seconds; {device_name('cpu')}."
+    where += f"loading and both evaluations in the seconds; {device_name('cpu')}."
     publish("self-distillation", f"{table(rows)}\n\n{where}\n", args.pages)
 
 
