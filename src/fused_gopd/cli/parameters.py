@@ -1,13 +1,16 @@
-"""Checks of command-line parameters that several commands share, and those that are options of the loss."""
+"""Parameters of the command line as several commands have them: their panels, checks and errors."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -54,6 +57,11 @@ def with_options(kind: type) -> Callable[[F], F]:
     return decorate
 
 
+def panel(title: str) -> Callable[..., Any]:
+    """``typer.Option`` in a panel of --help: a table of its own, so that a long name narrows its own panel alone."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
 def flag(name: str) -> str:
     """The flag of a parameter: ``--batch-size`` of ``batch_size``."""
     return f"--{name.replace('_', '-')}"
@@ -70,6 +78,26 @@ def require_finite(name: str, value: float) -> None:
     """Raise ``typer.BadParameter``, which names the flag, for infinity and NaN."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"expected a finite number, got {value}", param_hint=flag(name))
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Raise a ValueError of the block as ``typer.BadParameter``, which names the flag; its text may begin with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object that is given as text, empty for no text. Raises ``typer.BadParameter``, which names the flag."""
+    try:
+        found = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"must be a JSON object, got {text!r}: {error}", param_hint=flag(name)) from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"must be a JSON object, got {text!r}", param_hint=flag(name))
+    return found
 
 
 def require_packages(what: str, modules: Iterable[str], *commands: str) -> None:

@@ -14,6 +14,7 @@ from ...integrations.trl.logs import rows_of
 from ..plan import cost
 from ..plan.call import PlannedCall
 from ..plan.tables import bytes_text
+from .models import dtype_of
 from .options import RunOptions
 
 if TYPE_CHECKING:
@@ -56,18 +57,16 @@ def _storage(model: nn.Module) -> dict[int, int]:
 def _loss_peaks(student: Any, frozen: list[Any], vocab: int, options: RunOptions) -> tuple[int, int]:
     """Bytes beyond the inputs at the peak of the loss of a batch of the longest answers: dense, and fused."""
     widths = [int(model.config.get_text_config().hidden_size) for model in (student, *frozen)]
-    gpu = torch.cuda.is_available()
-    low = options.dtype == "bfloat16" or (gpu and not options.dtype)
     call = PlannedCall(
         tokens=options.batch_size * options.max_new_tokens,
         vocab=vocab,
         hidden=widths[0],
         teacher_hidden=max(widths),
         ref_hidden=max(widths),
-        dtype="bfloat16" if low else "float32",
+        dtype=dtype_of(options.dtype),
         estimator=cast("Estimator", options.estimator),
         reward_scale=options.reward_scale,
-        device="gpu" if gpu else "cpu",
+        device="gpu" if torch.cuda.is_available() else "cpu",
         divergence=options.divergence,
         k=options.k,
         support=cast("Support", options.support or "teacher"),

@@ -1,15 +1,17 @@
-"""Checks of a model's files before its weights are loaded: damage, vocabulary size, positions, tokenizer."""
+"""A run's models before their weights are loaded: damaged files, sizes, tokenizers, and prompts as they encode them."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import create_model_from_path
@@ -19,6 +21,7 @@ from ...integrations.hub import require_model
 from ...integrations.trl.checks import check_vocabulary, check_weights, positions_of
 from ...integrations.trl.rollouts import COMPLETION, token_ids_of
 from ..demo import smollm
+from ..parameters import naming
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,8 @@ def read(option: str, name: str, path: str, *, peft: bool = False) -> Model:
     Raises:
         typer.BadParameter: naming the option and what is wrong.
     """
-    try:
+    with naming(option):
         require_model(option, path)
-    except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
     try:
         config = _load(option, path, peft or option == "--ref")
         return Model(option, name, config.get_text_config().vocab_size, positions_of(config))
@@ -60,11 +61,9 @@ def read(option: str, name: str, path: str, *, peft: bool = False) -> Model:
 
 def read_adapter(option: str, path: str, base: str) -> None:
     """Raise for what is no adapter on the base; both are folders or hub names."""
-    try:
+    with naming(option):
         require_model(option, path)
         require_adapter(option, path, base)
-    except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix(f"{option} "), param_hint=option) from None
 
 
 def _load(option: str, path: str, peft: bool) -> Any:
@@ -131,10 +130,8 @@ def check_sizes(models: Sequence[Model], tokenizer: Any, k: int | None) -> None:
             param_hint=student.option,
         )
     for model in models[1:]:
-        try:
+        with naming(model.option):
             check_vocabulary(model.name, model.vocab, student.vocab, tokenizer)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=model.option) from None
     smallest = min(models, key=lambda model: model.vocab)
     if k is not None and k > smallest.vocab:
         raise typer.BadParameter(
@@ -198,14 +195,49 @@ def check_completions(
     dataset: Any, rows: Sequence[int], path: str, tokenizer: Any, new_tokens: int, variables: Mapping[str, Any]
 ) -> None:
     """Raise for answers of the file that the trainer cannot tokenize. ``rows`` are the row numbers in the file."""
-    render = partial(tokenizer.apply_chat_template, tokenize=False, **variables)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "render": render, "end_ids": [tokenizer.eos_token_id]}
-    for row, prompt, completion in zip(rows, dataset["prompt"], dataset[COMPLETION], strict=True):
-        try:
-            token_ids_of(prompt, completion, [], longest=new_tokens, **options)
-        except Exception as error:  # a template may raise anything
-            wrong = str(error) if type(error) in (ValueError, TypeError) else first_line(error)
-            raise typer.BadParameter(f"{path}, row {row}: {wrong}", param_hint="--completion-column") from None
+    given = zip(rows, dataset["prompt"], dataset[COMPLETION], strict=True)
+    for row, prompt, completion in given:
+        completion_ids(
+            prompt,
+            completion,
+            [],
+            tokenizer,
+            variables,
+            f"{path}, row {row}",
+            "--completion-column",
+            longest=new_tokens,
+        )
+
+
+def completion_ids(
+    prompt: Any,
+    completion: Any,
+    prompt_ids: Sequence[int],
+    tokenizer: Any,
+    variables: Mapping[str, Any],
+    where: str,
+    option: str,
+    *,
+    longest: int = sys.maxsize,
+) -> list[int]:
+    """The token ids of an answer of the file, made as the trainer makes them.
+
+    Raises:
+        typer.BadParameter: naming ``option``, ``where`` and what is wrong.
+    """
+    try:
+        return token_ids_of(
+            prompt,
+            completion,
+            prompt_ids,
+            tokenizer=tokenizer,
+            render=partial(tokenizer.apply_chat_template, tokenize=False, **variables),
+            end_ids=[tokenizer.eos_token_id],
+            longest=longest,
+        )
+    except Exception as error:  # a template may raise anything
+        wrong = str(error) if type(error) in (ValueError, TypeError) else first_line(error)
+        raise typer.BadParameter(f"{where}: {wrong}", param_hint=option) from None
 
 
 def check_template_variables(tokenizer: Any, prompts: Sequence[Any], variables: Mapping[str, Any]) -> None:
@@ -252,6 +284,11 @@ def encoded(prompt: Any, tokenizer: Any, variables: Mapping[str, Any], where: st
     if not ids:
         raise typer.BadParameter(f"{where}, has no tokens for {whose}'s tokenizer", param_hint="--prompts")
     return list(ids)
+
+
+def dtype_of(name: str) -> str:
+    """The dtype of an option ``--dtype``, or where that is empty the default."""
+    return name or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def local(name: str) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,9 +15,19 @@ from ... import installing
 from ...integrations.hub import ADAPTER, STUDENT, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
-from ..parameters import check_loss_options, flag, help_of, require_finite, require_one_of, require_packages
+from ..parameters import (
+    check_loss_options,
+    flag,
+    help_of,
+    json_object,
+    naming,
+    panel,
+    require_finite,
+    require_one_of,
+    require_packages,
+)
 from . import inputs
-from .readings import Reading
+from .readings import Reading, readings_of
 
 FILE = "distill.json"
 
@@ -33,13 +42,8 @@ PLACE = object()
 JSON = object()
 
 
-def _panel(title: str) -> Callable[..., Any]:
-    """``typer.Option`` in a panel of --help: a table of its own, so that a long name narrows its own panel alone."""
-    return partial(typer.Option, rich_help_panel=title)
-
-
-RUN, TRAINING, LOSS = _panel("The run"), _panel("Training"), _panel("The loss")
-MODELS, SERVER, PROMPTS = _panel("Models"), _panel("A teacher behind a server"), _panel("Prompts")
+RUN, TRAINING, LOSS = panel("The run"), panel("Training"), panel("The loss")
+MODELS, SERVER, PROMPTS = panel("Models"), panel("A teacher behind a server"), panel("Prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +214,8 @@ class RunOptions:
         if values["teacher_cache"]:
             values["teacher_cache"] = str(Path(values["teacher_cache"]).expanduser().resolve())
         for name in RunOptions.names(JSON):
-            values[name] = _json_object(name, values[name])
+            found = json_object(name, values[name])
+            values[name] = json.dumps(found) if found else ""  # the shortest form
         routes = [_route(entry) for entry in values["teacher"]]
         values["teacher"] = [model if route is None else f"{route}={model}" for route, model in routes]
         only_scores = values["teacher_server"] and not values["teacher_server_head"]
@@ -244,7 +249,7 @@ class RunOptions:
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat templates get beside the messages."""
-        return dict(json.loads(self.chat_template_kwargs or "{}"))
+        return json_object("chat_template_kwargs", self.chat_template_kwargs)
 
     def routes(self) -> dict[str | None, str]:
         """The local teachers by route; a single teacher has the route None. Empty for a teacher behind a server."""
@@ -269,16 +274,7 @@ class RunOptions:
 
     def readings(self) -> dict[str, Reading]:
         """By role, ``"teacher"`` or ``"ref"``, the prompts that are not the student's, of models that are run."""
-        found = {
-            "teacher": Reading(
-                role="teacher",
-                column=self.teacher_prompt_column,
-                system=self.teacher_system,
-                template=self.teacher_template,
-            ),
-            "ref": Reading(role="ref", column="" if not self.uses_ref else self.ref_prompt_column),
-        }
-        return {role: reading for role, reading in found.items() if reading}
+        return {role: reading for role, reading in readings_of(self).items() if role != "ref" or self.uses_ref}
 
     @property
     def teacher_moves(self) -> str | None:
@@ -303,17 +299,6 @@ class RunOptions:
         """The files of prompts, by the names that messages use."""
         held_out = {inputs.HELD_OUT: Path(self.eval_prompts)} if self.eval_prompts else {}
         return {inputs.PROMPTS: Path(self.prompts), **held_out}
-
-
-def _json_object(name: str, text: str) -> str:
-    """A JSON object in its shortest form; empty without entries."""
-    try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
-        raise _wrong(flag(name), f"must be a JSON object, got {text!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise _wrong(flag(name), f"must be a JSON object, got {text!r}")
-    return json.dumps(found) if found else ""
 
 
 def with_bases(places: Mapping[str, str]) -> dict[str, str]:
@@ -584,10 +569,8 @@ def _check_model(option: str, name: str, lora: int) -> None:
             raise _wrong(option, what)
         name = adapter
     if name not in ("", STUDENT, "smollm2"):
-        try:
+        with naming(option):
             is_folder(option, name)
-        except ValueError as error:
-            raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
 
 
 def _check_packages(options: RunOptions) -> None:

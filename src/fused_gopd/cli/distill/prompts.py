@@ -120,6 +120,30 @@ def completions(data: Prompts, column: str) -> list[Any]:
     return [row[column] for _, row in data.table]
 
 
+def as_read(data: Prompts, tokenizer: Any, student: str, chat: bool) -> tuple[list[Any], bool]:
+    """The prompts as the student's tokenizer gets them, and whether texts are taken for a user's messages.
+
+    Args:
+        data: the file.
+        tokenizer: the student's.
+        student: its name, for messages.
+        chat: whether texts are taken for a user's messages, where there is a chat template.
+
+    Raises:
+        typer.BadParameter: there are conversations and no chat template.
+    """
+    template = tokenizer.chat_template is not None
+    if data.conversational and not template:
+        raise typer.BadParameter(
+            f"{data.path} has conversations, and the tokenizer of {student} has no chat template: give texts, or a "
+            "student that was trained on conversations",
+            param_hint="--prompts",
+        )
+    chat = chat and template
+    rows: list[Any] = [*data.prompts]
+    return (as_messages(rows) if chat and not data.conversational else rows), chat
+
+
 def as_messages(texts: Sequence[str]) -> list[list[dict[str, Any]]]:
     """Each text as a user's message."""
     return [[{"role": "user", "content": text}] for text in texts]

@@ -147,6 +147,20 @@ class Reading:
         return str(value)
 
 
+def readings_of(options: Any) -> dict[str, Reading]:
+    """By role, ``"teacher"`` or ``"ref"``, the prompts that are not the student's, from options of these names."""
+    found = {
+        "teacher": Reading(
+            role="teacher",
+            column=options.teacher_prompt_column,
+            system=options.teacher_system,
+            template=options.teacher_template,
+        ),
+        "ref": Reading(role="ref", column=options.ref_prompt_column),
+    }
+    return {role: reading for role, reading in found.items() if reading}
+
+
 def _unescaped(text: str) -> str:
     """A text of the command line, where a new line is hard to type."""
     return re.sub(r"\\\\n|\\n", lambda found: "\\n" if len(found[0]) == 3 else "\n", text)

@@ -24,6 +24,7 @@ from ...integrations.trl.report import FILE as REPORT
 from ...integrations.trl.rollouts import COMPLETION
 from .. import durable
 from ..outputs import OutputFolder
+from ..parameters import naming
 from ..processes import Processes
 from . import card, checkpoints, dryrun, figures, inputs, models, prompts, runfile
 from .interrupt import Abandoned, Interrupt
@@ -111,8 +112,7 @@ class DistillationRun:
         self.checkpoints = checkpoints.Checkpoints(folder)
         self._server_tokenizer: Any = None  # of a teacher behind a server, where it may be another
         self._expected_errors: tuple[type[Exception], ...] = ()  # shown by their message, without a traceback
-        low = (options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")) == "bfloat16"
-        self._frozen_dtype = "bfloat16" if low else "float32"  # of frozen weights, and of the matrix products
+        self._frozen_dtype = models.dtype_of(options.dtype)  # of frozen weights, and of the matrix products
 
     @property
     def _result(self) -> Path:
@@ -276,11 +276,8 @@ class DistillationRun:
 
     def _is_other(self, option: str, name: str, tokenizer: Any, other: Any) -> bool:
         """Whether a model's tokenizer is not the student's; raises unless such are meant."""
-        try:
-            pair = check_tokenizers(name, tokenizer, other, cross_tokenizer=self.options.cross_tokenizer)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint=option) from None
-        return pair is not None
+        with naming(option):
+            return check_tokenizers(name, tokenizer, other, cross_tokenizer=self.options.cross_tokenizer) is not None
 
     def _read_inputs(self, done: int, resume: bool, accept_changes: bool) -> dict[str, Any]:
         """Fingerprints of the prompts and models; a resumed run compares them with those that it was started with."""
@@ -331,20 +328,12 @@ class DistillationRun:
         options = self.options
         say = self.say if training else lambda text: None
         lmbda = options.lmbda if training else 1.0
-        rows: Any = data.prompts
-        if data.conversational and tokenizer.chat_template is None:
-            raise typer.BadParameter(
-                f"{data.path} has conversations, and the tokenizer of {options.student} has no chat template: "
-                "give texts, or a student that was trained on conversations",
-                param_hint="--prompts",
-            )
+        rows, chat = prompts.as_read(data, tokenizer, options.student, options.chat)
         answered = sum(answer is not None for answer in data.answers)
         if answered and lmbda == 1:
             say(f"{answered} conversations end with an assistant's message: it is left out")
-        chat = tokenizer.chat_template is not None and options.chat
         if not data.conversational and chat:
             say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
-            rows = prompts.as_messages(rows)
         models.check_template_variables(tokenizer, rows, options.template_variables)
         columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
         readings = {role: reading.of(data, rows, chat) for role, reading in options.readings().items()}

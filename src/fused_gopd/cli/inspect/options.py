@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ... import installing
-from ...integrations.hub import adapter_path, is_folder
-from ..distill.readings import Reading
-from ..parameters import require_finite, require_one_of, require_packages
+from ...integrations.hub import STUDENT, adapter_path, is_folder
+from ..distill.readings import Reading, readings_of
+from ..parameters import json_object, naming, panel, require_finite, require_one_of, require_packages
 
-
-def _panel(title: str) -> Callable[..., Any]:
-    return partial(typer.Option, rich_help_panel=title)
-
-
-MODELS, TEXTS, SAMPLING = _panel("Models and page"), _panel("Texts"), _panel("Answers and scores")
-OTHERS, CHAT = _panel("Prompts of the frozen models"), _panel("Chat template")
+MODELS, TEXTS, SAMPLING = panel("Models and page"), panel("Texts"), panel("Answers and scores")
+OTHERS, CHAT = panel("Prompts of the frozen models"), panel("Chat template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +61,12 @@ class InspectOptions:
     @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat templates get beside the messages."""
-        return dict(json.loads(self.chat_template_kwargs or "{}"))
+        return json_object("chat_template_kwargs", self.chat_template_kwargs)
 
     def models(self) -> dict[str, str]:
         """The models by role: ``"student"``, ``"teacher"`` and, where there is one, ``"ref"``."""
         found = {"student": self.student, "teacher": self.teacher, "ref": self.ref}
-        return {role: self.student if name == "student" else name for role, name in found.items() if name}
+        return {role: self.student if name == STUDENT else name for role, name in found.items() if name}
 
     def places(self) -> list[str]:
         """Folders and hub names of models and adapters."""
@@ -82,16 +74,7 @@ class InspectOptions:
 
     def readings(self) -> dict[str, Reading]:
         """By role the prompts that are not the student's."""
-        found = {
-            "teacher": Reading(
-                role="teacher",
-                column=self.teacher_prompt_column,
-                system=self.teacher_system,
-                template=self.teacher_template,
-            ),
-            "ref": Reading(role="ref", column=self.ref_prompt_column),
-        }
-        return {role: reading for role, reading in found.items() if reading}
+        return readings_of(self)
 
     def check(self) -> None:
         """Raise for options that contradict each other, missing files and packages that are not installed."""
@@ -116,21 +99,14 @@ class InspectOptions:
             raise _wrong("--ref-prompt-column", "is an option of --ref")
         for reading in self.readings().values():
             reading.check()
-        try:
-            variables = json.loads(self.chat_template_kwargs or "{}")
-        except (ValueError, RecursionError):
-            variables = None
-        if not isinstance(variables, dict):
-            raise _wrong("--chat-template-kwargs", f"must be a JSON object, got {self.chat_template_kwargs!r}")
+        json_object("chat_template_kwargs", self.chat_template_kwargs)
         for role, name in self.models().items():
             option, adapter = f"--{role}", adapter_path(name)
             if role == "student" and adapter is not None:
                 raise _wrong(option, f"must be a model, or the folder of an adapter with its base in it, got {name}")
             if (adapter or name) != "smollm2":
-                try:
+                with naming(option):
                     is_folder(option, adapter or name)
-                except ValueError as error:
-                    raise _wrong(option, str(error).removeprefix(f"{option} ")) from None
         needed = ["transformers", "trl", "datasets", "jinja2", "matplotlib"]
         needed += ["peft"] if any(adapter_path(name) for name in self.models().values()) else []
         require_packages("inspect", needed, installing.extra("train"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +24,11 @@ from ...integrations.hub import adapter_path
 from ...integrations.tokenizers.texts import token_texts
 from ...integrations.transformers import head_of, last_hidden_state
 from ...integrations.trl import card, check_tokenizers
-from ...integrations.trl.rollouts import token_ids_of
 from ...output import GOPDOutput
 from .. import outputs
 from ..distill import inputs, models, prompts
 from ..distill.options import with_bases
+from ..parameters import naming
 from ..progress import StepProgress
 from .options import InspectOptions
 
@@ -63,9 +62,8 @@ class Inspection:
         reads = {_ROLES[role]: Path(place) for role, place in self.places.items() if Path(place).is_dir()}
         with outputs.option("--output"):
             self.output = outputs.new_file(output, overwrite, {"the file of the texts": options.path, **reads})
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda" if gpu else "cpu")
-        self.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = getattr(torch, models.dtype_of(options.dtype))
 
     def run(self) -> None:
         """Write the page."""
@@ -135,10 +133,8 @@ class Inspection:
             if self.places[role] == self.places["student"] or adapter_path(model.name) is not None:
                 continue
             other = models.read_tokenizer(model.option, model.name, self.places[role])
-            try:
+            with naming(model.option):
                 check_tokenizers(model.name, self.tokenizer, other)
-            except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint=model.option) from None
         models.check_sizes(list(known.values()), self.tokenizer, None)
 
     def _rows(self) -> list[_Row]:
@@ -146,23 +142,16 @@ class Inspection:
         try:
             data = prompts.read(options.path, options.prompt_column, "", [])
             completions = prompts.completions(data, options.completion_column) if options.texts else data.prompts
+            whole, chat = prompts.as_read(data, tokenizer, options.student, options.chat)
         except typer.BadParameter as error:
             if error.param_hint in ("--prompts", "--lmbda"):
                 error.param_hint = options.file_option
             raise
-        if data.conversational and tokenizer.chat_template is None:
-            raise typer.BadParameter(
-                f"{options.path} has conversations, and the tokenizer of {options.student} has no chat template",
-                param_hint=options.file_option,
-            )
         answered = sum(answer is not None for answer in data.answers)
         if answered and options.prompts:
             self._line(f"{answered} conversations end with an assistant's message: it is left out")
-        chat = tokenizer.chat_template is not None and options.chat
         count = slice(options.rows)
-        read: Any = data.prompts[count]
-        if not data.conversational and chat:
-            read = prompts.as_messages(read)
+        read = whole[count]
         models.check_template_variables(tokenizer, read, options.template_variables)
         by_role = dict.fromkeys(options.models(), read)
         by_role |= {role: reading.of(data, read, chat)[count] for role, reading in options.readings().items()}
@@ -179,21 +168,10 @@ class Inspection:
         return rows
 
     def _with_text(self, row: _Row, prompt: Any, completion: Any) -> _Row:
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options.template_variables)
-        try:
-            ids = token_ids_of(
-                prompt,
-                completion,
-                row.prompt_ids["student"],
-                tokenizer=self.tokenizer,
-                render=render,
-                end_ids=[self.tokenizer.eos_token_id],
-                longest=sys.maxsize,
-            )
-        except Exception as error:  # a template may raise anything
-            wrong = str(error) if type(error) in (ValueError, TypeError) else models.first_line(error)
-            where = f"{self.options.path}, row {row.number}"
-            raise typer.BadParameter(f"{where}: {wrong}", param_hint="--texts") from None
+        where, variables = f"{self.options.path}, row {row.number}", self.options.template_variables
+        ids = models.completion_ids(
+            prompt, completion, row.prompt_ids["student"], self.tokenizer, variables, where, "--texts"
+        )
         return replace(row, token_ids=ids)
 
     def _check_rows(self, rows: Sequence[_Row], known: Mapping[str, models.Model]) -> None:
