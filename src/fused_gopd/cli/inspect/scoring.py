@@ -24,6 +24,8 @@ from ...integrations.hub import adapter_path
 from ...integrations.tokenizers.texts import token_texts
 from ...integrations.transformers import head_of, last_hidden_state
 from ...integrations.trl import card, check_tokenizers
+from ...integrations.trl.report import token_numbers
+from ...integrations.trl.watch import ends_of
 from ...output import GOPDOutput
 from .. import outputs
 from ..distill import inputs, models, prompts
@@ -280,15 +282,8 @@ class Inspection:
     # ------------------------------------------------------------------------------------------------- what is shown
 
     def _text(self, row: _Row, i: int, out: GOPDOutput) -> ScoredText:
-        values = {
-            "student": out.student_logprobs,
-            "teacher": out.teacher_logprobs,
-            "ref": out.ref_logprobs,
-            "entropy": out.entropy,
-            "advantage": out.advantages,
-        }
         length = len(row.token_ids)
-        numbers: dict[str, Any] = {name: x[i, :length].tolist() for name, x in values.items() if x is not None}
+        numbers: dict[str, Any] = {name: x[i, :length].tolist() for name, x in token_numbers(out).items()}
         read = {role: self.tokenizer.decode(ids, skip_special_tokens=False) for role, ids in row.prompt_ids.items()}
         own = read.pop("student")
         return ScoredText(
@@ -341,6 +336,4 @@ def _base(place: str) -> str:
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, as TRL's trainer has them."""
-    own = model.generation_config.eos_token_id
-    found = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *found] if i is not None))
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *ends_of(model)] if i is not None))

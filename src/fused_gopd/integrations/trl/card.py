@@ -17,7 +17,7 @@ from torch import nn
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
 from ..hub import BASE, adapter_path, is_own
-from .phases import TIMES
+from .logs import TIMES, row_name
 
 Lines = list[tuple[str, str]]
 
@@ -142,8 +142,9 @@ def of_trainer(trainer: Any, title: str, dataset_name: str | None) -> str:
         dataset_name: as TRL passes it.
     """
     history = [row for row in trainer.state.log_history if "loss" in row]
-    skipped = ("step", "epoch", "step_time", "learning_rate", "num_tokens", *TIMES)
-    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in skipped]
+    skipped = ("step", "epoch", "learning_rate", "num_tokens")
+    names = dict.fromkeys(name for row in history for name in row)
+    names = [name for name in names if name not in skipped and row_name(name) not in TIMES]
     adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     base = _base_path(trainer)
     settings = settings_of(trainer, dataset_name)

@@ -64,6 +64,7 @@ class GRPOGOPDMixin(ScoringMixin):
         self._validate(
             model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
         )
+        self._begin_reports()
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
         with without_html(args) as wants_report:
@@ -96,9 +97,8 @@ class GRPOGOPDMixin(ScoringMixin):
             return super()._get_per_token_logps_and_entropies(model, *args, **options)  # type: ignore[misc]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        ratio = (
-            inputs.get("old_per_token_logps") is not None
-        )  # as in GOPDTrainer: dropout would compare two random masks, not two policies
+        # as in GOPDTrainer: dropout would compare two random masks, not two policies
+        ratio = inputs.get("old_per_token_logps") is not None
         self._count_in_step(inputs["completion_mask"])
         with without_dropout(self.accelerator.unwrap_model(model)) if ratio else nullcontext():
             return super()._compute_loss(model, inputs)  # type: ignore[misc]

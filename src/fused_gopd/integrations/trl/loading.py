@@ -14,7 +14,6 @@ from transformers.utils.logging import get_logger
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
-from ... import Metrics
 from ...hooks import qualified_name
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ..adapters import require_adapter, with_adapter
@@ -124,6 +123,11 @@ class LoadingMixin(PhasesMixin):
         """Whether models may have tokenizers of their own, an option of GOPDTrainer."""
         return bool(getattr(self.args, "cross_tokenizer", False))
 
+    @property
+    def _sharding(self) -> str | None:
+        """What shards the student, if anything does."""
+        return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+
     def _validate(
         self,
         student: str | nn.Module,
@@ -172,7 +176,6 @@ class LoadingMixin(PhasesMixin):
         self._options = args._loss_options()
         if advantage_fn is not None:
             self._options["advantage_fn"] = advantage_fn
-        self._cache_logged: dict[str, int] = {}
         self._cache = open_cache(args, {**teachers, "ref_model": cast("Any", ref_model)})
         rollout = getattr(args, "_rollout_options", {})
         dry_run({**self._options, **rollout}, routes, ref_model, cast("Any", args).device)
@@ -195,9 +198,6 @@ class LoadingMixin(PhasesMixin):
         self._reward_scale_fn = reward_scale_fn
         self._card_sources = [(name, card.name_of(model, args._teacher_moves)) for name, model in teachers.items()]
         self._card_sources.append(("reference", "none" if ref_model is None else card.name_of(ref_model)))
-        self.warnings: list[str] = []
-        self._gopd_metrics: dict[str, list[tuple[str, Metrics]]] = {"train": [], "eval": []}
-        self._gopd_maxima: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
 
     def _set_up_prompts(
         self,
@@ -377,11 +377,10 @@ class LoadingMixin(PhasesMixin):
             self._require_adapter(name)
             self._store(name, BASE, self.model)
             return BASE
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            sharding = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if self._sharding is not None:
             raise ValueError(
-                f'{name}="student" is a copy of the student, which {sharding} shards: pass the path of the model that '
-                "training begins with, or train without sharding"
+                f'{name}="student" is a copy of the student, which {self._sharding} shards: pass the path of the model '
+                "that training begins with, or train without sharding"
             )
         moves = name != "ref_model" and self.args._teacher_moves is not None
         if moves and self.args._teacher_is_live:
@@ -413,13 +412,12 @@ class LoadingMixin(PhasesMixin):
 
     def _compare_tokenizers(self, name: str, other: Any) -> None:
         """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` keep the pair, and say so."""
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
         pair = check_tokenizers(
             name,
             self._tokenizer,
             other,
             cross_tokenizer=self._cross_tokenizer,
-            terminators=ends if isinstance(ends, list) else None if ends is None else [ends],
+            terminators=self.eos_token_ids,
             chat_template_kwargs=getattr(self, "chat_template_kwargs", None),
         )
         if pair is None:
@@ -431,11 +429,10 @@ class LoadingMixin(PhasesMixin):
             logger.warning(pair.describe(texts_of(prompts)))
 
     def _with_adapter(self, name: str, path: str) -> nn.Module:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            sharding = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        if self._sharding is not None:
             raise ValueError(
-                f"{name} is an adapter on the student's base, whose parameters {sharding} gathers in the student's "
-                "forward alone: pass the path of a whole model (merge_and_unload), or train without sharding"
+                f"{name} is an adapter on the student's base, whose parameters {self._sharding} gathers in the "
+                "student's forward alone: pass the path of a whole model (merge_and_unload), or train without sharding"
             )
         return with_adapter(name, self.accelerator.unwrap_model(self.model), path)
 
@@ -443,7 +440,7 @@ class LoadingMixin(PhasesMixin):
         """Have the cache keep the states of a model; of ``"base"`` those of the student without its adapter."""
         if self._cache is None:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._sharding is not None:
             raise ValueError(
                 "teacher_cache needs whole models on every rank: under FSDP and DeepSpeed all ranks run a model "
                 "together, and some would find their sequences in the cache"

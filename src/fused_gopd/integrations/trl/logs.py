@@ -25,7 +25,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of one step, or of an evaluation after it (``eval_reward``); NaN and infinity become None."""
     row: dict[str, Any] = {"step": step}
     for name, value in logs.items():
-        known = _row_name(name)
+        known = row_name(name)
         if known is not None:
             row[known] = float(value) if value is not None and math.isfinite(value) else None
     return row
@@ -41,7 +41,8 @@ def rows_of(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _row_name(name: str) -> str | None:
+def row_name(name: str) -> str | None:
+    """What a name in TRL's logs is called in a row; None of what has no place there."""
     part = name.removeprefix(_EVAL)
     known = part.removeprefix(_PREFIX) if part.startswith(_PREFIX) else _NAMES.get(part)
     return known if known is None or part == name else _EVAL + known

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-# metrics beside TRL's step_time
-TIMES = ("gopd/sample_seconds", "gopd/score_seconds", "gopd/tokens_per_second")
 _REDRAWN_EVERY = 0.1  # seconds
 _CPU = torch.device("cpu")
 
@@ -200,9 +198,9 @@ class PhasesMixin:
         while self._unread:  # the metrics have been read: the device is done with what came before them
             self._read_time()
         if steps:
-            sample, score = (self._phase_seconds[name] / len(steps) for name in ("sample", "score"))
-            for name, value in zip(TIMES, (sample, score, tokens / sum(steps)), strict=True):
-                self._metrics["train"][name] = [value]
+            for name in ("sample", "score"):
+                self._metrics["train"][f"gopd/{name}_seconds"] = [self._phase_seconds[name] / len(steps)]
+            self._metrics["train"]["gopd/tokens_per_second"] = [tokens / sum(steps)]
             self._phase_seconds.clear()
 
 

@@ -22,12 +22,12 @@ from ..tokenizers.texts import token_texts
 from . import card
 from .batch import Batch, PromptIds
 from .logs import rows_of
+from .prompts import ARGUMENTS
 
 NAME = "gopd-html"
 FILE = "report.html"
 _SHOWN = 4  # sequences of a batch
 _DIGITS = 5
-_PROMPTS = {"teacher": "teacher_prompt", "ref_model": "ref_prompt"}  # roles of a batch, and fields of ScoredText
 _HEADINGS = {"train": "", "eval": "held-out prompts, "}  # what precedes "before" and "after 100 steps"
 
 
@@ -40,6 +40,18 @@ def without_html(args: Any) -> Iterator[bool]:
         yield NAME in (given or ())
     finally:
         args.report_to = given
+
+
+def token_numbers(out: GOPDOutput) -> dict[str, Tensor]:
+    """What the loss has computed of each token (B, K), by the fields of :class:`ScoredText`."""
+    found = {
+        "student": out.student_logprobs,
+        "teacher": out.teacher_logprobs,
+        "ref": out.ref_logprobs,
+        "entropy": out.entropy,
+        "advantage": out.advantages,
+    }
+    return {name: x for name, x in found.items() if x is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +142,9 @@ class HtmlReport(TrainerCallback):
         def some(x: Tensor) -> Tensor:
             return torch.stack([x[i].detach() for i in rows])
 
-        values = {
-            "student": out.student_logprobs,
-            "teacher": out.teacher_logprobs,
-            "ref": out.ref_logprobs,
-            "entropy": out.entropy,
-            "advantage": out.advantages,
-        }
         width = batch.token_ids.shape[1]
         read = {"prompt": PromptIds(batch.input_ids[:, :-width], batch.attention_mask[:, :-width])}
-        read |= {_PROMPTS[role]: prompt for role, prompt in batch.prompts.items()}
+        read |= {ARGUMENTS[role]: prompt for role, prompt in batch.prompts.items()}  # the fields have these names, too
         taken = _Taken(
             step=step,
             titles=titles,
@@ -147,7 +152,7 @@ class HtmlReport(TrainerCallback):
             token_ids=some(batch.token_ids),
             completion_mask=some(batch.completion_mask),
             mask=some(batch.mask),
-            values={name: some(x) for name, x in values.items() if x is not None},
+            values={name: some(x) for name, x in token_numbers(out).items()},
         )
         self._kept.setdefault(f"{mode} first", taken)
         self._kept[f"{mode} last"] = taken

@@ -36,11 +36,8 @@ class ReportingMixin(PhasesMixin):
     args: Any
     model: Any
     _metrics: Any
-    _gopd_metrics: dict[str, list[tuple[str, Metrics]]]
-    _gopd_maxima: dict[str, dict[str, Tensor]]
     add_callback: Callable[[Any], None]
     _cache: TeacherCache | None
-    _cache_logged: dict[str, int]
     _card_sources: list[tuple[str, str]]
     _report: report.HtmlReport | None = None
     _routes: dict[Any, int]
@@ -48,10 +45,17 @@ class ReportingMixin(PhasesMixin):
     _vocab_size: int
     state: Any
     _watch: Watch | None = None
-    warnings: list[str]
-    """What went wrong so far, one sentence each, with its figure and its remedy (docs/warnings.md)."""
     warn: Callable[[str], None] = staticmethod(logger.warning)
     """Tells of a warning when it is found; on the main process alone."""
+
+    def _begin_reports(self) -> None:
+        """Nothing is known yet. Called once, before models are loaded: they may be warned of."""
+        self.warnings: list[str] = []
+        """What went wrong so far, one sentence each, with its figure and its remedy (docs/warnings.md)."""
+        # since the last log, by mode: sums and counts, each with "" or "/ROUTE"; and largest values by name
+        self._gopd_metrics: dict[str, list[tuple[str, Metrics]]] = {"train": [], "eval": []}
+        self._gopd_maxima: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._cache_logged: dict[str, int] = {}  # the cache's counts at the last log
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

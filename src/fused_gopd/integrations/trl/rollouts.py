@@ -13,19 +13,23 @@ COMPLETION = "completion"
 """The dataset's column of completions, as in TRL's prompt-completion datasets."""
 
 
+Turns = dict[tuple[int, ...], list[tuple[list[int], list[float]]]]
+"""What an engine has sampled, by the ids of the prompt: pairs of token ids and of their log-probs.
+
+A log-prob is NaN where vLLM returns None.
+"""
+
+
 class RecordedEngine:
     """TRL's ``VLLMGeneration``, whose ``generate`` also keeps the log-probs of the tokens that it sampled.
 
     Args:
         engine: the engine.
-        turns: gets what was sampled, by the ids of the prompt: pairs of token ids and of their log-probs, NaN for those
-            that vLLM returns as None.
+        turns: gets what was sampled.
         required: whether an answer without log-probs raises.
     """
 
-    def __init__(
-        self, engine: Any, turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]], *, required: bool = True
-    ) -> None:
+    def __init__(self, engine: Any, turns: Turns, *, required: bool = True) -> None:
         self._engine = engine
         self._turns = turns
         self._required = required
@@ -63,9 +67,7 @@ def _of_sampled(tokens: Sequence[int], logprobs: Sequence[Any], candidates: Sequ
     return found
 
 
-def sampler_logprobs(
-    turns: Mapping[tuple[int, ...], list[tuple[list[int], list[float]]]], batch: Mapping[str, Any]
-) -> Tensor:
+def sampler_logprobs(turns: Turns, batch: Mapping[str, Any]) -> Tensor:
     """(B, K) log-probs of the engine for a batch of TRL's; NaN where it gave none, 0 at padding and tools' tokens.
 
     A completion has several turns where tools were called. Each turn has its prompt, the ids before it, by which its

@@ -25,7 +25,7 @@ from .config import GOPDConfig, resolve_config
 from .models import ScoringMixin
 from .prompts import PromptFn
 from .report import without_html
-from .rollouts import COMPLETION, RecordedEngine, sampler_logprobs, samples, token_ids_of
+from .rollouts import COMPLETION, RecordedEngine, Turns, sampler_logprobs, samples, token_ids_of
 
 
 class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
@@ -132,6 +132,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         self._validate(
             model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
         )
+        self._begin_reports()
         if args.cross_tokenizer and trainer_arguments.get("tools"):
             raise ValueError(
                 "cross_tokenizer=True has no place for tools: their results are written with the student's template "
@@ -158,7 +159,7 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         if wants_report:
             self.add_report()
         self._rollout_options = args._rollout_options
-        self._turns: dict[tuple[int, ...], list[tuple[list[int], list[float]]]] = {}  # log-probs of the engine
+        self._turns: Turns = {}  # of the engine, for this batch
         self._given: list[tuple[Any, Any]] | None = None  # prompts and completions of the dataset, for this batch
         if self.use_vllm:
             self.vllm_generation.logprobs = 0  # those of the sampled tokens; TRL asks for none
