@@ -143,8 +143,8 @@ def of_trainer(trainer: Any, title: str, dataset_name: str | None) -> str:
     """
     history = [row for row in trainer.state.log_history if "loss" in row]
     skipped = ("step", "epoch", "learning_rate", "num_tokens")
-    names = dict.fromkeys(name for row in history for name in row)
-    names = [name for name in names if name not in skipped and row_name(name) not in TIMES]
+    logged = dict.fromkeys(name for row in history for name in row)
+    names = [name for name in logged if name not in skipped and row_name(name) not in TIMES]
     adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     base = _base_path(trainer)
     settings = settings_of(trainer, dataset_name)
