@@ -13,14 +13,13 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import outputs
+from .. import outputs, quiet
 from ..threads import use_patient_threads
 from . import smollm
 from .prompts import EXTRAPOLATION, HELD_OUT_QUESTIONS, TRAIN_QUESTIONS, Schedule
@@ -241,8 +240,7 @@ def demo(
     console = Console()
     started = time.perf_counter()
     use_patient_threads()
-    # each warns of the other's deprecated names
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    quiet.before_import()
     try:
         smollm.require_packages()
         with outputs.option("--out"), outputs.opened(out, "demo") as folder:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import installing
-from .. import durable
+from .. import durable, quiet
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_NAME = "smollm2-135m-instruct-float32"  # not "f32": that was the name of copies without a manifest
@@ -72,9 +72,7 @@ def quiet_transformers() -> Iterator[None]:
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns when the demo starts processes
-    logging = importlib.import_module("transformers.utils.logging")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet.after_import()
     # the GGUF reader shows a tqdm bar, which no option switches off
     with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
         yield

@@ -6,8 +6,6 @@ model is loaded, prompts from a file, runs that can be interrupted and resumed, 
 
 from __future__ import annotations
 
-import os
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ...integrations.addresses import split_userinfo
-from .. import outputs
+from .. import outputs, quiet
 from ..parameters import with_options
 from ..processes import Processes
 from ..threads import use_patient_threads
@@ -73,10 +71,7 @@ def distill(
         if dry_run and resume:
             raise typer.BadParameter("is for a new run: leave out --resume", param_hint="--dry-run")
         options = _checked(context, output, resume, accept_changed_inputs, given, processes.count)
-    if all(name == "smollm2" or Path(name).exists() for name in options.models()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
-    # each warns of the other's deprecated names
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    quiet.before_import(options.models())
     opened = outputs.opened(output, "distill", reads=options.reads(), reuse=resume, relist=relist if resume else None)
     with outputs.option("--output"), ExitStack() as stack:
         with processes.agreeing():

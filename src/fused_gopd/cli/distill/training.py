@@ -22,7 +22,7 @@ from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
 from ...integrations.trl.report import FILE as REPORT
 from ...integrations.trl.rollouts import COMPLETION
-from .. import durable
+from .. import durable, quiet
 from ..outputs import OutputFolder
 from ..parameters import naming
 from ..processes import Processes
@@ -124,9 +124,7 @@ class DistillationRun:
         return self.options.batch_size * self.options.accumulation * self.processes.count
 
     def _quiet(self) -> None:
-        logging: Any = importlib.import_module("transformers.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet.after_import()
         with self.processes.agreeing():
             # made once on each machine, before the others look for it
             if self.processes.first_of_machine and "smollm2" in self.options.models():

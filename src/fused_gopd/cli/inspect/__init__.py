@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import quiet
 from ..parameters import with_options
 from ..threads import use_patient_threads
 from .options import MODELS, InspectOptions
@@ -31,9 +30,7 @@ def inspect(
     options = InspectOptions(**given)
     options.check()
     use_patient_threads()
-    if all(name == "smollm2" or Path(name).exists() for name in options.places()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all models are local
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    quiet.before_import(options.places())
     from .scoring import Inspection
 
     Inspection(options, output, overwrite).run()

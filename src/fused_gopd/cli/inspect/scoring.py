@@ -27,7 +27,7 @@ from ...integrations.trl import card, check_tokenizers
 from ...integrations.trl.report import token_numbers
 from ...integrations.trl.watch import ends_of
 from ...output import GOPDOutput
-from .. import outputs
+from .. import outputs, quiet
 from ..distill import inputs, models, prompts
 from ..distill.options import with_bases
 from ..parameters import naming
@@ -70,9 +70,7 @@ class Inspection:
     def run(self) -> None:
         """Write the page."""
         options = self.options
-        logging: Any = importlib.import_module("transformers.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet.after_import()
         known = self._read_models()
         self.tokenizer = models.read_tokenizer("--student", options.student, self.places["student"])
         self._check_models(known)
