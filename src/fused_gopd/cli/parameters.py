@@ -67,6 +67,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def wrong(option: str, message: str) -> typer.BadParameter:
+    """The error of a flag's value."""
+    return typer.BadParameter(message, param_hint=option)
+
+
 def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raise ``typer.BadParameter``, which names the flag, for a value that is not among the allowed ones."""
     allowed = tuple(allowed)

@@ -25,6 +25,7 @@ from ..parameters import (
     require_finite,
     require_one_of,
     require_packages,
+    wrong,
 )
 from . import inputs
 from .readings import Reading, readings_of
@@ -419,10 +420,6 @@ def write(output: Path, options: RunOptions, processes: int = 1) -> None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _wrong(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=option)
-
-
 def check(options: RunOptions) -> None:
     """Raise for options that contradict each other, missing files and packages that are not installed."""
     check_loss_options(**options.loss_options())
@@ -431,30 +428,30 @@ def check(options: RunOptions) -> None:
         require_one_of("dtype", options.dtype, ("float32", "bfloat16"))
     require_finite("reward_scale", options.reward_scale)
     if options.temperature == 0:
-        raise _wrong("--temperature", "must be positive: the student's own answers are sampled")
+        raise wrong("--temperature", "must be positive: the student's own answers are sampled")
     if options.save == "adapter" and not options.lora:
-        raise _wrong("--save", "adapter needs --lora: without it all weights are trained")
+        raise wrong("--save", "adapter needs --lora: without it all weights are trained")
     _check_teachers(options)
     _check_student_as_teacher(options)
     _check_cache(options)
     if options.reward_scale != 1 and not options.ref:
-        raise _wrong(
+        raise wrong(
             "--ref",
             f"must be given for --reward-scale {options.reward_scale:g}: only 1 does without a reference. Usually it "
             "is the student before training: --ref student",
         )
     if options.completion_column and options.lmbda == 1:
-        raise _wrong("--completion-column", "is an option of --lmbda below 1: the student samples all answers")
+        raise wrong("--completion-column", "is an option of --lmbda below 1: the student samples all answers")
     if options.ref_prompt_column and not options.ref:
-        raise _wrong("--ref-prompt-column", "is what the reference reads: it needs --ref")
+        raise wrong("--ref-prompt-column", "is what the reference reads: it needs --ref")
     for reading in options.readings().values():
         reading.check()
     if options.eval_every is not None and not options.eval_prompts:
-        raise _wrong("--eval-every", "is an option of --eval-prompts")
+        raise wrong("--eval-every", "is an option of --eval-prompts")
     for name in ("prompts", "eval_prompts"):
         file = getattr(options, name)
         if (file or name == "prompts") and not Path(file).is_file():
-            raise _wrong(flag(name), f"there is no file {file}")
+            raise wrong(flag(name), f"there is no file {file}")
     for option, name in (("--student", options.student), ("--ref", options.ref)):
         _check_model(option, name, options.lora)
     _check_packages(options)
@@ -462,23 +459,23 @@ def check(options: RunOptions) -> None:
 
 def _check_teachers(options: RunOptions) -> None:
     if bool(options.teacher) == bool(options.teacher_server):
-        raise _wrong("--teacher", "give either --teacher (or several) or --teacher-server")
+        raise wrong("--teacher", "give either --teacher (or several) or --teacher-server")
     if options.cross_tokenizer and options.support == "student":
-        raise _wrong("--support", "student names the student's tokens, and the teacher has others (--cross-tokenizer)")
+        raise wrong("--support", "student names the student's tokens, and the teacher has others (--cross-tokenizer)")
     if options.teacher_server:
         _check_server(options)
         return
     if options.teacher_server_model:
-        raise _wrong("--teacher-server-model", "is an option of --teacher-server")
+        raise wrong("--teacher-server-model", "is an option of --teacher-server")
     if options.teacher_tokenizer:
-        raise _wrong("--teacher-tokenizer", "is an option of --teacher-server")
+        raise wrong("--teacher-tokenizer", "is an option of --teacher-server")
     routes = options.routes()
     if len(routes) < len(options.teacher):
-        raise _wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")
+        raise wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")
     if None in routes and len(routes) > 1:
-        raise _wrong("--teacher", "several teachers need a route each: --teacher ROUTE=MODEL")
+        raise wrong("--teacher", "several teachers need a route each: --teacher ROUTE=MODEL")
     if (None in routes) == bool(options.route_column):
-        raise _wrong(
+        raise wrong(
             "--route-column",
             "needs teachers with routes: --teacher ROUTE=MODEL"
             if options.route_column
@@ -491,19 +488,19 @@ def _check_teachers(options: RunOptions) -> None:
 def _check_student_as_teacher(options: RunOptions) -> None:
     moves, own = options.teacher_moves, STUDENT in options.routes().values()
     if moves and not own:
-        raise _wrong(moves.split()[0], "is an option of --teacher student, the student itself")
+        raise wrong(moves.split()[0], "is an option of --teacher student, the student itself")
     if options.teacher_ema is not None and not 0 < options.teacher_ema < 1:
-        raise _wrong(
+        raise wrong(
             "--teacher-ema",
             f"must be between 0 and 1, got {options.teacher_ema:g}: it is the decay d of d * average + (1 - d) * now",
         )
     if moves and options.teacher_cache:
-        raise _wrong(
+        raise wrong(
             "--teacher-cache", f"has no use for a teacher that changes ({moves}): what it scores it never scores again"
         )
     supervised = options.sft_weight and options.teacher_sync_steps != 1  # the frozen student is a penalty beside it
     if own and options.reward_scale == 1 and "teacher" not in options.readings() and not supervised:
-        raise _wrong(
+        raise wrong(
             "--teacher",
             "student reads the prompt that the student reads, so that at --reward-scale 1 both say the same and every "
             "gradient is 0: give it another prompt (--teacher-template, --teacher-system, --teacher-prompt-column)",
@@ -513,24 +510,24 @@ def _check_student_as_teacher(options: RunOptions) -> None:
 def _check_server(options: RunOptions) -> None:
     require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang", "openai"))
     if not options.teacher_server_model:
-        raise _wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
+        raise wrong("--teacher-server-model", "must be given: the name under which the server has the teacher")
     _check_head(options)
     if options.estimator == "full" and not options.teacher_server_head:
-        raise _wrong(
+        raise wrong(
             "--estimator",
             "full needs the teacher's whole vocabulary: a server gives sampled or topk, or with --teacher-server-head "
             "hidden states",
         )
     if options.route_column:
-        raise _wrong("--route-column", "needs several teachers, and --teacher-server is one")
+        raise wrong("--route-column", "needs several teachers, and --teacher-server is one")
     if options.cross_tokenizer and not options.server_tokenizer():
-        raise _wrong(
+        raise wrong(
             "--teacher-tokenizer",
             "must be given with --cross-tokenizer: the folder or hub name of the model behind the server, for its "
             "tokenizer (--teacher-server-head has it)",
         )
     if options.teacher_tokenizer and not options.cross_tokenizer:
-        raise _wrong("--teacher-tokenizer", "is an option of --cross-tokenizer")
+        raise wrong("--teacher-tokenizer", "is an option of --cross-tokenizer")
     _check_model("--teacher-tokenizer", options.teacher_tokenizer, options.lora)
 
 
@@ -539,34 +536,34 @@ def _check_head(options: RunOptions) -> None:
     head, states = options.teacher_server_head, options.teacher_server_states
     _check_model("--teacher-server-head", head, lora=0)
     if states and not head:
-        raise _wrong("--teacher-server-states", "needs --teacher-server-head, the teacher's folder")
+        raise wrong("--teacher-server-states", "needs --teacher-server-head, the teacher's folder")
     if not head:
         return
     require_one_of("teacher_server_api", options.teacher_server_api, ("vllm", "sglang"))
     if bool(states) != (options.teacher_server_api == "vllm"):
         what = "must be given: the folder into which vLLM writes hidden states" if not states else "is vLLM's"
-        raise _wrong("--teacher-server-states", what)
+        raise wrong("--teacher-server-states", what)
 
 
 def _check_cache(options: RunOptions) -> None:
     if options.teacher_cache_gib is not None:
         if not options.teacher_cache:
-            raise _wrong("--teacher-cache-gib", "is an option of --teacher-cache")
+            raise wrong("--teacher-cache-gib", "is an option of --teacher-cache")
         require_finite("teacher_cache_gib", options.teacher_cache_gib)
         if options.teacher_cache_gib == 0:
-            raise _wrong("--teacher-cache-gib", "must be positive")
+            raise wrong("--teacher-cache-gib", "must be positive")
     if options.teacher_cache and options.teacher_server and options.support == "student":
-        raise _wrong("--teacher-cache", "has no use with --support student, whose tokens are others at every step")
+        raise wrong("--teacher-cache", "has no use with --support student, whose tokens are others at every step")
 
 
 def _check_model(option: str, name: str, lora: int) -> None:
     adapter = adapter_path(name)
     if adapter is not None:
         if option == "--student":
-            raise _wrong(option, f"must be a model, got {name}: an adapter is on the student's base")
+            raise wrong(option, f"must be a model, got {name}: an adapter is on the student's base")
         if not lora:
             what = f"{name} is an adapter on the student's base, which training all weights changes: give --lora"
-            raise _wrong(option, what)
+            raise wrong(option, what)
         name = adapter
     if name not in ("", STUDENT, "smollm2"):
         with naming(option):

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from ... import installing
 from ...integrations.hub import STUDENT, adapter_path, is_folder
 from ..distill.readings import Reading, readings_of
-from ..parameters import json_object, naming, panel, require_finite, require_one_of, require_packages
+from ..parameters import json_object, naming, panel, require_finite, require_one_of, require_packages, wrong
 
 MODELS, TEXTS, SAMPLING = panel("Models and page"), panel("Texts"), panel("Answers and scores")
 OTHERS, CHAT = panel("Prompts of the frozen models"), panel("Chat template")
@@ -80,37 +78,33 @@ class InspectOptions:
         """Raise for options that contradict each other, missing files and packages that are not installed."""
         for name in ("student", "teacher"):
             if not getattr(self, name):
-                raise _wrong(f"--{name}", "must be given")
+                raise wrong(f"--{name}", "must be given")
         if bool(self.prompts) == bool(self.texts):
-            raise _wrong("--prompts", "give either --prompts, to be answered, or --texts, which have answers")
+            raise wrong("--prompts", "give either --prompts, to be answered, or --texts, which have answers")
         if self.completion_column and not self.texts:
-            raise _wrong("--completion-column", "is an option of --texts")
+            raise wrong("--completion-column", "is an option of --texts")
         if not self.path.is_file():
-            raise _wrong(self.file_option, f"there is no file {self.path}")
+            raise wrong(self.file_option, f"there is no file {self.path}")
         if self.dtype:
             require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
         require_finite("reward_scale", self.reward_scale)
         require_finite("temperature", self.temperature)
         if self.temperature <= 0:
-            raise _wrong("--temperature", f"must be positive, got {self.temperature:g}")
+            raise wrong("--temperature", f"must be positive, got {self.temperature:g}")
         if self.reward_scale != 1 and not self.ref:
-            raise _wrong("--ref", f"must be given for --reward-scale {self.reward_scale:g}: only 1 does without")
+            raise wrong("--ref", f"must be given for --reward-scale {self.reward_scale:g}: only 1 does without")
         if self.ref_prompt_column and not self.ref:
-            raise _wrong("--ref-prompt-column", "is an option of --ref")
+            raise wrong("--ref-prompt-column", "is an option of --ref")
         for reading in self.readings().values():
             reading.check()
         json_object("chat_template_kwargs", self.chat_template_kwargs)
         for role, name in self.models().items():
             option, adapter = f"--{role}", adapter_path(name)
             if role == "student" and adapter is not None:
-                raise _wrong(option, f"must be a model, or the folder of an adapter with its base in it, got {name}")
+                raise wrong(option, f"must be a model, or the folder of an adapter with its base in it, got {name}")
             if (adapter or name) != "smollm2":
                 with naming(option):
                     is_folder(option, adapter or name)
         needed = ["transformers", "trl", "datasets", "jinja2", "matplotlib"]
         needed += ["peft"] if any(adapter_path(name) for name in self.models().values()) else []
         require_packages("inspect", needed, installing.extra("train"))
-
-
-def _wrong(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=option)

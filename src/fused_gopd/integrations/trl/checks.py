@@ -80,6 +80,30 @@ def check_kind(name: str, model: object, temperature: float) -> None:
         )
 
 
+def check_reference(args: Any, ref_model: Model | None, *, has_function: bool) -> None:
+    """Raise for a reference that is missing or no model, and for lambda given twice.
+
+    Args:
+        args: the trainer's configuration.
+        ref_model: the reference.
+        has_function: whether a ``reward_scale_fn`` gives lambda.
+    """
+    scale = f"reward_scale={args.reward_scale}"
+    if args.reward_scale_end is not None:
+        scale += f" to reward_scale_end={args.reward_scale_end}"
+    if has_function and args._needs_reference:
+        raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
+    if ref_model is not None:
+        check_kind("ref_model", ref_model, args.temperature)
+    elif has_function or args._needs_reference or args._penalty is not None:
+        what = "a reward_scale_fn" if has_function else scale if args._needs_reference else args._penalty
+        raise ValueError(
+            f"ref_model must be given for {what}: only reward_scale=1 without a KL penalty does without a reference. "
+            'It is usually the student before training: ref_model="student", or, for a new PEFT adapter, '
+            'ref_model="base", which needs no copy'
+        )
+
+
 def open_cache(args: Any, models: Mapping[str, Model | None]) -> TeacherCache | None:
     """The cache of ``args``; raises for a scorer, whose weights the trainer cannot see."""
     if args.teacher_cache is None:

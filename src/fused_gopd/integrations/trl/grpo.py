@@ -59,10 +59,16 @@ class GRPOGOPDMixin(ScoringMixin):
     ) -> None:
         args = resolve_config(GRPOGOPDConfig, args, model, "GRPO")
         datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
-        peft_config = trainer_arguments.get("peft_config")
-        prompts = {"teacher": teacher_prompt, "ref_model": ref_prompt}
         self._validate(
-            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
+            model,
+            trainer_arguments.get("peft_config"),
+            args,
+            teacher=cast("Any", teacher),
+            ref_model=ref_model,
+            reward_scale_fn=reward_scale_fn,
+            advantage_fn=advantage_fn,
+            datasets=datasets,
+            prompts={"teacher": teacher_prompt, "ref_model": ref_prompt},
         )
         self._begin_reports()
         if reward_funcs is None and args.outcome_weight == 0:

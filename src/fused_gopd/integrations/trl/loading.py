@@ -27,6 +27,7 @@ from .checks import (
     Model,
     check_column,
     check_kind,
+    check_reference,
     check_routes,
     check_scored_tokens,
     check_student_as_teacher,
@@ -133,6 +134,7 @@ class LoadingMixin(PhasesMixin):
         student: str | nn.Module,
         peft_config: Any,
         args: Options,
+        *,
         teacher: Model | Mapping[Any, Model],
         ref_model: Model | None,
         reward_scale_fn: Callable[[int], float | RewardScaleFn] | None,
@@ -148,20 +150,7 @@ class LoadingMixin(PhasesMixin):
         loaded = any(isinstance(x, str) and adapter_path(x) is None and not is_own(x) for x in routes.values())
         if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
-        scale = f"reward_scale={args.reward_scale}"
-        if args.reward_scale_end is not None:
-            scale += f" to reward_scale_end={args.reward_scale_end}"
-        if reward_scale_fn is not None and args._needs_reference:
-            raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
-        if ref_model is not None:
-            check_kind("ref_model", ref_model, cast("Any", args).temperature)
-        elif reward_scale_fn is not None or args._needs_reference or args._penalty is not None:
-            what = scale if args._needs_reference else args._penalty
-            raise ValueError(
-                f"ref_model must be given for {'a reward_scale_fn' if reward_scale_fn is not None else what}: only "
-                "reward_scale=1 without a KL penalty does without a reference. It is usually the student before "
-                'training: ref_model="student", or, for a new PEFT adapter, ref_model="base", which needs no copy'
-            )
+        check_reference(args, ref_model, has_function=reward_scale_fn is not None)
         if isinstance(student, nn.Module):
             for name, source in {**teachers, "ref_model": ref_model}.items():
                 if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):

@@ -127,10 +127,16 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             raise TypeError("GOPDTrainer has no argument teacher_model: it is called teacher, and may be a dict")
         args = resolve_config(GOPDConfig, args, model, "GOPD")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        peft_config = trainer_arguments.get("peft_config")
-        prompts = {"teacher": teacher_prompt, "ref_model": ref_prompt}
         self._validate(
-            model, peft_config, args, cast("Any", teacher), ref_model, reward_scale_fn, advantage_fn, datasets, prompts
+            model,
+            trainer_arguments.get("peft_config"),
+            args,
+            teacher=cast("Any", teacher),
+            ref_model=ref_model,
+            reward_scale_fn=reward_scale_fn,
+            advantage_fn=advantage_fn,
+            datasets=datasets,
+            prompts={"teacher": teacher_prompt, "ref_model": ref_prompt},
         )
         self._begin_reports()
         if args.cross_tokenizer and trainer_arguments.get("tools"):
