@@ -44,7 +44,7 @@ FRAMEWORKS = (
     "liger-kernel",
 )
 EXTRAS = {
-    "train": "trainers of TRL, fused-gopd distill and demo",
+    "train": "trainers of TRL, fused-gopd distill, inspect and demo",
     "models": "models of transformers, fused-gopd reproduce",
     "bench": "fused-gopd bench",
     "triton": "the kernels for GPUs",

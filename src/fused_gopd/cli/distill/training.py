@@ -21,20 +21,15 @@ from ...integrations.hub import BASE, STUDENT, adapter_path
 from ...integrations.trl import GOPDConfig, GOPDTrainer, check_tokenizers
 from ...integrations.trl.phases import Phase
 from ...integrations.trl.report import FILE as REPORT
-from ...integrations.trl.rollouts import COMPLETION
 from .. import durable, quiet
 from ..outputs import OutputFolder
 from ..parameters import naming
 from ..processes import Processes
 from . import card, checkpoints, dryrun, figures, inputs, models, prompts, runfile
+from .dataset import columns_of, dataset_of, order_of
 from .interrupt import Abandoned, Interrupt
 from .options import FILE as OPTIONS_FILE
 from .options import RunOptions, resume_command, with_bases, write
-
-# of a prompt that is shown
-_SHOWN_CHARACTERS = 600
-# the route column of the dataset that the trainer gets, whatever its name in the file
-_ROUTE = "route"
 
 
 class MetricsCallback(TrainerCallback):
@@ -138,7 +133,7 @@ class DistillationRun:
             data = self._prompts(options.prompts)
             with self.display.loading("sizes and tokenizers of the models"):
                 known, tokenizer = self._read_models()
-            dataset = self._dataset(data, tokenizer, known, self._order(len(data.prompts)))
+            dataset = self._dataset(data, tokenizer, known)
             if options.eval_prompts:
                 self._held_out(tokenizer, known)
             self._inputs = self._read_inputs(0, False, False)
@@ -175,7 +170,7 @@ class DistillationRun:
             cache = self._cache()
             with self.display.loading("sizes and tokenizers of the models"):
                 known, tokenizer = self._read_models()
-            dataset = self._dataset(data, tokenizer, known, self._order(len(data.prompts)))
+            dataset = self._dataset(data, tokenizer, known)
             held_out = self._held_out(tokenizer, known) if options.eval_prompts else None
             self._inputs = self._read_inputs(done, resume, accept_changed_inputs)
             teacher = self._teacher(tokenizer, known[0].vocab)
@@ -287,25 +282,12 @@ class DistillationRun:
         options = self.options
         return prompts.read(Path(file), options.prompt_column, options.route_column, self._route_names())
 
-    def _order(self, count: int) -> list[int]:
-        """The prompt of each answer of the run: seeded permutations of all prompts, one after the other.
-
-        The whole run is one epoch: a resumed run need not repeat the shuffles of earlier epochs, and a longer run
-        begins with the prompts of the shorter one.
-        """
-        generator = torch.Generator().manual_seed(self.options.seed)
-        order: list[int] = []
-        needed = self.options.steps * self._answers
-        while len(order) < needed:
-            order += torch.randperm(count, generator=generator).tolist()
-        return order[:needed]
-
     def _held_out(self, tokenizer: Any, known: Sequence[models.Model]) -> Any:
         """The dataset of --eval-prompts, each prompt once."""
         try:
             data = self._prompts(self.options.eval_prompts)
             count = len(data.prompts)
-            found = self._dataset(data, tokenizer, known, range(count), training=False)
+            found = dataset_of(data, self.options, known, tokenizer, range(count), None)
         except typer.BadParameter as error:
             if error.param_hint == "--prompts":
                 error.param_hint = "--eval-prompts"
@@ -314,58 +296,10 @@ class DistillationRun:
             self.say(f"{count} evaluation prompts do not fill the batches of all processes: {over} count twice")
         return found
 
-    def _dataset(
-        self,
-        data: prompts.Prompts,
-        tokenizer: Any,
-        known: Sequence[models.Model],
-        order: Sequence[int],
-        training: bool = True,
-    ) -> Any:
-        """The rows of a file in an order, which may have a row several times or not at all."""
-        options = self.options
-        say = self.say if training else lambda text: None
-        lmbda = options.lmbda if training else 1.0
-        rows, chat = prompts.as_read(data, tokenizer, options.student, options.chat)
-        answered = sum(answer is not None for answer in data.answers)
-        if answered and lmbda == 1:
-            say(f"{answered} conversations end with an assistant's message: it is left out")
-        if not data.conversational and chat:
-            say("texts are taken for a user's messages, by the student's chat template (--no-chat: as they are)")
-        models.check_template_variables(tokenizer, rows, options.template_variables)
-        columns = {"prompt": rows} if data.routes is None else {"prompt": rows, _ROUTE: data.routes}
-        readings = {role: reading.of(data, rows, chat) for role, reading in options.readings().items()}
-        columns |= {f"{role}_prompt": read for role, read in readings.items()}
-        if lmbda < 1:
-            columns[COMPLETION] = prompts.completions(data, options.completion_column)
-        try:
-            dataset: Any = importlib.import_module("datasets").Dataset.from_dict(columns)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise typer.BadParameter(
-                f"{data.path} has fields of messages that are of one type in some rows and of another in others: "
-                f"{models.first_line(error)}",
-                param_hint="--prompts",
-            ) from None
-        used = sorted(set(order))
-        numbers, parts = [data.rows[i] for i in used], dataset.select(used)
-        fixed: dict[str, Any] = {"new_tokens": options.max_new_tokens, "variables": options.template_variables}
-        own = [model for model in known if model.role not in readings]
-        models.check_prompts(parts["prompt"], numbers, str(data.path), own, tokenizer, **fixed)
-        if lmbda < 1:
-            models.check_completions(parts, numbers, str(data.path), tokenizer, **fixed)
-        for role, reading in options.readings().items():
-            read, where = parts[f"{role}_prompt"], f"{data.path} ({reading.owner} prompts)"
-            names = options.routes().values() if role == "teacher" else [options.ref]
-            as_student = any(adapter_path(name) is not None or name == STUDENT for name in names)
-            own = [model for model in known if model.role == role]
-            if as_student or not own or any(model.own_tokenizer is None for model in own):
-                own.insert(0, known[0] if as_student else replace(known[0], positions=None))
-            words = own[0].own_tokenizer or tokenizer
-            models.check_prompts(read, numbers, where, own, words, **fixed)
-            text = models.rendered(read[0], words, options.template_variables)
-            shown = repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
-            say(f"row {numbers[0]}, as {reading.reader} reads it: {shown}")
-        return dataset.select(order)
+    def _dataset(self, data: prompts.Prompts, tokenizer: Any, known: Sequence[models.Model]) -> Any:
+        """The prompt of each answer of the run."""
+        order = order_of(len(data.prompts), self.options.steps * self._answers, self.options.seed)
+        return dataset_of(data, self.options, known, tokenizer, order, self.say)
 
     def _teacher(self, tokenizer: Any, vocab_size: int) -> Any:
         """A model's path, a dict of paths by route, or the scorer of a server."""
@@ -410,14 +344,12 @@ class DistillationRun:
         """``evaluates``: before the first step. ``own`` replaces what the options give."""
         options, gpu = self.options, torch.cuda.is_available()
         loaded = any(adapter_path(model) is None and model != STUDENT for model in options.routes().values())
-        columns: dict[str, Any] = {f"{role}_prompt_column": f"{role}_prompt" for role in options.readings()}
         try:
             given = dict(
                 output_dir=str(self.checkpoints.partial),
                 reward_scale=options.reward_scale,
                 **options.loss_options(),
-                route_column=_ROUTE if options.route_column else None,
-                **columns,
+                **columns_of(options),
                 cross_tokenizer=options.cross_tokenizer,
                 teacher_ema=options.teacher_ema,
                 teacher_sync_steps=options.teacher_sync_steps,
