@@ -462,7 +462,7 @@ class DistillationRun:
         return options.ref if adapter_path(options.ref) is not None else self._load(options.ref)
 
     def _own(self, teacher: Any) -> Any:
-        """A teacher as the trainer takes it: where ``"student"`` does not move, what it was at first in its place."""
+        """The trainer's argument for a teacher: for a ``"student"`` that does not move, the student before training."""
         if not isinstance(teacher, str) or teacher != STUDENT or self.options.teacher_moves:
             return teacher
         return self._initial_student

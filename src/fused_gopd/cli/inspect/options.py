@@ -58,7 +58,7 @@ class InspectOptions:
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat templates get beside the messages."""
+        """The variables of the chat templates."""
         return json_object("chat_template_kwargs", self.chat_template_kwargs)
 
     def models(self) -> dict[str, str]:

@@ -37,7 +37,7 @@ from .options import InspectOptions
 T = TypeVar("T")
 
 _ROLES = {"student": "the student", "teacher": "the teacher", "ref": "the reference"}
-# means over all tokens that are said at the end
+# metrics whose means over all tokens are shown at the end
 _SAID = {
     "reward": "reward",
     "kl_teacher_k3": "KL to the teacher (k3)",
@@ -263,7 +263,7 @@ class Inspection:
 
     @torch.no_grad()
     def _loss(self, student: Any, rows: list[_Row], scores: Mapping[str, Tensor]) -> GOPDOutput:
-        """The loss, for what it knows of each token."""
+        """The loss of a batch, whose output has the log-probs, entropy and advantage of each token."""
         head, token_ids, mask = self._head(student, "student", rows)
         return gopd_loss(
             head,

@@ -46,7 +46,7 @@ class ReportingMixin(PhasesMixin):
     state: Any
     _watch: Watch | None = None
     warn: Callable[[str], None] = staticmethod(logger.warning)
-    """Tells of a warning when it is found; on the main process alone."""
+    """Shows a warning when it is found, in the log; called on the main process only."""
 
     def _begin_reports(self) -> None:
         """Nothing is known yet. Called once, before models are loaded: they may be warned of."""

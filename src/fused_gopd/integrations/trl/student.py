@@ -16,7 +16,7 @@ FILE = "student_copies.safetensors"
 
 
 class StudentCopy:
-    """A copy of the student in the memory of what is trained: all weights, or those of an adapter.
+    """A frozen copy of the student, with tensors of its own for what is trained: all weights, or those of an adapter.
 
     Args:
         student: the model, not wrapped.

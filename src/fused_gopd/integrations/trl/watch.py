@@ -20,21 +20,20 @@ Row = Mapping[str, Any]
 _WINDOW = 5
 # Up to so many rows the rules are applied at each, then whenever there is a hundredth more: they read all rows.
 _EACH_ROW = 100
-# Cut-off completions: how much their share has to rise, to which share, and where there is no rise, which share of how
-# many completions.
-_RISE, _RISEN = 0.25, 0.5
-_CUT, _CUT_OF = 0.95, 256
-# The distance to the target, the standard deviation of log u - log p, that is left once the student has moved as far
-# from the reference as it was from the teacher: 0.03 to 0.61 of the first where it learns, 0.8 to 1.3 where it fails.
-_LEFT = 0.75
-# Nats a token from the reference, below which nothing is said of lambda and of a reward that runs away.
-_MOVED = 0.1
-# The rise of the reward over the KL to the teacher at first.
-_GAINED = 0.25
-# The KL to the teacher over the least that it was, and that to the reference over what it was then.
-_AWAY, _AWAY_FROM_REF = 1.4, 2.0
-# k3 of the engine's log-probs against the student's, nats a token; the share of the samples that weights leave; the
-# share of tokens that they mask.
+# Share of cut-off completions: its least rise, and the least share in the last rows.
+_CUT_RISE, _CUT_LAST = 0.25, 0.5
+# The same without a rise: the least share, and of how many completions.
+_CUT_ALWAYS, _CUT_COUNT = 0.95, 256
+# Distance to the target (KL, or standard deviation of log u - log p), last over first, once the student has moved as
+# far from the reference as it was from the teacher: 0.03 to 0.61 where it learns, 0.8 to 1.3 where it fails.
+_DISTANCE_LEFT = 0.75
+# KL to the reference, nats a token, below which there is no warning of lambda, nor of a reward that runs away.
+_LEAST_KL_REF = 0.1
+# Rise of the reward, over the first KL to the teacher.
+_REWARD_RISE = 0.25
+# KL to the teacher, over its least value; KL to the reference, over its value at that time.
+_KL_TEACHER_RISE, _KL_REF_RISE = 1.4, 2.0
+# KL of the engine to the student (k3), nats a token; effective sample size; share of tokens that weights mask.
 _MISMATCH, _EFFECTIVE, _MASKED = 0.05, 0.5, 0.5
 
 
@@ -54,7 +53,7 @@ def other_ends(
     teacher: Sequence[int],
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> str | None:
-    """What is said of a teacher that ends its answers with another token than the student.
+    """The warning of a teacher that ends its answers with another token than the student, or None.
 
     Args:
         name: what messages call the teacher.
@@ -110,14 +109,14 @@ def _ends(values: Sequence[float]) -> tuple[float, float] | None:
 def _cut_off(rows: Sequence[Row], setting: Setting) -> str | None:
     shares = _values(rows, "completions/clipped_ratio")
     cap, found = setting.max_completion_length, _ends(shares)
-    if found is not None and found[1] >= _RISEN and found[1] - found[0] >= _RISE:
+    if found is not None and found[1] >= _CUT_LAST and found[1] - found[0] >= _CUT_RISE:
         return (
             f"the share of completions that are cut off at max_completion_length={cap} has risen from {found[0]:.0%} "
             f"to {found[1]:.0%}: the student no longer ends its answers. Compare the tokens with which student and "
             "teacher end them, or train for fewer steps or with a lower learning rate"
         )
     count = setting.completions_per_step * rows[-1].get("step", 0)
-    if shares and count >= _CUT_OF and fmean(shares) >= _CUT:
+    if shares and count >= _CUT_COUNT and fmean(shares) >= _CUT_ALWAYS:
         return (
             f"{fmean(shares):.0%} of {count:.0f} completions were cut off at max_completion_length={cap}: the student "
             "is not trained on how answers go on and end. Raise max_completion_length, or leave out prompts with long "
@@ -154,8 +153,8 @@ def _beyond(rows: Sequence[Row], setting: Setting) -> str | None:
         return None
     (first, last), (teacher, _), (_, ref), (before, reward) = cast("list[tuple[float, float]]", found)
     scale = same[-1]["gopd/reward_scale"]
-    moved = ref >= max(_MOVED, teacher) and reward - before >= _GAINED * teacher
-    if scale <= 1 or not moved or last < _LEFT * first:
+    moved = ref >= max(_LEAST_KL_REF, teacher) and reward - before >= _REWARD_RISE * teacher
+    if scale <= 1 or not moved or last < _DISTANCE_LEFT * first:
         return None
     what = "KL" if exact else "standard deviation of log u - log p"
     return (
@@ -175,9 +174,9 @@ def _runs_away(rows: Sequence[Row], setting: Setting) -> str | None:
     last = len(teacher) - window
     least = min(range(0, last, window // _WINDOW), key=lambda i: fmean(teacher[i : i + window]))
     then, now = ([fmean(x[i : i + window]) for x in (teacher, ref, reward)] for i in (least, last))
-    if now[0] < _AWAY * then[0] or now[1] < max(_MOVED, _AWAY_FROM_REF * then[1]):
+    if now[0] < _KL_TEACHER_RISE * then[0] or now[1] < max(_LEAST_KL_REF, _KL_REF_RISE * then[1]):
         return None
-    if now[2] - then[2] < _GAINED * then[0]:
+    if now[2] - then[2] < _REWARD_RISE * then[0]:
         return None
     return (
         f"the reward rises (from {then[2]:.2g} to {now[2]:.2g} nats a token) while the student runs away from the "
