@@ -333,5 +333,5 @@ def _base(place: str) -> str:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as TRL's trainer has them."""
+    """The tokens that end an answer: the tokenizer's, and those of the model."""
     return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *ends_of(model)] if i is not None))
