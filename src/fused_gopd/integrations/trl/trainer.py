@@ -224,7 +224,10 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
             return None
         for row in inputs:
             if row.get(COMPLETION) is None:
-                raise ValueError(f"lmbda={self.args.lmbda} needs a column {COMPLETION!r}, and a row has none: {row}")
+                raise ValueError(
+                    f"lmbda={self.args.lmbda} needs a column {COMPLETION!r}, and a row has none, or None in it: it has "
+                    f"{', '.join(row)}"
+                )
             if row.get("image") is not None or row.get("images"):
                 raise ValueError(f"lmbda={self.args.lmbda} is for texts, and a row has images")
         return [(row["prompt"], row[COMPLETION]) for row in inputs]
