@@ -218,6 +218,7 @@ Case = Callable[[Files], list[str]]
 WRONG: dict[str, tuple[Case, str]] = {
     "no student": (lambda f: ["--student", ""], "--student: must be given"),
     "no teacher": (lambda f: ["--teacher", ""], "--teacher: must be given"),
+    "itself": (lambda f: ["--teacher", "student"], "--teacher: student reads the prompt that the student reads"),
     "both": (lambda f: ["--prompts", f.prompts], "--prompts: give either --prompts, to be answered, or --texts"),
     "neither": (lambda f: ["--texts", ""], "--prompts: give either --prompts"),
     "no file": (lambda f: ["--texts", "nowhere.jsonl"], "--texts: there is no file nowhere.jsonl"),

@@ -606,11 +606,16 @@ def test_checkpoints_come_with_our_card_which_replaces_nobody_elses(tmp_path: Pa
     assert not card.is_unchanged(text.replace("1.25", "2.5"))
 
 
-def test_a_card_names_models_and_no_paths(tmp_path: Path) -> None:
+def test_a_card_names_models_and_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = model(0)
     named.config._name_or_path = str(tmp_path)
     found = [card.name_of(x) for x in (named, str(tmp_path), "org/model", lengths, functools.partial(lengths))]
     assert found == [tmp_path.name, tmp_path.name, "org/model", "a scorer, lengths", "a scorer, partial"]
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    assert [card.name_of(x) for x in (".", "..")] == ["model", "run"]
+    (tmp_path / "run" / "fused-gopd.json").write_text("{}")  # as fused-gopd distill does
+    assert [card.name_of(x) for x in (".", str(tmp_path / "run" / "model"))] == ["run/model"] * 2
     assert [card.hub_name(x) for x in ("org/model", str(tmp_path), "gpt2", "", "a/b/c")] == ["org/model"] + [None] * 4
 
 

@@ -95,6 +95,12 @@ class InspectOptions:
             raise wrong("--ref", f"must be given for --reward-scale {self.reward_scale:g}: only 1 does without")
         if self.ref_prompt_column and not self.ref:
             raise wrong("--ref-prompt-column", "is an option of --ref")
+        if self.teacher == STUDENT and not self.ref and not self.readings():
+            raise wrong(
+                "--teacher",
+                "student reads the prompt that the student reads, so that both say the same of every token: give it "
+                "another prompt (--teacher-template, --teacher-system, --teacher-prompt-column), or a --ref",
+            )
         for reading in self.readings().values():
             reading.check()
         json_object("chat_template_kwargs", self.chat_template_kwargs)

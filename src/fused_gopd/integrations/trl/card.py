@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,15 @@ from .logs import TIMES, row_name
 Lines = list[tuple[str, str]]
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "tokenizers")
+_OF_RUN = "fused-gopd.json"  # in the folder of a run, the list of what it wrote
 _MEANS_OF = 10  # rows to average at either end
 _END = re.compile(r"\n<!-- fused-gopd, (\w{64}) -->\n\Z")
 
 
 def name_of(model: Any, moves: str | None = None) -> str:
     """Name of a model for a card: on the hub, of its folder without the path (which may name people), or its class.
+
+    What a run of ``fused-gopd distill`` left is ``RUN/model``: all runs have a ``model``.
 
     ``moves``: how a teacher "student" follows the student.
     """
@@ -42,7 +46,11 @@ def name_of(model: Any, moves: str | None = None) -> str:
             return "the student without its adapter"
         return f"the student itself, {moves}" if moves else "the student before training"
     if isinstance(model, str):
-        return Path(model).name if Path(model).expanduser().is_dir() else model
+        if not Path(model).expanduser().is_dir():
+            return model
+        folder = Path(os.path.abspath(Path(model).expanduser()))
+        run = folder.parent
+        return f"{run.name}/{folder.name}" if (run / _OF_RUN).is_file() else folder.name
     return f"a scorer, {getattr(model, '__name__', type(model).__name__)}"
 
 
