@@ -86,6 +86,10 @@ def test_every_option_of_a_run_can_be_in_a_file(tmp_path: Path) -> None:
         ("chat-template-kwargs: {a: 2026-01-01}", "chat-template-kwargs must be what JSON has"),
         ("chat-template-kwargs: &a {b: *a}", "chat-template-kwargs must be what JSON has"),
         ("chat-template-kwargs: '{'", "must be a JSON object, got '{'"),
+        ("chat-template-kwargs: {a: .nan}", "chat-template-kwargs must be what JSON has"),
+        ("chat-template-kwargs:\n  a: [{b: 1, b: 2}]", "line 2: 'b' is there twice"),
+        ("teacher: {a=b: c}", "line 1: the name of a route has no =, got 'a=b'"),
+        pytest.param("x: " + "[" * 3000, "is not YAML: maximum recursion depth exceeded", id="brackets"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, said: str) -> None:

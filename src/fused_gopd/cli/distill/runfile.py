@@ -34,7 +34,7 @@ def _read(path: Path) -> dict[str, Any]:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}", param_hint=_HINT) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # thousands of brackets
         said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         quotes = "a text that begins with { or [, or that has a colon and a space, needs quotes"
         raise typer.BadParameter(f"{path} is not YAML: {said} ({quotes})", param_hint=_HINT) from None
@@ -75,8 +75,12 @@ def _value(path: Path, key: str, name: str, node: Any) -> Any:
     if node.tag == "tag:yaml.org,2002:null":
         return None
     if name in RunOptions.names(JSON):
+        if not _is_nested(node):
+            return node.value
         try:
-            return json.dumps(yaml.SafeLoader("").construct_document(node)) if _is_nested(node) else node.value
+            found = json.dumps(yaml.SafeLoader("").construct_document(node), allow_nan=False)
+            _require_single(path, node)
+            return found
         except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # dates, recursive anchors, tags
             line = node.start_mark.line + 1
             wrong = f"{path}, line {line}: {key} must be what JSON has: {' '.join(str(error).split())}"
@@ -87,8 +91,24 @@ def _value(path: Path, key: str, name: str, node: Any) -> Any:
         return [_text(path, key, each) for each in node.value]
     if isinstance(node, yaml.MappingNode):
         routes = _entries(path, node, "")
+        if (wrong := next((route for route in routes if "=" in route), None)) is not None:
+            line = node.start_mark.line + 1
+            raise typer.BadParameter(
+                f"{path}, line {line}: the name of a route has no =, got {wrong!r}", param_hint=_HINT
+            )
         return [f"{route}={_text(path, key, each)}" for route, each in routes.items()]
     return [_text(path, key, node)]
+
+
+def _require_single(path: Path, node: Any) -> None:
+    """Raise for a key that is twice in a mapping, at any depth; the node has no cycle."""
+    yaml: Any = importlib.import_module("yaml")
+    if isinstance(node, yaml.MappingNode):
+        for each in _entries(path, node, "").values():
+            _require_single(path, each)
+    elif isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _require_single(path, each)
 
 
 def _is_nested(node: Any) -> bool:
