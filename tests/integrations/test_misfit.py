@@ -175,3 +175,30 @@ def test_a_wrong_reference_and_a_wrong_teacher_of_a_route_are_named(tmp_path):
         tmp_path, lambda m: {route: make(m) for route, make in teachers.items()}, ref_model=uniform(model), **options
     )
     assert sorted(x.split(" gives")[0] for x in said) == ["ref_model", "teacher['code']"]
+
+
+def test_teachers_that_have_been_compared_cost_no_host_sync(tmp_path):
+    """A reference that lambda cancels is never compared: the teachers of the routes are, once."""
+    from test_trl import model, prompts, trainer
+
+    options = {"route_column": "route", "data": prompts(route=["math", "code"] * 4), "gradient_accumulation_steps": 1}
+    options |= {"per_device_train_batch_size": 8, "max_completion_length": 40, "max_steps": 4}
+    student = model(0)
+    student.generation_config.eos_token_id = [0]
+    teachers = {"math": near(model), "code": near(model)}
+    run = trainer(tmp_path, student=student, teacher=teachers, ref_model=model(2), **options)
+    read = []
+    compare = run._name_misfits
+
+    def compared(out, teacher, ref, index, batch):
+        class Read(list):
+            def __getitem__(self, i):
+                read.append(i)
+                return super().__getitem__(i)
+
+        compare(out, Read(teacher), ref, index, batch)
+
+    run._name_misfits = compared
+    run.train()
+    assert run._unchecked == {"ref_model"}
+    assert sorted(read) == [0, 1]

@@ -78,9 +78,9 @@ def _value(path: Path, key: str, name: str, node: Any) -> Any:
         if not _is_nested(node):
             return node.value
         try:
-            found = json.dumps(yaml.SafeLoader("").construct_document(node), allow_nan=False)
+            written = json.dumps(yaml.SafeLoader("").construct_document(node), allow_nan=False)
             _require_single(path, node)
-            return found
+            return written
         except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # dates, recursive anchors, tags
             line = node.start_mark.line + 1
             wrong = f"{path}, line {line}: {key} must be what JSON has: {' '.join(str(error).split())}"

@@ -172,7 +172,8 @@ class ReportingMixin(PhasesMixin):
         scored: list[tuple[str, Any, Tensor | None, Tensor]] = [("ref_model", ref, out.ref_logprobs, every)]
         for route, i in self._routes.items():
             rows = every if batch.teacher_index is None else batch.teacher_index == i
-            if teacher is not None and bool(rows.any()):
+            # what has been compared costs no host sync, which the index of the teacher is
+            if teacher is not None and teacher_name(route) in self._unchecked and bool(rows.any()):
                 source = teacher[int(index[rows][0])] if isinstance(teacher, list) else teacher
                 scored.append((teacher_name(route), source, out.teacher_logprobs, rows))
         for name, source, logprobs, rows in scored:
