@@ -91,11 +91,12 @@ def _value(path: Path, key: str, name: str, node: Any) -> Any:
         return [_text(path, key, each) for each in node.value]
     if isinstance(node, yaml.MappingNode):
         routes = _entries(path, node, "")
-        if (wrong := next((route for route in routes if "=" in route), None)) is not None:
-            line = node.start_mark.line + 1
-            raise typer.BadParameter(
-                f"{path}, line {line}: the name of a route has no =, got {wrong!r}", param_hint=_HINT
-            )
+        for route in routes:
+            if "=" in route:
+                line = node.start_mark.line + 1
+                raise typer.BadParameter(
+                    f"{path}, line {line}: the name of a route has no =, got {route!r}", param_hint=_HINT
+                )
         return [f"{route}={_text(path, key, each)}" for route, each in routes.items()]
     return [_text(path, key, node)]
 
