@@ -102,7 +102,8 @@ def test_what_happens_is_said(files: Files, tmp_path: Path) -> None:
     assert "1 steps of 4 answers to 5 prompts, λ = 1.25, full, all weights at 0.01" in output
     assert f"step 1/1  {figures.summary(row)}" in output
     assert f"KL to target {row['kl_target']:.3g} " in figures.summary(row)
-    assert "KL to q (k3) 0.2 " in figures.summary({"kl_teacher_k3": 0.2})
+    assert figures.summary({"kl_teacher_k3": 0.2}) == "KL to q (k3) 0.2"  # what the run does not have is left out
+    assert figures.summary({"reward": None, "length": 3.0}) == "reward –  length 3"  # NaN
     assert f"trained model: {tmp_path / 'run' / 'model'}" in output
 
 

@@ -42,13 +42,14 @@ class Record:
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """The four metrics that the progress line shows."""
+    """The metrics that a line shows, of four those that the run has (at λ = 1 no reward); – is NaN or infinity."""
     shown = []
     for name, title in _SHOWN:
         if row.get(name) is None and name in _ESTIMATED:
             name, title = _ESTIMATED[name]
-        shown.append((title, row.get(name)))
-    return "  ".join(f"{title} {'–' if value is None else format(value, '.3g')}" for title, value in shown)
+        if name in row:
+            shown.append(f"{title} {'–' if row[name] is None else format(row[name], '.3g')}")
+    return "  ".join(shown)
 
 
 def held_out(row: Mapping[str, Any]) -> str:
