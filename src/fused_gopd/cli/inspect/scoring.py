@@ -315,7 +315,8 @@ class Inspection:
     def _say(self, tokens: int, count: int, metrics: Any) -> None:
         found = metrics.to_dict()
         said = [f"{title} {found[name]:.3g}" for name, title in _SAID.items() if name in found]
-        self._line(f"{count} answers of {tokens} tokens; means: {', '.join(said)}")
+        answers = f"{count} answer{'s' * (count > 1)}"
+        self._line(f"{answers} of {tokens} tokens; means: {', '.join(said)}")
         self._line(f"the page: {self.output}")
 
     def _line(self, text: str) -> None:
