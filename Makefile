@@ -132,17 +132,19 @@ test-liger: build/liger
 		test/chunked_loss/test_jsd_loss.py test/transformers/test_fused_linear_jsd.py test/chunked_loss/test_grpo_loss.py; fi
 
 # TRL's own tests, with its trainers and with this package's in their place. The wheel of trl has none: TRL=<clone of its
-# repository at the version that is installed>. docs/integrations/trl.md says which of them give something else.
+# repository at the version that is installed>. They are copied, so that they import the installed trl and not the clone's.
+# build/trl-tests.json has each test's outcome on both; docs/integrations/trl.md says which give something else.
 TRL ?=
 TRL_TESTS ?= tests/test_distillation_trainer.py tests/test_grpo_trainer.py
 TRL_SELECT ?= not VLM and not vlm and not image and not Slow
 test-trl: $(VENV)/.test
 	test -n "$(TRL)" || { echo "TRL must be the folder of a clone of TRL's repository: make test-trl TRL=<clone>"; exit 2; }
-	mkdir -p build
-	for trainers in own fused; do (cd $(TRL) && TRL_TRAINERS=$$trainers PYTHONPATH=$(CURDIR)/tests/helpers:. OMP_NUM_THREADS=1 \
-		$(CURDIR)/$(BIN)/python -m pytest -q -p trl_tests -p no:cacheprovider -k "$(TRL_SELECT)" \
-		--junitxml=$(CURDIR)/build/trl-$$trainers.xml $(TRL_TESTS)) || true; done
-	$(BIN)/python tests/helpers/trl_tests.py build/trl-own.xml build/trl-fused.xml
+	rm -rf build/trl build/trl-*.xml && mkdir -p build/trl
+	cp -r $(TRL)/tests $(TRL)/scripts $(TRL)/pyproject.toml build/trl
+	for trainers in own fused; do (cd build/trl && TRL_TRAINERS=$$trainers PYTHONPATH=$(CURDIR)/tests/helpers OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -q --tb=short -p trl_tests -p no:cacheprovider -k "$(TRL_SELECT)" \
+		--junitxml=$(CURDIR)/build/trl-$$trainers.xml $(TRL_TESTS)) || [ $$? = 1 ] || exit 2; done
+	$(BIN)/python tests/helpers/trl_tests.py build/trl-own.xml build/trl-fused.xml build/trl-tests.json
 
 # A real inference server, in an environment of its own as a server has. Not part of CI: 3 GB, and minutes.
 .venv-server/.ready: tests/integrations/vllm-constraints.txt

@@ -1,18 +1,16 @@
 """TRL's own tests, unchanged, on the trainers of fused_gopd.integrations.trl; and without them, to compare.
 
-The wheel of trl has no tests: clone its repository at the version that is installed. Run from there::
-
-    TRL_TRAINERS=fused PYTHONPATH=tests/helpers pytest -p trl_tests <clone>/tests/test_distillation_trainer.py
-
-With ``TRL_TRAINERS=own`` the trainers stay TRL's. Models, tokenizers and texts of the hub are replaced by tiny ones
-that are made here, of the same classes, in a hub cache of their own; what is not there (images, other families) fails
-either way. ``python trl_tests.py <junit of own> <junit of fused>`` compares two runs. docs/integrations/trl.md has the
-results.
+The wheel of trl has no tests: ``make test-trl TRL=<clone of its repository>`` copies them from there, runs them twice
+with this file as a plugin of pytest, with ``TRL_TRAINERS`` ``own`` and ``fused``, and compares the two runs by
+``python trl_tests.py <junit of own> <junit of fused> <json>``. Models, tokenizers and texts of the hub are replaced by
+tiny ones that are made here, of the same classes, in a hub cache of their own; what is not there (images, other
+families) fails either way. docs/integrations/trl.md has the results.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -131,6 +129,17 @@ def _replace_datasets() -> None:
     datasets.load_dataset = load_dataset
 
 
+def _add_helpers() -> None:
+    """What the tests of an older clone import from trl.import_utils, and what is no longer there: is_NAME_available."""
+
+    def missing(name: str) -> Any:
+        if not (name.startswith("is_") and name.endswith("_available")):
+            raise AttributeError(name)
+        return lambda: importlib.util.find_spec(name[3 : -len("_available")]) is not None
+
+    vars(importlib.import_module("trl.import_utils"))["__getattr__"] = missing
+
+
 def _replace_trainers() -> None:
     import torch
     import trl
@@ -172,19 +181,33 @@ def _results(path: str) -> dict[str, tuple[str, str]]:
     for case in ElementTree.parse(path).iter("testcase"):
         kinds = {child.tag: child.get("message") or "" for child in case}
         kind = next((x for x in ("error", "failure", "skipped") if x in kinds), "passed")
-        found[f"{case.get('classname')}::{case.get('name')}"] = kind, kinds.get(kind, "")
+        name = f"{(case.get('classname') or '').split('.')[-1]}::{case.get('name')}"
+        found[name] = kind, next(iter(kinds.get(kind, "").splitlines()), "")[:200]
     return found
 
 
-def _compare(own: str, fused: str) -> int:
-    """Print how many tests do what they do without this package, and those that do not."""
-    before, after = _results(own), _results(fused)
-    print("TRL's trainers:", dict(Counter(kind for kind, _ in before.values())))
-    print("this package's:", dict(Counter(kind for kind, _ in after.values())))
-    different = [name for name in before if before[name][0] != after.get(name, ("absent", ""))[0]]
-    for name in different:
-        print(f"  {name}: {before[name][0]} -> {after[name][0]}  {after[name][1][:200]}")
-    return len(different)
+def _compare(own: str, fused: str, output: str) -> int:
+    """Write each test's outcome on both trainers into `output`; print how many there are, and those that differ."""
+    sides = {"TRL's": _results(own), "this package's": _results(fused)}
+    for trainers, results in sides.items():
+        print(f"{trainers} trainers: {dict(Counter(kind for kind, _ in results.values()))}")
+    before, after = sides.values()
+    tests: dict[str, dict[str, str]] = {}
+    different = 0
+    for name in before | after:
+        outcomes = [results.get(name, ("absent", "")) for results in sides.values()]
+        tests[name] = {"own": outcomes[0][0], "fused": outcomes[1][0]}
+        for side, (_, reason) in zip(("own", "fused"), outcomes, strict=True):
+            if reason:
+                tests[name][f"{side} reason"] = reason
+        if outcomes[0][0] != outcomes[1][0]:
+            different += 1
+            print(f"  {name}: {outcomes[0][0]} -> {outcomes[1][0]}  {outcomes[1][1]}")
+    Path(output).write_text(json.dumps(tests, indent=2) + "\n", encoding="utf-8")
+    if not any(kind == "passed" for kind, _ in before.values()):
+        print("No test passes on TRL's own trainers: there is nothing to compare.")
+        return 1
+    return different
 
 
 if __name__ == "__main__":
@@ -194,5 +217,6 @@ else:
     os.environ.update(HF_HOME=_home.name, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     _hub(Path(_home.name))
     _replace_datasets()
+    _add_helpers()
     if os.environ.get("TRL_TRAINERS", "fused") == "fused":
         _replace_trainers()
