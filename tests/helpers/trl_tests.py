@@ -152,6 +152,7 @@ def _replace_trainers() -> None:
     class DistillationTrainer(GOPDTrainer):  # type: ignore[misc]
         def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, *more: Any, **named: Any) -> None:
             super().__init__(model, teacher_model, args, *more, **named)
+            self.teacher_model = self._teachers[0]  # a test computes the loss from its logits
 
     def silent(input_ids: Any, attention_mask: Any, completion_mask: Any) -> fg.TokenLogProbs:
         return fg.TokenLogProbs(torch.zeros_like(completion_mask, dtype=torch.float32))
@@ -161,7 +162,7 @@ def _replace_trainers() -> None:
         gopd_weight: float = 0.0  # all is computed, and added with the weight 0
 
     class GRPOTrainer(GRPOGOPDTrainer):  # type: ignore[misc]
-        def __init__(self, model: Any, reward_funcs: Any, args: Any = None, *more: Any, **named: Any) -> None:
+        def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **named: Any) -> None:
             names = ("train_dataset", "eval_dataset", "processing_class")
             if args is None:
                 args = GRPOConfig(f"{model if isinstance(model, str) else 'model'}-GRPO".split("/")[-1])
@@ -182,7 +183,7 @@ def _results(path: str) -> dict[str, tuple[str, str]]:
         kinds = {child.tag: child.get("message") or "" for child in case}
         kind = next((x for x in ("error", "failure", "skipped") if x in kinds), "passed")
         name = f"{(case.get('classname') or '').split('.')[-1]}::{case.get('name')}"
-        found[name] = kind, next(iter(kinds.get(kind, "").splitlines()), "")[:200]
+        found[name] = kind, " ".join(kinds.get(kind, "").split())[:300]
     return found
 
 
