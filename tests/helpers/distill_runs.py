@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fused_gopd.cli import app
 
-runner = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
+runner = CliRunner(env={"COLUMNS": "2000", "NO_COLOR": "1", "TERM": "dumb"})  # no message is wrapped
 SENTENCES = ("why is the sky blue", "tell me a story of a dog", "how do I cook rice", "who are you", "count to ten")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
 
