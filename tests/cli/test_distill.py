@@ -357,6 +357,11 @@ def test_a_served_teacher_is_asked_once_for_what_the_cache_keeps(
         assert ["0 sequences were there, 16 were not" in x for x in said] == [True, False]
         assert "16 sequences were there, 0 were not" in said[1]
         assert_same_weights(tmp_path / "filling" / "model", tmp_path / "filled" / "model")
+        revised = [*remote, "--teacher-server-revision", "2"]
+        assert "8 sequences were there, 8 were not" in invoke(*small(files, tmp_path / "revised", *revised, steps=2))
+        assert "teacher (2), behind a server" in (tmp_path / "revised" / "model" / "README.md").read_text()
+        output = invoke("--resume", "--output", str(tmp_path / "revised"), "--teacher-server-revision", "3", code=2)
+        assert "was started with '2', got '3'" in output
         monkeypatch.setattr(type(server.model), "logprobs", lambda _, ids: [uniform] * len(ids))
         output = runner.invoke(app, ["distill", *small(files, tmp_path / "other", *remote, steps=2)]).output
         assert "'teacher' is not the teacher whose scores" in output

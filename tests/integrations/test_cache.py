@@ -284,6 +284,32 @@ def test_a_scorer_is_known_by_its_fingerprint_and_the_revision(tmp_path: Path) -
         cache.scorer(lambda *args: scorer(*args))
 
 
+def test_states_are_found_at_every_temperature(tmp_path: Path) -> None:
+    """A scorer with a head returns hidden states, which do not depend on the temperature of its head."""
+    teacher = model()
+
+    class States(Scorer):
+        def __init__(self, temperature: float) -> None:
+            super().__init__(teacher)
+            self.temperature, self.head = temperature, object()
+
+        def __call__(self, ids: Tensor, attention: Tensor, mask: Tensor) -> fg.LinearHead:
+            self.asked += len(ids)
+            states = last_hidden_state(teacher, ids, attention, keep=mask.shape[1]).detach()
+            return head_of(teacher, states, temperature=self.temperature)
+
+    cache, asked = TeacherCache(tmp_path), []
+    for temperature in (1.0, 0.5):
+        scorer = States(temperature)
+        cached = cache.scorer(scorer)
+        assert (cached.temperature, cached.head) == (temperature, scorer.head)
+        assert_same(cached(*batch()), States(temperature)(*batch()), batch()[2])
+        assert cached(*batch()).temperature == temperature
+        asked.append(scorer.asked)
+    assert asked == [3 + 1, 1]  # all, and one to see that it is the same
+    assert not hasattr(cache.scorer(), "temperature")
+
+
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_scorer_with_other_scores_than_before_is_an_error(top_k: int | None, tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path)
@@ -715,6 +741,19 @@ def test_a_cached_scorer_is_a_teacher_of_the_trainer(estimator: str, trl: Any, t
         trl.assert_same(live, trl.trained(tmp_path, teacher=cache.scorer(scorer), **options), 1e-5)
         cached = TeacherCache(tmp_path / "cache").scorer()
     trl.assert_same(live, trl.trained(tmp_path, teacher=cached, **options), 1e-5)
+
+
+def test_a_folder_has_one_cache_in_a_run(trl: Any, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", max_bytes=10**6)
+    teacher = cache.scorer(Scorer(trl.model(1)))
+    options = {"estimator": "sampled", "teacher_cache": str(tmp_path / "cache"), "teacher": teacher}
+    run = trl.trainer(tmp_path, **options)
+    assert run._cache is cache
+    run.train()
+    assert any("gopd/cache_hits" in row for row in run.state.log_history)
+    with pytest.raises(ValueError, match="must be that of teacher's cache in the same folder, 1000000, got 10"):
+        trl.trainer(tmp_path, teacher_cache_max_bytes=10, **options)
+    assert trl.trainer(tmp_path, **{**options, "teacher_cache": str(tmp_path / "other")})._cache is not cache
 
 
 def test_the_table_of_the_page_is_that_of_the_results() -> None:

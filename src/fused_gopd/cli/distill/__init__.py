@@ -14,7 +14,7 @@ import typer
 
 from ...integrations.addresses import split_userinfo
 from .. import outputs, quiet
-from ..parameters import with_options
+from ..parameters import flag, with_options, wrong
 from ..processes import Processes
 from ..threads import use_patient_threads
 from .checkpoints import relist
@@ -103,9 +103,10 @@ def _checked(
     else:
         options = for_new_run(output, given)
     if not options.teacher_server:
-        for name in ("api", "head", "states", "timeout", "patience", "key"):
-            if _was_given(context, f"teacher_server_{name}", environment=False):
-                raise typer.BadParameter("is an option of --teacher-server", param_hint=f"--teacher-server-{name}")
+        for name in (*given, "teacher_server_key"):
+            belongs = name.startswith("teacher_server_") or name == "teacher_tokenizer"
+            if belongs and _was_given(context, name, environment=False):
+                raise wrong(flag(name), "is an option of --teacher-server")
     return options
 
 

@@ -51,7 +51,8 @@ def _settings(
 
     found = [("base", with_digest("the student", card.name_of(options.student)))]
     if options.teacher_server:
-        found.append(("teacher", f"{options.teacher_server_model}, behind a server"))
+        revision = f" ({options.teacher_server_revision})" if options.teacher_server_revision else ""
+        found.append(("teacher", f"{options.teacher_server_model}{revision}, behind a server"))
     for route, model in options.routes().items():
         role = "the teacher" if route is None else f"the teacher of {route}"
         found.append((role.removeprefix("the "), with_digest(role, card.name_of(model, options.teacher_moves))))

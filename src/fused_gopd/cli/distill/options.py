@@ -98,6 +98,9 @@ class RunOptions:
     ] = None
     teacher_server: Annotated[str, SERVER(metavar="URL", help="A teacher behind an inference server."), MAY_CHANGE] = ""
     teacher_server_model: Annotated[str, SERVER(help="The name under which it serves the teacher.")] = ""
+    teacher_server_revision: Annotated[
+        str, SERVER(metavar="TEXT", help="What tells weights of one name there apart, such as a commit.")
+    ] = ""
     teacher_server_api: Annotated[str, SERVER(help="vllm, sglang or openai.")] = "vllm"
     teacher_server_head: Annotated[
         str,
@@ -465,10 +468,6 @@ def _check_teachers(options: RunOptions) -> None:
     if options.teacher_server:
         _check_server(options)
         return
-    if options.teacher_server_model:
-        raise wrong("--teacher-server-model", "is an option of --teacher-server")
-    if options.teacher_tokenizer:
-        raise wrong("--teacher-tokenizer", "is an option of --teacher-server")
     routes = options.routes()
     if len(routes) < len(options.teacher):
         raise wrong("--teacher", f"has a route twice, or several teachers without one: {', '.join(options.teacher)}")

@@ -179,7 +179,8 @@ class DistillationRun:
         interrupt = Interrupt(self.say, self.processes)
         if options.teacher_server:
             teacher = interrupt.scorer(teacher)
-            teacher = teacher if cache is None else cache.scorer(teacher)
+            if cache is not None:
+                teacher = cache.scorer(teacher, revision=options.teacher_server_revision or None)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             with self.display.loading(f"the student {options.student}"):
                 trainer = self._trainer(config, dataset, held_out, tokenizer, teacher)
@@ -191,7 +192,9 @@ class DistillationRun:
             trainer.add_callback(CheckpointCallback(self.checkpoints, self.output / OPTIONS_FILE, self.processes))
             with self.display.running(done):
                 self._train(trainer, interrupt)
-        self._describe_cache(cache, trainer)
+        if (cache := trainer._cache) is not None:
+            found, scored = (cache.stats()[name] for name in ("hits", "misses"))
+            self.say(f"{cache.path}: {found} sequences were there, {scored} were not; {cache.nbytes / 2**20:,.1f} MiB")
         finished = bool(trainer.state.global_step >= options.steps)
         if record is not None:
             self._end(trainer, tokenizer, record, len(data.prompts), finished)
@@ -225,12 +228,6 @@ class DistillationRun:
             raise typer.BadParameter(str(error).removeprefix("path "), param_hint="--teacher-cache") from None
         except OSError as error:
             raise typer.BadParameter(f"cannot be used: {error}", param_hint="--teacher-cache") from None
-
-    def _describe_cache(self, cache: Any, trainer: Any) -> None:
-        if cache is None:
-            return
-        found, scored = (cache.stats()[name] + trainer._cache.stats()[name] for name in ("hits", "misses"))
-        self.say(f"{cache.path}: {found} sequences were there, {scored} were not; {cache.nbytes / 2**20:,.1f} MiB")
 
     def _route_names(self) -> list[str]:
         return [route for route in self.options.routes() if route is not None]

@@ -44,6 +44,8 @@ _EMPTY = {"token_ids": -1}
 # How far a teacher's scores may be from what it gave before, in the mean over a sequence, before it is another teacher:
 # nats of log-probs, and the share of the states' norm. Both are several times what the order of sums makes in bfloat16.
 _SAME_LOGPROBS, _SAME_STATES = 0.2, 0.1
+# The attributes of a scorer that trainers look at.
+_LOOKED_AT = ("temperature", "top_k", "head", "tokenizer")
 
 
 class TeacherCacheError(RuntimeError):
@@ -121,7 +123,8 @@ class TeacherCache:
             head: for hidden states without a teacher: the path of the teacher's folder, of which only the head is read,
                 or what :func:`fused_gopd.integrations.checkpoint.load_head` read. The head of another model is an
                 error.
-            temperature: of that head, or of a model's. A scorer has its own.
+            temperature: of that head, or of a model's. A scorer has its own. Hidden states do not depend on it: those
+                of a model, or of a scorer with an attribute ``head``, are found at any.
 
         Raises:
             TypeError, ValueError: a wrong argument.
@@ -407,7 +410,7 @@ class CachedTeacher:
         self._known_weight: Tensor | None = None
         self._checked = teacher is None or isinstance(teacher, nn.Module)
         self._lock = None
-        attributes: dict[str, Any]  # what trainers look at
+        attributes: dict[str, Any]
         if teacher is None:
             if revision is not None:
                 raise TypeError("revision is that of a teacher: without one, scores are found by name")
@@ -441,12 +444,15 @@ class CachedTeacher:
                     "cannot be seen, and scores of others would be taken for theirs. A commit or a date does"
                 )
             self._name = name or str(getattr(teacher, "model", None) or type(teacher).__name__)
-            attributes = {x: getattr(teacher, x) for x in ("temperature", "top_k") if hasattr(teacher, x)}
-            self._stored = StoredModel(cache, self._name, json.dumps([own, revision]), attributes)
-            attributes |= {x: getattr(teacher, x) for x in ("head", "tokenizer") if hasattr(teacher, x)}
+            attributes = {x: getattr(teacher, x) for x in _LOOKED_AT if hasattr(teacher, x)}
+            # one with a head returns hidden states, the same at every temperature
+            settings: dict[str, Any] = {"scores": "hidden"}
+            if attributes.get("head") is None:
+                settings = {x: attributes[x] for x in ("temperature", "top_k") if x in attributes}
+            self._stored = StoredModel(cache, self._name, json.dumps([own, revision]), settings)
         else:
             raise TypeError(f"teacher must be a model, a scorer or None, got {type(teacher).__name__}")
-        for attribute in ("temperature", "top_k", "head", "tokenizer"):
+        for attribute in _LOOKED_AT:
             if attribute in attributes:
                 setattr(self, attribute, attributes[attribute])
 

@@ -105,16 +105,24 @@ def check_reference(args: Any, ref_model: Model | None, *, has_function: bool) -
 
 
 def open_cache(args: Any, models: Mapping[str, Model | None]) -> TeacherCache | None:
-    """The cache of ``args``; raises for a scorer, whose weights the trainer cannot see."""
+    """The cache of ``args``, the same object as a scorer's of that folder; raises for a scorer without a cache."""
     if args.teacher_cache is None:
         return None
+    cache = TeacherCache(args.teacher_cache, max_bytes=args.teacher_cache_max_bytes)
     for name, model in models.items():
         if model is not None and not isinstance(model, (str, nn.Module, CachedTeacher)):
             raise TypeError(
                 f"teacher_cache stores what models here compute, and {name} is a scorer: give "
                 "TeacherCache(path).scorer(scorer) in its place (fused_gopd.integrations.cache)"
             )
-    return TeacherCache(args.teacher_cache, max_bytes=args.teacher_cache_max_bytes)
+        if isinstance(model, CachedTeacher) and model.cache.path == cache.path:
+            if args.teacher_cache_max_bytes not in (None, model.cache.max_bytes):
+                raise ValueError(
+                    f"teacher_cache_max_bytes must be that of {name}'s cache in the same folder, "
+                    f"{model.cache.max_bytes}, got {args.teacher_cache_max_bytes}"
+                )
+            cache = model.cache
+    return cache
 
 
 def takes_token_ids(model: object) -> bool:
