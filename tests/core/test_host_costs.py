@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -59,6 +60,20 @@ def test_one_more_launch_a_chunk_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     after = counts()
     assert [b[0] - a[0] for a, b in zip(before, after, strict=True)] == [1, 3]
     assert [b[2] > a[2] for a, b in zip(before, after, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("case", host_costs.cases())
+def test_a_call_leaves_nothing_to_the_garbage_collector(case: str) -> None:
+    """A cycle of references would keep buffers, or a rounded copy of a weight, until Python happens to look for it."""
+    call = host_costs.forward_and_backward(case, "native", 2)
+    call()
+    gc.collect()
+    gc.disable()
+    try:
+        call()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_views_and_allocations_are_no_launches() -> None:

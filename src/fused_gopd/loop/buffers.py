@@ -36,24 +36,24 @@ def transform_of(head: Head) -> LogitTransform:
 def with_gemm_dtype_weights(problem: Problem) -> Problem:
     """The problem with float32 master weights rounded to the dtype of their hidden states, once for all chunks."""
     rounded: dict[tuple[object, ...], Tensor] = {}  # models and routes may share a weight
-
-    def of(head: Any) -> Any:
-        if isinstance(head, FlatComposite):
-            return replace(head, heads=tuple([of(x) for x in head.heads]))
-        if not isinstance(head, LinearHead) or head.weight.dtype == head.hidden.dtype:
-            return head
-        weight = head.weight.detach()
-        key = (weight.data_ptr(), weight.shape, weight.stride(), head.hidden.dtype)
-        if key not in rounded:
-            rounded[key] = weight.to(head.hidden.dtype)
-        return replace(head, weight=rounded[key])
-
-    student: Head = of(problem.student)
-    frozen = [(of(route.teacher), of(route.ref)) for route in problem.routes]
+    student: Head = _in_gemm_dtype(problem.student, rounded)
+    frozen = [(_in_gemm_dtype(r.teacher, rounded), _in_gemm_dtype(r.ref, rounded)) for r in problem.routes]
     if not rounded:
         return problem
     routes = tuple(replace(r, teacher=q, ref=ref) for r, (q, ref) in zip(problem.routes, frozen, strict=True))
     return replace(problem, student=student, routes=routes)
+
+
+def _in_gemm_dtype(head: Any, rounded: dict[tuple[object, ...], Tensor]) -> Any:
+    if isinstance(head, FlatComposite):
+        return replace(head, heads=tuple([_in_gemm_dtype(x, rounded) for x in head.heads]))
+    if not isinstance(head, LinearHead) or head.weight.dtype == head.hidden.dtype:
+        return head
+    weight = head.weight.detach()
+    key = (weight.data_ptr(), weight.shape, weight.stride(), head.hidden.dtype)
+    if key not in rounded:
+        rounded[key] = weight.to(head.hidden.dtype)
+    return replace(head, weight=rounded[key])
 
 
 Reader = Callable[[int, int], Tensor]  # (start, stop) -> the rows of these tokens
