@@ -605,6 +605,12 @@ def test_what_makes_no_teacher_is_refused(
         vllm.states_teacher(**options)
 
 
+def test_a_system_without_file_locks_is_named(vllm: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_gopd.integrations.server.states.fcntl", None)
+    with pytest.raises(ValueError, match=r"by its file locks \(fcntl\), which Windows does not have"):
+        vllm.states_teacher()
+
+
 def test_no_traceback_with_its_locals_has_a_key(vllm: Running) -> None:
     options: dict[str, Any] = {"api": "vllm", "head": vllm.path, "states_dir": vllm.folder, "retries": 0}
     errors: list[BaseException] = []

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...heads import LinearHead, TokenLogProbs, TopKLogProbs
 from ...installing import packages
-from ...values import require_count, require_number
+from ...values import require_count, require_positive
 from .. import needs
 from ..batches import sequences_to_score
 
@@ -398,8 +398,7 @@ class CachedTeacher:
         for argument, value in (("name", name), ("revision", revision)):
             if value is not None and (not isinstance(value, str) or not value):
                 raise TypeError(f"{argument} must be a text, got {value!r}")
-        if require_number("temperature", temperature) <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        require_positive("temperature", temperature)
         if head is not None and teacher is not None:
             raise TypeError("head is for hidden states without a teacher: a teacher brings its own")
         if temperature != 1 and head is None and not isinstance(teacher, nn.Module):

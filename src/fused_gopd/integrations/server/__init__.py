@@ -13,7 +13,8 @@ import json
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +23,19 @@ from torch import Tensor
 
 from ...checks import require_integer
 from ...heads import TokenLogProbs, TopKLogProbs
-from ...values import one_of, require_count, require_number
+from ...values import one_of, require_count, require_not_negative, require_positive
 from ..batches import sequences_to_score
-from .formats import FORMATS, Format, Ids, Position, ScoredSequence, ScoringRequest, UnexpectedAnswer, scored
+from .formats import (
+    FORMATS,
+    Format,
+    Ids,
+    Position,
+    ScoredSequence,
+    ScoringRequest,
+    TooFewListed,
+    UnexpectedAnswer,
+    scored,
+)
 from .http import Connection, Request, TeacherServerError, is_refusal
 
 Api = Literal["vllm", "sglang", "openai"]
@@ -150,11 +161,8 @@ class ServerTeacher:
         one_of("api", api, tuple(FORMATS))
         self.top_k = None if top_k is None else require_count("top_k", top_k)
         self.vocab_size = None if vocab_size is None else require_count("vocab_size", vocab_size)
-        if require_number("patience", patience) < 0:
-            raise ValueError(f"patience must be at least 0 seconds, got {patience}")
-        if not 0 < require_number("temperature", temperature) < math.inf:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.temperature = float(temperature)
+        require_not_negative("patience", patience)
+        self.temperature = require_positive("temperature", temperature)
         self.model, self.api = model, api
         self.batch_size = require_count("batch_size", batch_size)
         self.extra_body = dict(extra_body or {})
@@ -351,38 +359,43 @@ class ServerTeacher:
             self.model, sequences, start, self.top_k or 0, requested=requested, temperature=self.temperature
         )
 
-    def _http_request(self, request: ScoringRequest) -> Request:
-        body = {**self._format.body(request), **self.extra_body}
+    def _http_request(self, request: ScoringRequest, **more: Any) -> Request:
+        """``more``: fields beside those of the format; None removes one."""
+        body = {**self._format.body(request), **more, **self.extra_body}
         return Request("POST", self._format.path, {name: value for name, value in body.items() if value is not None})
 
     def _scored(self, answer: Any, request: ScoringRequest) -> list[ScoredSequence]:
         positions = self._positions(answer, request)
-        try:
+        with self._reading(request):
             return [scored(request, which, found, self.vocab_size) for which, found in enumerate(positions)]
-        except UnexpectedAnswer as error:
-            raise self._unexpected(request, str(error)) from None
 
     def _positions(self, answer: Any, request: ScoringRequest) -> list[list[Position]]:
-        try:
+        with self._reading(request, answer):
             return list(self._format.positions(answer, request))
-        except UnexpectedAnswer as error:
-            raise self._unexpected(request, str(error)) from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise self._unexpected(
-                request,
-                f"its form is not that of api={self.api!r} ({type(error).__name__}: {error}): {_dumped(answer)}",
-            ) from None
 
-    def _unexpected(self, request: ScoringRequest, found: str) -> TeacherServerError:
-        asked = f"asked for the log-probs of {len(request.sequences)} sequences"
-        if request.top_k:
-            asked += f" and the {request.top_k} likeliest tokens of each position"
-        advice = f"; for a larger top_k {self._format.more_top}" if "must list" in found else ""
-        return TeacherServerError(
-            f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; {asked}, got: "
-            f"{self._connection.secrets.shown(found)}{advice}",
+    @contextmanager
+    def _reading(self, request: ScoringRequest, answer: Any = None) -> Iterator[None]:
+        """An answer of another form than the request's is a :class:`TeacherServerError`, which shows ``answer``."""
+        advice = ""
+        try:
+            yield
+            return
+        except UnexpectedAnswer as error:
+            found = str(error)
+            if isinstance(error, TooFewListed):
+                advice = f"; for a larger top_k {self._format.more_top}"
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            shown = "" if answer is None else f": {_dumped(answer)}"
+            found = f"its form is not that of api={self.api!r} ({type(error).__name__}: {error}){shown}"
+        raise TeacherServerError(
+            f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; asked for "
+            f"{self._asked(request)}, got: {self._connection.secrets.shown(found)}{advice}",
             status=200,
-        )
+        ) from None
+
+    def _asked(self, request: ScoringRequest) -> str:
+        likeliest = f" and the {request.top_k} likeliest tokens of each position" if request.top_k else ""
+        return f"the log-probs of {len(request.sequences)} sequences{likeliest}"
 
     def _advice(self, status: int) -> str:
         """Advice for a refused request, by its status."""

@@ -31,6 +31,10 @@ class UnexpectedAnswer(ValueError):
     """An answer that does not have the requested form."""
 
 
+class TooFewListed(UnexpectedAnswer):
+    """Fewer of the likeliest tokens than were asked for: servers limit them."""
+
+
 @dataclass(frozen=True)
 class ScoredSequence:
     """A server's scores of the tokens of one sequence from ``start`` on.
@@ -439,7 +443,7 @@ def _likeliest(
 ) -> list[tuple[int, float]]:
     """(id, log-prob) of the likeliest tokens."""
     if len(found) < top_k:
-        raise UnexpectedAnswer(f"{_place(which, place)} must list the {top_k} likeliest tokens, got {len(found)}")
+        raise TooFewListed(f"{_place(which, place)} must list the {top_k} likeliest tokens, got {len(found)}")
     pairs = [(i, _require_logprob(value, which, place, i)) for i, value in found.items()]
     # vLLM also lists the prompt's token, whatever its rank
     pairs.sort(key=lambda pair: pair[1], reverse=True)

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, quote_plus
 
 from ...installing import extra, packages
-from ...values import require_count, require_number
+from ...values import require_count, require_positive
 from .. import needs
 from ..addresses import environment_proxy, redacted, split_userinfo
 
@@ -159,12 +159,8 @@ class Connection:
         advice: Callable[[int], str],  # advice for a refusal, by its status
     ) -> None:
         self.base_url, userinfo = split_userinfo("base_url", base_url)
-        for name, seconds in (("timeout", timeout), ("backoff", backoff)):
-            if require_number(name, seconds) <= 0:
-                raise ValueError(f"{name} must be positive seconds, got {seconds}")
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise ValueError(f"retries must be an int of at least 0, got {retries!r}")
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.timeout, self.backoff = require_positive("timeout", timeout), require_positive("backoff", backoff)
+        self.retries = require_count("retries", retries, 0)
         self.max_concurrency = require_count("max_concurrency", max_concurrency)
         self._own_advice = advice
         self.patience = 0.0  # seconds after its first failure during which a request is repeated beyond retries

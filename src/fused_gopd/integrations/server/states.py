@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -29,12 +28,17 @@ from torch import Tensor
 
 from ...heads import LinearHead
 from ...loss import token_logprobs
-from ...values import require_number
+from ...values import require_positive
 from ..batches import sequences_to_score
 from ..checkpoint import CheckpointHead, load_head
 from . import PROBE_TEXT, ServerTeacher
 from .formats import FORMATS, Format, Position, ScoringRequest, UnexpectedAnswer, scored
 from .http import LostAnswerError, Request, TeacherServerError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["HiddenStateTeacher"]
 
@@ -116,8 +120,7 @@ class HiddenStateTeacher(ServerTeacher):
                 if api == "vllm"
                 else "states_dir is for api='vllm': SGLang sends hidden states in its answer"
             )
-        if require_number("temperature", temperature) <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        require_positive("temperature", temperature)
         self._given = head
         # of the states as the server sends them: with the final norm where they are from before it
         self._head = load_head(head) if isinstance(head, (str, Path)) else head
@@ -178,22 +181,19 @@ class HiddenStateTeacher(ServerTeacher):
 
         async def read(which: int, answer: Any) -> _Answer:
             request = self._single(sequences[which], start[which])
-            try:
+            positions = None
+            with self._reading(request):
                 read_states = self._from_file if self._folder is not None else self._from_answer
                 states = self._checked_states(await read_states(answer, request), sequences[which])
-                positions = None
                 if self._scores(which):
                     (positions,) = self._format.positions(answer, request)
-            except UnexpectedAnswer as error:
-                raise self._unexpected_states(str(error)) from None
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise self._unexpected_states(
-                    f"its form is not that of api={self.api!r} ({type(error).__name__}: {error})"
-                ) from None
             return _Answer(states[start[which] - 1 : -1].clone(), positions)
 
         requests = [self._states_request(self._single(ids, start[i]), i) for i, ids in enumerate(sequences)]
         return self._connection.request_all(requests, read)
+
+    def _asked(self, request: ScoringRequest) -> str:
+        return "hidden states"
 
     def _single(self, ids: list[int], start: int) -> ScoringRequest:
         # one sequence a request: of several, vLLM names the file of the first only
@@ -204,14 +204,9 @@ class HiddenStateTeacher(ServerTeacher):
         return which == 0 or self._folder is None
 
     def _states_request(self, request: ScoringRequest, which: int) -> Request:
-        body = dict(self._format.body(request))
         if self._folder is None:
-            body["return_hidden_states"] = True
-        elif not self._scores(which):
-            del body["prompt_logprobs"]
-        body.update(self.extra_body)
-        body = {name: value for name, value in body.items() if value is not None}
-        return Request("POST", self._format.path, body)
+            return self._http_request(request, return_hidden_states=True)
+        return self._http_request(request, **({} if self._scores(which) else {"prompt_logprobs": None}))
 
     async def _from_file(self, answer: Any, request: ScoringRequest) -> Tensor:
         """(n, L, H) from the file that vLLM's connector wrote, whose token ids are compared."""
@@ -258,12 +253,6 @@ class HiddenStateTeacher(ServerTeacher):
         if not bool(states.isfinite().all()):
             raise UnexpectedAnswer("hidden states must be finite, and some are NaN or infinite")
         return states
-
-    def _unexpected_states(self, found: str) -> TeacherServerError:
-        return TeacherServerError(
-            f"{self.base_url}{self._format.path} answered not what api={self.api!r} promises; asked for hidden "
-            f"states, got: {self._connection.secrets.shown(found)}"
-        )
 
     # ------------------------------------------------------------------------------------------------ at the start
 
@@ -438,6 +427,11 @@ class _Folder:
     """The folder into which vLLM's connector writes. Its lock beside each file is held until the file is whole."""
 
     def __init__(self, path: Path) -> None:
+        if fcntl is None:
+            raise ValueError(
+                "states_dir must be on a POSIX system: by its file locks (fcntl), which Windows does not have, the "
+                "server says that a file is whole. Run this in WSL, or take api='sglang'"
+            )
         if not path.is_dir():
             raise ValueError(f"states_dir must be a folder, got {str(path)!r}")
         self.path = path
