@@ -136,7 +136,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def untimed(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run that do not depend on the machine."""
-    from fused_gopd.integrations.trl.logs import TIMES
+    from fused_gopd.run_metrics import TIMES
 
     return [{name: value for name, value in row.items() if name not in TIMES} for row in metrics_of(run)]
 

@@ -17,10 +17,11 @@ import pytest
 
 from fused_gopd.html import ScoredText, render_report, write_report
 from fused_gopd.html.colours import LEVELS, QUANTITIES, Scale, palette, plain, scale_of
-from fused_gopd.html.curves import _POINTS, panels
+from fused_gopd.html.curves import panels
 from fused_gopd.html.page import _articles
 from fused_gopd.html.texts import _SHOWN, token_text, visible
 from fused_gopd.pictures import DARK, INK
+from fused_gopd.run_metrics import POINTS, thinned
 from report_texts import HOSTILE, hostile_report, rows, scored
 
 pytest.importorskip("jinja2")
@@ -334,22 +335,24 @@ def test_every_metric_has_a_curve_and_those_of_routes_are_together() -> None:
     assert found[1].curves[0].points[-1] == (10, None)
 
 
-def test_a_long_run_is_drawn_by_means_of_equally_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib.axes
-
-    drawn = {}
-
-    def plot(axes: Any, x: Any, y: Any, **_: Any) -> None:
-        drawn["points"] = x, y
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "plot", plot)
-    values = np.random.default_rng(0).normal(size=10 * _POINTS)
-    (panel,) = panels([{"step": i + 1, "loss": value} for i, value in enumerate(values.tolist())])
-    assert panel.steps_per_point == 10
-    x, y = drawn["points"]
-    assert x == [float(i) for i in range(10, 10 * _POINTS + 1, 10)]
-    np.testing.assert_allclose(y, values.reshape(-1, 10).mean(axis=1))
-    assert "each point is the mean of 10 steps" in render_report(title="", rows=[{"loss": x} for x in values])
+def test_a_long_run_is_drawn_by_means_over_equally_many_steps() -> None:
+    values = np.random.default_rng(0).normal(size=10 * POINTS)
+    data: list[dict[str, Any]] = [{"step": i + 1, "loss": value} for i, value in enumerate(values.tolist())]
+    data += [{"step": i, "eval_loss": float(i), "note": "text"} for i in range(25, len(values) + 1, 25)]
+    data[7]["loss"] = math.nan
+    rows = thinned(data)
+    (panel,) = panels(rows)
+    loss, held_out = panel.curves
+    assert [x for x, _ in loss.points] == list(range(10, 10 * POINTS + 1, 10))
+    means = values.reshape(-1, 10).mean(axis=1)
+    means[0] = np.delete(values[:10], 7).mean()
+    np.testing.assert_allclose([y for _, y in loss.points], means)
+    # evaluations are 25 steps apart: none is averaged with another
+    assert [y for _, y in held_out.points] == list(range(25, 10 * POINTS + 1, 25))
+    page = render_report(title="", rows=data)
+    assert page == render_report(title="", rows=rows)
+    assert page.count("Each point is the mean over 10 steps.") == 1
+    assert thinned(data[:POINTS]) == data[:POINTS]
 
 
 def test_no_text_of_a_run_is_in_a_picture_and_each_follows_dark_mode() -> None:

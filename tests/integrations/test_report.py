@@ -18,8 +18,8 @@ datasets = pytest.importorskip("datasets")
 from fused_gopd.html import ScoredText  # noqa: E402
 from fused_gopd.integrations.tokenizers.texts import token_texts  # noqa: E402
 from fused_gopd.integrations.trl import GOPDTrainer, report  # noqa: E402
-from fused_gopd.integrations.trl.logs import row_of, rows_of  # noqa: E402
 from fused_gopd.integrations.trl.report import HtmlReport  # noqa: E402
+from fused_gopd.run_metrics import row_of, rows_of  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 from test_trl import PROMPTS, config, grpo, model, prompts, tokenizer, trained, trainer, weights  # noqa: E402
 

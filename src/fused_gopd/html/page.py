@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import installing
 from ..pictures import DARK, FAINT, INK, MUTED, PAGE
+from ..run_metrics import thinned
 from .colours import QUANTITIES, Scale, palette, plain, scale_of, signed
 from .curves import panels
 from .texts import ScoredText, token_text, visible
@@ -56,7 +57,8 @@ def render_report(
         settings: names and values, such as options, versions and checksums, in their order.
         rows: metrics, one mapping a step, as ``metrics.jsonl`` of ``fused-gopd distill`` has them: ``step`` and any
             names of numbers. ``NAME/ROUTE`` is the curve of a route, ``eval_NAME`` that of held-out prompts. None, NaN
-            and infinity are gaps.
+            and infinity are gaps. Of more than 600 steps the curves show means over equally many steps; rows that are
+            such means have ``first_step``, too.
         samples: scored texts by what they are of, such as ``"before"`` and ``"after, step 100"``. Samples that
             have the same prompts stand side by side, and so do those whose prompts no others have: the first texts of
             them, then the second ones, and so on.
@@ -71,6 +73,7 @@ def render_report(
         for text in texts:
             if not isinstance(text, ScoredText):
                 raise TypeError(f"samples[{name!r}] must have ScoredText, got {type(text).__name__}")
+    drawn = thinned(rows)
     everything = [text for texts in samples.values() for text in texts]
     scales = [scale for quantity in QUANTITIES if (scale := scale_of(quantity, everything)) is not None]
     return str(
@@ -79,8 +82,8 @@ def render_report(
         .render(
             title=title,
             settings=settings,
-            panels=list(panels(rows)),
-            steps=len(rows),
+            panels=list(panels(drawn)),
+            steps_per_point=max([row["step"] - row["first_step"] + 1 for row in drawn if "first_step" in row] or [1]),
             articles=[*_articles(samples, scales)],
             scales=scales,
             warnings=warnings,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...integrations.trl import card
-from ...integrations.trl.logs import TIMES
+from ...run_metrics import TIMES
 from . import inputs
 from .options import RunOptions
 

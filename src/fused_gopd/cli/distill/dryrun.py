@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from ...integrations.trl.logs import rows_of
+from ...run_metrics import rows_of
 from ..plan import cost
 from ..plan.call import PlannedCall
 from ..plan.tables import bytes_text

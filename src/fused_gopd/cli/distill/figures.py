@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ...html.texts import visible
-from ...integrations.trl.logs import row_of
+from ...run_metrics import HELD_OUT, line, row_of
 from ..durable import replace
 from ..progress import StepProgress
 
 if TYPE_CHECKING:
     from ...integrations.trl.phases import Phase
-
-# KL(p || target) is what training lowers; the KL to the teacher may rise at λ > 1
-_SHOWN = (("reward", "reward"), ("kl_target", "KL to target"), ("entropy", "entropy"), ("length", "length"))
-# metric -> (estimate, title) to show instead where it is not computed: with `sampled`; q is the teacher
-_ESTIMATED = {"kl_target": ("kl_teacher_k3", "KL to q (k3)")}
 
 
 class Record:
@@ -42,22 +37,18 @@ class Record:
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """The metrics that a line shows, of four those that the run has (at λ = 1 no reward); – is NaN or infinity."""
-    shown = []
-    for name, title in _SHOWN:
-        if row.get(name) is None and name in _ESTIMATED:
-            name, title = _ESTIMATED[name]
-        if name in row:
-            shown.append(f"{title} {'–' if row[name] is None else format(row[name], '.3g')}")
-    return "  ".join(shown)
+    """The metrics that a line shows, of four those that the run has (at λ = 1 no reward).
+
+    The KL to the target is what training lowers; that to the teacher, an estimate of ``sampled``, may rise at λ > 1.
+    """
+    kl = "kl_teacher_k3" if row.get("kl_target") is None else "kl_target"
+    return line(row, ("reward", kl, "entropy", "length"))
 
 
 def held_out(row: Mapping[str, Any]) -> str:
     """The metrics of an evaluation that a line shows."""
-    names = {"eval_reward": "reward", "eval_kl_teacher": "KL to teacher", "eval_kl_ref": "KL to reference"}
-    if row.get("eval_kl_teacher") is None:
-        names["eval_kl_teacher_k3"] = "KL to teacher (k3)"
-    return "  ".join(f"{title} {row[name]:.3g}" for name, title in names.items() if row.get(name) is not None)
+    kl = "kl_teacher_k3" if row.get(f"{HELD_OUT}kl_teacher") is None else "kl_teacher"
+    return line(row, ("reward", kl, "kl_ref"), HELD_OUT)
 
 
 class Display:

@@ -27,6 +27,7 @@ from ...integrations.trl import card, check_tokenizers
 from ...integrations.trl.report import token_numbers
 from ...integrations.trl.watch import ends_of
 from ...output import GOPDOutput
+from ...run_metrics import line
 from .. import outputs, quiet
 from ..distill import inputs, models, prompts
 from ..distill.options import with_bases
@@ -38,13 +39,7 @@ T = TypeVar("T")
 
 _ROLES = {"student": "the student", "teacher": "the teacher", "ref": "the reference"}
 # metrics whose means over all tokens are shown at the end
-_SAID = {
-    "reward": "reward",
-    "kl_teacher_k3": "KL to the teacher (k3)",
-    "kl_ref_k3": "KL to the reference (k3)",
-    "advantage": "advantage",
-    "entropy": "entropy",
-}
+_SAID = ("reward", "kl_teacher_k3", "kl_ref_k3", "advantage", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,10 +308,9 @@ class Inspection:
         ]
 
     def _say(self, tokens: int, count: int, metrics: Any) -> None:
-        found = metrics.to_dict()
-        said = [f"{title} {found[name]:.3g}" for name, title in _SAID.items() if name in found]
+        said = line(metrics.to_dict(), _SAID, between=", ")
         answers = f"{count} answer{'s' * (count > 1)}"
-        self._line(f"{answers} of {tokens} tokens; means: {', '.join(said)}")
+        self._line(f"{answers} of {tokens} tokens; means: {said}")
         self._line(f"the page: {self.output}")
 
     def _line(self, text: str) -> None:

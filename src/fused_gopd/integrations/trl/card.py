@@ -17,8 +17,8 @@ from torch import nn
 
 from ... import __version__
 from ...objective.divergences import DIVERGENCES
+from ...run_metrics import TIMES, row_name
 from ..hub import BASE, adapter_path, is_own
-from .logs import TIMES, row_name
 
 Lines = list[tuple[str, str]]
 

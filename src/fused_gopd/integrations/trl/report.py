@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 from ...html import ScoredText, write_report
 from ...installing import extra
 from ...output import GOPDOutput
+from ...run_metrics import rows_of, thinned
 from .. import needs
 from ..tokenizers.texts import token_texts
 from . import card
 from .batch import Batch, PromptIds
-from .logs import rows_of
 from .prompts import ARGUMENTS
 
 NAME = "gopd-html"
@@ -218,7 +218,7 @@ class HtmlReport(TrainerCallback):
         page: dict[str, Any] = {
             "title": self._title,
             "settings": self._settings(),
-            "rows": rows_of(trainer.state.log_history),
+            "rows": rows_of(thinned(trainer.state.log_history)),
             "samples": self._samples(),
             "warnings": list(trainer.warnings),
         }
