@@ -279,21 +279,14 @@ def _check(backend: str, device: str) -> list[Check]:
     for estimator in estimators:
         truth = problem.solve(estimator, "cpu", torch.float64, None)
         naive = _errors(problem.solve(estimator, device, torch.float32, None), truth)
+        errors = failure = None
         try:
             errors = _errors(problem.solve(estimator, device, torch.float32, backend), truth)
-        except Exception as error:  # the failure of a backend is reported, and the others are still checked
-            checks.append(
-                Check(
-                    backend=backend,
-                    device=device,
-                    estimator=estimator,
-                    errors=None,
-                    naive=naive,
-                    failure=f"{type(error).__name__}: {error}",
-                )
-            )
-        else:
-            checks.append(Check(backend=backend, device=device, estimator=estimator, errors=errors, naive=naive))
+        except Exception as error:  # reported, and the others are still checked
+            failure = f"{type(error).__name__}: {error}"
+        checks.append(
+            Check(backend=backend, device=device, estimator=estimator, errors=errors, naive=naive, failure=failure)
+        )
     return checks
 
 

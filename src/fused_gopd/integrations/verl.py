@@ -185,8 +185,8 @@ def check_config(config: Any) -> None:
     if loss.get("_target_") != TARGET:
         raise ValueError(f"{SECTION}._target_ must be {TARGET} for loss_mode={loss.loss_mode!r}, got {loss._target_}")
     scale = verl_config.omega_conf_to_dataclass(loss).reward_scale
-    needs = config.algorithm.get("use_kl_in_reward", False) or config.actor_rollout_ref.actor.use_kl_loss
-    require_reference(scale, needs or None, NEEDS_REFERENCE)
+    scores_reference = config.algorithm.get("use_kl_in_reward", False) or config.actor_rollout_ref.actor.use_kl_loss
+    require_reference(scale, scores_reference or None, NEEDS_REFERENCE)
     _check_temperature(config.actor_rollout_ref.rollout.temperature)
     if loss.loss_mode == TOPK:
         if model.get("use_fused_kernels"):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -408,52 +408,63 @@ class CachedTeacher:
         self._states: StoredStates | None = None
         self._known_weight: Tensor | None = None
         self._checked = teacher is None or isinstance(teacher, nn.Module)
-        self._lock = None
-        attributes: dict[str, Any]
+        self._lock: IO[bytes] | None = None
         if teacher is None:
             if revision is not None:
                 raise TypeError("revision is that of a teacher: without one, scores are found by name")
-            self._lock = cache._folder.hold()  # as long as this object lives
-            try:
-                self._stored = self._find(name)
-            except BaseException:
-                if self._lock is not None:  # not until the error's traceback is forgotten
-                    self._lock.close()
-                raise
-            self._name = self._stored.name
-            attributes = dict(self._stored.description["settings"])
-            if head is not None:
-                self._on = _OnCheckpoint(head, temperature)
-                attributes |= {"head": self._on.head, "temperature": temperature}
+            attributes = self._open_without_teacher(name, head, temperature)
         elif isinstance(teacher, nn.Module):
-            from .. import transformers
-
             if revision is not None:
                 raise TypeError("revision is for a scorer: a model in this process is known by its weights")
-            self._name = name or _name_of(teacher)
-            self._states = StoredStates(cache, self._name, teacher)
-            self._on = partial(transformers.head_of, teacher, temperature=temperature)
-            weight = teacher.get_output_embeddings().weight  # type: ignore[operator]
-            attributes = {"temperature": temperature, "head": self._on(weight.new_zeros(1, weight.shape[1]))}
+            attributes = self._open_for_model(teacher, name, temperature)
         elif callable(teacher):
-            own = getattr(teacher, "fingerprint", None)
-            if own is None and revision is None:
-                raise TypeError(
-                    "revision must be given for a scorer without an attribute fingerprint: the weights behind it "
-                    "cannot be seen, and scores of others would be taken for theirs. A commit or a date does"
-                )
-            self._name = name or str(getattr(teacher, "model", None) or type(teacher).__name__)
-            attributes = {x: getattr(teacher, x) for x in _LOOKED_AT if hasattr(teacher, x)}
-            # one with a head returns hidden states, the same at every temperature
-            settings: dict[str, Any] = {"scores": "hidden"}
-            if attributes.get("head") is None:
-                settings = {x: attributes[x] for x in ("temperature", "top_k") if x in attributes}
-            self._stored = StoredModel(cache, self._name, json.dumps([own, revision]), settings)
+            attributes = self._open_for_scorer(teacher, name, revision)
         else:
             raise TypeError(f"teacher must be a model, a scorer or None, got {type(teacher).__name__}")
         for attribute in _LOOKED_AT:
             if attribute in attributes:
                 setattr(self, attribute, attributes[attribute])
+
+    def _open_without_teacher(self, name: str | None, head: Any, temperature: float) -> dict[str, Any]:
+        """Find the scores of a name; returns the attributes that trainers look at, as the two below do."""
+        self._lock = self.cache._folder.hold()  # as long as this object lives
+        try:
+            self._stored = self._find(name)
+        except BaseException:
+            if self._lock is not None:  # not until the error's traceback is forgotten
+                self._lock.close()
+            raise
+        self._name = self._stored.name
+        attributes = dict(self._stored.description["settings"])
+        if head is None:
+            return attributes
+        self._on = _OnCheckpoint(head, temperature)
+        return attributes | {"head": self._on.head, "temperature": temperature}
+
+    def _open_for_model(self, model: Any, name: str | None, temperature: float) -> dict[str, Any]:
+        from .. import transformers
+
+        self._name = name or _name_of(model)
+        self._states = StoredStates(self.cache, self._name, model)
+        self._on = partial(transformers.head_of, model, temperature=temperature)
+        weight = model.get_output_embeddings().weight
+        return {"temperature": temperature, "head": self._on(weight.new_zeros(1, weight.shape[1]))}
+
+    def _open_for_scorer(self, scorer: Any, name: str | None, revision: str | None) -> dict[str, Any]:
+        own = getattr(scorer, "fingerprint", None)
+        if own is None and revision is None:
+            raise TypeError(
+                "revision must be given for a scorer without an attribute fingerprint: the weights behind it cannot "
+                "be seen, and scores of others would be taken for theirs. A commit or a date does"
+            )
+        self._name = name or str(getattr(scorer, "model", None) or type(scorer).__name__)
+        attributes = {x: getattr(scorer, x) for x in _LOOKED_AT if hasattr(scorer, x)}
+        # one with a head returns hidden states, the same at every temperature
+        settings: dict[str, Any] = {"scores": "hidden"}
+        if attributes.get("head") is None:
+            settings = {x: attributes[x] for x in ("temperature", "top_k") if x in attributes}
+        self._stored = StoredModel(self.cache, self._name, json.dumps([own, revision]), settings)
+        return attributes
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
