@@ -146,7 +146,7 @@ def gopd_loss(call: LossCall) -> GOPDOutput:
             student's own p stands for p_old. Needs token_ids. ``full`` and ``topk`` take old_logprobs for it too.
         rollout_is: that weight is of a ``"token"``; the product over the ``"sequence"``; its ``"geometric"`` mean; or
             ``"none"``, 1. Of sequences and without old_logprobs the backward recomputes the logits.
-        rollout_is_cap: upper bound of the weight, or a pair (low, high); None does not truncate.
+        rollout_is_cap: upper bound of the weight, or a pair (low, high); None is 1.8e19, the most that there is.
         rollout_mask: {statistic: (low, high)}, None for no bound: tokens outside have weight 0. Of d = log p_old - log
             p_rollout: ``token_ratio`` exp(d), ``sequence_ratio`` (product), ``geometric_ratio``, ``seq_max_ratio``,
             ``seq_min_ratio``; k2 = d^2 / 2 and k3 = exp(d) - 1 - d as ``token_k2``, ``seq_sum_k2``, ``seq_mean_k2``,

@@ -211,6 +211,39 @@ def test_no_advantage_is_no_loss_whatever_the_ratio(function, policy):
     assert grad[1].abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    ("policy", "advantage", "token_loss"),
+    [
+        ({"clip": (0.2, 0.2)}, 1.0, -1.2),
+        ({"clip": (0.2, 0.2), "ratio": "sequence"}, 1.0, -1.2),
+        ({"clip": (0.2, 0.2), "ratio": "sequence-mean"}, 1.0, -1.2),
+        ({"clip_dual": 3.0}, -1.0, 3.0),
+        ({"loss_max": 5.0}, 1.0, -5.0),
+        ({"loss_max": 5.0, "ratio": "detached"}, 1.0, 5.0),
+        ({"log_ratio_max": 2.0}, 1.0, -math.exp(2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("which", ["torch", "native", "dense"])
+def test_a_ratio_that_overflows_and_is_bounded_has_no_gradient(policy, advantage, token_loss, which):
+    """The bound is flat there: 0, where 0 times the derivative of exp would be NaN."""
+    logits = torch.zeros(1, 1, 5, requires_grad=True)
+    function = reference.gopd_loss if which == "dense" else functools.partial(fg.gopd_loss, backend=which)
+    out = function(
+        fg.Logits(logits),
+        fg.TokenLogProbs(torch.full((1, 1), advantage - math.log(5))),
+        None,
+        torch.ones(1, 1, dtype=torch.int64),
+        old_logprobs=torch.full((1, 1), -2000.0),
+        advantage_policy="current",
+        **policy,
+    )
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert_close(out.token_loss, torch.full((1, 1), token_loss), 1e-6)
+    assert out.clipped.all()
+    assert (grad == 0).all()
+
+
 @BOTH
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_a_token_of_probability_0_under_the_student_has_no_gradient(function, ratio):

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from ..options import LossOptions
 from ..rowops import Policy, PolicyRule, Stat
+from .rollout import weight_bounds
 from .statistics import token_logprob
 from .target import bounded, mix, outside_support
 
 
 def rule_of(options: LossOptions) -> PolicyRule:
     """The numbers that a call's options give."""
-    cap = options.rollout_is_cap
     return PolicyRule(
         logprob_min=options.logprob_min,
         advantage_clip=cast("tuple[float, float] | None", options.advantage_clip),
         clip=options.clip,
         clip_dual=options.clip_dual,
-        rollout_is_cap=None if type(cap) is tuple else cast("float | None", cap),  # of pairs PyTorch makes the weights
+        rollout_is_cap=weight_bounds(options)[1],
         ratio=options.ratio,
         log_ratio_max=options.log_ratio_max,
         loss_max=options.loss_max,
@@ -51,8 +51,7 @@ def evaluate(policy: Policy, student: Tensor) -> PolicyTerm:
     behaviour, importance = student if policy.old_logprobs is None else policy.old_logprobs, None
     if policy.rollout_logprobs is not None:
         importance = (behaviour - policy.rollout_logprobs).masked_fill(torch.isneginf(behaviour), 0).exp()
-        if policy.rule.rollout_is_cap is not None:
-            importance = importance.clamp_max(policy.rule.rollout_is_cap)
+        importance = importance.clamp_max(policy.rule.rollout_is_cap)
     return policy_term(policy.rule, used, student, policy.old_logprobs, importance)
 
 

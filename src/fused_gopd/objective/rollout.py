@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..options import LossOptions
+from ..rowops import LARGEST_WEIGHT
 from .kl_estimates import KL_ESTIMATES
 from .rollout_statistics import STATISTICS, Bounds, Level
 
@@ -20,6 +21,13 @@ class OverSequences(Protocol):
     """Of values (n,) of the live tokens: each replaced by one number of its sequence."""
 
     def reduce(self, how: Level, values: Tensor) -> Tensor: ...
+
+
+def weight_bounds(options: LossOptions) -> tuple[float, float]:
+    """The least and the largest importance weight."""
+    cap = options.rollout_is_cap
+    low, high = cap if isinstance(cap, tuple) else (0.0, math.inf if cap is None else cap)
+    return min(low, LARGEST_WEIGHT), min(high, LARGEST_WEIGHT)
 
 
 def importance(options: LossOptions, behaviour: Tensor, rollout: Tensor, over: OverSequences) -> Tensor:
@@ -33,11 +41,7 @@ def importance(options: LossOptions, behaviour: Tensor, rollout: Tensor, over: O
     log_weight = torch.zeros_like(d) if options.rollout_is == "none" else over.reduce(levels[options.rollout_is], d)
     if options.log_ratio_max is not None:
         log_weight = log_weight.clamp(-options.log_ratio_max, options.log_ratio_max)
-    bounds = options.rollout_is_cap
-    low, high = bounds if isinstance(bounds, tuple) else (0.0, math.inf if bounds is None else bounds)
-    # so that a loss of 0 stays 0, and hidden states times the weight are finite: 1.8e19 in float32
-    largest = torch.finfo(d.dtype).max ** 0.5
-    weight = log_weight.exp().clamp(low, min(high, largest))
+    weight = log_weight.exp().clamp(*weight_bounds(options))
     for name, (low, high) in _pairs(options.rollout_mask):
         x = _statistic(name, behaviour, rollout, d, over)
         weight = weight.masked_fill((x < low) | (x > high), 0)

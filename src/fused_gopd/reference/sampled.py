@@ -79,28 +79,37 @@ def policy_loss(p: Problem, lp: Tensor, advantages: Tensor, weights: Tensor | No
             mean = mean.detach() + own - own.detach()
         log_ratio = torch.where(nothing, 0, mean)
     gone = torch.zeros_like(nothing) if weights is None else weights == 0
+
+    def value(lp: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, where a bound is in force, and where that leaves no gradient."""
+        clipped = torch.zeros_like(nothing)
+        if s.log_ratio_max is not None:
+            clipped = log_ratio.detach().abs() > s.log_ratio_max
+            log_ratio = log_ratio.clamp(-s.log_ratio_max, s.log_ratio_max)
+        ratio = log_ratio.exp()
+        low, high = s.clip or (math.inf, math.inf)
+        inside_clip = ratio.clamp(1 - low, 1 + high)
+        if s.ratio == "detached":
+            # no gradient where p = 0, as for the other ratios; nor is there an infinite loss
+            at_most = torch.where(torch.isneginf(lp), torch.finfo(lp.dtype).min, lp)
+            loss, clipped = -advantages * inside_clip.detach() * at_most, clipped | (inside_clip != ratio)
+            flat = torch.zeros_like(nothing)
+        else:
+            unclipped = -advantages * ratio
+            loss = torch.maximum(unclipped, -advantages * inside_clip)
+            if s.clip_dual is not None:
+                loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
+            flat = clipped = clipped | ((loss.detach() - unclipped.detach()).abs() > 0)  # NaN is not a clip
+        if s.loss_max is not None:
+            over = loss.detach().abs() > s.loss_max
+            flat, clipped = flat | over, clipped | over
+            loss = loss.clamp(-s.loss_max, s.loss_max)
+        return loss, clipped, flat
+
     # no gradient into what may be infinite: times 0 it is NaN
-    log_ratio = torch.where(gone, log_ratio.detach(), log_ratio)
-    clipped = torch.zeros_like(nothing)
-    if s.log_ratio_max is not None:
-        clipped = log_ratio.detach().abs() > s.log_ratio_max
-        log_ratio = log_ratio.clamp(-s.log_ratio_max, s.log_ratio_max)
-    ratio = log_ratio.exp()
-    low, high = s.clip or (math.inf, math.inf)
-    inside_clip = ratio.clamp(1 - low, 1 + high)
-    if s.ratio == "detached":
-        # no gradient where p = 0, as for the other ratios; nor is there an infinite loss
-        at_most = torch.where(torch.isneginf(lp), torch.finfo(lp.dtype).min, torch.where(gone, lp.detach(), lp))
-        loss, clipped = -advantages * inside_clip.detach() * at_most, clipped | (inside_clip != ratio)
-    else:
-        unclipped = -advantages * ratio
-        loss = torch.maximum(unclipped, -advantages * inside_clip)
-        if s.clip_dual is not None:
-            loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * s.clip_dual), loss)
-        clipped = clipped | ((loss.detach() - unclipped.detach()).abs() > 0)  # NaN is not a clip
-    if s.loss_max is not None:
-        clipped = clipped | (loss.detach().abs() > s.loss_max)
-        loss = loss.clamp(-s.loss_max, s.loss_max)
+    flat = gone | value(lp.detach(), log_ratio.detach())[2]
+    lp, log_ratio = (torch.where(flat, x.detach(), x) for x in (lp, log_ratio))
+    loss, clipped, _ = value(lp, log_ratio)
     loss = torch.where(nothing | gone, 0, loss)
     return loss if weights is None else loss * torch.where(nothing, 0, weights), clipped
 

@@ -194,6 +194,11 @@ class Stat(enum.IntEnum):
     ORIGIN_TARGET = 14  # 0, or where that is above FAR or below -FAR a number near max_S u (max_S u, of one part)
 
 
+# Of an importance weight, the square root of the largest float32: a loss of 0 stays 0, and hidden states times the
+# weight are finite.
+LARGEST_WEIGHT = 3.4028234663852886e38**0.5
+
+
 class PolicyRule(NamedTuple):
     """The numbers of a policy loss; None leaves a step out. Formulas: :mod:`fused_gopd.objective.policy`.
 
@@ -204,7 +209,7 @@ class PolicyRule(NamedTuple):
     advantage_clip: tuple[float, float] | None = None
     clip: tuple[float, float] | None = None
     clip_dual: float | None = None
-    rollout_is_cap: float | None = None
+    rollout_is_cap: float = LARGEST_WEIGHT
     ratio: str = "token"
     log_ratio_max: float | None = None
     loss_max: float | None = None
@@ -221,7 +226,7 @@ class PolicyRule(NamedTuple):
             "ratio_low": 1.0 - low,
             "ratio_high": 1.0 + high,
             "clip_dual": math.inf if self.clip_dual is None else float(self.clip_dual),
-            "importance_cap": math.inf if self.rollout_is_cap is None else float(self.rollout_is_cap),
+            "importance_cap": float(self.rollout_is_cap),
         }
 
 
