@@ -11,6 +11,8 @@ of calls that each find the device idle:
 - ``first_us``: wall time to the first matrix product or Triton launch; an upper bound, a dispatch mode looks for it
 - ``alone_ms``, ``queued_ms``: wall time of a call that finds the device idle, and of each of several in a row; where
   the first is the larger by milliseconds the device waits for the host
+- ``held_us``, ``held_chunk_us``, ``held_ms``: ``cpu_us``, ``chunk_us`` and ``alone_ms`` with Triton launches through
+  compiled kernels that are kept (``Launch.hold``); ``held_same``: whether the results have the same bits
 - ``graphed_us``, ``graphed_ms``: CPU and wall time of the same step as CUDA graphs (``fused_gopd.graphed``)
 """
 
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,6 +73,16 @@ def _stopped_launches() -> Iterator[None]:
         yield
     finally:
         triton_ops.Launch.run = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def held_launches() -> Iterator[None]:
+    before = triton_ops.Launch.hold
+    triton_ops.Launch.hold = True
+    try:
+        yield
+    finally:
+        triton_ops.Launch.hold = before
 
 
 def microseconds_to_first(call: Callable[[], object]) -> float:
@@ -157,6 +169,11 @@ class Case:
         return lambda: torch.autograd.grad(step(example), [example, weight])
 
 
+def _tensors(found: object) -> tuple[Tensor, ...]:
+    """Those of a call: log-probs, or gradients."""
+    return (found,) if isinstance(found, Tensor) else cast("tuple[Tensor, ...]", found)
+
+
 def row(case: Case, device: str, profile: bool) -> dict[str, Any]:
     calls = CALLS if case.tokens <= 512 else CALLS // 4
     found: dict[str, Any] = {"estimator": case.name, "backend": case.backend, "tokens": case.tokens}
@@ -171,6 +188,18 @@ def row(case: Case, device: str, profile: bool) -> dict[str, Any]:
     found["chunk_us_from_two"] = times[2][0] - times[1][0]
     found["alone_ms"] = wall_milliseconds(case.call, device, 1, calls)
     found["queued_ms"] = wall_milliseconds(case.call, device, 5, 3)
+    if torch.device(device).type == "cuda" and case.backend == "triton":
+        own = case.call(2)
+        try:
+            with held_launches():
+                found["held_same"] = all(map(torch.equal, _tensors(own), _tensors(case.call(2))))
+                case.call(4)
+                held = {c: host_microseconds(lambda c=c: case.call(c), device, calls) for c in (1, 4)}  # type: ignore[misc]
+                found["held_us"], found["held_us_p50"] = held[1]
+                found["held_chunk_us"] = (held[4][0] - held[1][0]) / 3
+                found["held_ms"] = wall_milliseconds(case.call, device, 1, calls)
+        except Exception as error:  # it has never run on a GPU: its failure is a result
+            found["held_error"] = f"{type(error).__name__}: {error}"
     if torch.device(device).type == "cuda" and case.leaves:
         try:
             replay = case.graphed()

@@ -299,7 +299,8 @@ def _recomputed(problem: Problem, requires: RequiresGrad, upstream: Tensor, made
         entries = Entries(ids, values.to(problem.dtype))
     each = problem.rows.take(upstream) if problem.options.reduction == "none" else upstream.expand(n)
     each = each * problem.weights
-    return _dense(run.backward(problem, estimator_of, requires, statistics, entries, each), statistics)
+    estimator = run.estimator_for(problem, estimator_of)
+    return _dense(run.backward(estimator, requires, statistics, entries, each), statistics)
 
 
 def _differentiable(op: Any, backward_op: Any, shapes: Callable[[Sequence[Any]], _Shapes]) -> None:
@@ -470,7 +471,8 @@ def _logprobs_backward_op(
         statistics = statistics[:, : problem.rows.count].contiguous()
         given = (upstream,) if arguments.get("selected") else (upstream, upstream_entropy)
         each = (None if x is None else problem.rows.take(x) for x in given)
-        return _dense(run.backward(problem, _scoring(arguments), requires, statistics, None, *each), statistics)
+        estimator = run.estimator_for(problem, _scoring(arguments))
+        return _dense(run.backward(estimator, requires, statistics, None, *each), statistics)
 
 
 @_logprobs_backward_op.register_fake  # type: ignore[untyped-decorator]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from .models import (
     support_width,
     with_logits_dtype,
 )
+from .objective.divergences import Divergence, make
 from .objective.rollout_statistics import of_sequences
 from .option_checks import checked
 from .options import DEFAULTS, LossCall, LossOptions
@@ -42,7 +44,7 @@ from .problem import FlatComposite
 from .rowops import FROZEN
 from .server_scores import check_topk
 from .targets import Composite, Frozen, LogLinear, Mixture
-from .tokens import Sequences, check_cu_seqlens
+from .tokens import Sequences, TokenRows, check_cu_seqlens
 from .values import require_number
 
 
@@ -69,6 +71,9 @@ class Plan:
     has_map: bool  # whether a frozen model has a vocab_map
     has_composite: bool  # whether a teacher or reference that is needed is made of several models
     has: tuple[bool, bool]  # a teacher, a reference: heads, or log-probs of the sampled tokens
+    sequences: Sequences  # without cu_seqlens
+    rows: TokenRows  # without a mask
+    divergence: Divergence | None  # None where its parameter is a tensor
 
 
 def _planned(call: LossCall) -> Plan:
@@ -84,8 +89,9 @@ def _planned(call: LossCall) -> Plan:
     check_sources(frozen, options, shape, device)
     sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
     scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
-    if call.forward_weight is not None:
-        number_per_token("forward_weight", call.forward_weight, sequences, device)
+    forward_weight = call.forward_weight
+    if forward_weight is not None:
+        forward_weight = number_per_token("forward_weight", forward_weight, sequences, device)
     if call.token_weight is not None:
         tensor_per_token("token_weight", call.token_weight, sequences, device)
     for name, model in (given["teacher"] | given["ref"]).items():
@@ -134,6 +140,15 @@ def _planned(call: LossCall) -> Plan:
         has_map=any(getattr(model, "vocab_map", None) is not None for model in frozen.values()),
         has_composite=any(isinstance(model, Composite) for models in needed.values() for model in models),
         has=(_scores_tokens(needed["teacher"]), _scores_tokens(needed["ref"]) and cancelled != "ref"),
+        sequences=Sequences(shape),
+        rows=TokenRows(shape),
+        divergence=None if isinstance(forward_weight, Tensor) else divergence_of(options, forward_weight),
+    )
+
+
+def divergence_of(options: LossOptions, forward_weight: float | Tensor | None) -> Divergence:
+    return make(
+        options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
     )
 
 
@@ -449,7 +464,6 @@ _KEPT = 256
 
 # Numbers that change from step to step, of which a plan reads no more than whether lambda cancels a model.
 _CHANGING = ("reward_scale", "normalizer")
-_UNKNOWN = object()
 _NUMBERS = frozenset({bool, int, float, str, type(None), torch.dtype})
 
 
@@ -469,9 +483,8 @@ def plan_of(call: LossCall) -> Plan:
 def _signature(call: LossCall) -> Hashable | None:
     """All that :func:`_planned` reads of a call; None where it is of a kind that is not kept (a shared vocabulary)."""
     key: list[Any] = []
-    for name, value in vars(call).items():
-        if value is DEFAULTS.get(name, _UNKNOWN):
-            continue
+    given = vars(call)  # in the order of DEFAULTS: that of the fields
+    for name, value in itertools.compress(given.items(), map(operator.is_not, given.values(), DEFAULTS.values())):
         key.append(name)
         kind = type(value)
         if kind is float and name in _CHANGING:
@@ -495,20 +508,23 @@ def _meta(x: Tensor) -> tuple[Any, ...]:
 
 
 def _append(key: list[Any], value: Any) -> bool:
-    """Add a model, a function or an item of a list to a signature; False for what signatures do not describe."""
+    """Add a model, a function or an item of a list to a signature; False for what signatures do not describe.
+
+    Of a head only what its own checks leave open: all its tensors are dense, and on one device.
+    """
     kind = type(value)
     if kind in _NUMBERS:
         key += (kind, value)
         return True
     if kind is LinearHead:
-        bias = value.bias
-        weight = value.weight
-        key += (kind, *_meta(value.hidden), *_meta(weight), weight.requires_grad, None if bias is None else _meta(bias))
+        hidden, weight, bias, vocab_map = value.hidden, value.weight, value.bias, value.vocab_map
+        key += (kind, hidden.shape, hidden.dtype, hidden.device, weight.shape, weight.dtype, weight.requires_grad)
+        key += (None if bias is None else bias.dtype, None if vocab_map is None else _meta(vocab_map))
         key.append(value.softcap is None)  # store_exponentials has none
-        key.append(None if value.vocab_map is None else _meta(value.vocab_map))
         return value.shard is None
     if kind is Logits:
-        key += (kind, *_meta(value.logits), None if value.vocab_map is None else _meta(value.vocab_map))
+        logits, vocab_map = value.logits, value.vocab_map
+        key += (kind, logits.shape, logits.dtype, logits.device, None if vocab_map is None else _meta(vocab_map))
         return value.shard is None
     if kind is TokenLogProbs:
         key += (kind, *_meta(value.logprobs))

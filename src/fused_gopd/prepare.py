@@ -17,12 +17,19 @@ from .agreement import Agreement, agreement_of, shared_by
 from .checks import IGNORE, refuse, require_device, require_logprobs
 from .heads import Head, Source, TokenLogProbs, TopKLogProbs
 from .models import Models, as_tuple, frozen_heads, named_members, named_models, zero_masked
-from .objective.divergences import make
 from .objective.reductions import token_weights
 from .objective.rollout import importance
 from .objective.topk import with_sampled
 from .options import ARGUMENTS, LossCall, LossOptions, Reduction
-from .plan import check_routes, chunk_sizes, number_per_token, plan_of, tensor_per_token, whole_sequences
+from .plan import (
+    check_routes,
+    chunk_sizes,
+    divergence_of,
+    number_per_token,
+    plan_of,
+    tensor_per_token,
+    whole_sequences,
+)
 from .problem import FlatComposite, Problem, Route
 from .rowops import FROZEN, RowOps, select_backend
 from .server_scores import NO_SCORES, scores_of
@@ -239,10 +246,10 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     plan, student = plan_of(call), call.student
     options, vocab_size, cancelled, dtype = plan.options, plan.vocab_size, plan.cancelled, plan.dtype
     shape, device = student.token_shape, student.rows.device
-    sequences = check_cu_seqlens(call.cu_seqlens, shape, device)
+    sequences = plan.sequences if call.cu_seqlens is None else check_cu_seqlens(call.cu_seqlens, shape, device)
     scale = number_per_token("reward_scale", call.reward_scale, sequences, device)
     forward_weight = call.forward_weight
-    if forward_weight is not None:
+    if isinstance(forward_weight, Tensor):
         forward_weight = number_per_token("forward_weight", forward_weight, sequences, device)
     route = None if call.teacher_index is None else check_routes(call, sequences, device)[1]
     normalizer = check_normalizer(call.normalizer, call.sequence_lengths, options.reduction, sequences, device)
@@ -255,7 +262,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     if plan.has_map:
         given = named_models("teacher", call.teacher) | named_models("ref", call.ref)
         check_rows(named_members(given), vocab_size)
-    rows, slices = _in_route_order(live_rows(mask, shape), route, plan.routes)
+    rows, slices = _in_route_order(plan.rows if mask is None else live_rows(mask, shape), route, plan.routes)
     # a single model is shared by all routes
     routed: Models = {
         name: models * (plan.routes if len(models) == 1 else 1)
@@ -271,11 +278,10 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         """(n, ...) of the live tokens; ``masked`` in the place of others where rows cannot be dropped."""
         return rows.take(x if keep is None else x.masked_fill(~keep, masked))
 
-    def logprobs(name: str, x: Tensor | None, checks: bool) -> Tensor | None:
-        if x is not None:
-            x = live(x.detach()).to(dtype).contiguous()
-            if checks:
-                require_logprobs(name, x)
+    def logprobs(name: str, x: Tensor, checks: bool) -> Tensor:
+        x = live(x.detach()).to(dtype).contiguous()
+        if checks:
+            require_logprobs(name, x)
         return x
 
     ids, labels = call.token_ids, call.sft_labels
@@ -299,8 +305,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         outside = ~((forward_weight >= 0) & (forward_weight <= 1))
         refuse(outside, forward_weight, ValueError, "forward_weight must be between 0 and 1 where not masked")
     # with an advantage_fn they are the denominator of a ratio only, which may be of the caller's own making
-    old = logprobs("old_logprobs", call.old_logprobs, call.advantage_fn is None)
-    rollout = logprobs("rollout_logprobs", call.rollout_logprobs, True)
+    old, rollout = call.old_logprobs, call.rollout_logprobs
+    old = None if old is None else logprobs("old_logprobs", old, call.advantage_fn is None)
+    rollout = None if rollout is None else logprobs("rollout_logprobs", rollout, True)
     weighs = None
     if rollout is not None and old is not None and not plan.kernel_importance:
         weighs = importance(options, old, rollout, LiveSequences(rows, sequences))
@@ -381,9 +388,9 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
     sizes = plan.chunk_sizes
     if sizes is None or weight_gradient is not None:
         sizes = chunk_sizes(student, heads, options, vocab_size, dtype, weight_gradient)
-    divergence = make(
-        options.divergence, forward_weight=forward_weight, beta=options.beta, alpha=options.alpha, skew=options.skew
-    )
+    divergence = plan.divergence
+    if divergence is None:
+        divergence = divergence_of(options, forward_weight)
     routes = itertools.zip_longest(slices, heads["teacher"], heads["ref"])
     if ops is None:
         ops = select_backend(options.backend, device, plan.dtypes, divergence if options.joint else None)
@@ -393,7 +400,7 @@ def prepare(call: LossCall, ops: RowOps | None = None, weight_gradient: bool | N
         options=options,
         divergence=divergence,
         student=student,
-        routes=tuple(Route(start=start, stop=stop, teacher=q, ref=r) for (start, stop), q, r in routes),
+        routes=tuple([Route(start=start, stop=stop, teacher=q, ref=r) for (start, stop), q, r in routes]),
         rows=rows,
         sequences=sequences,
         mask=mask,

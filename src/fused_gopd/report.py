@@ -29,8 +29,8 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
     if scale is None:
         scale = statistics[TokenRow.REWARD_SCALE]
     routed = "teacher_index" in problem.reported
-    known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": problem.options.joint}
-    known["teachers"] = len(problem.routes)
+    joint = problem.joint
+    known: dict[str, Any] = {"loss": loss, "reward_scale": scale, "joint": joint, "teachers": len(problem.routes)}
     # copies of what may be the caller's own memory, which may change before a field is read; neither has a gradient
     if mask is not None:
         known["mask"] = mask = mask.clone()
@@ -54,10 +54,10 @@ def report(problem: Problem, loss: Tensor, values: TokenValues, statistics: Tens
         rows=rows,
         reward_scale=scale,
         has=has,
-        joint_composite=problem.has_composite and problem.joint,
-        joint=problem.options.joint,
-        estimator=problem.options.estimator,
-        logprob_min=problem.options.logprob_min,
+        joint_composite=problem.has_composite and joint,
+        joint=joint,
+        estimator=options.estimator,
+        logprob_min=options.logprob_min,
         labels=problem.labels,
         of_kl_ref=of_kl_ref,
         bounds=_bounds(problem) if routed else [],

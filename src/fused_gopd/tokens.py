@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -66,6 +67,52 @@ class Sequences:
         return values[torch.searchsorted(self.cu_seqlens, positions, right=True) - 1]
 
 
+Bounds = tuple[int, int]  # start and stop
+Reader = Callable[[Bounds], Tensor]
+
+
+class Cuts(NamedTuple):
+    """Where tokens are cut into chunks: the bounds of all of them, in order, and their sizes."""
+
+    bounds: list[Bounds]
+    sizes: list[int]
+
+
+def parts_of(x: Tensor, cuts: Cuts, dim: int = 0) -> Reader:
+    """A function that gives entries [start, stop) of a tensor along a dimension of tokens.
+
+    The views of all chunks are made at once, which takes a third of the time that slices do.
+    """
+    if len(cuts.bounds) < 2:
+        return lambda bounds: x if bounds in cuts.bounds else x.narrow(dim, bounds[0], bounds[1] - bounds[0])
+    parts = _Parts(zip(cuts.bounds, x.split_with_sizes(cuts.sizes, dim), strict=True))
+    parts.x, parts.dim = x, dim
+    return parts.__getitem__
+
+
+class _Parts(dict[Bounds, Tensor]):
+    __slots__ = ("dim", "x")
+    x: Tensor
+    dim: int
+
+    def __missing__(self, bounds: Bounds) -> Tensor:
+        start, stop = bounds
+        return self.x.narrow(self.dim, start, stop - start)
+
+
+def _keeping(read: Reader) -> Reader:
+    """A reader that keeps what it has read last."""
+    last: tuple[Bounds, Tensor] | None = None
+
+    def kept(bounds: Bounds) -> Tensor:
+        nonlocal last
+        if last is None or last[0] != bounds:
+            last = bounds, read(bounds)
+        return last[1]
+
+    return kept
+
+
 @record(frozen=True, eq=False)
 class TokenRows:
     """Which tokens are computed: all of a token shape, or those at ``index``, in its order.
@@ -82,8 +129,8 @@ class TokenRows:
     def count(self) -> int:
         return self.shape.numel() if self.index is None else self.index.shape[0]
 
-    def reader(self, x: Tensor) -> Callable[[int, int], Tensor]:
-        """A function of (start, stop) that gives rows [start, stop) of ``x`` as :meth:`take` does, for many of them."""
+    def reader(self, x: Tensor, cuts: Cuts, twice: bool = False) -> Reader:
+        """A function that gives rows of ``x`` as :meth:`take` does; ``twice`` in a row: a copy is kept until then."""
         flat: Tensor | None = x
         if len(self.shape) != 1:
             try:
@@ -91,11 +138,12 @@ class TokenRows:
             except RuntimeError:
                 flat = None
         if self.index is None and flat is not None:
-            count, every = self.count, flat
-            return lambda start, stop: every if stop - start == count else every[start:stop]
-        return lambda start, stop: self._gathered(x, flat, start, stop)
+            return parts_of(flat, cuts)
+        gathered = functools.partial(self._gathered, x, flat)
+        return _keeping(gathered) if twice else gathered
 
-    def _gathered(self, x: Tensor, flat: Tensor | None, start: int, stop: int) -> Tensor:
+    def _gathered(self, x: Tensor, flat: Tensor | None, bounds: Bounds) -> Tensor:
+        start, stop = bounds
         index = torch.arange(start, stop, device=x.device) if self.index is None else self.index[start:stop]
         if flat is not None:
             return flat.index_select(0, index)
@@ -112,7 +160,8 @@ class TokenRows:
         A view where every token is live and the layout allows it. Otherwise only these rows are copied: flattening a
         sliced tensor such as ``hidden[:, :-1]`` first would copy all of it.
         """
-        return self.reader(x)(start, self.count if stop is None else stop)
+        count = self.count
+        return self.reader(x, Cuts([(0, count)], [count]))((start, count if stop is None else stop))
 
     def put(self, out: Tensor, values: Tensor, start: int, stop: int) -> None:
         """Write rows [start, stop) into ``out`` (tokens, ...), which is flat and contiguous."""
@@ -178,9 +227,8 @@ def fixed_shapes() -> Iterator[None]:
 
 def host_sync_forbidden(device: torch.device) -> bool:
     """Whether no value may be read from the device: during CUDA-graph capture, and on meta, which has no values."""
-    if device.type == "meta" or _fixed_shapes.get():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    kind = device.type
+    return kind == "meta" or _fixed_shapes.get() or (kind == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def check_mask(mask: object, shape: torch.Size, device: torch.device, owner: str = "student") -> Tensor | None:
@@ -206,8 +254,8 @@ def live_rows(mask: Tensor | None, shape: torch.Size) -> TokenRows:
 
 def live_token_ids(ids: Tensor, rows: TokenRows, vocab_size: int, masked: bool) -> Tensor:
     """(n,) int64 ids of the live tokens. Out of range: IndexError on a CPU, a device-side assert on a GPU."""
-    live = rows.take(ids.to(torch.int64)).contiguous()
-    if live.device.type == "cpu" and live.numel():
+    live = rows.take(ids if ids.dtype is torch.int64 else ids.to(torch.int64)).contiguous()
+    if live.is_cpu and live.shape[0]:
         low, high = live.aminmax()
         if low.item() >= 0 and high.item() < vocab_size:
             return live

@@ -27,7 +27,7 @@ from builders import (
     widened,
 )
 from fused_gopd.rowops import LogitTransform, Stat
-from fused_gopd.rowops.triton import TritonRowOps
+from fused_gopd.rowops.triton import Launch, TritonRowOps
 from fused_gopd.tokens import fixed_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -226,6 +226,19 @@ def test_two_runs_give_the_same_bits(objective: dict[str, Any]) -> None:
     first, second = (run(batch, reward_scale=1.25, **objective) for _ in range(2))
     assert torch.equal(first[0].token_loss, second[0].token_loss)
     assert all(map(torch.equal, first[1], second[1]))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=OBJECTIVE_IDS)
+def test_launches_through_kernels_that_are_kept_give_the_same_bits(
+    objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = large(200, 64, torch.bfloat16)
+    own = run(batch, reward_scale=1.25, **objective)
+    monkeypatch.setattr(Launch, "hold", True)
+    for _ in range(2):
+        kept = run(batch, reward_scale=1.25, **objective)
+        assert torch.equal(own[0].token_loss, kept[0].token_loss)
+        assert all(map(torch.equal, own[1], kept[1]))
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "full"])

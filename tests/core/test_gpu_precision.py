@@ -40,18 +40,24 @@ def low_precision_products(monkeypatch):
         assert out.dtype in (torch.float32, weight.dtype)
         return product
 
-    def dhidden(dlogits, weight, out=None):
-        assert out is None, "a GPU's GEMM that rounds its result may round parts of the sum, too"
-        g, w = operands(dlogits, weight)
-        return g @ w
+    def dhidden_of(dlogits, weight, dtype):
+        def product(out):
+            g, w = operands(dlogits, weight)
+            return g @ w
 
-    def add_dweight_(accumulator, dlogits, hidden, *, first=False):
-        g, h = operands(dlogits, hidden)
+        assert dtype is None, "a GPU's GEMM that rounds its result may round parts of the sum, too"
+        return product
+
+    def dweight_into(accumulator, dlogits):
+        def product(hidden, first):
+            g, h = operands(dlogits, hidden)
+            return accumulator.addmm_(g, h, beta=0 if first else 1)
+
         assert accumulator.dtype == torch.float32
-        return accumulator.addmm_(g, h, beta=0 if first else 1)
+        return product
 
     monkeypatch.setattr(gemm, "accumulates_low_precision", lambda x: x.dtype in LOW)
-    for function in (logits_into, dhidden, add_dweight_):
+    for function in (logits_into, dhidden_of, dweight_into):
         monkeypatch.setattr(gemm, function.__name__, function)
 
 

@@ -79,7 +79,7 @@ class Counted(TorchDispatchMode):
 def launches_alone() -> Iterator[None]:
     """Triton launches that are counted and not made, on a machine without a GPU."""
     kept = triton_backend.Launch._start, triton_backend.interpreted
-    triton_backend.Launch._start = lambda self: None  # type: ignore[method-assign]
+    triton_backend.Launch._start = lambda self, device: None  # type: ignore[method-assign]
     triton_backend.interpreted = lambda: True
     try:
         yield

@@ -58,8 +58,9 @@ class Forward(NamedTuple):
 
 def forward(problem: Problem, make: MakeEstimator, requires: RequiresGrad) -> Forward:
     """The outputs of an estimator. :func:`fused_gopd.loop.run.backward` recomputes the logits."""
-    statistics, entries = run.forward(problem, make, requires)
-    return Forward(*make(problem).outputs(statistics), statistics, entries)
+    estimator = run.estimator_for(problem, make)
+    statistics, entries = run.forward(estimator, requires)
+    return Forward(*estimator.outputs(statistics), statistics, entries)
 
 
 class FusedForward(NamedTuple):
@@ -74,11 +75,11 @@ class FusedForward(NamedTuple):
 
 def fused_forward(problem: Problem, requires: RequiresGrad) -> FusedForward:
     """sum_i weights_i loss_i and its gradients, each GEMM once."""
-    scaling, gradients = Scaling.of(problem), None
+    scaling, gradients, estimator = Scaling.of(problem), None, run.estimator_for(problem, estimator_of)
     if any(requires):
-        statistics, gradients = run.forward_with_gradients(problem, estimator_of, requires, scaling.in_loop)
+        statistics, gradients = run.forward_with_gradients(estimator, requires, scaling.in_loop)
     else:
-        statistics, _ = run.forward(problem, estimator_of)
-    values = estimator_of(problem).values(statistics)
+        statistics, _ = run.forward(estimator)
+    values = estimator.values(statistics)
     loss = (values.loss * problem.weights).sum()
     return FusedForward(loss=loss, values=values, statistics=statistics, gradients=gradients, scaling=scaling)

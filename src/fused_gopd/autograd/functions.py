@@ -57,17 +57,16 @@ class _FusedLoss(torch.autograd.Function):
         gradients: Sequence[Tensor | None] | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            problem = saved(ctx)[0]
-            gradients = run.forward_with_gradients(problem, estimator_of, ctx.requires, scaling.in_loop)[1]
+            estimator = run.estimator_for(saved(ctx)[0], estimator_of)
+            gradients = run.forward_with_gradients(estimator, ctx.requires, scaling.in_loop)[1]
         assert gradients is not None
-        of_rows, of_weight = (
-            upstream if s is None else upstream * s for s in (scaling.deferred_rows, scaling.deferred_weight)
-        )
-        scaled: list[Tensor | None] = []
-        for gradient, factor, source in zip(gradients, (of_rows, of_weight, of_weight), ctx.meta, strict=True):
-            if gradient is not None and not _is_one(factor):
+        plain, scaled = _is_one(upstream), []
+        deferred = (scaling.deferred_rows, scaling.deferred_weight, scaling.deferred_weight)
+        for gradient, factor, source in zip(gradients, deferred, ctx.meta, strict=True):
+            total = upstream if factor is None else upstream * factor
+            if gradient is not None and not (plain if factor is None else _is_one(total)):
                 # in place, unless a copy is needed for the dtype: another [V, H] would be as large as all else
-                gradient = ctx.ops.scale_(gradient, factor, source[1])
+                gradient = ctx.ops.scale_(gradient, total, source[1])
             scaled.append(gradient)
         return (*core.in_shape_of(scaled, ctx.meta), None)
 
@@ -98,33 +97,35 @@ class _Recomputing(torch.autograd.Function):
         problem, (statistics, ids, values) = saved(ctx)
         assert statistics is not None
         entries = None if ids is None or values is None else Entries(ids, values)
-        gradients = run.backward(problem, ctx.make, ctx.requires, statistics, entries, *of_outputs)
+        estimator = run.estimator_for(problem, ctx.make)
+        gradients = run.backward(estimator, ctx.requires, statistics, entries, *of_outputs)
         return (*core.in_shape_of(gradients, ctx.meta), None, None)
 
 
-def _no_gradients(problem: Problem) -> bool:
-    """Whether nothing is to be differentiated: a Function would take its time in vain."""
-    tensors = core.student_tensors(problem.student)
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+def _any_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether anything is to be differentiated: a Function would take its time in vain."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def fused_loss(problem: Problem) -> tuple[Tensor, TokenValues, Tensor]:
     """The loss (), values and statistics."""
-    if _no_gradients(problem):
+    tensors = core.student_tensors(problem.student)
+    if not _any_gradient(tensors):
         with torch.no_grad():
             made = core.fused_forward(problem, NO_GRADIENTS)
             return made.loss, made.values, made.statistics
     apply: Any = _FusedLoss.apply
-    loss, (values, statistics) = apply(*core.student_tensors(problem.student), problem)
+    loss, (values, statistics) = apply(*tensors, problem)
     return loss, values, statistics
 
 
 def recomputing(problem: Problem, make: MakeEstimator) -> tuple[tuple[Tensor, ...], TokenValues | None, Tensor]:
     """Differentiable outputs (n,) of an estimator, values and statistics."""
-    if _no_gradients(problem):
+    tensors = core.student_tensors(problem.student)
+    if not _any_gradient(tensors):
         with torch.no_grad():
             outputs, values, statistics, _ = core.forward(problem, make, NO_GRADIENTS)
             return outputs, values, statistics
     apply: Any = _Recomputing.apply
-    (values, statistics), *outputs = apply(*core.student_tensors(problem.student), problem, make)
+    (values, statistics), *outputs = apply(*tensors, problem, make)
     return tuple(outputs), values, statistics

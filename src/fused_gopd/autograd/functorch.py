@@ -82,7 +82,7 @@ class _TransformedBackward(torch.autograd.Function):
         # advantages, and lambda of a function, are in the statistics
         problem: Problem = unflatten(without_forward(spec), own)
         entries = Entries(ids, values) if ids.ndim == 2 else None
-        gradients = run.backward(problem, make, requires, statistics, entries, *upstream)
+        gradients = run.backward(run.estimator_for(problem, make), requires, statistics, entries, *upstream)
         meta = core.meta_of(core.student_tensors(problem.student))
         return tuple(g for g in core.in_shape_of(gradients, meta) if g is not None)
 

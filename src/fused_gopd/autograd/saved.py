@@ -66,25 +66,29 @@ def _names_tensors(hint: Any) -> bool:
 def flatten(x: Any, tensors: list[Tensor]) -> Any:
     """Replace the tensors of a Problem, or of a part of one, by slots and append them to the list.
 
-    save_for_backward takes tensors only.
+    save_for_backward takes tensors only. A part without tensors stays what it is.
     """
-    kind: Any = type(x)
-    if _tensor_fields(kind):
-        fields = x._asdict() if kind is Agreement else {**vars(x)}
-        if fields.keys() != _field_names(kind).keys():  # a divergence that has cached properties or slots
-            fields = {name: getattr(x, name) for name in _field_names(kind)}
-        return _flattened(kind, fields, tensors)
     if isinstance(x, Tensor):
         tensors.append(x)
         return TensorSlot(len(tensors) - 1)
-    return tuple([flatten(y, tensors) for y in x]) if kind is tuple else x
-
-
-def _flattened(kind: Any, fields: dict[str, Any], tensors: list[Tensor]) -> Spec:
+    kind: Any = type(x)
+    if kind is tuple:
+        return tuple([flatten(y, tensors) for y in x])
+    flat: dict[str, Any] = {}
     for name in _tensor_fields(kind):
-        if fields[name] is not None:
-            fields[name] = flatten(fields[name], tensors)
-    return Spec(kind, fields)
+        part = getattr(x, name)
+        if part is None or type(part) is float:
+            continue
+        if isinstance(part, Tensor):
+            tensors.append(part)
+            flat[name] = TensorSlot(len(tensors) - 1)
+        elif (made := flatten(part, tensors)) is not part:
+            flat[name] = made
+    if not flat:
+        return x
+    if issubclass(kind, (Divergence, Agreement)):  # a divergence may have cached properties, or slots
+        return Spec(kind, {name: getattr(x, name) for name in _field_names(kind)} | flat)
+    return Spec(kind, vars(x) | flat)
 
 
 def flatten_for_backward(problem: Problem, tensors: list[Tensor], known: dict[str, Tensor]) -> Spec:
@@ -94,7 +98,9 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], known: dict[st
         known: fields that the forward has computed: what functions of the caller's have returned, so that a second
             backward does not call them again.
     """
-    return _flattened(Problem, {**vars(problem), **_FORWARD_ONLY, **known}, tensors)
+    kept = object.__new__(Problem)
+    vars(kept).update({**vars(problem), **_FORWARD_ONLY, **known})
+    return cast("Spec", flatten(kept, tensors))
 
 
 def without_forward(spec: Spec) -> Spec:

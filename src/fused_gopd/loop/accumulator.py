@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,9 @@ from ..rowops.torch import accumulation_dtype
 from . import gemm, memory
 from .buffers import Buffers, columns
 from .logit_gradient import gradient_buffer, power_of_two, write_logit_gradient
+
+RowsProduct = Callable[..., Tensor]  # of gemm.dhidden_of
+WeightProduct = Callable[[Tensor, bool], Tensor]  # of gemm.dweight_into
 
 
 class RequiresGrad(NamedTuple):
@@ -167,7 +171,6 @@ class LinearAccumulator:
         self.unit_scale, self._dtype = at_unit_scale(problem), gemm.gradient_dtype(student.weight)
         self._problem, self._student, self._hidden = problem, student, buffers.reader(student)
         self._rows = self._weight = self._joint = self._bias = None  # joint: the weight's rows of the joint vocabulary
-        self._transposed: tuple[Tensor, Tensor] | None = None  # the logit gradient of a chunk, and its transposed view
         if requires.rows:
             self._rows = _fresh_rows(problem)
         smallest, width = problem.options.grad_filter, columns(problem, student)
@@ -175,6 +178,9 @@ class LinearAccumulator:
         # the rows' gradient is where its product can write: sums of float32, not rounded twice
         wide = accumulation_dtype(student.hidden) == student.hidden.dtype
         self._in_place = wide and problem.rows.index is None
+        self._rows_of = None if self._rows is None or not self._in_place else buffers.slices(self._rows)
+        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}  # by id: logits, and their memory as that of a gradient
+        self._made: tuple[Tensor, RowsProduct, WeightProduct | None] | None = None
         if requires.weight:
             # the first chunk overwrites the joint vocabulary's rows; the padding rows past it are only zeroed
             self._weight = memory.empty(student.weight.shape, accumulation_dtype(student.weight), problem.device)
@@ -187,7 +193,25 @@ class LinearAccumulator:
 
     def buffer(self, row_problem: RowProblem, start: int, stop: int) -> Tensor:
         raw = row_problem.student.raw
-        return raw if raw.dtype == self._dtype else gradient_buffer(self._student, raw)
+        return raw if raw.dtype == self._dtype else self._gradient_in(raw)
+
+    def _gradient_in(self, logits: Tensor) -> Tensor:
+        """The memory of logits as that of their gradient; one object for each buffer."""
+        if logits.dtype == self._dtype:
+            return logits
+        held = self._gradients.get(id(logits))
+        if held is None:
+            held = self._gradients[id(logits)] = logits, gradient_buffer(self._student, logits)
+        return held[1]
+
+    def _products(self, dlogits: Tensor) -> tuple[RowsProduct, WeightProduct | None]:
+        """The two products with a chunk's logit gradient; those of the last chunk where it is the same memory."""
+        made = self._made
+        if made is None or made[0] is not dlogits:
+            dtype = None if self._rows is None or not self._in_place else self._rows.dtype
+            of_weight = None if self._joint is None else gemm.dweight_into(self._joint, dlogits.T)
+            made = self._made = dlogits, gemm.dhidden_of(dlogits, self._columns, dtype), of_weight
+        return made[1], made[2]
 
     def written(
         self, out: Tensor, rows_scale: Tensor | None, weight_scale: Tensor | None, start: int, stop: int
@@ -196,35 +220,35 @@ class LinearAccumulator:
 
     def add(self, parts: list[Part], whole: Tensor | None, start: int, stop: int) -> None:
         student, problem, weight = self._student, self._problem, self._columns
-        dlogits = parts[0].dlogits if whole is None else gradient_buffer(student, whole)  # (C, V)
+        dlogits = parts[0].dlogits if whole is None else self._gradient_in(whole)  # (C, V)
         rows_scale, weight_scale = parts[0].rows_scale, parts[0].weight_scale
         if len(parts) > 1:
             rows_scale = _concatenated([part.rows_scale for part in parts])
             weight_scale = _concatenated([part.weight_scale for part in parts])
         at_token, smallest, total, hidden = parts[0].at_token, problem.options.grad_filter, self._joint, None
         if total is not None:
-            hidden = self._hidden(start, stop)  # (C, H)
+            hidden = self._hidden((start, stop))  # (C, H)
             if weight_scale is not None:
                 # on the hidden states, not on the logit gradient, which has to stay at unit scale
                 scale = weight_scale if weight_scale.ndim == 0 else weight_scale[:, None]
                 hidden = (hidden.to(scale.dtype) * scale).to(dlogits.dtype)
         selected = gemm.selected(dlogits, smallest) if smallest else None
+        of_rows, of_weight = self._products(dlogits)
         rows: Tensor | None = None
         if selected is not None:
             rows = gemm.selected_products(dlogits, weight, selected, hidden, total, self._rows is not None)
         elif self._rows is not None:
-            rows = gemm.dhidden(dlogits, weight, self._rows[start:stop] if self._in_place else None)
+            rows = of_rows(out=None if self._rows_of is None else self._rows_of((start, stop)))
         reduced = None
         if rows is not None and student.shard is not None and student.shard.reduce_hidden:
             reduced = student.shard.sum_(rows)  # all-reduce over the ranks, concurrent with the next product
         if selected is None and total is not None:
             assert hidden is not None
-            if self._transposed is None or self._transposed[0] is not dlogits:
-                self._transposed = dlogits, dlogits.T
-            gemm.add_dweight_(total, self._transposed[1], hidden, first=start == 0 and not smallest)
+            assert of_weight is not None
+            of_weight(hidden, start == 0 and not smallest)
             if at_token is not None:
                 entry = at_token.entry if weight_scale is None else at_token.entry * weight_scale
-                rows_at = entry[:, None] * self._hidden(start, stop)
+                rows_at = entry[:, None] * self._hidden((start, stop))
                 gemm.add_at_(total, at_token.token_ids, rows_at)
         if reduced is not None:
             reduced.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,9 +12,10 @@ from torch import Tensor
 from ..heads import Head, LinearHead, Logits
 from ..objective import combination
 from ..objective.statistics import token_logprob
-from ..problem import FlatComposite, FrozenModel, Problem
+from ..problem import FlatComposite, FrozenModel, Problem, Route
 from ..rowops import LogitTransform, ModelRows, RowProblem, Stat, SumTerm, composite
 from ..rowops.torch import accumulation_dtype
+from ..tokens import Cuts, Reader, parts_of
 from . import gemm, memory
 from .chunking import balanced, row_stride
 from .vocab_parallel import local_ids, no_logit_, own_ids, statistics_of
@@ -56,20 +56,7 @@ def _in_gemm_dtype(head: Any, rounded: dict[tuple[object, ...], Tensor]) -> Any:
     return replace(head, weight=rounded[key])
 
 
-Reader = Callable[[int, int], Tensor]  # (start, stop) -> the rows of these tokens
-
-
-def _keeping(read: Reader) -> Reader:
-    """A reader that keeps what it has read last."""
-    last: tuple[int, int, Tensor] | None = None
-
-    def kept(start: int, stop: int) -> Tensor:
-        nonlocal last
-        if last is None or last[0] != start or last[1] != stop:
-            last = start, stop, read(start, stop)
-        return last[2]
-
-    return kept
+Loading = tuple[ModelRows, gemm.Product, Reader]  # a buffer, the product that fills it, how hidden states are read
 
 
 class MappedRows(NamedTuple):
@@ -85,18 +72,24 @@ class Buffers:
     The :class:`ModelRows` of a buffer is one object for all chunks of one length: a backend checks it once.
 
     Attributes:
-        steps: the routes that have tokens, and how many tokens each takes at a time.
+        chunks: the route of each chunk, its first token and the one after its last.
         logprobs: (C,) of the sampled tokens under the models made of several, by slot, of the tokens loaded last.
     """
 
     def __init__(self, problem: Problem) -> None:
         self._problem, device_type = problem, problem.device.type
+        self.token_ids = problem.token_ids
         routes = [route for route in problem.routes if route.stop > route.start]
-        self.steps = [(route, balanced(route.stop - route.start, problem.chunk_size, device_type)) for route in routes]
-        self._chunk_size = max([step for _, step in self.steps], default=1)
+        self.chunks: list[tuple[Route, int, int]] = []
+        self._chunk_size = 1
+        for route in routes:
+            step = balanced(route.stop - route.start, problem.chunk_size, device_type)
+            self._chunk_size = max(self._chunk_size, step)
+            starts = range(route.start, route.stop, step)
+            self.chunks += [(route, start, min(start + step, route.stop)) for start in starts]
+        self._cuts = Cuts([x[1:] for x in self.chunks], [stop - start for _, start, stop in self.chunks])
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        # by slot, head and number of tokens: a buffer, the product that fills it, how hidden states are read
-        self._loaded: dict[tuple[str, int, int], tuple[ModelRows, gemm.Product, Reader]] = {}
+        self._loaded: dict[tuple[str, int, int], Loading] = {}  # by slot, head and number of tokens
         self._composites: dict[tuple[str, int], ModelRows] = {}  # by slot and number of tokens: those of several models
         self.logprobs: dict[str, Tensor] = {}
         self._parts: dict[tuple[int, int, int], ModelRows] = {}  # of a whole chunk, by its tokens, start and stop
@@ -127,16 +120,18 @@ class Buffers:
     def reader(self, head: Head) -> Reader:
         """How rows of a head's hidden states or logits are read.
 
-        The student's hidden states are kept until others are read: the products that make logits and their gradients
-        read the same. Logits are read once, and a chunk's masked ones are a copy as large as a buffer.
+        The products that make the student's logits and their gradients read the same hidden states. Logits are read
+        once, and a chunk's masked ones are a copy as large as a buffer.
         """
         reader = self._readers.get(id(head))
         if reader is None:
-            reader = self._problem.rows.reader(head.rows)
-            if head is self._problem.student and isinstance(head, LinearHead):
-                reader = _keeping(reader)
-            self._readers[id(head)] = reader
+            twice = head is self._problem.student and isinstance(head, LinearHead)
+            reader = self._readers[id(head)] = self._problem.rows.reader(head.rows, self._cuts, twice)
         return reader
+
+    def slices(self, x: Tensor, dim: int = 0) -> Reader:
+        """How a tensor is read that has an entry for each live token along a dimension."""
+        return parts_of(x, self._cuts, dim)
 
     def load(
         self, head: FrozenModel, slot: str, start: int, stop: int, writable: bool = False, joint: bool = False
@@ -148,27 +143,30 @@ class Buffers:
         """
         if self._whole_chunk is not None and slot == "student":
             return self._part(start, stop)
-        tokens = stop - start
-        if isinstance(head, FlatComposite):
-            return self._composite(head, slot, start, stop)
-        if joint and head.vocab_map is not None:
-            return self._mapped(head, slot, start, stop)
-        if isinstance(head, Logits):
-            raw, width = self.reader(head)(start, stop), columns(self._problem, head)
-            if writable:
-                raw = self._buffer(slot, raw.dtype, tokens, width).copy_(raw[:, :width])
-            return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), transform_of(head))
-        key = (slot, id(head), tokens)
+        key = (slot, id(head), stop - start)
         loaded = self._loaded.get(key)
         if loaded is None:
-            width, dtype = columns(self._problem, head), self._problem.options.chunk_dtype
-            out = self._buffer(slot, dtype or accumulation_dtype(head.weight), tokens, width)
-            weight = head.weight if width == head.weight.shape[0] else head.weight[:width]
-            rows = ModelRows(out, transform_of(head))
-            loaded = self._loaded[key] = rows, gemm.logits_into(out, weight), self.reader(head)
+            if isinstance(head, FlatComposite):
+                return self._composite(head, slot, start, stop)
+            if joint and head.vocab_map is not None:
+                loaded = self._mapped(head, slot, stop - start)
+            elif isinstance(head, LinearHead):
+                loaded = self._linear(head, slot, stop - start)
+            else:
+                raw, width = self.reader(head)((start, stop)), columns(self._problem, head)
+                if writable:
+                    raw = self._buffer(slot, raw.dtype, stop - start, width).copy_(raw[:, :width])
+                return ModelRows(raw if raw.stride(-1) == 1 else raw.contiguous(), transform_of(head))
+            self._loaded[key] = loaded
         rows, product, read = loaded
-        product(read(start, stop))
+        product(read((start, stop)))
         return rows
+
+    def _linear(self, head: LinearHead, slot: str, tokens: int) -> Loading:
+        width, dtype = columns(self._problem, head), self._problem.options.chunk_dtype
+        out = self._buffer(slot, dtype or accumulation_dtype(head.weight), tokens, width)
+        weight = head.weight if width == head.weight.shape[0] else head.weight[:width]
+        return ModelRows(out, transform_of(head)), gemm.logits_into(out, weight), self.reader(head)
 
     def map_of(self, head: Head) -> MappedRows:
         """The rows of a head with a vocab_map, made once for all chunks."""
@@ -185,23 +183,16 @@ class Buffers:
             self._maps[id(head)] = MappedRows(index, bias.masked_fill(missing, -math.inf))
         return self._maps[id(head)]
 
-    def _mapped(self, head: Head, slot: str, start: int, stop: int) -> ModelRows:
+    def _mapped(self, head: Head, slot: str, tokens: int) -> Loading:
         """The raw logits of the student's tokens under a head that has other rows for them, -inf where it has none."""
-        key, (index, bias) = (slot, id(head), stop - start), self.map_of(head)
-        loaded = self._loaded.get(key)
-        if loaded is None:
-            dtype = self._problem.options.chunk_dtype or accumulation_dtype(head.rows)
-            dtype = head.rows.dtype if isinstance(head, Logits) else dtype
-            out = self._buffer(slot, dtype, stop - start, index.shape[0])
-            rows, read = ModelRows(out, replace(transform_of(head), bias=bias)), self.reader(head)
-            if isinstance(head, LinearHead):
-                loaded = rows, gemm.logits_of_rows_into(out, head.weight, index), read
-            else:
-                loaded = rows, lambda logits: torch.index_select(logits, 1, index, out=out), read
-            self._loaded[key] = loaded
-        rows, product, read = loaded
-        product(read(start, stop))
-        return rows
+        index, bias = self.map_of(head)
+        dtype = self._problem.options.chunk_dtype or accumulation_dtype(head.rows)
+        dtype = head.rows.dtype if isinstance(head, Logits) else dtype
+        out = self._buffer(slot, dtype, tokens, index.shape[0])
+        rows, read = ModelRows(out, replace(transform_of(head), bias=bias)), self.reader(head)
+        if isinstance(head, LinearHead):
+            return rows, gemm.logits_of_rows_into(out, head.weight, index), read
+        return rows, lambda logits: torch.index_select(logits, 1, index, out=out), read
 
     def _composite(self, model: FlatComposite, slot: str, start: int, stop: int) -> ModelRows:
         """The log-probs of a model made of several: each is computed into one buffer, then added to the slot."""

@@ -48,12 +48,12 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 def in_own_precision(loop: Loop) -> Loop:
-    """A loop over a problem that runs :func:`without_autocast` on its device."""
+    """A loop over an estimator's problem, or over a problem, that runs :func:`without_autocast` on its device."""
 
     @functools.wraps(loop)
-    def wrapped(problem: Any, *args: Any, **kwargs: Any) -> Any:
-        with without_autocast(problem.device):
-            return loop(problem, *args, **kwargs)
+    def wrapped(walked: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_autocast(getattr(walked, "problem", walked).device):
+            return loop(walked, *args, **kwargs)
 
     return cast("Loop", wrapped)
 
@@ -203,24 +203,33 @@ def dhidden(
     On a GPU a sum for an ``out`` of the weight's dtype is PyTorch's own, which may round parts of it on the way:
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``.
     """
-    dtype = dlogits.dtype
-    if dtype in _LOW_PRECISION:
-        if out is None:
-            return torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)  # type: ignore[no-any-return]
-        if out.dtype == weight.dtype:
-            return torch.mm(dlogits, weight, out=out)
-        return torch.ops.aten.mm.dtype_out(dlogits, weight, torch.float32, out=out)  # type: ignore[no-any-return]
-    if out is not None and out.dtype != dtype:
-        return out.copy_(dhidden(dlogits, weight))
+    return dhidden_of(dlogits, weight, None if out is None else out.dtype)(out=out)
+
+
+def dhidden_of(dlogits: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """:func:`dhidden` as a function of ``out``, of that dtype: how it is computed is decided once for all chunks."""
+    if dlogits.dtype in _LOW_PRECISION:
+        if dtype is None:
+            return lambda out: torch.ops.aten.mm.dtype(dlogits, weight, torch.float32)
+        if dtype == weight.dtype:
+            return functools.partial(torch.mm, dlogits, weight)
+        return functools.partial(torch.ops.aten.mm.dtype_out, dlogits, weight, torch.float32)
+    if dtype is not None and dtype != dlogits.dtype:
+        wide = dhidden_of(dlogits, weight, None)
+        return lambda out: out.copy_(wide(out=None))
     onednn = _uses_onednn(dlogits.shape[0], weight)
-    if weight.dtype == dtype and not onednn:
-        return torch.mm(dlogits, weight, out=out)
+    if weight.dtype == dlogits.dtype and not onednn:
+        return functools.partial(torch.mm, dlogits, weight)
+    return functools.partial(_dhidden_by_blocks, dlogits, weight, onednn)
+
+
+def _dhidden_by_blocks(dlogits: Tensor, weight: Tensor, onednn: bool, out: Tensor | None) -> Tensor:
     if out is None:
         out = dlogits.new_empty(dlogits.shape[0], weight.shape[1])
     if not weight.shape[0]:
         return out.zero_()
     width = weight.shape[1]
-    if weight.dtype == dtype:  # oneDNN copies C x the entries of a block
+    if weight.dtype == dlogits.dtype:  # oneDNN copies C x the entries of a block
         width = max(BLOCK_ELEMENTS // _DHIDDEN_ENTRIES, dlogits.shape[0] // 4)
     for columns, block in _wide_blocks(weight, width):
         if onednn:
@@ -233,21 +242,33 @@ def dhidden(
 
 def add_dweight_(
     accumulator: Tensor,  # (V, H) float32, float64 for float64 operands
-    dlogits: Tensor,  # (V, C) of gradient_dtype(weight): a transposed view, which the caller keeps
+    dlogits: Tensor,  # (V, C) of gradient_dtype(weight): a transposed view
     hidden: Tensor,  # (C, H)
     *,
     first: bool = False,  # overwrite whatever is in the accumulator: saves a pass of V x H to zero it
 ) -> Tensor:
     """accumulator += dlogits @ hidden"""
+    return dweight_into(accumulator, dlogits)(hidden, first)
+
+
+def dweight_into(accumulator: Tensor, dlogits: Tensor) -> Callable[[Tensor, bool], Tensor]:  # (V, H), (V, C)
+    """:func:`add_dweight_` as a function of ``hidden`` and ``first``: how it is computed is decided once."""
     if dlogits.dtype in _LOW_PRECISION:
-        return torch.ops.aten.addmm.dtype_out(  # type: ignore[no-any-return]
+        return lambda hidden, first: torch.ops.aten.addmm.dtype_out(
             accumulator, dlogits, hidden, torch.float32, beta=0 if first else 1, out=accumulator
         )
+    if _uses_onednn(dlogits.shape[1], accumulator, dweight=True):
+        return functools.partial(_add_dweight_by_blocks, accumulator, dlogits)
+
+    def product(hidden: Tensor, first: bool) -> Tensor:
+        hidden = _wide(hidden)
+        return torch.mm(dlogits, hidden, out=accumulator) if first else accumulator.addmm_(dlogits, hidden)
+
+    return product
+
+
+def _add_dweight_by_blocks(accumulator: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> Tensor:
     hidden, C = _wide(hidden), hidden.shape[0]
-    if not _uses_onednn(C, accumulator, dweight=True):
-        if first:
-            return torch.mm(dlogits, hidden, out=accumulator)
-        return accumulator.addmm_(dlogits, hidden)
     buffer: Tensor | None = None
     for rows in _blocks(accumulator.shape[0], max(hidden.shape)):
         width = rows.stop - rows.start

@@ -33,11 +33,12 @@ from .accumulator import (
 )
 from .buffers import Buffers, transform_of, with_gemm_dtype_weights
 from .chunking import balanced
-from .estimators.base import Chunk, Estimator
+from .estimators.base import Chunk, Estimator, Walk
 from .logit_gradient import power_of_two
 from .vocab_parallel import require_agreement
 
 T = TypeVar("T")
+_STATS = len(Stat)  # asked for once: the length of an enumeration is a call of Python
 MakeEstimator = Callable[[Problem], Estimator]
 
 
@@ -48,14 +49,16 @@ class Entries(NamedTuple):
     values: Tensor  # (n, K)
 
 
+def estimator_for(problem: Problem, make: MakeEstimator) -> Estimator:
+    """What the passes below are over."""
+    return make(with_gemm_dtype_weights(problem))
+
+
 @gemm.in_own_precision
-def forward(
-    problem: Problem, make: MakeEstimator, requires: RequiresGrad = NO_GRADIENTS
-) -> tuple[Tensor, Entries | None]:
+def forward(estimator: Estimator, requires: RequiresGrad = NO_GRADIENTS) -> tuple[Tensor, Entries | None]:
     """Statistics of all tokens, and where a backward will recompute the logits the entries that it needs."""
+    problem = estimator.problem
     require_agreement(problem, requires)
-    problem = with_gemm_dtype_weights(problem)
-    estimator = make(problem)
     statistics, entries = no_statistics(estimator), None
     if estimator.gradient_with_statistics and any(requires):
         shape = (problem.rows.count, problem.width)
@@ -77,8 +80,7 @@ def forward(
 
 @gemm.in_own_precision
 def forward_with_gradients(
-    problem: Problem,
-    make: MakeEstimator,
+    estimator: Estimator,
     requires: RequiresGrad,
     weights: Tensor,  # () or (n,) token weights
 ) -> tuple[Tensor, Gradients]:
@@ -86,9 +88,9 @@ def forward_with_gradients(
 
     A weight that all tokens share is not in the weight's gradient where :class:`Scaling` defers it.
     """
+    problem = estimator.problem
     require_agreement(problem, requires, fused=True)
-    problem = with_gemm_dtype_weights(problem)
-    buffers, estimator = Buffers(problem), make(problem)
+    buffers = Buffers(problem)
     accumulator = accumulator_for(problem, requires, buffers)
     student, statistics, unit = problem.student, no_statistics(estimator), accumulator.unit_scale
     folds = unit and isinstance(student, LinearHead) and folds_weights_into_hidden(student, weights)
@@ -149,12 +151,11 @@ def forward_with_gradients(
 
 def _stored(problem: Problem, chunk: Chunk) -> tuple[Part, Tensor]:
     """The gradient of -log p of a chunk's tokens from the product that would make its logits; and its factor (C,)."""
-    student, ids = problem.student, problem.token_ids
+    student, ids = problem.student, chunk.token_ids
     assert isinstance(student, LinearHead)
     assert ids is not None
-    hidden = chunk.buffers.reader(student)(chunk.start, chunk.stop)
+    hidden = chunk.buffers.reader(student)((chunk.start, chunk.stop))
     out, transform = chunk.buffers.exponentials(chunk.start, chunk.stop), transform_of(student)
-    ids = ids[chunk.tokens]
     found = problem.ops.linear_exponentials(hidden, student.weight, transform, problem.vocab_size, ids, out, chunk.own)
     if found is None:
         raise RuntimeError("store_exponentials needs a GPU of compute capability 8.0 or newer")
@@ -164,16 +165,15 @@ def _stored(problem: Problem, chunk: Chunk) -> tuple[Part, Tensor]:
 
 @gemm.in_own_precision
 def backward(
-    problem: Problem,
-    make: MakeEstimator,
+    estimator: Estimator,
     requires: RequiresGrad,
     statistics: Tensor,  # of the forward
     entries: Entries | None,  # of the forward
     *upstream: Tensor | None,  # (n,) gradients of the estimator's outputs
 ) -> Gradients:
     """The gradients of sum_i upstream_i output_i, the student's logits recomputed."""
-    problem = with_gemm_dtype_weights(problem)
-    buffers, estimator = Buffers(problem), make(problem)
+    problem = estimator.problem
+    buffers = Buffers(problem)
     accumulator = accumulator_for(problem, requires, buffers)
     gradient = estimator.weighted(statistics, _restored(statistics, entries), *upstream)
     shared = None
@@ -204,10 +204,10 @@ def no_statistics(estimator: Estimator) -> Tensor:
 
 def chunks(buffers: Buffers, statistics: Tensor) -> Iterator[Chunk]:
     """All live tokens, route by route."""
-    shared = (buffers, statistics, statistics[: len(Stat)])
-    for route, step in buffers.steps:
-        for start in range(route.start, route.stop, step):
-            yield Chunk(route, shared, start, min(start + step, route.stop))
+    ids, first_rows = buffers.token_ids, statistics[:_STATS]
+    walk = Walk(buffers, statistics, buffers.slices(first_rows, 1), None if ids is None else buffers.slices(ids))
+    for route, start, stop in buffers.chunks:
+        yield Chunk(walk, route, start, stop)
 
 
 def _in_sub_chunks(problem: Problem, chunk: Chunk, make: Callable[[Chunk], T]) -> tuple[list[T], Tensor | None]:

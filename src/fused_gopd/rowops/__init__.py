@@ -479,13 +479,13 @@ def select_backend(name: str, device: device, dtypes: set[dtype], divergence: Ro
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
     backend = BACKENDS[name]
-    if backend.takes is not None and not _takes(backend, dtypes):
+    module = backend.load()
+    if backend.takes is not None and not backend.takes.issuperset(dtypes):
         taken = [str(d).removeprefix("torch.") for d in backend.dtypes or ()]
         found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes.difference(backend.takes)))
         raise ValueError(
             f"backend={name!r} takes {_listed(taken)}, got {found}; backend='torch' takes any floating dtype"
         )
-    module = backend.load()
     reason = module.wrong_device(device)
     if reason is not None:
         raise ValueError(reason)

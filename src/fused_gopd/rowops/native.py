@@ -90,6 +90,11 @@ def _kinds() -> dict[str, int]:
     return {name: i for i, name in enumerate(_load().KINDS) if i}
 
 
+@functools.cache
+def _kind_names() -> frozenset[str]:
+    return frozenset(_kinds())
+
+
 class NativeRowOps:
     """See :class:`fused_gopd.rowops.RowOps` for the formulas. Rows are computed by PyTorch's threads.
 
@@ -103,7 +108,7 @@ class NativeRowOps:
 
     @property
     def kinds(self) -> frozenset[str]:
-        return frozenset(_kinds())
+        return _kind_names()
 
     def statistics(self, problem: RowProblem, out: Tensor | None = None) -> Tensor:
         statistics = _new_statistics(problem) if out is None else out
@@ -253,10 +258,10 @@ def _run(
 ) -> None:
     """The one place where a problem's tensors become addresses: in C++, or here if one needs a copy or is wrong."""
     native, token_ids = _load(), problem.token_ids
-    alive: list[Tensor] = []  # copies that the kernels read
     job, rows, forward_weights = _job(problem)
     scales = problem.reward_scale if isinstance(problem.reward_scale, Tensor) else None
     w_d = w_y = policy = None
+    alive: list[Tensor] = []  # copies that the kernels read
     dtype = 0
     if weights is not None and out is not None:
         w_d, w_y, dtype = weights.divergence, weights.token, _DTYPES.get(out.dtype, 0)
@@ -303,27 +308,20 @@ def _job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:
     From an earlier call where that was for the same student and for all that is compared here.
     """
     student, teacher, ref, divergence = problem.student, problem.teacher, problem.ref, problem.divergence
-    scale = None if isinstance(problem.reward_scale, Tensor) else problem.reward_scale
-    addresses = (
+    scale = problem.reward_scale
+    key = (
         problem.vocab_size,
         student.raw.data_ptr(),
-        None if teacher is None else teacher.raw.data_ptr(),
-        None if ref is None else ref.raw.data_ptr(),
+        None if teacher is None else (id(teacher), teacher.raw.data_ptr()),
+        None if ref is None else (id(ref), ref.raw.data_ptr()),
+        id(divergence),
+        None if isinstance(scale, Tensor) else scale,
     )
     held = student.kept.get("native job")
-    if held is not None:
-        made, old_teacher, old_ref, old_divergence, old_scale, old_addresses = held
-        if (
-            old_teacher is teacher
-            and old_ref is ref
-            and old_divergence is divergence
-            and old_scale is scale
-            and old_addresses == addresses
-        ):
-            return made  # type: ignore[no-any-return]
-    made = _new_job(problem)
-    student.kept["native job"] = made, teacher, ref, divergence, scale, addresses
-    return made
+    if held is None or held[0] != key:
+        # with all whose ids are compared, so that nothing else can have them
+        held = student.kept["native job"] = key, _new_job(problem), (teacher, ref, divergence)
+    return held[1]
 
 
 def _new_job(problem: RowProblem) -> tuple[Any, int, Tensor | None]:
@@ -382,7 +380,9 @@ def _model(name: str, model: ModelRows, rows: int, V: int) -> Any:
     key = (rows, V, raw.data_ptr())
     if kept is not None and kept[0] == key:
         return kept[1]
-    _check_rows(name, raw, rows, V)
+    dtype = _DTYPES.get(raw.dtype, 0)
+    if not _load().matrix_address(raw, dtype, rows, V, True):
+        _check_rows(name, raw, rows, V)
     transform, bias = model.transform, model.transform.bias
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] < V:
@@ -396,9 +396,9 @@ def _model(name: str, model: ModelRows, rows: int, V: int) -> Any:
     softcap = transform.softcap
     handle = _load().Model(
         # an empty tensor has no address, and none is the mark of a model that is not there
-        raw=raw.data_ptr() or 1,
+        raw=key[2] or 1,
         row_stride=raw.stride(0),
-        dtype=_DTYPES[raw.dtype],
+        dtype=dtype,
         bias=0 if bias is None else bias.data_ptr(),
         input_scale=transform.scale / (transform.temperature if softcap is None else softcap),
         output_scale=1.0 if softcap is None else softcap / transform.temperature,

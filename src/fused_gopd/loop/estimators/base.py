@@ -21,11 +21,21 @@ from ...objective.topk import CompositeOnSupport, OnSupport
 from ...problem import FlatComposite, FrozenModel, Problem, Route
 from ...rowops import FROZEN, GradientWeights, RowProblem, Stat, composite, sparse
 from ...rowops.torch import rows_of
+from ...tokens import Reader
 from ..buffers import Buffers, columns, transform_of
 from ..vocab_parallel import local_ids, merge_over_ranks, no_logit_, own_ids, own_statistics, statistics_of
 from .token_stats import OfLogits, fill_reward_scale
 
 EVERY = slice(None)
+
+
+class Walk(NamedTuple):
+    """What the chunks of a walk over all live tokens share."""
+
+    buffers: Buffers
+    statistics: Tensor  # of all tokens, filled chunk by chunk
+    own: Reader  # their first rows (len(Stat), C)
+    token_ids: Reader | None  # (C,) int64, the sampled tokens
 
 
 class Chunk:
@@ -34,22 +44,25 @@ class Chunk:
     Attributes:
         statistics: those of all tokens, filled chunk by chunk.
         own: (len(Stat), C) the chunk's columns of the first rows of it, a view.
+        token_ids: (C,) int64, the sampled tokens, a view.
     """
 
-    __slots__ = ("_shared", "buffers", "own", "route", "start", "statistics", "stop", "tokens")
+    __slots__ = ("_walk", "buffers", "own", "route", "start", "statistics", "stop", "token_ids", "tokens")
 
-    def __init__(self, route: Route, shared: tuple[Buffers, Tensor, Tensor], start: int, stop: int) -> None:
-        self.buffers, self.statistics, first_rows = self._shared = shared
+    def __init__(self, walk: Walk, route: Route, start: int, stop: int) -> None:
+        self._walk = walk
+        self.buffers, self.statistics, own, ids = walk
         self.route, self.start, self.stop, self.tokens = route, start, stop, slice(start, stop)
-        self.own = first_rows if stop - start == first_rows.shape[1] else first_rows[:, start:stop]
+        self.own = own((start, stop))
+        self.token_ids = None if ids is None else ids((start, stop))
 
     def of_rows(self, count: int) -> Chunk:
         """The same tokens with the first rows of the statistics."""
-        buffers, statistics, first_rows = self._shared
-        return Chunk(self.route, (buffers, statistics[:count], first_rows), self.start, self.stop)
+        walk = self._walk._replace(statistics=self.statistics[:count])
+        return Chunk(walk, self.route, self.start, self.stop)
 
     def part(self, start: int, stop: int) -> Chunk:
-        return Chunk(self.route, self._shared, start, stop)
+        return Chunk(self._walk, self.route, start, stop)
 
 
 class Support(NamedTuple):
@@ -207,12 +220,12 @@ class Estimator:
         """A chunk's logits: of the student alone, or of all models where the row operation needs them together."""
         problem, route, buffers = self.problem, chunk.route, chunk.buffers
         start, stop = chunk.start, chunk.stop
-        ids, student = problem.token_ids, problem.student
+        ids, student = chunk.token_ids, problem.student
         teacher, ref = (route.teacher, route.ref if problem.has[1] else None) if joint else (None, None)
         student_rows = buffers.load(student, "student", start, stop, writable)
         teacher_rows = None if teacher is None else buffers.load(teacher, "teacher", start, stop, joint=True)
         ref_rows = None if ref is None else buffers.load(ref, "ref", start, stop, joint=True)
-        own_ids = None if ids is None else local_ids(student.shard, ids[start:stop])
+        own_ids = ids if ids is None or student.shard is None else local_ids(student.shard, ids)
         if joint and problem.reward_scale_fn is not None:
             rows = {"student": student_rows, "teacher": teacher_rows, "ref": ref_rows}
             made = {name: x for name, x in buffers.logprobs.items() if isinstance(getattr(route, name), FlatComposite)}
@@ -243,11 +256,11 @@ class Estimator:
     def _score_alone(self, chunk: Chunk, head: Head, out: Tensor) -> None:
         """Statistics (len(Stat), C) of one model, forward only; from hidden states where the backend can."""
         ops, start, stop, shard = self.problem.ops, chunk.start, chunk.stop, head.shard
-        assert self.problem.token_ids is not None
-        ids, width = own_ids(head, self.problem.token_ids[start:stop]), columns(self.problem, head)
+        assert chunk.token_ids is not None
+        ids, width = own_ids(head, chunk.token_ids), columns(self.problem, head)
         to, own = out if shard is None else None, None
         if isinstance(head, LinearHead) and width:
-            hidden = chunk.buffers.reader(head)(start, stop)
+            hidden = chunk.buffers.reader(head)((start, stop))
             own = ops.linear_statistics(hidden, head.weight, transform_of(head), width, ids, to)
         if own is None:
             # models that are scored one by one share the student's buffer

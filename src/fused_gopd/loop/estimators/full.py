@@ -22,6 +22,8 @@ from .base import (
 class Full(Estimator):
     """A divergence over the whole vocabulary."""
 
+    _weights: GradientWeights | None = None  # of the last chunk
+
     def load(self, chunk: Chunk) -> Loaded:
         return Loaded(self._row_problem(chunk, joint=True))
 
@@ -32,7 +34,9 @@ class Full(Estimator):
             return None
         if self.problem.importance is not None:
             token_weights = token_weights * self.problem.importance[chunk.tokens]
-        return GradientWeights(divergence=token_weights)
+        if self._weights is None or self._weights.divergence is not token_weights:
+            self._weights = GradientWeights(divergence=token_weights)
+        return self._weights
 
     def slope(self, chunk: Chunk) -> Tensor | None:
         return self._factor(chunk.statistics, chunk.tokens) if self.problem.has_loss_factors else None

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
+import operator
 import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -270,7 +273,15 @@ def linear_tiles(
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: everything but the device. Tests compile these for GPUs that are not there."""
+    """One kernel launch: everything but the device. Tests compile these for GPUs that are not there.
+
+    Attributes:
+        hold: whether launches on NVIDIA's GPUs go through compiled kernels that are kept. ``JITFunction.run`` binds,
+            specialises and looks up each argument anew, which takes the host four times as long. Triton's environment
+            variables are then read at the first launch alone. Off: it has not run on a GPU.
+    """
+
+    hold: ClassVar[bool] = False
 
     kernel: Any
     grid: int
@@ -282,13 +293,57 @@ class Launch:
         global _launches
         _launches += 1
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            self._start()
+            self._start(device)
         else:
             with torch.cuda.device(device):  # Triton launches on the current device
-                self._start()
+                self._start(device)
 
-    def _start(self) -> None:
-        self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
+    def _start(self, device: torch.device) -> None:
+        if self.hold and device.type == "cuda" and torch.version.hip is None:
+            self.start_held(device)
+        else:
+            self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
+
+    def start_held(self, device: torch.device) -> None:
+        """Launch the kernel that was compiled for these arguments, which goes by all that Triton may compile in."""
+        key = (
+            self.kernel,
+            device,
+            *self.arguments,
+            *[None if x is None else _compiled_in(x) for x in self.arguments.values()],
+            *self.constants,
+            *self.constants.values(),
+            *map(type, self.constants.values()),  # 1, 1.0 and True are one key
+            *self.options.items(),
+        )
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel.warmup(grid=(1,), **self.arguments, **self.constants, **self.options)
+            compiled = _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
+        compiled[self.grid, 1, 1](*_in_order(self.kernel)({**self.arguments, **self.constants}))
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+@functools.cache
+def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Arguments by name -> in the order of the kernel's parameters, in which a compiled kernel takes them."""
+    return operator.itemgetter(*inspect.signature(kernel.fn).parameters)
+
+
+def _compiled_in(x: Any) -> Hashable:
+    """What of an argument that is no constant Triton may specialise a kernel for, on NVIDIA's GPUs; not less."""
+    kind = type(x)
+    if kind is int:
+        return 1 if x == 1 else (x % 16 == 0, -(1 << 31) <= x < 1 << 31, x < 1 << 63)
+    if kind is float:
+        return kind
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    fields = dict(vars(x))  # of a TensorDescriptor: its block, how it is padded, ...
+    base, shape, strides = (fields.pop(name) for name in ("base", "shape", "strides"))
+    return kind, _compiled_in(base), *map(_compiled_in, (*shape, *strides)), repr(fields)
 
 
 def _transform_arguments(transform: LogitTransform) -> tuple[int, float, float]:
