@@ -265,7 +265,7 @@ def kernels_alone() -> Iterator[list[str]]:
 
     started: list[str] = []
 
-    def start(launch: Any) -> None:
+    def start(launch: Any, device: torch.device) -> None:
         for name, x in launch.arguments.items():
             assert not isinstance(x, Tensor) or isinstance(x, OnGPU), f"{name} of {launch.kernel} is on {x.device}"
         started.append(launch.kernel.__name__)

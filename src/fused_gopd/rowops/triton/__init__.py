@@ -13,7 +13,7 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -332,7 +332,7 @@ def _in_order(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     return operator.itemgetter(*inspect.signature(kernel.fn).parameters)
 
 
-def _compiled_in(x: Any) -> Hashable:
+def _compiled_in(x: Any) -> Any:
     """What of an argument that is no constant Triton may specialise a kernel for, on NVIDIA's GPUs; not less."""
     kind = type(x)
     if kind is int:
