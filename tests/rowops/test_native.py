@@ -988,7 +988,7 @@ X86 = {
 }
 
 
-SANITIZED = ["-O1", "-g", "-fPIC", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
+SANITIZED = ["-O1", "-g1", "-fPIC", "-ffp-contract=fast", "-Wno-psabi", "-fsanitize=address,undefined"]
 SANITIZED += ["-fno-sanitize-recover=all"]
 
 
