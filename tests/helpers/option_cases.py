@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fused_gopd as fg
-from builders import Batch, generator, linear_head, logits_head, make_batch
+from builders import Batch, generator, linear_head, logits_head, make_batch, widened
 from fused_gopd import TokenStats
 from fused_gopd.targets import Composite
 
@@ -24,9 +24,11 @@ F32 = torch.float32
 Case = dict[str, Any]  # arguments of gopd_loss that are not those of the plain call
 
 
-def batch_of(masked: bool = False, dtype: torch.dtype = F32) -> Batch:
-    sizes = {"vocab": (VOCAB, VOCAB - 2, VOCAB), "hidden": (HIDDEN, HIDDEN + 8, HIDDEN)}
-    return make_batch(5, shape=SHAPE, dtype=dtype, masked=masked, **sizes)
+def batch_of(
+    masked: bool = False, dtype: torch.dtype = F32, vocab: int = VOCAB, shape: tuple[int, int] = SHAPE
+) -> Batch:
+    sizes = {"vocab": (vocab, vocab - 2, vocab), "hidden": (HIDDEN, HIDDEN + 8, HIDDEN)}
+    return make_batch(5, shape=shape, dtype=dtype, masked=masked, **sizes)
 
 
 def logprobs_of(head: Any) -> Tensor:
@@ -49,6 +51,7 @@ def cases(batch: Batch) -> dict[str, Case]:
     """By name. An entry ``student``, ``teacher`` or ``ref`` takes the place of the batch's."""
     g = generator(11)
     ids, shape, dtype = batch.token_ids, batch.token_ids.shape, batch.student.hidden.dtype
+    vocab = len(batch.student.weight)
     n, live = ids.numel(), torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
 
     def noise(*size: int) -> Tensor:
@@ -64,18 +67,18 @@ def cases(batch: Batch) -> dict[str, Case]:
         name: fg.TopKLogProbs(top.indices, logprobs_of(m).gather(-1, top.indices).float(), sampled_logprobs=s.logprobs)
         for (name, s), m in zip(served.items(), (batch.teacher, batch.ref), strict=True)
     }
-    rows = torch.randperm(VOCAB, generator=g).masked_fill(torch.arange(VOCAB) < 9, -1)
-    other = linear_head(31, shape, VOCAB + 3, HIDDEN, dtype)
+    rows = torch.randperm(vocab, generator=g).masked_fill(torch.arange(vocab) < 9, -1)
+    other = linear_head(31, shape, vocab + 3, HIDDEN, dtype)
     mapped = dataclasses.replace(other, vocab_map=rows)
     sharp = {"scale": 0.8, "softcap": 20.0, "temperature": 0.7, "bias": True}
-    styled = linear_head(32, shape, VOCAB, HIDDEN, dtype, 2.0, **{k: v for k, v in sharp.items() if k != "scale"})
+    styled = linear_head(32, shape, vocab, HIDDEN, dtype, 2.0, **{k: v for k, v in sharp.items() if k != "scale"})
     routes = {"teacher": [batch.teacher, other], "teacher_index": torch.arange(n).reshape(shape) % 2}
-    parts = [batch.teacher, logits_head(33, shape, VOCAB, dtype)]
+    parts = [batch.teacher, logits_head(33, shape, vocab, dtype)]
     log_linear, mixture = (
         fg.LogLinear(parts, [1.25, 0.1 * noise()]),
         fg.Mixture(parts, [0.5, torch.rand(shape, generator=g)]),
     )
-    bounds = torch.tensor([0, 7, 7, 20, n], dtype=torch.int32)
+    bounds = torch.tensor([0, 7, 7, 2 * n // 3, n], dtype=torch.int32)
     packed = {"packed": True, "cu_seqlens": bounds}
     per_sequence = {"normalizer": torch.tensor(3.0), "sequence_lengths": live.sum(1) + 2}
     full, topk = {"estimator": "full"}, {"estimator": "topk", "k": 5}
@@ -123,10 +126,10 @@ def cases(batch: Batch) -> dict[str, Case]:
         "LogLinear": {"teacher": log_linear},
         "Mixture": {"teacher": mixture},
         "vocab_map": {"teacher": mapped, "logprob_min": -9.0},
-        "logits": {"student": "logits", "ref": logits_head(34, shape, VOCAB, dtype)},
+        "logits": {"student": "logits", "ref": logits_head(34, shape, vocab, dtype)},
         "softcap, temperature, bias": {"student": styled},
         "scores of a server": dict(served),
-        "smaller joint vocabulary": {"vocab_size": VOCAB - 5, "token_ids": ids.clamp(max=VOCAB - 6)},
+        "smaller joint vocabulary": {"vocab_size": vocab - 5, "token_ids": ids.clamp(max=vocab - 6)},
         "full": full,
         "forward KL": {**full, "divergence": "forward_kl"},
         "JSD": {**full, "divergence": "jsd", "beta": 0.3},
@@ -179,6 +182,13 @@ def moved(x: Any, put: Callable[[Tensor], Tensor]) -> Any:
     return put(x) if isinstance(x, Tensor) else x
 
 
+def wide(x: Any) -> Any:
+    """The same argument with its models in float64, on fresh leaves."""
+    if isinstance(x, list):
+        return [wide(model) for model in x]
+    return widened(x) if isinstance(x, Composite) or hasattr(x, "tensors") else x
+
+
 def arguments(batch: Batch, case: Case) -> Case:
     """All arguments of the call, the student on fresh leaves."""
     found: Case = {
@@ -193,7 +203,7 @@ def arguments(batch: Batch, case: Case) -> Case:
     if isinstance(found["student"], str):
         found["student"] = fg.Logits((batch.student.hidden @ batch.student.weight.T).detach())
     if found.pop("packed", False):
-        found = moved(found, lambda x: x.reshape(-1, *x.shape[2:]) if x.shape[:2] == SHAPE else x)
+        found = moved(found, lambda x: x.reshape(-1, *x.shape[2:]) if x.shape[:2] == batch.token_ids.shape else x)
     leaf = lambda x: x.detach().clone().requires_grad_(x.is_floating_point())  # noqa: E731
     return found | {"student": moved(found["student"], leaf)}
 

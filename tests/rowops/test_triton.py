@@ -220,6 +220,7 @@ def test_agrees_with_float64(ops: TritonRowOps, divergence: str, dtype: torch.dt
     check(ops, make(divergence, dtype=dtype), separately=True)
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize(("divergence", "parameters"), FAMILY)
 def test_the_family_agrees_with_float64(ops: TritonRowOps, divergence: str, parameters: dict[str, Any]) -> None:
     """Whole rows, and rows of which each rank has some columns."""
@@ -237,6 +238,7 @@ def test_the_family_agrees_with_float64(ops: TritonRowOps, divergence: str, para
     assert_close(gradient, truth[1], naive[1], "gradient")
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize(("divergence", "parameters"), FAMILY)
 def test_the_family_keeps_nan_to_its_row(ops: TritonRowOps, divergence: str, parameters: dict[str, Any]) -> None:
     problem = family_problem(divergence, parameters)
@@ -249,6 +251,7 @@ def test_the_family_keeps_nan_to_its_row(ops: TritonRowOps, divergence: str, par
     assert gradient[[0, 4]].isfinite().all()
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize("alpha", [-3.0, -1e-9, 0.5, 0.75, 1.0 + 1e-9, 4.0])
 def test_alpha_is_finite_where_its_products_are_not(ops: TritonRowOps, alpha: float) -> None:
     """t^alpha p^(1 - alpha) overflows where one of them is about 0; masks of three sizes in either model and both."""
@@ -868,11 +871,13 @@ def bfloat16_inputs(rows: int, H: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
     return linear_inputs(rows, H, V, torch.bfloat16)
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize(("rows", "H", "V"), [(1, 16, 32), (37, 48, 211), (50, 33, 100), (3, 7, 1), (16, 16, 33)])
 def test_linear_exponentials_agree_with_float64(ops: TritonRowOps, rows: int, H: int, V: int) -> None:
     check_exponentials(ops, *bfloat16_inputs(rows, H, V))
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize("name", [name for name in transforms() if transforms()[name].softcap is None])
 def test_linear_exponentials_transforms_and_masks(ops: TritonRowOps, name: str) -> None:
     """Masks in the bias, of -inf and finite: exactly 0 there."""
@@ -886,6 +891,7 @@ def test_linear_exponentials_transforms_and_masks(ops: TritonRowOps, name: str) 
     assert not out[:, [5, 6, 98]].any()
 
 
+@pytest.mark.untried
 def test_linear_exponentials_decline_what_they_cannot_take() -> None:
     if not RUNNABLE:
         pytest.skip("no GPU and TRITON_INTERPRET is not set")
@@ -902,6 +908,7 @@ def test_linear_exponentials_decline_what_they_cannot_take() -> None:
     assert [x.shape for x in none] == [(len(Stat), 0), (0,), (0,)]
 
 
+@pytest.mark.untried
 def test_linear_exponentials_strides_and_padding_rows(ops: TritonRowOps) -> None:
     hidden, weight, ids = bfloat16_inputs(20, 32, 120)
     wide_hidden = torch.full((40, 50), NAN, dtype=torch.bfloat16, device=DEVICE)
@@ -924,6 +931,7 @@ def test_linear_exponentials_strides_and_padding_rows(ops: TritonRowOps) -> None
     assert (statistics[:, [0, 21, 22]] == 7.0).all()
 
 
+@pytest.mark.untried
 def test_linear_exponentials_of_a_peaked_row_keep_their_digits(ops: TritonRowOps) -> None:
     """p of the token is 1 - 1e-5 and nearer to 1: p - 1 is minus the sum of the others, not a difference."""
     hidden, weight, ids = bfloat16_inputs(20, 32, 70)
@@ -937,6 +945,7 @@ def test_linear_exponentials_of_a_peaked_row_keep_their_digits(ops: TritonRowOps
     assert (found.statistics[Stat.LOGIT_STUDENT] <= found.statistics[Stat.LOGSUM_STUDENT]).all()
 
 
+@pytest.mark.untried
 def test_linear_exponentials_of_an_improbable_token_are_relative_to_the_maximum(ops: TritonRowOps) -> None:
     """Beside rows of the same tile that are not redone, which keep their bits."""
     hidden, weight, ids = bfloat16_inputs(20, 32, 70)
@@ -958,6 +967,7 @@ def test_linear_exponentials_of_an_improbable_token_are_relative_to_the_maximum(
     assert (found.statistics[Stat.LOGIT_STUDENT, [5, 7]] == -INF).all()
 
 
+@pytest.mark.untried
 def test_linear_exponentials_token_ids_out_of_range(ops: TritonRowOps) -> None:
     hidden, weight, ids = bfloat16_inputs(20, 16, 70)
     ids[:4] = torch.tensor([-1, 70, 2**40 + 3, -100], device=DEVICE)
@@ -967,6 +977,7 @@ def test_linear_exponentials_token_ids_out_of_range(ops: TritonRowOps) -> None:
     assert not found.entry[:4].any()
 
 
+@pytest.mark.untried
 def test_linear_exponentials_nan_and_empty_rows(ops: TritonRowOps) -> None:
     hidden, weight, ids = bfloat16_inputs(20, 16, 70)
     healthy, clean = check_exponentials(ops, hidden, weight, ids)
@@ -989,6 +1000,7 @@ def test_linear_exponentials_nan_and_empty_rows(ops: TritonRowOps) -> None:
     assert (empty.factor == 1.0).all()
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize("splits", [1, 3, 7])
 def test_linear_exponentials_splits_and_tiles(ops: TritonRowOps, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, ids = bfloat16_inputs(33, 32, 300)
@@ -1007,6 +1019,7 @@ def test_linear_exponentials_splits_and_tiles(ops: TritonRowOps, splits: int, mo
     check_exponentials(ops, hidden, weight, ids, transform)
 
 
+@pytest.mark.untried
 def test_linear_exponentials_by_the_copy_engine(ops: TritonRowOps) -> None:
     """Its tiles store two halves; rows and columns past the end stay as they are."""
     if not INTERPRETED:
@@ -1054,6 +1067,7 @@ def test_linear_full_size(ops: TritonRowOps, dtype: torch.dtype) -> None:
     check_linear(ops, *linear_inputs(300, 2048, 32003, dtype))
 
 
+@pytest.mark.untried
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize(
     ("rows", "H", "V"), [(300, 2048, 32003), (1100, 1024, 151936), (64, 1000, 50257), (5, 64, 999)]
@@ -1185,6 +1199,7 @@ EXPONENTIALS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.untried
 @pytest.mark.parametrize(
     ("name", "trained"),
     [(name, "hidden weight bias") for name in EXPONENTIALS]
@@ -1229,6 +1244,7 @@ def test_store_exponentials_is_what_float64_makes_of_it(name: str, trained: str)
         assert (a - b).norm() <= HALF_A_UNIT * b.norm()
 
 
+@pytest.mark.untried
 def test_store_exponentials_of_a_token_without_probability() -> None:
     """One whose row is relative to its maximum, and one at -inf, which has no gradient."""
     if not RUNNABLE:
@@ -1252,6 +1268,7 @@ def test_store_exponentials_of_a_token_without_probability() -> None:
         assert (a - b).norm() <= HALF_A_UNIT * b.norm()
 
 
+@pytest.mark.untried
 def test_store_exponentials_refuses_what_it_has_no_gradient_for() -> None:
     hidden, weight, ids = bfloat16_inputs(4, 24, 70)
     head, teacher = fg.LinearHead(hidden.requires_grad_(), weight), fg.LinearHead(hidden.detach(), weight)
