@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -458,3 +459,51 @@ def test_it_is_the_lambda_of_the_oracle_with_the_native_kernels():
         want, want_grads = expect(batch, reward_scale=lam.double(), **objective)
         assert_close(out.token_loss, want.token_loss, 2e-5)
         assert_all_close(grads, want_grads, 2e-5)
+
+
+@pytest.mark.parametrize("which", ["torch", "native", "dense"])
+@pytest.mark.parametrize(
+    "bounds",
+    [{"logprob_min": -3.0}, {"student_logprob_min": -2.0}, {"logprob_min": -2.5, "student_logprob_min": -2.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("hole", [False, True])
+def test_divergences_of_topk_have_the_bounds_of_log_probs(which, bounds, hole):
+    """They are GOPDOutput.kl of a call with that model alone, also where it rules out tokens of the support."""
+    batch = make_batch(91, shape=(2, 3), kinds=("logits",) * 3, vocab=(9, 9, 9), masked=False)
+    if hole:
+        batch.teacher.logits[0, :, ::2] = batch.ref.logits[0, 1, 3:] = -math.inf
+    dtype = torch.float32 if which == "native" else torch.float64
+    models = [like(x, logits=x.logits.detach().to(dtype)) for x in batch.models]
+    function = fg.reference.gopd_loss if which == "dense" else functools.partial(fg.gopd_loss, backend=which)
+    ids = torch.arange(4).expand(2, 3, 4)
+    options = {"estimator": "topk", "tail": "drop", "support_ids": ids, **bounds}
+    seen = {}
+
+    def lam(stats: fg.TokenStats) -> torch.Tensor:
+        seen.update(kl_teacher=stats.kl_teacher, kl_ref=stats.kl_ref)
+        return torch.ones_like(stats.student_entropy)
+
+    function(*models, reward_scale_fn=lam, **options)
+    for name, model in (("kl_teacher", models[1]), ("kl_ref", models[2])):
+        alone = function(models[0], model, **options)
+        assert alone.kl.min() > 0
+        assert_close(seen[name].reshape(2, 3), alone.kl, 1e-6, name)
+
+
+@pytest.mark.parametrize("which", ["torch", "native", "dense"])
+@pytest.mark.parametrize("tail", ["bucket", "drop"])
+def test_a_row_without_support_has_all_its_mass_outside(which, tail):
+    """A teacher of -inf alone, whose tokens of the support a bound raises: the rest of the vocabulary has mass 1."""
+    z = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(1, 6)
+    ids, bound = torch.tensor([[0, 3]]), -20.0
+    log_p = z.log_softmax(1)[0]
+    log_p = torch.stack((log_p[0], log_p[3], (1 - log_p[[0, 3]].exp().sum()).log()))
+    log_t = torch.tensor([bound, bound, 0.0], dtype=torch.float64).log_softmax(0)
+    dtype = torch.float32 if which == "native" else torch.float64
+    function = fg.reference.gopd_loss if which == "dense" else functools.partial(fg.gopd_loss, backend=which)
+    out = function(
+        fg.Logits(z.to(dtype)), fg.Logits(torch.full((1, 6), -math.inf, dtype=dtype)), estimator="topk", tail=tail,
+        support_ids=ids, logprob_min=bound,
+    )  # fmt: skip
+    assert_close(out.kl[0], (log_p.exp() * (log_p - log_t)).sum().to(dtype), 1e-6)

@@ -137,15 +137,16 @@ class TopK(Estimator):
         )
         for stat in _STUDENT_STATS:  # those of teacher and reference are there already
             chunk.own[stat] = scored[stat]
-        if problem.reward_scale_fn is not None:
-            compute = functools.partial(self._statistic, chunk, support, student, scored)
-            fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         ids, teacher, ref, bounded = support.token_ids, support.teacher, support.ref, student
         lowest, own_lowest = problem.options.logprob_min, problem.options.student_logprob_min
         if lowest is not None:
             teacher, ref = (None if x is None else at_least(x, lowest, ids) for x in (teacher, ref))
         if own_lowest is not None:
             bounded = at_least(student, own_lowest, ids)
+        if problem.reward_scale_fn is not None:
+            within = support._replace(teacher=teacher, ref=ref)
+            compute = functools.partial(self._statistic, chunk, within, bounded, scored)
+            fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
         loss, kl, gradient = term(
             problem.options.tail,
             problem.divergence.rows(tokens),
@@ -233,5 +234,6 @@ def statistics_on_support(
     logprobs = sparse.logprobs(statistics, logits)
     shift = rest[Stat.MAX_STUDENT] - statistics[Stat.MAX_STUDENT]
     log_rest = rest[Stat.LOGSUM_STUDENT] + shift - statistics[Stat.LOGSUM_STUDENT]
-    empty = torch.isneginf(rest[Stat.LOGSUM_STUDENT])
-    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, -math.inf)), extra
+    # a row without support has no mass on the tokens: 1 minus that is 1
+    empty = torch.isneginf(statistics[Stat.LOGSUM_STUDENT])
+    return statistics, OnSupport(logprobs, log_rest.masked_fill(empty, 0)), extra
