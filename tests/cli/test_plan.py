@@ -113,6 +113,25 @@ def test_plan_gemm_work_is_five_or_four() -> None:
     assert cost.gemm_flop(CALL) == (3 + 2 + 3) * one
 
 
+def test_plan_knows_targets_of_several_models() -> None:
+    made = dataclasses.replace(CALL, teacher_models=2, ref_models=3)
+    one = 2 * 1000 * 50_000 * 100
+    assert cost.gemm_flop(made) == (3 + 2 * 2 + 3 * 3) * one
+    assert cost.gemm_flop(dataclasses.replace(made, reward_scale=1.0)) == (3 + 2 * 2) * one
+    assert cost.inputs(made)["head weights"] == 50_000 * (100 + 2 * 200 + 3 * 300) * 2
+    # a chunk of the student, and a fourth of it of each sum and of the model that is added
+    assert made.buffers == 1 + 3 / 4
+    assert dataclasses.replace(made, estimator="sampled").buffers == 1
+    assert dataclasses.replace(made, estimator="topk", k=8).buffers == 2
+    # lambda cancels it, so nothing is made of several
+    assert dataclasses.replace(CALL, ref_models=3, reward_scale=1.0).buffers == 1 + 1 / 4
+    wire = {c.what: c.received for c in collectives(dataclasses.replace(made, tokens=4096, dp=4))}
+    head = 50_000 * 100 * 2 * 3 // 4
+    assert (wire["heads of the teacher"], wire["heads of the reference"]) == (2 * 2 * head, 3 * 3 * head)
+    output = invoke("plan", "--model", "qwen3-1.7b", "--teacher-hidden", "4096", "--teacher-models", "2")
+    assert "2048 / 2 x 4096 / 2048" in output
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_plan_tokens_that_fit_is_the_largest_number(fused: bool) -> None:
     def need(tokens: int) -> int:
@@ -366,6 +385,11 @@ MEASURED = [
     ({"estimator": "topk", "k": 16}, 4),
     ({"estimator": "topk", "k": 16, "support": "student"}, 4),
     ({"tokens": 130}, 4),
+    ({"teacher_models": 2, "ref_models": 3}, 1),
+    ({"teacher_models": 2, "reward_scale": 1.0}, 4),
+    ({"estimator": "sampled", "teacher_models": 2}, 1),
+    ({"estimator": "topk", "k": 16, "teacher_models": 2}, 1),
+    ({"estimator": "topk", "k": 16, "ref_models": 2}, 1),
 ]
 
 
@@ -381,18 +405,23 @@ def test_plan_memory_is_what_a_rank_is_measured_to_hold(
     call = PlannedCall(vocab=32_768, device="cpu", tp=tp, **(plain | changes))
     share, dtype = call.share, getattr(torch, call.dtype)
     shape = (share.tokens,)
-    heads: list[Any] = [
-        linear_head(i, shape, share.vocab, width, dtype)
-        for i, width in enumerate((call.hidden, call.teacher_hidden, call.ref_hidden))
+    student, *heads = (
+        [linear_head(10 * i + j, shape, share.vocab, width, dtype) for j in range(models)]
+        for i, (width, models) in enumerate(
+            ((call.hidden, 1), (call.teacher_hidden, call.teacher_models), (call.ref_hidden, call.ref_models))
+        )
+    )
+    student = trainable(student[0])
+    frozen = [
+        fg.LogLinear(parts, [1.25, *[-0.1] * (len(parts) - 1)]) if len(parts) > 1 else parts[0] for parts in heads
     ]
-    student = trainable(heads[0])
     ids = torch.zeros(shape, dtype=torch.int64)
     options = {"k": call.k, "support": call.support} if call.estimator == "topk" else {}
 
     def step() -> None:
         out = fg.gopd_loss(
             student,
-            *heads[1:],
+            *frozen,
             ids,
             estimator=call.estimator,
             divergence=call.divergence,

@@ -99,6 +99,10 @@ def plan(
     hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size of the student.")] = None,
     teacher_hidden: Annotated[int | None, typer.Option(min=1, help="Default: as the student.")] = None,
     ref_hidden: Annotated[int | None, typer.Option(min=1, help="Default: as the student.")] = None,
+    teacher_models: Annotated[
+        int, typer.Option(min=1, help="Models that the teacher is made of (LogLinear, Mixture), each of its size.")
+    ] = 1,
+    ref_models: Annotated[int, typer.Option(min=1, help="The same of the reference.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64.")] = "bfloat16",
     memory: Annotated[str | None, typer.Option(help="Memory for the loss, such as 80GiB: how many tokens fit?")] = None,
     estimator: Annotated[str, typer.Option(help=help_of("estimator"))] = "full",
@@ -149,6 +153,8 @@ def plan(
         hidden=hidden,
         teacher_hidden=teacher_hidden,
         ref_hidden=hidden if ref_hidden is None else ref_hidden,
+        teacher_models=teacher_models,
+        ref_models=ref_models,
         dtype=dtype,
         estimator=cast("Estimator", estimator),
         reward_scale=reward_scale,

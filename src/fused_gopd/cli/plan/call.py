@@ -20,6 +20,8 @@ class PlannedCall:
     hidden: int  # student
     teacher_hidden: int
     ref_hidden: int
+    teacher_models: int = 1  # of which the teacher is made (LogLinear, Mixture), of one hidden size
+    ref_models: int = 1
     dtype: str = "bfloat16"
     estimator: Estimator = "full"
     reward_scale: float = 1.25
@@ -58,6 +60,21 @@ class PlannedCall:
         return models
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Number of models that each needed one is made of."""
+        made = {"student": 1, "teacher": self.teacher_models, "ref": self.ref_models}
+        return {name: made[name] for name in self.needed}
+
+    @property
+    def has_composite(self) -> bool:
+        return max(self.parts.values()) > 1
+
+    @property
+    def widths(self) -> int:
+        """Sum of the hidden sizes of all models."""
+        return sum(width * self.parts[name] for name, width in self.needed.items())
+
+    @property
     def share(self) -> PlannedCall:
         """The call of the busiest rank: ceil(tokens / ranks) tokens, with its rows of the heads."""
         tokens, vocab = -(-self.tokens // (self.dp * self.cp)), -(-self.vocab // self.tp)
@@ -75,8 +92,14 @@ class PlannedCall:
         """Number of [C, V] logits buffers alive at once."""
         from fused_gopd.loop.chunking import logits_buffers
 
-        keeps_student = self.support == "student"
-        return logits_buffers(self.estimator == "full", len(self.needed), keeps_student, device_type=self.device_type)
+        joint = self.estimator == "full"
+        two = self.support == "student" or (self.has_composite and self.estimator == "topk")
+        return logits_buffers(joint, self._joint_buffers, two, device_type=self.device_type)
+
+    @property
+    def _joint_buffers(self) -> int:
+        """Logits buffers of ``full``: of each model, and one of the models of which a teacher or reference is made."""
+        return len(self.needed) + self.has_composite
 
     @property
     def chunk_size(self) -> int:
@@ -104,5 +127,7 @@ class PlannedCall:
     def buffer_rows(self) -> int:
         """Rows of all logits buffers together."""
         if self.estimator == "full":
-            return self.largest_chunk + (len(self.needed) - 1) * self.largest_subchunk
-        return int(self.buffers) * self.largest_chunk
+            return self.largest_chunk + (self._joint_buffers - 1) * self.largest_subchunk
+        # of models whose sum does not choose the tokens of topk one buffer holds each in turn
+        sum_chooses = self.parts.get("teacher", self.parts.get("ref", 1)) > 1
+        return (int(self.buffers) if self.support == "student" or sum_chooses else 1) * self.largest_chunk

@@ -38,13 +38,16 @@ class Exchange(NamedTuple):
 
 def exchanges(call: PlannedCall) -> list[Exchange]:
     """The all-gathers of vocabulary-parallel heads, for a call with token ids."""
-    models = len(call.needed)
+    models = sum(call.parts.values())
+    of_one_model = len(merged_statistics((False, False), None, tokens=True))
     if call.estimator == "full":
         has = "teacher" in call.needed, "ref" in call.needed
         divergence = DIVERGENCES[call.divergence]
         found = [Exchange("statistics", len(merged_statistics(has, divergence, tokens=True)), 1)]
+        parts = sum(n for n in call.parts.values() if n > 1)
+        if parts:
+            found.append(Exchange("statistics of the models of a sum", parts * of_one_model, parts))
         return found + ([Exchange("statistics of the mixture", 2, 1)] if divergence.second_round else [])
-    of_one_model = len(merged_statistics((False, False), None, tokens=True))
     if call.estimator == "sampled":
         return [Exchange("statistics, model by model", models * of_one_model, models)]
     assert call.k is not None
@@ -81,7 +84,9 @@ def collectives(call: PlannedCall) -> list[Collective]:
 
     if sharded > 1:
         for name, width in call.needed.items():
-            add_over_tokens(f"head of the {_MODEL_NAMES[name]}", "all-gather", share.vocab * width * call.element)
+            several, of = call.parts[name] > 1, _MODEL_NAMES[name]
+            size = share.vocab * width * call.parts[name] * call.element
+            add_over_tokens(f"{'heads' if several else 'head'} of the {of}", "all-gather", size)
         gradient = share.vocab * call.hidden * call.element
         add_over_tokens("gradient of the student's head", "reduce-scatter", gradient)
         add_over_tokens("number of tokens", "all-reduce", 8)

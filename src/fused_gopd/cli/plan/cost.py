@@ -21,10 +21,9 @@ def total(items: Mapping[str, int]) -> int:
 
 def inputs(call: PlannedCall) -> dict[str, int]:
     """Bytes that both paths are given: hidden states and heads of the models that are needed."""
-    widths = sum(call.needed.values())
     return {
-        "hidden states": call.tokens * widths * call.element,
-        "head weights": call.vocab * widths * call.element,
+        "hidden states": call.tokens * call.widths * call.element,
+        "head weights": call.vocab * call.widths * call.element,
     }
 
 
@@ -61,8 +60,9 @@ def fused_peak(call: PlannedCall, ranks: int = 1) -> dict[str, int]:
 
     The larger of two moments. In the forward: the gradients as they are summed, the weight's in float32, and chunk
     buffers, whose size does not depend on N: C V a for the student and, with ``full``, for each other model (a fourth
-    of C on a GPU); the other estimators have one buffer, which the models use in turn. In the backward the buffers are
-    freed, and the gradient of a low-precision weight is rounded into a new tensor while its float32 sum is alive.
+    of C on a GPU), and one more where a model is made of several; the others have one buffer, which the models use in
+    turn. In the backward the buffers are freed, and the gradient of a low-precision weight is rounded into a new
+    tensor while its float32 sum is alive.
 
     Args:
         call: the share of one rank.
@@ -104,8 +104,7 @@ def gemm_flop(call: PlannedCall) -> float:
 
     At one hidden size that is 5F (F = 2 N V H), 4F with lambda = 0 or 1. Dense code does the same GEMMs.
     """
-    widths = 2 * call.hidden + sum(call.needed.values())
-    return 2.0 * call.tokens * call.vocab * widths
+    return 2.0 * call.tokens * call.vocab * (2 * call.hidden + call.widths)
 
 
 def tokens_that_fit(call: PlannedCall, memory: int, *, fused: bool) -> int:

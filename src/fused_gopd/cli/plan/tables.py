@@ -17,7 +17,13 @@ def bytes_text(n: int) -> str:
 
 
 def _title(call: dict[str, Any], share: dict[str, int]) -> str:
-    widths = f"{call['hidden']} / {call['teacher_hidden']} / {call['ref_hidden']}"
+    frozen = [
+        f"{call[f'{name}_models']} x {call[f'{name}_hidden']}"
+        if call[f"{name}_models"] > 1
+        else f"{call[f'{name}_hidden']}"
+        for name in ("teacher", "ref")
+    ]
+    widths = " / ".join([str(call["hidden"]), *frozen])
     estimator = call["estimator"]
     if call["k"] is not None:
         estimator += f", {call['k']} tokens of the {call['support']}"
