@@ -55,6 +55,12 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if "second" not in name}
 
 
+def process_of_rank(run: subprocess.Popen[str], rank: int) -> int:
+    """The id of a process that the launcher started."""
+    children = map(int, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+    return next(x for x in children if f"\0RANK={rank}\0" in Path(f"/proc/{x}/environ").read_text())
+
+
 @pytest.fixture(scope="module")
 def sharp(files: Files) -> list[str]:
     """The options of a run whose sampling does not depend on random numbers, and so not on the number of processes.
@@ -103,8 +109,49 @@ def test_two_processes_end_in_the_weights_of_one(files: Files, sharp: list[str],
     if step != "4":  # a loaded machine may hear of the signal late
         refused = invoke("--resume", "--output", parts, code=2)
         assert "was started with 2 processes, got 1" in " ".join(refused.replace("│", " ").split())
+        run = launched("--resume", "--output", parts)
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("step 3/4"):  # the first process dies, and the launcher ends the other
+                os.kill(process_of_rank(run, 0), signal.SIGKILL)
+                break
+        assert "exitcode  : -9" in finished(run, code=1)
         finished(launched("--resume", "--output", parts))
     assert_same_weights(two / "model", parts / "model")
+
+
+def test_a_step_in_which_a_server_fails_one_process_is_given_up_in_both(
+    files: Files, sharp: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done before it is saved, and the resumed run ends as if nothing had happened."""
+    from test_distill import served
+    from test_server import status
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    failing = status(400, {"message": "no such thing"})
+    failed: list[bool] = []
+
+    def fault(handler: Any, answer: Any) -> Any:
+        """Refuses one request of the third step: there are a row of an evaluation and two of steps."""
+        path = two / "metrics.jsonl"
+        if failed or not path.exists() or len(metrics_of(two)) < 3:
+            return answer
+        failed.append(True)
+        return failing(handler, answer)
+
+    for server in served(files, monkeypatch):
+        remote = [x for x in sharp if x not in ("--teacher", files.math)]
+        remote += ["--teacher-server", server.url, "--teacher-server-model", "teacher", "--save-every", "50"]
+        remote += ["--estimator", "topk", "--k", "4"]
+        invoke(*remote, "--batch-size", "4", "--output", one)
+        server.faults = [fault] * 1000
+        output = finished(launched(*remote, "--batch-size", "2", "--output", two), code=1)
+        assert re.search(r"error: in process [01] of 2: .*no such thing", output), output
+        assert "it goes on after step 2 by: torchrun --nproc_per_node 2" in output
+        finished(launched("--resume", "--output", two))
+    assert [row["step"] for row in metrics_of(two) if "loss" in row] == [1, 2, 3, 4]
+    for name, value in weights(one / "model").items():
+        torch.testing.assert_close(weights(two / "model")[name], value, rtol=0, atol=1e-5)
 
 
 def _agreement(output: str) -> list[Any]:

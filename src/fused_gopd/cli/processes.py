@@ -32,13 +32,23 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    def all(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank. All of them must call this, and all methods below."""
+        if self.count == 1:
+            return [value]
+        import torch
+
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in a process. All processes must call this."""
-        return any(self._gathered(flag)) if self.count > 1 else flag
+        """Whether the flag is true in a process."""
+        return any(self.all(flag))
 
     def shared(self, value: Any) -> Any:
         """The value that the first process has."""
-        return self._gathered(value)[0] if self.count > 1 else value
+        return self.all(value)[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -58,7 +68,7 @@ class Processes:
             yield
         except Exception as raised:
             error = raised
-        found = self._gathered(None if error is None else (_message(error), _status(error)))
+        found = self.all(None if error is None else (_message(error), _status(error)))
         failed = [rank for rank, each in enumerate(found) if each is not None]
         if not failed:
             return
@@ -68,13 +78,6 @@ class Processes:
         if self.first:
             typer.echo(f"error: in process {failed[0]} of {self.count}: {message}", err=True)
         raise typer.Exit(status)
-
-    def _gathered(self, value: Any) -> list[Any]:
-        import torch
-
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value)
-        return found
 
     def close(self) -> None:
         """Disconnect the processes at the end of the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -17,7 +16,11 @@ from ..processes import Processes
 
 
 class Abandoned(BaseException):
-    """Raised in a step that waits for a teacher's server, to abandon it."""
+    """A step is given up, in all processes at the same place: none is left in a collective operation of the step.
+
+    The message is that of the error in the first process that had one, empty where the user has interrupted the step;
+    the cause is the error of this process.
+    """
 
 
 class Interrupt(TrainerCallback):
@@ -26,14 +29,13 @@ class Interrupt(TrainerCallback):
     A second signal raises KeyboardInterrupt at once. An abandoned step is repeated when the run is resumed. To repeat
     it with the same random numbers, the states of the generators are recorded at the end of each step.
 
-    Of several processes all stop after the same step, whichever of them got the signal. None abandons a step: the
-    others would wait for it.
+    Of several processes all stop after the same step, whichever of them got the signal.
     """
 
     def __init__(self, say: Callable[[str], None], processes: Processes) -> None:
         self.asked = False
         self._say, self._processes = say, processes
-        self._waiting = False  # whether the main thread waits for a scorer
+        self._waiting = False  # whether the main thread waits for a server
         self._random_numbers: tuple[Any, ...] = ()
 
     @contextmanager
@@ -54,19 +56,29 @@ class Interrupt(TrainerCallback):
         if self._waiting:
             raise Abandoned
 
-    def scorer(self, teacher: Any) -> Any:
-        """Wrap a teacher that is a scorer, so that an interrupt need not wait for its answer."""
-        return _Scorer(teacher, self)
+    def guard(self, trainer: Any) -> None:
+        """Have the trainer give up a step in which a server gives a process no scores, or that a signal interrupts."""
+        score = trainer._score_teachers
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        self._waiting = self._processes.count == 1
-        try:
-            if self.asked and self._waiting:
-                raise Abandoned
-            yield
-        finally:
-            self._waiting = False
+        def scored(*arguments: Any) -> Any:
+            error: BaseException | None = None
+            try:
+                self._waiting = True
+                if self.asked:
+                    raise Abandoned
+                found = score(*arguments)
+            except (Exception, Abandoned) as raised:
+                error = raised
+            finally:
+                self._waiting = False
+            failures = self._processes.all(None if error is None else _message(error))
+            if failures.count(None) == len(failures):
+                return found
+            rank = next((rank for rank, failure in enumerate(failures) if failure), None)
+            where = "" if rank is None or len(failures) == 1 else f"in process {rank} of {len(failures)}: "
+            raise Abandoned("" if rank is None else f"{where}{failures[rank]}") from error
+
+        trainer._score_teachers = scored
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -86,14 +98,5 @@ class Interrupt(TrainerCallback):
             torch.cuda.set_rng_state_all(cuda)
 
 
-class _Scorer:
-    def __init__(self, teacher: Any, interrupt: Interrupt) -> None:
-        self._teacher, self._interrupt = teacher, interrupt
-        self.__signature__ = inspect.signature(teacher)  # what it takes, not what this class does
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._teacher, name)  # its attributes temperature and top_k
-
-    def __call__(self, *arguments: Any) -> Any:
-        with self._interrupt.waiting():
-            return self._teacher(*arguments)
+def _message(error: BaseException) -> str:
+    return str(error) or ("" if isinstance(error, Abandoned) else type(error).__name__)

@@ -177,14 +177,14 @@ class DistillationRun:
             config = self._config(evaluates=held_out is not None and not done)
         self._print_summary(done, len(data.prompts))
         interrupt = Interrupt(self.say, self.processes)
-        if options.teacher_server:
-            teacher = interrupt.scorer(teacher)
-            if cache is not None:
-                teacher = cache.scorer(teacher, revision=options.teacher_server_revision or None)
+        if options.teacher_server and cache is not None:
+            teacher = cache.scorer(teacher, revision=options.teacher_server_revision or None)
         with interrupt.listening(), self.folder.scratch(self.checkpoints.partial.name):
             with self.display.loading(f"the student {options.student}"):
                 trainer = self._trainer(config, dataset, held_out, tokenizer, teacher)
             trainer.add_callback(interrupt)
+            if options.teacher_server:
+                interrupt.guard(trainer)
             if held_out is not None:
                 trainer.add_callback(EvaluationCallback(options.eval_every))
             # only once the models are loaded: before that there is nothing to resume
@@ -475,25 +475,28 @@ class DistillationRun:
     def _train(self, trainer: Any, interrupt: Interrupt) -> None:
         done = self.checkpoints.done
         try:
-            try:
-                trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
-            except BaseException as error:
-                # of several processes, the others may wait in the step that this one gives up
-                if self.processes.count == 1 and isinstance(error, (Abandoned, *self._expected_errors)):
-                    self._save_last_step(trainer, interrupt)
-                raise
-        except Abandoned:
+            trainer.train(resume_from_checkpoint=str(self.checkpoints.path(done)) if done else None)
             return
-        except BaseException as error:
-            self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
-            if isinstance(error, self._expected_errors):
-                typer.echo(f"error: {error}", err=True)
-                raise typer.Exit(1) from None
-            raise
+        except BaseException as raised:
+            error = raised
+        # of several processes, the others may wait in a step that this one alone gives up
+        if isinstance(error, Abandoned) or (self.processes.count == 1 and isinstance(error, self._expected_errors)):
+            self._save_last_step(trainer, interrupt)
+        message = str(error)
+        if isinstance(error, Abandoned):
+            if not message:
+                return
+            error = error.__cause__ or typer.Exit(1)  # of another process
+        self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
+        if isinstance(error, (typer.Exit, *self._expected_errors)):
+            if self.processes.first:
+                typer.echo(f"error: {message}", err=True)
+            raise typer.Exit(1) from None
+        raise error
 
     def _save_last_step(self, trainer: Any, interrupt: Interrupt) -> None:
         """Write a checkpoint after the last complete step; the step under way is given up."""
-        if trainer.state.global_step > self.checkpoints.done:
+        if trainer.state.global_step > self.processes.shared(self.checkpoints.done):
             interrupt.restore_random_numbers()
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
