@@ -152,7 +152,7 @@ def _replace_trainers() -> None:
     class DistillationTrainer(GOPDTrainer):  # type: ignore[misc]
         def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, *more: Any, **named: Any) -> None:
             super().__init__(model, teacher_model, args, *more, **named)
-            self.teacher_model = self._teachers[0]  # a test computes the loss from its logits
+            self.teacher_model = self._teachers[0].model  # a test computes the loss from its logits
 
     def silent(input_ids: Any, attention_mask: Any, completion_mask: Any) -> fg.TokenLogProbs:
         return fg.TokenLogProbs(torch.zeros_like(completion_mask, dtype=torch.float32))

@@ -112,7 +112,7 @@ def test_a_teacher_takes_the_memory_of_its_adapter(tmp_path: Path) -> None:
         route_column="route",
     )
     own = {x.untyped_storage().data_ptr() for x in run.model.parameters()}
-    for teacher in run._teachers:
+    for teacher in (frozen.model for frozen in run._teachers):
         more = [name for name, x in teacher.named_parameters() if x.untyped_storage().data_ptr() not in own]
         assert len(more) == 8
         assert all("lora_" in name for name in more)

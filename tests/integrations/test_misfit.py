@@ -186,6 +186,7 @@ def test_teachers_that_have_been_compared_cost_no_host_sync(tmp_path):
     student = model(0)
     student.generation_config.eos_token_id = [0]
     teachers = {"math": near(model), "code": near(model)}
+    options["eval_dataset"] = options["data"]  # for which the reference is loaded; none is evaluated
     run = trainer(tmp_path, student=student, teacher=teachers, ref_model=model(2), **options)
     read = []
     compare = run._name_misfits

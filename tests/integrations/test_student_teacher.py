@@ -58,7 +58,7 @@ class Recorded(TrainerCallback):
 
     def _record(self) -> None:
         self.students.append({n: x.detach().clone() for n, x in self.run.model.named_parameters() if x.requires_grad})
-        teacher = dict(self.run._teachers[0].named_parameters())
+        teacher = dict(self.run._teachers[0].model.named_parameters())
         self.teachers.append({n: teacher[n].detach().clone() for n in self.students[-1]})
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -117,8 +117,8 @@ def test_teacher_and_reference_share_one_copy_and_routes_one_teacher(tmp_path: P
     made = trainer(
         tmp_path, teacher=teachers, ref_model="student", reward_scale=2.0, route_column="domain", data=data, **SGD
     )
-    a, _, c = made._teachers
-    assert a is c is made._reference
+    a, _, c = (teacher.model for teacher in made._teachers)
+    assert a is c is made._reference.model
     made.train()
     again = trainer(
         tmp_path,
@@ -215,7 +215,7 @@ def test_grpo_has_the_student_for_a_teacher(tmp_path: Path) -> None:
 
 def test_a_copy_has_a_head_of_its_own_where_trl_replaced_its_forward(tmp_path: Path) -> None:
     made = grpo(tmp_path, teacher="student", ref_model=None, reward_scale=1.0, cast_lm_head_to_fp32=True)
-    (teacher,) = made._teachers
+    (teacher,) = (frozen.model for frozen in made._teachers)
     assert "forward" in vars(teacher.lm_head)
     ids = torch.arange(5)[None]
     before = teacher(ids).logits
@@ -398,7 +398,7 @@ def test_a_sharded_student_is_not_copied(tmp_path: Path, monkeypatch: pytest.Mon
     made = trainer(tmp_path, ref_model=model(2), reward_scale=1.5)
     monkeypatch.setattr(made, attribute, True)
     with pytest.raises(ValueError, match=r'teacher="student" is a copy of the student, which (FSDP|DeepSpeed) shards'):
-        made._made_of_student("teacher", "student")
+        made._made_of_student("teacher", 0, "student", {})
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("student", False), ("average", True), ("live", False)])

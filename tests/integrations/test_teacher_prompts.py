@@ -177,7 +177,7 @@ def test_a_function_of_two_arguments_gets_the_answer(tmp_path: Path) -> None:
     read = [f"cat {answer} {text}" for answer, text in zip(seen, PROMPTS, strict=False)]
     assert_scores(out.teacher_logprobs, batch, by_hand(teacher, read, answers(batch)))
     read = [f"mat {text}" for text in PROMPTS[:4]]
-    assert_scores(out.ref_logprobs, batch, by_hand(run._reference, read, answers(batch)))
+    assert_scores(out.ref_logprobs, batch, by_hand(run._reference.model, read, answers(batch)))
 
 
 def test_the_card_names_what_is_read(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_each_route_may_have_a_prompt_of_its_own(tmp_path: Path) -> None:
         route = row["domain"]
         want += by_hand(teachers[route], [functions[route](row)], [completion])
     assert_scores(out.teacher_logprobs, batch, want)
-    assert_scores(out.ref_logprobs, batch, by_hand(run._reference, PROMPTS[:4], answers(batch)))
+    assert_scores(out.ref_logprobs, batch, by_hand(run._reference.model, PROMPTS[:4], answers(batch)))
 
 
 @pytest.mark.parametrize("multiple", [None, 8])

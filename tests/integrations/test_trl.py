@@ -342,7 +342,8 @@ def _zero_3(folder: str) -> dict[str, Tensor]:
     inputs = run._prepare_inputs([data[i] for i in [[0, 2], [1, 4]][rank]])
     alive = HfDeepSpeedConfig(settings)  # what tells TRL that parameters are sharded
     run._teachers[0], run._reference = (
-        deepspeed.initialize(model=x, config=settings)[0] for x in (run._teachers[0], run._reference)
+        replace(x, model=deepspeed.initialize(model=x.model, config=settings)[0])
+        for x in (run._teachers[0], run._reference)
     )
     optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
     engine, *_ = deepspeed.initialize(model=run.model, optimizer=optimizer, config=settings)
@@ -851,7 +852,7 @@ def test_a_padded_prompt_is_sampled_and_scored_at_the_positions_of_an_unpadded_o
                   estimator=estimator, num_iterations=2, generation_kwargs={"do_sample": False})  # fmt: skip
     batch = Batch.from_trl(run._generate_and_score_completions([{"prompt": text} for text in PROMPTS[:3]]))
     out = run._loss(run.model, batch)
-    models = (run.model, run._teachers[0], run._reference)
+    models = (run.model, run._teachers[0].model, run._reference.model)
     scores = (out.student_logprobs, out.teacher_logprobs, out.ref_logprobs)
     assert (batch.attention_mask[:, 0] == 0).any()
     keep = batch.token_ids.shape[1]
@@ -900,7 +901,7 @@ def by_hand(run: Any, output: dict[str, Tensor], scale: float) -> Tensor:
             logits = of(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1]
         return (logits / run.temperature).log_softmax(-1).gather(-1, output["completion_ids"][..., None])[..., 0]
 
-    p, q, r = logprobs(run.model), logprobs(run._teachers[0]), logprobs(run._reference)
+    p, q, r = logprobs(run.model), logprobs(run._teachers[0].model), logprobs(run._reference.model)
     return (scale * (q - r) - (p - r)) * output["completion_mask"]
 
 

@@ -26,9 +26,9 @@ STEPS = 2
 
 def describe(trainer: Any, options: RunOptions) -> list[str]:
     """Lines about the memory and the time of a run whose trainer has done :data:`STEPS` steps."""
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    frozen = [x for x in (*trainer._teachers, trainer._reference) if isinstance(x, nn.Module)]
-    frozen = [trainer.accelerator.unwrap_model(x) for x in frozen]
+    unwrap = trainer.accelerator.unwrap_model
+    student = unwrap(trainer.model)
+    frozen = [unwrap(x.model) for x in trainer._frozen if isinstance(x.model, nn.Module)]
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     dense, fused = (bytes_text(x) for x in _loss_peaks(student, frozen, trainer._vocab_size, options))

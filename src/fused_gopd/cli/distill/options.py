@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ... import installing
+from ...integrations.following import Following
 from ...integrations.hub import ADAPTER, STUDENT, adapter_path, is_folder
 from ...options import PARAMETERS
 from ..durable import Damaged, read_sealed, write_sealed
@@ -281,11 +282,13 @@ class RunOptions:
         return {role: reading for role, reading in readings_of(self).items() if role != "ref" or self.uses_ref}
 
     @property
+    def following(self) -> Following:
+        return Following(self.teacher_ema, self.teacher_sync_steps)
+
+    @property
     def teacher_moves(self) -> str | None:
         """The options by which a teacher "student" follows the student; None: it does not."""
-        names = ("teacher_ema", "teacher_sync_steps")
-        given = [f"{flag(name)} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return " ".join(given) or None
+        return " ".join(f"{flag(name)} {value}" for name, value in self.following.given.items()) or None
 
     def models(self) -> list[str]:
         """Folders and hub names of the models and adapters that this process loads."""
@@ -488,17 +491,14 @@ def _check_student_as_teacher(options: RunOptions) -> None:
     moves, own = options.teacher_moves, STUDENT in options.routes().values()
     if moves and not own:
         raise wrong(moves.split()[0], "is an option of --teacher student, the student itself")
-    if options.teacher_ema is not None and not 0 < options.teacher_ema < 1:
-        raise wrong(
-            "--teacher-ema",
-            f"must be between 0 and 1, got {options.teacher_ema:g}: it is the decay d of d * average + (1 - d) * now",
-        )
+    if (fault := options.following.fault_of_ema) is not None:
+        raise wrong("--teacher-ema", f"{fault} (--teacher-sync-steps 1 alone)")
     if moves and options.teacher_cache:
         raise wrong(
             "--teacher-cache", f"has no use for a teacher that changes ({moves}): what it scores it never scores again"
         )
-    supervised = options.sft_weight and options.teacher_sync_steps != 1  # the frozen student is a penalty beside it
-    if own and options.reward_scale == 1 and "teacher" not in options.readings() and not supervised:
+    teaches = "teacher" in options.readings() or options.following.teaches(other_terms=bool(options.sft_weight))
+    if own and options.reward_scale == 1 and not teaches:
         raise wrong(
             "--teacher",
             "student reads the prompt that the student reads, so that at --reward-scale 1 both say the same and every "

@@ -86,7 +86,7 @@ class Batch:
         )
 
     def read_by(self, role: str) -> Batch:
-        """The batch as the teachers (``"teacher"``) or the reference (``"ref_model"``) read it."""
+        """The batch as the teachers (``"teacher"``) or the reference (``"ref"``) read it."""
         if role not in self.prompts:
             return self
         prompt = self.prompts[role].cut()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,47 +15,10 @@ from trl.trainer.utils import get_config_model_id
 
 from ... import gopd_loss
 from ...heads import LinearHead, Logits, Source, TokenLogProbs, TopKLogProbs
-from ...targets import Frozen
 from ..cache import CachedTeacher, TeacherCache
 from ..hub import STUDENT
 from ..tokenizers import TokenizerPair
-
-Scorer = Callable[..., Frozen]
-"""A function that scores: ``(input_ids, attention_mask, completion_mask)`` to log-probs or a head of hidden states.
-
-Ids and mask are (B, P + K), prompts padded on the left and completions on the right. The completion mask and the token
-shape of the result, a TokenLogProbs, TopKLogProbs or LinearHead, are (B, K). With ``support="student"`` a scorer that
-takes a fourth argument gets ``token_ids`` (B, K, k), the student's likeliest tokens, and returns TopKLogProbs of these.
-"""
-Model = str | nn.Module | Scorer
-"""A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; "student" or "base", the
-student itself or without its adapter; a model; a scorer."""
-
-
-def routes_of(teacher: Model | Mapping[Any, Model], column: str | None) -> dict[Any, Model]:
-    """The teachers by route; a single teacher has the route None."""
-    if teacher is None:
-        raise TypeError("teacher must be given: a model, its path, a scorer, or a dict from route to one of these")
-    if not isinstance(teacher, Mapping):
-        if column is not None:
-            raise TypeError(f"route_column={column!r} needs a dict of teachers, one for each route, got one teacher")
-        return {None: teacher}
-    if not teacher:
-        raise ValueError("teacher must have one route at least, got an empty dict")
-    if column is None:
-        routes = ", ".join(map(repr, teacher))
-        raise ValueError(f"a dict of teachers ({routes}) needs route_column, the column that names them, in args")
-    return dict(teacher)
-
-
-def teacher_name(route: Any) -> str:
-    """What messages call the teacher of a route; the single teacher has the route None."""
-    return "teacher" if route is None else f"teacher[{route!r}]"
-
-
-def role_of(name: str) -> str:
-    """The role of a model that messages call so: ``"teacher"`` or ``"ref_model"``."""
-    return "ref_model" if name == "ref_model" else "teacher"
+from .frozen import REF_MODEL, Model, teacher_name
 
 
 def named(routes: Mapping[Any, Model]) -> dict[str, Model]:
@@ -94,7 +57,7 @@ def check_reference(args: Any, ref_model: Model | None, *, has_function: bool) -
     if has_function and args._needs_reference:
         raise ValueError(f"reward_scale_fn is in the place of {scale}, which would be ignored: give one of the two")
     if ref_model is not None:
-        check_kind("ref_model", ref_model, args.temperature)
+        check_kind(REF_MODEL, ref_model, args.temperature)
     elif has_function or args._needs_reference or args._penalty is not None:
         what = "a reward_scale_fn" if has_function else scale if args._needs_reference else args._penalty
         raise ValueError(
@@ -185,9 +148,8 @@ def check_student_as_teacher(args: Any, teachers: Mapping[str, Model], alike: Se
         )
     idle = [name for name in own if name in alike]
     if idle and lambda_is_1:
-        # whose terms may learn from a teacher that does not move
         weights = [getattr(args, name, 0.0) for name in ("entropy_weight", "outcome_weight", "sft_weight")]
-        if args._teacher_is_live or not (any(weights) or args._penalty is not None):
+        if not args._following.teaches(other_terms=any(weights) or args._penalty is not None):
             raise ValueError(
                 f'{idle[0]}="student" reads the prompt that the student reads, so that at reward_scale=1 both say the '
                 "same and every gradient is 0: give the teacher another prompt (teacher_prompt)"

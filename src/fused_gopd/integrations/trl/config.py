@@ -14,6 +14,7 @@ from ...objective.divergences import divergence_of
 from ...option_checks import checked_options
 from ...options import DEFAULTS, OPTIONS, PARAMETERS, RULES
 from ...values import one_of, require_count, require_not_negative, require_number
+from ..following import Following
 
 # losses of GRPOTrainer in which the ratio is a detached factor of A log p
 _DETACHED_RATIO = ("cispo", "vespo")
@@ -83,24 +84,19 @@ class Options:
     def _check_moving_teacher(self) -> None:
         if self.teacher_sync_steps is not None:
             require_count("teacher_sync_steps", self.teacher_sync_steps)
-        if self.teacher_ema is not None and not 0 < require_number("teacher_ema", self.teacher_ema) < 1:
-            raise ValueError(
-                f"teacher_ema must be between 0 and 1, got {self.teacher_ema}: it is the decay d of d * average + "
-                "(1 - d) * student. Leave it out for the student as it began, or give teacher_sync_steps=1 alone for "
-                "the current student"
-            )
+        if self.teacher_ema is not None:
+            require_number("teacher_ema", self.teacher_ema)
+        if (fault := self._following.fault_of_ema) is not None:
+            raise ValueError(f"teacher_ema {fault} (teacher_sync_steps=1 alone)")
+
+    @property
+    def _following(self) -> Following:
+        return Following(self.teacher_ema, self.teacher_sync_steps)
 
     @property
     def _teacher_moves(self) -> str | None:
         """The options by which a teacher "student" follows the student; None: it does not."""
-        names = ("teacher_ema", "teacher_sync_steps")
-        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return " and ".join(given) or None
-
-    @property
-    def _teacher_is_live(self) -> bool:
-        """Whether a teacher "student" is the current student at every step."""
-        return self.teacher_sync_steps == 1 and self.teacher_ema is None
+        return " and ".join(f"{name}={value}" for name, value in self._following.given.items()) or None
 
     def _check_reward_scale(self) -> None:
         require_number("reward_scale", self.reward_scale)

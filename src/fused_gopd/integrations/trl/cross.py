@@ -35,13 +35,14 @@ class CrossTokenizer:
     """The frozen models of a trainer whose tokenizers are not the student's, by the names that messages use.
 
     Args:
+        pairs: the student's tokenizer and that of a model, by the model's name.
         size: the student's vocabulary.
         options: of the loss.
         credit: of :meth:`Alignment.sampled`.
     """
 
-    def __init__(self, size: int, options: Mapping[str, Any], credit: Any) -> None:
-        self.pairs: dict[str, TokenizerPair] = {}
+    def __init__(self, pairs: Mapping[str, TokenizerPair], size: int, options: Mapping[str, Any], credit: Any) -> None:
+        self.pairs = pairs
         self._size, self._options, self._credit = size, options, credit
         self._maps: dict[tuple[str, torch.device], Tensor] = {}
 

@@ -16,11 +16,10 @@ from ...token_stats import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch
-from .checks import Model
 from .config import GRPOGOPDConfig, resolve_config
+from .frozen import Given, Model
 from .models import ScoringMixin
 from .prompts import PromptFn
-from .report import without_html
 
 
 class GRPOGOPDMixin(ScoringMixin):
@@ -58,26 +57,20 @@ class GRPOGOPDMixin(ScoringMixin):
         **trainer_arguments: Any,
     ) -> None:
         args = resolve_config(GRPOGOPDConfig, args, model, "GRPO")
-        datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
-        self._validate(
-            model,
-            trainer_arguments.get("peft_config"),
-            args,
-            teacher=cast("Any", teacher),
+        given = Given(
+            teacher=teacher,
             ref_model=ref_model,
             reward_scale_fn=reward_scale_fn,
             advantage_fn=advantage_fn,
-            datasets=datasets,
-            prompts={"teacher": teacher_prompt, "ref_model": ref_prompt},
+            teacher_prompt=teacher_prompt,
+            ref_prompt=ref_prompt,
+            teacher_processing_class=teacher_processing_class,
         )
-        self._begin_reports()
         if reward_funcs is None and args.outcome_weight == 0:
             reward_funcs = _no_reward
-        with without_html(args) as wants_report:
+        datasets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
+        with self._constructing(model, args, given, datasets, trainer_arguments.get("peft_config")):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **trainer_arguments)  # type: ignore[call-arg]
-        self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
-        if wants_report:
-            self.add_report()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = cast("dict[str, Any]", super()._generate_and_score_completions(inputs))  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,15 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from ...hooks import qualified_name
-from ...token_stats import AdvantageFn, RewardScaleFn
 from ..adapters import require_adapter, with_adapter
 from ..cache import StoredStates, TeacherCache
-from ..hub import BASE, STUDENT, adapter_path, is_own, require_model
+from ..hub import BASE, adapter_path, is_own, require_model
 from ..modules import require_separate
+from ..tokenizers import TokenizerPair
 from ..tokenizers.pairs import texts_of
 from ..transformers.states import require_head
 from . import card
 from .checks import (
-    Model,
     check_column,
     check_kind,
     check_reference,
@@ -41,15 +41,14 @@ from .checks import (
     open_cache,
     positions_of,
     require_route,
-    routes_of,
     scores_students_tokens,
-    teacher_name,
     tokenizer_of,
 )
 from .config import Options
 from .cross import CrossTokenizer
+from .frozen import REF, REF_MODEL, TEACHER, FrozenModel, Given, Model, teacher_name
 from .phases import PhasesMixin
-from .prompts import ARGUMENTS, OtherPrompt
+from .prompts import OtherPrompt
 from .student import StudentCopy, load_copies, save_copies
 from .watch import ends_of, other_ends
 
@@ -130,42 +129,34 @@ class LoadingMixin(PhasesMixin):
         return "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
 
     def _validate(
-        self,
-        student: str | nn.Module,
-        peft_config: Any,
-        args: Options,
-        *,
-        teacher: Model | Mapping[Any, Model],
-        ref_model: Model | None,
-        reward_scale_fn: Callable[[int], float | RewardScaleFn] | None,
-        advantage_fn: AdvantageFn | None,
-        datasets: dict[str, Any],
-        prompts: Mapping[str, Any],
+        self, student: str | nn.Module, args: Options, given: Given, datasets: Mapping[str, Any], peft_config: Any
     ) -> None:
         """Raise for every error that can be found before the student is loaded."""
-        routes = routes_of(teacher, args.route_column)
+        ref_model = given.ref_model
+        routes = given.routes(args.route_column)
         teachers = named(routes)
+        models = {**teachers, REF_MODEL: ref_model}
         for name, model in teachers.items():
             check_kind(name, model, cast("Any", args).temperature)
         loaded = any(isinstance(x, str) and adapter_path(x) is None and not is_own(x) for x in routes.values())
         if getattr(args, "teacher_model_init_kwargs", None) and not loaded:
             raise ValueError("teacher_model_init_kwargs are for a teacher that is loaded: no teacher is a model's path")
-        check_reference(args, ref_model, has_function=reward_scale_fn is not None)
+        check_reference(args, ref_model, has_function=given.reward_scale_fn is not None)
         if isinstance(student, nn.Module):
-            for name, source in {**teachers, "ref_model": ref_model}.items():
+            for name, source in models.items():
                 if isinstance(source, nn.Module) and _trains_all(student, source, peft_config):
                     _require_separate(name, source, student)
         if args.route_column is not None:
             for name, dataset in datasets.items():
                 check_routes(routes, args.route_column, name, dataset)
-        self._set_up_prompts(args, routes, ref_model, datasets, prompts)
-        other = self._prompts.get("teacher")
+        self._set_up_prompts(args, routes, given, datasets)
+        other = self._prompts.get(TEACHER)
         alike = [teacher_name(route) for route in routes if other is None or not other.differs(route)]
-        check_student_as_teacher(args, teachers, alike, reward_scale_fn is None and not args._needs_reference)
+        check_student_as_teacher(args, teachers, alike, given.reward_scale_fn is None and not args._needs_reference)
         self._options = args._loss_options()
-        if advantage_fn is not None:
-            self._options["advantage_fn"] = advantage_fn
-        self._cache = open_cache(args, {**teachers, "ref_model": cast("Any", ref_model)})
+        if given.advantage_fn is not None:
+            self._options["advantage_fn"] = given.advantage_fn
+        self._cache = open_cache(args, models)
         rollout = getattr(args, "_rollout_options", {})
         dry_run({**self._options, **rollout}, routes, ref_model, cast("Any", args).device)
         self._asks_about_student = scores_students_tokens(self._options, teachers)
@@ -175,56 +166,49 @@ class LoadingMixin(PhasesMixin):
                 "use support='teacher'"
             )
         if self._asks_about_student:
-            check_scored_tokens({**teachers, "ref_model": cast("Any", ref_model)}, self._options["k"])
+            check_scored_tokens(models, self._options["k"])
         init, teacher_init = (getattr(args, f"{x}model_init_kwargs", None) for x in ("", "teacher_"))
-        for name, source in {"model": student, **teachers, "ref_model": ref_model}.items():
+        for name, source in {"model": student, **models}.items():
             path = adapter_path(source)
             if path is not None and name != "model":
                 require_model(name, path)
                 require_adapter(name, path)
             elif isinstance(source, str) and (name == "model" or not is_own(source)):
                 require_model(name, source, teacher_init if name in teachers else init)
-        self._reward_scale_fn = reward_scale_fn
+        self._reward_scale_fn = given.reward_scale_fn
         self._card_sources = [(name, card.name_of(model, args._teacher_moves)) for name, model in teachers.items()]
         self._card_sources.append(("reference", "none" if ref_model is None else card.name_of(ref_model)))
 
     def _set_up_prompts(
-        self,
-        args: Options,
-        routes: Mapping[Any, Model],
-        ref_model: Model | None,
-        datasets: dict[str, Any],
-        given: Mapping[str, Any],
+        self, args: Options, routes: Mapping[Any, Model], given: Given, datasets: Mapping[str, Any]
     ) -> None:
-        """Keep, by role, the prompts that are not the student's. ``given`` has the trainer's arguments by role."""
+        """Set up and check what teachers and reference read in place of the student's prompt."""
+        own = {TEACHER: given.teacher_prompt, REF: given.ref_prompt}
         found = {
-            role: OtherPrompt(role, given[role], getattr(args, f"{argument}_column"), args.route_column, routes)
-            for role, argument in ARGUMENTS.items()
+            role: OtherPrompt(role, prompt, getattr(args, f"{role}_prompt_column"), args.route_column, routes)
+            for role, prompt in own.items()
         }
         self._prompts = {role: prompt for role, prompt in found.items() if prompt}
-        if "ref_model" in self._prompts and ref_model is None:
-            raise ValueError(f"{ARGUMENTS['ref_model']} is what the reference reads, and no ref_model is given")
+        if REF in self._prompts and given.ref_model is None:
+            raise ValueError(f"{found[REF].argument} is what the reference reads, and no ref_model is given")
         for prompt in self._prompts.values():
             for name, dataset in datasets.items():
                 if prompt.column is not None:
                     check_column(prompt.name, prompt.column, name, dataset)
 
-    def _set_up_models(
-        self, teacher: Model | Mapping[Any, Model], ref_model: Model | None, teacher_processing_class: Any
-    ) -> None:
+    def _set_up_models(self, given: Given) -> None:
         """Load, check and prepare the frozen models, after the trainer's own construction."""
         self._show_phases()
-        routes = routes_of(teacher, self.args.route_column)
+        routes = given.routes(self.args.route_column)
         if self._is_vlm and len(routes) > 1:
             raise ValueError("several teachers of multimodal prompts are not supported: give one teacher")
         self._routes = {route: i for i, route in enumerate(routes)}
-        names = [teacher_name(route) for route in routes]
-        if isinstance(teacher_processing_class, Mapping):
-            for route in teacher_processing_class:
+        tokenizers = given.teacher_processing_class
+        if isinstance(tokenizers, Mapping):
+            for route in tokenizers:
                 require_route(routes, "teacher_processing_class", route)
-            tokenizers = [teacher_processing_class.get(route) for route in routes]
         else:
-            tokenizers = [teacher_processing_class] * len(routes)
+            tokenizers = dict.fromkeys(routes, tokenizers)
         for prompt in self._prompts.values():
             if self._is_vlm:
                 raise ValueError(f"{prompt.name} is for texts, and the student reads images, too")
@@ -233,83 +217,73 @@ class LoadingMixin(PhasesMixin):
                     f"{prompt.name} knows the rows of the dataset, and not what an environment_factory adds to their "
                     "prompts: give one of the two"
                 )
-        prepared: dict[int, Any] = {}
         if self._is_vlm and self._cross_tokenizer:
             raise ValueError("cross_tokenizer=True is for texts, and the student reads images, too")
-        self._stored: dict[int | str, StoredStates] = {}  # by the id of a model, or "base"
         self._copies: dict[str, StudentCopy] = {}
-        if isinstance(ref_model, str) and ref_model == BASE:  # said whether or not lambda needs it
-            self._require_adapter("ref_model")
+        if isinstance(given.ref_model, str) and given.ref_model == BASE:  # said whether or not lambda needs it
+            self._require_adapter(REF_MODEL)
         student = cast("Any", self.model)
         with without_cast(student.get_output_embeddings()):
             require_head(student)
-        sizes = [self._vocabulary(self.model)]
-        credit = getattr(self.args, "span_credit", None) or "spread"
-        self._cross = CrossTokenizer(sizes[0], self._options, credit)
-        self._positions = {"the student": positions_of(self.model.config)}
-        init = getattr(self.args, "teacher_model_init_kwargs", None)
-        self._teachers: list[Any] = [None] * len(names)
+        prepared: dict[int | str, FrozenModel] = {}
+        self._teachers: list[FrozenModel] = []
         if self._differs_in_any_step_from(0):
-            self._teachers = [
-                self._frozen(name, source, init, tokenizer, prepared, sizes)
-                for name, source, tokenizer in zip(names, routes.values(), tokenizers, strict=True)
-            ]
-        elif self.accelerator.is_main_process:
-            logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
-        self._reference: Any = None
+            init = getattr(self.args, "teacher_model_init_kwargs", None)
+            for i, (route, source) in enumerate(routes.items()):
+                tokenizer = tokenizers.get(route)
+                self._teachers.append(self._set_up(teacher_name(route), i, source, init, tokenizer, prepared))
+        else:
+            self._prompts.pop(TEACHER, None)
+            if self.accelerator.is_main_process:
+                logger.warning("reward_scale=0 has no use for the teacher: it is not loaded.")
+        self._reference: FrozenModel | None = None
         evaluates = self._evaluates_exactly and getattr(self, "eval_dataset", None) is not None
         trains = self._differs_in_any_step_from(1) or self.args._penalty is not None
-        if ref_model is not None and not (trains or evaluates):
-            if self.accelerator.is_main_process:
-                logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
-        elif ref_model is not None:
+        if given.ref_model is not None and (trains or evaluates):
             init = self.args.model_init_kwargs
-            self._reference = self._frozen("ref_model", ref_model, init, None, prepared, sizes)
-        if self._teachers[0] is None:
-            self._prompts.pop("teacher", None)
-        if self._reference is None:
-            self._prompts.pop("ref_model", None)
+            self._reference = self._set_up(REF_MODEL, None, given.ref_model, init, None, prepared)
+        else:
+            self._prompts.pop(REF, None)
+            if given.ref_model is not None and self.accelerator.is_main_process:
+                logger.warning("reward_scale=1 has no use for ref_model: it is not loaded.")
         if any(copied.moves for copied in self._copies.values()):
             cast("Any", self).add_callback(_Follow(self._copies, self.accelerator))
+        self._frozen = [*self._teachers, *([] if self._reference is None else [self._reference])]
         # models that a first batch has not been compared with yet; those of another tokenizer score other tokens
-        sources = {**dict(zip(names, routes.values(), strict=True)), "ref_model": ref_model}
-        self._unchecked = {n for n, x in sources.items() if x is not None and not is_own(x)} - set(self._cross.pairs)
-        self._vocab_size = min(sizes)
-        self._sample_from_joint_vocabulary(sizes[0])
+        self._unchecked = {x.name for x in self._frozen if not x.of_student and x.pair is None}
+        size = self._vocabulary(self.model)
+        pairs = {x.name: x.pair for x in self._frozen if x.pair is not None}
+        self._cross = CrossTokenizer(pairs, size, self._options, getattr(self.args, "span_credit", None) or "spread")
+        self._vocab_size = min([size, *(x.vocab_size for x in self._frozen if x.vocab_size is not None)])
+        self._sample_from_joint_vocabulary(size)
 
-    def _frozen(
-        self, name: str, source: Model, init: Any, tokenizer: Any, prepared: dict[int, Any], sizes: list[int]
-    ) -> Any:
-        """Load a teacher or reference, compare it with the student, and prepare it; scorers are returned unchanged."""
+    def _set_up(
+        self,
+        name: str,
+        index: int | None,
+        source: Model,
+        init: Any,
+        tokenizer: Any,
+        prepared: dict[int | str, FrozenModel],
+    ) -> FrozenModel:
+        """Load a teacher or the reference, compare it with the student, and prepare it.
+
+        Args:
+            name: what messages call it.
+            index: of its route; None of the reference.
+            source: as it was given.
+            init: arguments of ``from_pretrained``.
+            tokenizer: as it was given.
+            prepared: what has been set up, by the id of a given module or the kind of a student; this one is added.
+        """
         if is_own(source):
-            return self._made_of_student(name, cast("str", source))
+            return self._made_of_student(name, index, cast("str", source), prepared)
         if not isinstance(source, (str, nn.Module)):
-            own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
-            if isinstance(own, PreTrainedTokenizerBase):
-                self._compare_tokenizers(name, own)
-            elif name != "ref_model" and self._cross_tokenizer:
-                raise ValueError(
-                    f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
-                    "give the scorer an attribute tokenizer"
-                )
-            elif name != "ref_model" and hasattr(source, "tokenizer"):
-                self._warn(
-                    f"the tokenizer of {name} is not known: nothing shows that its ids are the student's. Make it with "
-                    "tokenizer=, or pass teacher_processing_class"
-                )
-            head = head_of_scorer(source)
-            if head is not None and name not in self._cross.pairs:
-                check_vocabulary(name, head.vocab_size, sizes[0], self._tokenizer)
-                sizes.append(head.vocab_size)
-            return source
+            return self._set_up_scorer(name, index, source, tokenizer)
         if isinstance(source, nn.Module):
             _require_separate(name, source, self.accelerator.unwrap_model(self.model))
-        if isinstance(source, nn.Module) and id(source) in prepared:
-            before, prepared_model = prepared[id(source)]
-            if before in self._cross.pairs:
-                self._cross.pairs[name] = self._cross.pairs[before]
-            self._positions[name] = self._positions[before]
-            return prepared_model
+            if id(source) in prepared:
+                return replace(prepared[id(source)], name=name, index=index)
         adapter = adapter_path(source)
         if adapter is not None:
             model = self._with_adapter(name, adapter)
@@ -320,27 +294,25 @@ class LoadingMixin(PhasesMixin):
         found = tokenizer_of(tokenizer) if tokenizer is not None else find_tokenizer(adapter or source, model, **trust)
         if found is None and adapter is not None:
             found = self._tokenizer  # the base's
+        pair = None
         if found is not None:
-            self._compare_tokenizers(name, found)
-        elif name != "ref_model" and self._cross_tokenizer:
+            pair = self._pair_with(name, found)
+        elif index is not None and self._cross_tokenizer:
             raise ValueError(
                 f"cross_tokenizer=True needs the tokenizer of {name}, which is not saved with it: pass "
                 "teacher_processing_class, or save it in the model's folder"
             )
-        elif name != "ref_model":
+        elif index is not None:
             self._warn(
                 f"the tokenizer of {name} is not known, so only the sizes of the vocabularies were compared. Pass "
                 "teacher_processing_class to compare the tokens"
             )
-        if name not in self._cross.pairs:
-            size = self._vocabulary(model)
-            check_vocabulary(name, size, sizes[0], self._tokenizer)
-            sizes.append(size)
-            if name != "ref_model":
-                said = other_ends(name, self.eos_token_ids, self._tokenizer, ends_of(model), found)
-                if said is not None:
-                    self._warn(said)
-        self._positions[name] = positions_of(model.config)
+        size = self._checked_vocabulary(name, self._vocabulary(model)) if pair is None else None
+        if pair is None and index is not None:
+            said = other_ends(name, self.eos_token_ids, self._tokenizer, ends_of(model), found)
+            if said is not None:
+                self._warn(said)
+        positions = positions_of(cast("Any", model).config)
         if self.is_deepspeed_enabled:
             model = prepare_deepspeed(model, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -348,9 +320,40 @@ class LoadingMixin(PhasesMixin):
             model = prepare_fsdp(model, self.accelerator)
         else:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        prepared[id(source)] = name, model
-        self._store(name, id(model), model)
-        return model
+        prepared[id(source)] = FrozenModel(
+            name=name,
+            index=index,
+            model=model,
+            vocab_size=size,
+            positions=positions,
+            pair=pair,
+            stored=self._stored(name, model),
+        )
+        return prepared[id(source)]
+
+    def _set_up_scorer(self, name: str, index: int | None, source: Any, tokenizer: Any) -> FrozenModel:
+        """Compare a scorer with the student; it is used as it is."""
+        own = getattr(source, "tokenizer", None) if tokenizer is None else tokenizer_of(tokenizer)
+        pair = None
+        if isinstance(own, PreTrainedTokenizerBase):
+            pair = self._pair_with(name, own)
+        elif index is not None and self._cross_tokenizer:
+            raise ValueError(
+                f"cross_tokenizer=True needs the tokenizer of {name}, a scorer: pass teacher_processing_class, or "
+                "give the scorer an attribute tokenizer"
+            )
+        elif index is not None and hasattr(source, "tokenizer"):
+            self._warn(
+                f"the tokenizer of {name} is not known: nothing shows that its ids are the student's. Make it with "
+                "tokenizer=, or pass teacher_processing_class"
+            )
+        head = head_of_scorer(source)
+        size = None if head is None or pair is not None else self._checked_vocabulary(name, head.vocab_size)
+        return FrozenModel(name=name, index=index, model=source, vocab_size=size, pair=pair)
+
+    def _checked_vocabulary(self, name: str, size: int) -> int:
+        check_vocabulary(name, size, self._vocabulary(self.model), self._tokenizer)
+        return size
 
     def _require_adapter(self, name: str) -> None:
         if not hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):
@@ -359,35 +362,43 @@ class LoadingMixin(PhasesMixin):
                 f'or {name}="student", the student as it is before training'
             )
 
-    def _made_of_student(self, name: str, source: str) -> nn.Module | str:
+    def _made_of_student(
+        self, name: str, index: int | None, source: str, prepared: dict[int | str, FrozenModel]
+    ) -> FrozenModel:
         """A copy of the student; or ``"base"`` or ``"student"``, which the student's own modules compute."""
-        self._positions[name] = self._positions["the student"]
-        if source == BASE:
+        moves = index is not None and self.args._teacher_moves is not None
+        kind = BASE if source == BASE else "moving" if moves else "initial"
+        if kind == BASE:
             self._require_adapter(name)
-            self._store(name, BASE, self.model)
-            return BASE
-        if self._sharding is not None:
+        elif self._sharding is not None:
             raise ValueError(
                 f'{name}="student" is a copy of the student, which {self._sharding} shards: pass the path of the model '
                 "that training begins with, or train without sharding"
             )
-        moves = name != "ref_model" and self.args._teacher_moves is not None
-        if moves and self.args._teacher_is_live:
-            return STUDENT
-        kind = "moving" if moves else "initial"
-        if kind not in self._copies:
-            steps, decay = (self.args.teacher_sync_steps, self.args.teacher_ema) if moves else (None, None)
-            copied = StudentCopy(self.accelerator.unwrap_model(self.model), every=steps, ema=decay)
-            copied.model = self.accelerator.prepare_model(copied.model, evaluation_mode=True)
-            state = copied.state()
-            for x in state.values():  # processes may have made other adapters, and train that of the first one
-                broadcast(x)
-            copied.load(state)
-            self._copies[kind] = copied
-        model = self._copies[kind].model
-        if id(model) not in self._stored:
-            self._store(name, id(model), model)
-        return model
+        if kind not in prepared:
+            live = kind == "moving" and self.args._following.is_live
+            model = source if kind == BASE or live else self._copied(kind)
+            prepared[kind] = FrozenModel(
+                name=name,
+                index=index,
+                model=model,
+                of_student=True,
+                positions=positions_of(self.model.config),
+                stored=None if live else self._stored(name, self.model if kind == BASE else model, frozen=kind == BASE),
+            )
+        return replace(prepared[kind], name=name, index=index)
+
+    def _copied(self, kind: str) -> nn.Module:
+        """A copy of the student, which follows it if its kind is ``"moving"``."""
+        every, ema = (self.args.teacher_sync_steps, self.args.teacher_ema) if kind == "moving" else (None, None)
+        copied = StudentCopy(self.accelerator.unwrap_model(self.model), every=every, ema=ema)
+        copied.model = self.accelerator.prepare_model(copied.model, evaluation_mode=True)
+        state = copied.state()
+        for x in state.values():  # processes may have made other adapters, and train that of the first one
+            broadcast(x)
+        copied.load(state)
+        self._copies[kind] = copied
+        return copied.model
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -399,8 +410,8 @@ class LoadingMixin(PhasesMixin):
         if self._copies and checkpoint is not None:
             load_copies(Path(checkpoint), self._copies)
 
-    def _compare_tokenizers(self, name: str, other: Any) -> None:
-        """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` keep the pair, and say so."""
+    def _pair_with(self, name: str, other: Any) -> TokenizerPair | None:
+        """Raise where a model's tokenizer is not the student's; with ``cross_tokenizer`` say so and return the pair."""
         pair = check_tokenizers(
             name,
             self._tokenizer,
@@ -409,13 +420,11 @@ class LoadingMixin(PhasesMixin):
             terminators=self.eos_token_ids,
             chat_template_kwargs=getattr(self, "chat_template_kwargs", None),
         )
-        if pair is None:
-            return
-        self._cross.pairs[name] = pair
-        if self.accelerator.is_main_process:
+        if pair is not None and self.accelerator.is_main_process:
             data = cast("Any", self).train_dataset
             prompts = data[:_SHOWN_PROMPTS]["prompt"] if hasattr(data, "__len__") else []
             logger.warning(pair.describe(texts_of(prompts)))
+        return pair
 
     def _with_adapter(self, name: str, path: str) -> nn.Module:
         if self._sharding is not None:
@@ -425,10 +434,10 @@ class LoadingMixin(PhasesMixin):
             )
         return with_adapter(name, self.accelerator.unwrap_model(self.model), path)
 
-    def _store(self, name: str, key: int | str, model: Any) -> None:
-        """Have the cache keep the states of a model; of ``"base"`` those of the student without its adapter."""
+    def _stored(self, name: str, model: Any, frozen: bool = False) -> StoredStates | None:
+        """The cache of a model's states, or None; ``frozen``: of ``"base"``, the student without its adapter."""
         if self._cache is None:
-            return
+            return None
         if self._sharding is not None:
             raise ValueError(
                 "teacher_cache needs whole models on every rank: under FSDP and DeepSpeed all ranks run a model "
@@ -436,7 +445,7 @@ class LoadingMixin(PhasesMixin):
             )
         whole = self.accelerator.unwrap_model(model)
         try:
-            self._stored[key] = StoredStates(self._cache, card.name_of(whole), whole, frozen=key == "base")
+            return StoredStates(self._cache, card.name_of(whole), whole, frozen=frozen)
         except ValueError as error:
             raise ValueError(f"teacher_cache cannot tell {name} from other models: {error}") from None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,12 +19,15 @@ from ...output import GOPDOutput
 from ...targets import Composite, Frozen, LogLinear, Mixture
 from ...token_stats import RewardScaleFn
 from ...values import require_number
+from ..cache import StoredStates
 from ..hub import BASE
 from ..transformers import head_of, last_hidden_state
 from .batch import Batch, PromptIds, flat, flat_prompt, spread
-from .checks import require_route, role_of, takes_token_ids, teacher_name
+from .checks import positions_of, require_route, takes_token_ids
 from .cross import as_batch
+from .frozen import FrozenModel, Given
 from .loading import LoadingMixin, without_cast
+from .report import without_html
 from .reporting import ReportingMixin
 
 T = TypeVar("T")
@@ -46,15 +49,31 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
     temperature: float
     _signature_columns: list[str]
 
+    @contextmanager
+    def _constructing(
+        self, student: str | nn.Module, args: Any, given: Given, datasets: Mapping[str, Any], peft_config: Any
+    ) -> Iterator[None]:
+        """Around TRL's construction of the trainer: checks before it; the frozen models and the report after it."""
+        self._validate(student, args, given, datasets, peft_config)
+        self._begin_reports()
+        with without_html(args) as wants_report:
+            yield
+        self._set_up_models(given)
+        if wants_report:
+            self.add_report()
+
     def _check_positions(self, batch: Batch) -> None:
         """Raise for a sequence longer than a model's positions, where its scores are meaningless. Needs a host sync."""
-        limits = {name: positions for name, positions in self._positions.items() if positions is not None}
-        read = {name: aligned.attention_mask for name, aligned in batch.aligned.items()}
-        for name, rows in self._rows_by_model(batch).items():
-            mask = batch.read_by(role_of(name)).attention_mask
-            read.setdefault(name, mask * rows.to(mask.device)[:, None])
-        for name, positions in limits.items():
-            longest = int(read.get(name, batch.attention_mask).sum(dim=1).max())
+        read = [("the student", positions_of(self.model.config), batch.attention_mask)]
+        for frozen in self._frozen:
+            mask = batch.read_by(frozen.role).attention_mask
+            mask = mask * frozen.rows_of(batch).to(mask.device)[:, None]
+            aligned = batch.aligned.get(frozen.name)
+            read.append((frozen.name, frozen.positions, mask if aligned is None else aligned.attention_mask))
+        for name, positions, mask in read:
+            if positions is None:
+                continue
+            longest = int(mask.sum(dim=1).max())
             if longest > positions:
                 raise ValueError(
                     f"a prompt and its completion have {longest} tokens, and {name} has {positions} positions "
@@ -83,10 +102,14 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         return last_hidden_state(model, batch.input_ids, batch.attention_mask, keep=keep, **batch.multimodal)
 
     def _frozen_states(
-        self, key: int | str, model: Any, batch: Batch, gathered: ExitStack, run: Callable[[Batch], Tensor]
+        self,
+        stored: StoredStates | None,
+        model: Any,
+        batch: Batch,
+        gathered: ExitStack,
+        run: Callable[[Batch], Tensor],
     ) -> LinearHead:
         """The head of a frozen model on its states: from the cache, or as far as they are not there from ``run``."""
-        stored = self._stored.get(key)
         if stored is None or not bool(batch.completion_mask.any()):
             return self._frozen_head(model, run(batch), gathered)
         if batch.multimodal:
@@ -122,32 +145,34 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 return at(hidden)
             return distributed.through_head(embeddings, hidden, lambda given: at(given.hidden))
 
-    def _score(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
-        """Score a batch with a frozen model or a scorer, at the student's tokens."""
-        aligned = batch.aligned.get(name)
+    def _score(self, frozen: FrozenModel, batch: Batch, gathered: ExitStack) -> Frozen:
+        """Score a batch at the student's tokens."""
+        batch = batch.read_by(frozen.role)
+        aligned = batch.aligned.get(frozen.name)
         if aligned is None:
-            return self._score_own(name, model, batch, gathered)
-        scored = self._score_own(name, model, as_batch(aligned), gathered)
-        return self._cross.carry(name, scored, aligned, batch.old_logprobs)
+            return self._score_own(frozen, batch, gathered)
+        scored = self._score_own(frozen, as_batch(aligned), gathered)
+        return self._cross.carry(frozen.name, scored, aligned, batch.old_logprobs)
 
-    def _score_own(self, name: str, model: Any, batch: Batch, gathered: ExitStack) -> Frozen:
+    def _score_own(self, frozen: FrozenModel, batch: Batch, gathered: ExitStack) -> Frozen:
         """Score the tokens of a batch with the model that they belong to."""
+        model = frozen.model
         if isinstance(model, str):  # "base" or "student": to be called inside the forward of the student's wrapper
             student = self.accelerator.unwrap_model(self.model)
             with student.disable_adapter() if model == BASE else nullcontext():
-                return self._frozen_states(model, student, batch, gathered, partial(self._hidden, student))
+                return self._frozen_states(frozen.stored, student, batch, gathered, partial(self._hidden, student))
         if isinstance(model, nn.Module):
             unwrapped = self.accelerator.unwrap_model(model)
 
             def run(part: Batch) -> Tensor:
                 return distributed.in_forward(model, partial(self._hidden, unwrapped, part))
 
-            return self._frozen_states(id(model), unwrapped, batch, gathered, run)
+            return self._frozen_states(frozen.stored, unwrapped, batch, gathered, run)
         asked = () if batch.asked_ids is None or not takes_token_ids(model) else (batch.asked_ids,)
         scored = model(batch.input_ids, batch.attention_mask, batch.completion_mask, *asked)
         if not isinstance(scored, (TokenLogProbs, TopKLogProbs, LinearHead, Logits, LogLinear, Mixture)):
             raise TypeError(
-                f"the scorer {name} must return fused_gopd.TokenLogProbs, TopKLogProbs or LinearHead, got "
+                f"the scorer {frozen.name} must return fused_gopd.TokenLogProbs, TopKLogProbs or LinearHead, got "
                 f"{type(scored).__name__}"
             )
         device = batch.token_ids.device
@@ -161,17 +186,16 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         """Score each sequence with its teacher. Returns scores by teacher, and the teacher of each sequence, (B,)."""
         index = batch.teacher_index
         if index is None:
-            return self._score("teacher", self._teachers[0], batch.read_by("teacher"), gathered), None
+            return self._score(self._teachers[0], batch, gathered), None
         # ranks that share a model must all call it; without a sequence of its route, a rank scores one and ignores it
         shared = self.accelerator.num_processes > 1
         used, sources = [], []
-        for i, (route, model) in enumerate(zip(self._routes, self._teachers, strict=True)):
+        for i, teacher in enumerate(self._teachers):
             rows = (index == i).nonzero()[:, 0]
-            if len(rows) or (shared and isinstance(model, (str, nn.Module))):
-                part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64)).read_by("teacher")
+            if len(rows) or (shared and isinstance(teacher.model, (str, nn.Module))):
+                part = batch.take(rows if len(rows) else torch.zeros(1, dtype=torch.int64))
                 used.append(i)
-                source = self._score(teacher_name(route), model, part, gathered)
-                sources.append(spread(source, rows, len(index)))
+                sources.append(spread(self._score(teacher, part, gathered), rows, len(index)))
         return sources, torch.bucketize(index, torch.tensor(used)).to(batch.token_ids.device)
 
     def _loss(self, student: nn.Module, batch: Batch, **options: Any) -> GOPDOutput:
@@ -195,7 +219,7 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
                 if scale != 0:
                     teacher, index = self._score_teachers(batch, gathered)
                 if needs_ref:
-                    ref = self._score("ref_model", self._reference, batch.read_by("ref_model"), gathered)
+                    ref = self._score(cast("FrozenModel", self._reference), batch, gathered)
             loss: Callable[[LinearHead], GOPDOutput] = partial(
                 gopd_loss,
                 teacher=teacher,
@@ -265,13 +289,6 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
 
     # ----------------------------------------------------------------------------------------- what other models read
 
-    def _rows_by_model(self, batch: Batch) -> dict[str, Tensor]:
-        """By the name of each teacher, and of the reference, the sequences (B,) bool that it scores."""
-        rows = len(batch.token_ids)
-        index = torch.zeros(rows, dtype=torch.int64) if batch.teacher_index is None else batch.teacher_index
-        scored = {teacher_name(route): index == i for route, i in self._routes.items()}
-        return {**scored, "ref_model": torch.ones(rows, dtype=torch.bool)}
-
     def _add_readings(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         """Add to a batch what models read that have prompts, or tokenizers, of their own."""
         answers = list(zip(output["completion_ids"], output["completion_mask"], strict=True))
@@ -296,10 +313,10 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
         """
         ids = [row[mask.bool()].cpu() for row, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
         trainer = cast("Any", self)
-        for name, rows in self._rows_by_model(batch).items():
-            if role_of(name) != role or name in self._cross.pairs:
+        for frozen in self._frozen:
+            if frozen.role != role or frozen.pair is not None:
                 continue
-            for i in rows.nonzero()[:, 0].tolist():
+            for i in frozen.rows_of(batch).nonzero()[:, 0].tolist():
                 found, *_ = trainer._tokenize_prompts([prompts[i]])  # one by one: texts and messages may be mixed
                 if not len(found[0]):
                     raise ValueError(f"{self._prompts[role].name} gives a prompt without tokens: {prompts[i]!r}")
@@ -317,9 +334,9 @@ class ScoringMixin(LoadingMixin, ReportingMixin):
     def _align(self, inputs: list[dict[str, Any]], prompts: dict[str, list[Any]], output: dict[str, Any]) -> None:
         """Add to a batch what models with a tokenizer of their own read of it, and mask what they cannot score."""
         batch = Batch.from_trl(output)
-        scored = self._rows_by_model(batch)
+        scored = {frozen.name: frozen.rows_of(batch) for frozen in self._frozen}
         own = [row["prompt"] for row in inputs]
-        read = {name: prompts.get(role_of(name), own) for name in scored}
+        read = {frozen.name: prompts.get(frozen.role, own) for frozen in self._frozen}
         aligned, mask = self._cross.align(read, batch.token_ids, batch.mask, scored)
         output.update(flat(aligned, mask))
         nbytes = next(iter(aligned.values())).nbytes

@@ -16,15 +16,12 @@ PromptFn = Callable[[dict[str, Any]], Prompt] | Callable[[dict[str, Any], str], 
 One that needs a second argument gets the answer that is scored, as a text without special tokens.
 """
 
-# what a role's function is called among the trainers' arguments; its column is the option of that name and "_column"
-ARGUMENTS = {"teacher": "teacher_prompt", "ref_model": "ref_prompt"}
-
 
 class OtherPrompt:
-    """What the models of a role, ``"teacher"`` or ``"ref_model"``, read in place of the student's prompt.
+    """What the models of a role, ``"teacher"`` or ``"ref"``, read in place of the student's prompt.
 
     Args:
-        role: the role.
+        role: the role; ``ROLE_prompt`` is the trainers' argument, ``ROLE_prompt_column`` the configuration's.
         given: the trainer's argument: a function of a row, a dict from route to function, or None.
         column: the column of the configuration, or None.
         route_column: the column of the configuration that names the route of a row.
@@ -34,7 +31,7 @@ class OtherPrompt:
     def __init__(
         self, role: str, given: Any, column: str | None, route_column: str | None, routes: Mapping[Any, object]
     ) -> None:
-        self.argument = name = ARGUMENTS[role]
+        self.argument = name = f"{role}_prompt"
         self.name = name if column is None else f"{name}_column"
         self.column, self._route_column = column, route_column if isinstance(given, Mapping) else None
         self._functions: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {None: given}

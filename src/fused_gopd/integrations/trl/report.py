@@ -22,7 +22,6 @@ from .. import needs
 from ..tokenizers.texts import token_texts
 from . import card
 from .batch import Batch, PromptIds
-from .prompts import ARGUMENTS
 
 NAME = "gopd-html"
 FILE = "report.html"
@@ -144,7 +143,7 @@ class HtmlReport(TrainerCallback):
 
         width = batch.token_ids.shape[1]
         read = {"prompt": PromptIds(batch.input_ids[:, :-width], batch.attention_mask[:, :-width])}
-        read |= {ARGUMENTS[role]: prompt for role, prompt in batch.prompts.items()}  # the fields have these names, too
+        read |= {f"{role}_prompt": prompt for role, prompt in batch.prompts.items()}
         taken = _Taken(
             step=step,
             titles=titles,

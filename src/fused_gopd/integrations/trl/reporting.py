@@ -19,7 +19,7 @@ from .. import misfit
 from ..cache import TeacherCache
 from . import card, report
 from .batch import Batch
-from .checks import teacher_name
+from .frozen import FrozenModel
 from .phases import PhasesMixin
 from .watch import Setting, Watch
 
@@ -38,6 +38,7 @@ class ReportingMixin(PhasesMixin):
     _metrics: Any
     add_callback: Callable[[Any], None]
     _cache: TeacherCache | None
+    _frozen: list[FrozenModel]
     _card_sources: list[tuple[str, str]]
     _report: report.HtmlReport | None = None
     _routes: dict[Any, int]
@@ -168,25 +169,23 @@ class ReportingMixin(PhasesMixin):
         """Warn once of a teacher or reference that cannot be the one that was meant, by the first tokens it scored."""
         if not self._unchecked or out.student_logprobs is None or batch.mask.numel() < misfit.LEAST_TOKENS:
             return
-        every = torch.ones(len(batch.token_ids), dtype=torch.bool)
-        scored: list[tuple[str, Any, Tensor | None, Tensor]] = [("ref_model", ref, out.ref_logprobs, every)]
-        for route, i in self._routes.items():
-            rows = every if batch.teacher_index is None else batch.teacher_index == i
+        for frozen in self._frozen:
+            scored, logprobs = (ref, out.ref_logprobs) if frozen.index is None else (teacher, out.teacher_logprobs)
             # what has been compared costs no host sync, which the index of the teacher is
-            if teacher is not None and teacher_name(route) in self._unchecked and bool(rows.any()):
-                source = teacher[int(index[rows][0])] if isinstance(teacher, list) else teacher
-                scored.append((teacher_name(route), source, out.teacher_logprobs, rows))
-        for name, source, logprobs, rows in scored:
-            if name not in self._unchecked or logprobs is None:
+            if frozen.name not in self._unchecked or scored is None or logprobs is None:
                 continue
+            rows = frozen.rows_of(batch)
+            if not bool(rows.any()):
+                continue
+            source = scored[int(index[rows][0])] if isinstance(scored, list) else scored
             mask = batch.mask.bool() & rows.to(batch.mask.device)[:, None]
             if int(mask.sum()) < misfit.LEAST_TOKENS:
                 continue
-            self._unchecked.remove(name)
+            self._unchecked.remove(frozen.name)
             shifted = misfit.shifts_of(source, batch.token_ids, self._vocab_size)
             found = misfit.misfit_of(logprobs, out.student_logprobs, mask, self._vocab_size, shifted)
             if found is not None:
-                self._warn(f"{name} {found}")
+                self._warn(f"{frozen.name} {found}")
 
 
 def _sums_by_name(metrics: list[tuple[str, Metrics]]) -> dict[str, dict[str, Tensor]]:

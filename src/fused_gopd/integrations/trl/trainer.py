@@ -20,11 +20,10 @@ from ... import distributed, token_logprobs
 from ...token_stats import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from .batch import Batch
-from .checks import Model
 from .config import GOPDConfig, resolve_config
+from .frozen import Given, Model
 from .models import ScoringMixin
 from .prompts import PromptFn
-from .report import without_html
 from .rollouts import COMPLETION, RecordedEngine, Turns, sampler_logprobs, samples, token_ids_of
 
 
@@ -126,33 +125,19 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         if "teacher_model" in trainer_arguments:
             raise TypeError("GOPDTrainer has no argument teacher_model: it is called teacher, and may be a dict")
         args = resolve_config(GOPDConfig, args, model, "GOPD")
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._validate(
-            model,
-            trainer_arguments.get("peft_config"),
-            args,
-            teacher=cast("Any", teacher),
+        given = Given(
+            teacher=teacher,
             ref_model=ref_model,
             reward_scale_fn=reward_scale_fn,
             advantage_fn=advantage_fn,
-            datasets=datasets,
-            prompts={"teacher": teacher_prompt, "ref_model": ref_prompt},
+            teacher_prompt=teacher_prompt,
+            ref_prompt=ref_prompt,
+            teacher_processing_class=teacher_processing_class,
         )
-        self._begin_reports()
-        if args.cross_tokenizer and trainer_arguments.get("tools"):
-            raise ValueError(
-                "cross_tokenizer=True has no place for tools: their results are written with the student's template "
-                "into the completions"
-            )
-        self.num_iterations = args.num_iterations
-        if self.num_iterations > 1 and not hasattr(train_dataset, "__len__"):
-            raise ValueError(
-                f"num_iterations={self.num_iterations} needs a train_dataset of known length (a datasets.Dataset), got "
-                f"{type(train_dataset).__name__}"
-            )
-        if args.lmbda < 1:
-            _require_completions(args.lmbda, train_dataset, trainer_arguments.get("tools"))
-        with without_html(args) as wants_report:
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        with self._constructing(model, args, given, datasets, trainer_arguments.get("peft_config")):
+            self.num_iterations = args.num_iterations
+            _check_data(args, train_dataset, trainer_arguments.get("tools"))
             super().__init__(
                 model=model,
                 args=args,
@@ -161,9 +146,6 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
                 processing_class=processing_class,
                 **trainer_arguments,
             )
-        self._set_up_models(cast("Any", teacher), ref_model, teacher_processing_class)
-        if wants_report:
-            self.add_report()
         self._rollout_options = args._rollout_options
         self._turns: Turns = {}  # of the engine, for this batch
         self._given: list[tuple[Any, Any]] | None = None  # prompts and completions of the dataset, for this batch
@@ -344,14 +326,24 @@ class GOPDTrainer(ScoringMixin, DistillationTrainer):  # type: ignore[misc]
         return out.loss, out.entropy.sum(), batch.mask.sum()
 
 
-def _require_completions(lmbda: float, dataset: Any, tools: Any) -> None:
-    """Raise for what cannot have completions of the dataset."""
-    if tools:
-        raise ValueError(f"lmbda={lmbda} has no place for tools: a completion of the dataset would call them anew")
-    columns = getattr(dataset, "column_names", None)  # None of a stream whose columns are not known
-    if columns is not None and COMPLETION not in columns:
+def _check_data(args: GOPDConfig, dataset: Any, tools: Any) -> None:
+    """Raise for a dataset, or tools, that options have no place for."""
+    if args.cross_tokenizer and tools:
         raise ValueError(
-            f"lmbda={lmbda} needs a column {COMPLETION!r} in train_dataset, which has only {', '.join(columns)}"
+            "cross_tokenizer=True has no place for tools: their results are written with the student's template into "
+            "the completions"
+        )
+    if args.num_iterations > 1 and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"num_iterations={args.num_iterations} needs a train_dataset of known length (a datasets.Dataset), got "
+            f"{type(dataset).__name__}"
+        )
+    if args.lmbda < 1 and tools:
+        raise ValueError(f"lmbda={args.lmbda} has no place for tools: a completion of the dataset would call them anew")
+    columns = getattr(dataset, "column_names", None)  # None of a stream whose columns are not known
+    if args.lmbda < 1 and columns is not None and COMPLETION not in columns:
+        raise ValueError(
+            f"lmbda={args.lmbda} needs a column {COMPLETION!r} in train_dataset, which has only {', '.join(columns)}"
         )
 
 
