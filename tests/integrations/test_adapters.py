@@ -16,6 +16,7 @@ pytest.importorskip("trl", minversion="1.16")
 
 from fused_gopd.integrations.adapters import with_adapter  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
+from fused_gopd.integrations.trl.frozen import Given  # noqa: E402
 from test_trl import SGD, VOCAB, assert_same, grpo, model, prompts, trainer, weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -277,7 +278,7 @@ def test_a_base_that_is_sharded_is_an_error(name: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, student=student(), teacher=teacher)
     setattr(run, name, True)
     with pytest.raises(ValueError, match=r"teacher is an adapter on the student's base, whose parameters .* gathers"):
-        run._set_up_models(teacher, None, None)
+        run._set_up_models(Given(teacher=teacher))
 
 
 def test_names_are_checked_before_the_student_is_loaded(tmp_path: Path) -> None:

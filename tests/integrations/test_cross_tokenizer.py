@@ -225,8 +225,8 @@ def test_each_model_reads_the_whole_completion() -> None:
     same, other = tokenizer(), tokenizer("zzz yyy the number")
     ids = torch.tensor([same("the cat sat on the mat")["input_ids"]])
     mask, everywhere = torch.ones_like(ids), torch.ones(1, dtype=torch.bool)
-    cross = CrossTokenizer(len(same), {"estimator": "full"}, "spread")
-    cross.pairs = {"teacher": TokenizerPair(same, other), "ref_model": TokenizerPair(same, other)}
+    pairs = {"teacher": TokenizerPair(same, other), "ref_model": TokenizerPair(same, other)}
+    cross = CrossTokenizer(pairs, len(same), {"estimator": "full"}, "spread")
     read = {"teacher": ["x"], "ref_model": ["x"]}
     found, left = cross.align(read, ids, mask, {"teacher": everywhere, "ref_model": everywhere})
     alone = cross.pairs["ref_model"].align(["x"], ids, mask)

@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 import fused_gopd as fg  # noqa: E402
 from fused_gopd.integrations.trl import GOPDTrainer, GRPOGOPDConfig, GRPOGOPDTrainer  # noqa: E402
 from fused_gopd.integrations.trl.batch import Batch  # noqa: E402
+from fused_gopd.integrations.trl.frozen import Given  # noqa: E402
 from test_cross_tokenizer import permuted, with_other_ids  # noqa: E402
 from test_trl import PROMPTS, SGD, assert_same, config, lengths, model, prompts, tokenizer, weights  # noqa: E402
 
@@ -393,4 +394,4 @@ def test_a_student_that_reads_images_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, teacher_prompt=hint)
     run._is_vlm = True
     with pytest.raises(ValueError, match="teacher_prompt is for texts, and the student reads images"):
-        run._set_up_models(model(1), model(2), None)
+        run._set_up_models(Given(teacher=model(1), ref_model=model(2)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..tokenizers import Alignment
 
 if TYPE_CHECKING:
     from ...heads import Source
+
+R = TypeVar("R")
 
 # keys of TRL's batches that are arguments of multimodal models' forward
 _MULTIMODAL = (
@@ -79,10 +81,10 @@ class Batch:
             multimodal={name: inputs[name] for name in _MULTIMODAL if inputs.get(name) is not None},
             teacher_index=inputs.get("teacher_index"),
             old_logprobs=inputs.get("old_logprobs"),
-            prompts=_prompts_in(inputs),
+            prompts=_records(_PROMPT, PromptIds, inputs),
             rollout_logprobs=inputs.get("rollout_logprobs"),
             sft_labels=inputs.get("sft_labels"),
-            aligned=_aligned_in(inputs),
+            aligned=_records(_ALIGNED, Alignment, inputs),
         )
 
     def read_by(self, role: str) -> Batch:
@@ -116,35 +118,32 @@ class Batch:
             yield self.take(slice(start, start + size))
 
 
-_PROMPT = "prompt/"
+_PROMPT, _ALIGNED, _ALIGNED_MASK = "prompt", "aligned", "aligned_mask"
 
 
 def flat_prompt(role: str, prompt: PromptIds) -> dict[str, Tensor]:
     """The prompts of a role as entries of TRL's dict of tensors."""
-    return {f"{_PROMPT}{role}/{f.name}": getattr(prompt, f.name) for f in fields(prompt)}
-
-
-def _prompts_in(inputs: Mapping[str, Any]) -> dict[str, PromptIds]:
-    roles = {key.split("/")[1] for key in inputs if key.startswith(_PROMPT)}
-    return {role: PromptIds(*(inputs[f"{_PROMPT}{role}/{f.name}"] for f in fields(PromptIds))) for role in roles}
-
-
-_ALIGNED, _ALIGNED_MASK = "aligned/", "aligned_mask"
+    return _flat(_PROMPT, {role: prompt})
 
 
 def flat(aligned: Mapping[str, Alignment], mask: Tensor) -> dict[str, Tensor]:
     """Alignments, and the mask of tokens that all models can score, as entries of TRL's dict of tensors."""
-    named = {f"{_ALIGNED}{name}/{f.name}": getattr(x, f.name) for name, x in aligned.items() for f in fields(x)}
-    return {**named, _ALIGNED_MASK: mask}
+    return {**_flat(_ALIGNED, aligned), _ALIGNED_MASK: mask}
 
 
-def _aligned_in(inputs: Mapping[str, Any]) -> dict[str, Alignment]:
+def _flat(kind: str, records: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of records, by "KIND/NAME/FIELD"."""
+    return {f"{kind}/{name}/{f.name}": getattr(x, f.name) for name, x in records.items() for f in fields(x)}
+
+
+def _records(kind: str, made: type[R], inputs: Mapping[str, Any]) -> dict[str, R]:
+    """The records of a kind by name."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, x in inputs.items():
-        if key.startswith(_ALIGNED):
-            name, _, part = key.removeprefix(_ALIGNED).rpartition("/")
+        if key.startswith(f"{kind}/"):
+            name, _, part = key.removeprefix(f"{kind}/").rpartition("/")
             found.setdefault(name, {})[part] = x
-    return {name: Alignment(**parts) for name, parts in found.items()}
+    return {name: made(**parts) for name, parts in found.items()}
 
 
 def spread(source: Frozen, rows: Tensor, n: int) -> Frozen:

@@ -44,13 +44,13 @@ def teacher_name(route: Any) -> str:
 class Given:
     """What both trainers add to TRL's arguments, as it was given."""
 
-    teacher: Model | Mapping[Any, Model] | None
-    ref_model: Model | None
-    reward_scale_fn: Callable[[int], float | RewardScaleFn] | None
-    advantage_fn: AdvantageFn | None
-    teacher_prompt: PromptFn | Mapping[Any, PromptFn] | None
-    ref_prompt: PromptFn | Mapping[Any, PromptFn] | None
-    teacher_processing_class: Any
+    teacher: Model | Mapping[Any, Model] | None = None
+    ref_model: Model | None = None
+    reward_scale_fn: Callable[[int], float | RewardScaleFn] | None = None
+    advantage_fn: AdvantageFn | None = None
+    teacher_prompt: PromptFn | Mapping[Any, PromptFn] | None = None
+    ref_prompt: PromptFn | Mapping[Any, PromptFn] | None = None
+    teacher_processing_class: Any = None
 
     def routes(self, column: str | None) -> dict[Any, Model]:
         """The teachers by route, which the column of the dataset names; a single teacher has the route None."""
