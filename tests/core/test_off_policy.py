@@ -244,6 +244,24 @@ def test_a_ratio_that_overflows_and_is_bounded_has_no_gradient(policy, advantage
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("bound", [{"clip": (0.2, 0.2)}, {"log_ratio_max": 0.1}, {"loss_max": 0.1}], ids=str)
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence-mean", "detached"])
+@pytest.mark.parametrize("which", ["torch", "native", "dense"])
+def test_a_token_without_an_advantage_is_not_clipped(bound, ratio, which):
+    """The teacher rules the first token out: there is no gradient that a bound could remove."""
+    function = reference.gopd_loss if which == "dense" else functools.partial(fg.gopd_loss, backend=which)
+    out = function(
+        fg.Logits(torch.zeros(1, 2, 5)),
+        fg.TokenLogProbs(torch.tensor([[-math.inf, -0.5]])),
+        None,
+        torch.ones(1, 2, dtype=torch.int64),
+        old_logprobs=torch.full((1, 2), -4.0),
+        ratio=ratio,
+        **bound,
+    )
+    assert out.clipped.tolist() == [[False, True]]
+
+
 @BOTH
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_a_token_of_probability_0_under_the_student_has_no_gradient(function, ratio):

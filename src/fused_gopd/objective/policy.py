@@ -169,8 +169,9 @@ def policy_term(
         log_ratio = torch.zeros_like(student) if old is None else student - old
     zero_probability = torch.isneginf(student)
     clipped = torch.zeros_like(zero_probability)
+    nothing = adv == 0  # no loss and no gradient that a bound could remove
     if rule.log_ratio_max is not None:
-        clipped = log_ratio.abs() > rule.log_ratio_max
+        clipped = (log_ratio.abs() > rule.log_ratio_max) & ~nothing
         log_ratio = log_ratio.clamp(-rule.log_ratio_max, rule.log_ratio_max)
     ratio = log_ratio.exp()
     loss = -adv * ratio
@@ -181,7 +182,7 @@ def policy_term(
         if rule.clip is not None:
             low, high = rule.clip
             within = ratio.clamp(1.0 - low, 1.0 + high)
-            clipped, ratio = clipped | (within != ratio), within
+            clipped, ratio = clipped | ((within != ratio) & ~nothing), within
         slope = -adv * ratio
         loss = slope * bounded(student)
     elif rule.clip is not None:
@@ -203,7 +204,6 @@ def policy_term(
         loss = loss * importance
         slope = None if slope is None else slope * importance
     # A = 0 or w = 0 is no loss, whatever it is multiplied by: a ratio that overflows would make it NaN
-    nothing = adv == 0
     if importance is not None:
         nothing = nothing | (importance == 0)
     loss = loss.masked_fill(nothing, 0)
