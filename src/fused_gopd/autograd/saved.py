@@ -17,7 +17,8 @@ from ..objective.divergences import Divergence
 from ..problem import FlatComposite, Problem, Route
 from ..tokens import Sequences, TokenRows
 
-_FLATTENED = (Problem, Route, FlatComposite, TokenRows, Sequences, LinearHead, Logits, Agreement, Divergence)
+_RECORDS = (Problem, Route, FlatComposite, TokenRows, Sequences, LinearHead, Logits)
+_FLATTENED = (*_RECORDS, Agreement, Divergence)
 _FORWARD_ONLY: dict[str, Any] = {
     "agreement": None,
     "mask": None,
@@ -63,10 +64,10 @@ def _names_tensors(hint: Any) -> bool:
     return hint is Tensor or hint in _FLATTENED or any(map(_names_tensors, typing.get_args(hint)))
 
 
-def flatten(x: Any, tensors: list[Tensor]) -> Any:
+def flatten(x: Any, tensors: list[Tensor], instead: dict[str, Any] | None = None) -> Any:
     """Replace the tensors of a Problem, or of a part of one, by slots and append them to the list.
 
-    save_for_backward takes tensors only. A part without tensors stays what it is.
+    save_for_backward takes tensors only. A part without tensors stays what it is. ``instead``: other values of fields.
     """
     if isinstance(x, Tensor):
         tensors.append(x)
@@ -74,21 +75,24 @@ def flatten(x: Any, tensors: list[Tensor]) -> Any:
     kind: Any = type(x)
     if kind is tuple:
         return tuple([flatten(y, tensors) for y in x])
+    names = _tensor_fields(kind)
+    if not names:
+        return x
+    if kind in _RECORDS:
+        fields = vars(x) if instead is None else vars(x) | instead
+    else:  # a divergence may have cached properties, or slots
+        fields = {name: getattr(x, name) for name in _field_names(kind)}
     flat: dict[str, Any] = {}
-    for name in _tensor_fields(kind):
-        part = getattr(x, name)
-        if part is None or type(part) is float:
+    for name in names:
+        part = fields[name]
+        if part is None:
             continue
         if isinstance(part, Tensor):
             tensors.append(part)
             flat[name] = TensorSlot(len(tensors) - 1)
         elif (made := flatten(part, tensors)) is not part:
             flat[name] = made
-    if not flat:
-        return x
-    if issubclass(kind, (Divergence, Agreement)):  # a divergence may have cached properties, or slots
-        return Spec(kind, {name: getattr(x, name) for name in _field_names(kind)} | flat)
-    return Spec(kind, vars(x) | flat)
+    return Spec(kind, fields | flat) if flat else x
 
 
 def flatten_for_backward(problem: Problem, tensors: list[Tensor], known: dict[str, Tensor]) -> Spec:
@@ -98,9 +102,7 @@ def flatten_for_backward(problem: Problem, tensors: list[Tensor], known: dict[st
         known: fields that the forward has computed: what functions of the caller's have returned, so that a second
             backward does not call them again.
     """
-    kept = object.__new__(Problem)
-    vars(kept).update({**vars(problem), **_FORWARD_ONLY, **known})
-    return cast("Spec", flatten(kept, tensors))
+    return cast("Spec", flatten(problem, tensors, _FORWARD_ONLY | known))
 
 
 def without_forward(spec: Spec) -> Spec:
