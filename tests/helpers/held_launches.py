@@ -1,12 +1,14 @@
 """Which kernel ``Launch.start_held`` takes, and with which arguments, beside what Triton's own launch does.
 
-    python tests/helpers/held_launches.py
+    python tests/helpers/held_launches.py [--time]
 
-with a driver that launches nothing, for sm_90; prints the launches that differ, and at the end how many agree.
+with a driver that launches nothing, for sm_90; prints the launches that differ, and at the end how many agree; or what
+either takes the host.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_gopd.objective.divergences import make
+from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, RowProblem, Stat
+from fused_gopd.rowops import triton as backend
 from fused_gopd.rowops.triton import Launch
 
 started: list[tuple[Any, ...]] = []  # the compiled kernel of each launch, and what it was given
@@ -113,8 +118,30 @@ def launches() -> list[tuple[str, Launch]]:
     return made
 
 
+def times() -> None:
+    """Microseconds of a launch of the row kernel of three models, and of the token losses; the smallest of many."""
+    import timeit
+
+    z = [ModelRows(torch.randn(4, 64), LogitTransform()) for _ in range(3)]
+    ids, statistics, weights = torch.zeros(4, dtype=torch.int64), torch.empty(len(Stat), 4), torch.ones(4)
+    problem = RowProblem(
+        64, z[0], teacher=z[1], ref=z[2], reward_scale=1.25, token_ids=ids, divergence=make("reverse_kl")
+    )
+    tile, device = backend.tiles(problem, backend.Device()), torch.device("cuda", 0)
+    rows = backend.row_launch(problem, statistics, True, GradientWeights(divergence=weights), z[0].raw, tile, True)
+    losses = backend.losses_launch(make("reverse_kl"), 1.25, (True, True), statistics, weights)
+    for name, launch in {"row kernel of three models": rows, "token losses": losses}.items():
+        parameters = len(launch.arguments) + len(launch.constants)
+        ways = (lambda: launch._start(torch.device("cpu")), lambda: launch.start_held(device))  # noqa: B023
+        own, held = (1e6 * min(timeit.repeat(way, number=1, repeat=4000)) for way in ways)
+        print(f"Triton {triton.__version__}, {name}, {parameters} parameters: own {own:.1f} us, held {held:.1f} us")
+
+
 def main() -> None:
     driver.set_active(_Driver())
+    if sys.argv[1:] == ["--time"]:
+        times()
+        return
     given, agreed = launches(), 0
     for name, launch in given + given[::-1]:
         launch.start_held(torch.device("cuda", 0))

@@ -261,7 +261,8 @@ def dweight_into(accumulator: Tensor, dlogits: Tensor) -> Callable[[Tensor, bool
         return functools.partial(_add_dweight_by_blocks, accumulator, dlogits)
 
     def product(hidden: Tensor, first: bool) -> Tensor:
-        hidden = _wide(hidden)
+        if hidden.dtype is not dlogits.dtype:
+            hidden = _wide(hidden)
         return torch.mm(dlogits, hidden, out=accumulator) if first else accumulator.addmm_(dlogits, hidden)
 
     return product

@@ -34,7 +34,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     A gradient of [256, 151936] float32 is 38 thousand small pages, and faulting them in took as long as computing it.
     It is advice: where the kernel does not take it, nothing changes.
     """
-    out = torch.empty(shape, dtype=dtype, device=device)
+    out = torch.empty(*shape, dtype=dtype, device=device)
     if out.nbytes < 2 * _HUGE_PAGE or not out.is_cpu:
         return out
     madvise = _madvise()

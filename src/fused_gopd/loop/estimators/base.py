@@ -231,12 +231,15 @@ class Estimator:
             made = {name: x for name, x in buffers.logprobs.items() if isinstance(getattr(route, name), FlatComposite)}
             compute = OfLogits(problem, self._columns, rows, own_ids, made)
             fill_reward_scale(problem, chunk.statistics, chunk.start, chunk.stop, compute)
+        scale = problem.reward_scale if joint else 1.0
         return RowProblem(
             self._columns,
             student_rows,
             teacher=teacher_rows,
             ref=ref_rows,
-            reward_scale=reward_scale_of(problem, chunk.statistics, chunk.tokens) if joint else 1.0,
+            reward_scale=scale
+            if isinstance(scale, float)
+            else reward_scale_of(problem, chunk.statistics, chunk.tokens),
             token_ids=own_ids,
             divergence=problem.divergence.rows(chunk.tokens) if joint else None,
         )
