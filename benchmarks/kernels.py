@@ -19,6 +19,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ import fused_gopd as fg
 from fused_gopd.loop import gemm
 from fused_gopd.objective.divergences import make
 from fused_gopd.rowops import GradientWeights, LogitTransform, ModelRows, Policy, PolicyRule, RowProblem, Stat
-from fused_gopd.rowops.triton import LinearTiles, Tiles, TritonRowOps
+from fused_gopd.rowops.triton import Device, LinearTiles, Tiles, TritonRowOps
+from fused_gopd.rowops.triton import tiles as choose_tiles
 
 from . import run
 from .arguments import publish
@@ -59,6 +61,8 @@ TINY = Shapes(hidden=(64,), vocab=320, tokens=(96, 20), rows=4, chunks=(32, 48),
 
 # With --tiles: threads, columns of a thread, stages
 TILES = ((256, 4, 4), (128, 4, 4), (128, 4, 3), (256, 8, 3), (512, 4, 4), (512, 8, 3))
+# Programs that share a row, on a multiprocessor, registers of a thread, share of L2 between the readings of a row
+SEGMENTS = ((16, 4, 64, 3), (8, 4, 64, 3), (32, 4, 64, 3), (16, 4, 64, 2), (16, 4, 64, 6), (16, 2, None, 3))
 # rows, vocabulary, hidden, group, warps, stages; descriptors
 LINEAR_TILES = (
     ((128, 256, 64, 24, 8, 3), True),
@@ -163,6 +167,62 @@ def products(shapes: Shapes, _: bool) -> Iterator[Group]:
         yield group
 
 
+def row_problem(shapes: Shapes, models: int, divergence: str, dtype: torch.dtype) -> tuple[RowProblem, GradientWeights]:
+    V, R, device = shapes.vocab, shapes.rows, shapes.device
+    one = torch.ones(R, device=device)
+    raws = [_normal(device, R, V, scale=3, dtype=dtype) for _ in range(models)]
+    student, *others = [ModelRows(x, LogitTransform()) for x in raws] + [None] * (3 - models)
+    assert student is not None
+    ids = torch.randint(V, (R,), device=device)
+    kind = make(divergence, **DIVERGENCES[divergence]) if models == 3 else None
+    problem = RowProblem(
+        V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids, divergence=kind
+    )
+    weights = GradientWeights(token=one) if models == 1 else GradientWeights(divergence=one)
+    if divergence == "policy":
+        scored = torch.randn(2, len(Stat), R, device=device) - 12.0
+        weights = GradientWeights(token=one, policy=Policy(CLIPPED, 1.25, *scored, one - 13.0))
+    return problem, weights
+
+
+def row_calls(kind: str, problem: RowProblem, weights: GradientWeights, found: dict[str, TritonRowOps]) -> Group:
+    """Statistics alone and with the gradient, of each of ``found``; the gradient has memory of its own."""
+    out = torch.empty_like(problem.student.raw).view(torch.bfloat16)[:, : problem.vocab_size]
+    group: Group = {}
+    for name, ops in found.items():
+        group[f"{kind} {name} statistics"] = lambda o=ops: o.statistics(problem)
+        group[f"{kind} {name} both"] = lambda o=ops: o.statistics_and_gradient(problem, weights, out)
+    return group
+
+
+def segments(shapes: Shapes, _: bool) -> Iterator[Group]:
+    """Several programs a row, which read a logit from memory once, beside the tile that the package chooses.
+
+    All of SEGMENTS for three models and the reverse KL, its first for others. With each compile two kernels.
+    """
+    device = Device.of(torch.device(shapes.device))
+    for models, divergence, dtype in (
+        (3, "reverse_kl", torch.float32),
+        (3, "reverse_kl", torch.bfloat16),
+        (1, "none", torch.float32),
+        (3, "jsd", torch.float32),
+        (1, "none", torch.bfloat16),
+        (3, "jsd", torch.bfloat16),
+    ):
+        problem, weights = row_problem(shapes, models, divergence, dtype)
+        base, found = choose_tiles(problem, device), {"segments=1": TritonRowOps()}
+        for count, programs, registers, share in SEGMENTS if divergence == "reverse_kl" else SEGMENTS[:1]:
+            tile = replace(
+                base,
+                segments=count,
+                programs=programs,
+                max_registers=registers,
+                lag_bytes=device.l2_bytes // share,
+            )
+            found[f"segments={count} programs={programs} lag=L2/{share}"] = TritonRowOps(tile)
+        yield row_calls(f"row {divergence} {str(dtype)[6:]} models={models}", problem, weights, found)
+
+
 def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
     """Statistics alone, and with the bfloat16 gradient, for one and three models.
 
@@ -171,25 +231,10 @@ def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
 
     By default with the tile that the package chooses; with ``tiles`` some others too, which take long to compile.
     """
-    V, R, device = shapes.vocab, shapes.rows, shapes.device
-    one = torch.ones(R, device=device)
     for models, divergence in [(3, name) for name in DIVERGENCES] + [(1, "none"), (1, "policy")]:
         for dtype in (torch.float32, torch.bfloat16):
-            group: Group = {}
             vector = 16 // dtype.itemsize
-            raws = [_normal(device, R, V, scale=3, dtype=dtype) for _ in range(models)]
-            student, *others = [ModelRows(x, LogitTransform()) for x in raws] + [None] * (3 - models)
-            assert student is not None
-            ids = torch.randint(V, (R,), device=device)
-            kind = make(divergence, **DIVERGENCES[divergence]) if models == 3 else None
-            problem = RowProblem(
-                V, student, teacher=others[0], ref=others[1], reward_scale=1.25, token_ids=ids, divergence=kind
-            )
-            weights = GradientWeights(token=one) if models == 1 else GradientWeights(divergence=one)
-            if divergence == "policy":
-                scored = torch.randn(2, len(Stat), R, device=device) - 12.0
-                weights = GradientWeights(token=one, policy=Policy(CLIPPED, 1.25, *scored, one - 13.0))
-            out = torch.empty_like(raws[0]).view(torch.bfloat16)[:, :V]
+            problem, weights = row_problem(shapes, models, divergence, dtype)
             found: dict[str, TritonRowOps] = {"default": TritonRowOps()}
             for threads, columns, stages in TILES if tiles else ():
                 if columns >= vector:
@@ -197,11 +242,7 @@ def row_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
                         repeat=columns // vector, lanes=threads, vector=vector, num_warps=threads // 32, stages=stages
                     )
                     found[f"threads={threads} cols={columns} stages={stages}"] = TritonRowOps(tile)
-            for name, ops in found.items():
-                name = f"row {divergence} {str(dtype)[6:]} models={models} {name}"
-                group[f"{name} statistics"] = lambda o=ops, p=problem: o.statistics(p)
-                group[f"{name} both"] = lambda o=ops, p=problem, w=weights, x=out: o.statistics_and_gradient(p, w, x)
-            yield group
+            yield row_calls(f"row {divergence} {str(dtype)[6:]} models={models}", problem, weights, found)
 
 
 def linear_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
@@ -261,7 +302,13 @@ def steps(shapes: Shapes, _: bool) -> Iterator[Group]:
         yield group
 
 
-PARTS = {"products": products, "linear": linear_kernel, "steps": steps, "rows": row_kernel}
+PARTS = {
+    "products": products,
+    "linear": linear_kernel,
+    "steps": steps,
+    "segments": segments,
+    "rows": row_kernel,
+}
 
 
 def _has_runs(path: Path) -> bool:

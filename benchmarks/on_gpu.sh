@@ -16,8 +16,9 @@
 #    45  products: 3 hidden sizes x 28 products x 11 rounds of 0.3 to 8 ms, 4 s, and their buffers
 #    60  linear kernel: 3 x 30 calls x 11 rounds of 0.2 to 20 ms, 5 s; compiling 9 variants, 5 s each
 #    50  jobs of one and two models beside quack, Liger, orda: 41 rows of 1.1 s; their own compilation is the unknown
-#   150  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
-#    40  pieces of steps, row kernels: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; 36 row kernels, half of them compiled by the tests
+#   140  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
+#    50  pieces of steps, row kernels: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; rows shared by programs, 6 groups of 1 s, compiled
+#        beside the tests; 36 row kernels, half of them compiled by the tests
 # and what is left of 470 for the remaining tests. LIMIT changes the 470.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
@@ -55,10 +56,11 @@ if [ "$device" = cuda ]; then
     # what the compilers make is kept on the disk: made beside the tests, it takes the steps no time
     timeout 85 "$python" -m benchmarks.warm --device cuda --suites run,peers --providers compile,quack,quack-lse,orda \
         > "$out/compiled.log" 2>&1 &
+    timeout 85 "$python" -m benchmarks.kernels --json "$out/beside-tests.json" --parts segments > "$out/beside-tests.log" 2>&1 &
 fi
 new="no_gpu_has_run or graphed or stored_exponentials or policy_losses or (triton and test_policy)"
-new+=" or ((exponentials or alpha or skew or mixed) and not interpreted)"
-phase untried 50 $(tests) tests/core/test_gpu.py tests/rowops/test_policy.py tests/rowops/test_triton.py -k "$new"
+new+=" or ((exponentials or alpha or skew or mixed or test_segments) and not interpreted)"
+phase untried 50 $(tests) tests/core/test_gpu.py tests/rowops/test_policy.py tests/rowops/test_triton.py tests/rowops/test_segments.py -k "$new"
 phase calls 40 $(tests) tests/core/test_gpu.py -k "not ($new)"
 wait
 phase host 30 "$python" -m benchmarks.host --device "$device" --json "$out/host.json" --limit 22
@@ -68,8 +70,8 @@ ours=floor,fused-triton,fused-triton-low-chunks,fused-triton-one-pass,fused-trit
 theirs=quack,quack-lse,liger-flce-sm90,liger-scaled-ce,liger-flce-long,orda,unsloth-jsd
 phase peers 50 $(bench) --suite "$peers_suite" "${steps[@]}" --providers "$ours,$theirs" --seconds 0.03 --limit 40 \
     --json "$out/peers.json"
-phase steps 150 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit 138 --json "$out/steps.json"
-phase pieces 40 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" --parts steps,rows --limit 30
+phase steps 140 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit 128 --json "$out/steps.json"
+phase pieces 50 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" --parts steps,segments,rows --limit 40
 phase kernels "$limit" $(tests) -k "not interpreted" tests/rowops/test_triton.py tests/core/test_pytorch_compat.py
 if [ -n "${CONFORMANCE:-}" ]; then
     export CONFORMANCE_DEVICE=$device CONFORMANCE_BACKENDS=triton,torch

@@ -90,7 +90,7 @@ MAIN = (
 )
 
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _row(
     write: bool = True,
     stride: int = V,
     policy: Policy | None = None,
+    segments: int = 1,
 ) -> Launch:
     transform = transform or LogitTransform()
     models = [ModelRows(_logits(d, stride), transform) for d in dtypes] + [None, None]
@@ -169,15 +170,14 @@ def _row(
     grad = None
     if out is not None:
         grad = problem.student.raw if in_place else torch.empty(C, 2 * stride, dtype=out, device="meta")
-    launch = backend.row_launch(
-        problem,
-        torch.empty(len(Stat), C, device="meta"),
-        write,
-        GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None, policy),
-        grad,
-        backend.tiles(problem, device),
-        device.flush,
-    )
+    statistics = torch.empty(len(Stat), C, device="meta")
+    given = GradientWeights(vector if "divergence" in weights else None, vector if "token" in weights else None, policy)
+    tile = backend.tiles(problem, device)
+    if segments > 1:
+        limit = None if device.amd else 128  # two programs on a multiprocessor; left alone 3.9 spills, as in `tiles`
+        tile = dataclasses.replace(tile, segments=segments, max_registers=limit)
+        return backend.segment_launches(problem, statistics, given, grad, tile, device)[0]
+    launch = backend.row_launch(problem, statistics, write, given, grad, tile, device.flush)
     if out is not None:
         launch.constants["ALIASED"] = True  # production's case: the gradient lies on the logits
     return launch
@@ -309,6 +309,12 @@ def launches(target: Target) -> dict[str, Launch]:
         "sampled fp32, policy": _row(d, (f32,), out=bf16, weights="token", policy=_policy(per_token=False)),
         "sampled bf16, in place, policy, lambda per token": _row(
             d, (bf16,), out=bf16, in_place=True, weights="token", policy=_policy(per_token=True)
+        ),
+        "full fp32, 16 segments": _row(d, (f32,) * 3, divergence="reverse_kl", out=bf16, segments=16),
+        "full bf16, 16 segments": _row(d, (bf16,) * 3, divergence="reverse_kl", out=bf16, segments=16),
+        "jsd fp32, 16 segments": _row(d, (f32,) * 3, divergence="jsd", out=bf16, segments=16),
+        "sampled fp32, policy, 16 segments": _row(
+            d, (f32,), out=bf16, weights="token", policy=_policy(per_token=False), segments=16
         ),
         "policy": backend.policy_launch(
             _policy(per_token=True),

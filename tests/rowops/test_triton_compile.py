@@ -207,6 +207,34 @@ def test_gradient_on_the_logits_waits_for_the_loads_of_its_tile(compiled: Compil
     assert last_load < last_barrier
 
 
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_segments_are_published_and_awaited_by_the_memory_model(compiled: Compiled, target: str) -> None:
+    """One thread raises a row's counter: a barrier before it orders all threads' stores and loads. One thread reads it:
+    a barrier after it orders all threads' loads. Triton before 3.9 has no barrier of its own before the former.
+    """
+    stored, barrier, release, acquire, load = (
+        ("st.global", "bar.sync", "atom.global.gpu.release|red.global.gpu.release", "global.gpu.acquire", "ld.volatile")
+        if target.startswith("sm")
+        # AMD's release writes back the caches before the atomic, its acquire invalidates them after the load
+        else ("global_store", "s_barrier", "buffer_wbl2", "buffer_inv", "buffer_load")
+    )
+    for kernel, phases in (("full fp32, 16 segments", 1), ("jsd fp32, 16 segments", 2)):
+        lines = compiled(kernel, target).assembly.splitlines()
+        code = [line for line in lines if not line.lstrip().startswith(("//", ";"))]
+
+        def places(words: str, code: list[str] = code) -> list[int]:
+            return [i for i, line in enumerate(code) if any(word in line for word in words.split("|"))]
+
+        releases, acquires = places(release), places(acquire)
+        assert len(releases) == phases
+        assert len(acquires) >= phases
+        for i in releases:
+            last = max(x for x in places(barrier) if x < i)
+            assert last > max(x for x in places(f"{stored}|{load}") if x < i)
+        for i in acquires if target.startswith("sm") else []:  # AMD's blocks are not in the order of the program
+            assert min(x for x in places(barrier) if x > i) < min(x for x in places(load) if x > i)
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])
 def test_rows_are_loaded_16_bytes_at_a_time(compiled: Compiled, target: str) -> None:
     for kernel in ("full fp32, bf16 gradient on the logits", "full bf16, in place", "sampled bf16, in place"):

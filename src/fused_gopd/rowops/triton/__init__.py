@@ -75,6 +75,7 @@ class Device:
     amd: bool = False
     capability: int = 90  # CUDA compute capability, major * 10 + minor; 0 on AMD
     interpreted: bool = False
+    l2_bytes: int = 50 * 2**20
 
     @property
     def flush(self) -> bool:
@@ -93,12 +94,17 @@ class Device:
             multiprocessors=properties.multi_processor_count,
             amd=amd,
             capability=0 if amd else 10 * properties.major + properties.minor,
+            l2_bytes=properties.L2_cache_size,
         )
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tile of the row kernel: [repeat, lanes, vector] columns, lanes being the threads of a program."""
+    """The tile of the row kernel: [repeat, lanes, vector] columns, lanes being the threads of a program.
+
+    With ``segments`` > 1 programs share rows (``segments.py``), which reads a logit from memory once where a gradient
+    is made with the statistics. No hardware has run that yet, so `tiles` does not choose it.
+    """
 
     repeat: int
     lanes: int
@@ -106,6 +112,9 @@ class Tiles:
     num_warps: int
     stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
+    segments: int = 1  # of a row, a power of two
+    programs: int = 2  # on a multiprocessor, of segments > 1
+    lag_bytes: int | None = None  # logits between the two readings of a row; None is a third of L2
 
 
 @dataclass(frozen=True)
@@ -545,18 +554,10 @@ def losses_launch(
     )
 
 
-def row_launch(
-    problem: RowProblem,
-    statistics: Tensor,
-    write_statistics: bool,
-    weights: GradientWeights,
-    out: Tensor | None,
-    tile: Tiles,
-    flush: bool,
-) -> Launch:
-    """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes a second round."""
-    from . import rows
-
+def _row_arguments(
+    problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor | None, tile: Tiles, flush: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Arguments, constants and options that the row kernel has with one program a row and with several."""
     lam = problem.reward_scale
     teacher, ref = problem.teacher, problem.ref
     if not isinstance(lam, Tensor) and teacher is not None and ref is not None:
@@ -575,9 +576,9 @@ def row_launch(
     w_d, w_y = (None if out is None or w is None else _vector(w) for w in (weights.divergence, weights.token))
     aliased = False
     if out is not None:
-        memory = out.untyped_storage().data_ptr()
+        memory = out.untyped_storage().data_ptr()  # 0 on the meta device
         given = (problem.student, teacher, ref)
-        aliased = any(m is not None and m.raw.untyped_storage().data_ptr() == memory for m in given)
+        aliased = any(m is not None and m.raw.untyped_storage().data_ptr() == memory != 0 for m in given)
     arguments: dict[str, Any] = {
         **models[0].arguments,
         **models[1].arguments,
@@ -608,7 +609,6 @@ def row_launch(
         "NEAR_TEACHER": near_teacher,
         "NEAR_END": near_end,
         "DIVERGENCE": kind,
-        "STATISTICS": write_statistics,
         "ALIASED": aliased,
         "REPEAT": tile.repeat,
         "LANES": tile.lanes,
@@ -617,8 +617,84 @@ def row_launch(
         "FLUSH": flush,
     }
     # Without FMA contraction, see rows.py.
-    options = {**_options(tile.num_warps, tile.max_registers), "enable_fp_fusion": False}
-    return Launch(kernel=rows.row_kernel, grid=problem.rows, arguments=arguments, constants=constants, options=options)
+    return arguments, constants, {**_options(tile.num_warps, tile.max_registers), "enable_fp_fusion": False}
+
+
+def row_launch(
+    problem: RowProblem,
+    statistics: Tensor,
+    write_statistics: bool,
+    weights: GradientWeights,
+    out: Tensor | None,
+    tile: Tiles,
+    flush: bool,
+    redo: Tensor | None = None,
+) -> Launch:
+    """The row kernel for a problem; ``out`` None leaves out the gradient, and with neither it makes a second round.
+
+    ``redo`` (C,) int32 leaves out the rows where it is 0.
+    """
+    from . import rows
+
+    arguments, constants, options = _row_arguments(problem, statistics, weights, out, tile, flush)
+    return Launch(
+        kernel=rows.row_kernel,
+        grid=problem.rows,
+        arguments={**arguments, "redo_ptr": redo},
+        constants={**constants, "STATISTICS": write_statistics},
+        options=options,
+    )
+
+
+def lag_rows(problem: RowProblem, tile: Tiles, device: Device) -> int:
+    """Rows between the first and the second reading of a row: L2 has room for twice their logits, and gradients.
+
+    Their segments should be more than the programs that run at a time, or programs wait for one another.
+    """
+    given = [m for m in (problem.student, problem.teacher, problem.ref) if m is not None]
+    row_bytes = problem.vocab_size * sum(m.raw.element_size() for m in given)
+    return max(1, min(problem.rows, (tile.lag_bytes or device.l2_bytes // 3) // row_bytes))
+
+
+def segment_launches(
+    problem: RowProblem, statistics: Tensor, weights: GradientWeights, out: Tensor | None, tile: Tiles, device: Device
+) -> tuple[Launch, Launch]:
+    """Statistics, and with an ``out`` the gradient, by several programs a row; then the rows that need a second look.
+
+    ``out`` may be the student's logits, but not of a narrower dtype over them: it would lie over logits of other
+    segments, which are still to be read.
+    """
+    from . import segments
+
+    if tile.segments & (tile.segments - 1):
+        raise ValueError(f"segments must be a power of two, got {tile.segments}")
+    arguments, constants, options = _row_arguments(problem, statistics, weights, out, tile, device.flush)
+    raw = problem.student.raw
+    if constants["ALIASED"] and out is not None and (out.dtype, out.stride()) != (raw.dtype, raw.stride()):
+        raise ValueError(
+            f"with segments={tile.segments} a gradient over the logits must have their dtype and strides, {raw.dtype} "
+            f"and {raw.stride()}, got {out.dtype} and {out.stride()}: give it memory of its own"
+        )
+    rows = problem.rows
+    counters = torch.zeros(1 + 3 * rows, dtype=torch.int32, device=raw.device)
+    scanned, second, redo = counters[1:].view(3, rows)
+    launch = Launch(
+        kernel=segments.segments_kernel,
+        grid=device.multiprocessors * tile.programs,
+        arguments={
+            **arguments,
+            "partial_ptr": raw.new_empty((rows, segments.FIELDS.value, tile.segments), dtype=torch.float32),
+            "ticket_ptr": counters,
+            "scanned_ptr": scanned,
+            "second_ptr": second,
+            "redo_ptr": redo,
+            "C": rows,
+            "lag": lag_rows(problem, tile, device),
+        },
+        constants={**constants, "SEGMENTS": tile.segments},
+        options=options,
+    )
+    return launch, row_launch(problem, statistics, True, weights, out, tile, device.flush, redo)
 
 
 # Triton's default until 3.9, and the other from 3.10 on.
@@ -1005,7 +1081,11 @@ class TritonRowOps:
         raw = problem.student.raw
         device = Device.of(raw.device)
         tile = self._tile or _tile_of(problem, device)
-        row_launch(problem, statistics, write, weights, out, tile, device.flush).run(raw.device)
+        if write and tile.segments > 1:
+            for launch in segment_launches(problem, statistics, weights, out, tile, device):
+                launch.run(raw.device)
+        else:
+            row_launch(problem, statistics, write, weights, out, tile, device.flush).run(raw.device)
 
 
 _NO_WEIGHTS = GradientWeights()
