@@ -70,6 +70,13 @@ def test_every_argument_has_a_rule(name):
 NORMAL = LossOptions(advantage_clip=(-2.0, 2.0), clip=(0.2, 0.28), ratio="sequence", clip_dual=3.0, chunk_size=4)
 
 
+def test_a_call_has_its_fields_in_the_order_of_their_defaults():
+    """So that its signature (plan.py) is made of those that are not the default, compared side by side."""
+    call = LossCall(None, None, mask=1, estimator="full", backend="torch")
+    for made in (call, dataclasses.replace(call, sft_labels=2, beta=0.25)):
+        assert list(vars(made)) == list(DEFAULTS)
+
+
 def test_options_are_equal_and_hashed_by_their_values():
     assert len({LossOptions(estimator="topk", k=3), LossOptions(estimator="topk", k=3), LossOptions()}) == 2
 
