@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 pytest.importorskip("trl")
@@ -15,6 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 from distill_runs import Files, Whole, assert_same_weights, invoke, metrics_of, small, untimed
+from fused_gopd.cli.distill.options import RunOptions, check
 from fused_gopd.integrations.trl.student import FILE
 from test_distill import interrupt_at
 
@@ -102,3 +105,12 @@ def test_wrong_use_is_said_before_a_model_is_loaded(
     output = " ".join(invoke(*small(files, tmp_path / "run", *teacher, *options), code=2).replace("│", " ").split())
     assert said in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_stays_behind_is_a_penalty_beside_the_answers_of_the_file(files: Files) -> None:
+    """An average that is updated at each step stays behind; the current student does not."""
+    given: dict[str, Any] = {"student": files.student, "teacher": ["student"], "prompts": files.prompts}
+    given |= {"estimator": "full", "lmbda": 0.5, "sft_weight": 0.1, "teacher_sync_steps": 1}
+    check(RunOptions(**given, teacher_ema=0.9))
+    with pytest.raises(typer.BadParameter, match="every gradient is 0"):
+        check(RunOptions(**given))
