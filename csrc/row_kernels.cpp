@@ -49,7 +49,8 @@ constexpr float kFar = 64.0f;
 constexpr float kShare = 0x1p-24f;
 
 // How far ahead of a loop its logits are fetched, in elements. The processor's own prefetching stops at the end of a
-// page, which is the end of a block, too.
+// page, which is the end of a block, too. Where a block is made first, the arithmetic on it fetches the next one:
+// making it is too short to wait for memory.
 // On Sapphire Rapids 512 beat 1024 and 2048; on Zen 5 768 is 3 % and 1024 5 % faster than 512.
 constexpr int kPrefetch = 768;
 
@@ -60,30 +61,37 @@ inline int padded(int n) { return (n + W - 1) / W * W; }
 
 // ---------------------------------------------------------------------------------------------------------- loading
 
-inline vf transform(const Model& model, vf x) {
+GOPD_INLINE inline vf transform(const Model& model, vf x) {
   const vf y = x * model.input_scale;
   if (!model.softcap) return y;
   return select(y == -kInf, y, tanh(y) * model.output_scale);
 }
 
+inline const void* entry_address(const Model& model, int64_t row, int64_t entry) {
+  return static_cast<const char*>(model.raw) + (row * model.row_stride + entry) * (model.dtype == DType::f32 ? 4 : 2);
+}
+
+// Whether z is x.
+inline bool identity(const Model& model) {
+  return !model.softcap && model.bias == nullptr && model.input_scale == 1.0f;
+}
+
 template <DType D>
 const float* load_block_as(const Model& model, int64_t row, int64_t start, int n, float* buffer) {
   typedef typename Storage<D>::type T;
-  const T* x = static_cast<const T*>(model.raw) + row * model.row_stride + start;
-  const bool identity = !model.softcap && model.bias == nullptr && model.input_scale == 1.0f;
+  const T* x = static_cast<const T*>(entry_address(model, row, start));
+  const bool plain = identity(model);
   if constexpr (D == DType::f32) {
-    if (identity && n % W == 0) return x;
+    if (plain && n % W == 0) return x;
   }
   const float* bias = model.bias == nullptr ? nullptr : model.bias + start;
   const int whole = n / W * W;
-  if (identity) {
+  if (plain) {
     for (int k = 0; k < whole; k += W) {
-      __builtin_prefetch(x + k + kPrefetch);
       store(buffer + k, widen<D>(x + k));
     }
   } else {
     for (int k = 0; k < whole; k += W) {
-      __builtin_prefetch(x + k + kPrefetch);
       vf v = widen<D>(x + k);
       if (bias != nullptr) v += load(bias + k);
       store(buffer + k, transform(model, v));
@@ -140,6 +148,14 @@ struct Row {
     model[count] = &m;
     kind[count++] = which;
   }
+  // The dtype of the logits where the row's models have one and z is x: its 16-bit numbers are widened as they are
+  // used. float32 otherwise: blocks of z are made first.
+  DType read_as() const {
+    for (int i = 0; i < count; ++i) {
+      if (model[i]->dtype != model[0]->dtype || !identity(*model[i])) return DType::f32;
+    }
+    return model[0]->dtype;
+  }
   float& statistic(int stat) const { return job.statistics[stat * job.statistics_stride + index]; }
 };
 
@@ -155,31 +171,75 @@ inline vf relative(vf u, float origin) { return max(splat(-kMaxFloat), min(splat
 // log-sum over these columns had, and the difference may be above 0.
 inline vf at_most_one(vf log_t) { return min(vf{}, log_t); }
 
-// A block of every model the row needs.
-struct Block {
-  alignas(64) float buffer[3][kBlock];
-  const float* x[3];  // z, then the others: in the buffers, or where the logits are
+// action(As<D>()) with the D of row.read_as().
+template <DType D>
+struct As {
+  static constexpr DType dtype = D;
+};
+template <class Action>
+auto with_dtype(const Row& row, Action action) {
+  const DType dtype = row.read_as();
+  if (dtype == DType::bf16) return action(As<DType::bf16>());
+  if (dtype == DType::f16) return action(As<DType::f16>());
+  return action(As<DType::f32>());
+}
+
+// What a hot loop reads of every model the row needs: z, as it is stored.
+template <DType D>
+struct Entries {
+  const typename Storage<D>::type* x[3];  // the student's, then the others'
+  const void* next[3];                    // what to fetch meanwhile: the logits that are needed next
   float share;
+
+  template <int I>
+  vf read(int model, int k) const {
+    return widen_run<D, I>(x[model] + k);
+  }
+  // The address to fetch at k.
+  const void* ahead(int model, int k) const { return static_cast<const char*>(next[model]) + k * sizeof *x[0]; }
+};
+
+// z of a block as float32, in the buffers or where the logits are.
+struct Block : Entries<DType::f32> {
+  alignas(64) float buffer[3][kBlock];
 
   template <int Models>
   void load(const Row& row, int64_t start, int n) {
     share = row.share;
-    for (int i = 0; i < Models; ++i) x[i] = load_block(*row.model[i], row.index, start, n, buffer[i]);
+    for (int i = 0; i < Models; ++i) {
+      x[i] = load_block(*row.model[i], row.index, start, n, buffer[i]);
+      // as many bytes as the block has in float32: of 16 bits these are the logits of this block and of the next one
+      const int ahead = x[i] != buffer[i] ? kPrefetch : row.model[i]->dtype == DType::f32 ? kBlock : 0;
+      next[i] = entry_address(*row.model[i], row.index, start + ahead);
+    }
   }
 };
 
-// u at lane k of a block, from logits relative to origins: the maxima, or shifts that stand in for them.
-template <int Models>
-inline vf target_logits(const Block& b, int k, const float* origin) {
-  const vf q = load(b.x[1] + k) - origin[1];
-  if constexpr (Models == 2) return q;
-  return mix(q, load(b.x[Models - 1] + k) - origin[Models - 1], b.share);
+// From start on, where the logits are; D is row.read_as().
+template <int Models, DType D>
+Entries<D> raw_entries(const Row& row, int64_t start) {
+  Entries<D> found;
+  found.share = row.share;
+  for (int i = 0; i < Models; ++i) {
+    typedef typename Storage<D>::type T;
+    found.x[i] = static_cast<const T*>(entry_address(*row.model[i], row.index, start));
+    found.next[i] = found.x[i] + kPrefetch;
+  }
+  return found;
 }
 
-template <int Models>
-inline vi support(const Block& b, int k) {
-  vi inside = load(b.x[0] + k) != -kInf;
-  for (int i = 1; i < Models; ++i) inside &= load(b.x[i] + k) != -kInf;
+// u at vector I of the run at k, from logits relative to origins: the maxima, or shifts that stand in for them.
+template <int Models, int I = 0, DType D>
+GOPD_INLINE inline vf target_logits(const Entries<D>& b, int k, const float* origin) {
+  const vf q = b.template read<I>(1, k) - origin[1];
+  if constexpr (Models == 2) return q;
+  return mix(q, b.template read<I>(Models - 1, k) - origin[Models - 1], b.share);
+}
+
+template <int Models, int I = 0, DType D>
+GOPD_INLINE inline vi support(const Entries<D>& b, int k) {
+  vi inside = b.template read<I>(0, k) != -kInf;
+  for (int i = 1; i < Models; ++i) inside &= b.template read<I>(i, k) != -kInf;
   return inside;
 }
 
@@ -204,56 +264,59 @@ struct BlockSums {
 // Unmasked: any block; what it gives is of use if nothing is far above its shift and mean and gap are finite: they are
 // not if a logit is -inf, since that is multiplied by its own exponential, 0, there or enters u~.
 // Masked: entries outside S are -inf in all models; the two gaps are kShare of what they are.
-template <int Models, bool TargetGap, bool Masked>
-GOPD_HOT BlockSums sum_block(const Block& b, int n, const float* shift, float u_shift) {
+template <int Models, bool TargetGap, bool Masked, DType D>
+GOPD_HOT BlockSums sum_block(const Entries<D>& b, int n, const float* shift, float u_shift) {
   vf sum[4] = {}, mean = {}, gap = {}, target_gap = {}, top[4];
   vi beyond = {};
   for (int i = 0; i < kSeries<Models>; ++i) top[i] = splat(-kInf);
-  for (int k = 0; k < n; k += W) {
-    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
-    const vf raw = load(b.x[0] + k);
-    const vi inside = raw != -kInf;
-    vf z = raw - shift[0];
-    if (Masked) z = max(splat(-kMaxFloat), z);
-    const Exponential exp_z = exponential<Masked>(z);
-    const vf e = exp_z.value();
-    sum[0] = exp_z.plus(sum[0]);
-    mean += Masked ? select(inside, e * z, vf{}) : e * z;
-    if (!Masked) top[0] = max(raw, top[0]);
-    if constexpr (Models > 1) {
-      const vf raw_1 = load(b.x[1] + k);
-      vf u = raw_1 - shift[1];
-      if (Masked) u = max(splat(-kMaxFloat), u);
-      Exponential exp_u = exponential<Masked>(u);
-      sum[1] = exp_u.plus(sum[1]);
-      if (!Masked) top[1] = max(raw_1, top[1]);
-      if constexpr (Models == 3) {
-        const vf raw_2 = load(b.x[2] + k);
-        vf r = raw_2 - shift[2];
-        if (Masked) r = max(splat(-kMaxFloat), r);
-        sum[2] = exponential<Masked>(r).plus(sum[2]);
-        u = mix(u, r, b.share);
-        if (Masked) {
-          const vi within = abs(u) <= kMaxFloat;
-          beyond |= inside & ~within;
-          u = bounded(u);
+  for (int k = 0; k < n; k += kRun<D>) {
+    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.ahead(i, k));
+    each_vector<D>([&](auto of) GOPD_INLINE {
+      constexpr int I = decltype(of)::value;
+      const vf raw = b.template read<I>(0, k);
+      const vi inside = raw != -kInf;
+      vf z = raw - shift[0];
+      if (Masked) z = max(splat(-kMaxFloat), z);
+      const Exponential exp_z = exponential<Masked>(z);
+      const vf e = exp_z.value();
+      sum[0] = exp_z.plus(sum[0]);
+      mean += Masked ? select(inside, e * z, vf{}) : e * z;
+      if (!Masked) top[0] = max(raw, top[0]);
+      if constexpr (Models > 1) {
+        const vf raw_1 = b.template read<I>(1, k);
+        vf u = raw_1 - shift[1];
+        if (Masked) u = max(splat(-kMaxFloat), u);
+        Exponential exp_u = exponential<Masked>(u);
+        sum[1] = exp_u.plus(sum[1]);
+        if (!Masked) top[1] = max(raw_1, top[1]);
+        if constexpr (Models == 3) {
+          const vf raw_2 = b.template read<I>(2, k);
+          vf r = raw_2 - shift[2];
+          if (Masked) r = max(splat(-kMaxFloat), r);
+          sum[2] = exponential<Masked>(r).plus(sum[2]);
+          u = mix(u, r, b.share);
+          if (Masked) {
+            const vi within = abs(u) <= kMaxFloat;
+            beyond |= inside & ~within;
+            u = bounded(u);
+          }
+          const vf shifted = (Masked ? select(inside, u, splat(-kInf)) : u) - u_shift;
+          exp_u = exponential<Masked>(shifted);
+          sum[3] = exp_u.plus(sum[3]);
+          if (!Masked) {
+            top[2] = max(raw_2, top[2]);
+            top[3] = max(u, top[3]);
+          }
         }
-        const vf shifted = (Masked ? select(inside, u, splat(-kInf)) : u) - u_shift;
-        exp_u = exponential<Masked>(shifted);
-        sum[3] = exp_u.plus(sum[3]);
-        if (!Masked) {
-          top[2] = max(raw_2, top[2]);
-          top[3] = max(u, top[3]);
+        // of logits near the largest float the share, which cannot overflow
+        const vf difference = Masked ? z * kShare - u * kShare : z - u;
+        gap += Masked ? select(inside, e * difference, vf{}) : e * difference;
+        if constexpr (TargetGap) {
+          const vf term = exp_u.value() * difference;
+          target_gap -= Masked ? select(inside, term, vf{}) : term;
         }
       }
-      // of logits near the largest float the share, which cannot overflow
-      const vf difference = Masked ? z * kShare - u * kShare : z - u;
-      gap += Masked ? select(inside, e * difference, vf{}) : e * difference;
-      if constexpr (TargetGap) {
-        const vf term = exp_u.value() * difference;
-        target_gap -= Masked ? select(inside, term, vf{}) : term;
-      }
-    }
+    });
   }
   BlockSums s = {};
   for (int i = 0; i < kSeries<Models>; ++i) {
@@ -315,8 +378,8 @@ struct RowSums {
   }
 
   // A block as it is. False, and nothing added, if it has to be masked or a shift is too low.
-  template <bool TargetGap>
-  bool add_block(const Block& b, int n) {
+  template <bool TargetGap, DType D>
+  bool add_block(const Entries<D>& b, int n) {
     const BlockSums s = sum_block<Models, TargetGap, false>(b, n, shift, shift[3]);
     if (!__builtin_isfinite(s.mean) || !__builtin_isfinite(s.gap)) return false;
     for (int i = 0; i < kSeries<Models>; ++i) {
@@ -357,7 +420,7 @@ struct RowSums {
       for (int i = 0; i < Models; ++i) sum[i] *= __builtin_exp(moved[i]);
       if (Models == 3) sum[3] *= target;
     }
-    add(sum_block<Models, TargetGap, true>(b, n, shift, shift[3]), kShare);
+    add(sum_block<Models, TargetGap, true, DType::f32>(b, n, shift, shift[3]), kShare);
   }
 
   // From shifts to maxima, and out.
@@ -459,7 +522,7 @@ int mask_block(Block& b, int n) {
 
 // All statistics that need one pass. Returns whether all V entries of the row are in S and the gradient's arithmetic
 // needs no care: the origin of u is 0, and nothing in it overflows.
-template <int Models, bool TargetGap>
+template <int Models, bool TargetGap, DType D>
 bool first_statistics(const Row& row) {
   RowSums<Models> sums(row.share);
   Block b;
@@ -467,8 +530,14 @@ bool first_statistics(const Row& row) {
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
     const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
     const int lanes = padded(n);
+    if constexpr (D != DType::f32) {
+      if (!careful && n % kRun<D> == 0 && sums.template add_block<TargetGap>(raw_entries<Models, D>(row, start), n))
+        continue;
+    }
     b.load<Models>(row, start, n);
-    if (!careful && lanes == n && sums.template add_block<TargetGap>(b, n)) continue;
+    if constexpr (D == DType::f32) {
+      if (!careful && lanes == n && sums.template add_block<TargetGap, D>(b, n)) continue;
+    }
     careful = mask_block<Models>(b, lanes) != lanes - n;
     clean = clean && !careful;
     sums.template add_masked_block<TargetGap>(b, lanes);
@@ -515,7 +584,7 @@ void with_term(const Job& job, Action action) {
 //   with B = b for delta < 0 and 1 - b for delta > 0.
 // Near an end of b the same with the turn of the mixture in place of 0, and the logarithm as log1p.
 template <Term T>
-__attribute__((always_inline)) inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target, vf& excess) {
+GOPD_INLINE inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& target, vf& excess) {
   if constexpr (T == Term::jsd) {
     const vf e = exp(bits<vf>(bits<vi>(delta) | splat_int(INT32_MIN)));
     const vf b = select(delta > 0.0f, splat(m.one_minus_b), splat(m.b));
@@ -535,6 +604,9 @@ __attribute__((always_inline)) inline void log_ratios(vf delta, const Mixture& m
   }
 }
 
+// The same number, and of all NaN one that stays one in narrow_run().
+inline float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
+
 // What a pass over a row that knows its statistics needs of them, and the gradient's weights w_d and w_y.
 struct Coefficients {
   float divergence = 0.0f, token = 0.0f;
@@ -545,10 +617,10 @@ struct Coefficients {
   float rate = 0.0f, inverse_rate = 0.0f, largest = 0.0f;  // Term::alpha: see power_difference
 
   explicit Coefficients(const Row& row) : mixture(row.job.mixture) {
-    for (int i = 0; i < row.count; ++i) maximum[i] = row.statistic(max_student + row.kind[i]);
-    logsum_p = row.statistic(logsum_student);
-    logsum_u = row.statistic(logsum_target);
-    origin = row.statistic(origin_target);
+    for (int i = 0; i < row.count; ++i) maximum[i] = canonical(row.statistic(max_student + row.kind[i]));
+    logsum_p = canonical(row.statistic(logsum_student));
+    logsum_u = canonical(row.statistic(logsum_target));
+    origin = canonical(row.statistic(origin_target));
   }
   void set_rate(double to) {
     const double inverse = 1.0 / to, size = __builtin_fabs(inverse);
@@ -560,7 +632,7 @@ struct Coefficients {
 
 // x (e^(rate delta) - 1) / rate of x = exp(log_x): a polynomial where rate delta is small, the difference of two
 // exponentials elsewhere. Clamped to e^80, so that the sum of a block is finite.
-__attribute__((always_inline)) inline vf power_difference(vf x, vf log_x, vf delta, const Coefficients& c) {
+GOPD_INLINE inline vf power_difference(vf x, vf log_x, vf delta, const Coefficients& c) {
   const vf y = c.rate * delta;
   vf p = splat(1.387575059e-3f);  // minimax for |y| <= 1/2, to 1.2e-7 of the result
   p = p * y + 8.402393199e-3f;
@@ -578,33 +650,36 @@ __attribute__((always_inline)) inline vf power_difference(vf x, vf log_x, vf del
 template <Term T>
 constexpr int kSecondSums = T == Term::alpha ? 1 : 2 + (T == Term::mixture);
 
-template <int Models, Term T, bool Clean>
-GOPD_HOT void second_block(const Block& b, int n, const Coefficients& c, bool of_target, double* total) {
+template <int Models, Term T, bool Clean, DType D>
+GOPD_HOT void second_block(const Entries<D>& b, int n, const Coefficients& c, bool of_target, double* total) {
   vf sum[3] = {};
-  for (int k = 0; k < n; k += W) {
-    const vf log_p = (load(b.x[0] + k) - c.maximum[0]) - c.logsum_p;
-    vf u = target_logits<Models>(b, k, c.maximum);
-    if constexpr (Models == 3 && !Clean) u = relative(u, c.origin);
-    vf log_t = u - c.logsum_u;
-    if (!Clean) log_t = at_most_one(log_t);
-    vf term[3];
-    if constexpr (T == Term::alpha) {
-      const vf log_x = of_target ? log_t : log_p;
-      term[0] = power_difference(exp(log_x), log_x, log_t - log_p, c);
-    } else {
-      log_ratios<T>(log_t - log_p, c.mixture, term[0], term[1], term[2]);
-      const vf p = exp(log_p);
-      term[0] *= p;
-      term[1] *= exp(log_t);
-      if (T == Term::mixture) term[2] *= p;
-    }
-    const vi inside = support<Models>(b, k);
-    for (int i = 0; i < kSecondSums<T>; ++i) sum[i] += Clean ? term[i] : select(inside, term[i], vf{});
+  for (int k = 0; k < n; k += kRun<D>) {
+    each_vector<D>([&](auto of) GOPD_INLINE {
+      constexpr int I = decltype(of)::value;
+      const vf log_p = (b.template read<I>(0, k) - c.maximum[0]) - c.logsum_p;
+      vf u = target_logits<Models, I>(b, k, c.maximum);
+      if constexpr (Models == 3 && !Clean) u = relative(u, c.origin);
+      vf log_t = u - c.logsum_u;
+      if (!Clean) log_t = at_most_one(log_t);
+      vf term[3];
+      if constexpr (T == Term::alpha) {
+        const vf log_x = of_target ? log_t : log_p;
+        term[0] = power_difference(exp(log_x), log_x, log_t - log_p, c);
+      } else {
+        log_ratios<T>(log_t - log_p, c.mixture, term[0], term[1], term[2]);
+        const vf p = exp(log_p);
+        term[0] *= p;
+        term[1] *= exp(log_t);
+        if (T == Term::mixture) term[2] *= p;
+      }
+      const vi inside = support<Models, I>(b, k);
+      for (int i = 0; i < kSecondSums<T>; ++i) sum[i] += Clean ? term[i] : select(inside, term[i], vf{});
+    });
   }
   for (int i = 0; i < kSecondSums<T>; ++i) total[i] += sum_lanes(sum[i]);
 }
 
-template <int Models, Term T>
+template <int Models, Term T, DType D>
 void second_sums(const Row& row, bool clean) {
   const double alpha = row.job.alpha;
   const bool of_target = T == Term::alpha && alpha > 0.5;
@@ -615,9 +690,15 @@ void second_sums(const Row& row, bool clean) {
   for (int64_t start = 0; start < row.job.vocab; start += kBlock) {
     const int n = row.job.vocab - start < kBlock ? int(row.job.vocab - start) : kBlock;
     const int lanes = padded(n);
+    if constexpr (D != DType::f32) {
+      if (clean && n % kRun<D> == 0) {
+        second_block<Models, T, true>(raw_entries<Models, D>(row, start), n, c, of_target, total);
+        continue;
+      }
+    }
     b.load<Models>(row, start, n);
-    clean&& lanes == n ? second_block<Models, T, true>(b, n, c, of_target, total)
-                       : second_block<Models, T, false>(b, lanes, c, of_target, total);
+    clean&& lanes == n ? second_block<Models, T, true, DType::f32>(b, n, c, of_target, total)
+                       : second_block<Models, T, false, DType::f32>(b, lanes, c, of_target, total);
   }
   const Mixture& m = c.mixture;
   double a = m.c_p * total[0] + m.kappa * total[2], l = m.c_t * total[1] + m.c_p * total[0];
@@ -634,7 +715,9 @@ template <int Models>
 void second_round(const Row& row, bool clean) {
   with_term(row.job, [&](auto of) {
     constexpr Term T = decltype(of)::term;
-    if constexpr (Models > 1 && T >= Term::jsd) second_sums<Models, T>(row, clean);
+    if constexpr (Models > 1 && T >= Term::jsd) {
+      with_dtype(row, [&](auto as) { second_sums<Models, T, decltype(as)::dtype>(row, clean); });
+    }
   });
 }
 
@@ -659,12 +742,11 @@ template <int Models>
 bool statistics(const Row& row) {
   for (int stat = 0; stat < stat_count; ++stat) row.statistic(stat) = 0.0f;
   const bool target_gap = row.job.divergence == Divergence::forward_kl || row.job.divergence == Divergence::mixed;
-  bool clean;
-  if (Models > 1 && target_gap) {
-    clean = first_statistics<Models, (Models > 1)>(row);
-  } else {
-    clean = first_statistics<Models, false>(row);
-  }
+  const bool clean = with_dtype(row, [&](auto as) {
+    constexpr DType D = decltype(as)::dtype;
+    return Models > 1 && target_gap ? first_statistics<Models, (Models > 1), D>(row)
+                                    : first_statistics<Models, false, D>(row);
+  });
   second_round<Models>(row, clean);
   if (row.job.token_ids != nullptr) {
     const Token token(row);
@@ -679,45 +761,49 @@ bool statistics(const Row& row) {
 // --------------------------------------------------------------------------------------------------------- gradient
 
 // w_d p (d - D) + w_y p for the first n entries of a block; 0 outside S, unless Clean promises that there is no
-// outside, that the origin of u is 0 and that nothing overflows. Stream: g is aligned to the vector and stored to past
-// the caches.
-template <int Models, Term T, bool Clean, bool Stream = false>
-GOPD_HOT void gradient_block(const Block& b, int n, const Coefficients& c, float* g) {
+// outside, that the origin of u is 0 and that nothing overflows. Stream: g is float32, aligned to the vector and stored
+// to past the caches. Passed by value, b and c are not read again after each store to g.
+template <int Models, Term T, bool Clean, bool Stream = false, DType D>
+GOPD_HOT void gradient_block(Entries<D> b, int n, Coefficients c, typename Storage<D>::type* g) {
   const float student_weight = c.divergence * c.mixture.c_p, excess_weight = c.divergence * c.mixture.kappa;
   const float limit = c.limit, everywhere = finite(double(c.token) - double(c.divergence) * double(c.mean));
-  for (int k = 0; k < n; k += W) {
-    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.x[i] + k + kPrefetch);
-    const vf z = load(b.x[0] + k) - c.maximum[0];
-    const vf log_p = z - c.logsum_p;
-    const vf p = exp(log_p);
-    vf u = {}, value;
-    if constexpr (Models > 1) u = target_logits<Models>(b, k, c.maximum);
-    if constexpr (T == Term::token) value = c.token * p;
-    // a mask of the smallest float times a weight above 1 is infinite, its p is 0
-    if constexpr (T == Term::none) value = c.divergence * (p * (z - c.mean)) + c.token * p;
-    if constexpr (T == Term::reverse_kl || T == Term::mixed) {
-      vf d = (z - u) - c.mean;
-      if (!Clean) d = bounded(d, limit);
-      value = p * (c.divergence * d + c.token);
-    }
-    if constexpr (Models == 3 && !Clean && T != Term::reverse_kl) u = relative(u, c.origin);
-    const vf log_t = Clean ? u - c.logsum_u : at_most_one(u - c.logsum_u);
-    if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(log_t)) + c.token * p;
-    if constexpr (T == Term::mixed) value += c.forward * (p - exp(log_t));
-    if constexpr (T == Term::jsd || T == Term::jsd_near_end || T == Term::mixture) {
-      vf student, target, excess;
-      log_ratios<T>(log_t - log_p, c.mixture, student, target, excess);
-      value = student_weight * (p * student) + everywhere * p;
-      if constexpr (T == Term::mixture) value += excess_weight * (p * excess);
-    }
-    if constexpr (T == Term::alpha) {
-      value = everywhere * p - c.divergence * power_difference(p, log_p, log_t - log_p, c);
-    }
-    if (!Clean) value = keep(support<Models>(b, k), value);
-    if (Stream) {
-      stream(g + k, value);
+  for (int k = 0; k < n; k += kRun<D>) {
+    for (int i = 0; i < Models; ++i) __builtin_prefetch(b.ahead(i, k));
+    vf run[kVectors<D>];
+    each_vector<D>([&](auto of) GOPD_INLINE {
+      constexpr int I = decltype(of)::value;
+      const vf z = b.template read<I>(0, k) - c.maximum[0];
+      const vf log_p = z - c.logsum_p;
+      const vf p = exp(log_p);
+      vf u = {}, value;
+      if constexpr (Models > 1) u = target_logits<Models, I>(b, k, c.maximum);
+      if constexpr (T == Term::token) value = c.token * p;
+      // a mask of the smallest float times a weight above 1 is infinite, its p is 0
+      if constexpr (T == Term::none) value = c.divergence * (p * (z - c.mean)) + c.token * p;
+      if constexpr (T == Term::reverse_kl || T == Term::mixed) {
+        vf d = (z - u) - c.mean;
+        if (!Clean) d = bounded(d, limit);
+        value = p * (c.divergence * d + c.token);
+      }
+      if constexpr (Models == 3 && !Clean && T != Term::reverse_kl) u = relative(u, c.origin);
+      const vf log_t = Clean ? u - c.logsum_u : at_most_one(u - c.logsum_u);
+      if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(log_t)) + c.token * p;
+      if constexpr (T == Term::mixed) value += c.forward * (p - exp(log_t));
+      if constexpr (T == Term::jsd || T == Term::jsd_near_end || T == Term::mixture) {
+        vf student, target, excess;
+        log_ratios<T>(log_t - log_p, c.mixture, student, target, excess);
+        value = student_weight * (p * student) + everywhere * p;
+        if constexpr (T == Term::mixture) value += excess_weight * (p * excess);
+      }
+      if constexpr (T == Term::alpha) {
+        value = everywhere * p - c.divergence * power_difference(p, log_p, log_t - log_p, c);
+      }
+      run[I] = Clean ? value : keep(support<Models, I>(b, k), value);
+    });
+    if constexpr (Stream) {
+      stream(g + k, run[0]);
     } else {
-      store(g + k, value);
+      narrow_run<D>(run, g + k);
     }
   }
 }
@@ -778,16 +864,17 @@ float token_gradient(const Row& row, const Token& token, const Coefficients& c) 
   Coefficients only = c;
   only.token = 1.0f;
   float g[W], p[W];
-  gradient_block<Models, Term::token, false>(b, W, only, p);
+  gradient_block<Models, Term::token, false, false, DType::f32>(b, W, only, p);
   only.token = 0.0f;
-  gradient_block<Models, T, false>(b, W, only, g);
+  gradient_block<Models, T, false, false, DType::f32>(b, W, only, g);
   store(g, load(g) + c.token * (load(p) - 1.0f));
   if (row.model[0]->softcap) softcap_slope(*row.model[0], b.x[0], W, g);
   return g[0];
 }
 
-template <int Models, Term T>
+template <int Models, Term T, DType D>
 void gradient_row(const Row& row, const Coefficients& c, bool clean) {
+  typedef typename Storage<D>::type Out;
   const Job& job = row.job;
   const int64_t out_row = row.index * job.out_stride;
   // read before the first store: out may be the student's logits
@@ -801,32 +888,40 @@ void gradient_row(const Row& row, const Coefficients& c, bool clean) {
       at_token = token_gradient<Models, T>(row, token, c);
     }
   }
-  // Whole float32 blocks go from the arithmetic straight to out. In place too: a vector is read before it is written.
-  const uintptr_t address = reinterpret_cast<uintptr_t>(static_cast<float*>(job.out) + out_row);
+  // Whole blocks go from the arithmetic straight to out, if that is of the dtype they are read as. In place too: a run
+  // is read before it is written.
+  const bool streams = job.stream_out && D == DType::f32;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(static_cast<Out*>(job.out) + out_row);
   const bool writes_directly =
-      job.out_dtype == DType::f32 && !row.model[0]->softcap && (!job.stream_out || address % kVectorBytes == 0);
+      job.out_dtype == D && !row.model[0]->softcap && (!streams || address % kVectorBytes == 0);
   Block b;
   alignas(64) float g[kBlock];
   for (int64_t start = 0; start < job.vocab; start += kBlock) {
     const int n = job.vocab - start < kBlock ? int(job.vocab - start) : kBlock;
     const int lanes = padded(n);
-    b.load<Models>(row, start, n);
     const bool token_here = token_id >= start && token_id < start + n;
-    const bool all_inside = clean && lanes == n;
-    if (lanes == n && !token_here && writes_directly) {
-      float* const to = static_cast<float*>(job.out) + out_row + start;
-      if (job.stream_out) {
-        all_inside ? gradient_block<Models, T, true, true>(b, n, c, to)
-                   : gradient_block<Models, T, false, true>(b, n, c, to);
+    if (n % kRun<D> == 0 && !token_here && writes_directly) {
+      Out* const to = static_cast<Out*>(job.out) + out_row + start;
+      if constexpr (D == DType::f32) {
+        b.load<Models>(row, start, n);
+        if (streams) {
+          clean ? gradient_block<Models, T, true, true, D>(b, n, c, to)
+                : gradient_block<Models, T, false, true, D>(b, n, c, to);
+        } else {
+          clean ? gradient_block<Models, T, true, false, D>(b, n, c, to)
+                : gradient_block<Models, T, false, false, D>(b, n, c, to);
+        }
       } else {
-        all_inside ? gradient_block<Models, T, true>(b, n, c, to) : gradient_block<Models, T, false>(b, n, c, to);
+        const Entries<D> raw = raw_entries<Models, D>(row, start);
+        clean ? gradient_block<Models, T, true>(raw, n, c, to) : gradient_block<Models, T, false>(raw, n, c, to);
       }
       continue;
     }
-    if (all_inside) {
-      gradient_block<Models, T, true>(b, n, c, g);
+    b.load<Models>(row, start, n);
+    if (clean && lanes == n) {
+      gradient_block<Models, T, true, false, DType::f32>(b, n, c, g);
     } else {
-      gradient_block<Models, T, false>(b, lanes, c, g);
+      gradient_block<Models, T, false, false, DType::f32>(b, lanes, c, g);
     }
     if (row.model[0]->softcap) softcap_slope(*row.model[0], b.x[0], lanes, g);
     if (token_here) g[token_id - start] = at_token;
@@ -853,25 +948,30 @@ void gradient(const Row& row, bool clean) {
     const float slope = -policy_term(*job.policy, {job.statistics, job.statistics_stride}, row.index).dlogprob;
     c.token = job.token_weights != nullptr ? c.token * slope : slope;
   }
+  c.divergence = canonical(c.divergence);
+  c.token = canonical(c.token);
   const bool divergence = c.divergence != 0.0f;
   if (!divergence && c.token == 0.0f) return zero_row(row);
   if (!row.model[0]->softcap) {  // dz/dx is one number
     c.divergence *= row.model[0]->input_scale;
     c.token *= row.model[0]->input_scale;
   }
-  if (!divergence) return gradient_row<Models, Term::token>(row, c, clean);
+  const auto write = [&](auto of) {
+    with_dtype(row, [&](auto as) { gradient_row<Models, decltype(of)::term, decltype(as)::dtype>(row, c, clean); });
+  };
+  if (!divergence) return write(Of<Term::token>());
   with_term(job, [&](auto of) {
     constexpr Term T = decltype(of)::term;
-    c.mean = row.statistic(T == Term::none ? mean_logit : T >= Term::jsd ? centre : mean_gap);
+    c.mean = canonical(row.statistic(T == Term::none ? mean_logit : T >= Term::jsd ? centre : mean_gap));
     if (T == Term::mixed) {
-      const float w = job.forward_weights != nullptr ? job.forward_weights[row.index] : job.forward_weight;
+      const float w = canonical(job.forward_weights != nullptr ? job.forward_weights[row.index] : job.forward_weight);
       c.forward = c.divergence * w;
       c.divergence *= 1.0f - w;
     }
     if (T == Term::alpha) c.set_rate(job.alpha);
     const float size = __builtin_fabsf(c.divergence);
     if (size > 1.0f) c.limit = kMaxFloat / size * 0.999f;
-    if constexpr (Models > 1 || T == Term::none) gradient_row<Models, T>(row, c, clean);
+    if constexpr (Models > 1 || T == Term::none) write(of);
   });
 }
 

@@ -15,6 +15,9 @@
 #include <arm_neon.h>
 #endif
 
+// For what hot loops have several times. The compiler would rather call it in some of them, at the cost of its work.
+#define GOPD_INLINE __attribute__((always_inline))
+
 namespace fused_gopd {
 namespace GOPD_ISA {
 
@@ -174,7 +177,7 @@ struct Fractions {
 inline constexpr Fractions kFractions;
 
 // Entry (index modulo kSteps) of kFractions.
-inline vi fraction(vu index) {
+GOPD_INLINE inline vi fraction(vu index) {
 #if defined(__AVX512F__)
   const __m512i low = _mm512_load_si512(kFractions.bits), high = _mm512_load_si512(kFractions.bits + 16);
   return bits<vi>(_mm512_permutex2var_epi32(low, bits<__m512i>(index), high));
@@ -204,7 +207,7 @@ struct Exponential {
 };
 
 template <bool Upper = false>
-inline Exponential exponential(vf x) {
+GOPD_INLINE inline Exponential exponential(vf x) {
   constexpr float kRound = 12582912.0f / kSteps + 127.0f;
   x = max(splat(-88.0296919f), x);                      // n = -127 and j = 0, whose bits are those of 0
   if constexpr (Upper) x = min(splat(88.7228394f), x);  // n = 128 and j = 0: those of inf
@@ -236,12 +239,12 @@ inline Exponential exponential(vf x) {
 }
 
 template <bool Upper = false>
-inline vf exp(vf x) {
+GOPD_INLINE inline vf exp(vf x) {
   return exponential<Upper>(x).value();
 }
 
 // log x to 1 ulp for normal positive x, and NaN. x = 2^e m with m in [sqrt 1/2, sqrt 2); polynomial of Cephes' logf.
-inline vf log(vf x) {
+GOPD_INLINE inline vf log(vf x) {
   const vi e = (bits<vi>(x) - 0x3f3504f3) >> 23;
   const vf f = bits<vf>(bits<vi>(x) - (e << 23)) - 1.0f;
   const vf n = __builtin_convertvector(e, vf);
@@ -261,7 +264,7 @@ inline vf log(vf x) {
 }
 
 // tanh x to 2 ulp: Cephes' tanhf near 0, 1 - 2 / (e^2|x| + 1) elsewhere.
-inline vf tanh(vf x) {
+GOPD_INLINE inline vf tanh(vf x) {
   const vi sign = bits<vi>(x) & splat_int(INT32_MIN);
   const vf a = bits<vf>(bits<vi>(x) ^ sign);
   const vf s = x * x;
@@ -286,7 +289,7 @@ struct Storage<DType::f32> {
 };
 
 // Intrinsics, because GCC 12 widens in two halves: five instructions for one, a tenth of a pass over bfloat16 logits.
-inline vu to_u32(vh h) {
+GOPD_INLINE inline vu to_u32(vh h) {
 #if defined(__AVX512F__)
   return bits<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(h)));
 #elif defined(__AVX2__)
@@ -299,7 +302,7 @@ inline vu to_u32(vh h) {
 }
 inline vh to_u16(vu u) { return __builtin_convertvector(u, vh); }
 
-inline vf half_to_float(vh h) {
+GOPD_INLINE inline vf half_to_float(vh h) {
 #if defined(__AVX512F__)
   return bits<vf>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(h)));
 #elif defined(__F16C__)
@@ -314,7 +317,7 @@ inline vf half_to_float(vh h) {
 #endif
 }
 
-inline vh float_to_half(vf x) {
+GOPD_INLINE inline vh float_to_half(vf x) {
 #if defined(__AVX512F__)
   return bits<vh>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -332,26 +335,75 @@ inline vh float_to_half(vf x) {
 #endif
 }
 
-inline vf bfloat_to_float(vh h) { return bits<vf>(to_u32(h) << 16); }
+GOPD_INLINE inline vf bfloat_to_float(vh h) { return bits<vf>(to_u32(h) << 16); }
 
-inline vh float_to_bfloat(vf x) {
+GOPD_INLINE inline vh float_to_bfloat(vf x) {
   const vu u = bits<vu>(x);
   const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // ties to even
   return to_u16(x == x ? rounded : (u >> 16 | 0x40));     // NaN stays NaN, and quiet
 }
 
 template <DType D>
-inline vf widen(const typename Storage<D>::type* p) {
+GOPD_INLINE inline vf widen(const typename Storage<D>::type* p) {
   if constexpr (D == DType::f32) return load(p);
   if constexpr (D == DType::bf16) return bfloat_to_float(load<vh>(p));
   if constexpr (D == DType::f16) return half_to_float(load<vh>(p));
 }
 
 template <DType D>
-inline void narrow(vf x, typename Storage<D>::type* p) {
+GOPD_INLINE inline void narrow(vf x, typename Storage<D>::type* p) {
   if constexpr (D == DType::f32) store(p, x);
   if constexpr (D == DType::bf16) store(p, float_to_bfloat(x));
   if constexpr (D == DType::f16) store(p, float_to_half(x));
+}
+
+// ---- runs: a vector's bytes of entries, which are one vector of float32 and two of 16 bits
+
+template <DType D>
+constexpr int kVectors = D == DType::f32 ? 1 : 2;
+template <DType D>
+constexpr int kRun = kVectors<D> * W;  // entries
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+
+// action(Index<i>()) for every vector i of a run; a lambda is GOPD_INLINE.
+template <DType D, class Action>
+GOPD_INLINE inline void each_vector(const Action& action) {
+  action(Index<0>());
+  if constexpr (kVectors<D> == 2) action(Index<1>());
+}
+
+// Vector I of a run. Of bfloat16 it has the even or the odd entries, by a shift or a mask: in order, they would have to
+// be moved to lanes of twice the width, and back.
+template <DType D, int I>
+GOPD_INLINE inline vf widen_run(const typename Storage<D>::type* p) {
+  if constexpr (D == DType::f32) return load(p);
+  if constexpr (D == DType::bf16) {
+    const vu pairs = load<vu>(p);  // an even entry in the low half of a lane
+    return bits<vf>(I == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+  if constexpr (D == DType::f16) return half_to_float(load<vh>(p + I * W));
+}
+
+// The same bits as narrow() makes, of numbers and of a NaN that rounding up leaves one: the processor's own, and a
+// widened one of bfloat16. In others all bits may be set.
+template <DType D>
+GOPD_INLINE inline void narrow_run(const vf* x, typename Storage<D>::type* p) {
+  if constexpr (D == DType::f32) store(p, x[0]);
+  if constexpr (D == DType::bf16) {
+    vu rounded[2];
+    for (int i = 0; i < 2; ++i) {
+      const vu u = bits<vu>(x[i]);
+      rounded[i] = u + 0x7fff + (u >> 16 & 1);  // ties to even
+    }
+    store(p, rounded[0] >> 16 | (rounded[1] & 0xffff0000u));
+  }
+  if constexpr (D == DType::f16) {
+    for (int i = 0; i < 2; ++i) store(p + i * W, float_to_half(x[i]));
+  }
 }
 
 }  // namespace GOPD_ISA

@@ -256,6 +256,60 @@ def test_dtypes_mix(student, others, out):
     check(problem, make_weights(5), torch.empty(5, 1061, dtype=out))
 
 
+# After the first block of 1024, which finds the maxima, whole blocks of 16-bit logits are read and written where they
+# lie, two vectors at a time. Here these are the second block and, of 96 entries, the third one.
+BLOCKS = 2144
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_whole_blocks_of_16_bits(dtype, divergence):
+    """The sampled tokens are an even and an odd entry, and one of each block."""
+    problem = make_problem(
+        vocab=BLOCKS, models="" if divergence == "none" else "qr", divergence=divergence, dtype=dtype
+    )
+    problem.token_ids.copy_(torch.tensor([1024, 1025, 2047, 2048, 5]))
+    weights = make_weights(5)
+    check(problem, weights, torch.empty(5, BLOCKS, dtype=dtype))
+    without_token = dataclasses.replace(weights, token=None)
+    check(problem, without_token, torch.empty(5, BLOCKS, dtype=dtype))
+    expected = torch.empty(5, BLOCKS, dtype=dtype)
+    NATIVE.statistics_and_gradient(problem, without_token, expected)
+    in_place = problem.student.raw[:, :BLOCKS]
+    NATIVE.statistics_and_gradient(problem, without_token, in_place)
+    assert bits(in_place) == bits(expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_whole_blocks_of_16_bits_with_what_no_logit_is(dtype, divergence):
+    """A hole, +inf, NaN and a logit far above the maximum so far; the gradient is that in float32, rounded."""
+    problem = make_problem(
+        rows=8, vocab=BLOCKS, models="" if divergence == "none" else "qr", divergence=divergence, dtype=dtype
+    )
+    for row, odd in enumerate((-math.inf, math.inf, math.nan, 30.0)):
+        models_of(problem)[0].raw[2 * row, 1024 + row] = odd
+        models_of(problem)[-1].raw[2 * row + 1, 2048 + row] = odd
+    weights = make_weights(8)
+    check_like_float32(problem, weights)
+    wide, narrow, fused = (torch.empty(8, BLOCKS, dtype=x) for x in (torch.float32, dtype, dtype))
+    NATIVE.gradient(problem, NATIVE.statistics(problem), weights, wide)
+    NATIVE.gradient(problem, NATIVE.statistics(problem), weights, narrow)
+    NATIVE.statistics_and_gradient(problem, weights, fused)
+    torch.testing.assert_close(narrow, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(fused, narrow, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("weight", ["divergence", "token"])
+def test_a_nan_of_all_ones_stays_nan_when_it_is_rounded(weight):
+    problem = make_problem(vocab=BLOCKS, dtype=torch.bfloat16)
+    ones = torch.full((5,), -1, dtype=torch.int32).view(torch.float32)
+    weights = dataclasses.replace(make_weights(5), **{weight: ones})
+    out = torch.empty(5, BLOCKS, dtype=torch.bfloat16)
+    NATIVE.statistics_and_gradient(problem, weights, out)
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize(
     "transform",
     [

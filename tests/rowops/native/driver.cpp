@@ -134,7 +134,7 @@ int main() {
         for (int i = 0; i < (alone ? 1 : 3); ++i) {
           if ((i == 1 && variant % 6 == 4) || (i == 2 && variant % 6 == 5)) continue;
           Model& m = *models[i];
-          m.dtype = dtypes[(variant + i) % 3];
+          m.dtype = dtypes[(variant + (variant % 4 == 3 ? i : 0)) % 3];
           m.row_stride = variant % 4 == 0 ? vocab : variant % 4 == 1 ? 0 : vocab + 2 * variant + 1;
           kept.push_back(random_logits(rows, m.row_stride, vocab, m.dtype, variant % 2 == 1));
           m.raw = kept.back().bytes.get();
