@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,12 @@ settings.register_profile(
     "stable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("stable")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections: a trainer makes one as it starts, of a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["torch", "native"])
