@@ -103,9 +103,9 @@ def _total(part: Path) -> int:
     return int(found[1])
 
 
-def measure(folder: Path, flags: dict[str, list[str]] | None = None) -> dict[str, dict[str, snapshots.Row]]:
-    """The rows of the table, with the production's flags unless others are given."""
-    program = build(folder, flags or production_flags())
+def measure(folder: Path) -> dict[str, dict[str, snapshots.Row]]:
+    """The rows of the table."""
+    program = build(folder, production_flags())
     rows: dict[str, dict[str, snapshots.Row]] = {}
     for isa in ISAS:
         for case, row in count(program, isa).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -50,20 +49,6 @@ def test_tables_of_another_compiler_are_skipped_with_a_reason(monkeypatch: pytes
     monkeypatch.setattr(native_counts, "version", lambda: "g++ 1.0")
     with pytest.raises(pytest.skip.Exception, match=r"this is g\+\+ 1\.0, whose counts cannot be compared"):
         require_same_compiler()
-
-
-def test_slower_kernels_are_reported(measured: snapshots.Rows, tmp_path: Path) -> None:
-    """The same source with less optimisation, for each instruction set."""
-    flags = {isa: [*own, "-O1"] for isa, own in native_counts.production_flags().items()}
-    slower = native_counts.measure(tmp_path, flags)
-    worse = [
-        line
-        for case, by_isa in measured.items()
-        for isa, row in by_isa.items()
-        for line in snapshots.changes(f"{case}, {isa}", row, slower[case][isa], RULES)[0]
-    ]
-    for isa in ISAS:
-        assert any(isa in line for line in worse)
 
 
 def test_the_counts_are_those_of_the_loops(measured: snapshots.Rows) -> None:
