@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -110,6 +111,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{fmean(values):.4g}" if values else "–"
 
 
+@functools.cache
 def versions() -> Lines:
     """Of this package, Python and what it trains with."""
     found = [("fused-gopd", __version__), ("python", platform.python_version())]
