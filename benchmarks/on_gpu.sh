@@ -2,7 +2,7 @@
 # On a machine with a GPU, from a source tree: everything worth having of eight minutes, the most valuable first.
 #
 #     benchmarks/on_gpu.sh FOLDER
-#     DEVICE=cpu benchmarks/on_gpu.sh FOLDER     # a rehearsal: tiny shapes, Triton's interpreter, times that mean nothing
+#     DEVICE=cpu benchmarks/on_gpu.sh FOLDER     # a rehearsal: tiny shapes, Triton's interpreter; times mean nothing
 #
 # PYTHON names the interpreter. README.md beside this file says what it needs, and how that gets to a machine without a
 # network. Where CONFORMANCE names the contract's checks they run too, last. A phase that fails or runs out of its time
@@ -17,8 +17,8 @@
 #    60  linear kernel: 3 x 30 calls x 11 rounds of 0.2 to 20 ms, 5 s; compiling 9 variants, 5 s each
 #    50  jobs of one and two models beside quack, Liger, orda: 41 rows of 1.1 s; their own compilation is the unknown
 #   125  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
-#    50  pieces of steps: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; rows shared by programs, 6 groups of 1 s, compiled
-#        beside the tests; 36 row kernels, half of them compiled by the tests
+#    50  pieces of steps: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; rows shared by programs, 6 groups of 1 s,
+#        compiled beside the tests; 36 row kernels, half of them compiled by the tests
 # and what is left of 470 for the remaining tests. LIMIT changes the 470.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
@@ -30,7 +30,7 @@ mkdir -p "$out"
 "$python" -c 'import torch, triton, numpy, typer, rich, pytest, xdist, pytest_benchmark, hypothesis' || exit 2
 if [ "$device" = cpu ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-    slower=5 workers=2 few=2 run_suite=quick peers_suite=quick steps=(--jobs nll,hidden-full)
+    slower=12 workers=2 few=2 run_suite=quick peers_suite=quick steps=(--jobs nll,hidden-full)
 else
     "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
     slower=1 workers=12 few=4 run_suite=run peers_suite=peers steps=()
@@ -46,8 +46,8 @@ phase() {
     timeout --kill-after=5 "$seconds" "$@" > "$out/$name.log" 2>&1 || code=$?
     echo "$name: ended with $code after $((SECONDS - start)) of $seconds s" | tee -a "$out/phases.txt"
 }
-# tests WORKERS: one test at a time is given to a worker, in the order of the files; on a CPU by PyTorch's operations, since
-# make test has them interpreted
+# tests WORKERS: one test at a time is given to a worker, in the order of the files. On a CPU by PyTorch's operations:
+# make test has the kernels interpreted
 tests() {
     echo env -u TRITON_INTERPRET "$python" -m pytest -v --tb=short -n "$1" --maxschedchunk=1 -p no:cacheprovider
 }
@@ -79,8 +79,8 @@ phase peers 50 $(bench) --suite "$peers_suite" "${steps[@]}" --providers "$ours,
     --limit $((40 * slower)) --json "$out/peers.json"
 phase steps 125 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit $((113 * slower)) \
     --json "$out/steps.json"
-phase pieces 50 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" --parts steps,segments,rows \
-    --limit $((40 * slower))
+phase pieces 50 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" \
+    --parts steps,segments,rows --limit $((40 * slower))
 phase kernels "$limit" $(tests $workers) -m "not untried and not interpreter" "${rows[@]}" \
     tests/core/test_pytorch_compat.py
 if [ -n "${CONFORMANCE:-}" ]; then
