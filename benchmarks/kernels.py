@@ -211,7 +211,8 @@ def segments(shapes: Shapes, _: bool) -> Iterator[Group]:
     ):
         problem, weights = row_problem(shapes, models, divergence, dtype)
         base, found = choose_tiles(problem, device), {"segments=1": TritonRowOps()}
-        for count, programs, registers, share in SEGMENTS if divergence == "reverse_kl" else SEGMENTS[:1]:
+        variants = SEGMENTS if divergence == "reverse_kl" else SEGMENTS[:1]
+        for count, programs, registers, share in variants if shapes.device == "cuda" else [(2, 1, None, 3)]:
             tile = replace(
                 base,
                 segments=count,
