@@ -59,7 +59,7 @@ class Case:
         if self.maybe(0.5):
             return fg.LinearHead(self.normal(*self.shape, 4), self.normal(self.vocab, 4), **transform)
         z = 2 * self.normal(*self.shape, self.vocab)
-        for mask in (-math.inf, -1e9, -1e4, -60.0)[: self.choice([0, 0, 2, 4])]:
+        for mask in (-math.inf, -1e9, -math.inf, -60.0)[: self.choice([0, 0, 3, 4])]:
             row, column = (self.random.randrange(n) for n in (z[..., 0].numel(), self.vocab))
             z.view(-1, self.vocab)[row, column] = mask
         return fg.Logits(z, **transform)
@@ -74,7 +74,7 @@ class Case:
 
     def options_of(self) -> dict[str, Any]:
         made: dict[str, Any] = {"estimator": self.estimator, "reduction": self.choice(["token-mean", "sum", "none"])}
-        scale = self.choice([0.0, 1.0, 1.25, -3.0, 10.0, "tensor", "function"])
+        scale = self.choice([0.0, 1.0, 1.25, -3.0, 10.0, "tensor", "tensor", "function", "function"])
         if scale == "function":
             name = self.choice(["student_entropy", "teacher_logprobs", "kl_teacher", "kl_ref"])
             made["reward_scale_fn"] = lambda s: (
@@ -92,7 +92,7 @@ class Case:
             made["loss_max"] = 0.5
         if self.estimator != "topk" and not self.baseline and self.maybe(0.25):
             made["kl_ref"] = "exact" if self.joint else self.choice(["k1", "k2", "k3"])
-        if self.estimator != "full" and self.maybe(0.3):
+        if self.estimator != "full" and self.maybe(0.5):
             made["logprob_min"] = self.choice([-1.5, -20.0])
         made |= getattr(self, f"_{self.estimator}")()
         near = fg.token_logprobs(self.student, self.ids)
