@@ -23,6 +23,7 @@ LAYERS = (
     "autograd",
     "nll output metrics models plan prepare scoring report",
     "loss compiled graphs reference distributed",
+    "run_metrics",
     "html",
     "integrations",
     "cli",
