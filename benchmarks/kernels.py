@@ -72,6 +72,9 @@ LINEAR_TILES = (
     ((256, 128, 64, 16, 8, 3), True),
     ((128, 256, 32, 16, 8, 4), True),
 )
+# Choices that no default makes, for Hopper
+SPECIALISED = LinearTiles(128, 256, 64, 24, num_warps=4, num_stages=4, descriptors=True, warp_specialize=True)
+FLAT = LinearTiles(128, 256, 64, 24, num_warps=8, num_stages=3, descriptors=True, flatten=True)
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "reverse_kl": {},
     "forward_kl": {},
@@ -270,6 +273,60 @@ def linear_kernel(shapes: Shapes, tiles: bool) -> Iterator[Group]:
         yield group
 
 
+def explicit_tiles(shapes: Shapes, _: bool) -> Iterator[Group]:
+    """The linear kernel with SPECIALISED and FLAT beside the default; a result that is another is an error.
+
+    A part of its own, since a kernel whose groups of warps wait for one another may hang.
+    """
+    V, device = shapes.vocab, shapes.device
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        return
+    for H in shapes.hidden:
+        weight = _normal(device, V, H, scale=3 * H**-0.5)
+        logits = torch.empty(shapes.tokens[0], -(-V // 16) * 16, device=device, dtype=torch.bfloat16)[:, :V]
+        for N in shapes.tokens:
+            group: Group = {}
+            hidden, ids = _normal(device, N, H), torch.randint(V, (N,), device=device)
+            operands = (hidden, weight, LogitTransform(), V, ids)
+            tiles = {"default": None, "warp_specialize": SPECIALISED, "flatten": FLAT}
+            calls = {
+                name: functools.partial(TritonRowOps(linear_tile=tile).linear_statistics, *operands)
+                for name, tile in tiles.items()
+            }
+            group |= {f"linear N={N} H={H} {name}": _compared(call, calls["default"]) for name, call in calls.items()}
+            # three stages: what is written takes as much shared memory as the fourth
+            tiles = {"default": None, "warp_specialize": replace(SPECIALISED, num_stages=3)}
+            calls = {
+                name: functools.partial(TritonRowOps(linear_tile=tile).linear_exponentials, *operands, logits[:N])
+                for name, tile in tiles.items()
+            }
+            group |= {
+                f"linear N={N} H={H} exponentials {name}": _compared(call, calls["default"], logits[:N, :: V // 99])
+                for name, call in calls.items()
+            }
+            yield group
+
+
+def _compared(call: Call, default: Call, written: Tensor | None = None) -> Call:
+    """The call; its first result, with what it has ``written``, is compared with the default's."""
+    compared = False
+
+    def results(made: Any) -> list[Tensor]:
+        found = [made] if isinstance(made, Tensor) else list(made)
+        return [x.clone() for x in (found if written is None else [*found, written])]
+
+    def run() -> object:
+        nonlocal compared
+        made = call()
+        if not compared:
+            for x, y in zip(results(made), results(default()), strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+            compared = True
+        return made
+
+    return run
+
+
 def steps(shapes: Shapes, _: bool) -> Iterator[Group]:
     """Loss and gradients of hidden states and weight, with the bare products beside them."""
     V, N, device = shapes.vocab, shapes.tokens[0], shapes.device
@@ -306,6 +363,7 @@ def steps(shapes: Shapes, _: bool) -> Iterator[Group]:
 PARTS = {
     "products": products,
     "linear": linear_kernel,
+    "explicit": explicit_tiles,
     "steps": steps,
     "segments": segments,
     "rows": row_kernel,

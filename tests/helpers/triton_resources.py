@@ -88,6 +88,8 @@ MAIN = (
     "linear bf16, 1 row",
     "linear fp32",
 )
+# Explicit tiles with `warp_specialize`, on Hopper: a group of 4 warps copies, two multiply.
+SPECIALISED = ("linear bf16, specialised warps", "linear exponentials, specialised warps")
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
@@ -113,7 +115,7 @@ TARGETS = {
 class Resources:
     kernel: str
     target: str
-    warps: int
+    warps: int  # that are launched: with specialised warps more than the option num_warps says
     registers: int  # per thread; on AMD vector registers, accumulation registers included
     spills: int  # into memory. NVIDIA: stack and local bytes and local-memory instructions; AMD: registers and bytes
     scalar_spills: int  # AMD only: scalar registers kept in lanes of vector registers; they touch no memory
@@ -198,14 +200,15 @@ def _linear(
     rows: int = C,
     hidden: int = H,
     transposed: bool = False,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Launch, Launch]:
     transform = transform or LogitTransform()
     x = torch.empty(rows, hidden, dtype=dtype, device="meta")
     weight = torch.empty(V, hidden, dtype=dtype, device="meta")
     if transposed:
         weight = torch.empty(hidden, V, dtype=dtype, device="meta").T
-    tile = backend.linear_tiles(x, weight, transform, precision, device)
-    parts = backend.splits(rows, V, tile, device)
+    chosen = dataclasses.replace(backend.linear_tiles(x, weight, transform, precision, device), **(tile or {}))
+    parts = backend.splits(rows, V, chosen, device)
     return backend.linear_launches(
         x,
         weight,
@@ -214,7 +217,7 @@ def _linear(
         torch.empty(rows, dtype=torch.int64, device="meta"),
         torch.empty(parts, 4, rows, device="meta"),
         torch.empty(len(Stat), rows, device="meta"),
-        tile,
+        chosen,
         precision,
         False,
         device.flush,
@@ -229,13 +232,14 @@ def _exponentials(
     hidden: int = H,
     vocabulary: int = V,
     stride: int | None = None,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Launch, Launch, Launch, Launch]:
     transform = transform or LogitTransform()
     x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta")
     out = torch.empty(rows, stride or row_stride(vocabulary), dtype=torch.bfloat16, device="meta")
-    tile = backend.linear_tiles(x, weight, transform, "ieee", device, out)
-    parts = backend.splits(rows, vocabulary, tile, device)
+    chosen = dataclasses.replace(backend.linear_tiles(x, weight, transform, "ieee", device, out), **(tile or {}))
+    parts = backend.splits(rows, vocabulary, chosen, device)
     return backend.exponential_launches(
         x,
         weight,
@@ -246,7 +250,7 @@ def _exponentials(
         torch.empty(2, parts, 4, rows, device="meta"),
         out,
         torch.empty(len(Stat), rows, device="meta"),
-        tile,
+        chosen,
         "ieee",
         False,
         device.flush,
@@ -254,7 +258,7 @@ def _exponentials(
 
 
 def launches(target: Target) -> dict[str, Launch]:
-    """The configurations production uses, by name."""
+    """The configurations production uses, by name, and SPECIALISED."""
     d = target.device
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     vector = torch.empty(C, device="meta")
@@ -360,6 +364,10 @@ def launches(target: Target) -> dict[str, Launch]:
     factor, low = torch.empty((), device="meta"), gradient.to(bf16)
     found["scaled gradient"] = backend.scale_launch(gradient, factor, low)
     found["scaled gradient, in place"] = backend.scale_launch(low, factor, low)
+    if d.capability == 90:
+        deep, wide = ({"warp_specialize": True, "num_warps": 4, "num_stages": n} for n in (4, 3))
+        found[SPECIALISED[0]] = _linear(d, bf16, rows=2048, tile=deep)[0]
+        found[SPECIALISED[1]] = _exponentials(d, rows=2048, tile=wide)[1]
     if not d.amd:
         found["linear tf32"] = _linear(d, f32, precision="tf32")[0]
     return found
@@ -400,10 +408,11 @@ def compile_launch(kernel: str, target_name: str) -> Resources:
     compiled = triton.compile(source, target=gpu, options=launch.options)
     read = _nvidia if target.backend == "cuda" else _amd
     registers, spills, scalar_spills, instructions, assembly = read(compiled.asm)
+    threads = re.search(r"^\.reqntid (\d+)", assembly, re.MULTILINE)  # PTX's
     return Resources(
         kernel,
         target_name,
-        launch.options["num_warps"],
+        launch.options["num_warps"] if threads is None else int(threads[1]) // 32,
         registers,
         spills,
         scalar_spills,
@@ -509,8 +518,14 @@ def compilers(committed: list[dict[str, Any]]) -> str:
         spilling = sum(row["spills"] > 0 for row in rows)
         return f"{len(rows)}, {spilling or 'none'} of them, {max(row['registers'] for row in rows)}"
 
+    def specialised(row: snapshots.Row) -> str:
+        return f"{row['warps']} × {row['registers']}, {row['shared'] / 1024:.0f} KiB, {row['instructions']}"
+
     rows = [[table["compiler"], *(cell(table, target) for target in TARGETS)] for table in committed]
-    return snapshots.markdown(["launches, that spill, most registers", *TARGETS], rows, numbers=False)
+    shown = snapshots.markdown(["launches, that spill, most registers", *TARGETS], rows, numbers=False)
+    rows = [[t["compiler"], *(specialised(t["rows"][name]["sm_90"]) for name in SPECIALISED)] for t in committed]
+    head = ["warps × registers, shared memory, instructions", *(name.removeprefix("linear ") for name in SPECIALISED)]
+    return shown + "\n" + snapshots.markdown(head, rows, numbers=False)
 
 
 def tables() -> dict[str, dict[str, Any]]:

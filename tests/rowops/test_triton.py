@@ -6,8 +6,10 @@ imported, so the default suite runs this file once more in a process of its own 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -797,6 +799,52 @@ def test_linear_splits_do_not_change_the_result_beyond_rounding(ops: TritonRowOp
     check_linear(ops, hidden, weight, ids)
 
 
+# Tiles that nobody gets by default. On a GPU benchmarks/kernels.py checks them, in a process of its own.
+SPECIALIZED = LinearTiles(128, 32, 16, 2, num_warps=4, num_stages=2, descriptors=True, warp_specialize=True)
+FLAT = dataclasses.replace(SMALL_LINEAR, flatten=True)
+EXPLICIT = pytest.mark.parametrize("tile", [SPECIALIZED, FLAT], ids=["warp_specialize", "flatten"])
+
+
+def plain_tile(tile: LinearTiles) -> LinearTiles:
+    return dataclasses.replace(tile, warp_specialize=False, flatten=False)
+
+
+@EXPLICIT
+@pytest.mark.parametrize("splits", [1, 3])
+def test_linear_explicit_tiles(ops: TritonRowOps, tile: LinearTiles, splits: int, monkeypatch: Any) -> None:
+    """The bits of the same tile without the choice; two tiles of rows, a weight longer than the vocabulary."""
+    if not INTERPRETED:
+        pytest.skip("a GPU runs them in benchmarks/kernels.py")
+    monkeypatch.setattr(backend, "splits", lambda *_: splits)
+    hidden, weight, ids = linear_inputs(141, 48, 131, torch.bfloat16)
+    ids[:] = torch.randint(0, 77, (141,))
+    ids[:4] = torch.tensor([-1, 77, 2**40 + 3, 76], device=DEVICE)
+    hidden[5] = NAN
+    hidden[140, 3] = INF
+    for transform in (LogitTransform(), LogitTransform(temperature=0.7)):
+        found, same = (
+            check_linear(TritonRowOps(linear_tile=t), hidden, weight, ids, transform, V=77)
+            for t in (tile, plain_tile(tile))
+        )
+        assert torch.equal(found.view(torch.int32), same.view(torch.int32))
+    with pytest.raises(ValueError, match="hidden") if tile.warp_specialize else contextlib.nullcontext():
+        TritonRowOps(linear_tile=tile).linear_statistics(hidden[:, 1:], weight[:, 1:], transform, 77, ids)
+    check_linear(ops, hidden, weight, ids, V=77)
+
+
+def test_warp_specialisation_is_refused_where_compilers_would_not_do_it() -> None:
+    if not RUNNABLE:
+        pytest.skip("no GPU and TRITON_INTERPRET is not set")
+    hidden, weight, ids = linear_inputs(3, 16, 20)
+    for change in ({"num_warps": 8}, {"rows": 64}, {"descriptors": False}):
+        tile = dataclasses.replace(SPECIALIZED, **change)
+        with pytest.raises(ValueError, match=re.escape(f"got {tile}")):
+            TritonRowOps(linear_tile=tile).linear_statistics(hidden, weight, LogitTransform(), 20, ids)
+    for transform in (LogitTransform(softcap=30.0), LogitTransform(bias=torch.zeros(20, device=DEVICE))):
+        with pytest.raises(ValueError, match="softcap and bias"):
+            TritonRowOps(linear_tile=SPECIALIZED).linear_statistics(hidden, weight, transform, 20, ids)
+
+
 def test_linear_statistics_decline_what_they_cannot_take() -> None:
     if not RUNNABLE:
         pytest.skip("no GPU and TRITON_INTERPRET is not set")
@@ -1032,6 +1080,26 @@ def test_linear_exponentials_by_the_copy_engine(ops: TritonRowOps) -> None:
     again, out = check_exponentials(ops, hidden, weight, ids)
     assert torch.equal(wide[:20, :77], out[:, :77])
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@EXPLICIT
+def test_linear_exponentials_explicit_tiles(ops: TritonRowOps, tile: LinearTiles) -> None:
+    """With rows that are redone. Columns past the end stay as they are."""
+    if not INTERPRETED:
+        pytest.skip("a GPU runs them in benchmarks/kernels.py")
+    hidden, weight, ids = bfloat16_inputs(141, 48, 77)
+    ids[7:9] = torch.tensor([-1, 77], device=DEVICE)
+    weight[:, 0] = -60.0 * (torch.arange(77, device=DEVICE) == 4)
+    hidden[:, 0] = 1.0
+    ids[[3, 140]] = 4
+    results = []
+    for t in (tile, plain_tile(tile)):
+        wide = torch.full((144, 80), 7.0, dtype=torch.bfloat16, device=DEVICE)
+        found, _ = check_exponentials(TritonRowOps(linear_tile=t), hidden, weight, ids, out=wide[:141])
+        assert (wide[141:] == 7.0).all()
+        results.append((*found, wide))
+    assert (results[0][1][[3, 140]] <= 1.0).all()  # relative to their maxima
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(*results, strict=True))
 
 
 # --- only where there is a GPU ---------------------------------------------------------------------------------------

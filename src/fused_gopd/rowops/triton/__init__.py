@@ -6,6 +6,7 @@ this file decides what they are launched with. Importing it needs neither Triton
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -129,6 +130,9 @@ class LinearTiles:
     num_stages: int
     max_registers: int | None = None  # per thread; None leaves the choice to the compiler
     descriptors: bool = False  # the copy engine of Hopper and later fetches the operands
+    # Two choices that `linear_tiles` never makes: they compile, no GPU has run them (docs/gpu-kernels.md).
+    warp_specialize: bool = False  # copies and products in warps of their own, on Hopper
+    flatten: bool = False  # the loops over tiles and hidden units as one
 
 
 def _copyable(x: Tensor) -> bool:
@@ -297,6 +301,7 @@ class Launch:
     arguments: dict[str, Any]  # tensors, numbers and None
     constants: dict[str, Any]  # tl.constexpr parameters
     options: dict[str, Any] = field(default_factory=dict)
+    workspace: bool = False  # whether the kernel makes descriptors, in memory that Triton asks of an allocator
 
     def run(self, device: torch.device) -> None:
         global _launches
@@ -308,6 +313,14 @@ class Launch:
                 self._start(device)
 
     def _start(self, device: torch.device) -> None:
+        if self.workspace:
+            context = contextvars.copy_context()  # the caller's allocator stays what it is
+            context.run(importlib.import_module("triton").set_allocator, _workspace)
+            context.run(self._launch, device)
+        else:
+            self._launch(device)
+
+    def _launch(self, device: torch.device) -> None:
         if self.hold and device.type == "cuda" and torch.version.hip is None:
             self.start_held(device)
         else:
@@ -330,6 +343,10 @@ class Launch:
             compiled = self.kernel.warmup(grid=(1,), **self.arguments, **self.constants, **self.options)
             compiled = _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
         compiled[self.grid, 1, 1](*_in_order(self.kernel)({**self.arguments, **self.constants}))
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # the current device's; aligned to 512 bytes
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -722,7 +739,9 @@ def _gemm_launch(
     kind, pre, post = _transform_arguments(transform)
     rows, splits = hidden.shape[0], partial.shape[0]
     operands: list[Any] = [hidden.detach(), weight.detach(), out]
-    if tile.descriptors:
+    if tile.warp_specialize:
+        _check_specializable(tile, hidden, weight, transform, out)
+    elif tile.descriptors:
         descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor.from_tensor
         operands[0] = descriptor(operands[0], [tile.rows, tile.hidden])
         operands[1] = descriptor(operands[1], [tile.vocabulary, tile.hidden])
@@ -763,9 +782,25 @@ def _gemm_launch(
             "BLOCK_V": tile.vocabulary,
             "BLOCK_H": tile.hidden,
             "FLUSH": flush,
+            "WARP_SPECIALIZE": tile.warp_specialize,
+            "FLATTEN": tile.flatten,
         },
         options=_options(tile.num_warps, tile.max_registers) | {"num_stages": tile.num_stages} | _FUSED,
+        workspace=tile.warp_specialize,
     )
+
+
+def _check_specializable(
+    tile: LinearTiles, hidden: Tensor, weight: Tensor, transform: LogitTransform, out: Tensor | None
+) -> None:
+    """Compilers would ignore the wish in silence, spill, or copy from addresses that the copy engine cannot take."""
+    if not (tile.descriptors and tile.num_warps == 4 and tile.rows == 128):
+        raise ValueError(f"warp_specialize takes descriptors, num_warps=4 and rows=128, got {tile}")
+    if transform.softcap is not None or transform.bias is not None:
+        raise ValueError("warp_specialize takes a transform without softcap and bias: others spill")
+    for name, x in (("hidden", hidden), ("weight", weight), ("out", out)):
+        if x is not None and not _copyable(x):
+            raise ValueError(f"warp_specialize: rows of {name} must have unit stride and start on 16 bytes")
 
 
 _MERGE_ROWS = 128  # rows per program of a merge: C * splits * 16 bytes in all, too little to matter
@@ -850,12 +885,15 @@ def exponential_launches(
         constants={"KIND": kind, "BLOCK_C": block, "BLOCK_H": 256},
         options={"num_warps": 4} | _FUSED,
     )
+    redo = tile
+    if tile.warp_specialize:  # compilers fail on what the second round reads of the first, and few programs have work
+        redo = replace(tile, warp_specialize=False, num_warps=2 * tile.num_warps)
     rounds = [
         _gemm_launch(
-            hidden, weight, transform, vocab_size, token_ids, written, tile, input_precision, widen, flush,
+            hidden, weight, transform, vocab_size, token_ids, written, chosen, input_precision, widen, flush,
             logit, first, out,
         )
-        for written, first in ((partial[0], None), (partial[1], partial[0]))
+        for written, first, chosen in ((partial[0], None, tile), (partial[1], partial[0], redo))
     ]  # fmt: skip
     merge = Launch(
         kernel=linear.merge_exponentials_kernel,

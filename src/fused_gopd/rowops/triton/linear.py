@@ -95,11 +95,12 @@ def linear_kernel(
     token_ptr, partial_ptr, offset_ptr, first_ptr, out_ptr, out_stride, C, V, H, splits, group,
     KIND: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDEN: tl.constexpr, EVEN_H: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    FLUSH: tl.constexpr,
+    FLUSH: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of z = transform(hidden weight^T + bias) for one tile of rows and one slice of the vocabulary.
 
-    hidden_ptr    (C, H) floating, any strides; with DESCRIPTORS a descriptor of it in blocks of BLOCK_C x BLOCK_H
+    hidden_ptr    (C, H) floating, any strides; with DESCRIPTORS a descriptor of it in blocks of BLOCK_C x BLOCK_H,
+                  with WARP_SPECIALIZE rows of unit stride on 16 bytes, of which the kernel makes one (weight and out, too)
     weight_ptr    (>= V, H) the same dtype, any strides; with DESCRIPTORS a descriptor, BLOCK_V x BLOCK_H
     bias_ptr      (>= V,) any floating dtype, or None
     token_ptr     (C,) int64
@@ -118,8 +119,10 @@ def linear_kernel(
     the same weight tiles together, which device memory then delivers once, and all slices of a group find its group *
     BLOCK_C hidden states in L2. Device memory is read about C / (group * BLOCK_C) times for the weight and once for the
     hidden states. With DESCRIPTORS the copy engine fetches the operands, and fills what is outside with 0; without,
-    every thread computes addresses. WIDEN is for bf16 in the interpreter, whose dot takes raw bits and whose rounding
-    truncates.
+    every thread computes addresses. With WARP_SPECIALIZE one group of 4 warps copies, two others multiply, each half of
+    the rows: the epilogue of one runs beside the products of the other. With FLATTEN the loops over tiles and hidden
+    units are one, so that operands of the next tile come in under an epilogue. WIDEN is for bf16 in the interpreter,
+    whose dot takes raw bits and whose rounding truncates.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(C, BLOCK_C)
@@ -132,6 +135,14 @@ def linear_kernel(
     vocabulary_tiles = tl.cdiv(V, BLOCK_V)
     begin = split * vocabulary_tiles // splits
     end = (split + 1) * vocabulary_tiles // splits
+
+    if WARP_SPECIALIZE:
+        # The compiler gives each of two consumers half of the rows. Here it halves the blocks of the descriptors, too;
+        # those of the host it cannot: under Triton 3.6 they would copy twice the bytes that a buffer has.
+        hidden_ptr = tl.make_tensor_descriptor(hidden_ptr, [C, H], [hidden_stride, 1], [BLOCK_C, BLOCK_H])
+        weight_ptr = tl.make_tensor_descriptor(weight_ptr, [V, H], [weight_stride, 1], [BLOCK_V, BLOCK_H])
+        if offset_ptr is not None:
+            out_ptr = tl.make_tensor_descriptor(out_ptr, [C, V], [out_stride, 1], [BLOCK_C, BLOCK_V])
 
     live = rows < C
     # Rows past the end read row 0 and are not stored; columns past the vocabulary read column 0 and become -inf. So
@@ -153,7 +164,7 @@ def linear_kernel(
     total = tl.zeros([BLOCK_C], tl.float32)
     weighted = tl.zeros([BLOCK_C], tl.float32)
     token_logit = tl.zeros([BLOCK_C], tl.float32)
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE, flatten=FLATTEN):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = columns < V
         safe_columns = tl.where(inside, columns, 0).to(tl.int64)
@@ -176,9 +187,19 @@ def linear_kernel(
             logits = tl.dot(a, b, logits, input_precision=INPUT_PRECISION)
 
         z = transform(logits, bias_ptr, columns[None, :], inside[None, :], pre, post, KIND)
-        # few tiles hold a token or the end of the vocabulary: one vote spares the others the comparisons per logit
+        # Few tiles hold a token or the end of the vocabulary: a vote spares the others the comparisons per logit.
         here = (token >= tile * BLOCK_V) & (token < tile * BLOCK_V + BLOCK_V)
-        if (tl.max(here.to(tl.int32), axis=0) > 0) | (tile * BLOCK_V + BLOCK_V > V):
+        found = tl.max(here.to(tl.int32), axis=0) > 0
+        if WARP_SPECIALIZE:
+            # Triton 3.6 specialises no loop with a branch that values leave.
+            if offset_ptr is not None:
+                z = tl.where(inside[None, :] & (columns[None, :] != token[:, None]), z, float("-inf"))
+            else:
+                if found:
+                    own = tl.where(columns[None, :] == token[:, None], z, 0.0)
+                    tl.store(partial_ptr + (4 * split + 3) * C + rows, tl.sum(own, axis=1), mask=live & here)
+                z = tl.where(inside[None, :], z, float("-inf"))
+        elif found | (tile * BLOCK_V + BLOCK_V > V):
             if offset_ptr is None:
                 token_logit += tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), axis=1)
                 z = tl.where(inside[None, :], z, float("-inf"))
@@ -198,7 +219,9 @@ def linear_kernel(
         weighted += tl.sum(e * tl.maximum(relative, LEAST), axis=1)
         total += tl.sum(e, axis=1)
         if offset_ptr is not None:
-            if DESCRIPTORS:
+            if WARP_SPECIALIZE:
+                out_ptr.store([first_row, tile * BLOCK_V], bfloat16(e, WIDEN))
+            elif DESCRIPTORS:
                 # two halves, one after the other, through half of the shared memory
                 low, high = tl.split(tl.permute(tl.reshape(e, [BLOCK_C, 2, BLOCK_V // 2]), [0, 2, 1]))
                 out_ptr.store([first_row, tile * BLOCK_V], bfloat16(low, WIDEN))
@@ -212,6 +235,8 @@ def linear_kernel(
     tl.store(partial + C, total, mask=live)
     tl.store(partial + 2 * C, weighted, mask=live)
     if offset_ptr is None:
+        if WARP_SPECIALIZE:
+            live &= (token < begin * BLOCK_V) | (token >= end * BLOCK_V)  # the others have theirs
         tl.store(partial + 3 * C, tl.where(valid, token_logit, float("nan")), mask=live)
 
 
