@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -182,6 +183,21 @@ def test_matrix_units_are_used(compiled: Compiled, target: str) -> None:
     instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[target]
     for kernel in ("linear bf16", "linear bf16, softcap and bias"):
         assert instruction in compiled(kernel, target).assembly
+
+
+@pytest.mark.parametrize("kernel", triton_resources.SPECIALISED)
+def test_warps_are_specialised(compiled: Compiled, kernel: str) -> None:
+    """One group of 4 warps copies with few registers, two multiply with many; each copy is as large as its buffer.
+
+    Where the compiler does not do it, 4 warps are launched and spill. Other versions' tables have the 12 warps.
+    """
+    r = compiled(kernel, "sm_90")
+    assert r.warps == 12
+    assert re.findall(r"setmaxnreg\.dec\S*\s+40;", r.assembly)
+    assert len(re.findall(r"setmaxnreg\.inc\S*\s+232;", r.assembly)) == 2
+    copies = re.findall(r"async_tma_copy_global_to_local .*tensordesc<(?:tensor<)?(\w+).*memdesc<(\w+)", r.ttgir)
+    assert {block for block, _ in copies} == {"64x64xbf16", "256x64xbf16"}
+    assert all(block == buffer for block, buffer in copies)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])

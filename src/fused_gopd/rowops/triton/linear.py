@@ -100,7 +100,7 @@ def linear_kernel(
     """Partial statistics of z = transform(hidden weight^T + bias) for one tile of rows and one slice of the vocabulary.
 
     hidden_ptr    (C, H) floating, any strides; with DESCRIPTORS a descriptor of it in blocks of BLOCK_C x BLOCK_H,
-                  with WARP_SPECIALIZE rows of unit stride on 16 bytes, of which the kernel makes one (weight and out, too)
+                  with WARP_SPECIALIZE rows of unit stride on 16 bytes, of which the kernel makes one: weight, out, too
     weight_ptr    (>= V, H) the same dtype, any strides; with DESCRIPTORS a descriptor, BLOCK_V x BLOCK_H
     bias_ptr      (>= V,) any floating dtype, or None
     token_ptr     (C,) int64
