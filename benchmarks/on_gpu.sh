@@ -19,7 +19,8 @@
 #   125  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
 #    50  pieces of steps: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; rows shared by programs, 6 groups of 1 s,
 #        compiled beside the tests; 36 row kernels, half of them compiled by the tests
-# and what is left of 470 for tiles that no default has (25, last of what is timed, since they may hang) and the remaining tests. LIMIT changes the 470.
+# and what is left of 470 for tiles that no default has (25, last of what is timed, since they may hang) and the
+# remaining tests. LIMIT changes the 470.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
 cd "$(dirname "$0")/.."
