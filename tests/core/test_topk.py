@@ -237,7 +237,10 @@ def test_a_token_of_probability_0_is_excluded_from_the_support(backend_dtype):
                 ref=fg.Logits(wide.ref.logits[row : row + 1]),
             )
             want = oracle.gopd(*cut.models, None, reward_scale=1.25, estimator="topk", k=6, tail=tail)
-            assert_close(out.token_loss[row], want.token_loss[0], 10 * backend_dtype.tolerance, f"{tail} row {row}")
+            if want.token_loss[0] == 0:  # row 4: all mass is outside, whose log is that of a sum rounded near 1
+                assert out.token_loss[row].abs() <= 8 * torch.finfo(backend_dtype.dtype).eps
+            else:
+                assert_close(out.token_loss[row], want.token_loss[0], 10 * backend_dtype.tolerance, f"{tail} row {row}")
             if want.loss.requires_grad:
                 (slope,) = torch.autograd.grad(want.loss, cut.student.logits)
                 assert_close(6 * grad[row : row + 1], slope, 10 * backend_dtype.tolerance, f"{tail} row {row}")
