@@ -13,14 +13,14 @@
 #    30  whole calls: 70 tests by -n 12; beside both torch.compile makes what the steps need, which is kept on the disk
 #    25  trainers, the command, models: 14 tests by -n 4, of 2 s each after 10 s of imports
 #    30  host: 12 rows of 200 calls of 2 to 5 ms, a fourth of that at 8192 tokens
-#    40  products: 3 hidden sizes x 28 products x 11 rounds of 0.3 to 8 ms, 4 s, and their buffers
+#    30  products: 3 hidden sizes x 28 products x 11 rounds of 0.3 to 8 ms, 4 s, and their buffers
 #    60  linear kernel: 3 x 30 calls x 11 rounds of 0.2 to 20 ms, 5 s; compiling 9 variants, 5 s each
 #    50  jobs of one and two models beside quack, Liger, orda: 41 rows of 1.1 s; their own compilation is the unknown
-#   125  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
+#   115  steps: 94 rows of 1.0 s (0.3 s of warm-up, 3 to 41 rounds of floor and step) and floors of 27 shapes, 2 s each
 #    50  pieces of steps: 3 x 7 calls x 11 rounds of 4 to 98 ms, 12 s; rows shared by programs, 6 groups of 1 s,
 #        compiled beside the tests; 36 row kernels, half of them compiled by the tests
-# and what is left of 470 for tiles that no default has (25, last of what is timed, since they may hang) and the
-# remaining tests. LIMIT changes the 470.
+#    20  linear kernel, tiles that no default has: the last of what is timed, since they may hang
+# and what is left of 470 for the remaining tests. LIMIT changes the 470.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER}")
 cd "$(dirname "$0")/.."
@@ -70,19 +70,19 @@ phase calls 30 $(tests $workers) -m "not untried" tests/core/test_gpu.py
 phase trainers 25 $(tests $few) -m untried tests/integrations/test_devices.py
 wait
 phase host 30 "$python" -m benchmarks.host --device "$device" --json "$out/host.json" --limit $((22 * slower))
-phase products 40 "$python" -m benchmarks.kernels --device "$device" --json "$out/products.json" --parts products \
-    --limit $((32 * slower))
+phase products 30 "$python" -m benchmarks.kernels --device "$device" --json "$out/products.json" --parts products \
+    --limit $((24 * slower))
 phase linear 60 "$python" -m benchmarks.kernels --device "$device" --json "$out/linear.json" --parts linear \
     --limit $((50 * slower))
 ours=floor,fused-triton,fused-triton-low-chunks,fused-triton-one-pass,fused-triton-one-pass-stored,fused-native
 theirs=quack,quack-lse,liger-flce-sm90,liger-scaled-ce,liger-flce-long,orda,unsloth-jsd
 phase peers 50 $(bench) --suite "$peers_suite" "${steps[@]}" --providers "$ours,$theirs" --seconds 0.03 \
     --limit $((40 * slower)) --json "$out/peers.json"
-phase steps 125 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit $((113 * slower)) \
+phase steps 115 $(bench) --suite "$run_suite" "${steps[@]}" --no-memory --no-accuracy --limit $((103 * slower)) \
     --json "$out/steps.json"
 phase pieces 50 "$python" -m benchmarks.kernels --device "$device" --json "$out/pieces.json" \
     --parts steps,segments,rows --limit $((40 * slower))
-phase explicit 25 "$python" -m benchmarks.kernels --device "$device" --json "$out/explicit.json" --parts explicit \
+phase explicit 20 "$python" -m benchmarks.kernels --device "$device" --json "$out/explicit.json" --parts explicit \
     --limit $((15 * slower))
 phase kernels "$limit" $(tests $workers) -m "not untried and not interpreter" "${rows[@]}" \
     tests/core/test_pytorch_compat.py
