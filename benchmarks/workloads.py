@@ -349,7 +349,7 @@ def _peaked(device: str) -> list[Workload]:
     return [w for peaked in (False, True) for w in _on(device, ONE_EACH, replace(shape, peaked=peaked))]
 
 
-def _logits(device: str) -> list[Workload]:
+def _logits_given(device: str) -> list[Workload]:
     shape = Workload(job="", tokens=4096 if _gpu(device) else 256, hidden=None)
     narrow = replace(shape, dtype=torch.bfloat16)
     return [w for x in (shape, narrow) for w in _on(device, ("logits-full", "logits-sampled"), x)]
@@ -400,7 +400,7 @@ SUITES = {
     "masked": Suite("nothing, half and nine tenths of the tokens masked", _masked, 0.2),
     "frozen": Suite("a trainable and a frozen head", _frozen, 0.2),
     "peaked": Suite("Gaussian logits, and such as a trained model has", _peaked, 0.2),
-    "logits": Suite("logits given, in float32 and bfloat16", _logits, 0.2),
+    "logits": Suite("logits given, in float32 and bfloat16", _logits_given, 0.2),
     "peers": Suite("the jobs of one and two models where other packages have kernels of their own", _peers, 0.1),
     "run": Suite("the steps that benchmarks/on_gpu.sh times, in order of value", _run, 0.03),
     "unequal": Suite("strong to weak: student 2048, teacher and reference 4096 wide", _unequal, 0.2),
