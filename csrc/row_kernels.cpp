@@ -120,6 +120,9 @@ const float* load_block(const Model& model, int64_t row, int64_t start, int n, f
   }
 }
 
+// The same number, and of all NaN one that stays one in narrow_run().
+inline float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
+
 // One row, and which models it needs: model[0] is the student; then the teacher unless lambda = 0 and the reference
 // unless lambda = 1. With one of them u is its logits, with both u has to be computed: as that of the last model and
 // ``share`` times the difference to it. The last one is the reference for lambda <= 1/2, the teacher otherwise: the
@@ -135,7 +138,7 @@ struct Row {
   Row(const Job& job, int64_t index) : job(job), index(index) {
     const double lambda = job.reward_scales != nullptr ? job.reward_scales[index] : job.reward_scale;
     const bool near_teacher = lambda > 0.5;
-    share = float(near_teacher ? 1.0 - lambda : lambda);
+    share = canonical(float(near_teacher ? 1.0 - lambda : lambda));
     add(job.student, 0);
     if (near_teacher) add_reference(lambda);
     if (job.teacher.raw != nullptr && lambda != 0.0) add(job.teacher, 1);
@@ -603,9 +606,6 @@ GOPD_INLINE inline void log_ratios(vf delta, const Mixture& m, vf& student, vf& 
     if constexpr (T == Term::mixture) excess = bits<vf>(bits<vi>((e - 1.0f) * m.one_minus_b) ^ sign) / mixed;
   }
 }
-
-// The same number, and of all NaN one that stays one in narrow_run().
-inline float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
 
 // What a pass over a row that knows its statistics needs of them, and the gradient's weights w_d and w_y.
 struct Coefficients {

@@ -300,11 +300,14 @@ def test_whole_blocks_of_16_bits_with_what_no_logit_is(dtype, divergence):
     torch.testing.assert_close(fused, narrow, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("weight", ["divergence", "token"])
-def test_a_nan_of_all_ones_stays_nan_when_it_is_rounded(weight):
-    problem = make_problem(vocab=BLOCKS, dtype=torch.bfloat16)
+@pytest.mark.parametrize("where", ["divergence", "token", "reward_scale"])
+def test_a_nan_of_all_ones_stays_nan_when_it_is_rounded(where):
     ones = torch.full((5,), -1, dtype=torch.int32).view(torch.float32)
-    weights = dataclasses.replace(make_weights(5), **{weight: ones})
+    problem, weights = make_problem(vocab=BLOCKS, dtype=torch.bfloat16), make_weights(5)
+    if where == "reward_scale":
+        problem = dataclasses.replace(problem, reward_scale=ones)
+    else:
+        weights = dataclasses.replace(weights, **{where: ones})
     out = torch.empty(5, BLOCKS, dtype=torch.bfloat16)
     NATIVE.statistics_and_gradient(problem, weights, out)
     assert out.isnan().all()
