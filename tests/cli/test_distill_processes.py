@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_runs import Files, assert_same_weights, invoke, make_tokenizer, metrics_of, small, weights
 from fused_gopd.cli.distill import options, training
+from fused_gopd.cli.distill.interrupt import Abandoned, Interrupt
 from fused_gopd.cli.processes import Processes
 from fused_gopd.integrations.trl import GOPDConfig
 from ranks import run_on_ranks
@@ -118,6 +120,38 @@ def test_two_processes_end_in_the_weights_of_one(files: Files, sharp: list[str],
         assert "exitcode  : -9" in finished(run, code=1)
         finished(launched("--resume", "--output", parts))
     assert_same_weights(two / "model", parts / "model")
+
+
+class Late(Interrupt):
+    """Gets its signal when the scores are there, before it is known that nothing waits any more."""
+
+    rings = False
+
+    @property
+    def _waiting(self) -> bool:
+        return self._waits
+
+    @_waiting.setter
+    def _waiting(self, value: bool) -> None:
+        if self.rings and not value and not self.asked:
+            self._hear(signal.SIGINT, None)
+        self._waits = value
+
+
+@pytest.mark.parametrize(("other", "message"), [(None, ""), ("no such thing", "in process 1 of 2: no such thing")])
+def test_a_signal_as_the_scores_arrive_is_told_to_the_other_process(other: str | None, message: str) -> None:
+    """And that it was interrupted is no error of this process, whatever the other one had."""
+    told: list[Any] = []
+    processes = SimpleNamespace(all=lambda value: (told.append(value), [value, other])[1])
+    interrupt, trainer = Late(lambda _: None, processes), SimpleNamespace(_score_teachers=lambda batch: batch)
+    interrupt.guard(trainer)
+    if other is None:
+        assert trainer._score_teachers("scores") == "scores"
+    interrupt.rings = True
+    with pytest.raises(Abandoned) as raised:
+        trainer._score_teachers("scores")
+    assert told[-1] == ""
+    assert (str(raised.value), raised.value.__cause__) == (message, None)
 
 
 def test_a_step_in_which_a_server_fails_one_process_is_given_up_in_both(

@@ -19,7 +19,7 @@ class Abandoned(BaseException):
     """A step is given up, in all processes at the same place: none is left in a collective operation of the step.
 
     The message is that of the error in the first process that had one, empty where the user has interrupted the step;
-    the cause is the error of this process.
+    the cause is the error of this process, if it had one.
     """
 
 
@@ -63,20 +63,22 @@ class Interrupt(TrainerCallback):
         def scored(*arguments: Any) -> Any:
             error: BaseException | None = None
             try:
-                self._waiting = True
-                if self.asked:
-                    raise Abandoned
-                found = score(*arguments)
+                try:
+                    self._waiting = True
+                    if self.asked:
+                        raise Abandoned
+                    found = score(*arguments)
+                finally:
+                    self._waiting = False  # a signal that comes first raises in this try, too
             except (Exception, Abandoned) as raised:
                 error = raised
-            finally:
-                self._waiting = False
             failures = self._processes.all(None if error is None else _message(error))
             if failures.count(None) == len(failures):
                 return found
             rank = next((rank for rank, failure in enumerate(failures) if failure), None)
             where = "" if rank is None or len(failures) == 1 else f"in process {rank} of {len(failures)}: "
-            raise Abandoned("" if rank is None else f"{where}{failures[rank]}") from error
+            cause = error if isinstance(error, Exception) else None  # not this process's own interrupt
+            raise Abandoned("" if rank is None else f"{where}{failures[rank]}") from cause
 
         trainer._score_teachers = scored
 
