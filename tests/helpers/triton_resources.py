@@ -3,7 +3,8 @@
     python tests/helpers/triton_resources.py [--target sm_90 ...] [--kernel linear ...] [--triton FOLDER ...] [--write]
 
 prints a table of registers, spills and shared memory per kernel and target. The launches are the ones production makes
-(``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here.
+(``row_launch``, ``linear_launches`` on tensors of the meta device), so a change of tiles or arguments shows here, and
+some with tiles that it never chooses.
 ``--triton`` compiles with the Triton in each FOLDER (``pip install --no-deps --target FOLDER triton==3.8.0``) in place
 of the installed one. ``--write`` makes the tables that the tests compare with, one for each version, and their pages
 in the docs. TRITON_INTERPRET must be unset.
@@ -258,7 +259,7 @@ def _exponentials(
 
 
 def launches(target: Target) -> dict[str, Launch]:
-    """The configurations production uses, by name, and SPECIALISED."""
+    """The configurations production uses, by name, and those that no default chooses: 16 segments, SPECIALISED."""
     d = target.device
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     vector = torch.empty(C, device="meta")

@@ -26,7 +26,6 @@ HOSTILE = [
     " $x$ \\alpha %s {0}",
     "w" * 300,
 ]  # fmt: skip
-MARKER = "document.title='run'"
 
 
 def scored(tokens: list[str], title: str = "prompt 1", prompt: str = "Why?", shift: float = 0.0) -> ScoredText:

@@ -23,7 +23,6 @@ from test_trl import PROMPTS, SGD, assert_same, config, lengths, model, prompts,
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
-GREEDY: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
 
 
 def hint(row: dict[str, Any]) -> str:

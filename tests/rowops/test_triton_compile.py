@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels for GPUs that are not there: no spills, shared memory within limits.
 
-Compiles all launches production makes (``triton_resources.launches``) for all NVIDIA and AMD targets, and compares what
+Compiles all launches of ``triton_resources.launches`` for all NVIDIA and AMD targets, and compares what
 they cost with the committed table of the installed Triton, ``data/triton_resources-VERSION.json``.
 """
 

@@ -290,8 +290,8 @@ class Launch:
 
     Attributes:
         hold: whether launches on NVIDIA's GPUs go through compiled kernels that are kept. ``JITFunction.run`` binds,
-            specialises and looks up each argument anew, which takes the host four times as long. Triton's environment
-            variables are then read at the first launch alone. Off: it has not run on a GPU.
+            specialises and looks up each argument anew, which takes the host two to four times as long. Triton's
+            environment variables are then read at the first launch alone. Off: it has not run on a GPU.
     """
 
     hold: ClassVar[bool] = False
