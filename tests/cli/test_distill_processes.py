@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from distill_runs import Files, assert_same_weights, invoke, make_tokenizer, met
 from fused_gopd.cli.distill import options, training
 from fused_gopd.cli.distill.interrupt import Abandoned, Interrupt
 from fused_gopd.cli.processes import Processes
+from fused_gopd.integrations.cache import TeacherCacheError
 from fused_gopd.integrations.trl import GOPDConfig
 from ranks import run_on_ranks
 
@@ -152,6 +153,32 @@ def test_a_signal_as_the_scores_arrive_is_told_to_the_other_process(other: str |
         trainer._score_teachers("scores")
     assert told[-1] == ""
     assert (str(raised.value), raised.value.__cause__) == (message, None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        (TeacherCacheError("damaged"), "error: damaged\n"),
+        (Abandoned("in process 0 of 2: no such thing"), ""),  # the first process shows it
+        (KeyError("a fault of this package"), None),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_an_error_of_the_second_process_alone_is_shown(
+    raised: BaseException, shown: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(**_: Any) -> None:
+        raise raised
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    processes = SimpleNamespace(count=2, first=False)
+    run = SimpleNamespace(checkpoints=SimpleNamespace(done=0), processes=processes, say=nothing)
+    run._expected_errors, run._save_last_step, run._resume_command = (TeacherCacheError,), nothing, str
+    with pytest.raises(KeyError if shown is None else typer.Exit):
+        training.DistillationRun._train(cast("Any", run), SimpleNamespace(train=train), cast("Any", None))
+    assert capsys.readouterr().err == (shown or "")
 
 
 def test_a_step_in_which_a_server_fails_one_process_is_given_up_in_both(

@@ -479,17 +479,17 @@ class DistillationRun:
             return
         except BaseException as raised:
             error = raised
+        message, in_all = str(error), isinstance(error, Abandoned)
         # of several processes, the others may wait in a step that this one alone gives up
-        if isinstance(error, Abandoned) or (self.processes.count == 1 and isinstance(error, self._expected_errors)):
+        if in_all or (self.processes.count == 1 and isinstance(error, self._expected_errors)):
             self._save_last_step(trainer, interrupt)
-        message = str(error)
-        if isinstance(error, Abandoned):
+        if in_all:
             if not message:
                 return
             error = error.__cause__ or typer.Exit(1)  # of another process
         self.say(f"the run ended early; it goes on after step {self.checkpoints.done} by: {self._resume_command()}")
         if isinstance(error, (typer.Exit, *self._expected_errors)):
-            if self.processes.first:
+            if self.processes.first or not in_all:
                 typer.echo(f"error: {message}", err=True)
             raise typer.Exit(1) from None
         raise error
