@@ -72,6 +72,7 @@ class Buffers:
     The :class:`ModelRows` of a buffer is one object for all chunks of one length: a backend checks it once.
 
     Attributes:
+        token_ids: (n,) int64, the sampled tokens of the problem, or None.
         chunks: the route of each chunk, its first token and the one after its last.
         logprobs: (C,) of the sampled tokens under the models made of several, by slot, of the tokens loaded last.
     """
