@@ -1,6 +1,7 @@
 """The row operations as Triton kernels, for NVIDIA and AMD GPUs.
 
-``rows.py`` holds the kernel over rows of logits, ``linear.py`` the one that takes the statistics from hidden states;
+``rows.py`` holds the kernel over rows of logits, ``segments.py`` the one with several programs a row, ``linear.py``
+the one that takes the statistics from hidden states, ``policy.py``, ``losses.py`` and ``scale.py`` those over vectors;
 this file decides what they are launched with. Importing it needs neither Triton nor a GPU.
 """
 
