@@ -240,7 +240,7 @@ PER_TOKEN = ("policy", "losses")  # what no operation names, models and token id
 
 def make(draw: random.Random) -> tuple[str, Call]:
     op = draw.choice(list(READ))
-    rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030))
+    rows, vocab = draw.choice((1, 2, 5)), draw.choice((1, 2, 7, 16, 33, 200, 1030, 2144))
     fitting = [x for x in DIVERGENCES if op != "second_round" or (x is not None and x.second_round)]
     divergence = draw.choice([x for x in fitting if op != "losses" or x is not None])
     joint = divergence is not None
