@@ -171,7 +171,7 @@ inline vf bounded(vf x, float limit = kMaxFloat) { return max(splat(-limit), min
 inline vf relative(vf u, float origin) { return max(splat(-kMaxFloat), min(splat(kMaxFloat), u) - origin); }
 
 // A log-probability of the target. Relative to maxima of more columns a large mask rounds to another number than the
-// log-sum over these columns had, and the difference may be above 0.
+// log-sum over these columns had, and the difference may be above 0. So does the largest u of two models, in any row.
 inline vf at_most_one(vf log_t) { return min(vf{}, log_t); }
 
 // action(As<D>()) with the D of row.read_as().
@@ -352,7 +352,7 @@ float max_target(const Block& b, int n, const float* shift) {
 // How the sums of a row ended.
 struct Finished {
   bool far = false;     // the maximum of u is far from 0
-  bool bounded = true;  // no u is infinite, nor a difference of two logit differences
+  bool bounded = true;  // no z' or u is infinite, nor a difference of two logit differences
 };
 
 // The running sums of a row.
@@ -443,6 +443,7 @@ struct RowSums {
       // not below 0, the largest logit, whatever the rounding: log-probabilities are never positive
       row.statistic(logsum_student + row.kind[i]) = bad ? undefined : empty ? -kInf : value < 0.0f ? 0.0f : value;
       row.statistic(max_student + row.kind[i]) = __builtin_isnan(sum[i]) ? undefined : empty ? 0.0f : top[i];
+      finished.bounded = finished.bounded && top[i] < 1e30f;  // a mask is as far below it as it is below 0
     }
     const double mean_z = empty ? 0.0 : below[0] + mean / sum[0];
     row.statistic(mean_logit) = __builtin_isfinite(sum[0]) ? float(mean_z) : undefined;
@@ -451,7 +452,7 @@ struct RowSums {
       const double u_below = mix(below);
       const double mean_difference = empty ? 0.0 : (below[0] - u_below) + gap / sum[0];
       row.statistic(mean_gap) = poisoned ? undefined : finite(mean_difference);
-      finished.bounded = !beyond && __builtin_fabs(mean_difference) < 1e30;
+      finished.bounded = finished.bounded && !beyond && __builtin_fabs(mean_difference) < 1e30;
       if constexpr (TargetGap) {
         const double target_mean = empty ? 0.0 : (u_below - below[0]) + target_gap / sum[target];
         row.statistic(divergence_value) = poisoned ? undefined : finite(target_mean);
@@ -524,7 +525,7 @@ int mask_block(Block& b, int n) {
 }
 
 // All statistics that need one pass. Returns whether all V entries of the row are in S and the gradient's arithmetic
-// needs no care: the origin of u is 0, and nothing in it overflows.
+// needs no care but for weights above 1: the origin of u is 0, and nothing in it overflows.
 template <int Models, bool TargetGap, DType D>
 bool first_statistics(const Row& row) {
   RowSums<Models> sums(row.share);
@@ -660,7 +661,7 @@ GOPD_HOT void second_block(const Entries<D>& b, int n, const Coefficients& c, bo
       vf u = target_logits<Models, I>(b, k, c.maximum);
       if constexpr (Models == 3 && !Clean) u = relative(u, c.origin);
       vf log_t = u - c.logsum_u;
-      if (!Clean) log_t = at_most_one(log_t);
+      if (!Clean || Models == 3) log_t = at_most_one(log_t);
       vf term[3];
       if constexpr (T == Term::alpha) {
         const vf log_x = of_target ? log_t : log_p;
@@ -786,7 +787,7 @@ GOPD_HOT void gradient_block(Entries<D> b, int n, Coefficients c, typename Stora
         value = p * (c.divergence * d + c.token);
       }
       if constexpr (Models == 3 && !Clean && T != Term::reverse_kl) u = relative(u, c.origin);
-      const vf log_t = Clean ? u - c.logsum_u : at_most_one(u - c.logsum_u);
+      const vf log_t = Clean && Models < 3 ? u - c.logsum_u : at_most_one(u - c.logsum_u);
       if constexpr (T == Term::forward_kl) value = c.divergence * (p - exp(log_t)) + c.token * p;
       if constexpr (T == Term::mixed) value += c.forward * (p - exp(log_t));
       if constexpr (T == Term::jsd || T == Term::jsd_near_end || T == Term::mixture) {
@@ -970,7 +971,10 @@ void gradient(const Row& row, bool clean) {
     }
     if (T == Term::alpha) c.set_rate(job.alpha);
     const float size = __builtin_fabsf(c.divergence);
-    if (size > 1.0f) c.limit = kMaxFloat / size * 0.999f;
+    if ((T == Term::reverse_kl || T == Term::mixed) && size > 1.0f) {  // times d, which may be a mask
+      c.limit = kMaxFloat / size * 0.999f;
+      clean = false;
+    }
     if constexpr (Models > 1 || T == Term::none) write(of);
   });
 }

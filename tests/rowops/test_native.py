@@ -368,16 +368,36 @@ def test_nan_and_infinity_reach_the_statistics(poison, model, divergence):
 
 @pytest.mark.parametrize("divergence", JOINT)
 def test_masks_near_the_largest_float_and_weights_above_one_stay_finite(divergence):
-    """Products of a weight and a logit difference, and powers of t / p, are beyond float32."""
-    problem = make_problem(rows=8, vocab=1100, divergence=divergence)
+    """Products of a weight and a logit difference, and powers of t / p, are beyond float32; in the last row logits are
+    that far apart. The fused call, which knows of rows that have no -inf, gives the same.
+    """
+    problem = make_problem(rows=10, vocab=1100, divergence=divergence)
     for row, (model, mask) in enumerate(itertools.product(models_of(problem), (-1e9, -3.3e38))):
         model.raw[row, row::7] = mask
     problem.student.raw[6, ::5] = problem.teacher.raw[6, 2::5] = problem.ref.raw[6, 1::5] = -3.3e38
     problem.student.raw[7] *= 1e3
-    statistics, out = NATIVE.statistics(problem), torch.empty(8, 1100)
-    NATIVE.gradient(problem, statistics, GradientWeights(torch.full((8,), -40.0), torch.ones(8)), out)
-    assert statistics.isfinite().all()
-    assert out.isfinite().all()
+    problem.student.raw[8:, 5] = 3.3e38
+    problem.student.raw[9, 7::2] = -3.3e38
+    statistics, out = NATIVE.statistics(problem), torch.empty(10, 1100)
+    for weights in (GradientWeights(torch.full((10,), w), torch.ones(10)) for w in (-40.0, 0.5)):
+        NATIVE.gradient(problem, statistics, weights, out)
+        assert statistics[:, :9].isfinite().all()
+        assert out[:9].isfinite().all()
+        fused = torch.empty(10, 1100)
+        NATIVE.statistics_and_gradient(problem, weights, fused)
+        torch.testing.assert_close(fused, out, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mixed", "jsd", "alpha"])
+def test_a_target_that_is_sure_has_the_same_bits_in_the_fused_call(divergence):
+    """Its log-prob rounds to a number above 0 in some rows, as u and its log-sum are rounded each on its own."""
+    problem = make_problem(rows=256, vocab=64, divergence=divergence, reward_scale=torch.linspace(0.1, 1.5, 256))
+    for i, model in enumerate(models_of(problem)):
+        model.raw[:, 7 + i // 2] += torch.linspace(20, 25, 256)
+    weights, (two_calls, fused) = GradientWeights(torch.full((256,), 0.5)), torch.empty(2, 256, 64)
+    NATIVE.gradient(problem, NATIVE.statistics(problem), weights, two_calls)
+    NATIVE.statistics_and_gradient(problem, weights, fused)
+    assert bits(fused) == bits(two_calls)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
