@@ -127,6 +127,7 @@ def _outcomes(
         torch.isneginf(student.logprobs)
         | outside_support(scale, *(None if x is None else x.logprobs for x in (teacher, ref)))
     )
+    alone = ~inside.any(1, keepdim=True)  # the bucket is the only outcome: its log-prob is 0, not that of a rounded sum
     bucket = torch.full_like(inside[:, :1], tail != "renormalize")
     has_nan = torch.zeros_like(bucket)
     models: list[Tensor | None] = []
@@ -140,6 +141,7 @@ def _outcomes(
             continue
         rest = model.log_rest(inside)
         bad = torch.isnan(rest)  # NaN is not light: it reaches the loss
+        rest = rest.masked_fill(alone, 0)
         light = model.is_light(inside) if isinstance(model, CompositeOnSupport) else rest < _LIGHTEST
         if cancelled_at is not None and isinstance(scale, Tensor):
             bad, light = bad & (scale != cancelled_at), light & (scale != cancelled_at)
@@ -162,7 +164,7 @@ def _outcomes(
 
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
     assert log_p is not None
-    log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]])
+    log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]]).masked_fill(alone, 0)
     whole = None
     if keeps:
         gone = ~inside | outside_support(scale, *unbounded)

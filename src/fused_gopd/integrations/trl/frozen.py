@@ -16,7 +16,6 @@ from ..tokenizers import TokenizerPair
 
 if TYPE_CHECKING:
     from .batch import Batch
-    from .prompts import PromptFn
 
 Scorer = Callable[..., Frozen]
 """A function that scores: ``(input_ids, attention_mask, completion_mask)`` to log-probs or a head of hidden states.
@@ -29,6 +28,12 @@ Model = str | nn.Module | Scorer
 """A path or hub name of a model, or "adapter:" and that of an adapter on the student's base; "student" or "base", the
 student itself or without its adapter; a model; a scorer."""
 
+Prompt = str | list[dict[str, Any]]
+PromptFn = Callable[[dict[str, Any]], Prompt] | Callable[[dict[str, Any], str], Prompt]
+"""A function of a row of the dataset that returns a text or a list of messages. It gets a copy of the row.
+
+One that needs a second argument gets the answer that is scored, as a text without special tokens.
+"""
 TEACHER, REF = "teacher", "ref"
 """The roles of frozen models; the argument for what one reads in place of the student's prompt is ``ROLE_prompt``."""
 REF_MODEL = "ref_model"

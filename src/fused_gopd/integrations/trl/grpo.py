@@ -17,9 +17,8 @@ from ..modules import evaluation, without_dropout
 from ..transformers import position_ids_of
 from .batch import Batch
 from .config import GRPOGOPDConfig, resolve_config
-from .frozen import Given, Model
+from .frozen import Given, Model, PromptFn
 from .models import ScoringMixin
-from .prompts import PromptFn
 
 
 class GRPOGOPDMixin(ScoringMixin):

@@ -9,13 +9,6 @@ from typing import Any
 
 from .checks import require_route
 
-Prompt = str | list[dict[str, Any]]
-PromptFn = Callable[[dict[str, Any]], Prompt] | Callable[[dict[str, Any], str], Prompt]
-"""A function of a row of the dataset that returns a text or a list of messages. It gets a copy of the row.
-
-One that needs a second argument gets the answer that is scored, as a text without special tokens.
-"""
-
 
 class OtherPrompt:
     """What the models of a role, ``"teacher"`` or ``"ref"``, read in place of the student's prompt.

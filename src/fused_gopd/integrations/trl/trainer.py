@@ -21,9 +21,8 @@ from ...token_stats import AdvantageFn, RewardScaleFn
 from ..modules import evaluation, without_dropout
 from .batch import Batch
 from .config import GOPDConfig, resolve_config
-from .frozen import Given, Model
+from .frozen import Given, Model, PromptFn
 from .models import ScoringMixin
-from .prompts import PromptFn
 from .rollouts import COMPLETION, RecordedEngine, Turns, sampler_logprobs, samples, token_ids_of
 
 
