@@ -131,6 +131,7 @@ def _outcomes(
     bucket = torch.full_like(inside[:, :1], tail != "renormalize")
     has_nan = torch.zeros_like(bucket)
     models: list[Tensor | None] = []
+    rests: list[Tensor] = []  # the student's is the first
     keeps = tail == "drop" and any(x is not None and x.unbounded is not None for x in (teacher, ref))
     unbounded: list[Tensor | None] = []  # of teacher and reference
     frozen = zip((teacher, ref), (at for _, at in FROZEN), strict=True)
@@ -142,6 +143,7 @@ def _outcomes(
         rest = model.log_rest(inside)
         bad = torch.isnan(rest)  # NaN is not light: it reaches the loss
         rest = rest.masked_fill(alone, 0)
+        rests.append(rest)
         light = model.is_light(inside) if isinstance(model, CompositeOnSupport) else rest < _LIGHTEST
         if cancelled_at is not None and isinstance(scale, Tensor):
             bad, light = bad & (scale != cancelled_at), light & (scale != cancelled_at)
@@ -164,7 +166,6 @@ def _outcomes(
 
     log_p, log_q, log_r = (None if x is None else within(x) for x in models)
     assert log_p is not None
-    log_rest = student.log_rest(inside[:, : student.logprobs.shape[1]]).masked_fill(alone, 0)
     whole = None
     if keeps:
         gone = ~inside | outside_support(scale, *unbounded)
@@ -176,7 +177,7 @@ def _outcomes(
         log_p=log_p,
         mixed=mix(scale, log_q, log_r),
         unbounded=whole,
-        log_rest=log_rest,
+        log_rest=rests[0],
         has_nan=has_nan[:, 0],
     )
 

@@ -34,6 +34,7 @@ PromptFn = Callable[[dict[str, Any]], Prompt] | Callable[[dict[str, Any], str], 
 
 One that needs a second argument gets the answer that is scored, as a text without special tokens.
 """
+
 TEACHER, REF = "teacher", "ref"
 """The roles of frozen models; the argument for what one reads in place of the student's prompt is ``ROLE_prompt``."""
 REF_MODEL = "ref_model"
